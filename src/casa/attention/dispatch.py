@@ -1,0 +1,112 @@
+"""`casa_attention`: checks its arguments once, then hands them to the implementation asked for.
+
+Shapes: Q = layout.num_query, T = layout.num_text, N = layout.num_image, Hq query heads,
+Hkv key and value heads (Hq % Hkv == 0; query head h uses key head h // (Hq / Hkv)), D head width.
+"""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from casa.errors import UserError
+from casa.windows import WindowLayout
+
+# keys (n, Hkv, D) of an earlier window and how many text tokens further back its start lies (negative)
+Turn = Callable[[Tensor, int], Tensor]
+
+ATTEND = ("both", "image")
+
+# Modules are loaded on first use: flex pulls in the compiler. Each has an `attention` function of the same
+# signature, and none imports another.
+_MODULES = {
+    "reference": "casa.attention.reference",
+    "sdpa": "casa.attention.sdpa",
+    "flex": "casa.attention.flex",
+}
+
+
+def implementations() -> tuple[str, ...]:
+    """The names that `impl` takes, besides "auto"."""
+    return tuple(_MODULES)
+
+
+def casa_attention(
+    query: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    image_key: Tensor,
+    image_value: Tensor,
+    layout: WindowLayout,
+    scale: float | None = None,
+    attend: str = "both",
+    impl: str = "auto",
+    turn: Turn | None = None,
+) -> Tensor:
+    """Attention of packed text to the images and the text of its windows (paper, Eq. 3; see `WindowLayout`).
+
+    query: (Q, Hq, D), one row per text token that has a query (all of them unless the layout has a `past`).
+    text_key, text_value: (T, Hkv, D). image_key, image_value: (N, Hkv, D). One floating dtype, one device.
+    scale: of the scores; D ** -0.5 if None.
+    attend: "both" is CASA; "image" leaves out the text, which is plain cross-attention.
+    impl: "reference" (any dtype, slow, the definition), "sdpa", "flex", or "auto", which is "sdpa".
+    turn: with `history`, called as turn(key, delta) on the keys of an earlier window's images, where delta is
+        that window's start minus the start of the window that looks (text tokens, negative), so that rotary
+        keys counted from their own window's start keep their true distance. None leaves them as they are.
+
+    Returns (Q, Hq, D), with zeros where a query sees nothing. Raises ValueError for arguments that do not fit
+    together, for an unknown name, and where an implementation cannot do the layout.
+    """
+    name = "sdpa" if impl == "auto" else impl
+    if name not in _MODULES:
+        known = ("auto", *_MODULES)
+        near = get_close_matches(str(impl), known, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"there is no attention implementation {impl!r}; known are {', '.join(known)}.{hint}")
+    if attend not in ATTEND:
+        raise UserError(f"attend is {attend!r}, but must be 'both' (text and images) or 'image'.")
+    _check(query, text_key, text_value, image_key, image_value, layout)
+    factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    attention = import_module(_MODULES[name]).attention
+    return attention(
+        query, text_key, text_value, image_key, image_value, layout, scale=factor, attend=attend, turn=turn
+    )
+
+
+def _check(
+    q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, layout: WindowLayout
+) -> None:
+    named = {
+        "query": q,
+        "text_key": text_k,
+        "text_value": text_v,
+        "image_key": image_k,
+        "image_value": image_v,
+    }
+    for name, tensor in named.items():
+        if tensor.dim() != 3:
+            raise ValueError(
+                f"{name} must have 3 dimensions (tokens, heads, width), not {tuple(tensor.shape)}."
+            )
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} but query is {q.dtype}; give all in one dtype.")
+        if tensor.device != q.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but query is on {q.device}; give all on one device."
+            )
+    if not q.dtype.is_floating_point:
+        raise ValueError(f"attention needs a floating dtype, not {q.dtype}.")
+    _, Hq, D = q.shape
+    Hkv = text_k.shape[1]
+    if Hkv == 0 or Hq == 0 or Hq % Hkv:
+        raise ValueError(f"{Hq} query heads cannot share {Hkv} key heads; the first must be a multiple.")
+    tokens = {"query": layout.num_query, "text_key": layout.num_text, "text_value": layout.num_text}
+    tokens |= {"image_key": layout.num_image, "image_value": layout.num_image}
+    for name, tensor in named.items():
+        want = torch.Size((tokens[name], Hq if name == "query" else Hkv, D))
+        if tensor.shape != want:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, but the layout and heads ask for {tuple(want)}."
+            )

@@ -1,0 +1,188 @@
+"""Handwriting: scikit-learn's 1,797 scanned digits, drawn as ink at any size.
+
+Legend: scan   uint8 (8, 8), ink 0..16      one digit written by one person
+        master uint8 (96, 96), ink 0..240   the scan, 8x, with two empty pixels around it before enlarging
+        alpha  uint8 (height, width)        0 bare paper .. 255 full ink, cropped to the ink
+        n      digits drawn in one call; h, w the canvas that each is drawn on
+
+Scans 0..1399 are for training, the rest for evaluation only. The writers of the two parts differ, so what
+limits a reader is how well it takes to new hands: training may bend and press the strokes further
+(`strength`) than real scans are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from casa.errors import UserError
+from casa.evaluation.example import Split
+
+FIRST_HELD_OUT = 1400
+
+_ENLARGE = 8
+_BORDER = 2
+_SIDE = (8 + 2 * _BORDER) * _ENLARGE
+_KNOTS = 4  # strokes are bent and pressed by smooth fields with 4 x 4 knots
+_INKED = 40  # alpha above which a pixel counts as ink when the digit is cropped
+
+
+@dataclass(frozen=True)
+class Hand:
+    """How one writer writes; each digit varies a little around it.
+
+    slant: shear, positive leans right. stretch: width over natural width. threshold: share of full ink below
+    which paper stays bare (a high one makes thin strokes). sharpness: how fast ink rises above it.
+    """
+
+    slant: float = 0.0
+    stretch: float = 1.0
+    threshold: float = 0.25
+    sharpness: float = 1.8
+
+    @staticmethod
+    def draw(rng: np.random.Generator) -> "Hand":
+        slant, stretch, threshold, sharpness = rng.random(4)
+        return Hand(
+            slant=-0.12 + 0.36 * slant,
+            stretch=0.82 + 0.36 * stretch,
+            threshold=0.17 + 0.15 * threshold,
+            sharpness=1.4 + 0.9 * sharpness,
+        )
+
+
+@cache
+def load_scans() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """All scans, uint8 (1797, 8, 8) with ink 0..16, and their digits, int64 (1797,)."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError("The tasks need scikit-learn's digits: pip install 'casa-vlm[tasks]'.") from error
+    flat, digits = load_digits(return_X_y=True)
+    return np.asarray(flat, dtype=np.uint8).reshape(-1, 8, 8), np.asarray(digits, dtype=np.int64)
+
+
+@cache
+def scan_indices(split: Split, digit: int) -> NDArray[np.int64]:
+    """Indices of the split's scans of one digit."""
+    _, digits = load_scans()
+    indices = np.flatnonzero(digits == digit)
+    return indices[indices < FIRST_HELD_OUT] if split == "train" else indices[indices >= FIRST_HELD_OUT]
+
+
+def pick_scan(digit: int, split: Split, rng: np.random.Generator) -> int:
+    """Index of a random scan of `digit` from the split."""
+    indices = scan_indices(split, digit)
+    return int(indices[rng.integers(len(indices))])
+
+
+def _mitchell(x: NDArray[np.floating]) -> NDArray[np.float64]:
+    # Mitchell and Netravali's cubic: bicubic interpolation shows the 8 x 8 grid as stairs, this does not
+    x = np.abs(x)
+    near = (7 * x**3 - 12 * x**2 + 16 / 3) / 6
+    far = (-7 / 3 * x**3 + 12 * x**2 - 20 * x + 32 / 3) / 6
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+@cache
+def _masters() -> NDArray[np.uint8]:
+    scans, _ = load_scans()
+    padded = np.pad(scans.astype(np.float32), ((0, 0), (_BORDER, _BORDER), (_BORDER, _BORDER)))
+    at = (np.arange(_SIDE) + 0.5) / _ENLARGE - 0.5
+    weights = _mitchell(at[:, None] - np.arange(padded.shape[1])[None, :]).astype(np.float32)
+    enlarged = weights @ padded @ weights.T
+    return np.clip(np.rint(enlarged * 15), 0, 255).astype(np.uint8)
+
+
+def render_digit(
+    scan: int, height: float, rng: np.random.Generator, hand: Hand | None = None, strength: float = 0.0
+) -> NDArray[np.uint8]:
+    """Draw one scan about `height` px high: alpha, uint8 (height, width). See `render_digits`."""
+    return render_digits([scan], [height], rng, hand, strength)[0]
+
+
+def render_digits(
+    scans: Sequence[int] | NDArray[np.int64],
+    heights: Sequence[float] | NDArray[np.float64],
+    rng: np.random.Generator,
+    hand: Hand | None = None,
+    strength: float = 0.0,
+) -> list[NDArray[np.uint8]]:
+    """Draw scans by number, each about its height (px) high: a list of alphas, uint8 (height, width) each.
+
+    `hand` is the writer's style (drawn anew if None). `strength` 0 leaves the scans' strokes as they are
+    (slanted, turned and stretched); 1 also bends them, presses them unevenly and varies their thickness.
+    Drawing a page's digits together is several times faster than one by one.
+    """
+    if len(scans) == 0:
+        return []
+    hand = hand or Hand.draw(rng)
+    number = np.asarray(scans)
+    size = np.asarray(heights, dtype=np.float32)
+    h, w = int(size.max() * 1.3) + 4, int(size.max() * 1.4) + 4
+    jitter = np.clip(rng.standard_normal((len(number), 6), dtype=np.float32), -2.5, 2.5)
+    a, b, c, d, e, f = _affine(hand, size, h, w, jitter, strength)
+    x, y = np.arange(w, dtype=np.float32), np.arange(h, dtype=np.float32)[:, None]
+    across = a * x + c + b * y
+    down = d * x + f + e * y
+    if strength > 0:
+        across += _field(rng, len(number), h, w, 2.5 * strength)
+        down += _field(rng, len(number), h, w, 2.5 * strength)
+    np.clip(across, 0, _SIDE - 1, out=across)
+    np.clip(down, 0, _SIDE - 1, out=down)
+    # the master is finer than any digit drawn from it, so that the nearest pixel will do
+    index = down.astype(np.int32)
+    index *= _SIDE
+    index += across.astype(np.int32)
+    index += (number * _SIDE**2).astype(np.int32)[:, None, None]
+    ink = _masters().reshape(-1).take(index).astype(np.float32)
+    if strength > 0:
+        ink *= 1 + np.clip(_field(rng, len(number), h, w, 0.15 * strength), -0.3, 0.3)
+    threshold = np.clip(hand.threshold + (0.01 + 0.03 * strength) * jitter[:, 4], 0.1, 0.36)
+    ink *= hand.sharpness * 255 / 240
+    ink -= (hand.sharpness * 255 * threshold)[:, None, None]
+    np.clip(ink, 0, 255, out=ink)
+    return _crop(ink.astype(np.uint8))
+
+
+def _affine(
+    hand: Hand, size: NDArray[np.float32], h: int, w: int, jitter: NDArray[np.float32], strength: float
+) -> tuple[NDArray[np.float32], ...]:
+    """Canvas to master, per digit: across = a x + b y + c, down = d x + e y + f; each float32 (n, 1, 1)."""
+    turn = np.radians((2.5 + 1.5 * strength) * jitter[:, 0])
+    shear = hand.slant + (0.04 + 0.04 * strength) * jitter[:, 1]
+    wide = hand.stretch * np.exp((0.04 + 0.06 * strength) * jitter[:, 2])
+    tall = np.exp((0.02 + 0.03 * strength) * jitter[:, 3])
+    scale = 8 * _ENLARGE / size
+    cos, sin = np.cos(turn), np.sin(turn)
+    # undo the turn, then the slant, then the stretch
+    a, b = (cos - shear * sin) * scale / wide, (sin + shear * cos) * scale / wide
+    d, e = -sin * scale / tall, cos * scale / tall
+    # + 0.5 turns the truncation to whole pixels into rounding
+    c, f = _SIDE / 2 + 0.5 - a * w / 2 - b * h / 2, _SIDE / 2 + 0.5 - d * w / 2 - e * h / 2
+    return tuple(value.astype(np.float32)[:, None, None] for value in (a, b, c, d, e, f))
+
+
+def _field(rng: np.random.Generator, n: int, h: int, w: int, deviation: float) -> NDArray[np.float32]:
+    """Smooth random fields, float32 (n, h, w), with the given deviation at the knots."""
+    knots = np.clip(rng.standard_normal((n, _KNOTS, _KNOTS), dtype=np.float32), -2, 2) * np.float32(deviation)
+    return (_spread(h) @ knots @ _spread(w).T).astype(np.float32, copy=False)
+
+
+@cache
+def _spread(length: int) -> NDArray[np.float32]:
+    # weights of the knots at each pixel; rows sum to one
+    at = np.arange(length) * ((_KNOTS - 1) / (length - 1))
+    weights = _mitchell(at[:, None] - np.arange(_KNOTS)[None, :])
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _crop(alphas: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    inked: NDArray[np.bool_] = np.greater(alphas, _INKED)
+    rows, columns = np.any(inked, axis=2), np.any(inked, axis=1)
+    top, left = np.argmax(rows, axis=1), np.argmax(columns, axis=1)
+    bottom = rows.shape[1] - np.argmax(rows[:, ::-1], axis=1)
+    right = columns.shape[1] - np.argmax(columns[:, ::-1], axis=1)
+    return [alpha[t:b, m:r] for alpha, t, b, m, r in zip(alphas, top, bottom, left, right, strict=True)]

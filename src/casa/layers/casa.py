@@ -1,0 +1,90 @@
+"""The CASA layer: a block's self-attention, copied, with image tokens among its keys and values.
+
+Shapes: B rows, L tokens, d width, Q real tokens, Hq query heads, Hkv key heads, D channels of a head.
+
+Paper, "Mechanism" and "Initialisation": text queries look at the image tokens and the text of their window
+in one softmax; the layer starts as a copy of the self-attention of its block; text enters through the block's
+own input norm. Plain cross-attention is the same layer with images as its only keys.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from casa.layers.step import Step
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+HEAD_NORMS = ("q_norm", "k_norm")
+
+
+class CasaAttention(nn.Module):
+    """A CASA layer with weights of its own, made from a block's self-attention module.
+
+    attention: has `q_proj`, `k_proj`, `v_proj`, `o_proj`, `head_dim` and perhaps `q_norm`, `k_norm`; all are
+        copied with their biases and dtypes. Raises ValueError if one is missing.
+    gate: "tanh" multiplies the output by tanh of a scalar that starts at zero (Flamingo's gate).
+    """
+
+    def __init__(self, attention: nn.Module, gate: str | None = None) -> None:
+        super().__init__()
+        missing = [name for name in (*PROJECTIONS, "head_dim") if not hasattr(attention, name)]
+        if missing:
+            raise ValueError(f"{type(attention).__name__} has no {', '.join(missing)}: CASA cannot be built from it")
+        self.head_dim: int = attention.head_dim  # type: ignore[assignment]
+        for name in (*PROJECTIONS, *HEAD_NORMS):
+            if (module := getattr(attention, name, None)) is not None:
+                setattr(self, name, copy.deepcopy(module))
+        self.gate = nn.Parameter(self.o_proj.weight.new_zeros(1)) if gate == "tanh" else None
+
+    def copy_from(self, attention: nn.Module) -> None:
+        """Takes the weights of a self-attention again, in place."""
+        with torch.no_grad():
+            for name in (*PROJECTIONS, *HEAD_NORMS):
+                if (mine := getattr(self, name, None)) is not None:
+                    mine.load_state_dict(getattr(attention, name).state_dict())
+
+    def forward(self, hidden: Tensor, step: Step, layer: int) -> Tensor:
+        """The update (B, L, d) for normed hidden states (B, L, d); zero for text that sees no image."""
+        return casa_update(self, hidden, step, layer, gate=self.gate)
+
+
+def casa_update(
+    weights: nn.Module,
+    hidden: Tensor,
+    step: Step,
+    layer: int,
+    *,
+    gate: Tensor | None = None,
+    replaces: bool = False,
+) -> Tensor:
+    """What the CASA layer number `layer` gives the text, with projections from `weights`.
+
+    hidden: (B, L, d) after the block's input norm. replaces: the layer stands in for self-attention, so text
+    that sees no image still gets its attention to the window's text. Padding gets zeros.
+    """
+    get = weights.get_submodule
+    flat = hidden.flatten(0, -2)
+    text = flat if step.tokens is None else flat[step.tokens]
+    width: int = weights.head_dim  # type: ignore[assignment]
+
+    def heads(name: str, norm: str | None = None) -> Tensor:
+        x = get(name)(text).unflatten(-1, (-1, width))
+        module = getattr(weights, norm, None) if norm else None
+        return x if module is None else module(x)
+
+    text_is_key = step.attend != "image"
+    out = step.attention(
+        layer,
+        heads("q_proj", "q_norm"),
+        heads("k_proj", "k_norm") if text_is_key else None,
+        heads("v_proj") if text_is_key else None,
+    )
+    update = get("o_proj")(out.flatten(1))
+    if gate is not None:
+        update = update * gate.tanh()
+    if not (replaces and text_is_key):
+        update = update * step.sees_image[:, None]
+    if step.tokens is not None:
+        update = torch.zeros_like(flat).index_copy(0, step.tokens, update)
+    return update.view_as(hidden)

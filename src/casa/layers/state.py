@@ -1,0 +1,92 @@
+"""What CASA layers remember between calls: the images and the text of the visible windows, as keys and values.
+
+Shapes: B rows, Hkv key heads, D channels of a head, I image slots, W text slots.
+A row's images fill the first slots of the image part, its text the first slots of the text part:
+
+    slot      0 ............. I-1 | I ................ I+W-1
+    row 0     image image image . | text text .  .   .
+    row 1     image .     .     . | text text text text .
+
+Slots past a row's own lengths hold nothing that is ever read. The text part has room to grow, so that a
+decoding step writes one slot and copies nothing.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class WindowExtent:
+    """How many image and text tokens a window holds."""
+
+    images: int
+    text: int
+
+
+@dataclass
+class LayerWindow:
+    """Keys and values of one CASA layer, each (B, Hkv, I + capacity, D); `images` is I."""
+
+    key: Tensor
+    value: Tensor
+    images: int
+
+    @property
+    def capacity(self) -> int:
+        return self.key.shape[2] - self.images
+
+    def grow(self) -> None:
+        """Doubles the room for text."""
+        room = max(16, self.capacity)
+        self.key = torch.nn.functional.pad(self.key, (0, 0, 0, room))
+        self.value = torch.nn.functional.pad(self.value, (0, 0, 0, room))
+
+
+@dataclass
+class WindowState:
+    """The visible windows of every row.
+
+    `windows[b]` lists row b's visible windows, oldest first, the current one last. Images of all of them are
+    held; text only of the current one, since no later token sees the text of a window that has closed.
+    """
+
+    windows: list[list[WindowExtent]]
+    layers: list[LayerWindow] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.windows)
+
+    @property
+    def image_tokens(self) -> list[int]:
+        """Image tokens held, per row."""
+        return [sum(window.images for window in row) for row in self.windows]
+
+    @property
+    def text_tokens(self) -> list[int]:
+        """Text tokens of the current window, per row."""
+        return [row[-1].text if row else 0 for row in self.windows]
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the image keys and values that are held."""
+        return sum(self.image_tokens) * self._token_bytes
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of the current windows' text keys and values; none where images are the only keys."""
+        holds_text = bool(self.layers) and self.layers[0].capacity > 0
+        return sum(self.text_tokens) * self._token_bytes if holds_text else 0
+
+    @property
+    def _token_bytes(self) -> int:
+        return sum(2 * x.key.shape[1] * x.key.shape[3] * x.key.element_size() for x in self.layers)
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps, repeats or reorders rows, as beams ask for; `rows` is int64 (B',)."""
+        self.windows = [list(self.windows[row]) for row in rows.tolist()]
+        for layer in self.layers:
+            index = rows.to(layer.key.device)
+            layer.key, layer.value = layer.key[index], layer.value[index]

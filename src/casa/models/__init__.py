@@ -1,0 +1,23 @@
+"""Transformers classes: config, model, processor, and the fusing of a backbone."""
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from casa.models.adapt import adapt
+from casa.models.cache import CasaCache
+from casa.models.config import CasaConfig
+from casa.models.fusion_config import FusionConfig
+from casa.models.model import CasaForConditionalGeneration
+from casa.models.processor import CasaProcessor
+
+AutoConfig.register("casa", CasaConfig, exist_ok=True)
+AutoModelForImageTextToText.register(CasaConfig, CasaForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(CasaConfig, CasaProcessor, exist_ok=True)
+
+__all__ = [
+    "CasaCache",
+    "CasaConfig",
+    "CasaForConditionalGeneration",
+    "CasaProcessor",
+    "FusionConfig",
+    "adapt",
+]

@@ -1,0 +1,135 @@
+"""The cache of a CASA model: the text model's own, of text tokens only, and the state of the visible windows.
+
+Shapes: B rows, S cached text tokens, Hkv key heads, D channels of a head.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from casa.errors import UserError
+from casa.layers import WindowExtent, WindowState
+
+
+class TextCache(DynamicCache):
+    """Keys and values of the blocks' self-attention. `counter` is the first block that has one."""
+
+    def __init__(self, config: Any = None, counter: int = 0) -> None:
+        super().__init__(config=config)
+        self.counter = counter
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        layer_idx = max(layer_idx, self.counter)
+        return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return super().get_mask_sizes(query_length, max(layer_idx, self.counter))
+
+
+class CasaCache(Cache):
+    """What a later call needs of earlier ones.
+
+    text: the cache that the text model fills; under insertion it holds image tokens too.
+    windows: the CASA layers' state, or None while no image has been seen.
+    stream_mask: insertion only, bool (B, tokens of text and images cached so far), True where real.
+    """
+
+    def __init__(self, config: Any = None, counter: int = 0) -> None:
+        self.text = TextCache(config, counter)
+        super().__init__(layers=self.text.layers)
+        self.windows: WindowState | None = None
+        self.stream_mask: Tensor | None = None
+        self.num_text = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Text tokens cached, padding included: what `attention_mask` and positions count."""
+        return self.num_text
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens held, over all rows: of visible windows, or under insertion of the whole past."""
+        if self.stream_mask is not None:
+            return self.text.get_seq_length() * self.stream_mask.shape[0] - self.num_text * self.stream_mask.shape[0]
+        return sum(self.windows.image_tokens) if self.windows is not None else 0
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of the text model's cache."""
+        layers = [layer for layer in self.text.layers if getattr(layer, "keys", None) is not None]
+        return sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))  # type: ignore[union-attr]
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the visible windows' image keys and values; 0 under insertion, where the text cache has them."""
+        return self.windows.image_bytes if self.windows is not None else 0
+
+    @property
+    def num_bytes(self) -> int:
+        """All bytes held: text cache, images and text of the visible windows."""
+        return self.text_bytes + (self.windows.image_bytes + self.windows.text_bytes if self.windows else 0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.text.batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.text.batch_repeat_interleave(repeats)
+        rows = self.windows.num_rows if self.windows is not None else 0
+        if self.stream_mask is not None:
+            rows = self.stream_mask.shape[0]
+        self._select(torch.arange(rows).repeat_interleave(repeats))
+
+    def _select(self, rows: Tensor) -> None:
+        if self.windows is not None:
+            self.windows.select(rows)
+        if self.stream_mask is not None:
+            self.stream_mask = self.stream_mask[rows.to(self.stream_mask.device)]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last tokens (a negative number of them), as far as the open window's text goes."""
+        count = -tokens_to_remove
+        if count < 0:
+            raise UserError("crop takes the number of tokens to remove, as a negative number.")
+        if self.windows is not None and any(row and row[-1].text < count for row in self.windows.windows):
+            raise UserError(f"cannot take back {count} tokens: an image stands among them.")
+        if self.stream_mask is not None:
+            raise UserError("a cache of inserted images cannot be cropped; start a new one.")
+        self.text.crop(tokens_to_remove)
+        self.num_text -= count
+        if self.windows is not None:
+            self.windows.windows = [
+                [*row[:-1], WindowExtent(row[-1].images, row[-1].text - count)] if row else row
+                for row in self.windows.windows
+            ]
+
+    def reset(self) -> None:
+        self.text.reset()
+        self.windows = self.stream_mask = None
+        self.num_text = 0
+
+    def drop_text(self, first: int, count: int, turn: Callable[[Tensor, int], Tensor]) -> None:
+        """Forgets `count` text tokens from `first` on; later ones move up, their rotary positions with them.
+
+        turn: moves rotated keys (n, Hkv, D) by a number of positions. Windows keep their own text.
+        """
+        if self.stream_mask is not None:
+            raise UserError("text cannot be dropped from a cache of inserted images.")
+        if not 0 <= first <= first + count <= self.num_text:
+            raise UserError(f"cannot drop tokens {first}..{first + count} of {self.num_text}.")
+        for layer in self.text.layers:
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if keys is None or values is None or keys.numel() == 0:
+                continue
+            rows, _, length, _ = keys.shape
+            rest = keys[:, :, first + count :].transpose(1, 2).flatten(0, 1)
+            moved = turn(rest, -count).unflatten(0, (rows, length - first - count)).transpose(1, 2)
+            layer.keys = torch.cat([keys[:, :, :first], moved], dim=2)
+            layer.values = torch.cat([values[:, :, :first], values[:, :, first + count :]], dim=2)
+        self.num_text -= count

@@ -1,0 +1,79 @@
+"""Puts CASA layers into a text model's blocks without renaming or wrapping a single weight.
+
+Hooks and one extra forward argument do it: the model passes a `casa_step` down through its blocks, and at
+each fused block a hook finds there the geometry of the call and its layer. A call without a step leaves the
+backbone as it was. Hooks hold no references, so that a deep copy of the model works by itself.
+"""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from casa.layers import Step, casa_update
+
+STEP = "casa_step"
+
+
+class FusedStep:
+    """A step with the layers that take it: layer number n belongs to the n-th fused block."""
+
+    def __init__(self, step: Step, layers: list[nn.Module | None]) -> None:
+        self.step = step
+        self.layers = layers
+
+    def update(self, number: int, attention: nn.Module, hidden: Tensor) -> Tensor:
+        """The update by layer `number`, which borrows the block's `attention` if it has no weights of its own."""
+        layer = self.layers[number]
+        if layer is None:
+            return casa_update(attention, hidden, self.step, number)
+        return layer(hidden, self.step, number)
+
+
+def fuse(blocks: nn.ModuleList, chosen: tuple[int, ...], placement: str) -> None:
+    """Attaches layer number n to block `chosen[n]`."""
+    for number, index in enumerate(chosen):
+        block = blocks[index]
+        attention = block.get_submodule("self_attn")
+        if placement == "parallel":
+            attention.register_forward_hook(partial(_beside, number), with_kwargs=True)
+        elif placement == "before":
+            block.register_forward_pre_hook(partial(_ahead, number), with_kwargs=True)
+        else:
+            kind = type(attention)
+            attention.__class__ = type(f"Replaced{kind.__name__}", (ReplacedSelfAttention, kind), {})
+            attention.casa_number = number  # type: ignore[assignment]
+
+
+def _beside(number: int, attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """CASA⊕: h = norm(x); x + SA(h) + CASA(h)."""
+    step: FusedStep | None = kwargs.get(STEP)
+    if step is None:
+        return output
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return (output[0] + step.update(number, attention, hidden), *output[1:])
+
+
+def _ahead(number: int, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """CASA→: x = x + CASA(norm(x)), then the block."""
+    step: FusedStep | None = kwargs.get(STEP)
+    if step is None:
+        return None
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    normed = block.get_submodule("input_layernorm")(hidden)
+    hidden = hidden + step.update(number, block.get_submodule("self_attn"), normed)
+    if "hidden_states" in kwargs:
+        return args, {**kwargs, "hidden_states": hidden}
+    return (hidden, *args[1:]), kwargs
+
+
+class ReplacedSelfAttention(nn.Module):
+    """CASA∨: a self-attention that looks at its window instead of the whole text, with the same weights."""
+
+    casa_number: int
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        step: FusedStep | None = kwargs.get(STEP)
+        if step is None:
+            raise RuntimeError("this block's self-attention was replaced; call the CASA model, not its backbone")
+        return casa_update(self, hidden_states, step.step, self.casa_number, replaces=True), None

@@ -1,0 +1,104 @@
+"""How text meets images: the choices of the paper's sections 2, 3 and 5, and the baselines, as plain data."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from casa.errors import UserError
+
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "method": ("casa", "cross_attention", "insertion"),
+    "placement": ("parallel", "before", "replace"),
+    "split": ("image", "sample"),
+    "gate": (None, "tanh"),
+}
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """The fusion of a text model with images.
+
+    method: "casa"; "cross_attention", the same layers with images as their only keys and no rotary positions;
+        "insertion", image tokens in the text stream.
+    placement: "parallel" (CASA⊕), "before" (CASA→) or "replace" (CASA∨) of the block's self-attention.
+    every, layers: every n-th block (n-1, 2n-1, ...), or an explicit list of blocks.
+    share_weights: use the block's own self-attention weights (D1). "replace" always does: the layer takes
+        over the weights of the self-attention it replaces.
+    gate: "tanh" scales the layer's output by tanh of a scalar that starts at zero.
+    split, history: what a window is and how many earlier ones stay visible (see WindowLayout).
+    compressor: image token compression; none is built yet.
+    Raises UserError for a value that is unknown or makes no sense beside the others.
+    """
+
+    method: str = "casa"
+    placement: str = "parallel"
+    every: int = 1
+    layers: tuple[int, ...] | None = None
+    share_weights: bool = False
+    gate: str | None = None
+    split: str = "image"
+    history: int = 0
+    compressor: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                near = get_close_matches(str(value), [str(c) for c in choices], 1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise UserError(f"fusion {name} is {value!r}; choose one of {_join(choices)}.{hint}")
+        if not isinstance(self.every, int) or self.every < 1:
+            raise UserError(f"fusion every is {self.every!r}; give a whole number of 1 or more.")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
+        if not isinstance(self.history, int) or self.history < -1:
+            raise UserError(f"fusion history is {self.history!r}; give 0 or more windows, or -1 for all.")
+        if self.gate is not None and (self.share_weights or self.placement == "replace"):
+            raise UserError("a gate needs layers with weights of their own; drop it, or share_weights and replace.")
+        if self.compressor is not None:
+            raise UserError(f"compressor {self.compressor!r} is not built yet; leave it out.")
+
+    def blocks(self, count: int) -> tuple[int, ...]:
+        """The blocks, of `count`, that get a layer. Raises UserError if one does not exist, or none keeps self-attention."""
+        if self.method == "insertion":
+            return ()
+        chosen = self.layers if self.layers is not None else range(self.every - 1, count, self.every)
+        found = tuple(sorted(set(chosen)))
+        if not found:
+            raise UserError(f"no block gets a fusion layer: every={self.every} of {count} blocks; lower it.")
+        if found[0] < 0 or found[-1] >= count:
+            raise UserError(f"fusion layers {list(found)} are not all among the {count} blocks 0..{count - 1}.")
+        if self.placement == "replace" and len(found) == count:
+            raise UserError("replacing every block leaves no self-attention over the whole text; use every=2 or more.")
+        return found
+
+    @property
+    def borrows(self) -> bool:
+        """Whether the layers have no weights of their own."""
+        return self.share_weights or self.placement == "replace"
+
+    @property
+    def attend(self) -> str:
+        """What the layers' queries look at, in the terms of `casa_attention`."""
+        return "image" if self.method == "cross_attention" else "both"
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        values["layers"] = None if self.layers is None else list(self.layers)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "FusionConfig":
+        """Reads what `to_dict` wrote. Raises UserError for an unknown key."""
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                near = get_close_matches(str(key), known, 1)
+                hint = f" Did you mean {near[0]!r}?" if near else f" Known keys: {', '.join(known)}."
+                raise UserError(f"unknown fusion key {key!r}.{hint}")
+        return cls(**values)
+
+
+def _join(choices: tuple[str | None, ...]) -> str:
+    return ", ".join(repr(choice) for choice in choices)

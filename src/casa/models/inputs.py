@@ -1,0 +1,81 @@
+"""Reads a call's masks and positions the way transformers does, and refuses what cannot be meant.
+
+Shapes: B rows, L new tokens, S cached tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from casa.errors import UserError
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """valid: bool (B, L), the real tokens of this call. mask: (B, S + L) as given, or None. position_ids: (B, L).
+
+    sample_starts: per row the indices at which packed samples start; None if every row is one sample.
+    """
+
+    valid: Tensor
+    mask: Tensor | None
+    position_ids: Tensor
+    sample_starts: list[list[int]] | None
+
+    @property
+    def packed(self) -> bool:
+        return self.sample_starts is not None
+
+
+def read_text_inputs(
+    rows: int, length: int, cached: int, mask: Tensor | None, position_ids: Tensor | None, device: torch.device
+) -> TextInputs:
+    """Checks `attention_mask` and `position_ids` of a call. Raises UserError for shapes that do not fit."""
+    if mask is not None:
+        if mask.dim() != 2:
+            raise UserError(f"attention_mask has shape {tuple(mask.shape)}; give (rows, cached and new tokens).")
+        if mask.shape != (rows, cached + length):
+            raise UserError(
+                f"attention_mask has shape {tuple(mask.shape)}, but there are {rows} rows of {cached} cached and "
+                f"{length} new tokens; it must cover both."
+            )
+        mask = mask.to(device)
+    valid = torch.ones(rows, length, dtype=torch.bool, device=device) if mask is None else mask[:, cached:].bool()
+    if position_ids is None:
+        if mask is None:
+            position_ids = torch.arange(cached, cached + length, device=device).expand(rows, -1)
+        else:
+            position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)[:, cached:]
+        return TextInputs(valid, mask, position_ids, None)
+    if position_ids.dim() != 2 or position_ids.shape[1] != length:
+        raise UserError(f"position_ids have shape {tuple(position_ids.shape)}; give ({rows}, {length}).")
+    position_ids = position_ids.to(device).expand(rows, length)
+    return TextInputs(valid, mask, position_ids, _packed_samples(position_ids, valid))
+
+
+def _packed_samples(position_ids: Tensor, valid: Tensor) -> list[list[int]] | None:
+    """Where positions restart at 0 inside a row; None if they do so nowhere."""
+    if position_ids.shape[1] < 2:
+        return None
+    restart = (position_ids[:, 1:] == 0) & valid[:, 1:] & valid[:, :-1]
+    if not bool(restart.any()):
+        return None
+    starts = []
+    for row, real in zip(restart, valid, strict=True):
+        first = real.nonzero().flatten()[:1].tolist()
+        starts.append(first + [index + 1 for index in row.nonzero().flatten().tolist()])
+    return starts
+
+
+def read_image_places(positions: Tensor | None, images: int) -> list[tuple[int, int]]:
+    """(row, index) of each image, from `image_positions` (n, 2). Raises UserError if they do not match."""
+    if positions is None:
+        if images:
+            raise UserError(f"there are {images} images but no image_positions; the processor makes them.")
+        return []
+    if positions.dim() != 2 or positions.shape[1] != 2:
+        raise UserError(f"image_positions have shape {tuple(positions.shape)}; give (images, 2): row and index.")
+    if positions.shape[0] != images:
+        raise UserError(f"there are {images} images but {positions.shape[0]} image_positions; give one each.")
+    return [(row, index) for row, index in positions.tolist()]

@@ -1,0 +1,53 @@
+"""Loading a checkpoint, or saying in one sentence why it cannot be loaded.
+
+Only JSON and safetensors are read: no pickle, no code from the checkpoint.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from casa.errors import UserError
+from casa.models.shipped import SHIPPED, resolve
+
+
+def check_folder(name: Any) -> None:
+    """Refuses a local path that is no checkpoint. Names that may be a hub's are left to transformers."""
+    path = Path(str(name))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{name} has no config.json; give the folder that save_pretrained wrote.")
+        return
+    if path.exists():
+        raise UserError(f"{name} is a file; give the folder that save_pretrained wrote.")
+    looks_local = str(name).startswith((".", "/", "~")) or str(name).count("/") != 1
+    if looks_local:
+        raise UserError(f"there is no model at {name!r}; give a folder, or one of: {', '.join(SHIPPED)}.")
+
+
+def load_checked(load: Callable[..., Any], name: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls a `from_pretrained` and refuses a checkpoint with missing, surplus or misshapen weights."""
+    path = resolve(name)
+    check_folder(path)
+    wanted = kwargs.pop("output_loading_info", False)
+    kwargs.setdefault("use_safetensors", True)
+    if kwargs.pop("trust_remote_code", False):
+        raise UserError("casa runs no code from a checkpoint; leave out trust_remote_code.")
+    try:
+        model, info = load(path, *args, output_loading_info=True, **kwargs)
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{name} cannot be loaded: {reason}") from error
+    for kind, remedy in (
+        ("missing_keys", "are missing from it"),
+        ("unexpected_keys", "are in it and not in the model"),
+        ("mismatched_keys", "have another shape in it"),
+    ):
+        if keys := sorted(str(key) for key in info.get(kind) or ()):
+            raise UserError(
+                f"the weights in {name} do not fit this model: {len(keys)} {remedy}, the first is {keys[0]}; "
+                "use a checkpoint saved with this configuration."
+            )
+    return (model, info) if wanted else model

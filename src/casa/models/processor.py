@@ -1,0 +1,141 @@
+"""CasaProcessor: chats with pictures to tokens without placeholders, patches, and where each picture stands."""
+
+from typing import Any
+
+import torch
+from transformers import BatchFeature, ProcessorMixin
+
+from casa.errors import UserError
+from casa.models.loading import check_folder
+from casa.models.shipped import resolve
+
+
+class CasaProcessor(ProcessorMixin):
+    """An image processor and a tokenizer, joined.
+
+    image_token: what the chat template writes for a picture. It marks the place and never reaches the model.
+    frame_prefix, frame_suffix: the delimiters that the template puts around a picture; a streamed frame gets
+        the same ones. The suffix is the gist token of the paper (v2, D5), where there is one.
+    """
+
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        frame_prefix: str = "",
+        frame_suffix: str = "",
+    ) -> None:
+        self.image_token = image_token
+        self.frame_prefix = frame_prefix
+        self.frame_suffix = frame_suffix
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise UserError(f"the tokenizer has no token {image_token!r}; name the one its template writes.")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; `casa-tiny` names the checkpoint in the package. Raises UserError if it is no folder."""
+        path = resolve(pretrained_model_name_or_path)
+        check_folder(path)
+        try:
+            return super().from_pretrained(path, *args, **kwargs)
+        except (OSError, KeyError) as error:
+            raise UserError(
+                f"{pretrained_model_name_or_path} has no processor that can be read: {str(error).splitlines()[0]}"
+            ) from error
+
+    def __call__(  # type: ignore[override]
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        videos: Any = None,
+        return_tensors: str | None = "pt",
+        padding: bool | str = True,
+        padding_side: str = "left",
+        add_special_tokens: bool = False,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Tokens (B, L) with `attention_mask`, and with images their patches, grids and `image_positions` (n, 2).
+
+        images: one picture, a list for a single text, or a list of lists, one per text; every text holds the
+        image token once per picture. Rows are padded on the left. Raises UserError if pictures and places
+        differ in number, or for a video, which is read frame by frame.
+        """
+        if videos is not None:
+            raise UserError("a video is read frame by frame; give its frames as images.")
+        if text is None:
+            raise UserError("give text; a picture alone asks nothing.")
+        if return_tensors not in ("pt", None):
+            raise UserError(f"return_tensors is {return_tensors!r}; only 'pt' is supported.")
+        texts = [text] if isinstance(text, str) else list(text)
+        rows = [self._row(entry, add_special_tokens) for entry in texts]
+        flat = _flat(images)
+        wanted = sum(len(places) for _, places in rows)
+        if len(flat) != wanted:
+            raise UserError(f"the text has places for {wanted} pictures, but {len(flat)} were given.")
+        length = max((len(ids) for ids, _ in rows), default=0) if padding else None
+        if length is None and len({len(ids) for ids, _ in rows}) > 1:
+            raise UserError("texts of different lengths need padding=True.")
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        input_ids, mask, positions = [], [], []
+        for number, (ids, places) in enumerate(rows):
+            empty = (length or len(ids)) - len(ids)
+            left = empty if padding_side == "left" else 0
+            input_ids.append([pad] * left + ids + [pad] * (empty - left))
+            mask.append([0] * left + [1] * len(ids) + [0] * (empty - left))
+            positions += [(number, left + place) for place in places]
+        data: dict[str, Any] = {"input_ids": torch.tensor(input_ids), "attention_mask": torch.tensor(mask)}
+        if flat:
+            data |= self.image_processor(images=flat, return_tensors="pt")
+            data["image_positions"] = torch.tensor(positions)
+        return BatchFeature(data)
+
+    def frame(self, image: Any) -> tuple[list[int], list[int], dict[str, Any]]:
+        """A streamed frame: token ids before it, token ids after it, and its pixels and grid."""
+        before = self.tokenizer.encode(self.frame_prefix, add_special_tokens=False) if self.frame_prefix else []
+        after = self.tokenizer.encode(self.frame_suffix, add_special_tokens=False) if self.frame_suffix else []
+        return before, after, dict(self.image_processor(images=[image], return_tensors="pt"))
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """As in transformers. Raises UserError for video content: give its frames as images."""
+        for message in _messages(conversation):
+            content = message.get("content")
+            parts = content if isinstance(content, list) else []
+            if any(isinstance(part, dict) and part.get("type") == "video" for part in parts):
+                raise UserError("a video is read frame by frame; give its frames as image parts.")
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
+
+    def _row(self, text: str, add_special_tokens: bool) -> tuple[list[int], list[int]]:
+        """Token ids without image tokens, and the indices before which pictures stand."""
+        ids, places = [], []
+        for token in self.tokenizer.encode(text, add_special_tokens=add_special_tokens):
+            if token == self.image_token_id:
+                places.append(len(ids))
+            else:
+                ids.append(token)
+        return ids, places
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "image_grid_thw", "image_positions"]
+
+
+def _flat(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    return [picture for entry in images for picture in (_flat(entry) if isinstance(entry, (list, tuple)) else [entry])]
+
+
+def _messages(conversation: Any) -> list[dict[str, Any]]:
+    if not conversation:
+        return []
+    nested = isinstance(conversation[0], (list, tuple))
+    return [message for chat in conversation for message in chat] if nested else list(conversation)
