@@ -1,13 +1,21 @@
-"""Tiny random models, offline and in float64, for tests: of casa itself and of what is built on it."""
+"""Tiny random models and inputs, offline and in float64, for tests: of casa itself and of what is built on it."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from casa.models import CasaForConditionalGeneration, FusionConfig, adapt
+from casa.models import CasaForConditionalGeneration, CasaProcessor, FusionConfig, adapt
 
 VOCABULARY = 61
 
@@ -66,6 +74,105 @@ def tiny_images(grids: list[tuple[int, int]], seed: int = 3, dtype: torch.dtype 
         "pixel_values": torch.randn(patches, 3 * 14 * 14, generator=generator, dtype=dtype),
         "image_grid_thw": torch.tensor([(1, 2 * rows, 2 * columns) for rows, columns in grids]),
     }
+
+
+@dataclass(frozen=True)
+class TinySample:
+    """A text with pictures: token ids, and (index of the token before which it stands, rows, columns) of each.
+
+    Rows and columns count tokens. The same sample has the same pixels however it is handed to a model.
+    """
+
+    ids: tuple[int, ...]
+    pictures: tuple[tuple[int, int, int], ...] = ()
+    seed: int = 3
+
+    @property
+    def image_tokens(self) -> int:
+        return sum(rows * columns for _, rows, columns in self.pictures)
+
+    def inputs(self) -> dict[str, Any]:
+        """One unpadded row."""
+        return as_batch([self])
+
+    def calls(self, cuts: Sequence[int], late: bool = False) -> list[dict[str, Any]]:
+        """The row cut into several calls at text indices; a picture at a cut ends a call, or if `late` opens the next."""
+        found = []
+        pixels = [tiny_images([(r, c)], self.seed + n) for n, (_, r, c) in enumerate(self.pictures)]
+        left = list(enumerate(self.pictures))
+        borders = [0, *cuts, len(self.ids)]
+        for number, (first, stop) in enumerate(pairwise(borders)):
+            last = number == len(borders) - 2
+            mine = [(n, p[0] - first) for n, p in left if p[0] < stop or (p[0] == stop and (last or not late))]
+            left = left[len(mine) :]
+            call: dict[str, Any] = {"input_ids": torch.tensor([self.ids[first:stop]])}
+            if mine:
+                call |= {key: torch.cat([pixels[n][key] for n, _ in mine]) for key in pixels[0]}
+                call["image_positions"] = torch.tensor([(0, index) for _, index in mine])
+            found.append(call)
+        return found
+
+
+def as_batch(samples: Sequence[TinySample]) -> dict[str, Any]:
+    """Rows padded on the left, as the processor makes them; `attention_mask` only where there is padding."""
+    length = max(len(sample.ids) for sample in samples)
+    empty = [length - len(sample.ids) for sample in samples]
+    rows = [[0] * n + list(sample.ids) for n, sample in zip(empty, samples, strict=True)]
+    inputs: dict[str, Any] = {"input_ids": torch.tensor(rows)}
+    if any(empty):
+        inputs["attention_mask"] = torch.tensor([[0] * n + [1] * (length - n) for n in empty])
+    places = [(row, empty[row] + p[0]) for row, sample in enumerate(samples) for p in sample.pictures]
+    return inputs | _pictures(samples, places)
+
+
+def as_packed(samples: Sequence[TinySample]) -> dict[str, Any]:
+    """All samples in one row; positions restart at each."""
+    places, offset = [], 0
+    for sample in samples:
+        places += [(0, offset + p[0]) for p in sample.pictures]
+        offset += len(sample.ids)
+    return {
+        "input_ids": torch.tensor([[token for sample in samples for token in sample.ids]]),
+        "position_ids": torch.tensor([[index for sample in samples for index in range(len(sample.ids))]]),
+        "use_cache": False,
+    } | _pictures(samples, places)
+
+
+def _pictures(samples: Sequence[TinySample], places: list[tuple[int, int]]) -> dict[str, Any]:
+    if not places:
+        return {}
+    each = [tiny_images([(r, c)], s.seed + n) for s in samples for n, (_, r, c) in enumerate(s.pictures)]
+    joined = {key: torch.cat([images[key] for images in each]) for key in each[0]}
+    return joined | {"image_positions": torch.tensor(places)}
+
+
+SPECIAL = ("<pad>", "<bos>", "<end>", "<user>", "<assistant>", "<image>", "<frame>")
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{% if part.type == 'image' %}<image><frame>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_processor(delimited: bool = True) -> CasaProcessor:
+    """One token per letter, digit or blank; with a delimiter behind each image, or without."""
+    letters = [*"0123456789abcdefghijklmnopqrstuvwxyz .?ABCDEFGHIJKLMN"]
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *letters])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.decoder = Fuse()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+    fast.add_special_tokens({"additional_special_tokens": [*SPECIAL[3:]]})
+    pixels = Qwen2VLImageProcessorPil(
+        patch_size=14,
+        temporal_patch_size=1,
+        merge_size=2,
+        size={"shortest_edge": 28 * 28, "longest_edge": 64 * 28 * 28},
+    )
+    template = TEMPLATE if delimited else TEMPLATE.replace("<frame>", "")
+    suffix = "<frame>" if delimited else ""
+    return CasaProcessor(pixels, fast, chat_template=template, frame_suffix=suffix, stream_prompt="say it")
 
 
 def _spread(module: Any) -> Any:

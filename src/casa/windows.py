@@ -5,10 +5,10 @@ Text tokens of all samples are packed in order, and so are image tokens; every i
 those two packed streams unless it says otherwise. Tensors are made once, on the CPU, on first use.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, wraps
 from itertools import accumulate
 from operator import index
 from typing import Any, TypeVar
@@ -21,6 +21,17 @@ from casa.errors import UserError
 SPLITS = ("image", "sample")
 
 Built = TypeVar("Built")
+
+
+def _lasting(build: Callable[[Any], Tensor]) -> "cached_property[Tensor]":
+    """A tensor made once, and outside inference mode: one made inside could not serve a later backward."""
+
+    @wraps(build)
+    def outside(self: Any) -> Tensor:
+        with torch.inference_mode(False):
+            return build(self)
+
+    return cached_property(outside)
 
 
 @dataclass(frozen=True)
@@ -135,9 +146,7 @@ class WindowLayout:
                 raise UserError(f"past has {len(self.past)} entries for {len(self.text_lengths)} samples.")
             for sample, (gone, length) in enumerate(zip(self.past, self.text_lengths, strict=True)):
                 if not 0 <= gone <= length:
-                    raise UserError(
-                        f"past of sample {sample} is {gone}, but must lie in 0..{length}, its text length."
-                    )
+                    raise UserError(f"past of sample {sample} is {gone}, but must lie in 0..{length}, its text length.")
 
     @cached_property
     def num_text(self) -> int:
@@ -175,7 +184,7 @@ class WindowLayout:
         """Ids of the windows whose images text in `window` may see, oldest first, itself last."""
         return range(self._oldest_visible[window], window + 1)
 
-    @cached_property
+    @_lasting
     def first_visible(self) -> Tensor:
         """int64 (W,): the first of each window's `visible_windows`."""
         return _long(self._oldest_visible)
@@ -195,47 +204,47 @@ class WindowLayout:
         """All images in packed order."""
         return tuple(image for window in self.windows for image in window.images)
 
-    @cached_property
+    @_lasting
     def text_window(self) -> Tensor:
         """int64 (T,): the window each text token is in."""
         return _repeat(range(self.num_windows), [w.num_text for w in self.windows])
 
-    @cached_property
+    @_lasting
     def image_window(self) -> Tensor:
         """int64 (N,): the window each image token is in."""
         return _repeat(range(self.num_windows), [w.num_image for w in self.windows])
 
-    @cached_property
+    @_lasting
     def window_start(self) -> Tensor:
         """int64 (W,): the packed text index at which each window starts; positions count from there."""
         return _long(w.text_start for w in self.windows)
 
-    @cached_property
+    @_lasting
     def text_position(self) -> Tensor:
         """int64 (T,): 0, 1, 2, ... from the start of the token's window."""
         starts = _repeat((w.text_start for w in self.windows), [w.num_text for w in self.windows])
-        return _arange(self.num_text) - starts
+        return torch.arange(self.num_text) - starts
 
-    @cached_property
+    @_lasting
     def image_text_index(self) -> Tensor:
         """int64 (N,): packed index of the text token before which the token's image stands."""
         return _repeat((i.text_position for i in self.images), [i.stop - i.start for i in self.images])
 
-    @cached_property
+    @_lasting
     def image_position(self) -> Tensor:
         """int64 (N,): `text_position` of the next text token of the window, the same for a whole image."""
         positions = (i.text_position - w.text_start for w in self.windows for i in w.images)
         return _repeat(positions, [i.stop - i.start for i in self.images])
 
-    @cached_property
+    @_lasting
     def query_index(self) -> Tensor:
         """int64 (Q,): the packed text index of each query."""
         ends = list(accumulate(self.text_lengths))
         counts = [n - p for n, p in zip(self.text_lengths, self.past or [0] * len(ends), strict=True)]
         last = list(accumulate(counts))
-        return _arange(self.num_query) + _repeat((e - q for e, q in zip(ends, last, strict=True)), counts)
+        return torch.arange(self.num_query) + _repeat((e - q for e, q in zip(ends, last, strict=True)), counts)
 
-    @cached_property
+    @_lasting
     def sees_image(self) -> Tensor:
         """bool (Q,): whether the query sees at least one image."""
         opens = []
@@ -245,8 +254,7 @@ class WindowLayout:
             opens.append(self.num_text if earliest is None else earliest.text_position)
         # images are in order, so a query sees some image iff it sees the earliest
         earliest = _repeat(opens, [w.num_query for w in self.windows])
-        with torch.inference_mode(False):
-            return self.query_index >= earliest
+        return self.query_index >= earliest
 
     def mask(self, device: torch.device | str = "cpu") -> Tensor:
         """bool (Q, N + T), image columns first: True where the query sees the key. Q = T without `past`."""
@@ -268,7 +276,7 @@ class WindowLayout:
     def cached(self, key: Hashable, build: Callable[[], Built]) -> Built:
         """What `build` makes, made once for this layout: plans and index tensors that all layers share.
 
-        It is built outside inference mode, since an index made inside could not serve a later backward.
+        Like the layout's own tensors, it is made outside inference mode.
         """
         if key not in self._cache:
             with torch.inference_mode(False), torch.no_grad():
@@ -293,9 +301,7 @@ def _check_sample(sample: int, length: int, places: tuple[tuple[int, int], ...])
         if not 0 <= position <= length:
             raise UserError(f"{name} stands at {position}, out of range 0..{length}, the sample's text.")
         if position < before:
-            raise UserError(
-                f"{name} stands at {position}, out of order after one at {before}; sort by position."
-            )
+            raise UserError(f"{name} stands at {position}, out of order after one at {before}; sort by position.")
         if tokens < 1:
             raise UserError(f"{name} has {tokens} tokens; leave out images that have none.")
         before = position
@@ -325,16 +331,9 @@ def _cut(
     return windows
 
 
-def _long(values: Any) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(list(values), dtype=torch.int64)
+def _long(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64)
 
 
-def _repeat(values: Any, counts: Sequence[int]) -> Tensor:
-    with torch.inference_mode(False):
-        return _long(values).repeat_interleave(_long(counts))
-
-
-def _arange(length: int) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.arange(length)
+def _repeat(values: Iterable[int], counts: Sequence[int]) -> Tensor:
+    return _long(values).repeat_interleave(_long(counts))

@@ -75,9 +75,7 @@ def casa_attention(
     )
 
 
-def _check(
-    q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, layout: WindowLayout
-) -> None:
+def _check(q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, layout: WindowLayout) -> None:
     named = {
         "query": q,
         "text_key": text_k,
@@ -87,15 +85,11 @@ def _check(
     }
     for name, tensor in named.items():
         if tensor.dim() != 3:
-            raise ValueError(
-                f"{name} must have 3 dimensions (tokens, heads, width), not {tuple(tensor.shape)}."
-            )
+            raise ValueError(f"{name} must have 3 dimensions (tokens, heads, width), not {tuple(tensor.shape)}.")
         if tensor.dtype != q.dtype:
             raise ValueError(f"{name} is {tensor.dtype} but query is {q.dtype}; give all in one dtype.")
         if tensor.device != q.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} but query is on {q.device}; give all on one device."
-            )
+            raise ValueError(f"{name} is on {tensor.device} but query is on {q.device}; give all on one device.")
     if not q.dtype.is_floating_point:
         raise ValueError(f"attention needs a floating dtype, not {q.dtype}.")
     _, Hq, D = q.shape
@@ -107,6 +101,4 @@ def _check(
     for name, tensor in named.items():
         want = torch.Size((tokens[name], Hq if name == "query" else Hkv, D))
         if tensor.shape != want:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, but the layout and heads ask for {tuple(want)}."
-            )
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but the layout and heads ask for {tuple(want)}.")

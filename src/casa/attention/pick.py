@@ -22,13 +22,11 @@ class Pick:
 
     @staticmethod
     def of(index: Tensor, valid: Tensor, sources: int, blank: Tensor | None = None) -> "Pick":
-        """index, valid: (M,), from `sources` rows. What is not valid is padding, whose gradient is zero anyway."""
+        """index, valid: (M,), from `sources` rows. The rest is padding, whose gradient is zero."""
         used = valid.nonzero().squeeze(1)
         row, order = index[used].sort(stable=True)
         used = used[order]
-        turn = torch.arange(len(row)) - torch.searchsorted(
-            row, row
-        )  # 0 for a row's first use, 1 for its second
+        turn = torch.arange(len(row)) - torch.searchsorted(row, row)  # 0 for a row's first use, 1 for its second
         fresh = turn == 0
         first = torch.zeros(sources, dtype=torch.int64)
         first[row[fresh]] = used[fresh]

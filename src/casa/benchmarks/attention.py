@@ -5,7 +5,6 @@ and their ratios are what to read. Times are milliseconds: forward with the grap
 backward.
 """
 
-import platform
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from casa.attention import casa_attention, implementations
 from casa.errors import UserError
+from casa.provenance import provenance
 from casa.windows import WindowLayout
 
 DENSE = "dense mask"
@@ -168,11 +168,7 @@ def bench_record(rows: Sequence[BenchRow], seed: int, repeats: int, device: str 
     """The rows with what is needed to trace them: plain numbers and strings, ready for JSON."""
     return {
         "bench": "attention",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-        "threads": torch.get_num_threads(),
+        **provenance(device),
         "seed": seed,
         "repeats": repeats,
         "rows": [asdict(row) for row in rows],

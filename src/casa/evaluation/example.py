@@ -109,7 +109,5 @@ def draw_size(
         height, width = (int(n) * CELL for n in rng.integers(least // CELL, top // CELL + 1, 2))
     for side in (height, width):
         if side % CELL or not least <= side <= most:
-            raise ValueError(
-                f"a side of {side} px was asked for; choose multiples of 28 from {least} to {most}."
-            )
+            raise ValueError(f"a side of {side} px was asked for; choose multiples of 28 from {least} to {most}.")
     return height, width

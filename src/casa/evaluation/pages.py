@@ -151,10 +151,7 @@ def _write(
     gaps = np.zeros(number + 1)
     if spare > 0:
         gaps = spare * rng.dirichlet(np.ones(number + 1))
-    # whole pixels, rounded up, so that rounding never brings two lines closer than the pitch
-    centres = (
-        _MARGIN + drop + heights[0] / 2 + gaps[0] + np.concatenate([[0], np.cumsum(pitches + gaps[1:-1])])
-    )
+    centres = _MARGIN + drop + heights[0] / 2 + gaps[0] + np.concatenate([[0], np.cumsum(pitches + gaps[1:-1])])
 
     counts = rng.integers(1, MAX_DIGITS + 1, number)
     counts = np.where(rng.random(number) < 0.3, np.maximum(counts, wanted), counts)
@@ -205,9 +202,7 @@ def _stamp(alpha: NDArray[np.uint8], ink: NDArray[np.uint8], x: float, y: float)
 
 def _ask(lines: Sequence[str], turns: int | Sequence[str], rng: np.random.Generator) -> tuple[Turn, ...]:
     if isinstance(turns, int):
-        kinds = rng.choice(
-            ["line", "digit", "lines", "length", "last_line"], turns, p=[0.4, 0.36, 0.08, 0.1, 0.06]
-        )
+        kinds = rng.choice(["line", "digit", "lines", "length", "last_line"], turns, p=[0.4, 0.36, 0.08, 0.1, 0.06])
     else:
         kinds = turns
     return tuple(_turn(str(kind), lines, rng) for kind in kinds)

@@ -36,9 +36,7 @@ def _photo(name: str) -> Image.Image:
     try:
         import skimage
     except ImportError as error:
-        raise UserError(
-            "The scenes need scikit-image's photographs: pip install 'casa-vlm[tasks]'."
-        ) from error
+        raise UserError("The scenes need scikit-image's photographs: pip install 'casa-vlm[tasks]'.") from error
     path = Path(skimage.__file__).parent / "data" / name
     if not path.is_file():
         raise UserError(f"This scikit-image has no {name}; install scikit-image 0.24 or later.")

@@ -39,17 +39,12 @@ STREAM_SECONDS = 20.0
 
 def held_out_pages(seed: int, limit: int) -> Iterable[Example]:
     """The `limit` pages of an evaluation, one question for a line and one for a digit on each."""
-    return (
-        page(generator("pages", "held_out", seed, i + 1), "held_out", turns=PAGE_TURNS) for i in range(limit)
-    )
+    return (page(generator("pages", "held_out", seed, i + 1), "held_out", turns=PAGE_TURNS) for i in range(limit))
 
 
 def held_out_scenes(seed: int, limit: int) -> Iterable[Example]:
     """The `limit` scenes of an evaluation, four questions on each."""
-    return (
-        scene(generator("scenes", "held_out", seed, i + 1), "held_out", turns=SCENE_TURNS)
-        for i in range(limit)
-    )
+    return (scene(generator("scenes", "held_out", seed, i + 1), "held_out", turns=SCENE_TURNS) for i in range(limit))
 
 
 def _answers(

@@ -149,10 +149,7 @@ def _place_shapes(height: int, width: int, rng: np.random.Generator) -> tuple[Sh
             x, y = rng.uniform(reach, width - reach), rng.uniform(reach, height - reach)
             if not (_clear(x, width) and _clear(y, height)):
                 continue
-            if all(
-                math.hypot(x - other.x, y - other.y) >= (diameter + other.diameter) / 2 + _GAP
-                for other in shapes
-            ):
+            if all(math.hypot(x - other.x, y - other.y) >= (diameter + other.diameter) / 2 + _GAP for other in shapes):
                 shapes.append(Shape(kind, colour, x, y, diameter))
                 break
     # reading order: by third of the height, then from the left
@@ -229,8 +226,6 @@ def _askable(shapes: Sequence[Shape], height: int, width: int) -> dict[str, list
         if places.count(place) == 1:
             answer = f"a {shape.colour} {shape.kind}"
             found["what"].append(Turn(f"What is at the {PLACES[place]}?", answer, "what"))
-    found["count"] = [
-        Turn(f"How many {kind}s are there?", str(kinds.count(kind)), "count") for kind in SHAPES
-    ]
+    found["count"] = [Turn(f"How many {kind}s are there?", str(kinds.count(kind)), "count") for kind in SHAPES]
     found["count"] += [Turn("How many shapes are there?", str(len(shapes)), "count")] * 2
     return found

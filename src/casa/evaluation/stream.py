@@ -79,9 +79,7 @@ class StreamExample:
         """The RGB picture at time t (s)."""
         sheet = self._sheet(t)
         affine = self._camera.affine(t)
-        seen = sheet.transform(
-            (self.width, self.height), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR
-        )
+        seen = sheet.transform((self.width, self.height), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
         key, sigma = self._grain
         rng = np.random.default_rng([key, round(t * 10_000)])
         return grainy(np.asarray(seen), noise(self.height, self.width, rng), sigma)
@@ -240,15 +238,11 @@ def _set_out(
 ) -> tuple[Glyph, ...]:
     widths = [ink.shape[1] for ink in inks]
     gap = 2 + rng.uniform(0.05, 0.25) * size
-    steps = [
-        max(_LEAST_PITCH + 1, (before + after) / 2 + gap) for before, after in itertools.pairwise(widths)
-    ]
+    steps = [max(_LEAST_PITCH + 1, (before + after) / 2 + gap) for before, after in itertools.pairwise(widths)]
     offsets = np.concatenate([[0.0], np.cumsum(steps)])
     offsets -= offsets[-1] / 2
     glyphs = []
-    for column, (digit, scan, ink, offset) in enumerate(
-        zip(digits, scans, inks, offsets, strict=True), start=1
-    ):
+    for column, (digit, scan, ink, offset) in enumerate(zip(digits, scans, inks, offsets, strict=True), start=1):
         height, width = ink.shape
         left, top = round(middle[0] + offset - width / 2), round(middle[1] - height / 2)
         glyphs.append(Glyph(digit, scan, 1, column, (left, top, left + width, top + height)))

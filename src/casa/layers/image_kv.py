@@ -24,8 +24,8 @@ class ImageNorm:
 
 
 def normalise(image: Tensor, eps: float) -> Tensor:
-    """Image tokens (N, d) over their root mean square; computed in float32 at least, as the block's norm is."""
-    wide = image.to(torch.promote_types(image.dtype, torch.float32))
+    """Image tokens (N, d) over their root mean square; computed in float32 whatever the dtype, as the block's norm is."""
+    wide = image.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(image.dtype)
 
 

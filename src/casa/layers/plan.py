@@ -102,9 +102,7 @@ def plan_call(
             text_lengths.append(offset + stop - first)
             insertions.append(before + [(offset + p - first, n) for p, n in mine])
             gone.append(offset)
-    layout = WindowLayout.from_insertions(
-        text_lengths, insertions, split, history, gone if state is not None else None
-    )
+    layout = WindowLayout.from_insertions(text_lengths, insertions, split, history, gone if state is not None else None)
 
     tokens = None
     if any(len(row) != length for row in real):

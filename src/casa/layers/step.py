@@ -20,9 +20,10 @@ from casa.attention import casa_attention
 from casa.layers.plan import Plan
 from casa.layers.rotary import Rotary, rotate, turner
 from casa.layers.state import LayerWindow, WindowExtent, WindowState
+from casa.windows import WindowLayout
 
-Record = Callable[[int, Tensor, Tensor, Tensor], None]
-"""(layer ordinal, query (Q, Hq, D), text key (T, Hkv, D), image key (N, Hkv, D)), rotary applied."""
+Record = Callable[[int, Tensor, Tensor, Tensor, WindowLayout], None]
+"""(layer ordinal, query (Q, Hq, D), text key (T, Hkv, D), image key (N, Hkv, D), layout), rotary applied."""
 
 
 class Step(Protocol):
@@ -88,9 +89,17 @@ class PackedStep:
             held = self.state.layers[layer] if self.state.layers else None
             key, value, image_key, image_value = self._joined(held, key, value, image_key, image_value)
         if self.record is not None:
-            self.record(layer, query, key, image_key)
+            self.record(layer, query, key, image_key, layout)
         out = casa_attention(
-            query, key, value, image_key, image_value, layout, attend=self.attend, impl=self.impl, turn=self.turn
+            query,
+            key,
+            value,
+            image_key,
+            image_value,
+            layout,
+            attend=self.attend,
+            impl=self.impl,
+            turn=self.turn,
         )
         if self.next_state is not None:
             self.next_state.layers.append(self._kept(key, value, image_key, image_value))
@@ -113,7 +122,12 @@ class PackedStep:
             return new if old is None else torch.cat([_slots(old, join.image_slots), new])[join.image_order]
 
         old_key, old_value = (held.key, held.value) if held is not None else (None, None)
-        return text(key, old_key), text(value, old_value), image(image_key, old_key), image(image_value, old_value)
+        return (
+            text(key, old_key),
+            text(value, old_value),
+            image(image_key, old_key),
+            image(image_value, old_value),
+        )
 
     def _kept(self, key: Tensor, value: Tensor, image_key: Tensor, image_value: Tensor) -> LayerWindow:
         keep = self.plan.keep
@@ -188,9 +202,7 @@ class DecodeStep:
 
     def finish(self) -> None:
         """Counts the new token, once all layers have run."""
-        self.state.windows = [
-            [*row[:-1], WindowExtent(row[-1].images, row[-1].text + 1)] for row in self.state.windows
-        ]
+        self.state.windows = [[*row[:-1], WindowExtent(row[-1].images, row[-1].text + 1)] for row in self.state.windows]
 
     @staticmethod
     def possible(state: WindowState | None, valid: Tensor, history: int) -> bool:

@@ -1,12 +1,16 @@
 """Captions drawn into pictures: white text on a half-transparent band at the foot of the picture.
 
-Letters are those of Pillow's built-in font, which is Latin only; any TrueType file can take its place.
+Letters are those of Pillow's built-in font, which is ASCII only. Other text is set in DejaVu Sans where
+matplotlib (which carries it) is installed, and else loses its accents; `font` names any other TrueType file.
 """
 
 import os
+import unicodedata
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -19,16 +23,17 @@ from casa.media.video_writer import VideoWriter
 # Letter height over the picture's shorter side, and the smallest that can still be read, in pixels.
 LETTER = 0.075
 SMALLEST = 11
-# What part of the height the band may cover before the text is cut with "…".
+# What part of the height the band may cover before the text is cut with "...".
 COVER = 0.6
 INK = (255, 255, 255, 255)
 BAND = (0, 0, 0, 160)
+_PUNCTUATION = str.maketrans("‘’‚“”„«»–—−", '\'\'\'"""""---')
 
 
 def draw_caption(image: Image.Image, text: str, font: str | os.PathLike[str] | None = None) -> Image.Image:
     """A copy of `image` (any mode; returned as RGB) with `text` at its foot; without text, a plain copy.
 
-    Long text is wrapped, then set smaller, then cut with "…": the band never covers more than `COVER`
+    Long text is wrapped, then set smaller, then cut with "...": the band never covers more than `COVER`
     of the height, except where one line of the smallest letters needs it.
 
     Raises:
@@ -39,7 +44,8 @@ def draw_caption(image: Image.Image, text: str, font: str | os.PathLike[str] | N
     lines = [" ".join(line.split()) for line in text.splitlines()]
     text = "\n".join(line for line in lines if line)
     if text:
-        band = _band(picture.width, picture.height, text, None if font is None else os.fspath(font))
+        text, font = _settable(text, None if font is None else os.fspath(font))
+        band = _band(picture.width, picture.height, text, font)
         picture.paste(band, (0, picture.height - band.height), band)
     return picture
 
@@ -54,7 +60,8 @@ def burn_captions(
 ) -> None:
     """Write the video at `source_path` again, with each caption drawn in at its time, and without sound.
 
-    Size, upright rotation and the time of every frame (variable frame rate too) are kept. `out_path`
+    Size, upright rotation and the time of every frame (variable frame rate too) are kept; an odd side
+    grows by one pixel, and the last frame lasts one average frame. `out_path`
     may be `source_path`: it is replaced when all is done, and stays as it is if anything fails.
     `progress(frames done, frames in all or None)` is called after each frame.
 
@@ -79,7 +86,7 @@ def burn_captions(
 
 @lru_cache(maxsize=8)
 def _band(width: int, height: int, text: str, font: str | None) -> Image.Image:
-    """The band with its text, RGBA, (width, its own height): a caption stays for many frames, so it is kept."""
+    """The band with its text, RGBA, `width` wide. Kept, since a caption stays for many frames."""
     size = max(SMALLEST, round(min(width, height) * LETTER))
     while True:
         face = _face(size, font)
@@ -98,6 +105,20 @@ def _band(width: int, height: int, text: str, font: str | None) -> Image.Image:
         left = (width - face.getlength(line)) / 2
         draw.text((left, pad + i * step), line, font=face, fill=INK)
     return band
+
+
+def _settable(text: str, font: str | None) -> tuple[str, str | None]:
+    """The text, and a font that has its letters."""
+    if font is not None or text.isascii():
+        return text, font
+    matplotlib = find_spec("matplotlib")  # found, not imported: only its font file is wanted
+    if matplotlib is not None and matplotlib.origin is not None:
+        dejavu = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        if dejavu.is_file():
+            return text, str(dejavu)
+    plain = text.translate(_PUNCTUATION)
+    plain = "".join(c for c in unicodedata.normalize("NFKD", plain) if not unicodedata.combining(c))
+    return plain.encode("ascii", "replace").decode("ascii"), None
 
 
 @lru_cache(maxsize=32)
@@ -133,6 +154,6 @@ def _wrap(text: str, face: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def _shorten(line: str, face: ImageFont.FreeTypeFont, width: int) -> str:
-    while line and face.getlength(line + "…") > width:
+    while line and face.getlength(line + "...") > width:
         line = line[:-1]
-    return line.rstrip() + "…"
+    return line.rstrip() + "..."

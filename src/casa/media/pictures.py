@@ -60,7 +60,7 @@ def open_picture(path_or_file: str | os.PathLike[str] | BinaryIO) -> Image.Image
             if not head and _is_empty(path_or_file):
                 raise UserError(f"{name} is empty: copy or download the picture again.") from error
             raise UserError(
-                f"{name} is not a picture that can be read, or its beginning is damaged: save it as PNG or JPEG."
+                f"{name} is no picture that can be read, or its beginning is damaged: save it as PNG or JPEG."
             ) from error
         # a damaged header can make a decoder raise nearly anything
         except Exception as error:
@@ -119,12 +119,11 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits, or of 32 (integer or float), scaled to 0..255; Pillow itself would clip it to white."""
+    """Grey of 16 or 32 bits (integer or float), scaled to 0..255; Pillow would clip it to white."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     peak = values.max()
-    if image.mode != "F":
-        full = max(65535.0, peak)
-    else:
+    full = max(65535.0, peak)
+    if image.mode == "F":
         # floats have no agreed white: 1.0 and 255 are the two in use
         full = 1.0 if peak <= 1.0 else max(255.0, peak)
     return Image.fromarray(np.rint(values.clip(0, full) * (255.0 / full)).astype(np.uint8))

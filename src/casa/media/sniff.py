@@ -26,10 +26,6 @@ def read_head(path: str | os.PathLike[str], kind: str) -> bytes:
             head = opened.read(HEAD_BYTES)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path!r} is not a file name: check the name of the {kind}.") from error
     if not head:
         raise UserError(f"{path} is empty: copy or download the {kind} again.")
     return head

@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from casa.errors import UserError
@@ -54,7 +55,7 @@ def tidy(captions: Iterable[Caption]) -> list[Caption]:
     starts = list(at)
     return [
         Caption(start / 1000, min(at[start][0], following) / 1000, "\n".join(at[start][1]))
-        for start, following in zip(starts, [*starts[1:], math.inf], strict=True)
+        for start, following in zip(starts, [*starts, math.inf][1:], strict=True)
     ]
 
 
@@ -72,7 +73,7 @@ def captions_from_frames(
     """
     if len(times) != len(texts):
         raise UserError(f"{len(times)} times for {len(texts)} texts: give one time for each text.")
-    if any(b <= a for a, b in zip(times, times[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(times)):
         raise UserError("The times of the frames must rise: sort the frames by time.")
     if not hold > 0:
         raise UserError(f"hold is {hold}: give a number of seconds above 0.")
@@ -148,7 +149,7 @@ def read_vtt(path: str | os.PathLike[str]) -> list[Caption]:
         raise UserError(f"{path} does not begin with WEBVTT: name a .vtt file.")
     captions = []
     for number, block in blocks[1:]:
-        if re.match(r"(NOTE|STYLE|REGION)($|\s)", block[0]) and "-->" not in block[0]:
+        if re.match(r"(NOTE|STYLE|REGION)($|\s)", block[0]):
             continue
         skip = 0 if "-->" in block[0] else 1
         times = block[skip] if skip < len(block) else ""
@@ -203,9 +204,7 @@ _TIMES = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}(?:\s.*)?$", re.ASCII)
 def _cue(path: object, number: int, times: str, text: list[str]) -> list[Caption]:
     match = _TIMES.match(times)
     if match is None:
-        raise UserError(
-            f"{path}, line {number}: write the times of a caption as 00:00:01.000 --> 00:00:02.000."
-        )
+        raise UserError(f"{path}, line {number}: write the times of a caption as 00:00:01.000 --> 00:00:02.000.")
     lines = _lines("\n".join(text))
     if not lines:
         return []

@@ -20,7 +20,7 @@ from casa.media.pyav import import_av
 
 _FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 _ENCODERS = {"h264": "libx264", "hevc": "libx265"}
-# Ticks per second: the customary clock of video, a multiple of 24, 25, 30 and 60, fine enough for any other rate.
+# Ticks per second: the customary clock of video, a multiple of 24, 25, 30 and 60.
 _CLOCK = 90_000
 
 
@@ -92,15 +92,16 @@ class VideoWriter:
             try:
                 stream = self._container.add_stream(self._encoder, rate=self._rate, options=self._options)
             except (self._av.error.FFmpegError, ValueError) as error:
-                raise UserError(
-                    f"This PyAV cannot write {self._encoder}: install the wheel of av."
-                ) from error
+                raise UserError(f"This PyAV cannot write {self._encoder}: install the wheel of av.") from error
             stream.width, stream.height = (side + side % 2 for side in self.size)
             stream.pix_fmt = "yuv420p"
             context = stream.codec_context
             context.time_base = Fraction(1, _CLOCK)
             # Two on every machine: the encoder's output depends on the number of its threads.
             context.thread_count = 2
+            # Frames stored in the order in which they are shown: reordered ones make MP4 claim a wrong
+            # length where the frame rate varies.
+            context.max_b_frames = 0
             # BT.709 and limited range, said in the file, so that no player has to guess
             context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
             self._stream = stream
@@ -110,7 +111,7 @@ class VideoWriter:
     def write(self, image: Image.Image | np.ndarray, time: float | None = None) -> None:
         """Add one picture: PIL image, or uint8 array (H, W, 3), of the size given.
 
-        `time` in seconds is when it appears, later than the one before; without it, number of the frame / fps.
+        `time` in seconds is when it appears, later than the one before; by default its number / fps.
 
         Raises:
             ValueError: another size, or a time that is not after the last.
@@ -121,20 +122,17 @@ class VideoWriter:
         pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
         width, height = self.size
         if pixels.shape != (height, width, 3) or pixels.dtype != np.uint8:
-            raise ValueError(
-                f"a frame of shape {pixels.shape} and {pixels.dtype}; this video takes uint8 {(height, width, 3)}"
-            )
+            raise ValueError(f"a frame is {pixels.dtype} {pixels.shape}: this video takes uint8 {(height, width, 3)}")
         tick = round((self._written / self._rate if time is None else time) * _CLOCK)
         if tick <= self._last:
-            raise ValueError(
-                f"a frame at {tick / _CLOCK:.4f} s is not after the last, {self._last / _CLOCK:.4f} s"
-            )
+            raise ValueError(f"a frame at {tick / _CLOCK:.4f} s is not after the last, {self._last / _CLOCK:.4f} s")
         if width % 2 or height % 2:
             pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
         frame = frame.reformat(format="yuv420p", dst_colorspace=1)
         frame.pts = tick
         frame.time_base = Fraction(1, _CLOCK)
+        frame.duration = round(_CLOCK / self._rate)  # counts for the last frame only
         self._encode(frame)
         self._last = tick
         self._written += 1
@@ -142,14 +140,18 @@ class VideoWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         # the stack closes the container, then renames the file, or removes it if an exception passes
         stack, self._stack = self._stack, ExitStack()
+        if kind is not None:
+            self._stream = None
+            stack.__exit__(kind, error, trace)
+            return
         try:
-            if kind is not None:
-                stack.__exit__(kind, error, trace)
-                return
             with stack:
                 if not self._written:
                     raise UserError(f"No frame was written to {self._path}: give the video at least one.")
                 self._encode(None)
+        except (OSError, self._av.error.FFmpegError) as failure:
+            # the last packets are written when the container closes
+            raise self._full(failure) from failure
         finally:
             self._stream = None
 
@@ -157,4 +159,7 @@ class VideoWriter:
         try:
             self._container.mux(self._stream.encode(frame))
         except (OSError, self._av.error.FFmpegError) as error:
-            raise UserError(f"{self._path} cannot be written ({error.strerror}): free some space.") from error
+            raise self._full(error) from error
+
+    def _full(self, error: Any) -> UserError:
+        return UserError(f"{self._path} cannot be written ({error.strerror}): free some space.")

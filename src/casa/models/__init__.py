@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from casa.models.adapt import adapt
+from casa.models.assembling import processor_for
 from casa.models.cache import CasaCache
 from casa.models.config import CasaConfig
 from casa.models.fusion_config import FusionConfig
@@ -20,4 +21,5 @@ __all__ = [
     "CasaProcessor",
     "FusionConfig",
     "adapt",
+    "processor_for",
 ]

@@ -9,7 +9,7 @@ from casa.errors import UserError
 from casa.models.backbone import decoder_of
 from casa.models.config import CasaConfig
 from casa.models.fusion_config import FusionConfig
-from casa.models.loading import check_folder
+from casa.models.loading import load_checked
 from casa.models.model import ENCODERS, CasaForConditionalGeneration
 
 
@@ -20,10 +20,10 @@ def adapt(backbone: Any, fusion: FusionConfig | None = None, vision: Any = None)
         parameters become the new model's, under `backbone.`.
     vision: a Qwen2.5-VL image encoder or its path. A projector to the text width is made, untrained.
     fusion: CASA⊕ in every block if left out. Fusion layers start as copies of their block's self-attention.
-    Raises UserError for a backbone or an encoder that is not known.
+    Raises UserError for a backbone or an encoder that is not known, or whose weights are not complete.
     """
     fusion = fusion if fusion is not None else FusionConfig()
-    text_model = _loaded(backbone, "text model", AutoModelForCausalLM.from_pretrained)
+    text_model = _loaded(backbone, "text model", _load_text_model)
     decoder_of(text_model)
     if vision is None:
         raise UserError("a text-only model needs an image encoder; pass vision=<a Qwen2.5-VL tower or its path>.")
@@ -54,14 +54,13 @@ def _loaded(given: Any, what: str, load: Any) -> PreTrainedModel:
         return given
     if isinstance(given, nn.Module):
         raise UserError(f"the {what} is a {type(given).__name__}; give a transformers model or its path.")
-    check_folder(given)
-    try:
-        return load(given)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"no {what} can be loaded from {given!r}: {str(error).splitlines()[0]}") from error
+    return load_checked(load, given)
 
 
-def _load_encoder(path: str) -> PreTrainedModel:
-    kind = AutoConfig.from_pretrained(path).model_type
-    return ENCODERS.get(kind, AutoModel).from_pretrained(path)
+def _load_text_model(path: str, **kwargs: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **kwargs)
 
+
+def _load_encoder(path: str, **kwargs: Any) -> Any:
+    kind = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
+    return ENCODERS.get(kind, AutoModel).from_pretrained(path, **kwargs)

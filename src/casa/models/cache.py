@@ -97,6 +97,8 @@ class CasaCache(Cache):
         count = -tokens_to_remove
         if count < 0:
             raise UserError("crop takes the number of tokens to remove, as a negative number.")
+        if count > self.num_text:
+            raise UserError(f"cannot take back {count} tokens of {self.num_text}.")
         if self.windows is not None and any(row and row[-1].text < count for row in self.windows.windows):
             raise UserError(f"cannot take back {count} tokens: an image stands among them.")
         if self.stream_mask is not None:

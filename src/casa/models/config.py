@@ -45,8 +45,12 @@ class CasaConfig(PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "CasaConfig":
-        """As in transformers; `casa-tiny` names the checkpoint in the package."""
-        return super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
+        """As in transformers; `casa-tiny` names the checkpoint in the package. Raises UserError for another model's."""
+        path = resolve(pretrained_model_name_or_path)
+        kind = cls.get_config_dict(path, **kwargs)[0].get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise UserError(f"{path} holds a {kind!r} model, not a casa one; make one of it with adapt.")
+        return super().from_pretrained(path, **kwargs)
 
 
 def _sub_config(config: Any, default: str) -> PreTrainedConfig:

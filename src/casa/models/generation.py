@@ -34,7 +34,11 @@ class CasaGeneration:
             model_kwargs["past_key_values"] = self.new_cache()  # type: ignore[attr-defined]
 
     def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeats rows, each with its images, for beams or several answers. Images are encoded once."""
         images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
@@ -47,7 +51,11 @@ class CasaGeneration:
         return input_ids, kwargs
 
     def _repeat_images(self, images: dict[str, Any], times: int) -> dict[str, Any]:
-        positions, grid, features = images["image_positions"], images["image_grid_thw"], images["image_features"]
+        positions, grid, features = (
+            images["image_positions"],
+            images["image_grid_thw"],
+            images["image_features"],
+        )
         if features is None:
             with torch.no_grad():
                 features = self.encode_images(images["pixel_values"], grid)  # type: ignore[attr-defined]

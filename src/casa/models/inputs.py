@@ -29,7 +29,12 @@ class TextInputs:
 
 
 def read_text_inputs(
-    rows: int, length: int, cached: int, mask: Tensor | None, position_ids: Tensor | None, device: torch.device
+    rows: int,
+    length: int,
+    cached: int,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    device: torch.device,
 ) -> TextInputs:
     """Checks `attention_mask` and `position_ids` of a call. Raises UserError for shapes that do not fit."""
     if mask is not None:
@@ -48,7 +53,7 @@ def read_text_inputs(
         else:
             position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)[:, cached:]
         return TextInputs(valid, mask, position_ids, None)
-    if position_ids.dim() != 2 or position_ids.shape[1] != length:
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != length:
         raise UserError(f"position_ids have shape {tuple(position_ids.shape)}; give ({rows}, {length}).")
     position_ids = position_ids.to(device).expand(rows, length)
     return TextInputs(valid, mask, position_ids, _packed_samples(position_ids, valid))

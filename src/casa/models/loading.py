@@ -7,16 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
 from casa.errors import UserError
 from casa.models.shipped import SHIPPED, resolve
 
+# what transformers, safetensors and the checks of config values raise over a damaged checkpoint
+UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, SafetensorError, StrictDataclassError)
 
-def check_folder(name: Any) -> None:
+
+def check_folder(name: Any, needed: str = "config.json") -> None:
     """Refuses a local path that is no checkpoint. Names that may be a hub's are left to transformers."""
     path = Path(str(name))
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{name} has no config.json; give the folder that save_pretrained wrote.")
+        if not (path / needed).is_file():
+            raise UserError(f"{name} has no {needed}; give the folder that save_pretrained wrote.")
         return
     if path.exists():
         raise UserError(f"{name} is a file; give the folder that save_pretrained wrote.")
@@ -31,23 +37,31 @@ def load_checked(load: Callable[..., Any], name: Any, *args: Any, **kwargs: Any)
     check_folder(path)
     wanted = kwargs.pop("output_loading_info", False)
     kwargs.setdefault("use_safetensors", True)
+    # so that weights of another shape come back by name; they are refused below
+    kwargs["ignore_mismatched_sizes"] = True
     if kwargs.pop("trust_remote_code", False):
         raise UserError("casa runs no code from a checkpoint; leave out trust_remote_code.")
     try:
         model, info = load(path, *args, output_loading_info=True, **kwargs)
     except UserError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{name} cannot be loaded: {reason}") from error
+    except UNREADABLE as error:
+        raise UserError(f"{name} cannot be loaded: {_sentence(error)}") from error
     for kind, remedy in (
         ("missing_keys", "are missing from it"),
         ("unexpected_keys", "are in it and not in the model"),
         ("mismatched_keys", "have another shape in it"),
     ):
-        if keys := sorted(str(key) for key in info.get(kind) or ()):
+        # a misshapen weight comes with its two shapes
+        if keys := sorted(key if isinstance(key, str) else str(key[0]) for key in info.get(kind) or ()):
             raise UserError(
                 f"the weights in {name} do not fit this model: {len(keys)} {remedy}, the first is {keys[0]}; "
                 "use a checkpoint saved with this configuration."
             )
     return (model, info) if wanted else model
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of an error's message, with the next one if it only introduces that."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

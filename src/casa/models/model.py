@@ -58,7 +58,10 @@ class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMi
     accepts_loss_kwargs = True
 
     def __init__(
-        self, config: CasaConfig, backbone: PreTrainedModel | None = None, vision: PreTrainedModel | None = None
+        self,
+        config: CasaConfig,
+        backbone: PreTrainedModel | None = None,
+        vision: PreTrainedModel | None = None,
     ) -> None:
         """Fresh weights for all parts but the ones given, which are taken over as they are (see `adapt`)."""
         super().__init__(config)

@@ -1,9 +1,12 @@
 """CasaProcessor: chats with pictures to tokens without placeholders, patches, and where each picture stands."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
+from transformers.utils import PROCESSOR_NAME
 
 from casa.errors import UserError
 from casa.models.loading import check_folder
@@ -16,10 +19,8 @@ class CasaProcessor(ProcessorMixin):
     image_token: what the chat template writes for a picture. It marks the place and never reaches the model.
     frame_prefix, frame_suffix: the delimiters that the template puts around a picture; a streamed frame gets
         the same ones. The suffix is the gist token of the paper (v2, D5), where there is one.
+    stream_prompt: what a live session asks the model for, unless told otherwise.
     """
-
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
 
     def __init__(
         self,
@@ -29,7 +30,9 @@ class CasaProcessor(ProcessorMixin):
         image_token: str = "<image>",
         frame_prefix: str = "",
         frame_suffix: str = "",
+        stream_prompt: str = "Describe what is new.",
     ) -> None:
+        self.stream_prompt = stream_prompt
         self.image_token = image_token
         self.frame_prefix = frame_prefix
         self.frame_suffix = frame_suffix
@@ -42,7 +45,7 @@ class CasaProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; `casa-tiny` names the checkpoint in the package. Raises UserError if it is no folder."""
         path = resolve(pretrained_model_name_or_path)
-        check_folder(path)
+        check_folder(path, PROCESSOR_NAME)
         try:
             return super().from_pretrained(path, *args, **kwargs)
         except (OSError, KeyError) as error:
@@ -103,13 +106,40 @@ class CasaProcessor(ProcessorMixin):
         return before, after, dict(self.image_processor(images=[image], return_tensors="pt"))
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
-        """As in transformers. Raises UserError for video content: give its frames as images."""
-        for message in _messages(conversation):
-            content = message.get("content")
-            parts = content if isinstance(content, list) else []
-            if any(isinstance(part, dict) and part.get("type") == "video" for part in parts):
+        """As in transformers, and for templates that know only text: pictures stand in it as the image token.
+
+        Raises UserError for video content: give its frames as images.
+        """
+        for part in _parts(conversation):
+            if part.get("type") == "video":
                 raise UserError("a video is read frame by frame; give its frames as image parts.")
-        return super().apply_chat_template(conversation, chat_template, **kwargs)
+        template = chat_template or self.chat_template or self.tokenizer.chat_template or ""
+        if "image" in template:
+            return super().apply_chat_template(conversation, chat_template, **kwargs)
+        return self._text_only_template(conversation, template, **kwargs)
+
+    def _text_only_template(
+        self,
+        conversation: Any,
+        template: str,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = "pt",
+        **kwargs: Any,
+    ) -> Any:
+        place = self.frame_prefix + self.image_token + self.frame_suffix
+        images = [
+            load_image(part.get("image") or part.get("url") or part.get("path"))
+            for part in _parts(conversation)
+            if part.get("type") == "image"
+        ]
+        text = self.tokenizer.apply_chat_template(
+            _flattened(conversation, place), chat_template=template, tokenize=False, **kwargs
+        )
+        if not tokenize:
+            return text
+        inputs = self(images=images or None, text=text, return_tensors=return_tensors)
+        return inputs if return_dict else inputs["input_ids"]
 
     def _row(self, text: str, add_special_tokens: bool) -> tuple[list[int], list[int]]:
         """Token ids without image tokens, and the indices before which pictures stand."""
@@ -134,8 +164,24 @@ def _flat(images: Any) -> list[Any]:
     return [picture for entry in images for picture in (_flat(entry) if isinstance(entry, (list, tuple)) else [entry])]
 
 
-def _messages(conversation: Any) -> list[dict[str, Any]]:
-    if not conversation:
-        return []
-    nested = isinstance(conversation[0], (list, tuple))
-    return [message for chat in conversation for message in chat] if nested else list(conversation)
+def _parts(conversation: Any) -> Iterator[dict[str, Any]]:
+    """All content parts of a chat, or of a list of chats, in order."""
+    for entry in conversation or ():
+        if isinstance(entry, (list, tuple)):
+            yield from _parts(entry)
+        elif isinstance(content := entry.get("content"), list):
+            yield from (part for part in content if isinstance(part, dict))
+
+
+def _flattened(conversation: Any, place: str) -> Any:
+    """The same chats with text for content, pictures being `place`."""
+    found = []
+    for entry in conversation:
+        if isinstance(entry, (list, tuple)):
+            found.append(_flattened(entry, place))
+        elif isinstance(entry.get("content"), list):
+            texts = [place if part.get("type") == "image" else part.get("text", "") for part in entry["content"]]
+            found.append({**entry, "content": "".join(texts)})
+        else:
+            found.append(entry)
+    return found

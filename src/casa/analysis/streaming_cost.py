@@ -1,0 +1,164 @@
+"""What watching costs, frame by frame: a CASA session beside insertion of the same size, in one run (C6).
+
+The insertion model has the CASA model's backbone, encoder and projector, and no CASA layers. It was never trained
+to read inserted images, so it is for cost only: it is made to say, token for token, what the CASA model said. Both
+sessions thus see the same frames and run the same number of steps. They take turns at every frame, so that whatever
+else the machine does meets both alike.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from casa.errors import UserError
+from casa.models import CasaForConditionalGeneration, CasaProcessor, FusionConfig
+from casa.streaming import Sampling, StreamingSession, Usage
+
+MOST_FRAMES = 120
+MOST_IMAGE_TOKENS = 24_000
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One frame in one session: seconds from the frame to its whole caption, and what the session holds then."""
+
+    seconds: float
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """One frame in both sessions. insertion is None once that session was given up (see `Comparison`)."""
+
+    caption: str
+    tokens: int
+    casa: Cost
+    insertion: Cost | None
+
+
+class Comparison:
+    """Two sessions side by side, one frame at a time.
+
+    most_frames, most_image_tokens: where the insertion session stops, since its cost grows without end. None: never.
+    session: further arguments of both sessions (prompt, max_new_tokens); `casa` is the CASA session.
+    Raises UserError for a model that is an insertion model itself.
+    """
+
+    def __init__(
+        self,
+        model: CasaForConditionalGeneration,
+        processor: CasaProcessor,
+        *,
+        most_frames: int | None = MOST_FRAMES,
+        most_image_tokens: int | None = MOST_IMAGE_TOKENS,
+        sampling: Sampling | None = None,
+        **session: Any,
+    ) -> None:
+        self._script = _Script()
+        speaker = _Noted(**vars(sampling or Sampling()), script=self._script)
+        self.casa = StreamingSession(model, processor, sampling=speaker, **session)
+        # a bound on the text is CASA's alone: insertion cannot forget
+        session.pop("max_text_tokens", None)
+        repeater = _Dictated(script=self._script)
+        self._insertion: StreamingSession | None = StreamingSession(
+            insertion_twin(model), processor, sampling=repeater, **session
+        )
+        self._device = model.device
+        self._most_frames, self._most_tokens = most_frames, most_image_tokens
+        self._compared = 0
+
+    def step(self, frame: Any) -> CostRow:
+        """Shows both the frame (PIL.Image, or uint8 (H, W, 3)); the caption is the CASA session's."""
+        self._script.tokens.clear()
+        caption, ours = self._timed(self.casa, frame)
+        said = len(self._script.tokens)
+        theirs = None
+        if self._insertion is not None:
+            _, theirs = self._timed(self._insertion, frame)
+            self._compared += 1
+            if self._full(theirs.usage):
+                self._insertion = None
+        return CostRow(caption, said, ours, theirs)
+
+    def _timed(self, session: StreamingSession, frame: Any) -> tuple[str, Cost]:
+        # an accelerator works on after a call returns
+        self._wait()
+        start = perf_counter()
+        text = session.step(frame)
+        self._wait()
+        return text, Cost(perf_counter() - start, session.usage)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _full(self, usage: Usage) -> bool:
+        frames = self._most_frames is not None and self._compared >= self._most_frames
+        return frames or (self._most_tokens is not None and usage.image_tokens >= self._most_tokens)
+
+
+def compare(
+    model: CasaForConditionalGeneration, processor: CasaProcessor, frames: Iterable[Any], **settings: Any
+) -> Iterator[CostRow]:
+    """Rows of cost for all frames, as they are watched. settings: as for `Comparison`."""
+    comparison = Comparison(model, processor, **settings)
+    return (comparison.step(frame) for frame in frames)
+
+
+def insertion_twin(model: CasaForConditionalGeneration) -> CasaForConditionalGeneration:
+    """An insertion model with this model's backbone, encoder and projector; weights are shared, not copied.
+
+    Raises UserError if the model is an insertion model itself.
+    """
+    if model.fusion.method == "insertion":
+        raise UserError("this is an insertion model already; compare a CASA or cross-attention model with it.")
+    # a copy, since building a model writes into the configs of its parts
+    config = copy.deepcopy(model.config)
+    config.fusion = FusionConfig(method="insertion").to_dict()
+    twin = CasaForConditionalGeneration(config)
+    for name in ("backbone", "vision", "projector"):
+        twin.get_submodule(name).load_state_dict(model.get_submodule(name).state_dict(), assign=True)
+    # what is not in the state dict (rotary tables) was built on the CPU
+    twin.to(model.device)
+    twin.generation_config = model.generation_config
+    return twin.eval()
+
+
+@dataclass
+class _Script:
+    """What the CASA session said about the current frame, stop token included."""
+
+    tokens: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Noted(Sampling):
+    """Picks as usual and writes it down."""
+
+    script: _Script = field(default_factory=_Script)
+
+    def pick(self, logits: Tensor, generator: torch.Generator) -> int:
+        token = super().pick(logits, generator)
+        self.script.tokens.append(token)
+        return token
+
+
+@dataclass(frozen=True)
+class _Dictated(Sampling):
+    """Says what was written down, whatever the logits are; reads them first, as every way of picking does."""
+
+    script: _Script = field(default_factory=_Script)
+    said: list[int] = field(default_factory=list)
+
+    def pick(self, logits: Tensor, generator: torch.Generator) -> int:
+        super().pick(logits, generator)
+        token = self.script.tokens[len(self.said)]
+        self.said.append(token)
+        if len(self.said) == len(self.script.tokens):
+            self.said.clear()
+        return token

@@ -1,0 +1,60 @@
+"""`casa`: the verbs, and how an error the user can cause becomes one sentence and exit status 2."""
+
+import sys
+
+import typer
+
+from casa.cli import adapt, ask, bench, caption, demo, evaluate, train
+from casa.errors import UserError
+
+app = typer.Typer(
+    name="casa",
+    help="Eyes for language models: cross-attention via self-attention.\n\n"
+    'Example: casa ask casa-tiny page.png "Read line 2."',
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+bench_app = typer.Typer(help="Time things, side by side in one run.", no_args_is_help=True, rich_markup_mode=None)
+bench_app.command("attention")(bench.attention)
+bench_app.command("stream")(bench.stream)
+app.command("demo")(demo.demo)
+app.command("ask")(ask.ask)
+app.command("caption")(caption.caption)
+app.command("adapt")(adapt.adapt)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.add_typer(bench_app, name="bench")
+
+
+@app.callback()
+def options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
+    """Read by `run`, before any verb."""
+
+
+def run() -> None:
+    """The `casa` program."""
+    debug = "--debug" in sys.argv[1:]
+    # the flag is understood anywhere on the line
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments)
+    except (UserError, OSError, MemoryError) as error:
+        if debug:
+            raise
+        print(f"casa: {_sentence(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("casa: stopped.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "there is not enough memory; use a smaller picture, batch or model."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    return str(error) or type(error).__name__

@@ -1,0 +1,213 @@
+"""StreamingSession: one model watching one stream, frame by frame, for as long as it likes.
+
+Each frame opens a new window: its image tokens replace those of the frame before, and the text model's cache
+grows by the few tokens said about it. With `max_text_tokens`, the oldest text beyond the prompt is forgotten
+and the positions of what stays are closed up, so that a session is constant in memory for ever.
+
+What is fed for one frame, of a model with delimiters around images (`pending` is what the last step left):
+
+    pending  prefix  [image]  suffix  ->  caption tokens  stop
+    `----- old window -----'  `------ new window -------'  `- pending of the next step
+
+A model without a suffix takes the last pending token behind the image, so that some text always sees the frame.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from casa.errors import UserError
+from casa.layers import turner
+from casa.media.pictures import check_picture
+from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.streaming import store
+from casa.streaming.sampling import Sampling
+from casa.streaming.usage import Usage
+
+FEWEST_SINKS = 4  # the first tokens that attention leans on, whatever they say
+
+
+class StreamingSession:
+    """Captions for a live stream of frames.
+
+    prompt: what the user asks for, in the chat template's user turn; None takes the processor's own.
+    max_text_tokens: bound on the cached text; None lets it grow by what is said. The prompt (and at least the
+        first 4 tokens) is never forgotten.
+    max_new_tokens: the longest caption. sampling, seed: greedy unless asked.
+    Raises UserError for a bound too small for the prompt, or under insertion, where text cannot be forgotten.
+    """
+
+    def __init__(
+        self,
+        model: CasaForConditionalGeneration,
+        processor: CasaProcessor,
+        prompt: str | None = None,
+        max_text_tokens: int | None = None,
+        *,
+        max_new_tokens: int = 32,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+    ) -> None:
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}; give 1 or more.")
+        self._bind(model, processor)
+        self.prompt = processor.stream_prompt if prompt is None else prompt
+        self.max_text_tokens = max_text_tokens
+        self.max_new_tokens = max_new_tokens
+        self.sampling = sampling if sampling is not None else Sampling()
+        self.frames = 0
+        self._generator = torch.Generator().manual_seed(seed)
+        self._cache = model.new_cache()
+        tokens = self._prompt_tokens(self.prompt)
+        self._sinks = max(FEWEST_SINKS, len(tokens))
+        self._check_bound()
+        # the last token of the prompt waits: without a suffix it is the one that sees the first frame
+        self._pending = tokens[-1:]
+        if tokens[:-1]:
+            self._feed(tokens[:-1])
+
+    def _bind(self, model: CasaForConditionalGeneration, processor: CasaProcessor) -> None:
+        self._model, self._processor = model, processor
+        stop = model.generation_config.eos_token_id if model.generation_config is not None else None
+        stop = processor.tokenizer.eos_token_id if stop is None else stop
+        if stop is None:
+            raise UserError("the model has no stop token; set generation_config.eos_token_id.")
+        self._stops = frozenset(stop if isinstance(stop, (list, tuple)) else [stop])
+        self._stop = stop[0] if isinstance(stop, (list, tuple)) else stop
+        decoder = model.decoder
+        self._turn = turner(decoder.rotary(model.device, model.dtype))
+
+    @torch.no_grad()
+    def step(self, frame: Any) -> str:
+        """Watches a frame (PIL.Image, or uint8 (H, W, 3)) and returns what it says: "" if nothing.
+
+        Raises TypeError or ValueError for anything that is no picture; the session is then as before.
+        """
+        before, after, pixels = self._processor.frame(check_picture(frame))
+        tokens = self._pending + before
+        if not after:
+            tokens, after = tokens[:-1], tokens[-1:]
+        logits = self._feed(
+            tokens + after,
+            image_positions=torch.tensor([[0, len(tokens)]], device=self._model.device),
+            **{name: value.to(self._model.device) for name, value in pixels.items()},
+        )
+        said: list[int] = []
+        while (token := self.sampling.pick(logits, self._generator)) not in self._stops:
+            said.append(token)
+            if len(said) == self.max_new_tokens:
+                token = self._stop
+                self._feed(said[-1:])
+                break
+            logits = self._feed([token])
+        self._pending = [token]
+        self.frames += 1
+        return self._processor.tokenizer.decode(said, skip_special_tokens=True).strip()
+
+    @property
+    def usage(self) -> Usage:
+        """What is held now."""
+        cache = self._cache
+        return Usage(
+            text_tokens=cache.num_text,
+            image_tokens=cache.image_tokens,
+            cache_bytes=cache.num_bytes,
+            text_bytes=cache.text_bytes,
+            image_bytes=cache.image_bytes,
+            window_bytes=cache.num_bytes - cache.text_bytes - cache.image_bytes,
+        )
+
+    def fork(self) -> "StreamingSession":
+        """A second session that goes on from here by itself; the model is shared."""
+        twin = copy.copy(self)
+        twin._cache = copy.deepcopy(self._cache)
+        twin._pending = list(self._pending)
+        twin._generator = torch.Generator()
+        twin._generator.set_state(self._generator.get_state())
+        return twin
+
+    def save(self, path: str | Path) -> None:
+        """Writes the session's state (not the model) as one safetensors file, whole or not at all."""
+        settings = {
+            "prompt": self.prompt,
+            "max_text_tokens": self.max_text_tokens,
+            "max_new_tokens": self.max_new_tokens,
+            "sampling": vars(self.sampling),
+            "frames": self.frames,
+            "sinks": self._sinks,
+            "pending": self._pending,
+        }
+        store.save(path, self._cache, settings, self._generator.get_state())
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model: CasaForConditionalGeneration, processor: CasaProcessor
+    ) -> "StreamingSession":
+        """A session that goes on exactly where the saved one stopped.
+
+        Raises UserError if the file is no saved session, or one of another model.
+        """
+        cache, settings, generator = store.load(path, model)
+        session = cls.__new__(cls)
+        session._bind(model, processor)
+        session.prompt = settings["prompt"]
+        session.max_text_tokens = settings["max_text_tokens"]
+        session.max_new_tokens = settings["max_new_tokens"]
+        session.sampling = Sampling(**settings["sampling"])
+        session.frames = settings["frames"]
+        session._sinks = settings["sinks"]
+        session._pending = list(settings["pending"])
+        session._generator = torch.Generator()
+        session._generator.set_state(generator)
+        session._cache = cache
+        return session
+
+    def _prompt_tokens(self, prompt: str) -> list[int]:
+        messages = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
+        inputs = self._processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        return inputs["input_ids"][0].tolist()
+
+    def _check_bound(self) -> None:
+        bound = self.max_text_tokens
+        if bound is None:
+            return
+        if self._model.fusion.method == "insertion":
+            raise UserError("an insertion model cannot forget its text; leave max_text_tokens out.")
+        needed = self._sinks + self._step_overhead() + self.max_new_tokens
+        if bound < needed:
+            raise UserError(
+                f"max_text_tokens is {bound}, but the prompt ({self._sinks}) and one frame need {needed}; "
+                "raise it, or lower max_new_tokens."
+            )
+
+    def _step_overhead(self) -> int:
+        encode = self._processor.tokenizer.encode
+        around = (self._processor.frame_prefix, self._processor.frame_suffix)
+        return 2 + sum(len(encode(text, add_special_tokens=False)) for text in around if text)
+
+    def _feed(self, tokens: list[int], **image: Tensor) -> Tensor:
+        """Runs tokens, and a frame among them, through the model; returns the last one's logits (V,)."""
+        self._make_room(len(tokens))
+        output = self._model(
+            input_ids=torch.tensor([tokens], device=self._model.device),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **image,
+        )
+        return output.logits[0, -1]
+
+    def _make_room(self, count: int) -> None:
+        """Forgets the oldest text beyond the sinks, an eighth of the bound at a time so that it happens rarely."""
+        if self.max_text_tokens is None:
+            return
+        surplus = self._cache.num_text + count - self.max_text_tokens
+        if surplus <= 0:
+            return
+        room = (self.max_text_tokens - self._sinks) // 8
+        self._cache.drop_text(self._sinks, min(max(surplus, room), self._cache.num_text - self._sinks), self._turn)

@@ -1,0 +1,274 @@
+"""Recipes: a training run as data. Every key is known, typed and checked before anything is computed.
+
+YAML is read with its safe loader: a recipe can hold plain values only, never code. An unknown key is an error
+with a suggestion, so a typo never trains for hours.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from casa.errors import UserError
+from casa.models import FusionConfig
+
+_LARGEST_FILE = 1_000_000  # bytes; a recipe is a page of text
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """steps: updates. rate: AdamW's learning rate. muon: Muon's, for the matrices inside blocks; 0 leaves them
+    to AdamW. warmup: steps. decay: share of the steps, at the end. clip: largest gradient norm."""
+
+    steps: int
+    rate: float = 1e-3
+    muon: float = 0.0
+    warmup: int = 50
+    decay: float = 0.4
+    weight_decay: float = 0.05
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self.steps >= 1, "steps", self.steps, "1 or more")
+        _check(self.rate > 0, "rate", self.rate, "above 0")
+        _check(self.muon >= 0, "muon", self.muon, "0 or more")
+        _check(self.warmup >= 0, "warmup", self.warmup, "0 or more")
+        _check(0 <= self.decay <= 1, "decay", self.decay, "from 0 to 1")
+        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        _check(self.clip > 0, "clip", self.clip, "above 0")
+
+
+@dataclass(frozen=True)
+class TextStage:
+    """The text model, from nothing, on the tasks' own text.
+
+    model: keys of transformers' LlamaConfig. vocabulary: tokens at most. documents: examples drawn for their
+    text. samples, row_tokens: per step, and per packed row. most_turns: questions per sample at most.
+    """
+
+    model: dict[str, Any]
+    optimisation: Optimisation
+    vocabulary: int = 400
+    documents: int = 1000
+    samples: int = 40
+    row_tokens: int = 256
+    most_turns: int = 8
+
+    def __post_init__(self) -> None:
+        _check(self.vocabulary >= 262, "vocabulary", self.vocabulary, "262 or more (bytes and special tokens)")
+        for name in ("documents", "samples", "row_tokens", "most_turns"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Until `until` (share of the stage's steps), pictures have sides of smallest..largest px."""
+
+    until: float
+    smallest: int
+    largest: int
+
+    def __post_init__(self) -> None:
+        _check(0 < self.until <= 1, "until", self.until, "above 0, at most 1")
+        _check_sides(self.smallest, self.largest)
+
+
+@dataclass(frozen=True)
+class TowerStage:
+    """The image tower, on dense targets.
+
+    model: keys of transformers' Qwen2_5_VLVisionConfig. mix: share of each source. sizes: what sides, when.
+    patches: per step, about. channels: weight of each dense target in the loss. smoothing: of labels.
+    """
+
+    model: dict[str, Any]
+    optimisation: Optimisation
+    mix: dict[str, float]
+    sizes: tuple[Sizes, ...]
+    channels: dict[str, float]
+    patches: int = 2304
+    smoothing: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_shares("mix", self.mix)
+        _check_shares("channels", self.channels)
+        _check(bool(self.sizes), "sizes", list(self.sizes), "one entry or more")
+        _check(self.patches >= 16, "patches", self.patches, "16 or more")
+        _check(0 <= self.smoothing < 1, "smoothing", self.smoothing, "from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class FusionStage:
+    """CASA layers, projector and text model together, on answers.
+
+    fusion: a FusionConfig. mix: how often a step draws fresh pictures from each source. fresh_patches: about how
+    many per step. batch: items of each source per step, drawn from a pool of pool_tokens image tokens per
+    source, which `prefill` steps fill before training begins. most_turns: questions per picture and step.
+    """
+
+    optimisation: Optimisation
+    mix: dict[str, float]
+    batch: dict[str, int]
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    fresh_patches: int = 2000
+    smallest: int = 112
+    largest: int = 672
+    pool_tokens: int = 500_000
+    prefill: int = 50
+    most_turns: int = 6
+    row_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        _check_shares("mix", self.mix)
+        _check_shares("batch", self.batch)
+        for name in self.batch:
+            _check(name in self.mix, "batch", name, f"a source of the mix ({', '.join(self.mix)})")
+        _check_sides(self.smallest, self.largest)
+        for name in ("fresh_patches", "pool_tokens", "most_turns", "row_tokens"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        _check(self.prefill >= 1, "prefill", self.prefill, "1 or more")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. seed: of everything random. threads: of the computation; 0 leaves torch's choice.
+    workers: processes that draw pictures ahead; 0 draws them in place."""
+
+    name: str
+    text: TextStage
+    tower: TowerStage
+    fusion: FusionStage
+    seed: int = 1
+    threads: int = 2
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self.seed >= 0, "seed", self.seed, "0 or more")
+        _check(self.threads >= 0, "threads", self.threads, "0 or more")
+        _check(0 <= self.workers <= 64, "workers", self.workers, "from 0 to 64")
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Reads a recipe. UserError, in one sentence, for a file that is missing, no safe YAML, or no recipe."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no recipe {str(path)!r}; give the path of a YAML file, such as recipes/casa-tiny.yaml.")
+    if path.stat().st_size > _LARGEST_FILE:
+        raise UserError(f"{path} is larger than a recipe can be; give a YAML file of at most 1 MB.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.constructor.ConstructorError as error:
+        place = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        raise UserError(
+            f"{path} holds a YAML tag that could run code{place}; a recipe may hold plain values only."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" near line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path} is not valid YAML{place}; mend it there.") from error
+    return parse_recipe(values)
+
+
+def parse_recipe(values: Any) -> Recipe:
+    """A recipe from plain values. UserError for an unknown, missing, wrongly typed or impossible one."""
+    return _build(Recipe, values, "")
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, which `parse_recipe` takes back."""
+    values = dataclasses.asdict(recipe)
+    values["fusion"]["fusion"] = recipe.fusion.fusion.to_dict()
+    return values
+
+
+def _build(kind: Any, values: Any, at: str) -> Any:
+    where = at or "the recipe"
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} must be a block of keys and values, not {_shown(values)}.")
+    if kind is FusionConfig:
+        return FusionConfig.from_dict(values)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in values:
+        if key not in fields:
+            near = get_close_matches(str(key), fields, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}."
+            raise UserError(f"Unknown key {key!r} in {where}; {hint}")
+    types_of = typing.get_type_hints(kind)
+    given = {}
+    for name, described in fields.items():
+        path = f"{at}.{name}" if at else name
+        if name in values:
+            given[name] = _value(types_of[name], values[name], path)
+        elif described.default is dataclasses.MISSING and described.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where} lacks the key {name!r}; add it.")
+    try:
+        return kind(**given)
+    except _Impossible as error:
+        raise UserError(f"{at}.{error}" if at else str(error)) from error
+
+
+def _value(kind: Any, value: Any, at: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, at)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"{at} must be a list, not {_shown(value)}.")
+        return tuple(_value(arguments[0], entry, f"{at}[{i}]") for i, entry in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise UserError(f"{at} must be a block of named values, not {_shown(value)}.")
+        return {key: _value(arguments[1], entry, f"{at}.{key}") for key, entry in value.items()}
+    if kind is Any:
+        return value
+    assert origin is not types.UnionType
+    # a bool is an int to Python, and not to a recipe
+    right = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if not right or (isinstance(value, bool) and kind is not bool):
+        # YAML 1.1 reads 1e-3 as text, since it has no dot
+        if kind is float and isinstance(value, str):
+            try:
+                return _finite(float(value), at)
+            except ValueError:
+                pass
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        raise UserError(f"{at} must be {names[kind]}, not {_shown(value)}.")
+    return _finite(float(value), at) if kind is float else value
+
+
+def _finite(value: float, at: str) -> float:
+    if value != value or value in (float("inf"), float("-inf")):
+        raise UserError(f"{at} is {value}; give a finite number.")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class _Impossible(ValueError):
+    """A value out of range; the place in the recipe is put in front where it is known."""
+
+
+def _check(holds: bool, name: str, value: Any, wanted: str) -> None:
+    if not holds:
+        raise _Impossible(f"{name} is {_shown(value)}; it must be {wanted}.")
+
+
+def _check_shares(name: str, shares: Mapping[str, float]) -> None:
+    _check(bool(shares), name, dict(shares), "a block with at least one entry")
+    for key, share in shares.items():
+        _check(share > 0, f"{name}.{key}", share, "above 0")
+
+
+def _check_sides(smallest: int, largest: int) -> None:
+    for name, side in (("smallest", smallest), ("largest", largest)):
+        _check(side > 0 and side % 28 == 0, name, side, "a multiple of 28 px")
+    _check(smallest <= largest, "smallest", smallest, f"at most largest ({largest})")

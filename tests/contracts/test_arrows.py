@@ -1,0 +1,189 @@
+"""DESIGN's import arrows: which room may import which, read from the source and tried in fresh interpreters."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import casa
+
+SOURCE = Path(casa.__file__).parent
+FOUNDATION = {"windows", "errors"}
+MIDDLE = {"streaming", "training", "evaluation", "analysis", "benchmarks"}
+# what each room may import of casa, besides itself; a room that is not here is an error
+ALLOWED = {
+    "errors": set(),
+    "windows": {"errors"},
+    "attention": FOUNDATION,
+    "layers": FOUNDATION | {"attention"},
+    "vision": {"errors"},
+    "media": {"errors"},
+    "models": FOUNDATION | {"attention", "layers", "vision"},
+    "streaming": FOUNDATION | {"attention", "layers", "vision", "models", "media.pictures"},
+    "training": FOUNDATION | {"attention", "layers", "vision", "models", "media"} | MIDDLE - {"evaluation"},
+    "evaluation": FOUNDATION | {"attention", "layers", "vision", "models", "media"} | MIDDLE - {"training"},
+    "analysis": FOUNDATION | {"attention", "layers", "vision", "models", "media"} | MIDDLE,
+    "benchmarks": FOUNDATION | {"attention", "layers", "vision", "models", "media"} | MIDDLE,
+    "serving": FOUNDATION | {"attention", "layers", "vision", "models", "media"} | MIDDLE,
+    "cli": FOUNDATION | {"attention", "layers", "vision", "models", "media", "serving"} | MIDDLE,
+    "testing": FOUNDATION | {"models"},
+    "assets": set(),
+    "__init__": FOUNDATION | {"attention", "models", "streaming"},
+}
+TORCH_ONLY = {"windows", "attention", "layers", "errors"}
+ONE_MEANING = {"reference", "sdpa", "flex", "varlen"}  # implementations of attention, which know nothing of each other
+
+
+def imports(tree: ast.AST, package: list[str]) -> set[str]:
+    """Dotted names of all modules a file imports, at any depth; `package` is where it lies."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            # `from casa import media` names a room, `from casa.media import pictures` a file
+            found |= {f"{name}.{alias.name}" for alias in node.names}
+    return found
+
+
+def violations(root: Path) -> list[str]:
+    """Sentences about every forbidden import below `root`, the folder of the package."""
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        room, file = parts[0], parts[-1]
+        if room not in ALLOWED:
+            found.append(f"{'/'.join(parts)}: the room {room} is not in the list of arrows")
+            continue
+        for name in sorted(imports(ast.parse(path.read_text()), ["casa", *parts[:-1]])):
+            found += [f"{'/'.join(parts)} imports {name}: {why}" for why in _why_not(room, file, name)]
+    return found
+
+
+def _why_not(room: str, file: str, name: str) -> list[str]:
+    top, *rest = name.split(".")
+    if top != "casa":
+        stdlib = top in sys.stdlib_module_names
+        return ["torch only"] if room in TORCH_ONLY and not stdlib and top != "torch" else []
+    if not rest:
+        return []
+    target = rest[0]
+    # the package's own lazy names
+    target = {"WindowLayout": "windows", "casa_attention": "attention", "StreamingSession": "streaming"}.get(
+        target, "models" if target[:1].isupper() or target == "adapt" else target
+    )
+    if target == "testing" and room != "testing":
+        return ["only tests use casa.testing"]
+    if target == room:
+        other = rest[1] if len(rest) > 1 else ""
+        apart = room == "attention" and file in ONE_MEANING and other in ONE_MEANING and other != file
+        return ["one implementation of attention uses another"] if apart else []
+    if target in ALLOWED[room] or ".".join(rest[:2]) in ALLOWED[room]:
+        return []
+    return [] if target.startswith("__") else ["against the arrows"]
+
+
+def test_every_import_follows_the_arrows():
+    assert violations(SOURCE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "why"),
+    [
+        ("windows.py", "import transformers", "torch only"),
+        ("layers/x.py", "from transformers import PreTrainedModel", "torch only"),
+        ("layers/x.py", "from casa.models.config import CasaConfig", "against the arrows"),
+        ("layers/x.py", "from casa import CasaConfig", "against the arrows"),
+        ("attention/x.py", "def f():\n    from casa.vision import encode", "against the arrows"),
+        ("attention/x.py", "import PIL.Image", "torch only"),
+        ("attention/sdpa.py", "from casa.attention import reference", "uses another"),
+        ("attention/flex.py", "from .sdpa import attention", "uses another"),
+        ("windows.py", "from casa.attention import casa_attention", "against the arrows"),
+        ("models/x.py", "from casa import training", "against the arrows"),
+        ("models/x.py", "from ..streaming import session", "against the arrows"),
+        ("models/x.py", "from casa import StreamingSession", "against the arrows"),
+        ("media/x.py", "from casa.models import CasaProcessor", "against the arrows"),
+        ("streaming/x.py", "from casa.media.video import frames", "against the arrows"),
+        ("training/x.py", "import casa.evaluation.pages", "against the arrows"),
+        ("evaluation/x.py", "from casa.cli import main", "against the arrows"),
+        ("models/x.py", "from casa.testing import tiny_casa", "only tests"),
+        ("novel/x.py", "import torch", "not in the list"),
+    ],
+)
+def test_the_check_can_fail(tmp_path, file, line, why):
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(line + "\n")
+    assert [why in sentence for sentence in violations(tmp_path)] == [True]
+
+
+def test_what_is_allowed_passes(tmp_path):
+    (tmp_path / "streaming").mkdir()
+    (tmp_path / "streaming" / "x.py").write_text("import av\nfrom casa.media.pictures import check_picture\n")
+    (tmp_path / "attention").mkdir()
+    (tmp_path / "attention" / "sdpa.py").write_text("import torch\nfrom casa.windows import WindowLayout\n")
+    assert violations(tmp_path) == []
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+LOADED = "import sys; print(sorted({n.split('.')[0] for n in sys.modules} & {'transformers', 'PIL', 'av', 'numpy.fake'}))"
+
+
+@pytest.mark.parametrize("line", ["import casa.windows, casa.attention, casa.layers, casa.attention.sdpa", "import casa"])
+def test_the_torch_rooms_load_torch_alone(line):
+    result = python(f"{line}\n{LOADED}")
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_and_that_check_can_fail():
+    assert "PIL" in python(f"import PIL\n{LOADED}").stdout
+
+
+QUIET = """
+import os, random, socket, sys
+import torch
+
+def opened(*args, **kwargs):
+    raise SystemExit("a socket was opened")
+
+def state():
+    threads = torch.get_num_threads(), torch.get_num_interop_threads()
+    seeds = torch.initial_seed(), torch.get_rng_state().tolist(), random.getstate()
+    modes = torch.get_default_dtype(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
+    return threads, seeds, modes, dict(os.environ)
+
+import transformers  # what it does itself is not casa's doing
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoModelForImageTextToText, GenerationMixin
+socket.socket = opened
+before = state()
+import casa
+{imported}
+print([name for name, a, b in zip(("threads", "seeds", "modes", "environment"), before, state()) if a != b])
+"""
+
+
+@pytest.mark.parametrize(
+    ("imported", "changed"),
+    [
+        ("import casa.models, casa.streaming, casa.training, casa.media, casa.evaluation; casa.adapt", []),
+        ("torch.set_num_threads(3 if torch.get_num_threads() != 3 else 2)", ["threads"]),
+        ("torch.manual_seed(12345)", ["seeds"]),
+        ("os.environ['CASA_TRIED'] = '1'", ["environment"]),
+    ],
+)
+def test_importing_changes_no_threads_seeds_or_environment(imported, changed):
+    result = python(QUIET.replace("{imported}", imported))
+    assert result.stdout.strip() == str(changed), result.stderr
+
+
+def test_a_socket_opened_at_import_would_show():
+    result = python(QUIET.replace("{imported}", "socket.socket()"))
+    assert "a socket was opened" in result.stderr

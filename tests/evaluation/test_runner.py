@@ -1,0 +1,141 @@
+"""The runner with models that know everything, nothing, or half."""
+
+import pytest
+
+from casa.errors import UserError
+from casa.evaluation import runner
+from casa.evaluation.metrics import words
+from casa.evaluation.runner import check_tasks, evaluate, held_out_pages, held_out_scenes
+from casa.evaluation.seeds import generator
+from casa.evaluation.stream import stream
+
+SEED, LIMIT = 5, 10
+
+
+class Silent:
+    def step(self, frame):
+        return ""
+
+
+def silent(images, questions):
+    return [""] * len(questions)
+
+
+def oracle():
+    """Answers by looking the picture up among the examples that the seed must give."""
+    known = {}
+    for example in [*held_out_pages(SEED, LIMIT), *held_out_scenes(SEED, LIMIT)]:
+        for turn in example.turns:
+            known[example.image.tobytes(), turn.question] = turn.answer
+    return lambda images, questions: [
+        known[image.tobytes(), question] for image, question in zip(images, questions, strict=True)
+    ]
+
+
+def oracle_sessions():
+    """Sessions that know the captions of the streams, in order."""
+    made = 0
+
+    class Oracle:
+        def __init__(self):
+            nonlocal made
+            made += 1
+            example = stream(generator("stream", "held_out", SEED, made), "held_out", seconds=20)
+            self.captions = iter(example.captions())
+            self.frames = example.frames()
+
+        def step(self, frame):
+            assert frame.tobytes() == next(self.frames).tobytes()
+            return next(self.captions)
+
+    return Oracle
+
+
+def test_an_oracle_scores_full_marks():
+    scores = evaluate(["pages", "scenes", "stream"], oracle(), oracle_sessions(), seed=SEED, limit=LIMIT)
+    assert scores == {
+        "pages": {"digits": 1.0, "lines": 1.0, "n": LIMIT},
+        "scenes": {"accuracy": 1.0, "n": LIMIT},
+        "stream": {"wer": 0.0, "n": LIMIT},
+    }
+
+
+def test_a_silent_model_scores_nothing():
+    scores = evaluate(["stream", "pages", "scenes"], silent, Silent, seed=SEED, limit=3)
+    assert list(scores) == ["stream", "pages", "scenes"]
+    assert scores["stream"] == {"wer": 1.0, "n": 3}
+    assert scores["pages"] == {"digits": 0.0, "lines": 0.0, "n": 3}
+    assert scores["scenes"] == {"accuracy": 0.0, "n": 3}
+
+
+def test_digits_and_lines_are_scored_apart():
+    truth = oracle()
+
+    def reads_digits_only(images, questions):
+        answers = truth(images, questions)
+        return [a if q.startswith("What") else "?" for a, q in zip(answers, questions, strict=True)]
+
+    scores = evaluate(["pages"], reads_digits_only, Silent, seed=SEED, limit=LIMIT)
+    assert scores["pages"] == {"digits": 1.0, "lines": 0.0, "n": LIMIT}
+
+
+def test_every_page_brings_one_question_of_each_kind():
+    for example in held_out_pages(0, 5):
+        assert [turn.kind for turn in example.turns] == ["line", "digit"]
+
+
+def test_evaluations_with_other_seeds_share_no_page():
+    pages = [page.image.tobytes() for seed in (0, 1, -1) for page in held_out_pages(seed, 4)]
+    assert len(set(pages)) == len(pages)
+
+
+def test_batches_are_never_larger_than_said_and_lose_nothing():
+    sizes = []
+
+    def counting(images, questions):
+        sizes.append(len(images))
+        return [""] * len(images)
+
+    evaluate(["pages"], counting, Silent, limit=19)
+    assert sizes == [runner.BATCH, runner.BATCH, 6]
+
+
+def test_streams_are_cut_where_the_limit_is_reached():
+    captions = ["", "40", "", "71", "", "3", ""]
+    assert runner._cut(captions, 2) == ["", "40", "", "71", ""]
+    assert runner._cut(captions, 3) == captions
+    assert words(runner._cut(captions, 1)) == ["40"]
+
+
+def test_progress_is_told():
+    told = []
+    evaluate(["scenes"], silent, Silent, limit=2, progress=lambda *told_now: told.append(told_now))
+    assert told == [("scenes", 1, 2), ("scenes", 2, 2)]
+
+
+def test_a_model_that_drops_answers_is_found_out():
+    with pytest.raises(ValueError, match="2 questions were asked, 1 answers"):
+        evaluate(["pages"], lambda images, questions: questions[1:], Silent, limit=1)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["page"], "did you mean 'pages'"),
+        (["pages", "chess"], "choose from pages, scenes, stream"),
+        ([], "No task was named"),
+    ],
+)
+def test_unknown_tasks_are_refused_before_anything_runs(names, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(names, silent, Silent)
+
+
+def test_names_are_cleaned_and_kept_in_order():
+    assert check_tasks([" stream", "pages ", "stream"]) == ["stream", "pages"]
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_is_refused(limit):
+    with pytest.raises(UserError, match="1 or more"):
+        evaluate(["pages"], silent, Silent, limit=limit)

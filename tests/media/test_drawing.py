@@ -1,0 +1,140 @@
+"""Captions drawn into pictures and videos: seen at their time, readable, and nowhere else."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from casa.errors import UserError
+from casa.media import drawing
+from casa.media.drawing import burn_captions, draw_caption
+from casa.media.subtitles import Caption
+from casa.media.video import probe, read_frames
+from casa.media.video_writer import VideoWriter
+
+GREY = (150, 150, 150)
+
+
+def rows_changed(image, plain=GREY):
+    return np.flatnonzero(np.abs(np.asarray(image).astype(int) - plain).max(axis=(1, 2)) > 30)
+
+
+@pytest.mark.parametrize("size", [(336, 336), (1920, 1080), (48, 64), (64, 48), (40, 600), (600, 40), (2, 2), (1, 1)])
+def test_a_band_at_the_foot(size):
+    image = Image.new("RGB", size, GREY)
+    seen = draw_caption(image, "Number 4071 appears, then 88 and another, longer number below")
+    assert (seen.size, seen.mode) == (size, "RGB")
+    rows = rows_changed(seen)
+    assert rows[-1] == size[1] - 1
+    assert list(rows) == list(range(rows[0], size[1]))
+    assert np.asarray(image).std() == 0  # the original is left alone
+    if min(size) >= 48:
+        assert len(rows) <= size[1] * drawing.COVER + 1
+        assert np.asarray(seen).min() < 80  # dark
+        assert np.asarray(seen).max() > 220  # and letters on it
+
+
+def test_letters_keep_inside_the_band_and_the_picture():
+    seen = np.asarray(draw_caption(Image.new("RGB", (336, 336), GREY), "gjpqy " * 30)).astype(int)
+    top = rows_changed(Image.fromarray(seen.astype(np.uint8)))[0]
+    bright = np.argwhere(seen.min(axis=2) > 200)
+    assert bright[:, 0].min() > top
+    assert bright[:, 0].max() < 335
+    assert bright[:, 1].min() > 2
+    assert bright[:, 1].max() < 333
+
+
+def test_wrapping():
+    face = drawing._face(16, None)
+    text = "one two three four " + "w" * 60
+    lines = drawing._wrap(text, face, 120)
+    assert all(face.getlength(line) <= 120 for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert drawing._wrap("a\nb", face, 120) == ["a", "b"]
+    assert drawing._wrap("wide", face, 1) == ["w", "i", "d", "e"]
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\n\n"])
+def test_silence_draws_nothing(text):
+    image = Image.new("RGB", (64, 48), GREY)
+    seen = draw_caption(image, text)
+    assert seen.tobytes() == image.tobytes()
+    assert seen is not image
+
+
+def test_text_beyond_ascii(monkeypatch):
+    """With DejaVu Sans it is set as it is; without, accents go and the letters stay."""
+    image = Image.new("RGB", (336, 336), GREY)
+    assert draw_caption(image, "é—ж").tobytes() != draw_caption(image, "?-?").tobytes()
+    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
+    assert drawing._settable("Ünïcode – “é”", None) == ('Unicode - "e"', None)
+    assert drawing._settable("ж", None) == ("?", None)
+
+
+def test_a_font_that_is_none(tmp_path):
+    with pytest.raises(UserError, match=r"name a \.ttf or \.otf file"):
+        draw_caption(Image.new("RGB", (64, 48)), "a", font=tmp_path / "no.ttf")
+
+
+def write_grey(path, times, size=(96, 64)):
+    with VideoWriter(path, size, fps=10) as video:
+        for time in times:
+            video.write(Image.new("RGB", size, GREY), time=time)
+    return path
+
+
+def test_captions_are_burnt_at_their_time(tmp_path):
+    times = [0, 0.1, 0.2, 0.3, 0.35, 0.9, 1.4, 1.5]  # variable frame rate
+    source = write_grey(tmp_path / "in.mp4", times)
+    told = []
+    burn_captions(
+        source,
+        [Caption(0.9, 1.4, "two"), Caption(0.1, 0.3, "one")],
+        tmp_path / "out.mp4",
+        progress=lambda done, total: told.append((done, total)),
+    )
+    frames = list(read_frames(tmp_path / "out.mp4", fps=None))
+    assert [f.time for f in frames] == pytest.approx(times, abs=1e-3)
+    assert [len(rows_changed(f.image)) > 0 for f in frames] == [t in (0.1, 0.2, 0.9) for t in times]
+    assert told == [(k + 1, 8) for k in range(8)]
+    before, after = probe(source), probe(tmp_path / "out.mp4")
+    assert (after.width, after.height) == (before.width, before.height)
+    # the last frame lasts one average frame, here 0.2 s
+    assert after.duration == pytest.approx(1.5 + 1 / before.fps, abs=2e-3)
+    assert sorted(os.listdir(tmp_path)) == ["in.mp4", "out.mp4"]
+
+
+def test_a_rotated_video_is_burnt_upright(tmp_path, clips):
+    stored = np.full((48, 64, 3), 40, np.uint8)
+    stored[:24, :32] = (220, 30, 30)
+    path = clips.with_matrix(clips.write(tmp_path / "in.mp4", [0, 100, 200], picture=stored), 0, 1, -1, 0)
+    burn_captions(path, [Caption(0, 1, "hi")], tmp_path / "out.mp4")
+    info = probe(tmp_path / "out.mp4")
+    assert (info.width, info.height, info.rotation) == (48, 64, 0)
+    image = next(read_frames(tmp_path / "out.mp4")).image
+    corner = image.getpixel((40, 5))
+    assert isinstance(corner, tuple)
+    assert corner[0] > 180  # the red corner is now at the upper right
+    assert len(rows_changed(image.crop((0, 40, 48, 64)), plain=(40, 40, 40))) > 0
+
+
+def test_the_source_may_be_replaced(tmp_path):
+    path = write_grey(tmp_path / "a.mp4", [0, 0.1, 0.2])
+    burn_captions(path, [Caption(0, 1, "hello")], path)
+    assert len(rows_changed(next(read_frames(path)).image)) > 0
+    assert os.listdir(tmp_path) == ["a.mp4"]
+
+
+def test_a_failure_midway_leaves_nothing(tmp_path):
+    source = write_grey(tmp_path / "in.mp4", [0, 0.1, 0.2])
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        burn_captions(source, [], tmp_path / "out.mp4", progress=stop)
+    assert os.listdir(tmp_path) == ["in.mp4"]
+    with pytest.raises(UserError, match="There is no file"):
+        burn_captions(tmp_path / "missing.mp4", [], tmp_path / "out.mp4")
+    assert os.listdir(tmp_path) == ["in.mp4"]

@@ -1,0 +1,86 @@
+"""The variants that every promise is tried on, as tiny float64 models, and what the tests compare with."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from casa.testing import TinySample, tiny_casa
+
+FUSIONS = {
+    "parallel": {},
+    "before": {"placement": "before"},
+    "replace": {"placement": "replace", "every": 2},
+    "replace first": {"placement": "replace", "layers": [0]},
+    "shared": {"share_weights": True},
+    "before shared": {"placement": "before", "share_weights": True},
+    "gated": {"gate": "tanh", "every": 2},
+    "history 1": {"history": 1},
+    "history all": {"history": -1, "placement": "before"},
+    "sample": {"split": "sample"},
+    "replace sample": {"placement": "replace", "every": 2, "split": "sample"},
+    "replace history": {"placement": "replace", "every": 2, "history": 1},
+    "cross": {"method": "cross_attention"},
+    "cross gated before": {"method": "cross_attention", "gate": "tanh", "placement": "before"},
+    "cross replace": {"method": "cross_attention", "placement": "replace", "every": 2},
+    "cross sample": {"method": "cross_attention", "split": "sample"},
+    "cross history": {"method": "cross_attention", "history": 1},
+    "insertion": {"method": "insertion"},
+}
+# one of each kind, for what is slow to try
+FEW = ("parallel", "replace sample", "history 1", "cross gated before", "insertion")
+
+# ids from 3 on: 0 pads, 1 and 2 open and stop
+SAMPLES = (
+    TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 2, 3), (5, 1, 2)), seed=10),
+    TinySample((7, 30, 11, 12), (), seed=20),
+    TinySample((40, 6, 13, 22, 50), ((0, 2, 2), (0, 1, 1), (3, 3, 1)), seed=30),
+    TinySample((19, 3, 28), ((3, 1, 3),), seed=40),
+)
+
+
+@pytest.fixture(scope="session")
+def casa_of() -> Callable:
+    """The model of a variant, made once; tests leave it as it was."""
+    made = {}
+
+    def model(name: str):
+        if name not in made:
+            made[name] = tiny_casa(**FUSIONS[name])
+        return made[name]
+
+    return model
+
+
+@pytest.fixture(params=FUSIONS)
+def model(request, casa_of):
+    """Every variant in turn."""
+    return casa_of(request.param)
+
+
+@pytest.fixture(params=[name for name in FUSIONS if name != "insertion"])
+def fused(request, casa_of):
+    """Every variant that keeps images out of the text stream."""
+    return casa_of(request.param)
+
+
+@pytest.fixture(params=FEW)
+def few(request, casa_of):
+    """One variant of each kind."""
+    return casa_of(request.param)
+
+
+@pytest.fixture
+def samples() -> tuple[TinySample, ...]:
+    """Two pictures apart; no picture; two pictures as one run and a third; a picture after all text."""
+    return SAMPLES
+
+
+@pytest.fixture
+def close() -> Callable:
+    """Equal up to the order of float64 sums. The largest difference met is 4e-14; a wrong mask gives 1e-3."""
+
+    def check(found: torch.Tensor, wanted: torch.Tensor) -> None:
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+    return check
