@@ -134,10 +134,14 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 
-LOADED = "import sys; print(sorted({n.split('.')[0] for n in sys.modules} & {'transformers', 'PIL', 'av', 'numpy.fake'}))"
+LOADED = (
+    "import sys; print(sorted({n.split('.')[0] for n in sys.modules} & {'transformers', 'PIL', 'av', 'numpy.fake'}))"
+)
 
 
-@pytest.mark.parametrize("line", ["import casa.windows, casa.attention, casa.layers, casa.attention.sdpa", "import casa"])
+@pytest.mark.parametrize(
+    "line", ["import casa.windows, casa.attention, casa.layers, casa.attention.sdpa", "import casa"]
+)
 def test_the_torch_rooms_load_torch_alone(line):
     result = python(f"{line}\n{LOADED}")
     assert result.stdout.strip() == "[]", result.stderr

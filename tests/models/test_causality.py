@@ -62,7 +62,9 @@ def test_no_packed_sample_touches_another(model, close):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("history", "split", "seen"), [(0, "image", 1), (1, "image", 2), (-1, "image", 3), (0, "sample", 3)])
+@pytest.mark.parametrize(
+    ("history", "split", "seen"), [(0, "image", 1), (1, "image", 2), (-1, "image", 3), (0, "sample", 3)]
+)
 def test_how_many_windows_back_a_layer_sees(history, split, seen):
     """Of three frames, the last text token's CASA update hears exactly the visible ones."""
     model = tiny_casa(placement="replace", layers=[2], history=history, split=split)

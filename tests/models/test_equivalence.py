@@ -45,7 +45,9 @@ def test_packed_rows_with_padding_behind_are_each_sample_alone(model, samples, c
         return torch.cat([torch.nn.functional.pad(part[name], (0, length - part[name].shape[1])) for part in parts])
 
     inputs = {name: torch.cat([part[name] for part in parts]) for name in ("pixel_values", "image_grid_thw")}
-    inputs["image_positions"] = torch.cat([part["image_positions"] + torch.tensor([n, 0]) for n, part in enumerate(parts)])
+    inputs["image_positions"] = torch.cat(
+        [part["image_positions"] + torch.tensor([n, 0]) for n, part in enumerate(parts)]
+    )
     inputs["attention_mask"] = (padded("input_ids") > 0).long()
     logits = model(input_ids=padded("input_ids"), position_ids=padded("position_ids"), use_cache=False, **inputs).logits
     for row, (part, found) in enumerate(zip(rows, logits, strict=True)):
@@ -132,9 +134,7 @@ def test_pieces_of_any_size_are_one_pass(few, close, drawn):
 @given(rows=st.lists(texts_in_pieces(), min_size=1, max_size=3))
 def test_any_texts_packed_are_each_alone(few, close, rows):
     # a picture behind all text of a sample would be the next one's
-    samples = [
-        TinySample(s.ids, tuple(p for p in s.pictures if p[0] < len(s.ids)), s.seed) for s, _, _ in rows
-    ]
+    samples = [TinySample(s.ids, tuple(p for p in s.pictures if p[0] < len(s.ids)), s.seed) for s, _, _ in rows]
     with torch.no_grad():
         packed = few(**as_packed(samples)).logits[0]
         close(packed, torch.cat([few(**sample.inputs()).logits[0] for sample in samples]))

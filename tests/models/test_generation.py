@@ -123,9 +123,7 @@ def test_generation_goes_on_from_a_cache_with_a_new_image(model):
 def test_a_cache_of_generate_serves_the_next_turn(few):
     sample = TinySample((5, 9, 17, 4), ((1, 2, 2),), seed=22)
     cache = few.new_cache()
-    said = few.generate(
-        **sample.inputs(), past_key_values=cache, max_new_tokens=3, do_sample=False, eos_token_id=None
-    )
+    said = few.generate(**sample.inputs(), past_key_values=cache, max_new_tokens=3, do_sample=False, eos_token_id=None)
     turn = torch.cat([said, torch.tensor([[30, 31]])], dim=1)
     found = generate(few, {"input_ids": turn}, past_key_values=cache)
     assert found[0].tolist() == by_hand(few, TinySample(tuple(turn[0].tolist()), sample.pictures, sample.seed))

@@ -133,9 +133,7 @@ def _rows(shape: str, times: dict[str, tuple[list[float], list[float]]]) -> list
     return rows
 
 
-def _dense(
-    q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, mask: Tensor
-) -> Tensor:
+def _dense(q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, mask: Tensor) -> Tensor:
     """One call over all text and images: (T, Hq, D) under a bool mask (T, N + T)."""
     key, value = torch.cat([image_k, text_k]), torch.cat([image_v, text_v])
     query, key, value = (x.transpose(0, 1)[None] for x in (q, key, value))

@@ -24,7 +24,7 @@ class ImageNorm:
 
 
 def normalise(image: Tensor, eps: float) -> Tensor:
-    """Image tokens (N, d) over their root mean square; computed in float32 whatever the dtype, as the block's norm is."""
+    """Image tokens (N, d) over their root mean square, in float32 whatever the dtype, as the block's norm does it."""
     wide = image.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(image.dtype)
 

@@ -251,7 +251,7 @@ class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMi
 
     def _layer(self, index: int) -> nn.Module | None:
         name = str(index)
-        return self.casa_layers[name] if name in self.casa_layers else None
+        return self.casa_layers[name] if name in self.casa_layers else None  # noqa: SIM401 (a ModuleDict has no get)
 
     def _step(
         self,

@@ -2,31 +2,19 @@
 
 Legend: B pictures, P patches, M = P / 4 merged tokens (cells of 28 x 28 px)
     patches uint8 (B, P, 588); targets[channel] int64 (B, M), one class per cell
-
-A *source* draws one example: source(rng, size) with size = (height, width) in px gives an object with `image`
-(PIL, of that size), `dense` (channel -> (rows, columns)) and `turns`. Sources come from outside: this package
-knows no task.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from casa.errors import UserError
 from casa.training.patches import CELL, PATCH, patchify
-
-Source = Callable[[np.random.Generator, tuple[int, int] | None], Any]
-
-
-@dataclass(frozen=True)
-class SizePhase:
-    """Up to which share of the run pictures have sides of min_side..max_side px (multiples of 28)."""
-
-    until: float
-    min_side: int
-    max_side: int
+from casa.training.recipe import TowerStage
+from casa.training.sources import Sources
 
 
 @dataclass(frozen=True)
@@ -35,39 +23,41 @@ class DenseBatch:
 
     patches: NDArray[np.uint8]
     grid: tuple[int, int]
-    targets: dict[str, NDArray[np.int64]]
+    targets: Mapping[str, NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
 class DenseBatches:
-    """Makes batch number n of a run: same seed and n, same batch.
+    """Makes batch number n of a run: same seed and n, same batch."""
 
-    mix: how often each source is drawn, relative. patches: about how many per batch.
-    """
-
-    sources: Mapping[str, Source]
-    mix: Mapping[str, float]
-    phases: tuple[SizePhase, ...]
-    steps: int
-    patches: int
+    sources: Sources
+    stage: TowerStage
     seed: int
 
     def __call__(self, number: int) -> DenseBatch:
         rng = np.random.default_rng([self.seed, 2, number])
         size = self._size(number, rng)
-        per_picture = size[0] * size[1] // PATCH**2
-        count = max(1, round(self.patches / per_picture))
-        names = list(self.mix)
-        shares = np.array([self.mix[name] for name in names])
-        drawn = [self.sources[names[i]](rng, size) for i in rng.choice(len(names), count, p=shares / shares.sum())]
-        return DenseBatch(
-            patches=np.stack([patchify(np.asarray(example.image)) for example in drawn]),
-            grid=(size[0] // PATCH, size[1] // PATCH),
-            targets={name: np.stack([e.dense[name].ravel() for e in drawn]) for name in drawn[0].dense},
-        )
+        count = max(1, round(self.stage.patches * PATCH**2 / (size[0] * size[1])))
+        names = [name for name in self.stage.mix if self.sources.allows(name, size)]
+        if not names:
+            raise UserError(f"no source of the tower's mix draws pictures of {size[0]} x {size[1]} px; change its sizes.")
+        shares = np.array([self.stage.mix[name] for name in names])
+        chosen = rng.choice(len(names), count, p=shares / shares.sum())
+        return stack([self.sources.pictures[names[i]](rng, size) for i in chosen], list(self.stage.channels))
 
     def _size(self, number: int, rng: np.random.Generator) -> tuple[int, int]:
-        share = number / self.steps
-        phase = next((p for p in self.phases if share < p.until), self.phases[-1])
-        height, width = rng.integers(phase.min_side // CELL, phase.max_side // CELL + 1, 2) * CELL
+        share = number / self.stage.optimisation.steps
+        sizes = next((s for s in self.stage.sizes if share < s.until), self.stage.sizes[-1])
+        height, width = rng.integers(sizes.smallest // CELL, sizes.largest // CELL + 1, 2) * CELL
         return int(height), int(width)
+
+
+def stack(examples: Sequence[Any], channels: Sequence[str]) -> DenseBatch:
+    """Examples of one size as a batch, with the targets of the channels named."""
+    pictures = [np.asarray(example.image) for example in examples]
+    height, width = pictures[0].shape[:2]
+    return DenseBatch(
+        patches=np.stack([patchify(picture) for picture in pictures]),
+        grid=(height // PATCH, width // PATCH),
+        targets={name: np.stack([e.dense[name].ravel() for e in examples]) for name in channels},
+    )

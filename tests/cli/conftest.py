@@ -1,0 +1,48 @@
+"""The program run in this process, and a tiny random checkpoint for it."""
+
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from casa.cli.main import run
+from casa.testing import tiny_casa, tiny_processor
+
+
+@dataclass
+class Result:
+    """How a run of the program ended, and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def casa(monkeypatch, capsys):
+    """Runs `casa` with arguments and returns how it ended."""
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["casa", *map(str, arguments)])
+        status = 0
+        try:
+            run()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        captured = capsys.readouterr()
+        return Result(status, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A folder with a tiny model and its processor."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = tiny_casa(dtype=torch.float32)
+    model.generation_config.eos_token_id = 2
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
