@@ -96,7 +96,7 @@ class TinySample:
         return as_batch([self])
 
     def calls(self, cuts: Sequence[int], late: bool = False) -> list[dict[str, Any]]:
-        """The row in several calls, cut at text indices; a picture at a cut ends a call or, if `late`, opens the next."""
+        """The row in several calls, cut at text indices; a picture at a cut ends one or, if `late`, opens the next."""
         found = []
         pixels = [tiny_images([(r, c)], self.seed + n) for n, (_, r, c) in enumerate(self.pictures)]
         left = list(enumerate(self.pictures))

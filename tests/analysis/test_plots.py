@@ -33,7 +33,8 @@ BLUE, ORANGE, GREEN = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)
 
 def test_cost_shows_both_sessions(tmp_path):
     plot_cost([row(n + 1, rival=n < 20) for n in range(30)], tmp_path / "memory.png")
-    assert Image.open(tmp_path / "memory.png").size == (1350, 555)
+    with Image.open(tmp_path / "memory.png") as drawn:
+        assert drawn.size == (1350, 555)
     assert share_of(tmp_path / "memory.png", BLUE) > 0.002
     assert share_of(tmp_path / "memory.png", ORANGE) > 0.002
     assert [path.name for path in tmp_path.iterdir()] == ["memory.png"]

@@ -44,6 +44,8 @@ def test_insertion_is_given_up_at_a_bound(model):
     assert [row.insertion is None for row in few] == [False] * 3 + [True] * 2
     few = list(compare(model, tiny_processor(), FRAMES[:5], max_new_tokens=2, most_image_tokens=12))
     assert [row.insertion is None for row in few] == [False] * 2 + [True] * 3
+    few = list(compare(model, tiny_processor(), FRAMES[:3], max_new_tokens=2, most_seconds=1e-9))
+    assert [row.insertion is None for row in few] == [False, True, True]
 
 
 def test_text_may_be_bounded_for_casa_alone(model):

@@ -45,7 +45,7 @@ def test_equal_texts_give_equal_tokenizers() -> None:
 
 
 def test_too_small_a_vocabulary_is_refused() -> None:
-    with pytest.raises(UserError, match="needs? 262"):
+    with pytest.raises(UserError, match="special tokens need 262"):
         build_tokenizer(TEXTS, 100)
 
 

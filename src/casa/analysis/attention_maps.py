@@ -100,8 +100,9 @@ def attention_shares(
         if chosen is None:
             chosen = layout.sees_image.nonzero().flatten().tolist()
         layouts.append(layout)
-        keys = [key.detach().cpu().double() for key in (query, text_key, image_key)]
-        found.append(_weights(*keys, layout, torch.tensor(chosen, dtype=torch.int64), model.fusion.attend, turn))
+        query, text_key, image_key = (x.detach().cpu().double() for x in (query, text_key, image_key))
+        picked = torch.tensor(chosen, dtype=torch.int64)
+        found.append(_weights(query, text_key, image_key, layout, picked, model.fusion.attend, turn))
 
     model(**inputs, use_cache=False, record=record)
     if not found:

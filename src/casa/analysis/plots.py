@@ -42,7 +42,8 @@ def plot_cost(rows: Sequence[CostRow], path: str | os.PathLike[str], fps: float 
             continue
         at = frames[: len(held)]
         memory.plot(at, held, color=colour, linewidth=2, label=name)
-        _say(memory, at[-1], held[-1], f"{held[-1]:.2f} {unit}" if held[-1] < 10 else f"{held[-1]:.0f} {unit}", colour)
+        size = f"{held[-1]:.{2 if held[-1] < 10 else 0}f} {unit}"
+        _say(memory, at[-1], held[-1], size if len(held) == len(rows) else f"stopped at {size}", colour)
         latency.plot(at, took, color=colour, linewidth=0.8, alpha=0.35)
         latency.plot(at, _running_median(took), color=colour, linewidth=2, label=name)
     memory.set_title("what is remembered", fontsize=11)

@@ -21,6 +21,7 @@ from casa.streaming import Sampling, StreamingSession, Usage
 
 MOST_FRAMES = 120
 MOST_IMAGE_TOKENS = 24_000
+MOST_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class CostRow:
 class Comparison:
     """Two sessions side by side, one frame at a time.
 
-    most_frames, most_image_tokens: where the insertion session stops, since its cost grows without end. None: never.
+    most_frames, most_image_tokens, most_seconds (of its own work): where the insertion session stops, since its cost
+        grows without end. None: never.
     session: further arguments of both sessions (prompt, max_new_tokens); `casa` is the CASA session.
     Raises UserError for a model that is an insertion model itself.
     """
@@ -56,6 +58,7 @@ class Comparison:
         *,
         most_frames: int | None = MOST_FRAMES,
         most_image_tokens: int | None = MOST_IMAGE_TOKENS,
+        most_seconds: float | None = MOST_SECONDS,
         sampling: Sampling | None = None,
         **session: Any,
     ) -> None:
@@ -69,8 +72,8 @@ class Comparison:
             insertion_twin(model), processor, sampling=repeater, **session
         )
         self._device = model.device
-        self._most_frames, self._most_tokens = most_frames, most_image_tokens
-        self._compared = 0
+        self._most_frames, self._most_tokens, self._most_seconds = most_frames, most_image_tokens, most_seconds
+        self._compared, self._spent = 0, 0.0
 
     def step(self, frame: Any) -> CostRow:
         """Shows both the frame (PIL.Image, or uint8 (H, W, 3)); the caption is the CASA session's."""
@@ -81,6 +84,7 @@ class Comparison:
         if self._insertion is not None:
             _, theirs = self._timed(self._insertion, frame)
             self._compared += 1
+            self._spent += theirs.seconds
             if self._full(theirs.usage):
                 self._insertion = None
         return CostRow(caption, said, ours, theirs)
@@ -98,8 +102,12 @@ class Comparison:
             torch.cuda.synchronize(self._device)
 
     def _full(self, usage: Usage) -> bool:
-        frames = self._most_frames is not None and self._compared >= self._most_frames
-        return frames or (self._most_tokens is not None and usage.image_tokens >= self._most_tokens)
+        bounds = (
+            (self._compared, self._most_frames),
+            (usage.image_tokens, self._most_tokens),
+            (self._spent, self._most_seconds),
+        )
+        return any(most is not None and reached >= most for reached, most in bounds)
 
 
 def compare(
@@ -118,9 +126,9 @@ def insertion_twin(model: CasaForConditionalGeneration) -> CasaForConditionalGen
     if model.fusion.method == "insertion":
         raise UserError("this is an insertion model already; compare a CASA or cross-attention model with it.")
     # a copy, since building a model writes into the configs of its parts
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     config.fusion = FusionConfig(method="insertion").to_dict()
-    twin = CasaForConditionalGeneration(config)
+    twin: Any = CasaForConditionalGeneration(config)
     for name in ("backbone", "vision", "projector"):
         twin.get_submodule(name).load_state_dict(model.get_submodule(name).state_dict(), assign=True)
     # what is not in the state dict (rotary tables) was built on the CPU

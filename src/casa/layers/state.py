@@ -37,6 +37,11 @@ class LayerWindow:
     def capacity(self) -> int:
         return self.key.shape[2] - self.images
 
+    def unlock(self) -> None:
+        """Copies buffers that were made in inference mode: torch forbids writing into those outside of it."""
+        if self.key.is_inference() and not torch.is_inference_mode_enabled():
+            self.key, self.value = self.key.clone(), self.value.clone()
+
     def grow(self) -> None:
         """Doubles the room for text."""
         room = max(16, self.capacity)

@@ -163,8 +163,9 @@ class DecodeStep:
         self._longest = max(text)
         self._rotation = None if self.rotary is None else self.rotary(self._text)
         self._mask = None
-        widest = max(images)
-        if self._same is None or len(set(images)) > 1:
+        # after rows were selected the buffer may be wider than any row's images
+        widest = self.state.layers[0].images
+        if self._same is None or set(images) != {widest}:
             counts = torch.tensor(images, device=self.device)[:, None]
             if self.attend == "image":
                 counts = counts.clamp(min=1)  # a row without image sees a slot whose result is thrown away
@@ -181,6 +182,7 @@ class DecodeStep:
         if key is not None and value is not None:
             if self._rotation is not None:
                 key = rotate(key, *self._rotation)
+            window.unlock()
             while self._longest >= window.capacity:
                 window.grow()
             if self._same is not None:

@@ -60,7 +60,7 @@ class FusionConfig:
             raise UserError(f"compressor {self.compressor!r} is not built yet; leave it out.")
 
     def blocks(self, count: int) -> tuple[int, ...]:
-        """The blocks, of `count`, that get a layer. Raises UserError if one is not there or none keeps self-attention."""
+        """The blocks, of `count`, that get a layer. Raises UserError if one is missing or none keeps self-attention."""
         if self.method == "insertion":
             return ()
         chosen = self.layers if self.layers is not None else range(self.every - 1, count, self.every)

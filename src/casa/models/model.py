@@ -192,7 +192,7 @@ class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMi
     def _cache_for(self, given: Cache | None, use_cache: bool | None) -> CasaCache | None:
         if isinstance(given, CasaCache):
             return given
-        if given is not None and given.get_seq_length() > 0:
+        if given is not None and (given.is_compileable or given.get_seq_length() > 0):
             raise UserError("past_key_values must come from an earlier call of this model, or be left out.")
         wanted = use_cache if use_cache is not None else self.config.use_cache and not self.training
         return self.new_cache() if wanted else None

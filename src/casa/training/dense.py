@@ -40,7 +40,9 @@ class DenseBatches:
         count = max(1, round(self.stage.patches * PATCH**2 / (size[0] * size[1])))
         names = [name for name in self.stage.mix if self.sources.allows(name, size)]
         if not names:
-            raise UserError(f"no source of the tower's mix draws pictures of {size[0]} x {size[1]} px; change its sizes.")
+            raise UserError(
+                f"no source of the tower's mix draws pictures of {size[0]} x {size[1]} px; change its sizes."
+            )
         shares = np.array([self.stage.mix[name] for name in names])
         chosen = rng.choice(len(names), count, p=shares / shares.sum())
         return stack([self.sources.pictures[names[i]](rng, size) for i in chosen], list(self.stage.channels))
@@ -48,8 +50,10 @@ class DenseBatches:
     def _size(self, number: int, rng: np.random.Generator) -> tuple[int, int]:
         share = number / self.stage.optimisation.steps
         sizes = next((s for s in self.stage.sizes if share < s.until), self.stage.sizes[-1])
-        height, width = rng.integers(sizes.smallest // CELL, sizes.largest // CELL + 1, 2) * CELL
-        return int(height), int(width)
+        # small sides are drawn more often: their pictures are cheap, and batches of them are varied
+        low, high = sizes.smallest / CELL, sizes.largest / CELL + 1
+        height, width = (int(v) * CELL for v in low * (high / low) ** rng.random(2))
+        return height, width
 
 
 def stack(examples: Sequence[Any], channels: Sequence[str]) -> DenseBatch:

@@ -108,8 +108,8 @@ class FusionStage:
     """CASA layers, projector and text model together, on answers.
 
     fusion: a FusionConfig. mix: how often a step draws fresh pictures from each source. fresh_patches: about how
-    many per step. batch: items of each source per step, drawn from a pool of pool_tokens image tokens per
-    source, which `prefill` steps fill before training begins. most_turns: questions per picture and step.
+    many per step. batch: items of each source per step, picked from a pool that holds the last `pool_draws` draws
+    and is filled with `prefill` of them before the first step. most_turns: questions per picture and step.
     """
 
     optimisation: Optimisation
@@ -119,7 +119,7 @@ class FusionStage:
     fresh_patches: int = 2000
     smallest: int = 112
     largest: int = 672
-    pool_tokens: int = 500_000
+    pool_draws: int = 1500
     prefill: int = 50
     most_turns: int = 6
     row_tokens: int = 512
@@ -130,7 +130,7 @@ class FusionStage:
         for name in self.batch:
             _check(name in self.mix, "batch", name, f"a source of the mix ({', '.join(self.mix)})")
         _check_sides(self.smallest, self.largest)
-        for name in ("fresh_patches", "pool_tokens", "most_turns", "row_tokens"):
+        for name in ("fresh_patches", "pool_draws", "most_turns", "row_tokens"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _check(self.prefill >= 1, "prefill", self.prefill, "1 or more")
 
@@ -158,7 +158,9 @@ def load_recipe(path: str | Path) -> Recipe:
     """Reads a recipe. UserError, in one sentence, for a file that is missing, no safe YAML, or no recipe."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"There is no recipe {str(path)!r}; give the path of a YAML file, such as recipes/casa-tiny.yaml.")
+        raise UserError(
+            f"There is no recipe {str(path)!r}; give the path of a YAML file, such as recipes/casa-tiny.yaml."
+        )
     if path.stat().st_size > _LARGEST_FILE:
         raise UserError(f"{path} is larger than a recipe can be; give a YAML file of at most 1 MB.")
     try:
@@ -209,7 +211,7 @@ def _build(kind: Any, values: Any, at: str) -> Any:
             raise UserError(f"{where} lacks the key {name!r}; add it.")
     try:
         return kind(**given)
-    except _Impossible as error:
+    except _ImpossibleError as error:
         raise UserError(f"{at}.{error}" if at else str(error)) from error
 
 
@@ -253,13 +255,13 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-class _Impossible(ValueError):
+class _ImpossibleError(ValueError):
     """A value out of range; the place in the recipe is put in front where it is known."""
 
 
 def _check(holds: bool, name: str, value: Any, wanted: str) -> None:
     if not holds:
-        raise _Impossible(f"{name} is {_shown(value)}; it must be {wanted}.")
+        raise _ImpossibleError(f"{name} is {_shown(value)}; it must be {wanted}.")
 
 
 def _check_shares(name: str, shares: Mapping[str, float]) -> None:

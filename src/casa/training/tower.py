@@ -8,19 +8,29 @@ position for one-dimensional rotary text models, so text finds "line 2, digit 3"
 where it stands. The tower's attention marks every token, and answering becomes looking up.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from casa.training.dense import DenseBatch
-from casa.training.patches import to_pixels
+from casa.errors import UserError
+from casa.training.checkpoints import mark_done
+from casa.training.dense import DenseBatch, DenseBatches
+from casa.training.loop import Loop, Monitor, Report
+from casa.training.patches import MERGE, PATCH, to_pixels
+from casa.training.prefetch import prefetch
+from casa.training.recipe import Recipe
+from casa.training.sources import Sources
 from casa.training.tower_batch import encode_batch
 
+HEADS = "heads.safetensors"
 _SHOWN = 0.75  # share of a channel's loss that cells get where it says something; most cells say "nothing here"
 
 
@@ -38,11 +48,69 @@ class DenseHeads(nn.Module):
         return {name: linear(normal) for name, linear in self.maps.items()}
 
 
-def new_tower(config: Mapping[str, object]) -> Qwen2_5_VisionTransformerPretrainedModel:
-    """A tower with fresh weights. config: keys of transformers' Qwen2_5_VLVisionConfig."""
-    made = Qwen2_5_VLVisionConfig(**dict(config))  # type: ignore[arg-type]
-    made._attn_implementation = "sdpa"
-    return Qwen2_5_VisionTransformerPretrainedModel(made)
+class TowerWithHeads(nn.Module):
+    """What the stage trains: the tower, and the heads that are left behind afterwards."""
+
+    def __init__(self, tower: Qwen2_5_VisionTransformerPretrainedModel, channels: Mapping[str, int]) -> None:
+        super().__init__()
+        self.tower = tower
+        self.heads = DenseHeads(tower.config.out_hidden_size, channels)
+
+    def forward(self, batch: DenseBatch) -> dict[str, Tensor]:
+        return self.heads(encode_batch(self.tower, to_pixels(batch.patches), batch.grid))
+
+
+def new_tower(settings: Mapping[str, Any]) -> Qwen2_5_VisionTransformerPretrainedModel:
+    """A tower with fresh weights. settings: keys of transformers' Qwen2_5_VLVisionConfig.
+
+    UserError if they do not fit together. Pictures are single frames, and are cut as the processor cuts them.
+    """
+    fixed = {"patch_size": PATCH, "spatial_merge_size": MERGE, "temporal_patch_size": 1, "in_channels": 3}
+    for name, value in fixed.items():
+        if settings.get(name, value) != value:
+            raise UserError(f"tower.model.{name} is {settings[name]!r}; only {value} is trained here.")
+    try:
+        config = Qwen2_5_VLVisionConfig(**{**settings, **fixed})
+        config._attn_implementation = "sdpa"
+        return Qwen2_5_VisionTransformerPretrainedModel(config)
+    except (TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"tower.model does not make an image tower: {reason}") from error
+
+
+def train_tower(
+    recipe: Recipe,
+    sources: Sources,
+    folder: Path,
+    report: Report | None = None,
+    monitor: Monitor | None = None,
+) -> Qwen2_5_VisionTransformerPretrainedModel:
+    """Trains the tower; writes it, and the heads beside it, to `folder` when done."""
+    stage = recipe.tower
+    torch.manual_seed(recipe.seed + 2)
+    classes = {name: sources.channels[name] for name in stage.channels}
+    model = TowerWithHeads(new_tower(stage.model), classes)
+    model.train()
+    loop = Loop("tower", folder, dict(model.named_parameters()), stage.optimisation, report)
+    if monitor is not None:
+        loop.watch = lambda step: monitor("tower", step, model)
+    start = loop.resume()
+    empty = {name: sources.empty.get(name, 0) for name in stage.channels}
+
+    def batches() -> Iterator[DenseBatch]:
+        make = DenseBatches(sources, stage, recipe.seed)
+        return prefetch(make, start, stage.optimisation.steps, recipe.workers)
+
+    def loss_of(batch: DenseBatch, step: int) -> Tensor:
+        targets = {name: torch.from_numpy(target) for name, target in batch.targets.items()}
+        return dense_loss(model(batch), targets, stage.channels, empty, stage.smoothing)
+
+    facts = loop.run(start, batches(), loss_of)
+    model.eval()
+    model.tower.save_pretrained(folder)
+    save_file(model.heads.state_dict(), folder / HEADS)
+    mark_done(folder, facts)
+    return model.tower
 
 
 def dense_loss(
@@ -51,32 +119,22 @@ def dense_loss(
     weights: Mapping[str, float],
     empty: Mapping[str, int],
     smoothing: float,
-) -> tuple[Tensor, dict[str, float]]:
-    """Weighted cross-entropy over all channels, and its part per channel.
+) -> Tensor:
+    """Weighted sum of the channels' cross-entropies.
 
     weights: per channel. empty: the class of each channel that means "nothing here". Within a channel, the cells
     where it says something share three quarters of the weight, however few they are.
     """
-    parts, total = {}, torch.zeros(())
+    total = torch.zeros(())
     for name, weight in weights.items():
-        loss = F.cross_entropy(
-            logits[name].flatten(0, -2), targets[name].flatten(), reduction="none", label_smoothing=smoothing
-        )
-        shown = (targets[name] != empty[name]).flatten()
-        part = loss[~shown].mean() if not shown.all() else loss.mean()
-        if shown.any():
-            part = _SHOWN * loss[shown].mean() + (1 - _SHOWN) * part
-        parts[name] = float(part.detach())
+        target = targets[name].flatten()
+        loss = F.cross_entropy(logits[name].flatten(0, -2), target, reduction="none", label_smoothing=smoothing)
+        shown = target != empty[name]
+        part = loss.mean()
+        if shown.any() and not shown.all():
+            part = _SHOWN * loss[shown].mean() + (1 - _SHOWN) * loss[~shown].mean()
         total = total + weight * part
-    return total, parts
-
-
-def run_batch(
-    tower: Qwen2_5_VisionTransformerPretrainedModel, heads: DenseHeads, batch: DenseBatch
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Logits and targets of a batch."""
-    features = encode_batch(tower, to_pixels(batch.patches), batch.grid)
-    return heads(features), {name: torch.from_numpy(np.asarray(t)) for name, t in batch.targets.items()}
+    return total
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ Legend: B pictures, P patches per picture, M = P / 4 merged tokens, C tower widt
     grid   (rows, columns)       of patches, not of merged tokens
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,7 +59,7 @@ def _rms(norm: nn.Module, x: Tensor) -> Tensor:
 def _windows_by_length(bounds: list[int]) -> list[Tensor]:
     """Patch indices of all windows of one length, (windows, length), for each length that occurs."""
     by_length: dict[int, list[Tensor]] = {}
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         by_length.setdefault(stop - start, []).append(torch.arange(start, stop))
     return [torch.stack(indices) for indices in by_length.values()]
 
@@ -81,7 +83,6 @@ def _attend(attn: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, windows: list[
         out = F.scaled_dot_product_attention(*(t.reshape(shape) for t in (query, key, value)))
         out = out.reshape(batch, attn.num_heads, patches, -1)
     else:
-        out = query.new_empty(query.shape)
         pieces = []
         for index in windows:
             taken = [t[:, :, index] for t in (query, key, value)]

@@ -1,0 +1,66 @@
+"""What `casa train` draws on: the offline tasks' training split, in the shape that casa.training asks for.
+
+Everything is a function at module level, so that worker processes can be given it.
+"""
+
+import math
+
+import numpy as np
+
+from casa.evaluation import DENSE_CHANNELS, Example, StreamExample, page, scene, stream
+from casa.evaluation.example import CELL, NO_DIGIT
+from casa.evaluation.scenes import MAX_SIDE as SCENE_SIDE
+from casa.evaluation.scenes import MIN_SIDE as LEAST_SIDE
+from casa.evaluation.stream import FPS, PROMPT
+from casa.evaluation.stream import MAX_SIDE as STREAM_SIDE
+from casa.evaluation.stream import MIN_SIDE as LEAST_STREAM_SIDE
+from casa.training import Sources
+
+_QUESTIONS = 16  # per picture; each step asks some of them
+_SHORT, _LONG = (6, 12), (13, 40)  # frames of a clip, fewest and most
+
+
+def pages(rng: np.random.Generator, size: tuple[int, int] | None) -> Example:
+    """A page by writers of the training split, their strokes bent more or less."""
+    return page(rng, "train", turns=_QUESTIONS, strength=float(rng.random()), sizes=_only(size))
+
+
+def scenes(rng: np.random.Generator, size: tuple[int, int] | None) -> Example:
+    return scene(rng, "train", turns=_QUESTIONS, sizes=_only(size))
+
+
+def frames(rng: np.random.Generator, size: tuple[int, int] | None) -> Example:
+    """One frame of a stream, as a picture with dense targets and no questions."""
+    shown = stream(rng, "train", seconds=2.0, strength=float(rng.random()), sizes=_only(size))
+    times = shown.times()
+    t = times[int(rng.integers(len(times)))]
+    return Example(image=shown.frame(t), turns=(), dense=shown.dense(t))
+
+
+def clips(rng: np.random.Generator) -> StreamExample:
+    """A stream of 3 to 20 s at 2 fps; most are short and small, as pictures are what costs."""
+    fewest, most = _SHORT if rng.random() < 0.8 else _LONG
+    count = int(rng.integers(fewest, most + 1))
+    low, high = LEAST_STREAM_SIDE, STREAM_SIDE if count <= _SHORT[1] else (LEAST_STREAM_SIDE + STREAM_SIDE) // 2
+    sides = [CELL * math.floor(low / CELL * ((high + CELL) / low) ** rng.random()) for _ in range(2)]
+    return stream(rng, "train", seconds=count / FPS, strength=float(rng.random()), sizes=[(sides[0], sides[1])])
+
+
+def training_sources() -> Sources:
+    """The sources that recipes name: pictures `pages`, `scenes`, `frames`, and `clips`."""
+    return Sources(
+        pictures={"pages": pages, "scenes": scenes, "frames": frames},
+        clips={"clips": clips},
+        channels=DENSE_CHANNELS,
+        empty={"digit": NO_DIGIT},
+        sides={
+            "pages": (LEAST_SIDE, 672),
+            "scenes": (LEAST_SIDE, SCENE_SIDE),
+            "frames": (LEAST_STREAM_SIDE, STREAM_SIDE),
+        },
+        prompt=PROMPT,
+    )
+
+
+def _only(size: tuple[int, int] | None) -> list[tuple[int, int]] | None:
+    return None if size is None else [size]
