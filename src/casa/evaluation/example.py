@@ -38,6 +38,7 @@ DENSE_CHANNELS: dict[str, int] = {
     "count": 5,  # number of shapes of its kind
     "ordinal_all": 5,  # the shape's place among all shapes, in reading order
     "shapes": 5,  # number of shapes
+    "centre": 2,  # 1 in the one cell that holds a shape's centre: what counting can count
     "place": 10,  # 1-9, the ninth of the picture that holds the shape's centre, in reading order
 }
 

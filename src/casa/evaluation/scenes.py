@@ -125,6 +125,8 @@ def scene_targets(shapes: Sequence[Shape], height: int, width: int) -> DenseTarg
     covered = owner >= 0
     for name, values in facts.items():
         targets[name][covered] = np.array(values)[owner[covered]]
+    columns, rows = (centres // CELL).astype(int).T
+    targets["centre"][rows, columns] = 1
     return targets
 
 

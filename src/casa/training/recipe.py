@@ -220,7 +220,7 @@ def _value(kind: Any, value: Any, at: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, at)
     if origin is tuple:
-        if not isinstance(value, list):
+        if not isinstance(value, (list, tuple)):
             raise UserError(f"{at} must be a list, not {_shown(value)}.")
         return tuple(_value(arguments[0], entry, f"{at}[{i}]") for i, entry in enumerate(value))
     if origin is dict:
