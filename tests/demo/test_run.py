@@ -12,7 +12,7 @@ from casa.media import captions_from_frames, probe, read_jsonl, read_srt, read_v
 from casa.media.subtitles import tidy
 from casa.testing import tiny_casa, tiny_processor
 
-WRITTEN = {"captions.srt", "captions.vtt", "captions.jsonl", "captioned.mp4", "memory.png", "attention.png"}
+WRITTEN = {"captions.srt", "captions.vtt", "captions.jsonl", "captioned.mp4", "memory.png", "attention.png", "demo.png"}
 
 
 @pytest.fixture(scope="module")

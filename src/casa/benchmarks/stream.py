@@ -22,7 +22,7 @@ def handwriting(seed: int, size: int) -> Iterator[Image.Image]:
     while True:
         number += 1
         rng = generator("stream", "held_out", seed, number)
-        yield from stream(rng, "held_out", seconds=CLIP_SECONDS, size=(size, size)).frames()
+        yield from stream(rng, "held_out", seconds=CLIP_SECONDS, sizes=[(size, size)]).frames()
 
 
 def bench_stream(

@@ -14,7 +14,7 @@ def train(
 
     Example: casa train recipes/casa-tiny.yaml --out runs/casa-tiny
     """
-    from casa.evaluation.sources import training_sources
+    from casa.cli.training_sources import training_sources
     from casa.training import load_recipe
     from casa.training import train as run
 

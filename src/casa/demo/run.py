@@ -11,6 +11,7 @@ from PIL import Image
 from casa.analysis.plots import plot_attention, plot_cost
 from casa.analysis.streaming_cost import Comparison, CostRow
 from casa.demo.clip import Clip, shipped_clip
+from casa.demo.poster import STILLS, write_poster
 from casa.demo.progress import Report, shown
 from casa.demo.questions import ask, look, questions_for
 from casa.demo.report import DemoReport, heading, line
@@ -35,7 +36,8 @@ def run_demo(
 
     video: the shipped clip if left out, whose truth is known; of one's own, a whole video. Frames are shown to the
     model at 448 px at most. out: a folder, made if need be; files of an earlier run in it are replaced, each
-    whole or not at all: captions.srt, .vtt and .jsonl, captioned.mp4, memory.png, attention.png.
+    whole or not at all: captions.srt, .vtt and .jsonl, captioned.mp4, memory.png, attention.png, and demo.png with
+    all of it at a glance.
     report: takes lines of text; by default they are printed.
     Raises UserError for a video or model that cannot be read, or an `out` that cannot be written.
     """
@@ -55,12 +57,15 @@ def run_demo(
         times: list[float] = []
         rows: list[CostRow] = []
         picture: Image.Image | None = None
+        stills: list[tuple[Image.Image, str]] = []
         asked_at = 0.0
         with shown("frames watched", total, report) as advance:
             for frame in frames:
                 shrunk = _shrunk(frame.image)
                 rows.append(comparison.step(shrunk))
                 times.append(frame.time)
+                if rows[-1].caption and len(stills) < STILLS:
+                    stills.append((shrunk, rows[-1].caption))
                 if picture is None or frame.time <= ask_at + 1e-6:
                     picture, asked_at = shrunk, frame.time
                 told = line(frame.time, rows[-1].caption, clip.truth([frame.time])[0] if clip is not None else None)
@@ -81,6 +86,8 @@ def run_demo(
     plot_cost(rows, files[4], fps=FPS)
     seen = look(model, processor, picture, answers[-1] if clip is None else answers[0])
     plot_attention(seen.shares, picture, files[5], token=seen.token, written=seen.written)
+    files.append(folder / "demo.png")
+    write_poster(files[6], stills, files[4:6])
 
     found = DemoReport(
         times=tuple(times),

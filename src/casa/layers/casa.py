@@ -8,6 +8,7 @@ own input norm. Plain cross-attention is the same layer with images as its only 
 """
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,9 @@ class CasaAttention(nn.Module):
         for name in (*PROJECTIONS, *HEAD_NORMS):
             if (module := getattr(attention, name, None)) is not None:
                 setattr(self, name, copy.deepcopy(module))
-        self.gate = nn.Parameter(self.o_proj.weight.new_zeros(1)) if gate == "tanh" else None
+        self.gate = (
+            nn.Parameter(cast(nn.Linear, self.get_submodule("o_proj")).weight.new_zeros(1)) if gate == "tanh" else None
+        )
 
     def copy_from(self, attention: nn.Module) -> None:
         """Takes the weights of a self-attention again, in place."""

@@ -9,6 +9,7 @@ product, forward and backward. The weights stay where they are, per layer, and a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,8 @@ def project_images(
             raise ValueError("layers projected together must share the epsilon of their norm")
         weights, biases, widths = [], [], []
         for source, norm in part:
-            for linear in (source.get_submodule("k_proj"), source.get_submodule("v_proj")):
+            for name in ("k_proj", "v_proj"):
+                linear = cast(nn.Linear, source.get_submodule(name))
                 weight, bias = linear.weight, linear.bias
                 weights.append(weight * norm.gain.to(weight.dtype))
                 biases.append(weight.new_zeros(weight.shape[0]) if bias is None else bias)

@@ -57,7 +57,7 @@ class PackedStep:
 
     def __post_init__(self) -> None:
         layout = self.plan.layout
-        self.tokens = self.plan.tokens
+        self.tokens: Tensor | None = self.plan.tokens
         device = self.plan.new_images.device
         self.sees_image = layout.on(device, "sees_image")
         self.turn = None
@@ -155,7 +155,7 @@ class DecodeStep:
 
     def __post_init__(self) -> None:
         text, images = self.state.text_tokens, self.state.image_tokens
-        self.tokens = None
+        self.tokens: Tensor | None = None
         self.sees_image = torch.tensor([n > 0 for n in images], device=self.device)
         self._text = torch.tensor(text, device=self.device)
         self._rows = torch.arange(len(text), device=self.device)

@@ -32,5 +32,5 @@ def processor_for(tokenizer: PreTrainedTokenizerBase, vision_config: Any, max_pi
         merge_size=vision_config.spatial_merge_size,
         size={"shortest_edge": merged * merged, "longest_edge": max_pixels},
     )
-    template = tokenizer.chat_template or PLAIN_TEMPLATE
+    template: Any = tokenizer.chat_template or PLAIN_TEMPLATE
     return CasaProcessor(images, tokenizer, chat_template=template, image_token=IMAGE_TOKEN)

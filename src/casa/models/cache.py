@@ -24,7 +24,8 @@ class TextCache(DynamicCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         layer_idx = max(layer_idx, self.counter)
-        return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
+        layers: list[Any] = self.layers
+        return layers[layer_idx].get_seq_length() if layer_idx < len(layers) else 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return super().get_mask_sizes(query_length, max(layer_idx, self.counter))
@@ -125,7 +126,8 @@ class CasaCache(Cache):
             raise UserError("text cannot be dropped from a cache of inserted images.")
         if not 0 <= first <= first + count <= self.num_text:
             raise UserError(f"cannot drop tokens {first}..{first + count} of {self.num_text}.")
-        for layer in self.text.layers:
+        layers: list[Any] = self.text.layers
+        for layer in layers:
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
             if keys is None or values is None or keys.numel() == 0:
                 continue

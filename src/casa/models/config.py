@@ -18,10 +18,10 @@ class CasaConfig(PreTrainedConfig):
     """
 
     model_type = "casa"
-    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # type: ignore[assignment]  # noqa: RUF012
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None
+    vision_config: Any = None
     fusion: dict | FusionConfig | None = None
     tie_word_embeddings: bool = False
     use_cache: bool = True

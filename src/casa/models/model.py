@@ -50,11 +50,11 @@ class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMi
     config_class = CasaConfig
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     accepts_loss_kwargs = True
 
     def __init__(
@@ -101,7 +101,7 @@ class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMi
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> Any:
         return self.backbone.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
@@ -265,7 +265,8 @@ class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMi
         """What the layers need of this call; None if they have nothing to add."""
         fusion = self.fusion
         state = cache.windows if cache is not None else None
-        dtype, device = self.get_input_embeddings().weight.dtype, text.valid.device  # type: ignore[union-attr]
+        embedding: Any = self.get_input_embeddings()
+        dtype, device = embedding.weight.dtype, text.valid.device
         rotary = None if fusion.attend == "image" else self.decoder.rotary(device, dtype)
         text_counts = fusion.attend != "image" and (fusion.placement == "replace" or fusion.split == "sample")
         if images is None and state is None and not text_counts and fusion.placement != "replace":
@@ -306,13 +307,12 @@ class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMi
         embeds = source.get("inputs_embeds")
         if embeds is None:
             embeds = self.get_input_embeddings()(source["input_ids"])
-        if images is None:
-            images = embeds.new_zeros(0, embeds.shape[-1])
+        inserted = images if images is not None else embeds.new_zeros(0, embeds.shape[-1])
         stream = insertion.merge(text.valid, places, lengths, text.sample_starts)
         past = cache.stream_mask if cache is not None else None
         mask = stream.mask if past is None else torch.cat([past, stream.mask], dim=1)
         output = self.backbone.model(
-            inputs_embeds=stream.embeddings(embeds, images),
+            inputs_embeds=stream.embeddings(embeds, inserted),
             attention_mask=None if text.packed or bool(mask.all()) else mask.long(),
             position_ids=stream.positions(past),
             past_key_values=cache.text if cache is not None else None,

@@ -113,7 +113,7 @@ class CasaProcessor(ProcessorMixin):
         for part in _parts(conversation):
             if part.get("type") == "video":
                 raise UserError("a video is read frame by frame; give its frames as image parts.")
-        template = chat_template or self.chat_template or self.tokenizer.chat_template or ""
+        template: Any = chat_template or self.chat_template or self.tokenizer.chat_template or ""
         if "image" in template:
             return super().apply_chat_template(conversation, chat_template, **kwargs)
         return self._text_only_template(conversation, template, **kwargs)
@@ -129,7 +129,7 @@ class CasaProcessor(ProcessorMixin):
     ) -> Any:
         place = self.frame_prefix + self.image_token + self.frame_suffix
         images = [
-            load_image(part.get("image") or part.get("url") or part.get("path"))
+            load_image(part.get("image") or part.get("url") or part.get("path") or "")
             for part in _parts(conversation)
             if part.get("type") == "image"
         ]

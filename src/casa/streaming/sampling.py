@@ -1,6 +1,7 @@
 """How a session picks the next token: greedy, or sampled through transformers' own logits processors."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,5 +33,6 @@ class Sampling:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
             warpers.append(TopPLogitsWarper(self.top_p))
-        scores = warpers(torch.empty(1, 0, dtype=torch.int64), logits[None].float().cpu())
+        said: Any = torch.empty(1, 0, dtype=torch.int64)  # these warpers do not look at it
+        scores = warpers(said, logits[None].float().cpu())
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=generator))

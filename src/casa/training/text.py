@@ -6,6 +6,7 @@ until it sees. The documents are the texts of examples whose pictures are thrown
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -33,9 +34,9 @@ def new_text_model(stage: TextStage, tokenizer: PreTrainedTokenizerFast) -> Llam
     try:
         config = LlamaConfig(
             vocab_size=vocabulary,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=cast(int, tokenizer.pad_token_id),
             bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=cast(int, tokenizer.eos_token_id),
             **given,
         )
     except (TypeError, ValueError, StrictDataclassError) as error:
@@ -45,7 +46,9 @@ def new_text_model(stage: TextStage, tokenizer: PreTrainedTokenizerFast) -> Llam
     config._attn_implementation = "sdpa"
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=32
+        eos_token_id=cast(int, tokenizer.eos_token_id),
+        pad_token_id=cast(int, tokenizer.pad_token_id),
+        max_new_tokens=32,
     )
     return model
 

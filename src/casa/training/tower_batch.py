@@ -9,16 +9,19 @@ Legend: B pictures, P patches per picture, M = P / 4 merged tokens, C tower widt
 """
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from torch import Tensor
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 
-def encode_batch(tower: Qwen2_5_VisionTransformerPretrainedModel, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Merged tokens (B, M, out_hidden_size) in raster order, as `tower(...).pooler_output` gives them."""
+def encode_batch(tower: Any, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Merged tokens (B, M, out_hidden_size) in raster order, as `tower(...).pooler_output` gives them.
+
+    tower: a Qwen2_5_VisionTransformerPretrainedModel of transformers.
+    """
     config = tower.config
     batch, patches, _ = pixels.shape
     thw = torch.tensor([[1, *grid]])
@@ -52,7 +55,7 @@ def _permute(x: Tensor, order: Tensor, merge: int) -> Tensor:
     return x.view(batch, patches // merge, merge, width)[:, order].reshape(batch, patches, width)
 
 
-def _rms(norm: nn.Module, x: Tensor) -> Tensor:
+def _rms(norm: Any, x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
@@ -69,7 +72,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def _attend(attn: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, windows: list[Tensor] | None) -> Tensor:
+def _attend(attn: Any, x: Tensor, cos: Tensor, sin: Tensor, windows: list[Tensor] | None) -> Tensor:
     batch, patches, width = x.shape
     qkv = attn.qkv(x).view(batch, patches, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
     query, key = _turn(qkv[:2], cos, sin).unbind(0)  # (B, H, P, D)
@@ -80,13 +83,13 @@ def _attend(attn: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, windows: list[
         # equal windows lie one after the other, so they are a view of the whole
         count, length = windows[0].shape
         shape = (batch, attn.num_heads, count, length, -1)
-        out = F.scaled_dot_product_attention(*(t.reshape(shape) for t in (query, key, value)))
+        out = F.scaled_dot_product_attention(query.reshape(shape), key.reshape(shape), value.reshape(shape))
         out = out.reshape(batch, attn.num_heads, patches, -1)
     else:
         pieces = []
         for index in windows:
-            taken = [t[:, :, index] for t in (query, key, value)]
-            pieces.append(F.scaled_dot_product_attention(*taken).flatten(2, 3))
+            q, k, v = query[:, :, index], key[:, :, index], value[:, :, index]
+            pieces.append(F.scaled_dot_product_attention(q, k, v).flatten(2, 3))
         back = torch.argsort(torch.cat([index.flatten() for index in windows]))
         out = torch.cat(pieces, dim=2)[:, :, back]
     return attn.proj(out.transpose(1, 2).reshape(batch, patches, width))

@@ -13,7 +13,7 @@ import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -84,7 +84,7 @@ def make_processor(tokenizer: PreTrainedTokenizerBase, prompt: str, largest: int
     return CasaProcessor(
         image_processor=pictures,
         tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template,
+        chat_template=cast(str, tokenizer.chat_template),
         image_token=IMAGE,
         frame_suffix=FRAME,
         stream_prompt=prompt,
