@@ -96,7 +96,7 @@ def _stop_at(stage: str, step: int) -> Callable[[Progress], None]:
 
 def test_an_interrupted_run_ends_as_if_it_had_not_been(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for number, (stage, step) in enumerate([("text", 8), ("tower", 12), ("fusion", 16)]):
+    for stage, step in [("text", 8), ("tower", 12), ("fusion", 16)]:
         with pytest.raises(StopError):
             train(toy.recipe(), toy.SOURCES, out, progress=_stop_at(stage, step))
         assert (out / stage / "state.safetensors").is_file()
