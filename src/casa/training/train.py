@@ -46,9 +46,9 @@ def train(
 ) -> Path:
     """Runs a recipe and returns the folder of the finished checkpoint, `out/final`.
 
-    resume: go on with what `out` holds of the same recipe; without it, `out` must be new or empty. progress: told how it
-    goes (`print` will do). monitor: shown the model of a stage now and then. The same recipe, sources and versions give
-    the same weights on the same machine. UserError if recipe and sources do not fit, or `out` holds another run.
+    resume: go on with what `out` holds of the same recipe; without it, `out` must be new or empty. progress: told how
+    it goes (`print` will do). monitor: shown the model of a stage now and then. The same recipe, sources and versions
+    give the same weights on the same machine. UserError if they do not fit, or `out` holds another run.
     """
     _check_names(recipe, sources)
     out = Path(out)
