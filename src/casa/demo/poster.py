@@ -21,7 +21,7 @@ def write_poster(path: Path, stills: Sequence[tuple[Image.Image, str]], plots: S
     rows: list[Image.Image] = []
     if stills:
         side = (WIDTH - (STILLS - 1) * GAP) // STILLS
-        shown = [_fitted(draw_caption(picture, text) if text else picture, side) for picture, text in stills[:STILLS]]
+        shown = [_still(picture, text, side) for picture, text in stills[:STILLS]]
         strip = Image.new("RGB", (WIDTH, max(still.height for still in shown)), "white")
         for number, still in enumerate(shown):
             strip.paste(still, (number * (side + GAP), 0))
@@ -36,6 +36,14 @@ def write_poster(path: Path, stills: Sequence[tuple[Image.Image, str]], plots: S
         top += row.height + GAP
     with replacing(path) as unfinished:
         sheet.quantize(192).save(unfinished, "PNG", optimize=True)
+
+
+def _still(picture: Image.Image, text: str, side: int) -> Image.Image:
+    """The picture with its caption beneath, where it hides nothing."""
+    fitted = _fitted(picture.convert("RGB"), side)
+    roomy = Image.new("RGB", (side, fitted.height + side // 7), "black")
+    roomy.paste(fitted)
+    return draw_caption(roomy, text)
 
 
 def _fitted(picture: Image.Image, width: int) -> Image.Image:

@@ -1,0 +1,38 @@
+"""The README cannot lie: its code runs, its map names what is there, its picture and commands exist."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from casa.evaluation import page
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_ten_lines_run(tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    drawn = page(np.random.default_rng(3), "held_out", sizes=[(224, 224)])
+    drawn.image.save(tmp_path / "page.png")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    answer, said = capsys.readouterr().out.strip().split("\n")
+    assert answer.isdigit()
+    assert "text_tokens=" in said
+
+
+def test_the_map_names_every_room():
+    block = next(part for part in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "src/casa/" in part)
+    named = set(re.findall(r"^  ([a-z_]+(?:/|\.py))", block, re.MULTILINE))
+    rooms = {f"{path.name}/" for path in (ROOT / "src/casa").iterdir() if (path / "__init__.py").is_file()}
+    assert rooms <= named
+    assert {name for name in named if name.endswith("/")} <= rooms
+
+
+def test_pictures_and_commands_exist():
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+    makefile = (ROOT / "Makefile").read_text()
+    for command in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert f"\n{command}:" in makefile
