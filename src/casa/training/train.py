@@ -8,10 +8,7 @@ A finished stage is never repeated; an unfinished one goes on from its last save
 """
 
 import json
-import platform
-import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.provenance import provenance
 from casa.training.checkpoints import is_done, read_done, write_atomically
 from casa.training.fusion import train_fusion
 from casa.training.loop import Monitor, Report
@@ -147,27 +145,8 @@ def _facts(recipe: Recipe, out: Path, seconds: float) -> dict[str, Any]:
     return {
         "recipe": recipe_values(recipe),
         "seed": recipe.seed,
-        "commit": _commit(),
-        "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("casa-vlm", "torch", "transformers", "tokenizers", "numpy", "pillow")},
-        "threads": recipe.threads,
+        **provenance(),
         "seconds_of_this_call": round(seconds, 1),
         "stages": {stage: read_done(out / stage) for stage in STAGES},
     }
 
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this file lies in, if it is one."""
-    try:
-        asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        found = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() if found.returncode == 0 else None
