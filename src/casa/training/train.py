@@ -149,4 +149,3 @@ def _facts(recipe: Recipe, out: Path, seconds: float) -> dict[str, Any]:
         "seconds_of_this_call": round(seconds, 1),
         "stages": {stage: read_done(out / stage) for stage in STAGES},
     }
-
