@@ -26,7 +26,7 @@ lint: .venv/installed
 # The figures of docs/results, measured again (about 15 minutes on two quiet cores).
 results: .venv/installed
 	$(BIN)/casa bench attention --repeats 9 --out docs/results/attention-cpu.json
-	$(BIN)/casa eval casa-tiny --seed 2026 --limit 400 --out docs/results/casa-tiny.json
+	$(BIN)/casa eval casa-tiny --seed 2026 --limit 200 --out docs/results/casa-tiny.json
 	$(BIN)/casa bench stream --frames 120 --out docs/results/stream-cpu.json
 	$(BIN)/casa bench stream --frames 1000 --max-text-tokens 128 --out docs/results/stream-bounded-cpu.json
 
