@@ -13,8 +13,8 @@ from PIL import Image
 
 from casa.analysis.attention_maps import AttentionShares
 from casa.analysis.streaming_cost import CostRow
+from casa.atomic import replacing
 from casa.errors import UserError
-from casa.media.atomic import replacing
 
 # Okabe and Ito's colours, told apart by all readers
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"

@@ -59,7 +59,7 @@ def stream(
 
 
 def _report(record: dict[str, Any], table: str, as_json: bool, out: Path | None) -> None:
-    from casa.media.atomic import write_text
+    from casa.atomic import write_text
 
     text = json_module.dumps(record, indent=2)
     if out is not None:

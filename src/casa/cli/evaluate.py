@@ -25,10 +25,10 @@ def evaluate(
 
     Example: casa eval casa-tiny --tasks pages,scenes --seed 7 --limit 100 --json
     """
+    from casa.atomic import write_text
     from casa.evaluation.answering import answerer
     from casa.evaluation.runner import check_tasks
     from casa.evaluation.runner import evaluate as score
-    from casa.media.atomic import write_text
     from casa.provenance import provenance
     from casa.streaming import StreamingSession
 

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from casa.atomic import write_text
 from casa.evaluation.stream import FPS, StreamExample, stream
 from casa.media import VideoWriter
-from casa.media.atomic import write_text
 
 SEED = 6
 SECONDS = 60.0

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from casa.atomic import replacing
 from casa.media import draw_caption
-from casa.media.atomic import replacing
 
 WIDTH = 1350
 GAP = 12

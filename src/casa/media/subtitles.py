@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from casa.atomic import write_text
 from casa.errors import UserError
-from casa.media.atomic import write_text
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from casa.atomic import replacing
 from casa.errors import UserError
-from casa.media.atomic import replacing
 from casa.media.pyav import import_av
 
 _FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}

@@ -268,8 +268,9 @@ class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMi
         embedding: Any = self.get_input_embeddings()
         dtype, device = embedding.weight.dtype, text.valid.device
         rotary = None if fusion.attend == "image" else self.decoder.rotary(device, dtype)
-        text_counts = fusion.attend != "image" and (fusion.placement == "replace" or fusion.split == "sample")
-        if images is None and state is None and not text_counts and fusion.placement != "replace":
+        # text is worked on, or kept for later, even while no image has been seen
+        text_counts = fusion.placement == "replace" or (fusion.split == "sample" and fusion.attend != "image")
+        if images is None and state is None and not text_counts:
             return None
         if images is None and record is None and DecodeStep.possible(state, text.valid, fusion.history):
             assert state is not None

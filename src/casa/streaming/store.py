@@ -8,9 +8,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from casa.atomic import replacing
 from casa.errors import UserError
 from casa.layers import LayerWindow, WindowExtent, WindowState
-from casa.media.atomic import replacing
 from casa.models import CasaCache, CasaForConditionalGeneration
 
 FORMAT = "casa session 1"

@@ -5,7 +5,6 @@ writes its result, and `done.json` last. A folder with `done.json` is never comp
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from casa.atomic import replacing, write_text
+
 STATE = "state.safetensors"
 DONE = "done.json"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that no reader ever sees half of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def save_state(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Saves tensors and JSON-able facts as one file, in place of the one before."""
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / (STATE + ".part")
     # safetensors wants each tensor to own its memory; tied weights would share it
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(owned, part, metadata={"facts": json.dumps(facts)})
-    os.replace(part, folder / STATE)
+    with replacing(folder / STATE) as part:
+        save_file(owned, part, metadata={"facts": json.dumps(facts)})
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -52,7 +45,7 @@ def is_done(folder: Path) -> bool:
 
 def mark_done(folder: Path, facts: Mapping[str, Any]) -> None:
     """Says that the stage's result is complete, and drops its running state."""
-    write_atomically(folder / DONE, json.dumps(facts, indent=2) + "\n")
+    write_text(folder / DONE, json.dumps(facts, indent=2) + "\n")
     (folder / STATE).unlink(missing_ok=True)
 
 

@@ -17,10 +17,11 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBas
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from casa.atomic import write_text
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.provenance import provenance
-from casa.training.checkpoints import is_done, read_done, write_atomically
+from casa.training.checkpoints import is_done, read_done
 from casa.training.fusion import train_fusion
 from casa.training.loop import Monitor, Report
 from casa.training.patches import CELL, MEAN, MERGE, PATCH, STD
@@ -65,7 +66,7 @@ def train(
     model.save_pretrained(final)
     make_processor(tokenizer, sources.prompt, recipe.fusion.largest).save_pretrained(final)
     facts = _facts(recipe, out, time.monotonic() - began)
-    write_atomically(out / "training.json", json.dumps(facts, indent=1) + "\n")
+    write_text(out / "training.json", json.dumps(facts, indent=1) + "\n")
     return final
 
 
@@ -138,7 +139,7 @@ def _claim(recipe: Recipe, out: Path, resume: bool) -> None:
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and holds no run; give an empty or a new folder.")
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(values, indent=1) + "\n")
+    write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def _facts(recipe: Recipe, out: Path, seconds: float) -> dict[str, Any]:

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from casa.atomic import replacing, write_text
 from casa.errors import UserError
-from casa.media.atomic import replacing, write_text
 
 
 def test_the_file_appears_only_at_the_end(tmp_path):
