@@ -3,7 +3,7 @@ PYTHON ?= python3
 VIDEO ?=
 BIN := .venv/bin
 
-.PHONY: demo test lint results clean
+.PHONY: demo test test-gpu test-lowest mutations lint results clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "casa needs Python 3.11 or newer: call make with PYTHON=python3.11")'
@@ -18,6 +18,24 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
+# Where there is a CUDA device: kernels and models against float64.
+test-gpu: .venv/installed
+	$(BIN)/python -m pytest tests/gpu -n 0
+
+# The lowest transformers that pyproject.toml allows, with the same torch.
+.venv-lowest/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-lowest
+	grep -v -e '^transformers==' -e '^tokenizers==' constraints.txt > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[dev]' 'transformers==5.17.*' 'huggingface-hub<2'
+	@touch $@
+
+test-lowest: .venv-lowest/installed
+	.venv-lowest/bin/python -m pytest
+
+# Makes faults in windows, masks, caches and positions, one by one; tests must notice each.
+mutations: .venv/installed
+	$(BIN)/python tests/mutation/check.py
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,4 +49,4 @@ results: .venv/installed
 	$(BIN)/casa bench stream --frames 1000 --max-text-tokens 128 --out docs/results/stream-bounded-cpu.json
 
 clean:
-	rm -rf .venv demo runs build dist
+	rm -rf .venv .venv-lowest demo runs build dist

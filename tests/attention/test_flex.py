@@ -4,8 +4,11 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
 
-from casa.attention import casa_attention
+from casa.attention import casa_attention, flex
 from casa.windows import WindowLayout
 
 COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
@@ -36,13 +39,50 @@ def test_refuses_a_backward_on_cpu(tools):
 
 def test_refuses_to_turn_keys(tools):
     layout = WindowLayout.from_insertions([2], [[(0, 1), (1, 1)]], history=1)
+    made = tools.tensors(layout, dtype=torch.float32)
     with torch.no_grad(), pytest.raises(ValueError, match="cannot turn"):
-        casa_attention(*tools.tensors(layout), layout, impl="flex", turn=lambda key, delta: key)
+        casa_attention(*made, layout, impl="flex", turn=lambda key, delta: key)
 
 
 def test_no_text_and_no_keys_need_no_compiler(tools):
     with torch.no_grad():
         for layout in (WindowLayout.from_insertions([0], [[]]), WindowLayout.from_insertions([2], [[]])):
-            out = casa_attention(*tools.tensors(layout), layout, attend="image", impl="flex")
+            made = tools.tensors(layout, dtype=torch.float32)
+            out = casa_attention(*made, layout, attend="image", impl="flex")
             assert not out.any()
             assert len(out) == layout.num_text
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=40)
+def test_block_mask_is_the_layouts_mask(tools, data):
+    """The rule by which the kernel masks, written out whole; the compiled kernel is tried on a few layouts above."""
+    layout = data.draw(tools.layouts())
+    attend = data.draw(st.sampled_from(["both", "image"]))
+    columns = layout.num_image + (layout.num_text if attend == "both" else 0)
+    if not layout.num_query or not columns:
+        return
+    made = flex._block_mask(layout, attend, torch.device("cpu"))
+    assert made.seq_lengths == (128, 128)
+    seen = create_mask(made.mask_mod, 1, 1, 128, 128, device="cpu")[0, 0]
+    assert torch.equal(seen[: layout.num_query, :columns], layout.mask()[:, :columns])
+    assert not seen[layout.num_query :].any()
+    assert not seen[:, columns:].any()
+
+
+def test_torchs_bound_on_compiled_sizes_is_raised_for_the_call_only(tools, monkeypatch):
+    from torch._dynamo import config
+
+    seen = []
+
+    def compiled(query, key, value, block_mask, scale, enable_gqa):
+        seen.append((config.recompile_limit, block_mask.BLOCK_SIZE, query.shape[2], key.shape[2], enable_gqa))
+        return query
+
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    before = config.recompile_limit
+    layout = WindowLayout.from_insertions([150], [[(0, 400)]])
+    with torch.no_grad():
+        casa_attention(*tools.tensors(layout, dtype=torch.float32), layout, impl="flex")
+    assert seen == [(max(flex.KERNELS, before), (128, 128), 256, 1024, True)]
+    assert config.recompile_limit == before

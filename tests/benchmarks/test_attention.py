@@ -5,8 +5,13 @@ import json
 import pytest
 import torch
 
-from casa.benchmarks.attention import SHAPES, BenchShape, bench_attention, bench_record, bench_table
+from casa.attention import casa_attention
+from casa.benchmarks import attention as bench
+from casa.benchmarks.attention import BenchRow, bench_attention, bench_record, bench_table
+from casa.benchmarks.attention_shapes import CUDA_SHAPES, SHAPES, BenchShape
+from casa.benchmarks.clock import Clock
 from casa.errors import UserError
+from casa.windows import WindowLayout
 
 SMALL = (BenchShape("even", 3, 4, (2, 2)), BenchShape("ragged", 3, 4, (1, 5)))
 
@@ -26,6 +31,7 @@ def test_rows_table_and_record():
     record = json.loads(json.dumps(bench_record(rows, seed=3, repeats=2)))
     assert (record["versions"]["torch"], record["seed"], record["threads"]) == (torch.__version__, 3, threads)
     assert len(record["rows"]) == len(rows)
+    assert set(record["rows"][0]) == {"shape", "impl", "forward_ms", "both_ms", "forward_ratio", "both_ratio"}
     table = bench_table(rows)
     assert all(word in table for word in ("even", "ragged", "sdpa", "dense mask", "1.0x"))
 
@@ -37,6 +43,94 @@ def test_shapes_are_those_of_the_promise():
     assert layout.num_windows == 16
     assert layout == SHAPES[-1].layout(seed=1)
     assert layout != SHAPES[-1].layout(seed=2)
+
+
+def test_shapes_on_cuda_are_the_papers_batch_and_decode_steps():
+    packed, *_, decode = (shape.layout(seed=0) for shape in CUDA_SHAPES)
+    assert (packed.num_text, packed.num_query, packed.num_image, packed.num_windows) == (2048, 2048, 20480, 16)
+    assert (decode.num_query, decode.num_windows, decode.num_image) == (256, 256, 256 * 1024)
+    assert all(window.num_query == 1 for window in decode.windows)
+
+
+@pytest.mark.parametrize("shape", [*SMALL, BenchShape("decode", 3, 4, (2, 5), queries=1)])
+def test_work_counts_visible_pairs_and_each_tensor_once(shape):
+    layout = shape.layout(seed=1)
+    flops, moved = bench._work(layout, Hq=4, Hkv=2, D=8, size=2)
+    assert flops == 4 * layout.mask().sum().item() * 4 * 8
+    assert moved == 2 * 2 * 8 * (4 * layout.num_query + 2 * (layout.num_image + layout.num_text))
+
+
+def test_a_decode_step_is_timed_forward_only():
+    rows = bench_attention([BenchShape("decode", 2, 4, (1, 3), queries=1)], impls=("sdpa",), repeats=1, width=8)
+    assert [(row.impl, row.both_ms, row.both_ratio) for row in rows] == [
+        ("dense mask", None, None),
+        ("sdpa", None, None),
+    ]
+    assert "none" in bench_table(rows)
+
+
+def test_table_of_a_gpu_says_what_was_reached_and_what_failed():
+    good = BenchRow("packed", "varlen", 0.5, 2.0, 10.0, 8.0, 250.0, 218.75, 1.5, 0.2, 0.0039)
+    bad = BenchRow("packed", "flex", None, None, None, None, failed="RuntimeError: no Triton")
+    table = bench_table([good, bad])
+    assert all(word in table for word in ("TFLOP/s", "250.0", "218.8", "1.50", "0.200", "0.0039", "8.0x"))
+    assert "failed: RuntimeError: no Triton" in table
+
+
+def test_on_a_gpu_one_that_fails_does_not_cost_the_others_their_turn(monkeypatch):
+    """With a clock that says it is a GPU's and counts on the host."""
+    layout = SMALL[0].layout(seed=0)
+    sizes = [(layout.num_query, 4), *[(layout.num_text, 2)] * 2, *[(layout.num_image, 2)] * 2]
+    clock = Clock(torch.device("cpu"))
+    clock.cuda = True
+    monkeypatch.setattr(clock, "_cuda", clock._host)
+    race = bench._Race(layout, [torch.randn(*size, 8) for size in sizes], clock, trained=True)
+    race.run(("dense mask",), ("varlen", "sdpa"), repeats=2)
+    dense, varlen, sdpa = race.rows("even", (2e9, 1e9))
+    assert varlen.failed == "UserError: varlen is a CUDA kernel and the tensors are on cpu; use impl='sdpa'."
+    assert varlen.forward_ms is None
+    assert (dense.difference, dense.failed) == (0.0, None)
+    assert sdpa.difference is not None
+    assert sdpa.difference < 1e-5
+    assert sdpa.forward_ms is not None
+    assert sdpa.forward_tflops == pytest.approx(2 / sdpa.forward_ms)
+    assert sdpa.both_tflops == pytest.approx(7 / sdpa.both_ms)
+    assert sdpa.forward_tbps == pytest.approx(1 / sdpa.forward_ms)
+
+
+def test_rivals_mean_the_same(monkeypatch):
+    """On a CPU, torch's variable-length kernel and compiler replaced by plain stand-ins."""
+    import torch.nn.attention.flex_attention as flexible
+    import torch.nn.attention.varlen as theirs
+
+    def varlen_attn(q, k, v, ends_q, ends_k, max_q, max_k, *, window_size):
+        assert window_size == (-1, 0)
+        parts = []
+        for n in range(len(ends_q) - 1):
+            one, two, three = q[ends_q[n] : ends_q[n + 1]], k[ends_k[n] : ends_k[n + 1]], v[ends_k[n] : ends_k[n + 1]]
+            mask = torch.ones(len(one), len(two), dtype=torch.bool).tril(len(two) - len(one))
+            heads = (x.transpose(0, 1) for x in (one, two, three))
+            parts.append(
+                torch.nn.functional.scaled_dot_product_attention(*heads, mask, enable_gqa=True).transpose(0, 1)
+            )
+        return torch.cat(parts)
+
+    def flex_attention(q, k, v, *, block_mask, enable_gqa):
+        mask = flexible.create_mask(block_mask.mask_mod, 1, 1, q.shape[2], k.shape[2], device="cpu")
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=enable_gqa)
+
+    monkeypatch.setattr(theirs, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(flexible, "flex_attention", flex_attention)
+    monkeypatch.setattr(torch, "compile", lambda function, **more: function)
+    for shape in (SMALL[1], BenchShape("decode", 3, 4, (2, 5), queries=1)):
+        layout = shape.layout(seed=1)
+        sizes = [(layout.num_query, 4), *[(layout.num_text, 2)] * 2, *[(layout.num_image, 2)] * 2]
+        given = [torch.randn(*size, 8, dtype=torch.float64) for size in sizes]
+        want = casa_attention(*given, layout, impl="reference")
+        for make in bench.RIVALS.values():
+            torch.testing.assert_close(make(layout, torch.device("cpu"))(*given), want)
+    with pytest.raises(ValueError, match="images that open their windows"):
+        bench.RIVALS["FlexAttention"](WindowLayout.from_insertions([3], [[(0, 1)]], history=1), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("more", "words"), [({"impls": ("spda",)}, "known are"), ({"repeats": 0}, "at least 1")])

@@ -23,7 +23,7 @@ ALLOWED = {
     "layers": FOUNDATION | {"attention"},
     "vision": {"errors"},
     "media": {"errors", "atomic"},
-    "models": FOUNDATION | {"attention", "layers", "vision"},
+    "models": FOUNDATION | {"attention", "layers", "vision", "atomic"},
     # of media only what is no video: the check of a frame
     "streaming": FOUNDATION | {"attention", "layers", "vision", "models", "media.pictures", "atomic"},
     "training": BELOW_MIDDLE | MIDDLE - {"evaluation"},

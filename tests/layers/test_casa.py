@@ -26,8 +26,7 @@ def step_where_images_take_positions(model, image, rotary):
     layer, norm = model.casa_layers["0"], model.decoder.image_norm(0)
     plan = plan_call(torch.ones(1, TEXT, dtype=torch.bool), [(0, 0)], [IMAGE])
     key, value = project_images(image, [layer], [norm])[0]
-    cos, sin = rotary(torch.arange(IMAGE))
-    from casa.layers import rotate
+    turned = rotary(torch.arange(IMAGE))(key)
 
     def behind_the_image(positions):
         # asked for the image's one position (0, for IMAGE tokens) it leaves the keys as they are
@@ -35,7 +34,7 @@ def step_where_images_take_positions(model, image, rotary):
             return rotary(torch.zeros_like(positions))
         return rotary(positions + IMAGE)
 
-    return PackedStep(plan, [(rotate(key, cos, sin), value)], behind_the_image)
+    return PackedStep(plan, [(turned, value)], [behind_the_image])
 
 
 @torch.no_grad()
@@ -44,7 +43,7 @@ def test_block_0_gives_text_what_insertions_block_0_gives_it():
     generator = torch.Generator().manual_seed(5)
     image = torch.randn(IMAGE, WIDTH, generator=generator, dtype=torch.float64)
     text = torch.randn(TEXT, WIDTH, generator=generator, dtype=torch.float64)
-    rotary = model.decoder.rotary(torch.device("cpu"), torch.float64)
+    rotary = model.decoder.rotaries([0], torch.device("cpu"), torch.float64)[0]
     step = step_where_images_take_positions(model, image, rotary)
     hidden = model.backbone.model.layers[0].input_layernorm(text)[None]
     found = model.casa_layers["0"](hidden, step, 0)[0]

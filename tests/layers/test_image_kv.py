@@ -74,8 +74,12 @@ def test_no_image_gives_empty_keys_and_no_layer_nothing():
     assert project_images(image_tokens(3, 6), [], []) == []
 
 
-def test_layers_of_different_epsilon_are_not_joined():
-    norms = [ImageNorm(torch.ones(6), eps) for eps in (1e-5, 1e-6)]
-    with pytest.raises(ValueError, match="share the epsilon"):
-        project_images(torch.ones(2, 6), [Source().float(), Source().float()], norms)
-    assert len(project_images(torch.ones(2, 6), [Source().float(), Source().float()], norms, group=1)) == 2
+def test_layers_of_different_epsilon_or_images_are_projected_apart():
+    norms = [ImageNorm(torch.ones(6, dtype=torch.float64), eps) for eps in (1e-5, 1e-2, 1e-2)]
+    sources = [Source() for _ in norms]
+    one, other = image_tokens(3, 6), image_tokens(3, 6) + 1.0
+    found = project_images([one, one, other], sources, norms)
+    for image, source, norm, pair in zip((one, one, other), sources, norms, found, strict=True):
+        wanted = project_images(image, [source], [norm])[0]
+        for mine, alone in zip(pair, wanted, strict=True):
+            torch.testing.assert_close(mine, alone, rtol=0, atol=WORST)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from casa.layers import rotate, turner
+from casa.layers import Rotation, turner
 from casa.testing import tiny_casa, tiny_text_model
 
 SCALINGS = {
@@ -20,7 +20,7 @@ def exact(base=10000.0, scale=1.0):
     def factors(positions):
         turns = positions[:, None].double() * base ** (-torch.arange(4, dtype=torch.float64) / 4)
         angles = torch.cat([turns, turns], dim=-1)
-        return angles.cos() * scale, angles.sin() * scale
+        return Rotation(angles.cos() * scale, angles.sin() * scale)
 
     return factors
 
@@ -29,9 +29,9 @@ def test_it_turns_as_the_backbone_does():
     model = tiny_casa()
     x = torch.randn(5, 2, 8, dtype=torch.float64)
     positions = torch.tensor([0, 3, 4, 100, 7])
-    cos, sin = model.decoder.rotary(torch.device("cpu"), torch.float64)(positions)
-    wanted, _ = apply_rotary_pos_emb(x[None].transpose(1, 2), x[None].transpose(1, 2), cos[None], sin[None])
-    assert torch.equal(rotate(x, cos, sin), wanted.transpose(1, 2)[0])
+    turn = model.decoder.rotaries([0], torch.device("cpu"), torch.float64)[0](positions)
+    wanted, _ = apply_rotary_pos_emb(x[None].transpose(1, 2), x[None].transpose(1, 2), turn.cos[None], turn.sin[None])
+    assert torch.equal(turn(x), wanted.transpose(1, 2)[0])
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.3])
@@ -39,8 +39,8 @@ def test_it_turns_as_the_backbone_does():
 def test_turning_a_key_is_rotating_it_elsewhere(scale, distance):
     rotary = exact(scale=scale)
     x, positions = torch.randn(6, 2, 8, dtype=torch.float64), torch.tensor([5, 6, 7, 8, 9, 20])
-    moved = turner(rotary)(rotate(x, *rotary(positions)), distance)
-    torch.testing.assert_close(moved, rotate(x, *rotary(positions + distance)), rtol=1e-12, atol=1e-12)
+    moved = turner(rotary)(rotary(positions)(x), distance)
+    torch.testing.assert_close(moved, rotary(positions + distance)(x), rtol=1e-12, atol=1e-12)
 
 
 def test_scores_depend_on_the_distance_alone():
@@ -48,7 +48,7 @@ def test_scores_depend_on_the_distance_alone():
     query, key = torch.randn(2, 1, 1, 8, dtype=torch.float64)
 
     def score(q, k):
-        return (rotate(query, *rotary(torch.tensor([q]))) * rotate(key, *rotary(torch.tensor([k])))).sum()
+        return (rotary(torch.tensor([q]))(query) * rotary(torch.tensor([k]))(key)).sum()
 
     torch.testing.assert_close(score(7, 3), score(1_000_007, 1_000_003), rtol=1e-6, atol=1e-6)
     assert not torch.allclose(score(7, 3), score(7, 4))

@@ -110,7 +110,11 @@ def test_adapt_from_folders_is_adapt_of_the_models(tmp_path):
 @pytest.mark.parametrize(
     ("backbone", "vision", "words"),
     [
-        (GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=5)), None, "'gpt2' is not a text model"),
+        (
+            GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=5)),
+            None,
+            "'gpt2' is not a model that casa knows",
+        ),
         (nn.Linear(1, 1), None, "give a transformers model or its path"),
         ("./nowhere", None, "there is no model at './nowhere'"),
         (tiny_text_model(), None, "pass vision="),

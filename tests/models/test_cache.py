@@ -27,6 +27,11 @@ def after(model, cache, *tokens):
     return torch.cat([model(input_ids=ids, past_key_values=cache).logits for ids in new], dim=1)
 
 
+def turns(model):
+    blocks = range(len(model.decoder.blocks))
+    return [turner(rotary) for rotary in model.decoder.rotaries(blocks, model.device, model.dtype)]
+
+
 def rows_of(cache):
     return next(layer.keys.shape[0] for layer in cache.text.layers if layer.is_initialized)
 
@@ -165,7 +170,7 @@ def test_dropped_text_is_as_if_it_had_never_been(close, placement, first, count)
     model = adapt(tiny_text_model(num_hidden_layers=1), fusion, vision=tiny_encoder()).eval()
     ids = (5, 9, 17, 4, 33, 8, 21)
     cache = fed(model, TinySample(ids))
-    cache.drop_text(first, count, turner(model.decoder.rotary(model.device, model.dtype)))
+    cache.drop_text(first, count, turns(model))
     fresh = fed(model, TinySample(ids[:first] + ids[first + count :]))
     assert cache.num_text == fresh.num_text == 7 - count
     frame = TinySample((40, 41, 42), ((0, 2, 2),), seed=9).inputs()
@@ -179,7 +184,7 @@ def test_dropping_moves_later_keys_up_and_leaves_windows(casa_of):
     model = casa_of("parallel")
     cache = fed(model)
     before = copy.deepcopy(cache)
-    cache.drop_text(1, 2, turner(model.decoder.rotary(model.device, model.dtype)))
+    cache.drop_text(1, 2, turns(model))
     assert (cache.num_text, lengths(cache)) == (5, {5})
     for old, new in zip(before.text.layers, cache.text.layers, strict=True):
         assert torch.equal(new.keys[:, :, :1], old.keys[:, :, :1])

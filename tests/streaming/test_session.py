@@ -118,7 +118,7 @@ def test_dropped_text_leaves_keys_where_their_new_positions_are():
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values
         session = StreamingSession(model, tiny_processor())
-        cache.drop_text(4, 7, session._turn)
+        cache.drop_text(4, 7, session._turns)
         fresh = model(input_ids=torch.cat([ids[:, :4], ids[:, 11:]], dim=1), use_cache=True).past_key_values
     torch.testing.assert_close(cache.text.layers[0].keys, fresh.text.layers[0].keys, rtol=0, atol=1e-6)
     torch.testing.assert_close(cache.text.layers[0].values, fresh.text.layers[0].values)
@@ -129,7 +129,7 @@ def test_silence_still_leaves_text_between_frames(processor):
     """A frame about which nothing is said has its delimiter or the stop token behind it: windows never merge."""
     model = make_model()
     session = StreamingSession(model, processor, sampling=Sampling())
-    session.sampling = type("Mute", (), {"pick": lambda self, logits, generator: 2})()  # type: ignore[assignment]
+    session.sampling = type("Mute", (), {"pick": lambda self, *_: 2, "memory": 0})()  # type: ignore[assignment]
     for frame in FRAMES:
         assert session.step(frame) == ""
         assert session.usage.image_tokens == 6

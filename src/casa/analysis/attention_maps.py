@@ -91,7 +91,9 @@ def attention_shares(
         if not 0 <= token < ids.shape[1]:
             raise UserError(f"token {token} is out of range 0..{ids.shape[1] - 1} of the text.")
 
-    turn = turner(model.decoder.rotary(torch.device("cpu"), torch.float64)) if model.fusion.history else None
+    rotaries = model.decoder.rotaries(model.fused_blocks, torch.device("cpu"), torch.float64)
+    # plain cross-attention has no rotary positions to turn
+    turns = [turner(r) if model.fusion.history and model.fusion.attend == "both" else None for r in rotaries]
     found: list[Tensor] = []
     layouts: list[WindowLayout] = []
 
@@ -102,7 +104,7 @@ def attention_shares(
         layouts.append(layout)
         query, text_key, image_key = (x.detach().cpu().double() for x in (query, text_key, image_key))
         picked = torch.tensor(chosen, dtype=torch.int64)
-        found.append(_weights(query, text_key, image_key, layout, picked, model.fusion.attend, turn))
+        found.append(_weights(query, text_key, image_key, layout, picked, model.fusion.attend, turns[layer]))
 
     model(**inputs, use_cache=False, record=record)
     if not found:
@@ -125,7 +127,7 @@ def attention_shares(
         num_image=seen[:, : layout.num_image].sum(1),
         image_weights=image,
         images=layout.images,
-        grids=tuple(token_grids(model.config.vision_config, grid)) if grid is not None else (),
+        grids=tuple(token_grids(model.config.encoder_config, grid)) if grid is not None else (),
     )
 
 

@@ -7,10 +7,12 @@ Hkv key and value heads (Hq % Hkv == 0; query head h uses key head h // (Hq / Hk
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from casa.attention.ask import Ask
 from casa.errors import UserError
 from casa.windows import WindowLayout
 
@@ -20,12 +22,14 @@ Turn = Callable[[Tensor, int], Tensor]
 ATTEND = ("both", "image")
 
 # Modules are loaded on first use: flex pulls in the compiler. Each has an `attention` function of the same
-# signature, and none imports another.
+# signature, and none imports another. Where there is something that one cannot do, it has `refusal(ask)` too.
 _MODULES = {
     "reference": "casa.attention.reference",
     "sdpa": "casa.attention.sdpa",
     "flex": "casa.attention.flex",
+    "varlen": "casa.attention.varlen",
 }
+_loaded: dict[str, ModuleType] = {}
 
 
 def implementations() -> tuple[str, ...]:
@@ -51,7 +55,8 @@ def casa_attention(
     text_key, text_value: (T, Hkv, D). image_key, image_value: (N, Hkv, D). One floating dtype, one device.
     scale: of the scores; D ** -0.5 if None.
     attend: "both" is CASA; "image" leaves out the text, which is plain cross-attention.
-    impl: "reference" (any dtype, slow, the definition), "sdpa", "flex", or "auto", which is "sdpa".
+    impl: "reference" (any dtype, slow, the definition), "sdpa" (any dtype, any device), "flex" (compiled), "varlen"
+        (CUDA, half precision), or "auto", see `choose`. All mean the same; one that cannot do a call refuses it.
     turn: with `history`, called as turn(key, delta) on the keys of an earlier window's images, where delta is
         that window's start minus the start of the window that looks (text tokens, negative), so that rotary
         keys counted from their own window's start keep their true distance. None leaves them as they are.
@@ -59,8 +64,7 @@ def casa_attention(
     Returns (Q, Hq, D), with zeros where a query sees nothing. Raises ValueError for arguments that do not fit
     together, for an unknown name, and where an implementation cannot do the layout.
     """
-    name = "sdpa" if impl == "auto" else impl
-    if name not in _MODULES:
+    if impl != "auto" and impl not in _MODULES:
         known = ("auto", *_MODULES)
         near = get_close_matches(str(impl), known, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -69,10 +73,47 @@ def casa_attention(
         raise UserError(f"attend is {attend!r}, but must be 'both' (text and images) or 'image'.")
     _check(query, text_key, text_value, image_key, image_value, layout)
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    attention = import_module(_MODULES[name]).attention
-    return attention(
+    given = (query, text_key, text_value, image_key, image_value)
+    ask = Ask(
+        layout=layout,
+        dtype=query.dtype,
+        device=query.device,
+        width=query.shape[-1],
+        attend=attend,
+        turning=turn is not None and layout.history != 0,
+        backward=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given),
+    )
+    name = choose(ask) if impl == "auto" else impl
+    if (reason := refusal(name, ask)) is not None:
+        raise UserError(reason)
+    return _module(name).attention(
         query, text_key, text_value, image_key, image_value, layout, scale=factor, attend=attend, turn=turn
     )
+
+
+def choose(ask: Ask) -> str:
+    """The implementation that "auto" stands for: the first of these that does not refuse.
+
+    On CUDA "varlen"; then, where a gradient is wanted, "flex"; then "sdpa". Everywhere else "sdpa". Without a
+    gradient flex is left out because it compiles, for seconds, each new size that a stream or a prompt brings.
+    """
+    if ask.device.type != "cuda":
+        return "sdpa"
+    names = ("varlen", "flex", "sdpa") if ask.backward else ("varlen", "sdpa")
+    return next(name for name in names if refusal(name, ask) is None)
+
+
+def refusal(name: str, ask: Ask) -> str | None:
+    """Why the named implementation cannot do what is asked, and what to do instead; None if it can."""
+    refuse: Callable[[Ask], str | None] | None = getattr(_module(name), "refusal", None)
+    return None if refuse is None else refuse(ask)
+
+
+def _module(name: str) -> ModuleType:
+    # kept here, because a model that is compiled cannot trace an import
+    if name not in _loaded:
+        _loaded[name] = import_module(_MODULES[name])
+    return _loaded[name]
 
 
 def _check(q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, layout: WindowLayout) -> None:

@@ -5,12 +5,40 @@ on a CPU and Triton on a GPU. On a CPU torch (2.13) has no backward for it.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from casa.attention.ask import Ask
 from casa.windows import WindowLayout
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BLOCK = 128  # sides of the mask's blocks: torch's default, a multiple of every tile its kernels choose
+
+# Kernels that may be compiled in one process. Sizes are powers of two, about nine for queries and as many for keys,
+# few of which meet in one run; torch's own bound of 8 is for code that was not meant to be compiled per size.
+KERNELS = 64
+
+
+def refusal(ask: Ask) -> str | None:
+    """Why flex cannot do what is asked, with the remedy; None if it can."""
+    kind = ask.device.type
+    if kind not in ("cpu", "cuda"):
+        return f"flex runs on CPU and CUDA and the tensors are on {kind}; use impl='sdpa'."
+    if kind == "cpu" and ask.backward:
+        return "flex has no backward on CPU; use impl='sdpa', or torch.no_grad() for forward only."
+    if ask.turning:
+        return "flex cannot turn the keys of earlier windows (history), a key has one angle here; use impl='sdpa'."
+    if ask.dtype not in DTYPES:
+        return f"flex takes float32, float16 and bfloat16, not {ask.dtype}; use impl='sdpa', or convert the model."
+    if kind == "cuda" and ask.width < 16:
+        return f"flex takes heads of at least 16 channels on CUDA, not {ask.width}; use impl='sdpa'."
+    if kind == "cuda" and not _has_triton():
+        return "flex needs Triton on CUDA and it is not installed; use impl='sdpa', or install triton."
+    return None
 
 
 def attention(
@@ -25,24 +53,18 @@ def attention(
     attend: str,
     turn: Callable[[Tensor, int], Tensor] | None,
 ) -> Tensor:
-    """See `casa_attention`. Refuses gradients on a CPU, and `turn` with history: a key has one angle here."""
-    given = (query, text_key, text_value, image_key, image_value)
-    if query.device.type == "cpu" and torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        raise ValueError("flex has no backward on CPU; use impl='sdpa', or torch.no_grad() for forward only.")
-    if turn is not None and layout.history:
-        raise ValueError("flex cannot turn the keys of earlier windows (history); use impl='sdpa'.")
+    """See `casa_attention`. `turn` has nothing to turn: with history it is refused."""
+    keys, values = [image_key], [image_value]
     if attend == "both":
-        key, value = torch.cat([image_key, text_key]), torch.cat([image_value, text_value])
-    else:
-        key, value = image_key, image_value
-    if not len(query) or not len(key):
+        keys, values = [image_key, text_key], [image_value, text_value]
+    if not len(query) or not sum(map(len, keys)):
         return query.masked_fill(torch.ones((), dtype=torch.bool, device=query.device), 0.0)
 
     device = query.device
     mask = layout.cached(("flex", attend, device), lambda: _block_mask(layout, attend, device))
-    q, k, v = (_padded(x).transpose(0, 1)[None] for x in (query, key, value))
-    grouped = query.shape[1] != key.shape[1]
-    out = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
+    q, k, v = (_padded(*rows).transpose(0, 1)[None] for rows in ([query], keys, values))
+    with _room_for_kernels():
+        out = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     out = out[0].transpose(0, 1)[: len(query)]
     if attend == "image":
         out = torch.where(layout.on(device, "sees_image")[:, None, None], out, out.new_zeros(()))
@@ -58,14 +80,29 @@ def _compiled() -> Callable:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
+def _room_for_kernels():
+    """torch's bound on compiled sizes, raised for the call; inside somebody else's compile it is theirs to set."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    from torch._dynamo import config
+
+    return config.patch(recompile_limit=max(KERNELS, config.recompile_limit))
+
+
 def _size(length: int) -> int:
-    """A power of two from 128 on, so that there are few sizes to compile; empty blocks cost nothing."""
-    return max(128, 1 << (length - 1).bit_length())
+    """A power of two from one block on, so that there are few sizes to compile; empty blocks cost nothing."""
+    return max(BLOCK, 1 << (length - 1).bit_length())
 
 
-def _padded(x: Tensor, fill: float = 0) -> Tensor:
-    """(n, ...) -> (_size(n), ...)"""
-    return torch.cat([x, x.new_full((_size(len(x)) - len(x), *x.shape[1:]), fill)])
+def _padded(*rows: Tensor, fill: float = 0) -> Tensor:
+    """(n, ...), (m, ...), ... -> (_size(n + m + ...), ...), in one copy"""
+    length = sum(map(len, rows))
+    first = rows[0]
+    return torch.cat([*rows, first.new_full((_size(length) - length, *first.shape[1:]), fill)])
+
+
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _block_mask(layout: WindowLayout, attend: str, device: torch.device):
@@ -82,12 +119,16 @@ def _block_mask(layout: WindowLayout, attend: str, device: torch.device):
         stands = torch.cat([stands, torch.arange(layout.num_text)])
         is_image = torch.cat([is_image, torch.zeros(layout.num_text, dtype=torch.bool)])
     # padding lies in windows that do not exist, another for queries than for keys
-    token, latest, oldest = (_padded(x, -2).to(device) for x in (query, mine, layout.first_visible[mine]))
-    window, stands, is_image = (_padded(x, fill).to(device) for x, fill in ((window, -1), (stands, 0), (is_image, 0)))
+    token, latest, oldest = (
+        _padded(x, fill=-2).to(device, torch.int32) for x in (query, mine, layout.first_visible[mine])
+    )
+    window, stands = (_padded(x, fill=fill).to(device, torch.int32) for x, fill in ((window, -1), (stands, 0)))
+    is_image = _padded(is_image, fill=0).to(device)
 
+    # Comparisons only: the mask of everything, made once per layout, is then never larger than one byte an entry.
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        first = torch.where(is_image[key], oldest[query], latest[query])
-        inside = (window[key] >= first) & (window[key] <= latest[query])
-        return inside & (stands[key] <= token[query])
+        own = window[key] >= latest[query]
+        earlier = is_image[key] & (window[key] >= oldest[query])
+        return (own | earlier) & (window[key] <= latest[query]) & (stands[key] <= token[query])
 
-    return create_block_mask(sees, None, None, len(token), len(window), device=str(device))
+    return create_block_mask(sees, None, None, len(token), len(window), device=str(device), BLOCK_SIZE=BLOCK)

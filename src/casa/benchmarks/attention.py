@@ -1,22 +1,24 @@
-"""Times the attention implementations beside one dense mask over everything, interleaved in one run.
+"""Times the attention implementations beside what one would write without them, interleaved in one run.
 
 Every repeat runs every contestant once on the same tensors, so that a busy machine slows all alike; medians
 and their ratios are what to read. Times are milliseconds: forward with the graph recorded, and forward +
-backward.
+backward. On a CPU the shapes are small and float32; on CUDA they are the paper's, in bfloat16, with decode steps
+(one query per window, forward only), and rows say how much of the GPU is used.
 """
 
-import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from casa.attention import casa_attention, implementations
+from casa.benchmarks.attention_rivals import Rival, concatenated_varlen, dense_mask, flex_attention
+from casa.benchmarks.attention_shapes import CUDA_SHAPES, SHAPES, BenchShape
+from casa.benchmarks.clock import Clock, Times
 from casa.errors import UserError
 from casa.provenance import provenance
 from casa.windows import WindowLayout
@@ -26,148 +28,219 @@ BACKWARD_TOO = ("reference", "sdpa")
 
 
 @dataclass(frozen=True)
-class BenchShape:
-    """`windows` windows of one image of `image` tokens and `text[0]`..`text[1]` text tokens each."""
+class BenchSetup:
+    """What is timed on a kind of device where nothing else is asked for."""
 
-    name: str
-    windows: int
-    image: int
-    text: tuple[int, int]
-
-    def layout(self, seed: int) -> WindowLayout:
-        chance = random.Random(seed)
-        position, insertions = 0, []
-        for _ in range(self.windows):
-            insertions.append((position, self.image))
-            position += chance.randint(*self.text)
-        return WindowLayout.from_insertions([position], [insertions])
+    shapes: tuple[BenchShape, ...]
+    impls: tuple[str, ...]
+    rivals: tuple[str, ...]
+    dtype: torch.dtype
+    query_heads: int
+    key_heads: int
+    width: int
 
 
-SHAPES = (
-    BenchShape("64 x (64 + 16)", 64, 64, (16, 16)),
-    BenchShape("16 x (256 + 64)", 16, 256, (64, 64)),
-    BenchShape("8 x (1024 + 128)", 8, 1024, (128, 128)),
-    BenchShape("ragged 16 x (256 + 4..90)", 16, 256, (4, 90)),
-)
+RIVALS = {DENSE: dense_mask, "varlen, concatenated": concatenated_varlen, "FlexAttention": flex_attention}
+SETUPS = {
+    "cpu": BenchSetup(SHAPES, BACKWARD_TOO, (DENSE,), torch.float32, 8, 2, 64),
+    "cuda": BenchSetup(CUDA_SHAPES, ("sdpa", "flex", "varlen"), tuple(RIVALS), torch.bfloat16, 16, 2, 128),
+}
 
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One contestant on one shape. Ratio: how many times faster than the dense mask (median / median)."""
+    """One contestant on one shape. Ratio: how many times faster than the dense mask (median / median).
+
+    None: no backward here, nothing of the kind on a CPU, or `failed`, which is then the reason (CUDA only).
+    """
 
     shape: str
     impl: str
-    forward_ms: float
-    both_ms: float | None  # None: no backward on this device
-    forward_ratio: float
+    forward_ms: float | None
+    both_ms: float | None
+    forward_ratio: float | None
     both_ratio: float | None
+    forward_tflops: float | None = None  # 1e12 multiplications and additions a second, of visible pairs only
+    both_tflops: float | None = None  # the backward has 2.5 times the forward's
+    forward_tbps: float | None = None  # 1e12 bytes a second, query, output, seen keys and values once each
+    host_ms: float | None = None  # of the forward, until all of it is queued
+    difference: float | None = None  # from the dense mask's output, of its largest entry
+    failed: str | None = None
+
+
+CUDA_ONLY = ("forward_tflops", "both_tflops", "forward_tbps", "host_ms", "difference", "failed")
 
 
 def bench_attention(
-    shapes: Sequence[BenchShape] = SHAPES,
-    impls: Sequence[str] = BACKWARD_TOO,
+    shapes: Sequence[BenchShape] | None = None,
+    impls: Sequence[str] | None = None,
     device: str = "cpu",
     repeats: int = 9,
     seed: int = 0,
-    query_heads: int = 8,
-    key_heads: int = 2,
-    width: int = 64,
+    query_heads: int | None = None,
+    key_heads: int | None = None,
+    width: int | None = None,
 ) -> list[BenchRow]:
-    """Rows for each shape: the dense mask first, then each implementation. float32, two rounds of warm-up.
+    """Rows for each shape: the rivals first, the dense mask before all, then each implementation.
 
-    impls: names known to `casa_attention`; "flex" is compiled on its first round, and on a CPU timed forward
-        only.
+    What is None is as in SETUPS for the kind of device. Two rounds of warm-up, in which "flex" is compiled; on a CPU
+    it is timed forward only. On CUDA a contestant that fails gets a row that says why, and the rest goes on.
     Raises UserError for an unknown implementation or fewer than one repeat.
     """
+    where = torch.device(device)
+    setup = SETUPS["cuda" if where.type == "cuda" else "cpu"]
+    impls = setup.impls if impls is None else impls
     for impl in impls:
         if impl not in implementations():
             raise UserError(f"cannot time {impl!r}; known are {', '.join(implementations())}.")
     if repeats < 1:
         raise UserError(f"repeats is {repeats}; give at least 1.")
+    Hq, Hkv, D = query_heads or setup.query_heads, key_heads or setup.key_heads, width or setup.width
+    clock = Clock(where)
     rows = []
-    for shape in shapes:
+    for shape in setup.shapes if shapes is None else shapes:
         layout = shape.layout(seed)
-        heads = {"query": (layout.num_query, query_heads)}
-        heads |= dict.fromkeys(("text_key", "text_value"), (layout.num_text, key_heads))
-        heads |= dict.fromkeys(("image_key", "image_value"), (layout.num_image, key_heads))
+        sizes = [(layout.num_query, Hq), *[(layout.num_text, Hkv)] * 2, *[(layout.num_image, Hkv)] * 2]
         generator = torch.Generator().manual_seed(seed)
-        tensors = [torch.randn(*size, width, generator=generator).to(device) for size in heads.values()]
-        rows += _rows(shape.name, _time(layout, tensors, impls, repeats))
+        tensors = [torch.randn(*size, D, generator=generator).to(where, setup.dtype) for size in sizes]
+        race = _Race(layout, tensors, clock, trained=shape.queries is None)
+        race.run(setup.rivals, impls, repeats)
+        rows += race.rows(shape.name, _work(layout, Hq, Hkv, D, tensors[0].element_size()) if clock.cuda else None)
     return rows
 
 
-def _time(
-    layout: WindowLayout, tensors: list[Tensor], impls: Sequence[str], repeats: int
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Milliseconds of each repeat, (forward, forward + backward), by contestant."""
-    mask = layout.mask(tensors[0].device)
-    contestants: dict[str, Callable[..., Tensor]] = {DENSE: partial(_dense, mask=mask)}
-    for impl in impls:
-        contestants[impl] = partial(casa_attention, layout=layout, impl=impl)
-    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in contestants}
-    for repeat in range(-2, repeats):
-        for name, run in contestants.items():
-            trained = not (name == "flex" and tensors[0].device.type == "cpu")
-            leaves = [t.detach().requires_grad_(trained) for t in tensors]
-            upstream = torch.ones_like(tensors[0])
-            begin = _now(leaves[0])
-            out = run(*leaves)
-            forward = _now(out) - begin
-            if trained:
-                out.backward(upstream)
-                both = _now(leaves[0]) - begin
-            if repeat >= 0:
-                times[name][0].append(forward * 1e3)
-                if trained:
-                    times[name][1].append(both * 1e3)
-    return times
+class _Race:
+    """All contestants on one shape."""
+
+    def __init__(self, layout: WindowLayout, tensors: list[Tensor], clock: Clock, trained: bool) -> None:
+        self.layout, self.tensors, self.clock, self.trained = layout, tensors, clock, trained
+        self.times: dict[str, list[Times]] = {}
+        self.difference: dict[str, float] = {}
+        self.failed: dict[str, str] = {}
+
+    def run(self, rivals: Sequence[str], impls: Sequence[str], repeats: int) -> None:
+        contestants: dict[str, Rival] = {}
+        for name in rivals:
+            with self._guard(name):
+                contestants[name] = RIVALS[name](self.layout, self.clock.device)
+        contestants |= {impl: partial(casa_attention, layout=self.layout, impl=impl) for impl in impls}
+        self.times |= {name: [] for name in contestants}
+        wanted: Tensor | None = None
+        for repeat in range(-2, repeats):
+            for name, run in contestants.items():
+                if name in self.failed:
+                    continue
+                with self._guard(name):
+                    out = self._once(name, run, counts=repeat >= 0)
+                    if repeat == -2:
+                        wanted = out if name == DENSE else wanted
+                        if wanted is not None:
+                            self.difference[name] = float((out - wanted).abs().max() / wanted.abs().max())
+
+    def _once(self, name: str, run: Rival, counts: bool) -> Tensor:
+        backward = self.trained and not (name == "flex" and not self.clock.cuda)
+        leaves = [tensor.detach().requires_grad_(backward) for tensor in self.tensors]
+        out, times = self.clock.time(run, leaves, torch.ones_like(self.tensors[0]) if backward else None)
+        if counts:
+            self.times[name].append(times)
+        return out
+
+    @contextmanager
+    def _guard(self, name: str) -> Iterator[None]:
+        """A GPU is seldom at hand: one contestant that fails there does not cost the others their turn."""
+        try:
+            yield
+        except Exception as error:
+            if not self.clock.cuda:
+                raise
+            said = str(error).strip().splitlines() or [""]
+            self.failed[name] = f"{type(error).__name__}: {said[0]}"
+            self.times[name] = []
+
+    def rows(self, shape: str, work: tuple[float, float] | None) -> list[BenchRow]:
+        """work: floating-point operations and bytes of a forward pass."""
+        dense_forward, dense_both = _medians(self.times[DENSE])
+        rows = []
+        for name, times in self.times.items():
+            forward, both = _medians(times)
+            row = BenchRow(shape, name, forward, both, _over(dense_forward, forward), _over(dense_both, both))
+            if work is not None:
+                flops, moved = work
+                row = BenchRow(
+                    *(shape, name, forward, both, row.forward_ratio, row.both_ratio),
+                    # operations per millisecond, in units of 1e12 a second
+                    forward_tflops=_over(flops / 1e9, forward),
+                    both_tflops=_over(3.5 * flops / 1e9, both),
+                    forward_tbps=_over(moved / 1e9, forward),
+                    host_ms=median(t.host for t in times) if times else None,
+                    difference=self.difference.get(name),
+                    failed=self.failed.get(name),
+                )
+            rows.append(row)
+        return rows
 
 
-def _rows(shape: str, times: dict[str, tuple[list[float], list[float]]]) -> list[BenchRow]:
-    dense_forward, dense_both = (median(t) for t in times[DENSE])
-    rows = []
-    for name, (forward, both) in times.items():
-        half, full = median(forward), median(both) if both else None
-        ratio = dense_both / full if full else None
-        rows.append(BenchRow(shape, name, half, full, dense_forward / half, ratio))
-    return rows
+def _medians(times: Sequence[Times]) -> tuple[float | None, float | None]:
+    both = [t.both for t in times if t.both is not None]
+    return median(t.forward for t in times) if times else None, median(both) if both else None
 
 
-def _dense(q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, mask: Tensor) -> Tensor:
-    """One call over all text and images: (T, Hq, D) under a bool mask (T, N + T)."""
-    key, value = torch.cat([image_k, text_k]), torch.cat([image_v, text_v])
-    query, key, value = (x.transpose(0, 1)[None] for x in (q, key, value))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[None, None], enable_gqa=True)
-    return out[0].transpose(0, 1)
+def _over(above: float | None, below: float | None) -> float | None:
+    return None if above is None or below is None else above / below
 
 
-def _now(tensor: Tensor) -> float:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-    return time.perf_counter()
+def _work(layout: WindowLayout, Hq: int, Hkv: int, D: int, size: int) -> tuple[float, float]:
+    """What a forward pass cannot do without: operations on visible pairs, and bytes of each tensor once."""
+    pairs = keys = 0
+    for number, window in enumerate(layout.windows):
+        earlier = sum(layout.windows[other].num_image for other in layout.visible_windows(number)[:-1])
+        for token in range(window.query_start, window.text_stop):
+            own = sum(i.stop - i.start for i in window.images if i.text_position <= token)
+            pairs += earlier + own + token - window.text_start + 1
+        keys += window.num_image + window.num_text if window.num_query else 0
+    return 4.0 * pairs * Hq * D, 2.0 * size * D * (layout.num_query * Hq + keys * Hkv)
 
 
 def bench_table(rows: Sequence[BenchRow]) -> str:
-    """The rows as aligned text, one block per shape."""
+    """The rows as aligned text, one block per shape; on CUDA with what they reach of the GPU."""
+    cuda = any(row.host_ms is not None or row.failed for row in rows)
     lines = [f"{'':28}{'ms':>10}{'ms':>12}{'times faster than dense':>28}"]
     lines.append(f"{'':28}{'forward':>10}{'+ backward':>12}{'forward':>14}{'+ backward':>14}")
+    if cuda:
+        lines[0] += f"{'TFLOP/s':>12}{'TFLOP/s':>12}{'TB/s':>9}{'ms':>9}{'differs':>10}"
+        lines[1] += f"{'forward':>12}{'+ backward':>12}{'forward':>9}{'host':>9}{'by':>10}"
     shape = None
     for row in rows:
         if row.shape != shape:
             lines.append(f"\n{row.shape}")
             shape = row.shape
-        both = "none" if row.both_ms is None else f"{row.both_ms:.1f}"
-        ratio = "none" if row.both_ratio is None else f"{row.both_ratio:.1f}x"
-        lines.append(f"  {row.impl:26}{row.forward_ms:10.1f}{both:>12}{row.forward_ratio:13.1f}x{ratio:>14}")
+        if row.failed:
+            lines.append(f"  {row.impl:26}failed: {row.failed}")
+            continue
+        digits = 3 if cuda else 1
+        line = f"  {row.impl:26}{_cell(row.forward_ms, 10, digits)}{_cell(row.both_ms, 12, digits)}"
+        line += f"{_cell(row.forward_ratio, 14, 1, 'x')}{_cell(row.both_ratio, 14, 1, 'x')}"
+        if cuda:
+            line += f"{_cell(row.forward_tflops, 12, 1)}{_cell(row.both_tflops, 12, 1)}{_cell(row.forward_tbps, 9, 2)}"
+            line += f"{_cell(row.host_ms, 9, 3)}{_cell(row.difference, 10, 4)}"
+        lines.append(line)
     return "\n".join(lines)
+
+
+def _cell(value: float | None, width: int, digits: int, unit: str = "") -> str:
+    return f"{'none' if value is None else f'{value:.{digits}f}{unit}':>{width}}"
 
 
 def bench_record(rows: Sequence[BenchRow], seed: int, repeats: int, device: str = "cpu") -> dict:
     """The rows with what is needed to trace them: plain numbers and strings, ready for JSON."""
+    cuda = device.startswith("cuda")
+    setup = SETUPS["cuda"]
+    heads = {"dtype": str(setup.dtype), "heads": [setup.query_heads, setup.key_heads, setup.width]} if cuda else {}
     return {
         "bench": "attention",
         **provenance(device),
         "seed": seed,
         "repeats": repeats,
-        "rows": [asdict(row) for row in rows],
+        **heads,
+        "rows": [{k: v for k, v in asdict(row).items() if cuda or k not in CUDA_ONLY} for row in rows],
     }

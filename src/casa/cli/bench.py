@@ -25,9 +25,9 @@ def attention(
 
     Example: casa bench attention --repeats 9 --json
     """
-    from casa.benchmarks.attention import BACKWARD_TOO, bench_attention, bench_record, bench_table
+    from casa.benchmarks.attention import bench_attention, bench_record, bench_table
 
-    names = BACKWARD_TOO if impls is None else tuple(name.strip() for name in impls.split(","))
+    names = None if impls is None else tuple(name.strip() for name in impls.split(","))
     where = pick_device(device)
     rows = bench_attention(impls=names, device=where, repeats=repeats, seed=seed)
     _report(bench_record(rows, seed, repeats, where), bench_table(rows), json, out)

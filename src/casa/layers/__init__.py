@@ -3,7 +3,7 @@
 from casa.layers.casa import CasaAttention, casa_update
 from casa.layers.image_kv import ImageNorm, normalise, project_images
 from casa.layers.plan import Plan, images_by_row, plan_call
-from casa.layers.rotary import Rotary, rotate, turner
+from casa.layers.rotary import Rotary, Rotation, turner
 from casa.layers.state import LayerWindow, WindowExtent, WindowState
 from casa.layers.step import DecodeStep, PackedStep, Record, Step
 
@@ -16,6 +16,7 @@ __all__ = [
     "Plan",
     "Record",
     "Rotary",
+    "Rotation",
     "Step",
     "WindowExtent",
     "WindowState",
@@ -24,6 +25,5 @@ __all__ = [
     "normalise",
     "plan_call",
     "project_images",
-    "rotate",
     "turner",
 ]

@@ -33,6 +33,8 @@ class CasaAttention(nn.Module):
         if missing:
             raise ValueError(f"{type(attention).__name__} has no {', '.join(missing)}: CASA cannot be built from it")
         self.head_dim: int = attention.head_dim  # type: ignore[assignment]
+        # of the scores; most backbones use head_dim ** -0.5
+        self.scaling: float = getattr(attention, "scaling", None) or self.head_dim**-0.5
         for name in (*PROJECTIONS, *HEAD_NORMS):
             if (module := getattr(attention, name, None)) is not None:
                 setattr(self, name, copy.deepcopy(module))
@@ -40,12 +42,15 @@ class CasaAttention(nn.Module):
             nn.Parameter(cast(nn.Linear, self.get_submodule("o_proj")).weight.new_zeros(1)) if gate == "tanh" else None
         )
 
-    def copy_from(self, attention: nn.Module) -> None:
-        """Takes the weights of a self-attention again, in place."""
+    def copy_from(self, attention: nn.Module, *, silent: bool = False) -> None:
+        """Takes the weights of a self-attention again, in place; `silent` leaves the output projection at zero."""
         with torch.no_grad():
             for name in (*PROJECTIONS, *HEAD_NORMS):
                 if (mine := getattr(self, name, None)) is not None:
                     mine.load_state_dict(getattr(attention, name).state_dict())
+            if silent:
+                for parameter in self.get_submodule("o_proj").parameters():
+                    parameter.zero_()
 
     def forward(self, hidden: Tensor, step: Step, layer: int) -> Tensor:
         """The update (B, L, d) for normed hidden states (B, L, d); zero for text that sees no image."""
@@ -82,6 +87,7 @@ def casa_update(
         heads("q_proj", "q_norm"),
         heads("k_proj", "k_norm") if text_is_key else None,
         heads("v_proj") if text_is_key else None,
+        getattr(weights, "scaling", None),
     )
     update = get("o_proj")(out.flatten(1))
     if gate is not None:

@@ -10,7 +10,7 @@ Both are passed to the layers explicitly; nothing is kept on modules.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from casa.attention import casa_attention
 from casa.layers.plan import Plan
-from casa.layers.rotary import Rotary, rotate, turner
+from casa.layers.rotary import Rotary, Rotation, turner
 from casa.layers.state import LayerWindow, WindowExtent, WindowState
 from casa.windows import WindowLayout
 
 Record = Callable[[int, Tensor, Tensor, Tensor, WindowLayout], None]
-"""(layer ordinal, query (Q, Hq, D), text key (T, Hkv, D), image key (N, Hkv, D), layout), rotary applied."""
+"""(layer ordinal, query (Q, Hq, D), text key (T, Hkv, D), image key (N, Hkv, D), layout), rotary applied; scores are
+query times key over sqrt(D), whatever the backbone's own scale."""
 
 
 class Step(Protocol):
@@ -33,8 +34,13 @@ class Step(Protocol):
     sees_image: Tensor  # bool (Q,)
     attend: str
 
-    def attention(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
-        """(Q, Hq, D) of layer number `layer`; key and value (Q, Hkv, D) are None if only images are keys."""
+    def attention(
+        self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None, scale: float | None = None
+    ) -> Tensor:
+        """(Q, Hq, D) of layer number `layer`; key and value (Q, Hkv, D) are None if only images are keys.
+
+        scale: of the scores; D ** -0.5 if None.
+        """
         ...
 
 
@@ -43,12 +49,15 @@ class PackedStep:
     """Any call, through the packed operation.
 
     images: keys and values (N', Hkv, D) of this call's new images, per layer, before rotary positions.
-    rotary: None for plain cross-attention, which has no positions.
+    rotary: per layer; None where there are no positions (plain cross-attention, blocks without rotary positions).
+    image_grid: int64 (2, N'), row and column of each new image token, for backbones whose rotary positions have
+        three axes (mRoPE); None for the others.
     """
 
     plan: Plan
     images: Sequence[tuple[Tensor, Tensor]]
-    rotary: Rotary | None
+    rotary: Sequence[Rotary | None]
+    image_grid: Tensor | None = None
     attend: str = "both"
     impl: str = "auto"
     state: WindowState | None = None
@@ -60,28 +69,25 @@ class PackedStep:
         self.tokens: Tensor | None = self.plan.tokens
         device = self.plan.new_images.device
         self.sees_image = layout.on(device, "sees_image")
-        self.turn = None
-        self._text_rotation = self._image_rotation = None
-        if self.rotary is not None:
-            query = layout.on(device, "query_index")
-            self._text_rotation = self.rotary(layout.on(device, "text_position")[query])
-            positions = layout.on(device, "image_position")[self.plan.new_images]
-            cos, sin = self.rotary(positions)
-            # at the start of a window nothing turns, unless the backbone scales its rotary factors
-            if bool(positions.any()) or bool((cos != 1).any()):
-                self._image_rotation = cos, sin
-            self.turn = turner(self.rotary) if layout.history else None
+        self._turners = [turner(rotary) if rotary is not None and layout.history else None for rotary in self.rotary]
+        text = layout.on(device, "text_position")[layout.on(device, "query_index")]
+        image = layout.on(device, "image_position")[self.plan.new_images]
+        if self.image_grid is not None:
+            image = torch.cat([image[None], image + self.image_grid])
+        self._rotations = _per_rotary(self.rotary, lambda rotary: (rotary(text), _needed(rotary(image))))
         if self.plan.keep is not None:
             self.next_state = WindowState(self.plan.keep.windows)
 
-    def attention(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
+    def attention(
+        self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None, scale: float | None = None
+    ) -> Tensor:
         layout = self.plan.layout
         image_key, image_value = self.images[layer]
-        if self._text_rotation is not None:
-            query = rotate(query, *self._text_rotation)
-            key = None if key is None else rotate(key, *self._text_rotation)
-        if self._image_rotation is not None:
-            image_key = rotate(image_key, *self._image_rotation)
+        if (rotations := self._rotations[layer]) is not None:
+            turn_text, turn_image = rotations
+            query = turn_text(query)
+            key = None if key is None else turn_text(key)
+            image_key = image_key if turn_image is None else turn_image(image_key)
         if key is None or value is None:
             # nobody looks at text: a view that costs nothing stands in for its keys and values
             key = value = image_key.new_zeros(1, 1, 1).expand(query.shape[0], *image_key.shape[1:])
@@ -89,7 +95,8 @@ class PackedStep:
             held = self.state.layers[layer] if self.state.layers else None
             key, value, image_key, image_value = self._joined(held, key, value, image_key, image_value)
         if self.record is not None:
-            self.record(layer, query, key, image_key, layout)
+            usual = 1.0 if scale is None else scale * query.shape[-1] ** 0.5
+            self.record(layer, query * usual, key, image_key, layout)
         out = casa_attention(
             query,
             key,
@@ -97,9 +104,10 @@ class PackedStep:
             image_key,
             image_value,
             layout,
+            scale=scale,
             attend=self.attend,
             impl=self.impl,
-            turn=self.turn,
+            turn=self._turners[layer],
         )
         if self.next_state is not None:
             self.next_state.layers.append(self._kept(key, value, image_key, image_value))
@@ -149,7 +157,7 @@ class DecodeStep:
     """One new token per row, in the window that is open; writes its key and value into the state."""
 
     state: WindowState
-    rotary: Rotary | None
+    rotary: Sequence[Rotary | None]
     device: torch.device
     attend: str = "both"
 
@@ -161,7 +169,7 @@ class DecodeStep:
         self._rows = torch.arange(len(text), device=self.device)
         self._same = text[0] if len(set(text)) == 1 else None
         self._longest = max(text)
-        self._rotation = None if self.rotary is None else self.rotary(self._text)
+        self._rotations = _per_rotary(self.rotary, lambda rotary: rotary(self._text))
         self._mask = None
         # after rows were selected the buffer may be wider than any row's images
         widest = self.state.layers[0].images
@@ -174,14 +182,17 @@ class DecodeStep:
             parts = [image] if self.attend == "image" else [image, now]
             self._mask = torch.cat(parts, dim=1)[:, None, None]  # (B, 1, 1, keys)
 
-    def attention(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
+    def attention(
+        self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None, scale: float | None = None
+    ) -> Tensor:
         window = self.state.layers[layer]
-        if self._rotation is not None:
-            query = rotate(query, *self._rotation)
+        rotation = self._rotations[layer]
+        if rotation is not None:
+            query = rotation(query)
         stop = window.images
         if key is not None and value is not None:
-            if self._rotation is not None:
-                key = rotate(key, *self._rotation)
+            if rotation is not None:
+                key = rotation(key)
             window.unlock()
             while self._longest >= window.capacity:
                 window.grow()
@@ -198,7 +209,7 @@ class DecodeStep:
         # the query heads of a key head are queries of one attention: no key is copied
         grouped = query.unflatten(1, (heads, -1))
         out = F.scaled_dot_product_attention(
-            grouped, window.key[:, :, :stop], window.value[:, :, :stop], attn_mask=self._mask
+            grouped, window.key[:, :, :stop], window.value[:, :, :stop], attn_mask=self._mask, scale=scale
         )
         return out.flatten(1, 2)
 
@@ -218,6 +229,20 @@ class DecodeStep:
             and all(state.windows)
             and bool(valid.all())
         )
+
+
+def _per_rotary(rotaries: Sequence[Rotary | None], compute: Callable[[Rotary], Any]) -> list[Any]:
+    """compute(rotary) for each layer, once for layers that share one; None where there is none."""
+    found: dict[int, Any] = {}
+    for rotary in rotaries:
+        if rotary is not None and id(rotary) not in found:
+            found[id(rotary)] = compute(rotary)
+    return [None if rotary is None else found[id(rotary)] for rotary in rotaries]
+
+
+def _needed(rotation: Rotation) -> Rotation | None:
+    """None for a rotation that would change nothing: at the start of a window images are not turned."""
+    return None if rotation.turns_nothing else rotation
 
 
 def _slots(buffer: Tensor, index: tuple[Tensor, Tensor]) -> Tensor:

@@ -6,9 +6,11 @@ from casa.models.adapt import adapt
 from casa.models.assembling import processor_for
 from casa.models.cache import CasaCache
 from casa.models.config import CasaConfig
+from casa.models.freezing import freeze_backbone
 from casa.models.fusion_config import FusionConfig
 from casa.models.model import CasaForConditionalGeneration
 from casa.models.processor import CasaProcessor
+from casa.models.vlm_processor import processor_of
 
 AutoConfig.register("casa", CasaConfig, exist_ok=True)
 AutoModelForImageTextToText.register(CasaConfig, CasaForConditionalGeneration, exist_ok=True)
@@ -21,5 +23,7 @@ __all__ = [
     "CasaProcessor",
     "FusionConfig",
     "adapt",
+    "freeze_backbone",
     "processor_for",
+    "processor_of",
 ]

@@ -3,50 +3,74 @@
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from casa.errors import UserError
-from casa.models.backbone import decoder_of
+from casa.models.backbones import InsertionVLM, decoder_of, family_of
 from casa.models.config import CasaConfig
+from casa.models.freezing import freeze_backbone
 from casa.models.fusion_config import FusionConfig
 from casa.models.loading import load_checked
-from casa.models.model import ENCODERS, CasaForConditionalGeneration
+from casa.models.model import CasaForConditionalGeneration
+from casa.vision import is_known, load_encoder
 
 
 def adapt(backbone: Any, fusion: FusionConfig | None = None, vision: Any = None) -> CasaForConditionalGeneration:
-    """A CASA model over a text-only causal language model and an image encoder.
+    """A CASA model over a language model of transformers, or its path.
 
-    backbone: a transformers model of the Llama family, or its path. It is taken over, not copied: its
-        parameters become the new model's, under `backbone.`.
-    vision: a Qwen2.5-VL image encoder or its path. A projector to the text width is made, untrained.
+    backbone: a text-only causal language model, or an insertion VLM (`casa.models.backbones` lists the families). It
+        is taken over, not copied: its parameters become the new model's, under `backbone.`.
+    vision: the image encoder of a text-only model, or its path; a projector to the text width is made, untrained. A
+        VLM keeps its own.
     fusion: CASA⊕ in every block if left out. Fusion layers start as copies of their block's self-attention.
+
+    A VLM comes back frozen but for what fusion added and the last four blocks of its tower (paper, route b); of a
+    text-only model everything is trained (route a). See `freezing` for other choices.
     Raises UserError for a backbone or an encoder that is not known, or whose weights are not complete.
     """
     fusion = fusion if fusion is not None else FusionConfig()
-    text_model = _loaded(backbone, "text model", _load_text_model)
-    decoder_of(text_model)
-    if vision is None:
-        raise UserError("a text-only model needs an image encoder; pass vision=<a Qwen2.5-VL tower or its path>.")
-    encoder = _loaded(vision, "image encoder", _load_encoder)
-    if encoder.config.model_type not in ENCODERS:
-        raise UserError(f"{encoder.config.model_type!r} is not an image encoder that casa knows yet.")
-    config = _joint_config(text_model, encoder, fusion)
-    model = CasaForConditionalGeneration(config, backbone=text_model, vision=encoder)
-    model.projector.to(text_model.device, text_model.dtype)
-    model.initialise_fusion()
-    model.generation_config = text_model.generation_config
-    return model
+    model = _loaded(backbone, "backbone", _load_backbone)
+    has_eyes = isinstance(decoder_of(model), InsertionVLM)
+    if has_eyes:
+        if vision is not None:
+            raise UserError("this backbone has an image encoder of its own; leave out vision.")
+        encoder = None
+    elif vision is None:
+        raise UserError(
+            "a text-only model needs an image encoder; pass vision=<a Qwen2.5-VL or SigLIP tower, or its path>."
+        )
+    else:
+        encoder = _loaded(vision, "image encoder", load_encoder)
+        if not is_known(encoder.config):
+            raise UserError(f"{encoder.config.model_type!r} is not an image encoder that casa knows.")
+    config = _joint_config(model, encoder, fusion)
+    joined = CasaForConditionalGeneration(config, backbone=model, vision=encoder)
+    for name in ("projector", "compressor", "gist"):
+        if (part := getattr(joined, name, None)) is not None:
+            part.to(model.device, model.dtype)
+    joined.initialise_fusion()
+    joined.generation_config = model.generation_config
+    if has_eyes:
+        freeze_backbone(joined)
+    return joined
 
 
-def _joint_config(text_model: PreTrainedModel, encoder: PreTrainedModel, fusion: FusionConfig) -> CasaConfig:
-    parts = (text_model.config, encoder.config)
-    chosen = [part._attn_implementation for part in parts]
-    config = CasaConfig(text_config=parts[0], vision_config=parts[1], fusion=fusion)
+def _joint_config(model: PreTrainedModel, encoder: PreTrainedModel | None, fusion: FusionConfig) -> CasaConfig:
+    running = [*_parts(model.config), *(_parts(encoder.config) if encoder is not None else ())]
+    chosen = [part._attn_implementation for part in running]
+    vision = encoder.config if encoder is not None else None
+    config = CasaConfig(text_config=model.config, vision_config=vision, fusion=fusion)
     # a joint config resets the attention implementation of its parts, which are running already
-    for part, implementation in zip(parts, chosen, strict=True):
+    for part, implementation in zip(running, chosen, strict=True):
         part._attn_implementation = implementation
-    config.dtype = text_model.dtype
+    config.dtype = model.dtype
     return config
+
+
+def _parts(config: Any) -> list[Any]:
+    """A config and all configs inside it."""
+    inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return [config, *(found for part in inner if part is not None for found in _parts(part))]
 
 
 def _loaded(given: Any, what: str, load: Any) -> PreTrainedModel:
@@ -57,10 +81,7 @@ def _loaded(given: Any, what: str, load: Any) -> PreTrainedModel:
     return load_checked(load, given)
 
 
-def _load_text_model(path: str, **kwargs: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **kwargs)
-
-
-def _load_encoder(path: str, **kwargs: Any) -> Any:
-    kind = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
-    return ENCODERS.get(kind, AutoModel).from_pretrained(path, **kwargs)
+def _load_backbone(path: str, **kwargs: Any) -> Any:
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    kind = AutoModelForImageTextToText if issubclass(family_of(config), InsertionVLM) else AutoModelForCausalLM
+    return kind.from_pretrained(path, trust_remote_code=False, **kwargs)

@@ -3,7 +3,7 @@
 Shapes: B rows, S cached text tokens, Hkv key heads, D channels of a head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from casa.errors import UserError
 from casa.layers import WindowExtent, WindowState
+from casa.models.insertion import StreamState
 
 
 class TextCache(DynamicCache):
@@ -36,14 +37,14 @@ class CasaCache(Cache):
 
     text: the cache that the text model fills; under insertion it holds image tokens too.
     windows: the CASA layers' state, or None while no image has been seen.
-    stream_mask: insertion only, bool (B, tokens of text and images cached so far), True where real.
+    stream: insertion only, what is cached of the merged stream of text and images.
     """
 
     def __init__(self, config: Any = None, counter: int = 0) -> None:
         self.text = TextCache(config, counter)
         super().__init__(layers=self.text.layers)
         self.windows: WindowState | None = None
-        self.stream_mask: Tensor | None = None
+        self.stream: StreamState | None = None
         self.num_text = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -53,8 +54,8 @@ class CasaCache(Cache):
     @property
     def image_tokens(self) -> int:
         """Image tokens held, over all rows: of visible windows, or under insertion of the whole past."""
-        if self.stream_mask is not None:
-            return self.text.get_seq_length() * self.stream_mask.shape[0] - self.num_text * self.stream_mask.shape[0]
+        if self.stream is not None:
+            return int(self.stream.images.sum())
         return sum(self.windows.image_tokens) if self.windows is not None else 0
 
     @property
@@ -83,26 +84,26 @@ class CasaCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.text.batch_repeat_interleave(repeats)
         rows = self.windows.num_rows if self.windows is not None else 0
-        if self.stream_mask is not None:
-            rows = self.stream_mask.shape[0]
+        if self.stream is not None:
+            rows = len(self.stream.images)
         self._select(torch.arange(rows).repeat_interleave(repeats))
 
     def _select(self, rows: Tensor) -> None:
         if self.windows is not None:
             self.windows.select(rows)
-        if self.stream_mask is not None:
-            self.stream_mask = self.stream_mask[rows.to(self.stream_mask.device)]
+        if self.stream is not None:
+            self.stream = self.stream.select(rows)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens (a negative number of them), as far as the open window's text goes."""
-        count = -tokens_to_remove
+        count = -int(tokens_to_remove)
         if count < 0:
             raise UserError("crop takes the number of tokens to remove, as a negative number.")
         if count > self.num_text:
             raise UserError(f"cannot take back {count} tokens of {self.num_text}.")
         if self.windows is not None and any(row and row[-1].text < count for row in self.windows.windows):
             raise UserError(f"cannot take back {count} tokens: an image stands among them.")
-        if self.stream_mask is not None:
+        if self.stream is not None:
             raise UserError("a cache of inserted images cannot be cropped; start a new one.")
         self.text.crop(tokens_to_remove)
         self.num_text -= count
@@ -114,20 +115,23 @@ class CasaCache(Cache):
 
     def reset(self) -> None:
         self.text.reset()
-        self.windows = self.stream_mask = None
+        self.windows = self.stream = None
         self.num_text = 0
 
-    def drop_text(self, first: int, count: int, turn: Callable[[Tensor, int], Tensor]) -> None:
+    def drop_text(self, first: int, count: int, turns: Sequence[Callable[[Tensor, int], Tensor]]) -> None:
         """Forgets `count` text tokens from `first` on; later ones move up, their rotary positions with them.
 
-        turn: moves rotated keys (n, Hkv, D) by a number of positions. Windows keep their own text.
+        turns: for each block, moves rotated keys (n, Hkv, D) by a number of positions. Windows keep their own text.
+        Raises UserError for a cache of inserted images, or of blocks that see a sliding window only.
         """
-        if self.stream_mask is not None:
+        if self.stream is not None:
             raise UserError("text cannot be dropped from a cache of inserted images.")
         if not 0 <= first <= first + count <= self.num_text:
             raise UserError(f"cannot drop tokens {first}..{first + count} of {self.num_text}.")
         layers: list[Any] = self.text.layers
-        for layer in layers:
+        if any(getattr(layer, "is_sliding", False) for layer in layers):
+            raise UserError("this model's cache slides already; text cannot be dropped from it, leave it unbounded.")
+        for layer, turn in zip(layers, turns, strict=False):
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
             if keys is None or values is None or keys.numel() == 0:
                 continue

@@ -12,8 +12,9 @@ from casa.models.shipped import resolve
 class CasaConfig(PreTrainedConfig):
     """Configuration of `CasaForConditionalGeneration`.
 
-    text_config, vision_config: configs of transformers models, or their dicts with a `model_type`; a text
-        model of the Llama family and the Qwen2.5-VL image encoder by default.
+    text_config: config of the backbone, a transformers model, or its dict with a `model_type`: a text-only model
+        (Llama by default), or an insertion VLM, which brings its own image encoder.
+    vision_config: config of the image encoder of a text-only backbone (Qwen2.5-VL's by default); None for a VLM.
     fusion: a FusionConfig or its dict. Saved as JSON beside the weights.
     """
 
@@ -28,7 +29,11 @@ class CasaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _sub_config(self.text_config, "llama")
-        self.vision_config = _sub_config(self.vision_config, "qwen2_5_vl_vision")
+        if hasattr(self.text_config, "vision_config"):
+            if self.vision_config is not None:
+                raise UserError("this backbone brings its own image encoder; leave out vision_config.")
+        else:
+            self.vision_config = _sub_config(self.vision_config, "qwen2_5_vl_vision")
         self.fusion = self._parsed_fusion().to_dict()
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
@@ -37,6 +42,15 @@ class CasaConfig(PreTrainedConfig):
         if isinstance(self.fusion, FusionConfig):
             return self.fusion
         return FusionConfig.from_dict(self.fusion or {})
+
+    @property
+    def encoder_config(self) -> Any:
+        """Config of the image encoder, wherever it stands."""
+        return self.vision_config if self.vision_config is not None else self.text_config.vision_config
+
+    def get_text_config(self, decoder: Any = None, encoder: Any = None) -> Any:
+        """Config of the text model, also where the backbone is a VLM."""
+        return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
 
     @property
     def typed_fusion(self) -> FusionConfig:

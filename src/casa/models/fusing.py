@@ -30,15 +30,15 @@ class FusedStep:
         return layer(hidden, self.step, number)
 
 
-def fuse(blocks: nn.ModuleList, chosen: tuple[int, ...], placement: str) -> None:
-    """Attaches layer number n to block `chosen[n]`."""
+def fuse(blocks: nn.ModuleList, chosen: tuple[int, ...], placement: str, post_norm: str | None = None) -> None:
+    """Attaches layer number n to block `chosen[n]`. post_norm: the block's norm over attention, if it has one."""
     for number, index in enumerate(chosen):
         block = blocks[index]
         attention = block.get_submodule("self_attn")
         if placement == "parallel":
             attention.register_forward_hook(partial(_beside, number), with_kwargs=True)
         elif placement == "before":
-            block.register_forward_pre_hook(partial(_ahead, number), with_kwargs=True)
+            block.register_forward_pre_hook(partial(_ahead, number, post_norm), with_kwargs=True)
         else:
             kind = type(attention)
             attention.__class__ = type(f"Replaced{kind.__name__}", (ReplacedSelfAttention, kind), {})
@@ -46,7 +46,7 @@ def fuse(blocks: nn.ModuleList, chosen: tuple[int, ...], placement: str) -> None
 
 
 def _beside(number: int, attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """CASA⊕: h = norm(x); x + SA(h) + CASA(h)."""
+    """CASA⊕: h = norm(x); x + SA(h) + CASA(h). A norm behind attention sees the sum."""
     step: FusedStep | None = kwargs.get(STEP)
     if step is None:
         return output
@@ -54,14 +54,15 @@ def _beside(number: int, attention: nn.Module, args: tuple, kwargs: dict[str, An
     return (output[0] + step.update(number, attention, hidden), *output[1:])
 
 
-def _ahead(number: int, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _ahead(number: int, post_norm: str | None, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """CASA→: x = x + CASA(norm(x)), then the block."""
     step: FusedStep | None = kwargs.get(STEP)
     if step is None:
         return None
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     normed = block.get_submodule("input_layernorm")(hidden)
-    hidden = hidden + step.update(number, block.get_submodule("self_attn"), normed)
+    update = step.update(number, block.get_submodule("self_attn"), normed)
+    hidden = hidden + (update if post_norm is None else block.get_submodule(post_norm)(update))
     if "hidden_states" in kwargs:
         return args, {**kwargs, "hidden_states": hidden}
     return (hidden, *args[1:]), kwargs

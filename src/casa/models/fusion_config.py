@@ -6,12 +6,14 @@ from difflib import get_close_matches
 from typing import Any
 
 from casa.errors import UserError
+from casa.vision import parse_compressor
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "method": ("casa", "cross_attention", "insertion"),
     "placement": ("parallel", "before", "replace"),
     "split": ("image", "sample"),
     "gate": (None, "tanh"),
+    "output": ("copy", "zero"),
 }
 
 
@@ -26,8 +28,15 @@ class FusionConfig:
     share_weights: use the block's own self-attention weights (D1). "replace" always does: the layer takes
         over the weights of the self-attention it replaces.
     gate: "tanh" scales the layer's output by tanh of a scalar that starts at zero.
-    split, history: what a window is and how many earlier ones stay visible (see WindowLayout).
-    compressor: image token compression; none is built yet.
+    output: how a layer's output projection starts: "copy" of the block's, or "zero", so that the layer adds nothing
+        at first.
+    split, history: what a window is and how many earlier ones stay visible (see WindowLayout; D5).
+    update_images: image tokens pass through the feed-forward network of every block (D4), so deeper layers see
+        other image tokens. They still attend to nothing.
+    gist: learned tokens behind each image that carry it into later windows; 0 leaves that to the delimiter that the
+        chat template writes there (paper v2). The processor writes them.
+    compressor: fewer image tokens before fusion, whatever the method: "pool:k" and "pixel_shuffle:k" make one of
+        k x k, "q_former:n" makes n of an image (claim C8).
     Raises UserError for a value that is unknown or makes no sense beside the others.
     """
 
@@ -37,8 +46,11 @@ class FusionConfig:
     layers: tuple[int, ...] | None = None
     share_weights: bool = False
     gate: str | None = None
+    output: str = "copy"
     split: str = "image"
     history: int = 0
+    update_images: bool = False
+    gist: int = 0
     compressor: str | None = None
 
     def __post_init__(self) -> None:
@@ -56,8 +68,16 @@ class FusionConfig:
             raise UserError(f"fusion history is {self.history!r}; give 0 or more windows, or -1 for all.")
         if self.gate is not None and (self.share_weights or self.placement == "replace"):
             raise UserError("a gate needs layers with weights of their own; drop it, or share_weights and replace.")
+        if self.output == "zero" and (self.share_weights or self.placement == "replace"):
+            raise UserError(
+                "output='zero' needs layers with weights of their own; drop it, or share_weights and replace."
+            )
+        if self.method == "insertion" and self.update_images:
+            raise UserError("insertion updates image tokens in every block anyway; leave out update_images.")
+        if not isinstance(self.gist, int) or isinstance(self.gist, bool) or self.gist < 0:
+            raise UserError(f"fusion gist is {self.gist!r}; give a number of tokens, 0 for none.")
         if self.compressor is not None:
-            raise UserError(f"compressor {self.compressor!r} is not built yet; leave it out.")
+            parse_compressor(self.compressor)
 
     def blocks(self, count: int) -> tuple[int, ...]:
         """The blocks, of `count`, that get a layer. Raises UserError if one is missing or none keeps self-attention."""

@@ -4,8 +4,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from casa.errors import UserError
+from casa.vision import token_grids
+
+# how candidates would be drafted, and why that cannot be
+NO_DRAFTS = {
+    "assistant_early_exit": "early exit runs the backbone cut short, without its fusion layers",
+    "use_mtp": "the heads that predict several tokens are not carried over by adapt",
+}
 
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_positions", "image_features")
 
@@ -33,6 +41,26 @@ class CasaGeneration:
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()  # type: ignore[attr-defined]
 
+    def _get_candidate_generator(self, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """Assisted decoding: whoever drafts sees the text alone; this model, which decides, sees the pictures too."""
+        if self.fusion.method == "insertion":  # type: ignore[attr-defined]
+            raise UserError(
+                "assisted decoding takes tokens back, which a cache of inserted images cannot; leave it out."
+            )
+        for name, reason in NO_DRAFTS.items():
+            if getattr(generation_config, name, None):
+                raise UserError(f"{name} is not supported: {reason}; pass assistant_model or prompt_lookup_num_tokens.")
+        text_only = {name: value for name, value in model_kwargs.items() if name not in IMAGE_INPUTS}
+        return super()._get_candidate_generator(  # type: ignore[misc]
+            generation_config=generation_config, model_kwargs=text_only, **kwargs
+        )
+
+    def _get_deprecated_gen_repo(self, generation_mode: Any, *args: Any, **kwargs: Any) -> None:
+        """Ways to decode that transformers has moved to code on a hub, which casa does not run."""
+        if "/" in GENERATION_MODES_MAPPING.get(generation_mode, ""):
+            name = generation_mode.value.replace("_", " ")
+            raise UserError(f"{name} is code on a hub, which casa does not run; use greedy, sampling or beams.")
+
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
@@ -59,8 +87,8 @@ class CasaGeneration:
         if features is None:
             with torch.no_grad():
                 features = self.encode_images(images["pixel_values"], grid)  # type: ignore[attr-defined]
-        merge = getattr(self.config.vision_config, "spatial_merge_size", 1)  # type: ignore[attr-defined]
-        tokens = features.split((grid.prod(1) // merge**2).tolist())
+        grids = token_grids(self.config.encoder_config, grid)  # type: ignore[attr-defined]
+        tokens = features.split([rows * columns for rows, columns in grids])
         order, rows = [], []
         for row in positions[:, 0].unique().tolist():
             mine = (positions[:, 0] == row).nonzero().flatten().tolist()

@@ -2,49 +2,42 @@
 
 Shapes: B rows, L new text tokens, N image tokens, d width of the text model, V vocabulary.
 
-The backbone keeps its weights, under `backbone.`; beside it stand the image encoder (`vision.`), the
-projector (`projector.`) and the fusion layers (`casa_layers.<block>.`).
+The backbone keeps its weights, under `backbone.`; beside it stand the fusion layers (`casa_layers.<block>.`) and,
+if the backbone has no eyes of its own, the image encoder (`vision.`) and the projector (`projector.`).
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.utils import can_return_tuple
 
 from casa.errors import UserError
-from casa.layers import (
-    CasaAttention,
-    DecodeStep,
-    PackedStep,
-    Record,
-    plan_call,
-    project_images,
-)
+from casa.layers import CasaAttention, DecodeStep, PackedStep, Record, plan_call, project_images
 from casa.models import insertion
-from casa.models.backbone import decoder_of
+from casa.models.backbones import Decoder, InsertionVLM, decoder_of, family_of
 from casa.models.cache import CasaCache
 from casa.models.config import CasaConfig
 from casa.models.fusing import STEP, FusedStep, fuse
 from casa.models.generation import CasaGeneration
+from casa.models.image_tokens import ImageTokens, by_depth, count_tokens
 from casa.models.inputs import TextInputs, read_image_places, read_text_inputs
 from casa.models.loading import load_checked
-from casa.vision import Projector, encode, output_width, token_grids
-
-# encoders that transformers does not list under AutoModel
-ENCODERS: dict[str, type[PreTrainedModel]] = {"qwen2_5_vl_vision": Qwen2_5_VisionTransformerPretrainedModel}
-
-
-def new_encoder(config: Any) -> PreTrainedModel:
-    """An image encoder with fresh weights, from its config."""
-    known = ENCODERS.get(config.model_type)
-    return known._from_config(config) if known is not None else AutoModel.from_config(config)
+from casa.models.placement import at_hand, check_one_device
+from casa.models.upkeep import CasaUpkeep
+from casa.vision import Projector, encode, extra_depths, make_compressor, new_encoder, output_width, token_grids
 
 
-class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMixin):
+def new_backbone(config: Any) -> PreTrainedModel:
+    """A text-only model or an insertion VLM with fresh weights, from its config."""
+    is_vlm = issubclass(family_of(config), InsertionVLM)
+    return (AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM).from_config(config)
+
+
+class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, GenerationMixin):
     """Text with images in, logits for the text out (paper, section 2; `FusionConfig` has the variants)."""
 
     config_class = CasaConfig
@@ -54,6 +47,8 @@ class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMi
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
+    # the backbone and the encoder add their own
+    _no_split_modules = ["CasaAttention", "Projector", "QFormer", "PixelShuffle"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     accepts_loss_kwargs = True
 
@@ -65,21 +60,26 @@ class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMi
     ) -> None:
         """Fresh weights for all parts but the ones given, which are taken over as they are (see `adapt`)."""
         super().__init__(config)
-        text, encoder = config.text_config, config.vision_config
-        self.backbone = backbone if backbone is not None else AutoModelForCausalLM.from_config(text)
-        self.vision = vision if vision is not None else new_encoder(encoder)
-        self.projector = Projector(output_width(encoder), text.hidden_size)
-        self.fusion = config.typed_fusion
+        width = config.get_text_config().hidden_size
+        self.fusion = fusion = config.typed_fusion
+        self.backbone = backbone if backbone is not None else new_backbone(config.text_config)
+        if config.vision_config is not None:
+            self.vision = vision if vision is not None else new_encoder(config.vision_config)
+            self.projector = Projector(output_width(config.vision_config), width)
+        if fusion.compressor is not None:
+            self.compressor = make_compressor(fusion.compressor, width)
+        if fusion.gist:
+            self.gist = nn.Embedding(fusion.gist, width)
         self.casa_layers = nn.ModuleDict()
-        blocks = self.decoder.blocks
-        self.fused_blocks = self.fusion.blocks(len(blocks))
-        if not self.fusion.borrows:
+        decoder = self.decoder
+        blocks = decoder.blocks
+        self.fused_blocks = fusion.blocks(len(blocks))
+        if not fusion.borrows:
             for index in self.fused_blocks:
-                attention = blocks[index].get_submodule("self_attn")
-                self.casa_layers[str(index)] = CasaAttention(attention, self.fusion.gate)
-        fuse(blocks, self.fused_blocks, self.fusion.placement)
+                self.casa_layers[str(index)] = CasaAttention(decoder.attention(index), fusion.gate)
+        fuse(blocks, self.fused_blocks, fusion.placement, decoder.post_norm)
         tied = getattr(self.backbone, "_tied_weights_keys", None) or {}
-        if text.tie_word_embeddings:
+        if config.tie_word_embeddings:
             self._tied_weights_keys = {f"backbone.{k}": f"backbone.{v}" for k, v in tied.items()}
         self.post_init()
 
@@ -92,8 +92,15 @@ class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMi
         return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
     @property
-    def decoder(self) -> Any:
+    def decoder(self) -> Decoder:
+        """The view of the backbone's text model."""
         return decoder_of(self.backbone)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The image encoder: this model's own, or the backbone's."""
+        decoder = self.decoder
+        return decoder.tower if isinstance(decoder, InsertionVLM) else self.vision
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -107,10 +114,19 @@ class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMi
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.backbone.set_output_embeddings(new_embeddings)
 
+    @property
+    def gist_ids(self) -> list[int]:
+        """Ids of the gist tokens, behind the vocabulary; the processor writes them after every image."""
+        vocabulary = self.config.get_text_config().vocab_size
+        return list(range(vocabulary, vocabulary + self.fusion.gist))
+
     def initialise_fusion(self) -> None:
         """Makes every fusion layer a copy of the self-attention of its block (paper, "Initialisation")."""
+        if self.fusion.compressor is not None:
+            # transformers' own initialisation has been over it
+            self.compressor.reset_parameters()  # type: ignore[operator]
         for index, layer in self.casa_layers.items():
-            layer.copy_from(self.decoder.blocks[int(index)].get_submodule("self_attn"))  # type: ignore[operator]
+            layer.copy_from(self.decoder.attention(int(index)), silent=self.fusion.output == "zero")  # type: ignore[operator]
 
     def new_cache(self) -> CasaCache:
         """An empty cache for this model."""
@@ -120,8 +136,10 @@ class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMi
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """(N, d_v): the encoder's tokens. They can be kept and passed as `image_features` with any text."""
-        return encode(self.vision, pixel_values.to(self.vision.dtype), image_grid_thw)
+        encoder: Any = self.encoder
+        return encode(encoder, pixel_values.to(encoder.dtype), image_grid_thw)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -166,16 +184,17 @@ class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMi
             if past_key_values is not None or use_cache:
                 raise UserError("packed rows cannot use a cache; pass use_cache=False or one sample per row.")
             cache = None
-        images, grids = self._image_tokens(pixel_values, image_grid_thw, image_features)
-        places = read_image_places(image_positions, len(grids))
-        lengths = [rows * columns for rows, columns in grids]
-        source = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        images = self._image_tokens(pixel_values, image_grid_thw, image_features)
+        places = read_image_places(image_positions, len(images.grids) if images is not None else 0)
+        source = self._source(input_ids, inputs_embeds)
+        wanted = {k: True for k in ("output_hidden_states", "output_attentions") if getattr(self.config, k, False)}
+        passed = wanted | {k: v for k, v in kwargs.items() if k != "num_items_in_batch"}
         if self.fusion.method == "insertion":
-            output, logits = self._run_insertion(source, text, places, lengths, images, cache, logits_to_keep, kwargs)
+            output, hidden = self._run_insertion(source, text, places, images, cache, passed)
         else:
-            output, logits = self._run_fused(
-                source, text, places, lengths, images, cache, logits_to_keep, record, kwargs
-            )
+            output, hidden = self._run_fused(source, text, places, images, cache, record, passed)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.decoder.logits(hidden[:, keep])
         if cache is not None:
             cache.num_text += like.shape[1]
         loss = None
@@ -194,60 +213,80 @@ class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMi
             return given
         if given is not None and (given.is_compileable or given.get_seq_length() > 0):
             raise UserError("past_key_values must come from an earlier call of this model, or be left out.")
+        if use_cache and self.training and self.is_gradient_checkpointing:
+            raise UserError("gradient checkpointing runs blocks twice and keeps no cache; pass use_cache=False.")
         wanted = use_cache if use_cache is not None else self.config.use_cache and not self.training
         return self.new_cache() if wanted else None
 
+    def _source(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> dict[str, Any]:
+        """Where the stack takes its text from; gist tokens have ids behind the vocabulary and embeddings here."""
+        if input_ids is None:
+            return {"inputs_embeds": inputs_embeds}
+        if not self.fusion.gist:
+            return {"input_ids": input_ids}
+        vocabulary = self.config.get_text_config().vocab_size
+        is_gist = input_ids >= vocabulary
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_gist, 0))
+        gist = self.gist((input_ids - vocabulary).clamp(min=0))
+        return {"inputs_embeds": torch.where(is_gist[..., None], gist.to(embeds.dtype), embeds)}
+
     def _image_tokens(
         self, pixel_values: Tensor | None, grid: Tensor | None, features: Tensor | None
-    ) -> tuple[Tensor | None, list[tuple[int, int]]]:
-        """Projected image tokens (N, d) and the rows and columns of each image."""
+    ) -> ImageTokens | None:
+        """This call's image tokens in the text model's width, or None if it has no images."""
         if pixel_values is None and features is None:
-            return None, []
+            return None
         if grid is None:
             raise UserError("pixel_values come with image_grid_thw; the processor makes both.")
-        grids = token_grids(self.config.vision_config, grid)
+        config = self.config.encoder_config
+        grids = token_grids(config, grid)
         if features is None:
             assert pixel_values is not None
             features = self.encode_images(pixel_values, grid)
-        if features.shape[0] != sum(rows * columns for rows, columns in grids):
+        if features.shape[0] != count_tokens(grids):
             raise UserError(f"image_grid_thw does not describe the {features.shape[0]} image tokens given.")
-        return self.projector(features, grids), grids
+        parts = features.chunk(1 + extra_depths(config), dim=-1)
+        decoder, found, joined = self.decoder, [], grids
+        for part in parts:
+            if isinstance(decoder, InsertionVLM):
+                tokens, joined = decoder.connect(part, grids)
+            else:
+                tokens = self.projector(part, grids)
+            found.append(tokens)
+        if self.fusion.compressor is not None:
+            found = [self.compressor(tokens, joined)[0] for tokens in found]
+            joined = self.compressor.grids(joined)  # type: ignore[operator]
+        return ImageTokens(found[0], found[1:], joined)
 
     def _run_fused(
         self,
         source: dict[str, Any],
         text: TextInputs,
         places: list[tuple[int, int]],
-        lengths: list[int],
-        images: Tensor | None,
+        images: ImageTokens | None,
         cache: CasaCache | None,
-        logits_to_keep: int | Tensor,
         record: Record | None,
         kwargs: dict[str, Any],
     ) -> tuple[Any, Tensor]:
-        step = self._step(text, places, lengths, images, cache, record)
+        """The stack's output, and its last hidden states (B, L, d)."""
+        step = self._step(text, places, images, cache, record)
         if step is not None:
-            layers = [self._layer(index) for index in self.fused_blocks]
-            kwargs = {**kwargs, STEP: FusedStep(step, layers)}
-        mask = text.mask
-        if text.packed:
-            # transformers recognises packed rows by their positions, and only without a mask; padding behind
-            # them has positions of its own and is seen by nobody
-            mask = None
-        output = self.backbone(
+            kwargs = {**kwargs, STEP: FusedStep(step, [self._layer(index) for index in self.fused_blocks])}
+        # transformers recognises packed rows by their positions, and only without a mask; padding behind them has
+        # positions of its own and is seen by nobody
+        output = self.decoder.stack(
             **source,
-            attention_mask=mask,
-            position_ids=text.position_ids,
+            attention_mask=None if text.packed else text.mask,
+            position_ids=self.decoder.text_positions(text.position_ids),
             past_key_values=cache.text if cache is not None else None,
             use_cache=cache is not None,
-            logits_to_keep=logits_to_keep,
-            **_without_loss(kwargs),
+            **kwargs,
         )
         if cache is not None and isinstance(step, PackedStep):
             cache.windows = step.next_state
         elif isinstance(step, DecodeStep):
             step.finish()
-        return output, output.logits
+        return output, output.last_hidden_state
 
     def _layer(self, index: int) -> nn.Module | None:
         name = str(index)
@@ -257,28 +296,32 @@ class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMi
         self,
         text: TextInputs,
         places: list[tuple[int, int]],
-        lengths: list[int],
-        images: Tensor | None,
+        images: ImageTokens | None,
         cache: CasaCache | None,
         record: Record | None,
     ) -> PackedStep | DecodeStep | None:
         """What the layers need of this call; None if they have nothing to add."""
-        fusion = self.fusion
+        fusion, decoder = self.fusion, self.decoder
         state = cache.windows if cache is not None else None
-        embedding: Any = self.get_input_embeddings()
-        dtype, device = embedding.weight.dtype, text.valid.device
-        rotary = None if fusion.attend == "image" else self.decoder.rotary(device, dtype)
         # text is worked on, or kept for later, even while no image has been seen
         text_counts = fusion.placement == "replace" or (fusion.split == "sample" and fusion.attend != "image")
         if images is None and state is None and not text_counts:
             return None
+        embedding: Any = self.get_input_embeddings()
+        dtype, device = embedding.weight.dtype, text.valid.device
+        if fusion.attend == "image":
+            rotaries = [None for _ in self.fused_blocks]
+        else:
+            rotaries = decoder.rotaries(self.fused_blocks, device, dtype)
         if images is None and record is None and DecodeStep.possible(state, text.valid, fusion.history):
             assert state is not None
-            return DecodeStep(state, rotary, device, fusion.attend)
+            return DecodeStep(state, rotaries, device, fusion.attend)
+        if images is None:
+            images = ImageTokens.none(self.config.get_text_config().hidden_size, dtype, device)
         plan = plan_call(
             text.valid,
             places,
-            lengths,
+            images.lengths,
             split=fusion.split,
             history=fusion.history,
             sample_starts=text.sample_starts,
@@ -286,45 +329,57 @@ class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMi
             keep=cache is not None,
             device=device,
         )
-        if images is None:
-            images = torch.zeros(0, self.config.text_config.hidden_size, dtype=dtype, device=device)
-        decoder = self.decoder
-        sources = [self._layer(i) or decoder.blocks[i].get_submodule("self_attn") for i in self.fused_blocks]
-        norms = [decoder.image_norm(index) for index in self.fused_blocks]
-        projected = project_images(images, sources, norms)
-        return PackedStep(plan, projected, rotary, fusion.attend, "auto", state, record)
+        layers = [self._layer(index) or decoder.attention(index) for index in self.fused_blocks]
+        check_one_device(layers)
+        with at_hand(decoder.blocks[index].get_submodule("input_layernorm") for index in self.fused_blocks):
+            projected = project_images(
+                by_depth(images, decoder, self.fused_blocks, fusion.update_images),
+                layers,
+                [decoder.image_norm(index) for index in self.fused_blocks],
+            )
+        grid = images.places() if decoder.rotary_axes > 1 else None
+        return PackedStep(plan, projected, rotaries, grid, fusion.attend, "auto", state, record)
 
     def _run_insertion(
         self,
         source: dict[str, Any],
         text: TextInputs,
         places: list[tuple[int, int]],
-        lengths: list[int],
-        images: Tensor | None,
+        images: ImageTokens | None,
         cache: CasaCache | None,
-        logits_to_keep: int | Tensor,
         kwargs: dict[str, Any],
     ) -> tuple[Any, Tensor]:
+        """The stack's output, and its last hidden states at text positions (B, L, d)."""
+        decoder = self.decoder
         embeds = source.get("inputs_embeds")
         if embeds is None:
             embeds = self.get_input_embeddings()(source["input_ids"])
-        inserted = images if images is not None else embeds.new_zeros(0, embeds.shape[-1])
-        stream = insertion.merge(text.valid, places, lengths, text.sample_starts)
-        past = cache.stream_mask if cache is not None else None
-        mask = stream.mask if past is None else torch.cat([past, stream.mask], dim=1)
-        output = self.backbone.model(
-            inputs_embeds=stream.embeddings(embeds, inserted),
-            attention_mask=None if text.packed or bool(mask.all()) else mask.long(),
-            position_ids=stream.positions(past),
+        if images is None:
+            images = ImageTokens.none(embeds.shape[-1], embeds.dtype, embeds.device)
+        three = decoder.rotary_axes > 1
+        stream = insertion.merge(
+            text.valid, places, images.lengths, text.sample_starts, images.grids if three else None
+        )
+        past = cache.stream if cache is not None else None
+        after = stream.after(past)
+        positions = stream.positions(past)
+        if three:
+            # the first row is what packed samples are told apart by
+            first = stream.ordinals() if text.packed else positions[0]
+            positions = torch.cat([first[None], positions])
+        if images.extra:
+            kwargs = {**kwargs, "visual_pos_masks": stream.is_image, "deepstack_visual_embeds": images.extra}
+        output = decoder.stack(
+            inputs_embeds=stream.embeddings(embeds, images.tokens),
+            attention_mask=None if text.packed or bool(after.mask.all()) else after.mask.long(),
+            position_ids=positions if three else positions[0],
             past_key_values=cache.text if cache is not None else None,
             use_cache=cache is not None,
-            **_without_loss(kwargs),
+            **kwargs,
         )
         if cache is not None:
-            cache.stream_mask = mask
-        hidden = stream.text_of(output.last_hidden_state)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return output, self.get_output_embeddings()(hidden[:, keep])
+            cache.stream = after
+        return output, stream.text_of(output.last_hidden_state)
 
     def _loss(self, logits: Tensor, labels: Tensor, text: TextInputs, kwargs: dict[str, Any]) -> Tensor:
         if text.sample_starts is not None:
@@ -335,7 +390,3 @@ class CasaForConditionalGeneration(CasaGeneration, PreTrainedModel, GenerationMi
         counted = {k: v for k, v in kwargs.items() if k == "num_items_in_batch"}
         vocabulary = self.config.get_text_config().vocab_size
         return self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **counted)
-
-
-def _without_loss(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in kwargs.items() if k not in ("num_items_in_batch", "return_dict")}

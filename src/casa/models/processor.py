@@ -10,6 +10,7 @@ from transformers.utils import PROCESSOR_NAME
 
 from casa.errors import UserError
 from casa.models.loading import check_folder
+from casa.models.places import Places
 from casa.models.shipped import resolve
 
 
@@ -20,6 +21,7 @@ class CasaProcessor(ProcessorMixin):
     frame_prefix, frame_suffix: the delimiters that the template puts around a picture; a streamed frame gets
         the same ones. The suffix is the gist token of the paper (v2, D5), where there is one.
     stream_prompt: what a live session asks the model for, unless told otherwise.
+    gist_ids: ids of the model's own gist tokens, which follow every picture (`FusionConfig.gist`).
     """
 
     def __init__(
@@ -31,7 +33,9 @@ class CasaProcessor(ProcessorMixin):
         frame_prefix: str = "",
         frame_suffix: str = "",
         stream_prompt: str = "Describe what is new.",
+        gist_ids: list[int] | None = None,
     ) -> None:
+        self.gist_ids = list(gist_ids or ())
         self.stream_prompt = stream_prompt
         self.image_token = image_token
         self.frame_prefix = frame_prefix
@@ -81,7 +85,10 @@ class CasaProcessor(ProcessorMixin):
         flat = _flat(images)
         wanted = sum(len(places) for _, places in rows)
         if len(flat) != wanted:
-            raise UserError(f"the text has places for {wanted} pictures, but {len(flat)} were given.")
+            raise UserError(
+                f"the text has places for {wanted} pictures, but {len(flat)} were given; "
+                f"write {self.image_token} where each picture stands."
+            )
         length = max((len(ids) for ids, _ in rows), default=0) if padding else None
         if length is None and len({len(ids) for ids, _ in rows}) > 1:
             raise UserError("texts of different lengths need padding=True.")
@@ -96,14 +103,14 @@ class CasaProcessor(ProcessorMixin):
         data: dict[str, Any] = {"input_ids": torch.tensor(input_ids), "attention_mask": torch.tensor(mask)}
         if flat:
             data |= self.image_processor(images=flat, return_tensors="pt")
-            data["image_positions"] = torch.tensor(positions)
+            data["image_positions"] = Places.of(positions)
         return BatchFeature(data)
 
     def frame(self, image: Any) -> tuple[list[int], list[int], dict[str, Any]]:
         """A streamed frame: token ids before it, token ids after it, and its pixels and grid."""
         before = self.tokenizer.encode(self.frame_prefix, add_special_tokens=False) if self.frame_prefix else []
         after = self.tokenizer.encode(self.frame_suffix, add_special_tokens=False) if self.frame_suffix else []
-        return before, after, dict(self.image_processor(images=[image], return_tensors="pt"))
+        return before, self.gist_ids + after, dict(self.image_processor(images=[image], return_tensors="pt"))
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """As in transformers, and for templates that know only text: pictures stand in it as the image token.
@@ -147,6 +154,7 @@ class CasaProcessor(ProcessorMixin):
         for token in self.tokenizer.encode(text, add_special_tokens=add_special_tokens):
             if token == self.image_token_id:
                 places.append(len(ids))
+                ids += self.gist_ids
             else:
                 ids.append(token)
         return ids, places

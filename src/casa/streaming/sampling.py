@@ -1,38 +1,90 @@
-"""How a session picks the next token: greedy, or sampled through transformers' own logits processors."""
+"""How a session picks the next token: greedy or sampled, through transformers' own logits processors where they exist.
 
-from dataclasses import dataclass
-from typing import Any
+Shapes: V vocabulary.
+"""
+
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from casa.errors import UserError
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy. top_k 0 and top_p 1 keep the whole vocabulary."""
+    """What a session does with its logits, in this order.
+
+    stop_bias: added to the logits of the stop tokens; above 0 says less, below 0 more.
+    repetition: taken from a token's logit for each time that it was said, a saying counting `decay` as much at every
+        token after it. 0 leaves repetition alone.
+    no_repeat: no run of so many tokens is said twice within what is remembered; 0 allows it.
+    temperature: 0 is greedy. top_k 0 and top_p 1 keep the whole vocabulary.
+    memory: tokens of what was said before that `repetition` and `no_repeat` look at.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    stop_bias: float = 0.0
+    repetition: float = 0.0
+    decay: float = 0.9
+    no_repeat: int = 0
+    memory: int = 64
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
             raise UserError(f"temperature is {self.temperature}; give 0 for greedy, or more.")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UserError(f"top_k is {self.top_k} and top_p {self.top_p}; top_k is 0 or more, top_p in (0, 1].")
+        if not 0 <= self.decay < 1:
+            raise UserError(f"decay is {self.decay}; give a number from 0 up to, but not including, 1.")
+        if self.repetition < 0 or self.no_repeat < 0 or self.memory < 0:
+            raise UserError("repetition, no_repeat and memory are 0 or more.")
 
-    def pick(self, logits: Tensor, generator: torch.Generator) -> int:
-        """The next token from logits (V,)."""
-        if self.temperature == 0:
-            return int(logits.argmax())
-        warpers = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)])
-        if self.top_k:
-            warpers.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            warpers.append(TopPLogitsWarper(self.top_p))
-        said: Any = torch.empty(1, 0, dtype=torch.int64)  # these warpers do not look at it
-        scores = warpers(said, logits[None].float().cpu())
+    def to_dict(self) -> dict[str, float | int]:
+        return asdict(self)
+
+    def pick(
+        self,
+        logits: Tensor,
+        said: list[int],
+        generator: torch.Generator,
+        stops: frozenset[int] = frozenset(),
+        earlier: list[int] | None = None,
+    ) -> int:
+        """The next token from logits (V,). said: of this caption; earlier: of the captions before."""
+        scores = logits.float().cpu()[None]
+        before = [*(earlier or ()), *said][-self.memory :] if self.memory else []
+        if self.stop_bias and stops:
+            scores = scores.clone()
+            scores[0, list(stops)] += self.stop_bias
+        if self.repetition and before:
+            scores = scores - self.repetition * self._counts(before, scores.shape[-1], stops)
+        processors = LogitsProcessorList()
+        if self.no_repeat and len(before) >= self.no_repeat:
+            processors.append(NoRepeatNGramLogitsProcessor(self.no_repeat))
+        if self.temperature:
+            processors.append(TemperatureLogitsWarper(self.temperature))
+            if self.top_k:
+                processors.append(TopKLogitsWarper(self.top_k))
+            if self.top_p < 1:
+                processors.append(TopPLogitsWarper(self.top_p))
+        scores = processors(torch.tensor([before], dtype=torch.int64), scores)  # type: ignore[arg-type]
+        if not self.temperature:
+            return int(scores[0].argmax())
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=generator))
+
+    def _counts(self, before: list[int], vocabulary: int, stops: frozenset[int]) -> Tensor:
+        """(V,): how often each token was said, older sayings counting less. Stopping is no repetition."""
+        ages = torch.arange(len(before) - 1, -1, -1)
+        counts = torch.zeros(vocabulary).index_add(0, torch.tensor(before), self.decay**ages)
+        counts[list(stops)] = 0.0
+        return counts

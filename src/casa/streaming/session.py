@@ -13,6 +13,7 @@ A model without a suffix takes the last pending token behind the image, so that 
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from casa.media.pictures import check_picture
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.streaming import store
 from casa.streaming.sampling import Sampling
+from casa.streaming.together import Call, Said, run_together
 from casa.streaming.usage import Usage
 
 FEWEST_SINKS = 4  # the first tokens that attention leans on, whatever they say
@@ -60,6 +62,7 @@ class StreamingSession:
         self.sampling = sampling if sampling is not None else Sampling()
         self.frames = 0
         self._generator = torch.Generator().manual_seed(seed)
+        self._earlier: list[int] = []  # what was said, for repetition control
         self._cache = model.new_cache()
         tokens = self._prompt_tokens(self.prompt)
         self._sinks = max(FEWEST_SINKS, len(tokens))
@@ -67,7 +70,9 @@ class StreamingSession:
         # the last token of the prompt waits: without a suffix it is the one that sees the first frame
         self._pending = tokens[-1:]
         if tokens[:-1]:
-            self._feed(tokens[:-1])
+            with torch.no_grad():
+                ids = torch.tensor([tokens[:-1]], device=model.device)
+                model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
 
     def _bind(self, model: CasaForConditionalGeneration, processor: CasaProcessor) -> None:
         self._model, self._processor = model, processor
@@ -78,34 +83,56 @@ class StreamingSession:
         self._stops = frozenset(stop if isinstance(stop, (list, tuple)) else [stop])
         self._stop = stop[0] if isinstance(stop, (list, tuple)) else stop
         decoder = model.decoder
-        self._turn = turner(decoder.rotary(model.device, model.dtype))
+        rotaries = decoder.rotaries(range(len(decoder.blocks)), model.device, model.dtype)
+        self._turns = [turner(rotary) for rotary in rotaries]
 
-    @torch.no_grad()
-    def step(self, frame: Any) -> str:
+    def step(self, frame: Any, cut: Callable[[], bool] | None = None) -> str:
         """Watches a frame (PIL.Image, or uint8 (H, W, 3)) and returns what it says: "" if nothing.
 
+        cut: asked before every token; once it says True, the caption ends where it is (a live stream's budget).
         Raises TypeError or ValueError for anything that is no picture; the session is then as before.
         """
+        return self.accept(*run_together(self._model, [self.prepare(frame)], cut))
+
+    def ask(self, question: str, cut: Callable[[], bool] | None = None) -> str:
+        """Answers a question about the frame at hand; captioning goes on with the next frame."""
+        return self.accept(*run_together(self._model, [self.prepare_question(question)], cut))
+
+    def prepare(self, frame: Any) -> Call:
+        """What this session feeds for a frame; hand it to `run_together`, and what comes back to `accept`."""
         before, after, pixels = self._processor.frame(check_picture(frame))
         tokens = self._pending + before
         if not after:
             tokens, after = tokens[:-1], tokens[-1:]
-        logits = self._feed(
-            tokens + after,
-            image_positions=torch.tensor([[0, len(tokens)]], device=self._model.device),
-            **{name: value.to(self._model.device) for name, value in pixels.items()},
-        )
-        said: list[int] = []
-        while (token := self.sampling.pick(logits, self._generator)) not in self._stops:
-            said.append(token)
-            if len(said) == self.max_new_tokens:
-                token = self._stop
-                self._feed(said[-1:])
-                break
-            logits = self._feed([token])
-        self._pending = [token]
         self.frames += 1
-        return self._processor.tokenizer.decode(said, skip_special_tokens=True).strip()
+        return self._call(tokens + after, len(tokens), pixels)
+
+    def prepare_question(self, question: str) -> Call:
+        """The same for a question about the frame at hand."""
+        return self._call(self._pending + self._turn_tokens(question), None, {})
+
+    def accept(self, said: Said) -> str:
+        """Takes over the state that a call has left; its caption."""
+        self._cache, self._pending = said.cache, [said.pending]
+        self._earlier = [*self._earlier, *said.tokens][-self.sampling.memory :] if self.sampling.memory else []
+        return self._processor.tokenizer.decode(said.tokens, skip_special_tokens=True).strip()
+
+    def _pick(self, logits: Tensor, said: list[int]) -> int:
+        return self.sampling.pick(logits, said, self._generator, self._stops, self._earlier)
+
+    def _call(self, tokens: list[int], place: int | None, pixels: dict[str, Tensor]) -> Call:
+        # all the room that a caption may need is made first: nothing is forgotten while one is said
+        self._make_room(len(tokens) + self.max_new_tokens)
+        return Call(
+            cache=self._cache,
+            tokens=tokens,
+            place=place,
+            pixels=pixels,
+            pick=self._pick,
+            stops=self._stops,
+            stop=self._stop,
+            most=self.max_new_tokens,
+        )
 
     @property
     def usage(self) -> Usage:
@@ -124,7 +151,7 @@ class StreamingSession:
         """A second session that goes on from here by itself; the model is shared."""
         twin = copy.copy(self)
         twin._cache = copy.deepcopy(self._cache)
-        twin._pending = list(self._pending)
+        twin._pending, twin._earlier = list(self._pending), list(self._earlier)
         twin._generator = torch.Generator()
         twin._generator.set_state(self._generator.get_state())
         return twin
@@ -135,10 +162,11 @@ class StreamingSession:
             "prompt": self.prompt,
             "max_text_tokens": self.max_text_tokens,
             "max_new_tokens": self.max_new_tokens,
-            "sampling": vars(self.sampling),
+            "sampling": self.sampling.to_dict(),
             "frames": self.frames,
             "sinks": self._sinks,
             "pending": self._pending,
+            "earlier": self._earlier,
         }
         store.save(path, self._cache, settings, self._generator.get_state())
 
@@ -159,7 +187,7 @@ class StreamingSession:
         session.sampling = Sampling(**settings["sampling"])
         session.frames = settings["frames"]
         session._sinks = settings["sinks"]
-        session._pending = list(settings["pending"])
+        session._pending, session._earlier = list(settings["pending"]), list(settings["earlier"])
         session._generator = torch.Generator()
         session._generator.set_state(generator)
         session._cache = cache
@@ -171,6 +199,12 @@ class StreamingSession:
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
         return inputs["input_ids"][0].tolist()
+
+    def _turn_tokens(self, question: str) -> list[int]:
+        """A user's turn in mid-conversation: as at its start, without the token that opens a text."""
+        tokens = self._prompt_tokens(question)
+        opening = self._processor.tokenizer.bos_token_id
+        return tokens[1:] if tokens and tokens[0] == opening else tokens
 
     def _check_bound(self) -> None:
         bound = self.max_text_tokens
@@ -188,19 +222,8 @@ class StreamingSession:
     def _step_overhead(self) -> int:
         encode = self._processor.tokenizer.encode
         around = (self._processor.frame_prefix, self._processor.frame_suffix)
-        return 2 + sum(len(encode(text, add_special_tokens=False)) for text in around if text)
-
-    def _feed(self, tokens: list[int], **image: Tensor) -> Tensor:
-        """Runs tokens, and a frame among them, through the model; returns the last one's logits (V,)."""
-        self._make_room(len(tokens))
-        output = self._model(
-            input_ids=torch.tensor([tokens], device=self._model.device),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **image,
-        )
-        return output.logits[0, -1]
+        around_tokens = sum(len(encode(text, add_special_tokens=False)) for text in around if text)
+        return 2 + around_tokens + len(self._processor.gist_ids)
 
     def _make_room(self, count: int) -> None:
         """Forgets the oldest text beyond the sinks, an eighth of the bound at a time so that it happens rarely."""
@@ -210,4 +233,4 @@ class StreamingSession:
         if surplus <= 0:
             return
         room = (self.max_text_tokens - self._sinks) // 8
-        self._cache.drop_text(self._sinks, min(max(surplus, room), self._cache.num_text - self._sinks), self._turn)
+        self._cache.drop_text(self._sinks, min(max(surplus, room), self._cache.num_text - self._sinks), self._turns)

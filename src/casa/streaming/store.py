@@ -12,8 +12,9 @@ from casa.atomic import replacing
 from casa.errors import UserError
 from casa.layers import LayerWindow, WindowExtent, WindowState
 from casa.models import CasaCache, CasaForConditionalGeneration
+from casa.models.insertion import StreamState
 
-FORMAT = "casa session 1"
+FORMAT = "casa session 2"
 
 
 def save(path: str | Path, cache: CasaCache, settings: dict[str, Any], generator: Tensor) -> None:
@@ -23,8 +24,8 @@ def save(path: str | Path, cache: CasaCache, settings: dict[str, Any], generator
         if getattr(layer, "keys", None) is not None:
             tensors[f"text.{index}.key"], tensors[f"text.{index}.value"] = layer.keys, layer.values  # type: ignore[assignment]
     described: dict[str, Any] = {"format": FORMAT, "settings": settings, "num_text": cache.num_text}
-    if cache.stream_mask is not None:
-        tensors["stream_mask"] = cache.stream_mask
+    if (stream := cache.stream) is not None:
+        tensors |= {"stream.mask": stream.mask, "stream.next": stream.next_position, "stream.images": stream.images}
     if cache.windows is not None:
         described["windows"] = [[(w.images, w.text) for w in row] for row in cache.windows.windows]
         described["image_slots"] = [layer.images for layer in cache.windows.layers]
@@ -59,7 +60,8 @@ def load(path: str | Path, model: CasaForConditionalGeneration) -> tuple[CasaCac
         if f"text.{index}.key" in tensors:
             cache.text.update(tensors[f"text.{index}.key"], tensors[f"text.{index}.value"], index)
     cache.num_text = described["num_text"]
-    cache.stream_mask = tensors.get("stream_mask")
+    if "stream.mask" in tensors:
+        cache.stream = StreamState(*(tensors[f"stream.{name}"] for name in ("mask", "next", "images")))
     if "windows" in described:
         layers = [
             LayerWindow(tensors[f"window.{index}.key"], tensors[f"window.{index}.value"], images)
@@ -72,7 +74,7 @@ def load(path: str | Path, model: CasaForConditionalGeneration) -> tuple[CasaCac
 
 def _check_fits(path: str | Path, tensors: dict[str, Tensor], model: CasaForConditionalGeneration) -> None:
     config = model.config.get_text_config()
-    heads, width = config.num_key_value_heads, model.decoder.blocks[0].self_attn.head_dim
+    heads, width = config.num_key_value_heads, model.decoder.attention(0).head_dim
     blocks = {int(name.split(".")[1]) for name in tensors if name.startswith("text.")}
     layers = {int(name.split(".")[1]) for name in tensors if name.startswith("window.")}
     kept = len(model.decoder.blocks) - (len(model.fused_blocks) if model.fusion.placement == "replace" else 0)

@@ -1,6 +1,32 @@
-"""Image encoders and the projector that brings their tokens to the text model."""
+"""Image encoders behind one protocol, what brings their tokens to the text model, and token compressors."""
 
-from casa.vision.encoder import encode, output_width, token_grids
+from casa.vision.compress import make_compressor, parse_compressor
+from casa.vision.encoder import (
+    encode,
+    encoder_class,
+    extra_depths,
+    family_of,
+    is_known,
+    load_encoder,
+    new_encoder,
+    output_width,
+    token_grids,
+)
 from casa.vision.projector import PLACE_WIDTH, Projector, place_features
 
-__all__ = ["PLACE_WIDTH", "Projector", "encode", "output_width", "place_features", "token_grids"]
+__all__ = [
+    "PLACE_WIDTH",
+    "Projector",
+    "encode",
+    "encoder_class",
+    "extra_depths",
+    "family_of",
+    "is_known",
+    "load_encoder",
+    "make_compressor",
+    "new_encoder",
+    "output_width",
+    "parse_compressor",
+    "place_features",
+    "token_grids",
+]

@@ -1,26 +1,93 @@
-"""Image encoders behind one function: pixels in, the image tokens the text model may look at out.
+"""Image encoders behind one set of functions: pixels in, the image tokens the text model may look at out.
 
-Shapes: P patches, N image tokens (after the encoder's own merge), d_v width of the encoder's output.
+Shapes: P patches, n images, N image tokens (after the encoder's own merge), d_v width of an encoder's token,
+k extra feature sets per token (Qwen3-VL's deep-stack levels; 0 for the others).
+
+Every function is keyed by the encoder's transformers config. The encoders are those of `casa.vision.encoders`.
 """
 
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from casa.errors import UserError
+from casa.vision.encoders import FAMILIES, Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# where whole models keep their tower, and what else is in them
+TOWER = r"^(model\.)?(visual|vision_model|vision_tower)\.(vision_model\.)?"
+BESIDE_TOWER = re.compile(
+    r"(model|text_model|language_model|lm_head|logit_scale|logit_bias|connector|multi_modal_projector|image_newline)\b"
+)
+
+
+def is_known(config: Any) -> bool:
+    """Whether `config` is one of an image encoder that casa knows (not of a whole model that has one)."""
+    return getattr(config, "model_type", None) in FAMILIES
+
+
+def family_of(config: Any) -> Family:
+    """Raises UserError, naming the known encoders, for a config of anything else."""
+    if is_known(config):
+        return FAMILIES[config.model_type]
+    name = getattr(config, "model_type", None) or type(config).__name__
+    if is_known(getattr(config, "vision_config", None)):
+        raise UserError(f"{name!r} is a whole model; give its image encoder, a {config.vision_config.model_type!r}.")
+    raise UserError(f"{name!r} is no image encoder that casa knows; the known ones are: {', '.join(FAMILIES)}.")
+
+
+def encoder_class(config: Any) -> "type[PreTrainedModel]":
+    """The transformers class of an encoder, also where AutoModel does not list it."""
+    return family_of(config).model_class
+
+
+def new_encoder(config: Any) -> "PreTrainedModel":
+    """An image encoder with fresh weights, from its config."""
+    return encoder_class(config)._from_config(config)
+
+
+def load_encoder(path: Any, **kwargs: Any) -> Any:
+    """`from_pretrained` for an encoder's folder, or for that of a whole model (SigLIP, a VLM): its tower alone.
+
+    kwargs are those of transformers; with `output_loading_info=True` it returns (encoder, info), where the
+    weights of a whole model's other parts are not counted as unexpected. Raises UserError for other encoders.
+    """
+    from transformers import AutoConfig
+
+    config = kwargs.pop("config", None)
+    if config is None:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if is_known(config):
+        return encoder_class(config).from_pretrained(path, config=config, **kwargs)
+    vision = getattr(config, "vision_config", None)
+    kind = encoder_class(vision if vision is not None else config)
+    wanted = kwargs.pop("output_loading_info", False)
+    kwargs["key_mapping"] = {TOWER: ""} | (kwargs.get("key_mapping") or {})
+    encoder, info = kind.from_pretrained(path, config=vision, output_loading_info=True, **kwargs)
+    surplus = info["unexpected_keys"]
+    info["unexpected_keys"] = type(surplus)(key for key in surplus if not BESIDE_TOWER.match(key))
+    return (encoder, info) if wanted else encoder
 
 
 def output_width(config: Any) -> int:
-    """d_v of an encoder, from its config."""
-    return getattr(config, "out_hidden_size", None) or config.hidden_size
+    """d_v of an encoder: the width of one token as the text side gets it, without extra feature sets."""
+    return family_of(config).width(config)
+
+
+def extra_depths(config: Any) -> int:
+    """k: how many further feature sets, each d_v wide, stand beside every token (Qwen3-VL's deep-stack)."""
+    return family_of(config).depths(config)
 
 
 def token_grids(config: Any, image_grid_thw: Tensor) -> list[tuple[int, int]]:
-    """Rows and columns of tokens of each image. `image_grid_thw` is int64 (n, 3), in patches.
+    """Rows and columns of tokens of each image. `image_grid_thw` is int64 (n, 3), in patches, for every encoder.
 
     Raises UserError for several frames in one entry: video is read frame by frame (paper, "Set-up").
     """
-    merge = getattr(config, "spatial_merge_size", 1)
+    merge = family_of(config).merge(config)
     grids = []
     for frames, height, width in image_grid_thw.tolist():
         if frames != 1:
@@ -30,5 +97,21 @@ def token_grids(config: Any, image_grid_thw: Tensor) -> list[tuple[int, int]]:
 
 
 def encode(encoder: nn.Module, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-    """(N, d_v): tokens of all images, each image's in reading order. `pixel_values` is (P, channels of a patch)."""
-    return encoder(pixel_values, grid_thw=image_grid_thw).pooler_output
+    """(N, (1 + k) * d_v): tokens of all images, each image's in reading order; extra feature sets beside them.
+
+    pixel_values: by the encoder's `Family.pictures`: (P, channels of a patch), or squares (n, 3, H, W).
+    image_grid_thw: int64 (n, 3), (1, rows, columns) in patches. Raises UserError if the two do not fit.
+    """
+    config: Any = encoder.config
+    family = family_of(config)
+    if family.pictures == "squares":
+        height, width = (side // config.patch_size for side in pixel_values.shape[-2:])
+        fits = image_grid_thw.tolist() == [[1, height, width]] * len(pixel_values)
+    else:
+        fits = int(image_grid_thw.prod(dim=-1).sum()) == len(pixel_values)
+    if not fits:
+        shape = tuple(pixel_values.shape)
+        raise UserError(f"image_grid_thw does not describe pixel_values of shape {shape}; the processor makes both.")
+    if not len(image_grid_thw):
+        return pixel_values.new_zeros(0, (1 + family.depths(config)) * family.width(config))
+    return family.run(encoder, pixel_values, image_grid_thw)

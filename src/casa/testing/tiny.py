@@ -1,4 +1,4 @@
-"""Tiny random models and inputs, offline and in float64, for tests: of casa itself and of what is built on it."""
+"""A tiny Llama with a tiny tower, pictures of random pixels, and the ways to hand a text with pictures to a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ def tiny_text_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes
         "eos_token_id": 2,
     }
     torch.manual_seed(seed)
-    return _spread(LlamaForCausalLM(LlamaConfig(**(values | changes)))).to(dtype)
+    return spread(LlamaForCausalLM(LlamaConfig(**(values | changes)))).to(dtype)
 
 
 def tiny_encoder(seed: int = 1, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
@@ -52,14 +52,14 @@ def tiny_encoder(seed: int = 1, dtype: torch.dtype = torch.float64) -> PreTraine
         fullatt_block_indexes=[1],
     )
     torch.manual_seed(seed)
-    return _spread(Qwen2_5_VisionTransformerPretrainedModel._from_config(config)).to(dtype)
+    return spread(Qwen2_5_VisionTransformerPretrainedModel._from_config(config)).to(dtype)
 
 
 def tiny_casa(seed: int = 0, dtype: torch.dtype = torch.float64, **fusion: Any) -> CasaForConditionalGeneration:
     """A fused model whose image side matters: no weight is near zero."""
     model = adapt(tiny_text_model(seed, dtype), FusionConfig(**fusion), vision=tiny_encoder(seed + 1, dtype))
     torch.manual_seed(seed + 2)
-    _spread(model.projector)
+    spread(model.projector)
     for parameter in model.casa_layers.parameters():
         if parameter.numel() == 1:  # a gate that starts closed would hide the layer
             torch.nn.init.constant_(parameter, 0.7)
@@ -175,7 +175,7 @@ def tiny_processor(delimited: bool = True) -> CasaProcessor:
     return CasaProcessor(pixels, fast, chat_template=template, frame_suffix=suffix, stream_prompt="say it")
 
 
-def _spread(module: Any) -> Any:
+def spread(module: Any) -> Any:
     """Random weights large enough that every part of a tiny model changes its output; norms near one."""
     for name, parameter in module.named_parameters():
         if "norm" in name and name.endswith("weight"):

@@ -1,0 +1,140 @@
+"""A fused model in numbers: how wide its blocks are, and how many tokens a frame becomes. No weight is looked at.
+
+Shapes: d width of the text model, Hq query heads, Hkv key heads, D channels of a head, N image tokens of a frame.
+
+Everything is read off the modules, on the meta device or any other, so that no formula repeats a model's structure.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from casa.errors import UserError
+from casa.models import CasaForConditionalGeneration
+from casa.models.backbones import InsertionVLM
+from casa.models.cache import TextCache
+from casa.vision import extra_depths, family_of, output_width
+
+MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def matrix_weights(module: nn.Module | None) -> int:
+    """Weights of all linear layers and convolutions in a module: its multiplications per token."""
+    if module is None:
+        return 0
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, MATRICES))
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of the text model.
+
+    query: Hq * D. key: Hkv * D, as wide as a value. query_out: weights of q_proj and o_proj. key_value: of k_proj and
+    v_proj. feed_forward: of all its other matrices. span: text tokens its self-attention sees, None for all.
+    fused: whether it has a fusion layer. caches: whether it has keys and values in the text model's cache.
+    """
+
+    query: int
+    key: int
+    query_out: int
+    key_value: int
+    feed_forward: int
+    span: int | None
+    fused: bool
+    caches: bool
+
+    @property
+    def matrices(self) -> int:
+        return self.query_out + self.key_value + self.feed_forward
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame on its way: patches into the tower, tokens out of it, tokens that the text model is given.
+
+    rows, columns: in patches. encoded: tokens of the tower. tokens: N, after connector and compressor.
+    """
+
+    rows: int
+    columns: int
+    encoded: int
+    tokens: int
+
+    @property
+    def patches(self) -> int:
+        return self.rows * self.columns
+
+
+def blocks_of(model: CasaForConditionalGeneration) -> list[Block]:
+    """The text model's blocks."""
+    decoder, fusion = model.decoder, model.fusion
+    cache = TextCache(model.config.get_text_config(decoder=True))
+    found = []
+    for index, block in enumerate(decoder.blocks):
+        attention = decoder.attention(index)
+        q, k, v, o = (attention.get_submodule(f"{name}_proj") for name in "qkvo")
+        query_out, key_value = (sum(map(matrix_weights, pair)) for pair in ((q, o), (k, v)))
+        fused = index in model.fused_blocks
+        slides = index < len(cache.layers) and getattr(cache.layers[index], "is_sliding", False)
+        found.append(
+            Block(
+                query=q.out_features,  # type: ignore[arg-type]
+                key=k.out_features,  # type: ignore[arg-type]
+                query_out=query_out,
+                key_value=key_value,
+                feed_forward=matrix_weights(block) - query_out - key_value,
+                span=cache.layers[index].sliding_window if slides else None,  # type: ignore[union-attr]
+                fused=fused,
+                caches=not (fused and fusion.placement == "replace"),
+            )
+        )
+    return found
+
+
+def frame_of(model: CasaForConditionalGeneration, height: int, width: int) -> Frame:
+    """What a picture of `height` x `width` pixels becomes. Towers of one size take it at theirs.
+
+    Raises UserError for a picture of less than one token.
+    """
+    config = model.config.encoder_config
+    rows, columns = _patches(config, height, width)
+    merge = family_of(config).merge(config)
+    grids = [(rows // merge, columns // merge)]
+    encoded = grids[0][0] * grids[0][1]
+    if not encoded:
+        raise UserError(f"a picture of {height} x {width} pixels is less than one image token; give a larger one.")
+    decoder = model.decoder
+    if isinstance(decoder, InsertionVLM):
+        _, grids = decoder.connect(torch.empty(encoded, output_width(config), device="meta"), grids)
+    if model.fusion.compressor is not None:
+        grids = model.compressor.grids(grids)  # type: ignore[operator]
+    return Frame(rows, columns, encoded, grids[0][0] * grids[0][1])
+
+
+def _patches(config: Any, height: int, width: int) -> tuple[int, int]:
+    family, patch = family_of(config), config.patch_size
+    if family.pictures == "squares":
+        return (config.image_size // patch,) * 2
+    if family.pictures == "flexible":
+        # at most as many patches as the tower has places, in the picture's proportions
+        scale = min(1.0, math.sqrt(config.num_patches * patch**2 / (height * width)))
+        return int(height * scale) // patch, int(width * scale) // patch
+    merged = patch * family.merge(config)
+    return tuple(round(side / merged) * family.merge(config) for side in (height, width))  # type: ignore[return-value]
+
+
+def feature_sets(model: CasaForConditionalGeneration) -> int:
+    """1 + k: how many sets of tokens the tower hands out, of which each is connected and compressed."""
+    return 1 + extra_depths(model.config.encoder_config)
+
+
+def connector_weights(model: CasaForConditionalGeneration) -> int:
+    """Matrix weights between a VLM's tower and its text model: what is in neither, nor in the head."""
+    decoder = model.decoder
+    inside = [decoder.stack, model.backbone.get_output_embeddings()]
+    if isinstance(decoder, InsertionVLM):
+        inside.append(decoder.tower)
+    return matrix_weights(model.backbone) - sum(map(matrix_weights, inside))

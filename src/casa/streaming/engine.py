@@ -1,0 +1,190 @@
+"""StreamingEngine: many live sessions on one model, one batch per step.
+
+Sessions join and leave at any time, and each says what it would say alone: they share forward passes, not state. A
+frame that is no picture, or a session that has gone, ends in that session's own event and nowhere else.
+
+    offer(a, frame)  offer(b, frame)          frames wait, the newest of a session wins
+    step()                                    one pass over all sessions with a frame waiting -> events
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from casa.errors import UserError
+from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.streaming.session import StreamingSession
+from casa.streaming.together import Call, run_together
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a step gave a session: text ("" if it had nothing to say), or why there is none.
+
+    kind: "caption" or "answer". whole: False if it was cut at its budget.
+    """
+
+    session: str
+    kind: str
+    text: str = ""
+    error: str | None = None
+    whole: bool = True
+
+
+@dataclass
+class _Seat:
+    session: StreamingSession
+    frame: Any = None
+    question: str | None = None
+    dropped: int = 0
+    paused: bool = False
+
+    @property
+    def waits(self) -> bool:
+        return not self.paused and (self.frame is not None or self.question is not None)
+
+
+class StreamingEngine:
+    """Sessions by name. `offer` and `ask` may be called from any thread while another one steps.
+
+    most_sessions: more are refused. most_rows: sessions in one pass; the rest have their turn in the next one.
+    """
+
+    def __init__(
+        self,
+        model: CasaForConditionalGeneration,
+        processor: CasaProcessor,
+        *,
+        most_sessions: int = 64,
+        most_rows: int = 16,
+    ) -> None:
+        if most_sessions < 1 or most_rows < 1:
+            raise UserError("most_sessions and most_rows are 1 or more.")
+        self.model, self.processor = model, processor
+        self.most_sessions, self.most_rows = most_sessions, most_rows
+        self._seats: dict[str, _Seat] = {}
+        self._lock = threading.RLock()
+        self._stepping = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._seats)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._seats
+
+    def open(self, name: str, session: StreamingSession | None = None, **settings: Any) -> StreamingSession:
+        """A new session of that name, with StreamingSession's settings; or `session`, loaded or forked elsewhere.
+
+        Raises UserError if the name is taken or the engine is full.
+        """
+        with self._lock:
+            self._check_seat(name)
+        made = session if session is not None else StreamingSession(self.model, self.processor, **settings)
+        with self._lock:
+            self._check_seat(name)
+            self._seats[name] = _Seat(made)
+        return made
+
+    def close(self, name: str) -> None:
+        """Ends a session and frees its state; what it is just saying is not reported any more."""
+        with self._lock:
+            self._seat(name)
+            del self._seats[name]
+
+    def pause(self, name: str, paused: bool = True) -> None:
+        """A paused session keeps its state and takes no turns; frames offered meanwhile replace one another."""
+        with self._lock:
+            self._seat(name).paused = paused
+
+    def session(self, name: str) -> StreamingSession:
+        with self._lock:
+            return self._seat(name).session
+
+    def fork(self, name: str, twin: str) -> StreamingSession:
+        """A second session that goes on from where the first one is."""
+        with self._stepping:
+            return self.open(twin, self.session(name).fork())
+
+    def save(self, name: str, path: str | Path) -> None:
+        with self._stepping:
+            self.session(name).save(path)
+
+    def load(self, name: str, path: str | Path) -> StreamingSession:
+        return self.open(name, StreamingSession.load(path, self.model, self.processor))
+
+    def offer(self, name: str, frame: Any) -> bool:
+        """Hands a session its next frame. False if one was waiting still, which is dropped and counted."""
+        with self._lock:
+            seat = self._seat(name)
+            late = seat.frame is not None
+            seat.dropped += late
+            seat.frame = frame
+            return not late
+
+    def ask(self, name: str, question: str) -> None:
+        """Has a question answered in the session's next turn, before its next frame."""
+        with self._lock:
+            self._seat(name).question = question
+
+    def dropped(self, name: str) -> int:
+        """Frames that were replaced before they had their turn."""
+        with self._lock:
+            return self._seat(name).dropped
+
+    @property
+    def waiting(self) -> int:
+        """Sessions with something to do."""
+        with self._lock:
+            return sum(seat.waits for seat in self._seats.values())
+
+    def step(self, cut: Callable[[], bool] | None = None) -> list[Event]:
+        """One pass over the sessions that have a question or a frame waiting, those that waited longest first."""
+        with self._stepping:
+            turns = self._take_turns()
+            events: list[Event] = []
+            ready: list[tuple[str, _Seat, str, Call]] = []
+            for name, seat, kind, given in turns:
+                try:
+                    session = seat.session
+                    call = session.prepare(given) if kind == "caption" else session.prepare_question(given)
+                except (ValueError, TypeError) as error:
+                    events.append(Event(name, kind, error=str(error)))
+                else:
+                    ready.append((name, seat, kind, call))
+            if ready:
+                said = run_together(self.model, [call for *_, call in ready], cut)
+                for (name, seat, kind, _), one in zip(ready, said, strict=True):
+                    text = seat.session.accept(one)
+                    with self._lock:
+                        if self._seats.get(name) is seat:
+                            events.append(Event(name, kind, text, whole=one.whole))
+            return events
+
+    def _take_turns(self) -> list[tuple[str, _Seat, str, Any]]:
+        turns = []
+        with self._lock:
+            for name, seat in list(self._seats.items()):
+                if not seat.waits or len(turns) == self.most_rows:
+                    continue
+                # who had a turn goes to the end of the line
+                self._seats[name] = self._seats.pop(name)
+                if seat.question is not None:
+                    turns.append((name, seat, "answer", seat.question))
+                    seat.question = None
+                else:
+                    turns.append((name, seat, "caption", seat.frame))
+                    seat.frame = None
+        return turns
+
+    def _seat(self, name: str) -> _Seat:
+        if name not in self._seats:
+            raise UserError(f"there is no session {name!r}; open it first.")
+        return self._seats[name]
+
+    def _check_seat(self, name: str) -> None:
+        if name in self._seats:
+            raise UserError(f"there is a session {name!r} already; choose another name.")
+        if len(self._seats) >= self.most_sessions:
+            raise UserError(f"all {self.most_sessions} sessions are taken; close one first.")

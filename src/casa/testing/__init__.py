@@ -1,0 +1,31 @@
+"""Tiny random models and inputs, offline and in float64, for tests: of casa itself and of what is built on it."""
+
+from casa.testing.backbones import BACKBONES, TEXT_BACKBONES, VLM_BACKBONES, tiny_backbone, tiny_casa_over
+from casa.testing.tiny import (
+    VOCABULARY,
+    TinySample,
+    as_batch,
+    as_packed,
+    tiny_casa,
+    tiny_encoder,
+    tiny_images,
+    tiny_processor,
+    tiny_text_model,
+)
+
+__all__ = [
+    "BACKBONES",
+    "TEXT_BACKBONES",
+    "VLM_BACKBONES",
+    "VOCABULARY",
+    "TinySample",
+    "as_batch",
+    "as_packed",
+    "tiny_backbone",
+    "tiny_casa",
+    "tiny_casa_over",
+    "tiny_encoder",
+    "tiny_images",
+    "tiny_processor",
+    "tiny_text_model",
+]

@@ -1,0 +1,40 @@
+"""What casa must know about an image encoder of transformers: the protocol that every family fills in.
+
+Shapes: n images, N image tokens of all images, k extra feature sets per token, d_v width of one set.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Family:
+    """One image encoder of transformers.
+
+    module, model: where its class is, below `transformers.models`, and its name; imported when asked for.
+    pictures: how its pixels come. "patches": (P, channels of a patch), in squares of merged patches, as the
+        Qwen towers have it; "flexible": (P, p * p * channels), plain reading order; "squares": (n, 3, H, W).
+    run: encoder, pixels, int64 (n, 3) patch grids to (N, (1 + k) * d_v), images in order, each in reading order.
+    width: d_v. merge: patches per side of one token. depths: k.
+    resample: the filter its pictures were resized with, by its PIL name. clip_colours: whether colours were
+        normalised by CLIP's means and deviations; else they run from -1 to 1.
+    """
+
+    module: str
+    model: str
+    pictures: str
+    run: Callable[[Any, Tensor, Tensor], Tensor]
+    width: Callable[[Any], int] = lambda config: config.hidden_size
+    merge: Callable[[Any], int] = lambda config: 1
+    depths: Callable[[Any], int] = lambda config: 0
+    resample: str = "bicubic"
+    clip_colours: bool = False
+
+    @property
+    def model_class(self) -> Any:
+        """The class, a PreTrainedModel."""
+        return getattr(import_module(f"transformers.models.{self.module}"), self.model)

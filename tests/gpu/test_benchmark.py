@@ -1,0 +1,27 @@
+"""The attention benchmark on the GPU: every contestant runs, agrees with the dense mask, and is timed by events."""
+
+from casa.benchmarks.attention import bench_attention, bench_table
+from casa.benchmarks.attention_shapes import BenchShape
+
+SMALL = (
+    BenchShape("packed", 4, 200, (16, 60)),
+    BenchShape("decode", 8, 200, (1, 30), queries=1),
+)
+
+
+def test_all_contestants_agree_and_are_timed(device):
+    rows = bench_attention(SMALL, device=str(device), repeats=2)
+    assert [row.shape for row in rows[:: len(rows) // 2]] == ["packed", "decode"]
+    for row in rows:
+        assert row.failed is None, row
+        assert row.forward_ms is not None
+        assert row.forward_ms > 0
+        if row.shape == "packed":
+            assert row.both_ms is not None
+            assert row.both_ms > row.forward_ms
+        if device.type == "cuda":
+            assert row.difference is not None
+            assert row.difference < 0.02, row  # a few roundings of bfloat16
+            assert row.forward_tflops is not None
+            assert 0 < row.forward_tflops < 2000
+    assert "packed" in bench_table(rows)

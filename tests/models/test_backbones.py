@@ -1,0 +1,263 @@
+"""Every family that casa knows, as a tiny random model in float64: what holds for one holds for all."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from casa import CasaForConditionalGeneration, FusionConfig, adapt
+from casa.errors import UserError
+from casa.layers import project_images
+from casa.testing import (
+    BACKBONES,
+    TEXT_BACKBONES,
+    VLM_BACKBONES,
+    TinySample,
+    as_batch,
+    as_packed,
+    tiny_backbone,
+    tiny_casa_over,
+    tiny_encoder,
+)
+
+IDS = torch.tensor([[5, 9, 17, 4, 33, 8, 21, 30, 11]])
+# SmolVLM's tower takes one square tile, see test_smolvlm.py
+KINDS = [kind for kind in BACKBONES if kind != "smolvlm"]
+SAMPLES = (
+    TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 2, 3), (5, 1, 2)), seed=10),
+    TinySample((7, 30, 11, 12), (), seed=20),
+    TinySample((40, 6, 13, 22, 50), ((0, 2, 2), (0, 1, 1), (3, 3, 1)), seed=30),
+)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(kind):
+    return tiny_casa_over(kind)
+
+
+def alone(model, samples=SAMPLES):
+    return [model(**sample.inputs()).logits[0] for sample in samples]
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+@pytest.mark.parametrize("placement", ["parallel", "before"])
+@torch.no_grad()
+def test_text_alone_is_the_backbone_bit_for_bit(kind, placement):
+    backbone = tiny_backbone(kind)
+    wanted = backbone(input_ids=IDS).logits.clone()
+    weights = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    vision = tiny_encoder() if kind in TEXT_BACKBONES else None
+    model = adapt(backbone, FusionConfig(placement=placement), vision=vision).eval()
+    assert torch.equal(model(input_ids=IDS).logits, wanted)
+    assert torch.equal(model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False), plain(kind, 4))
+    state = model.state_dict()
+    for name, tensor in weights.items():
+        assert torch.equal(state[f"backbone.{name}"], tensor), name
+
+
+def plain(kind, count):
+    """Greedy tokens of the backbone, one full pass each."""
+    backbone, ids = tiny_backbone(kind), IDS
+    for _ in range(count):
+        ids = torch.cat([ids, backbone(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+        if int(ids[0, -1]) == 2:
+            break
+    return ids
+
+
+@torch.no_grad()
+def test_packed_samples_are_each_sample_alone(model, close):
+    close(model(**as_packed(SAMPLES)).logits[0], torch.cat(alone(model)))
+
+
+@torch.no_grad()
+def test_left_padded_rows_are_each_row_alone(model, close):
+    logits = model(**as_batch(SAMPLES)).logits
+    for row, sample, wanted in zip(logits, SAMPLES, alone(model), strict=True):
+        close(row[-len(sample.ids) :], wanted)
+
+
+@torch.no_grad()
+def test_pieces_are_one_pass(model, close):
+    for sample, wanted in zip(SAMPLES, alone(model), strict=True):
+        cache, found = None, []
+        for call in sample.calls(range(1, len(sample.ids))):
+            output = model(**call, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(output.logits[0])
+        close(torch.cat(found), wanted)
+        assert cache.text.get_seq_length() == len(sample.ids), "the text model's cache holds text only"
+
+
+@torch.no_grad()
+def test_images_matter_and_the_future_does_not(model):
+    first, other = SAMPLES[0], TinySample(SAMPLES[0].ids, SAMPLES[0].pictures, seed=77)
+    changed = (model(**first.inputs()).logits - model(**other.inputs()).logits)[0].abs().amax(-1)
+    assert float(changed[:2].max()) == 0, "text before the image"
+    assert float(changed[2:].min()) > 1e-4
+
+
+@pytest.mark.parametrize("fusion", [{"placement": "replace", "every": 2}, {"history": 1}, {"update_images": True}])
+@torch.no_grad()
+def test_variants_keep_packed_alone_and_pieces_equal(kind, fusion, close):
+    model = tiny_casa_over(kind, **fusion)
+    wanted = alone(model)
+    close(model(**as_packed(SAMPLES)).logits[0], torch.cat(wanted))
+    cache, found = None, []
+    for call in SAMPLES[0].calls([1, 3, 5, 6]):
+        output = model(**call, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        found.append(output.logits[0])
+    close(torch.cat(found), wanted[0])
+
+
+@torch.no_grad()
+def test_insertion_is_one_meaning_too(kind, close):
+    model = tiny_casa_over(kind, method="insertion")
+    wanted = alone(model)
+    close(model(**as_packed(SAMPLES)).logits[0], torch.cat(wanted))
+    logits = model(**as_batch(SAMPLES)).logits
+    for row, sample, one in zip(logits, SAMPLES, wanted, strict=True):
+        close(row[-len(sample.ids) :], one)
+
+
+@torch.no_grad()
+def test_gradients_of_packed_rows_are_those_of_each_sample(kind):
+    with torch.enable_grad():
+        model = tiny_casa_over(kind)
+        weights = torch.randn(sum(len(s.ids) for s in SAMPLES), 61, dtype=torch.float64)
+        names = [name for name, _ in model.named_parameters() if name.startswith("casa_layers") or ".mlp." in name]
+        wanted_of = [model.get_parameter(name) for name in names if "visual" not in name and "vision" not in name]
+        packed = (model(**as_packed(SAMPLES)).logits[0] * weights).sum()
+        apart = (torch.cat(alone(model)) * weights).sum()
+        for one, other in zip(
+            torch.autograd.grad(packed, wanted_of), torch.autograd.grad(apart, wanted_of), strict=True
+        ):
+            # norms run in float32, whatever the dtype
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shards", [None, "20KB"])
+@torch.no_grad()
+def test_saved_is_loaded(model, kind, shards, tmp_path):
+    model.save_pretrained(tmp_path, **({} if shards is None else {"max_shard_size": shards}))
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shards is not None)
+    loaded = CasaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    mine, theirs = model.state_dict(), loaded.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, theirs[name]), name
+    found = loaded(**SAMPLES[0].inputs()).logits
+    # Gemma's scale of embeddings is a float32 number in a model that was made in float32 and moved to float64
+    worst = 1e-5 if kind == "gemma3_text" else 1e-12
+    torch.testing.assert_close(found, model(**SAMPLES[0].inputs()).logits, rtol=worst, atol=worst)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+@torch.no_grad()
+def test_the_folded_projection_is_each_blocks_norm_then_its_projections(kind):
+    model = tiny_casa_over(kind)
+    decoder, image = model.decoder, torch.randn(7, 32, dtype=torch.float64)
+    sources = [model.casa_layers[str(index)] for index in range(3)]
+    pairs = project_images(image, sources, [decoder.image_norm(index) for index in range(3)])
+    # Helium and Gemma multiply the gain in float32
+    worst = 1e-6 if kind in ("helium", "gemma3_text") else 1e-12
+    for block, source, (key, value) in zip(decoder.blocks, sources, pairs, strict=True):
+        normed = block.input_layernorm(image)
+        wanted = source.k_proj(normed).view(7, 2, 8)
+        wanted = source.k_norm(wanted) if hasattr(source, "k_norm") else wanted
+        torch.testing.assert_close(key, wanted, rtol=0, atol=worst)
+        torch.testing.assert_close(value.flatten(1), source.v_proj(normed), rtol=0, atol=worst)
+
+
+@torch.no_grad()
+def test_sampling_and_beams_are_the_same_batched_and_alone(kind):
+    model = tiny_casa_over(kind)
+    samples = [SAMPLES[0], TinySample(SAMPLES[2].ids[:3], SAMPLES[2].pictures[:2], seed=30)]
+    together = model.generate(**as_batch(samples), max_new_tokens=4, num_beams=3, do_sample=False, pad_token_id=0)
+    for row, sample in zip(together, samples, strict=True):
+        single = model.generate(**sample.inputs(), max_new_tokens=4, num_beams=3, do_sample=False, pad_token_id=0)
+        start = as_batch(samples)["input_ids"].shape[1]
+        said, wanted = row[start:].tolist(), single[0, len(sample.ids) :].tolist()
+        assert said[: len(wanted)] == wanted
+
+
+@pytest.mark.parametrize("kind", VLM_BACKBONES)
+def test_a_vlm_comes_frozen_but_for_fusion_and_the_last_tower_blocks(kind):
+    model = adapt(tiny_backbone(kind))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(
+        name.startswith("casa_layers.") or ".visual.blocks." in name or ".encoder.layers." in name for name in trained
+    )
+    assert any(name.startswith("casa_layers.") for name in trained)
+    assert any("blocks" in name or "encoder.layers" in name for name in trained)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert any("patch_embed" in name or "embeddings" in name for name in frozen)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_a_path_will_do(kind, tmp_path):
+    backbone = tiny_backbone(kind)
+    backbone.save_pretrained(tmp_path)
+    vision = tiny_encoder() if kind in TEXT_BACKBONES else None
+    model = adapt(str(tmp_path), vision=vision)
+    state = model.state_dict()
+    for name, tensor in backbone.state_dict().items():
+        assert torch.equal(state[f"backbone.{name}"].double(), tensor), name
+
+
+def test_an_unknown_decoder_is_refused_with_the_reason():
+    from transformers import GPT2Config
+
+    backbone = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11))
+    with pytest.raises(UserError, match=r"'gpt2' is not a model that casa knows.*adding-a-backbone"):
+        adapt(backbone, vision=tiny_encoder())
+
+
+def test_a_vlm_takes_no_second_tower():
+    with pytest.raises(UserError, match="image encoder of its own"):
+        adapt(tiny_backbone("qwen2_5_vl"), vision=tiny_encoder())
+
+
+def test_copies_are_independent(kind):
+    model = tiny_casa_over(kind)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        before = model(**SAMPLES[0].inputs()).logits
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert torch.equal(model(**SAMPLES[0].inputs()).logits, before)
+
+
+def test_auto_classes_know_the_parts():
+    for kind in VLM_BACKBONES:
+        assert type(tiny_backbone(kind).config) in AutoModelForImageTextToText._model_mapping
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2_5_vl", "helium"])
+@torch.no_grad()
+def test_sampled_rows_are_the_same_batched_and_alone(kind, monkeypatch):
+    """Each row draws with a seed of its own; what a batch changes of a row's probabilities would change its words."""
+
+    def by_row(weights, num_samples, **_):
+        rows = []
+        for row in weights:
+            generator = torch.Generator().manual_seed(int(1e6 * float(row.max())) % 1009)
+            rows.append(torch.searchsorted(row.cumsum(0), torch.rand(num_samples, generator=generator).double()))
+        return torch.stack(rows).clamp(max=weights.shape[-1] - 1)
+
+    monkeypatch.setattr(torch, "multinomial", by_row)
+    model, samples = tiny_casa_over(kind), [SAMPLES[0], SAMPLES[1], SAMPLES[2]]
+    settings = {"max_new_tokens": 5, "do_sample": True, "temperature": 1.3, "top_k": 20, "pad_token_id": 0}
+    batch = as_batch(samples)
+    together = model.generate(**batch, **settings)
+    start = batch["input_ids"].shape[1]
+    for row, sample in zip(together, samples, strict=True):
+        single = model.generate(**sample.inputs(), **settings)[0, len(sample.ids) :].tolist()
+        assert row[start : start + len(single)].tolist() == single

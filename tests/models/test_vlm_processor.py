@@ -1,0 +1,101 @@
+"""The processor that comes with an insertion VLM: its template and delimiters stay, its placeholders go."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from casa import CasaProcessor
+from casa.errors import UserError
+from casa.models import processor_of
+from casa.testing import tiny_backbone
+
+QWEN = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>")
+QWEN_TEMPLATE = (
+    "{% for m in messages %}<|im_start|> {{ m.role }} {% for part in m.content %}{% if part.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %} {{ part.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+)
+SMOL = ("<fake_token_around_image>", "<global-img>", "<image>", "<end_of_utterance>")
+SMOL_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {% for part in m.content %}{% if part.type == 'image' %}<image>{% else %}"
+    " {{ part.text }}{% endif %}{% endfor %}<end_of_utterance>{% endfor %}"
+)
+CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it"}]}]
+
+
+def folder_of(kind, path, special, template, pictures=None):
+    """What a VLM's folder holds besides weights: config, tokenizer, template and picture settings."""
+    words = {word: number for number, word in enumerate(["<pad>", *special, "user", "what", "is", "it", "?"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens(list(special))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="?")
+    fast.add_special_tokens({"additional_special_tokens": list(special)})
+    fast.save_pretrained(path)
+    tiny_backbone(kind).config.save_pretrained(path)
+    (path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    if pictures is not None:
+        (path / "preprocessor_config.json").write_text(json.dumps(pictures))
+    return path
+
+
+def chat_with(picture):
+    chat = json.loads(json.dumps(CHAT))
+    chat[0]["content"][0]["image"] = picture
+    return chat
+
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_qwens_placeholders_go_and_its_delimiters_stay(kind, tmp_path):
+    settings = {"min_pixels": 28 * 28, "max_pixels": 56 * 56, "image_mean": [0.1, 0.2, 0.3]}
+    processor = processor_of(folder_of(kind, tmp_path, QWEN, QWEN_TEMPLATE, settings))
+    inputs = processor.apply_chat_template(chat_with(PICTURE), tokenize=True, return_dict=True, return_tensors="pt")
+    words = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
+    assert words[:4] == ["<|im_start|>", "user", "<|vision_start|>", "<|vision_end|>"]
+    assert inputs["image_positions"].tolist() == [[0, 3]]
+    rows, columns = inputs["image_grid_thw"][0, 1:].tolist()
+    assert rows * columns * 14 * 14 <= 56 * 56, "the VLM's own bound on pixels"
+    assert list(processor.image_processor.image_mean) == [0.1, 0.2, 0.3]
+    assert (processor.frame_prefix, processor.frame_suffix) == ("<|vision_start|>", "<|vision_end|>")
+
+
+def test_smolvlms_delimiters_are_written_where_its_processor_would(tmp_path):
+    processor = processor_of(folder_of("smolvlm", tmp_path, SMOL, SMOL_TEMPLATE, {"size": {"longest_edge": 2048}}))
+    inputs = processor.apply_chat_template(chat_with(PICTURE), tokenize=True, return_dict=True, return_tensors="pt")
+    words = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
+    assert words[1:4] == ["<fake_token_around_image>", "<global-img>", "<fake_token_around_image>"]
+    assert inputs["image_positions"].tolist() == [[0, 3]]
+    assert inputs["pixel_values"].shape == (1, 3, 56, 56), "one tile"
+
+
+def test_it_is_saved_and_loaded(tmp_path):
+    processor = processor_of(folder_of("qwen2_5_vl", tmp_path / "vlm", QWEN, QWEN_TEMPLATE), gist_ids=[61, 62])
+    processor.save_pretrained(tmp_path / "casa")
+    again = CasaProcessor.from_pretrained(tmp_path / "casa")
+    one, two = (
+        p.apply_chat_template(chat_with(PICTURE), tokenize=True, return_dict=True, return_tensors="pt")
+        for p in (processor, again)
+    )
+    assert one["input_ids"].tolist() == two["input_ids"].tolist()
+    assert 61 in one["input_ids"][0].tolist()
+    assert one["pixel_values"].equal(two["pixel_values"])
+
+
+def test_a_text_only_model_has_no_such_processor(tmp_path):
+    with pytest.raises(UserError, match="text-only model"):
+        processor_of(folder_of("llama", tmp_path, QWEN, QWEN_TEMPLATE))
+
+
+def test_a_folder_without_template_is_refused(tmp_path):
+    folder = folder_of("qwen2_5_vl", tmp_path, QWEN, QWEN_TEMPLATE)
+    (folder / "chat_template.json").unlink()
+    with pytest.raises(UserError, match=r"chat_template\.jinja"):
+        processor_of(folder)

@@ -1,0 +1,149 @@
+"""Faults that somebody could make in windows, masks, caches and positions, and the tests that must notice each.
+
+A fault replaces one piece of one file of the package by another. `check.py` makes them one by one in a copy, and runs
+the tests named here against it.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """file: below src/casa. old: stands in it exactly once, and becomes `new`. tests: below tests, for pytest."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+FAULTS = (
+    Fault(
+        "off by one: text does not see itself",
+        "windows.py",
+        "(torch.arange(self.num_text, device=device) <= query)",
+        "(torch.arange(self.num_text, device=device) < query)",
+        ("test_windows.py",),
+    ),
+    Fault(
+        "window leak: text sees the text of the window before",
+        "windows.py",
+        "text = (text_window == window) &",
+        "text = (text_window >= window - 1) &",
+        ("test_windows.py",),
+    ),
+    Fault(
+        "history reaches one window too far",
+        "windows.py",
+        "max(opening, number - self.history)",
+        "max(opening, number - self.history - 1)",
+        ("test_windows.py",),
+    ),
+    Fault(
+        "sample leak: history crosses the border of packed samples",
+        "windows.py",
+        "if number and self.windows[number - 1].sample != window.sample:",
+        "if number and False:",
+        ("test_windows.py", "models/test_equivalence.py"),
+    ),
+    Fault(
+        "text sees an image that stands behind it",
+        "attention/reference.py",
+        "seen.append(image_before[images] <= token)",
+        "seen.append(image_before[images] <= token + 1)",
+        ("attention/test_reference.py",),
+    ),
+    Fault(
+        "padded queries of a batched call hand gradients back",
+        "attention/plan.py",
+        "self.valid.append(torch.zeros(number, dtype=torch.bool))",
+        "self.valid.append(torch.ones(number, dtype=torch.bool))",
+        ("attention/test_sdpa.py",),
+    ),
+    Fault(
+        "missing zero update: text that sees no image is changed",
+        "layers/casa.py",
+        "update = update * step.sees_image[:, None]",
+        "update = update * 1",
+        ("models/test_backbones.py", "models/test_model.py"),
+    ),
+    Fault(
+        "unfrozen image position: an image advances its own tokens",
+        "layers/step.py",
+        'image = layout.on(device, "image_position")[self.plan.new_images]',
+        'image = layout.on(device, "image_position")[self.plan.new_images]\n'
+        "        image = image + torch.arange(len(image), device=image.device)",
+        ("models/test_equivalence.py", "layers/test_casa.py"),
+    ),
+    Fault(
+        "rows and columns of an image swapped",
+        "models/image_tokens.py",
+        "torch.stack([torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)])",
+        "torch.stack([torch.arange(columns).repeat(rows), torch.arange(rows).repeat_interleave(columns)])",
+        ("models/test_vlms.py", "models/test_image_tokens.py"),
+    ),
+    Fault(
+        "text goes on behind the shorter side of an inserted image",
+        "models/insertion.py",
+        "takes[stop - 1] = max(rows, columns)",
+        "takes[stop - 1] = min(rows, columns)",
+        ("models/test_vlms.py",),
+    ),
+    Fault(
+        "stale state after reset",
+        "models/cache.py",
+        "self.windows = self.stream = None",
+        "self.stream = None",
+        ("models/test_cache.py",),
+    ),
+    Fault(
+        "beams keep the windows of other rows",
+        "models/cache.py",
+        "            self.windows.select(rows)\n",
+        "            self.windows.num_rows\n",
+        ("models/test_cache.py", "models/test_generation.py"),
+    ),
+    Fault(
+        "a decoding step reads slots past a row's own images",
+        "layers/step.py",
+        "image = torch.arange(widest, device=self.device) < counts",
+        "image = torch.arange(widest, device=self.device) < counts + 1",
+        ("models/test_equivalence.py",),
+    ),
+    Fault(
+        "a decoding step does not count its token",
+        "layers/step.py",
+        "WindowExtent(row[-1].images, row[-1].text + 1)",
+        "WindowExtent(row[-1].images, row[-1].text)",
+        ("models/test_equivalence.py",),
+    ),
+    Fault(
+        "forgotten text leaves later keys at their old positions",
+        "models/cache.py",
+        "moved = turn(rest, -count)",
+        "moved = turn(rest, 0)",
+        ("models/test_cache.py", "streaming/test_session.py"),
+    ),
+    Fault(
+        "an image at the border of two packed samples goes to the first",
+        "layers/plan.py",
+        "if first <= p < stop or (is_last and p == stop)",
+        "if first < p <= stop or (first == 0 and p == 0)",
+        ("layers/test_plan.py", "models/test_equivalence.py"),
+    ),
+    Fault(
+        "the gain of a block's norm is left out of its image keys",
+        "layers/image_kv.py",
+        "linear.weight * gain.to(linear.weight.dtype)",
+        "linear.weight * 1",
+        ("layers/test_image_kv.py",),
+    ),
+    Fault(
+        "images are handed over again at every step of generation",
+        "models/generation.py",
+        'if not first and kwargs.get("use_cache", True):',
+        "if False:",
+        ("models/test_generation.py",),
+    ),
+)
