@@ -1,8 +1,19 @@
 """Live sessions at constant memory: one stream, or many in one batch on one model."""
 
 from casa.streaming.engine import Event, StreamingEngine
+from casa.streaming.pacing import Count, Moment, watch, watch_live
 from casa.streaming.sampling import Sampling
 from casa.streaming.session import StreamingSession
 from casa.streaming.usage import Usage
 
-__all__ = ["Event", "Sampling", "StreamingEngine", "StreamingSession", "Usage"]
+__all__ = [
+    "Count",
+    "Event",
+    "Moment",
+    "Sampling",
+    "StreamingEngine",
+    "StreamingSession",
+    "Usage",
+    "watch",
+    "watch_live",
+]

@@ -14,6 +14,7 @@ A model without a suffix takes the last pending token behind the image, so that 
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ from casa.streaming.together import Call, Said, run_together
 from casa.streaming.usage import Usage
 
 FEWEST_SINKS = 4  # the first tokens that attention leans on, whatever they say
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A frame as it is fed: token ids before and after it, and its pixels, or the features that were made of them."""
+
+    before: list[int]
+    after: list[int]
+    images: dict[str, Tensor]
 
 
 class StreamingSession:
@@ -98,14 +108,23 @@ class StreamingSession:
         """Answers a question about the frame at hand; captioning goes on with the next frame."""
         return self.accept(*run_together(self._model, [self.prepare_question(question)], cut))
 
+    @torch.no_grad()
+    def look(self, frame: Any) -> Looked:
+        """Encodes a frame ahead of its turn; `step` takes the result in its place. Another thread may do this."""
+        before, after, pixels = self._processor.frame(check_picture(frame))
+        device = self._model.device
+        grid = pixels["image_grid_thw"].to(device)
+        features = self._model.encode_images(pixels["pixel_values"].to(device), grid)
+        return Looked(before, after, {"image_features": features, "image_grid_thw": grid})
+
     def prepare(self, frame: Any) -> Call:
         """What this session feeds for a frame; hand it to `run_together`, and what comes back to `accept`."""
-        before, after, pixels = self._processor.frame(check_picture(frame))
-        tokens = self._pending + before
+        seen = frame if isinstance(frame, Looked) else Looked(*self._processor.frame(check_picture(frame)))
+        tokens, after = self._pending + seen.before, seen.after
         if not after:
             tokens, after = tokens[:-1], tokens[-1:]
         self.frames += 1
-        return self._call(tokens + after, len(tokens), pixels)
+        return self._call(tokens + after, len(tokens), seen.images)
 
     def prepare_question(self, question: str) -> Call:
         """The same for a question about the frame at hand."""

@@ -1,0 +1,215 @@
+"""Pacing: a session against the clock. A file is watched frame by frame; a live stream keeps up, whatever it costs.
+
+    source  --reader thread-->  [newest frame]  --looker thread-->  [newest, encoded]  --this thread-->  captions
+
+Live, each box holds one frame: a newer one replaces it, and what is replaced is counted as dropped. So the next frame
+is decoded and encoded while words are still being found for the last (DESIGN: the image side runs ahead), nothing
+queues up, and lag cannot accumulate. A caption is cut at its budget, the time between two frames.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from casa.errors import UserError
+
+Clock = Callable[[], float]
+Item = TypeVar("Item")
+
+
+class Watcher(Protocol):
+    """What is paced: a StreamingSession, or anything like it."""
+
+    def look(self, frame: Any) -> Any:
+        """Encodes a frame; may run in another thread, while `step` runs."""
+        ...
+
+    def step(self, frame: Any, cut: Callable[[], bool] | None = None) -> str: ...
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What was said of one frame.
+
+    seconds: the frame's time in the stream. text: "" if nothing. lag: seconds from the frame's being there to the
+    caption's. took: seconds of finding words. whole: False if the caption was cut at its budget.
+    """
+
+    seconds: float
+    text: str
+    lag: float
+    took: float
+    whole: bool
+
+
+@dataclass
+class Count:
+    """frames: watched. dropped: replaced by a newer one before their turn. cut: captions that ran out of time.
+    skipped: frames that were no pictures."""
+
+    frames: int = 0
+    dropped: int = 0
+    cut: int = 0
+    skipped: int = 0
+
+
+@dataclass
+class Box(Generic[Item]):
+    """Room for one item between two threads. A newer one replaces it; `put` says how many went unread (0 or 1)."""
+
+    _item: Item | None = None
+    _closed: bool = False
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def put(self, item: Item) -> int:
+        with self._changed:
+            late = self._item is not None
+            self._item = item
+            self._changed.notify_all()
+            return int(late)
+
+    def take(self) -> Item | None:
+        """The item, once there is one; None when the box is closed and empty."""
+        with self._changed:
+            while self._item is None and not self._closed:
+                self._changed.wait()
+            item, self._item = self._item, None
+            return item
+
+    def close(self) -> None:
+        """No more items; what lies in the box can still be taken."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+def watch(
+    session: Watcher, frames: Iterable[Any], count: Count | None = None, clock: Clock = time.monotonic
+) -> Iterator[Moment]:
+    """Every frame in turn, as fast as it goes. frames: objects with `image` and `time` (seconds)."""
+    count = count if count is not None else Count()
+    for frame in frames:
+        began = clock()
+        try:
+            text = session.step(frame.image)
+        except (ValueError, TypeError):
+            count.skipped += 1
+            continue
+        count.frames += 1
+        took = clock() - began
+        yield Moment(frame.time, text, took, took, True)
+
+
+def watch_live(
+    session: Watcher,
+    frames: Iterable[Any],
+    fps: float,
+    *,
+    count: Count | None = None,
+    in_real_time: bool = False,
+    clock: Clock = time.monotonic,
+    sleep: Callable[[float], Any] = time.sleep,
+) -> Iterator[Moment]:
+    """The newest frame, always, until the stream ends; the last frame is never dropped.
+
+    fps: frames per second that are looked at; 1 / fps is the budget of a caption. in_real_time: `frames` comes from a
+    file, and a frame is held back until its time. Raises UserError for an fps that is not above 0, and whatever the
+    source raises, after the captions of the frames before.
+    """
+    if not fps > 0:
+        raise UserError(f"fps is {fps}; give a number above 0.")
+    count = count if count is not None else Count()
+    live = _Live(session, frames, count, in_real_time, clock, sleep)
+    live.start()
+    try:
+        while (found := live.looked.take()) is not None:
+            frame, seen, arrived = found
+            began = clock()
+            budget = _Budget(clock, began + 1 / fps)
+            try:
+                text = session.step(seen, cut=budget)
+            except (ValueError, TypeError):
+                count.skipped += 1
+                continue
+            count.frames += 1
+            count.cut += budget.spent
+            now = clock()
+            yield Moment(frame.time, text, now - arrived, now - began, not budget.spent)
+    finally:
+        live.stop()
+    if live.error is not None:
+        raise live.error
+
+
+class _Budget:
+    """Says True from its deadline on, and remembers that it did."""
+
+    def __init__(self, clock: Clock, deadline: float) -> None:
+        self._clock, self._deadline, self.spent = clock, deadline, False
+
+    def __call__(self) -> bool:
+        self.spent = self.spent or self._clock() >= self._deadline
+        return self.spent
+
+
+class _Live:
+    """The two threads ahead of the text."""
+
+    def __init__(
+        self,
+        session: Watcher,
+        frames: Iterable[Any],
+        count: Count,
+        in_real_time: bool,
+        clock: Clock,
+        sleep: Callable[[float], Any],
+    ) -> None:
+        self._session, self._frames, self._count = session, frames, count
+        self._in_real_time, self._clock, self._sleep = in_real_time, clock, sleep
+        self._read: Box[tuple[Any, float]] = Box()
+        self.looked: Box[tuple[Any, Any, float]] = Box()
+        self.error: BaseException | None = None
+        self._stopped = threading.Event()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._reading, self._looking)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Ends both threads; the reader once its source gives or ends."""
+        self._stopped.set()
+        self._read.close()
+        self.looked.close()
+
+    def _reading(self) -> None:
+        began = None
+        try:
+            for frame in self._frames:
+                if self._stopped.is_set():
+                    break
+                if self._in_real_time:
+                    began = self._clock() - frame.time if began is None else began
+                    self._sleep(max(0.0, began + frame.time - self._clock()))
+                self._count.dropped += self._read.put((frame, self._clock()))
+        except BaseException as error:  # handed to the thread that watches
+            self.error = error
+        finally:
+            self._read.close()
+
+    def _looking(self) -> None:
+        try:
+            while (found := self._read.take()) is not None:
+                frame, arrived = found
+                try:
+                    seen = self._session.look(frame.image)
+                except (ValueError, TypeError):
+                    self._count.skipped += 1
+                    continue
+                self._count.dropped += self.looked.put((frame, seen, arrived))
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.looked.close()

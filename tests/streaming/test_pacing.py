@@ -1,0 +1,206 @@
+"""Pacing: every frame of a file; of a live stream the newest, within its budget, with nothing queueing up."""
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from casa.errors import UserError
+from casa.streaming import Count, StreamingSession, watch, watch_live
+from casa.streaming.pacing import Box
+from casa.testing import tiny_casa, tiny_processor
+
+
+@dataclass
+class Frame:
+    image: object
+    time: float
+
+
+class Slow:
+    """A session that takes a turn only when the test lets it; it says the frame it was shown."""
+
+    def __init__(self):
+        self.turns = threading.Semaphore(0)
+        self.started = threading.Semaphore(0)
+
+    def look(self, frame):
+        if frame == "bad":
+            raise ValueError("no picture")
+        return frame
+
+    def step(self, frame, cut=None):
+        self.started.release()
+        assert self.turns.acquire(timeout=20)
+        return str(frame)
+
+
+def noise(seed, count):
+    generator = np.random.default_rng(seed)
+    return [Frame(generator.integers(0, 255, (56, 56, 3), dtype=np.uint8), n / 2) for n in range(count)]
+
+
+def test_a_file_is_watched_frame_by_frame():
+    count, session = Count(), Slow()
+    for _ in range(5):
+        session.turns.release()
+    moments = list(watch(session, [Frame(n, n / 2) for n in range(5)], count))
+    assert [(m.seconds, m.text) for m in moments] == [(n / 2, str(n)) for n in range(5)]
+    assert (count.frames, count.dropped) == (5, 0)
+
+
+def test_live_the_newest_frame_wins_and_the_last_is_never_dropped():
+    session, count = Slow(), Count()
+    gate = threading.Semaphore(0)
+
+    def source():
+        for n in range(10):
+            assert gate.acquire(timeout=20)
+            yield Frame(n, n / 2)
+
+    heard = []
+    watching = threading.Thread(target=lambda: heard.extend(watch_live(session, source(), fps=2, count=count)))
+    watching.start()
+    gate.release()
+    assert session.started.acquire(timeout=20)  # frame 0 is being talked about
+    for _ in range(9):
+        gate.release()
+    while count.dropped + 2 < 10:  # all but the one in hand and the newest have been replaced
+        threading.Event().wait(0.005)
+    session.turns.release()
+    session.turns.release()
+    watching.join(timeout=20)
+    assert [moment.text for moment in heard] == ["0", "9"]
+    assert (count.frames, count.dropped) == (2, 8)
+
+
+def test_a_caption_is_cut_at_its_budget():
+    now = [0.0]
+
+    class Talker:
+        def look(self, frame):
+            return frame
+
+        def step(self, frame, cut=None):
+            words = []
+            while not cut():
+                words.append("word")
+                now[0] += 0.2
+            return " ".join(words)
+
+    count = Count()
+    (moment,) = watch_live(Talker(), [Frame(0, 0.0)], fps=2, count=count, clock=lambda: now[0])
+    assert moment.text == "word word word"
+    assert not moment.whole
+    assert moment.took == pytest.approx(0.6)
+    assert count.cut == 1
+
+
+def test_in_real_time_frames_of_a_file_come_at_their_time():
+    now, slept = [100.0], []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        now[0] += seconds
+
+    session = Slow()
+    for _ in range(4):
+        session.turns.release()
+    moments = list(
+        watch_live(
+            session,
+            [Frame(n, 5 + n / 2) for n in range(4)],
+            fps=2,
+            in_real_time=True,
+            clock=lambda: now[0],
+            sleep=sleep,
+        )
+    )
+    assert sum(slept) == pytest.approx(1.5)
+    assert moments[-1].text == "3"
+
+
+def test_what_is_no_picture_is_skipped_and_counted():
+    session, count = Slow(), Count()
+    session.turns.release()
+    session.turns.release()
+
+    def source():
+        yield Frame("bad", 0.0)
+        while not count.skipped:
+            threading.Event().wait(0.005)
+        yield Frame("good", 0.5)
+
+    assert [m.text for m in watch_live(session, source(), fps=2, count=count)] == ["good"]
+    assert count.skipped == 1
+
+
+def test_an_error_of_the_source_comes_after_the_captions_before_it():
+    def source():
+        yield Frame("fine", 0.0)
+        assert session.started.acquire(timeout=20)
+        raise UserError("the camera is gone.")
+
+    session = Slow()
+    session.turns.release()
+    watching = watch_live(session, source(), fps=2)
+    assert next(watching).text == "fine"
+    with pytest.raises(UserError, match="camera is gone"):
+        next(watching)
+
+
+def test_leaving_early_ends_the_threads():
+    before = threading.active_count()
+    session = Slow()
+    for _ in range(3):
+        session.turns.release()
+    watching = watch_live(session, (Frame(n, 0.0) for n in range(3)), fps=2)
+    next(watching)
+    watching.close()
+    for _ in range(400):
+        if threading.active_count() == before:
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("a thread is left")
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan")])
+def test_a_rate_that_is_none_is_refused(fps):
+    with pytest.raises(UserError, match="above 0"):
+        next(watch_live(Slow(), [], fps=fps))
+
+
+def test_a_box_holds_the_newest():
+    box = Box()
+    assert [box.put(n) for n in (1, 2, 3)] == [0, 1, 1]
+    assert box.take() == 3
+    box.put(4)
+    box.close()
+    assert (box.take(), box.take()) == (4, None)
+
+
+def test_a_frame_encoded_ahead_is_the_frame_itself():
+    model = tiny_casa()
+    frames = [frame.image for frame in noise(1, 3)]
+    one, two = (StreamingSession(model, tiny_processor(), max_new_tokens=4) for _ in range(2))
+    assert [one.step(frame) for frame in frames] == [two.step(two.look(frame)) for frame in frames]
+    assert one.usage == two.usage
+
+
+def test_a_session_watches_live_what_it_watches_frame_by_frame():
+    """Slowly enough that nothing is dropped, both say the same."""
+    model, frames = tiny_casa(), noise(2, 4)
+    wanted = [m.text for m in watch(StreamingSession(model, tiny_processor(), max_new_tokens=4), frames)]
+    done = threading.Semaphore(1)
+
+    def source():
+        for frame in frames:
+            assert done.acquire(timeout=60)
+            yield frame
+
+    session, heard = StreamingSession(model, tiny_processor(), max_new_tokens=4), []
+    for moment in watch_live(session, source(), fps=0.01):
+        heard.append(moment.text)
+        done.release()
+    assert heard == wanted
