@@ -83,3 +83,35 @@ def test_layers_of_different_epsilon_or_images_are_projected_apart():
         wanted = project_images(image, [source], [norm])[0]
         for mine, alone in zip(pair, wanted, strict=True):
             torch.testing.assert_close(mine, alone, rtol=0, atol=WORST)
+
+
+class Tripled(nn.Linear):
+    """A projection that does more than its weight says."""
+
+    def forward(self, input):
+        return 3 * super().forward(input)
+
+
+@pytest.mark.parametrize("which", ["k_proj", "v_proj"])
+@pytest.mark.parametrize("how", ["class", "parametrised", "hook", "forward"])
+def test_a_projection_that_is_more_than_its_weight_is_called(which, how):
+    model, image = tiny_casa(), image_tokens()
+    sources, blocks = list(model.casa_layers.values()), model.backbone.model.layers
+    linear = getattr(sources[1], which)
+    if how == "class":
+        linear.__class__ = Tripled
+    elif how == "parametrised":
+        nn.utils.parametrizations.spectral_norm(linear)
+    elif how == "hook":
+        linear.register_forward_hook(lambda module, given, output: 3 * output)
+    else:
+        plain = linear.forward
+        linear.forward = lambda x: 3 * plain(x)
+    model.eval()
+    found = project_images(image, sources, [model.decoder.image_norm(index) for index in range(3)], group=2)
+    for block, source, (key, value) in zip(blocks, sources, found, strict=True):
+        normed = block.input_layernorm(image)
+        torch.testing.assert_close(key.flatten(1), source.k_proj(normed), rtol=0, atol=WORST)
+        torch.testing.assert_close(value.flatten(1), source.v_proj(normed), rtol=0, atol=WORST)
+    none = project_images(image[:0], sources, [model.decoder.image_norm(index) for index in range(3)])
+    assert [(key.shape, value.shape) for key, value in none] == [((0, 2, 8), (0, 2, 8))] * 3

@@ -25,16 +25,16 @@ def number(image):
     return round((float(np.asarray(image).mean()) - 10) / 5)
 
 
-def write_clip(path, ticks, clock=1000, size=(64, 48), codec="libx264", picture=None, format=None):
-    """Grey frames that appear at `ticks` / `clock` seconds."""
+def write_clip(path, ticks, clock=1000, size=(64, 48), codec="libx264", picture=None, format=None, pixels=None):
+    """Grey frames that appear at `ticks` / `clock` seconds; `pixels` is FFmpeg's name of how they are stored."""
     with av.open(str(path), "w", format=format) as container:
         stream = container.add_stream(codec, rate=30, options={"g": "10", "crf": "10"})
         stream.width, stream.height = size
-        stream.pix_fmt = "yuv420p" if codec.startswith("libx264") else "rgb8"
+        stream.pix_fmt = pixels or ("yuv420p" if codec.startswith("libx264") else "rgb8")
         stream.codec_context.time_base = Fraction(1, clock)
         for k, tick in enumerate(ticks):
-            pixels = np.full((size[1], size[0], 3), shade(k), np.uint8) if picture is None else picture
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            shown = np.full((size[1], size[0], 3), shade(k), np.uint8) if picture is None else picture
+            frame = av.VideoFrame.from_ndarray(shown, format="rgb24")
             frame.pts, frame.time_base = tick, Fraction(1, clock)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

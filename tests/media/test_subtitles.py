@@ -61,14 +61,14 @@ def test_tidy_is_in_order_without_overlap_and_final(given_captions):
 def test_srt_to_the_letter(tmp_path):
     write_srt(tmp_path / "a.srt", [Caption(59.9996, 61.5, "4071"), Caption(3600, 3601, "a\n\n  b ")])
     assert (tmp_path / "a.srt").read_bytes() == (
-        b"1\n00:01:00,000 --> 00:01:01,500\n4071\n\n2\n01:00:00,000 --> 01:00:01,000\na\nb\n"
+        b"1\n00:01:00,000 --> 00:01:01,500\n4071\n\n2\n01:00:00,000 --> 01:00:01,000\na\nb\n\n"
     )
 
 
 def test_vtt_to_the_letter(tmp_path):
     write_vtt(tmp_path / "a.vtt", [Caption(0, 1.25, "a & b <i> --> ü")])
     assert (tmp_path / "a.vtt").read_text(encoding="utf-8") == (
-        "WEBVTT\n\n00:00:00.000 --> 00:00:01.250\na &amp; b &lt;i&gt; --&gt; ü\n"
+        "WEBVTT\n\n00:00:00.000 --> 00:00:01.250\na &amp; b &lt;i&gt; --&gt; ü\n\n"
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from casa.errors import UserError
-from casa.media import video_source
+from casa.media import decoder
 from casa.media.video import Frame, probe, read_frames
 
 
@@ -143,7 +143,7 @@ def test_frames_are_decoded_as_they_are_asked_for(steady):
     """The reader holds none of the pictures it has given."""
     given_so_far = []
     for frame in read_frames(steady, fps=None):
-        given_so_far.append(weakref.ref(frame.image))
+        given_so_far.append(weakref.ref(frame.picture))
         del frame
         # at most the latest, which the generator itself lets go of before it decodes on
         assert all(picture() is None for picture in given_so_far[:-1])
@@ -154,7 +154,7 @@ def test_memory_does_not_grow_with_the_video(tmp_path, clips):
     """Decoded frames that are alive at once, in a video of 48: the one given and the one after it."""
     path = clips.write(tmp_path / "long.mp4", range(0, 48 * 40, 40))
     decoded = weakref.WeakSet()
-    original = video_source.Source._decode
+    original = decoder.Decoder._decode
 
     def watched(self):
         for raw in original(self):
@@ -172,7 +172,7 @@ def test_memory_does_not_grow_with_the_video(tmp_path, clips):
             return getattr(self.raw, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(video_source.Source, "_decode", watched)
+        patch.setattr(decoder.Decoder, "_decode", watched)
         most = 0
         for _ in read_frames(path, fps=None):
             most = max(most, len(decoded))

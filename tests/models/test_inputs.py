@@ -116,7 +116,7 @@ def test_a_foreign_cache_is_refused(few, samples):
         ({"gate": "tanh", "share_weights": True}, "a gate needs layers with weights of their own"),
         ({"every": 0}, "every is 0"),
         ({"history": -2}, "history is -2"),
-        ({"compressor": "qformer"}, "not built yet"),
+        ({"compressor": "qformer"}, "did you mean 'q_former'"),
         ({"placement": "replace"}, "leaves no self-attention"),
         ({"placement": "replace", "layers": [0, 1, 2]}, "leaves no self-attention"),
         ({"layers": [3]}, "not all among the 3 blocks"),

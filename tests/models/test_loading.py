@@ -107,7 +107,7 @@ DAMAGE = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "config cut off": (lambda f: (f / "config.json").write_text("{"), "not a valid JSON file"),
     "fusion key": (lambda f: rewrite_config(f, lambda c: c["fusion"].update(histroy=1)), "Did you mean 'history'"),
-    "other family": (lambda f: rewrite_config(f, lambda c: c["text_config"].update(model_type="gpt2")), "known: llama"),
+    "other family": (lambda f: rewrite_config(f, lambda c: c["text_config"].update(model_type="gpt2")), "Known: "),
     "value": (lambda f: rewrite_config(f, lambda c: c["text_config"].update(hidden_size="x")), "hidden_size"),
     "not casa": (lambda f: rewrite_config(f, lambda c: c.update(model_type="llama")), "make one of it with adapt"),
     "other fusion": (

@@ -5,7 +5,6 @@ Shapes: d width of the text model, Hq query heads, Hkv key heads, D channels of 
 Everything is read off the modules, on the meta device or any other, so that no formula repeats a model's structure.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,12 +54,13 @@ class Block:
 class Frame:
     """One frame on its way: patches into the tower, tokens out of it, tokens that the text model is given.
 
-    rows, columns: in patches. encoded: tokens of the tower. tokens: N, after connector and compressor.
+    rows, columns: in patches. connected: n, tokens of the tower, or of the connector that folds them. tokens: N, after
+    the compressor.
     """
 
     rows: int
     columns: int
-    encoded: int
+    connected: int
     tokens: int
 
     @property
@@ -95,7 +95,9 @@ def blocks_of(model: CasaForConditionalGeneration) -> list[Block]:
 
 
 def frame_of(model: CasaForConditionalGeneration, height: int, width: int) -> Frame:
-    """What a picture of `height` x `width` pixels becomes. Towers of one size take it at theirs.
+    """What a picture of `height` x `width` pixels becomes, as the processors have it but for their bounds on size.
+
+    Towers of one size take it at theirs.
 
     Raises UserError for a picture of less than one token.
     """
@@ -103,15 +105,16 @@ def frame_of(model: CasaForConditionalGeneration, height: int, width: int) -> Fr
     rows, columns = _patches(config, height, width)
     merge = family_of(config).merge(config)
     grids = [(rows // merge, columns // merge)]
-    encoded = grids[0][0] * grids[0][1]
-    if not encoded:
+    if not min(grids[0]):
         raise UserError(f"a picture of {height} x {width} pixels is less than one image token; give a larger one.")
     decoder = model.decoder
     if isinstance(decoder, InsertionVLM):
-        _, grids = decoder.connect(torch.empty(encoded, output_width(config), device="meta"), grids)
+        features = torch.empty(grids[0][0] * grids[0][1], output_width(config), dtype=model.dtype, device="meta")
+        _, grids = decoder.connect(features, grids)
+    connected = grids[0][0] * grids[0][1]
     if model.fusion.compressor is not None:
         grids = model.compressor.grids(grids)  # type: ignore[operator]
-    return Frame(rows, columns, encoded, grids[0][0] * grids[0][1])
+    return Frame(rows, columns, connected, grids[0][0] * grids[0][1])
 
 
 def _patches(config: Any, height: int, width: int) -> tuple[int, int]:
@@ -119,9 +122,11 @@ def _patches(config: Any, height: int, width: int) -> tuple[int, int]:
     if family.pictures == "squares":
         return (config.image_size // patch,) * 2
     if family.pictures == "flexible":
-        # at most as many patches as the tower has places, in the picture's proportions
-        scale = min(1.0, math.sqrt(config.num_patches * patch**2 / (height * width)))
-        return int(height * scale) // patch, int(width * scale) // patch
+        # about as many patches as the tower has places, whatever the picture's size
+        from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
+
+        fitted = get_image_size_for_max_num_patches(height, width, patch, config.num_patches)
+        return fitted[0] // patch, fitted[1] // patch
     merged = patch * family.merge(config)
     return tuple(round(side / merged) * family.merge(config) for side in (height, width))  # type: ignore[return-value]
 

@@ -44,7 +44,7 @@ class Scene:
     dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
-        if min(self.height, self.width, self.text_per_frame, *self.frames, *(() if self.frames else (0,))) < 1:
+        if not self.frames or min(self.height, self.width, self.text_per_frame, *self.frames) < 1:
             raise UserError("a scene needs a height, a width, frames and text per frame of 1 or more.")
 
 

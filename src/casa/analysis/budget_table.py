@@ -16,7 +16,8 @@ def readable(count: float, unit: str, step: int = 1000) -> str:
     while count >= 999.5 and level < len(prefixes) - 1:
         count /= step
         level += 1
-    digits = f"{count:.0f}" if count >= 99.95 or count == int(count) else f"{count:.1f}" if count >= 9.995 else f"{count:.2f}"
+    places = 0 if count >= 99.95 or count == int(count) else 1 if count >= 9.995 else 2
+    digits = f"{count:.{places}f}"
     return f"{digits} {prefixes[level]}{unit}".rstrip()
 
 
@@ -41,6 +42,10 @@ def _table(title: str, columns: Sequence[str], caption: str) -> Table:
     return table
 
 
+def _after(frames: int) -> str:
+    return f"after {frames} frame{'s' if frames > 1 else ''}"
+
+
 def _training(budgets: Sequence[Budget]) -> Table:
     table = _table(
         "Parameters, and bytes that training holds",
@@ -58,7 +63,7 @@ def _holding(budgets: Sequence[Budget]) -> Table:
     frames = [moment.frames for moment in budgets[0].moments] if budgets else []
     table = _table(
         "What a stream holds",
-        ["tokens a frame", "a frame", "kept", "a text token", "+ in its window", *(f"after {n} frames" for n in frames)],
+        ["tokens a frame", "a frame", "kept", "a text token", "+ in its window", *(_after(n) for n in frames)],
         "keys and values of all layers",
     )
     for b in budgets:

@@ -69,17 +69,14 @@ def _window_pairs(frame: Frame, side: int) -> int:
 def connect_flops(model: CasaForConditionalGeneration, frame: Frame) -> int:
     """2 n * weights(projector or connector) + the compressor's, times the feature sets that the tower hands out.
 
-    n: the tower's tokens for a projector, the folded ones for a VLM's connector.
+    n: the tower's tokens; where a VLM's connector folds them, the folded ones.
     Pooling is no product. Pixel-shuffle: 2 N * weights. Q-Former of inner width e over n tokens:
     2 n * weights(what n tokens pass: entrance, place, keys and values) + 2 q * weights(the rest)
     + blocks * 4 e q (q + n).
     """
     compressor: Any = getattr(model, "compressor", None)
-    weights = connector_weights(model)
-    before = frame.encoded
-    if weights:
-        before = frame.encoded // model.backbone.get_submodule("model.connector").scale_factor ** 2  # type: ignore[operator]
-    total = 2 * before * (weights + matrix_weights(getattr(model, "projector", None)))
+    before = frame.connected
+    total = 2 * before * (connector_weights(model) + matrix_weights(getattr(model, "projector", None)))
     if isinstance(compressor, PixelShuffle):
         total += 2 * frame.tokens * matrix_weights(compressor)
     elif isinstance(compressor, QFormer):

@@ -1,9 +1,9 @@
 """Shapes of published models, written down so that their costs can be worked out without their weights.
 
-Source: the config.json of each repository named below, as far as it says something about shapes. Two checks from
-outside: the KV memory that the paper's streaming table gives Helium1-VL-2B (section 5, 28 GiB for 262,144 tokens:
-112 KiB a token) is that of 28 blocks of 8 key heads of 128 channels in bf16; and the parameter counts that the
-model cards state are those that these shapes give (a test says so).
+Qwen's are those of the published config.json files. Helium's config.json was not at hand: its numbers are checked
+from two sides, by the parameter count that its model card states (a test works it out from these shapes) and by the
+KV memory that the paper's streaming table gives Helium1-VL-2B (section 5, 28 GiB for 262,144 tokens: 112 KiB a token),
+which is that of 28 blocks of 8 key heads of 128 channels in bf16.
 """
 
 import copy

@@ -63,7 +63,7 @@ class Comparison:
         **session: Any,
     ) -> None:
         self._script = _Script()
-        speaker = _Noted(**vars(sampling or Sampling()), script=self._script)
+        speaker = _Noted(**(sampling or Sampling()).to_dict(), script=self._script)
         self.casa = StreamingSession(model, processor, sampling=speaker, **session)
         # a bound on the text is CASA's alone: insertion cannot forget
         session.pop("max_text_tokens", None)
@@ -127,10 +127,12 @@ def insertion_twin(model: CasaForConditionalGeneration) -> CasaForConditionalGen
         raise UserError("this is an insertion model already; compare a CASA or cross-attention model with it.")
     # a copy, since building a model writes into the configs of its parts
     config: Any = copy.deepcopy(model.config)
-    config.fusion = FusionConfig(method="insertion").to_dict()
+    kept = {"compressor": model.fusion.compressor, "gist": model.fusion.gist}
+    config.fusion = FusionConfig(method="insertion", **kept).to_dict()
     twin: Any = CasaForConditionalGeneration(config)
-    for name in ("backbone", "vision", "projector"):
-        twin.get_submodule(name).load_state_dict(model.get_submodule(name).state_dict(), assign=True)
+    for name, part in model.named_children():
+        if name != "casa_layers":
+            twin.get_submodule(name).load_state_dict(part.state_dict(), assign=True)
     # what is not in the state dict (rotary tables) was built on the CPU
     twin.to(model.device)
     twin.generation_config = model.generation_config
@@ -150,8 +152,8 @@ class _Noted(Sampling):
 
     script: _Script = field(default_factory=_Script)
 
-    def pick(self, logits: Tensor, generator: torch.Generator) -> int:
-        token = super().pick(logits, generator)
+    def pick(self, logits: Tensor, *args: Any) -> int:
+        token = super().pick(logits, *args)
         self.script.tokens.append(token)
         return token
 
@@ -161,12 +163,7 @@ class _Dictated(Sampling):
     """Says what was written down, whatever the logits are; reads them first, as every way of picking does."""
 
     script: _Script = field(default_factory=_Script)
-    said: list[int] = field(default_factory=list)
 
-    def pick(self, logits: Tensor, generator: torch.Generator) -> int:
-        super().pick(logits, generator)
-        token = self.script.tokens[len(self.said)]
-        self.said.append(token)
-        if len(self.said) == len(self.script.tokens):
-            self.said.clear()
-        return token
+    def pick(self, logits: Tensor, said: list[int], *args: Any) -> int:
+        super().pick(logits, said, *args)
+        return self.script.tokens[len(said)]

@@ -1,46 +1,208 @@
-"""`casa adapt`: gives a text-only model an image tower and CASA layers, ready to be trained."""
+"""`casa adapt`: gives a language model eyes, ready to be trained; or says what that would cost, from configs alone."""
 
+import json as json_module
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from casa.errors import UserError
 
+DTYPES = ("bfloat16", "float16", "float32")
+DRY = "With --dry-run: "
+
 
 def adapt(
-    backbone: Annotated[str, typer.Argument(help="A text model's folder (Llama family).")],
-    out: Annotated[Path, typer.Option(help="Folder for the new model.")],
-    vision: Annotated[str, typer.Option(help="Folder of a Qwen2.5-VL image tower.")],
-    method: Annotated[str, typer.Option(help="casa, cross_attention or insertion.")] = "casa",
-    placement: Annotated[str, typer.Option(help="parallel, before or replace.")] = "parallel",
-    every: Annotated[int, typer.Option(help="A layer in every n-th block.")] = 1,
+    backbone: Annotated[
+        str | None, typer.Argument(help="Folder of a text-only model or of a vision-language model.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the new model.")] = None,
+    vision: Annotated[
+        str | None, typer.Option(help="Folder of an image encoder, or of a model with one; for text-only backbones.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="casa (if left out), cross_attention or insertion.")] = None,
+    placement: Annotated[str | None, typer.Option(help="parallel (if left out), before or replace.")] = None,
+    every: Annotated[int | None, typer.Option(help="A layer in every n-th block.")] = None,
     share_weights: Annotated[bool, typer.Option("--share-weights", help="Use the blocks' own weights (D1).")] = False,
     gate: Annotated[str | None, typer.Option(help="tanh, for gated cross-attention.")] = None,
+    compressor: Annotated[
+        list[str] | None,
+        typer.Option(help="Fewer image tokens: pool:2, pixel_shuffle:2, q_former:32. Dry runs compare several."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field of FusionConfig; repeatable.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; the checkpoint's if left out.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "2GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what every method costs; write nothing.")] = False,
+    shape: Annotated[str | None, typer.Option(help=f"{DRY}a published model's shape instead of a folder.")] = None,
+    image_size: Annotated[str, typer.Option(help=f"{DRY}a frame's side, or HEIGHTxWIDTH, in pixels.")] = "896",
+    frames: Annotated[str, typer.Option(help=f"{DRY}after how many frames to look, with commas.")] = "1,256",
+    text_per_frame: Annotated[int, typer.Option(help=f"{DRY}text tokens of a turn.")] = 18,
+    json: Annotated[bool, typer.Option("--json", help=f"{DRY}print one JSON object.")] = False,
 ) -> None:
     """Join a language model and an image tower; the new layers start as copies of self-attention.
 
     Example: casa adapt ./my-llama --vision ./my-tower --out ./my-casa
+
+    Example: casa adapt --dry-run --shape qwen2_5-vl-3b
     """
-    from transformers import AutoTokenizer
+    given: dict[str, Any] = {
+        "method": method,
+        "placement": placement,
+        "every": every,
+        "share_weights": share_weights or None,
+        "gate": gate,
+    }
+    choices = {key: value for key, value in given.items() if value is not None}
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of: {', '.join(DTYPES)}.")
+    if dry_run:
+        choices |= _settings(set_ or (), choices)
+        size = _numbers(image_size, "x", "--image-size")
+        if len(size) > 2:
+            raise UserError(f"--image-size {image_size!r} is not a side or HEIGHTxWIDTH.")
+        scene = (size[0], size[-1], tuple(_numbers(frames, ",", "--frames")), text_per_frame)
+        _estimate(backbone, shape, vision, choices, compressor or [], scene, dtype or "bfloat16", json)
+        return
+    if shape is not None or json:
+        raise UserError("--shape and --json are for --dry-run; add it, or leave them out.")
+    if backbone is None or out is None:
+        raise UserError("adapt takes a model's folder and one for the result: casa adapt ./my-llama --out ./my-casa")
+    if len(compressor or ()) > 1:
+        raise UserError("a model has one compressor; give --compressor once.")
+    if compressor:
+        choices["compressor"] = compressor[0]
+    choices |= _settings(set_ or (), choices)
+    _convert(backbone, out, vision, choices, dtype, max_shard_size)
+
+
+def _convert(
+    backbone: str, out: Path, vision: str | None, choices: dict[str, Any], dtype: str | None, max_shard_size: str
+) -> None:
+    import torch
     from transformers.utils import logging
 
-    from casa.models import FusionConfig, processor_for
-    from casa.models import adapt as join
+    from casa.models import FusionConfig
+    from casa.models.converting import convert
+    from casa.models.freezing import ADDED
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already; name a new folder.")
-    fusion = FusionConfig(method=method, placement=placement, every=every, share_weights=share_weights, gate=gate)
-    model = join(backbone, fusion=fusion, vision=vision)
+    fusion = FusionConfig.from_dict(choices)
+    # first, so that a folder without a tokenizer is refused before gigabytes are copied
+    processor = _processor(backbone, vision, fusion.gist)
+    model = convert(
+        backbone,
+        out,
+        fusion,
+        vision,
+        None if dtype is None else getattr(torch, dtype),
+        max_shard_size=max_shard_size,
+        beside=processor.save_pretrained,
+    )
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    new = sum(count for name, count in sizes.items() if name.split(".")[0] in ADDED)
+    layers = list(model.fused_blocks)
+    print(f"{out}: {sum(sizes.values()):,} parameters, {new:,} of them new; blocks with a fusion layer: {layers}")
+
+
+def _processor(backbone: str, vision: str | None, gist: int) -> Any:
+    from transformers import AutoTokenizer
+
+    from casa.models import processor_for
+    from casa.models.converting import has_own_tower, read_config, tower_config_of
+    from casa.models.vlm_processor import processor_of
+
+    config = read_config(backbone)
+    has_tower = has_own_tower(config)
+    words = config.get_text_config().vocab_size
+    gist_ids = list(range(words, words + gist)) or None
+    if has_tower:
+        return processor_of(backbone, gist_ids)
+    if vision is None:
+        raise UserError("a text-only model needs an image encoder; add --vision with its folder.")
+    tower = tower_config_of(read_config(vision))
     try:
         tokenizer = AutoTokenizer.from_pretrained(backbone)
     except (OSError, ValueError) as error:
         raise UserError(f"{backbone} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
-    processor = processor_for(tokenizer, model.config.vision_config)
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
-    new = sum(p.numel() for p in [*model.casa_layers.parameters(), *model.projector.parameters()])
-    total = sum(p.numel() for p in model.parameters())
-    print(f"{out}: {total:,} parameters, {new:,} of them new; blocks with a fusion layer: {list(model.fused_blocks)}")
+    return processor_for(tokenizer, tower, gist_ids=gist_ids)
+
+
+def _estimate(
+    backbone: str | None,
+    shape: str | None,
+    vision: str | None,
+    choices: dict[str, Any],
+    compressors: list[str],
+    scene: tuple[int, int, tuple[int, ...], int],
+    dtype: str,
+    json: bool,
+) -> None:
+    import torch
+    from rich.console import Console
+
+    from casa.analysis.budget import Scene, budgets, variants
+    from casa.analysis.budget_table import tables
+    from casa.analysis.shapes import SHAPES, shapes_of
+    from casa.models import FusionConfig
+
+    name = backbone if backbone is not None else shape
+    if name is None or (backbone is not None and shape is not None):
+        raise UserError(f"a dry run takes a model's folder, its config.json, or one --shape of: {', '.join(SHAPES)}.")
+    watched = Scene(*scene, dtype=getattr(torch, dtype))
+    yours = FusionConfig.from_dict(choices) if choices else None
+    config, tower = shapes_of(name, vision, published=shape is not None)
+    found = budgets(config, tower, variants(compressors, yours), watched)
+    if json:
+        seen = {"image_size": list(scene[:2]), "frames": list(scene[2]), "text_per_frame": scene[3], "dtype": dtype}
+        methods = [budget.to_dict() for budget in found]
+        print(json_module.dumps({"model": name, "scene": seen, "methods": methods}, ensure_ascii=False))
+        return
+    console = Console()
+    if not console.is_terminal:
+        # in a file there is no edge to break lines at
+        console = Console(width=160)
+    console.print(f"{name}: frames of {scene[0]} x {scene[1]} px, {scene[3]} text tokens each, {dtype}\n")
+    console.print(tables(found))
+
+
+def _settings(pairs: Sequence[str], others: dict[str, Any]) -> dict[str, Any]:
+    """The KEY=VALUE pairs of --set, in the types that FusionConfig has. Unknown keys are left to it."""
+    from casa.models import FusionConfig
+
+    defaults = {field.name: field.default for field in fields(FusionConfig)}
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = (part.strip() for part in pair.partition("="))
+        if not equals or not key:
+            raise UserError(f"--set {pair!r} is no setting; write it as in --set every=4.")
+        if key in found or key in others:
+            raise UserError(f"{key} is given twice; leave one out.")
+        found[key] = _value(key, text, defaults.get(key))
+    return found
+
+
+def _value(key: str, text: str, default: Any) -> Any:
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"--set {key}={text}: give true or false.")
+        return text.lower() == "true"
+    if isinstance(default, int):
+        return _numbers(text, None, f"--set {key}")[0]
+    if text.lower() in ("none", "null"):
+        return None
+    return tuple(_numbers(text.strip("[]()"), ",", "--set layers")) if key == "layers" else text
+
+
+def _numbers(text: str, separator: str | None, option: str) -> list[int]:
+    parts = [text] if separator is None else text.split(separator)
+    try:
+        return [int(part) for part in parts]
+    except ValueError:
+        raise UserError(f"{option} {text!r} is not made of whole numbers.") from None

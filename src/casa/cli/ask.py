@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from casa.cli.model_at_hand import load
 from casa.errors import UserError
 
 
@@ -26,6 +25,8 @@ def ask(
     from casa.media import open_picture
 
     image = open_picture(picture)
-    model, processor = load(name, device)
+    from casa.models.at_hand import load_at_hand
+
+    model, processor = load_at_hand(name, device)
     answer = answerer(model, processor, max_new_tokens)([image], [question])[0]
     print(json_module.dumps({"question": question, "answer": answer}, ensure_ascii=False) if json else answer)

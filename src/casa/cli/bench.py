@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from casa.cli.model_at_hand import load, pick_device
+from casa.errors import UserError
 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -26,6 +26,7 @@ def attention(
     Example: casa bench attention --repeats 9 --json
     """
     from casa.benchmarks.attention import bench_attention, bench_record, bench_table
+    from casa.models.at_hand import pick_device
 
     names = None if impls is None else tuple(name.strip() for name in impls.split(","))
     where = pick_device(device)
@@ -37,25 +38,58 @@ def stream(
     model: Annotated[str, typer.Argument(help="A checkpoint's folder, or casa-tiny.")] = "casa-tiny",
     frames: Annotated[int, typer.Option(help="Frames to watch.")] = 120,
     size: Annotated[int, typer.Option(help="Sides of a frame in px.")] = 336,
+    tokens: Annotated[
+        int | None, typer.Option(help="Say so many tokens of every frame, as the official table.")
+    ] = None,
+    sessions: Annotated[
+        int | None, typer.Option(help="How many live streams this machine keeps, up to so many.")
+    ] = None,
+    fps: Annotated[float, typer.Option(help="Frames per second of each of the sessions.")] = 2.0,
     max_text_tokens: Annotated[int | None, typer.Option(help="Bound on CASA's text; none if left out.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed draws another film.")] = 0,
     device: Device = "auto",
+    plot: Annotated[Path | None, typer.Option(help="With --tokens: latency and memory as a PNG.")] = None,
     json: Json = False,
     out: Out = None,
 ) -> None:
     """Watch frames with CASA and with insertion of the same size: latency and memory per frame, in one run.
 
-    Example: casa bench stream casa-tiny --frames 1000 --max-text-tokens 128
+    Example: casa bench stream casa-tiny --frames 256 --tokens 16
     """
-    from casa.benchmarks.stream import bench_stream, stream_table, summary
+    from casa.models.at_hand import load_at_hand
     from casa.provenance import provenance
 
-    loaded, processor = load(model, device)
-    rows = bench_stream(loaded, processor, frames, size, seed, max_text_tokens)
-    found = summary(rows)
-    settings = {"model": model, "size": size, "seed": seed, "max_text_tokens": max_text_tokens}
+    if tokens is not None and sessions is not None:
+        raise UserError("--tokens and --sessions are two measurements; give one of them.")
+    loaded, processor = load_at_hand(model, device)
+    settings: dict[str, Any] = {"model": model, "size": size, "seed": seed}
+    if sessions is not None:
+        from casa.benchmarks.sessions import bench_sessions, sessions_summary, sessions_table
+
+        bound = max_text_tokens if max_text_tokens is not None else 128
+        settings["max_text_tokens"] = bound
+        loads = bench_sessions(loaded, processor, sessions, fps, size, max_text_tokens=bound, seed=seed)
+        found, table = sessions_summary(loads, fps), sessions_table(loads, fps)
+    elif tokens is not None:
+        from casa.benchmarks.stream import handwriting
+        from casa.benchmarks.turns import PeakMemory, bench_turns, plot_turns, turns_summary, turns_table
+
+        settings["tokens"] = tokens
+        with PeakMemory() as memory:
+            turns = bench_turns(loaded, processor, handwriting(seed, size), frames, tokens)
+        found, table = turns_summary(turns) | {"peak_host_bytes_above_start": memory.bytes}, ""
+        table = turns_table({name: row for name, row in found.items() if name in turns})
+        if plot is not None:
+            plot_turns(turns, plot)
+    else:
+        from casa.benchmarks.stream import bench_stream, stream_table, summary
+
+        settings["max_text_tokens"] = max_text_tokens
+        rows = bench_stream(loaded, processor, frames, size, seed, max_text_tokens)
+        found = summary(rows)
+        table = stream_table(found)
     record = {"bench": "stream", **settings, **provenance(str(loaded.device)), **found}
-    _report(record, stream_table(found), json, out)
+    _report(record, table, json, out)
 
 
 def _report(record: dict[str, Any], table: str, as_json: bool, out: Path | None) -> None:

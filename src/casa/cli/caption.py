@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from casa.cli.model_at_hand import load
 from casa.errors import UserError
 
 
@@ -28,6 +27,7 @@ def caption(
         raise UserError("caption takes one video: casa caption casa-tiny talk.mp4 --out talk.srt")
     name, video = words if len(words) == 2 else ("casa-tiny", words[0])
     from casa.media import burn_captions, captions_from_frames, probe, read_frames, write_jsonl, write_srt, write_vtt
+    from casa.models.at_hand import load_at_hand
     from casa.streaming import StreamingSession
 
     writers = {".srt": write_srt, ".vtt": write_vtt, ".jsonl": write_jsonl}
@@ -37,7 +37,7 @@ def caption(
     times: list[float] = []
     texts: list[str] = []
     with read_frames(video, fps=fps, start=start, end=end) as frames:  # refuses a bad video before a model is loaded
-        model, processor = load(name, device)
+        model, processor = load_at_hand(name, device)
         session = StreamingSession(model, processor, prompt=prompt, max_text_tokens=max_text_tokens)
         for frame in frames:
             times.append(frame.time)

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from casa.cli.model_at_hand import load
-
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A checkpoint's folder, or casa-tiny.")] = "casa-tiny",
@@ -33,7 +31,9 @@ def evaluate(
     from casa.streaming import StreamingSession
 
     names = check_tasks(tasks.split(","))
-    loaded, processor = load(model, device)
+    from casa.models.at_hand import load_at_hand
+
+    loaded, processor = load_at_hand(model, device)
     shown = sys.stderr.isatty()
 
     def progress(task: str, done: int, total: int) -> None:

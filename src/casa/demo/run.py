@@ -17,7 +17,8 @@ from casa.demo.questions import ask, look, questions_for
 from casa.demo.report import DemoReport, heading, line
 from casa.errors import UserError
 from casa.media import burn_captions, captions_from_frames, read_frames, write_jsonl, write_srt, write_vtt
-from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.models import CasaProcessor
+from casa.models.at_hand import load_at_hand
 
 FPS = 2.0
 LONGEST_SIDE = 448  # px; what live captioning is trained on
@@ -49,7 +50,7 @@ def run_demo(
         info = frames.info
         total = max(1, math.ceil(info.duration * FPS - 1e-6)) if math.isfinite(info.duration) else None
         report(f"Loading {model_name_or_path} ...")
-        model, processor = _load(model_name_or_path)
+        model, processor = load_at_hand(model_name_or_path)
         report(f"Watching {path.name} at {FPS:g} frames a second, as if live; insertion, of the same size, beside it.")
         report(heading(clip is not None))
         comparison = Comparison(model, processor, max_text_tokens=_bound(processor), max_new_tokens=MOST_NEW_TOKENS)
@@ -115,22 +116,6 @@ def _folder(out: str | os.PathLike[str]) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{out} cannot be written into: name another folder.")
     return folder
-
-
-def _load(name: str | os.PathLike[str]) -> tuple[CasaForConditionalGeneration, CasaProcessor]:
-    import torch
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model = CasaForConditionalGeneration.from_pretrained(name)
-        processor = CasaProcessor.from_pretrained(name)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), processor
 
 
 def _bound(processor: CasaProcessor) -> int:

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 PROJECTIONS = ("k_proj", "v_proj")
 
 

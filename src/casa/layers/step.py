@@ -10,7 +10,7 @@ Both are passed to the layers explicitly; nothing is kept on modules.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from casa.layers.plan import Plan
 from casa.layers.rotary import Rotary, Rotation, turner
 from casa.layers.state import LayerWindow, WindowExtent, WindowState
 from casa.windows import WindowLayout
+
+Made = TypeVar("Made")
 
 Record = Callable[[int, Tensor, Tensor, Tensor, WindowLayout], None]
 """(layer ordinal, query (Q, Hq, D), text key (T, Hkv, D), image key (N, Hkv, D), layout), rotary applied; scores are
@@ -231,9 +233,9 @@ class DecodeStep:
         )
 
 
-def _per_rotary(rotaries: Sequence[Rotary | None], compute: Callable[[Rotary], Any]) -> list[Any]:
+def _per_rotary(rotaries: Sequence[Rotary | None], compute: Callable[[Rotary], Made]) -> list[Made | None]:
     """compute(rotary) for each layer, once for layers that share one; None where there is none."""
-    found: dict[int, Any] = {}
+    found: dict[int, Made] = {}
     for rotary in rotaries:
         if rotary is not None and id(rotary) not in found:
             found[id(rotary)] = compute(rotary)

@@ -91,17 +91,32 @@ def captions_from_frames(
     return captions
 
 
+VTT_HEAD = "WEBVTT\n\n"
+
+
+def srt_cue(caption: Caption, number: int) -> str:
+    """One caption of a `tidy` list as SubRip writes it, with the blank line that ends it. number: from 1."""
+    return f"{number}\n{_clock(caption.start, ',')} --> {_clock(caption.end, ',')}\n{caption.text}\n\n"
+
+
+def vtt_cue(caption: Caption, number: int = 0) -> str:
+    """One caption of a `tidy` list as WebVTT writes it, with the blank line that ends it."""
+    return f"{_clock(caption.start, '.')} --> {_clock(caption.end, '.')}\n{_escape(caption.text)}\n\n"
+
+
+def json_line(caption: Caption, number: int = 0) -> str:
+    """One caption of a `tidy` list as a line of JSON."""
+    row = {"start": caption.start, "end": caption.end, "text": caption.text}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
 def write_srt(path: str | os.PathLike[str], captions: Iterable[Caption]) -> None:
     """Write SubRip, UTF-8, whole or not at all. SubRip knows no escapes: players may read `<i>` as italics.
 
     Raises:
         UserError: the file cannot be written there.
     """
-    cues = [
-        f"{i}\n{_clock(c.start, ',')} --> {_clock(c.end, ',')}\n{c.text}\n"
-        for i, c in enumerate(tidy(captions), start=1)
-    ]
-    write_text(path, "\n".join(cues))
+    write_text(path, "".join(srt_cue(c, i) for i, c in enumerate(tidy(captions), start=1)))
 
 
 def write_vtt(path: str | os.PathLike[str], captions: Iterable[Caption]) -> None:
@@ -110,8 +125,7 @@ def write_vtt(path: str | os.PathLike[str], captions: Iterable[Caption]) -> None
     Raises:
         UserError: the file cannot be written there.
     """
-    cues = [f"{_clock(c.start, '.')} --> {_clock(c.end, '.')}\n{_escape(c.text)}\n" for c in tidy(captions)]
-    write_text(path, "\n".join(["WEBVTT\n", *cues]))
+    write_text(path, VTT_HEAD + "".join(vtt_cue(c) for c in tidy(captions)))
 
 
 def write_jsonl(path: str | os.PathLike[str], captions: Iterable[Caption]) -> None:
@@ -120,31 +134,34 @@ def write_jsonl(path: str | os.PathLike[str], captions: Iterable[Caption]) -> No
     Raises:
         UserError: the file cannot be written there.
     """
-    rows = [{"start": c.start, "end": c.end, "text": c.text} for c in tidy(captions)]
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json_line(c) for c in tidy(captions)))
 
 
-def read_srt(path: str | os.PathLike[str]) -> list[Caption]:
+def read_srt(path: str | os.PathLike[str], data: bytes | None = None) -> list[Caption]:
     """Read SubRip. Numbers may be missing, and cues without text are passed over.
+
+    data: the file's bytes, where they were read already.
 
     Raises:
         UserError: no such file, not UTF-8, or a cue that has no readable times (its line is named).
     """
     captions = []
-    for number, block in _blocks(path):
+    for number, block in _blocks(path, data):
         # a cue's own number; the times stand in the first or the second line, never later
         skip = 1 if len(block) > 1 and block[0].strip().isdigit() else 0
         captions += _cue(path, number + skip, block[skip], block[skip + 1 :])
     return captions
 
 
-def read_vtt(path: str | os.PathLike[str]) -> list[Caption]:
+def read_vtt(path: str | os.PathLike[str], data: bytes | None = None) -> list[Caption]:
     """Read WebVTT; comments, styles, cue names, cue settings and tags such as `<v Ann>` are passed over.
+
+    data: as for `read_srt`.
 
     Raises:
         UserError: no such file, not UTF-8, no WEBVTT heading, or a cue without readable times.
     """
-    blocks = _blocks(path)
+    blocks = _blocks(path, data)
     if not blocks or not re.match(r"WEBVTT($|[ \t])", blocks[0][1][0]):
         raise UserError(f"{path} does not begin with WEBVTT: name a .vtt file.")
     captions = []
@@ -158,14 +175,14 @@ def read_vtt(path: str | os.PathLike[str]) -> list[Caption]:
     return captions
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> list[Caption]:
-    """Read what `write_jsonl` wrote; further keys are passed over.
+def read_jsonl(path: str | os.PathLike[str], data: bytes | None = None) -> list[Caption]:
+    """Read what `write_jsonl` wrote; further keys are passed over. data: as for `read_srt`.
 
     Raises:
         UserError: no such file, not UTF-8, or a line that is no such object (it is named).
     """
     captions = []
-    for number, line in enumerate(_read(path).split("\n"), start=1):
+    for number, line in enumerate(_read(path, data).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -219,11 +236,11 @@ def _seconds(fields: Sequence[str | None]) -> float:
     return ((int(h) * 60 + int(m)) * 60_000 + int(s) * 1000 + int(fraction.ljust(3, "0"))) / 1000
 
 
-def _blocks(path: str | os.PathLike[str]) -> list[tuple[int, list[str]]]:
+def _blocks(path: str | os.PathLike[str], data: bytes | None) -> list[tuple[int, list[str]]]:
     """Runs of non-blank lines, each with the number of its first line, counted from 1."""
     blocks: list[tuple[int, list[str]]] = []
     previous_blank = True
-    for number, line in enumerate(_read(path).split("\n"), start=1):
+    for number, line in enumerate(_read(path, data).split("\n"), start=1):
         blank = not line.strip()
         if not blank and previous_blank:
             blocks.append((number, []))
@@ -233,9 +250,9 @@ def _blocks(path: str | os.PathLike[str]) -> list[tuple[int, list[str]]]:
     return blocks
 
 
-def _read(path: str | os.PathLike[str]) -> str:
+def _read(path: str | os.PathLike[str], data: bytes | None) -> str:
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = (Path(path).read_bytes() if data is None else data).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: save it as UTF-8.") from error
     except OSError as error:

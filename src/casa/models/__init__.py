@@ -1,6 +1,7 @@
 """Transformers classes: config, model, processor, and the fusing of a backbone."""
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from casa.models.adapt import adapt
 from casa.models.assembling import processor_for
@@ -15,6 +16,8 @@ from casa.models.vlm_processor import processor_of
 AutoConfig.register("casa", CasaConfig, exist_ok=True)
 AutoModelForImageTextToText.register(CasaConfig, CasaForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(CasaConfig, CasaProcessor, exist_ok=True)
+# pipelines look here, by name, and report an error for a class that they do not find
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[CasaConfig.model_type] = CasaForConditionalGeneration.__name__
 
 __all__ = [
     "CasaCache",

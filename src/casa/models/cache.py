@@ -94,6 +94,11 @@ class CasaCache(Cache):
         if self.stream is not None:
             self.stream = self.stream.select(rows)
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take back the last tokens."""
+        return self.stream is None and super().is_croppable
+
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens (a negative number of them), as far as the open window's text goes."""
         count = -int(tokens_to_remove)
@@ -103,7 +108,7 @@ class CasaCache(Cache):
             raise UserError(f"cannot take back {count} tokens of {self.num_text}.")
         if self.windows is not None and any(row and row[-1].text < count for row in self.windows.windows):
             raise UserError(f"cannot take back {count} tokens: an image stands among them.")
-        if self.stream is not None:
+        if self.stream is not None and count:
             raise UserError("a cache of inserted images cannot be cropped; start a new one.")
         self.text.crop(tokens_to_remove)
         self.num_text -= count

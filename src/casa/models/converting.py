@@ -18,6 +18,7 @@ from transformers import AutoConfig, GenerationConfig
 from casa.errors import UserError
 from casa.models.adapt import adapt
 from casa.models.backbones import InsertionVLM, family_of
+from casa.models.freezing import ADDED
 from casa.models.fusion_config import FusionConfig
 from casa.models.loading import UNREADABLE, check_folder
 from casa.models.model import CasaForConditionalGeneration, new_backbone
@@ -26,8 +27,8 @@ from casa.vision import family_of as tower_family_of
 from casa.vision import is_known, new_encoder
 from casa.vision.encoder import BESIDE_TOWER, TOWER
 
-# parts that have no weights to start from
-FRESH = ("projector", "compressor", "gist")
+# of what `adapt` adds, the parts that have no weights to start from
+FRESH = tuple(name for name in ADDED if name != "casa_layers")
 
 
 def convert(
@@ -75,6 +76,8 @@ def convert(
         write_shards(folder, planned, most_bytes)
         model.config.architectures = [type(model).__name__]
         model.config.dtype = dtype_of["backbone"]
+        if dtype is not None:
+            _say(model.config, dtype)
         model.config.save_pretrained(folder)
         _generation_config(source, model).save_pretrained(folder)
         if beside is not None:
@@ -83,7 +86,7 @@ def convert(
 
 
 def skeleton(config: Any, fusion: FusionConfig, tower_config: Any = None) -> CasaForConditionalGeneration:
-    """The fused model on the meta device, from configs alone: every name and shape, and what `adapt` leaves to training.
+    """The fused model on the meta device, from configs alone: names, shapes, and what `adapt` leaves to training.
 
     config: of a text-only model, which needs a tower_config, or of an insertion VLM. Raises UserError as `adapt` does.
     """
@@ -111,6 +114,14 @@ def tower_config_of(config: Any) -> Any:
         config = inner
     tower_family_of(config)
     return config
+
+
+def _say(config: Any, dtype: torch.dtype) -> None:
+    """Writes the dtype of all weights into a config and those inside it."""
+    config.dtype = dtype
+    for name in getattr(config, "sub_configs", {}):
+        if (inner := getattr(config, name, None)) is not None:
+            _say(inner, dtype)
 
 
 def _folder(name: Any) -> Path:

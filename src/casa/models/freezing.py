@@ -15,12 +15,16 @@ _BLOCKS = ("blocks", "encoder.layers", "vision_model.encoder.layers")
 def freeze_backbone(model: Any, tower_blocks: int = 4) -> None:
     """Leaves to training only what `adapt` added and the last `tower_blocks` blocks of the image encoder.
 
+    Layers without weights of their own ("replace", `share_weights`) train the self-attention that they borrow.
     model: a CasaForConditionalGeneration. Raises UserError for an encoder whose blocks cannot be found.
     """
     model.requires_grad_(False)
     for name in ADDED:
         if (part := getattr(model, name, None)) is not None:
             part.requires_grad_(True)
+    if model.fusion.borrows:
+        for index in model.fused_blocks:
+            model.decoder.attention(index).requires_grad_(True)
     if tower_blocks:
         for block in encoder_blocks(model.encoder)[-tower_blocks:]:
             block.requires_grad_(True)

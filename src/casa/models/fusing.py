@@ -8,6 +8,7 @@ backbone as it was. Hooks hold no references, so that a deep copy of the model w
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from casa.layers import Step, casa_update
@@ -22,11 +23,12 @@ class FusedStep:
         self.step = step
         self.layers = layers
 
-    def update(self, number: int, attention: nn.Module, hidden: Tensor) -> Tensor:
+    @torch.compiler.disable(reason="every call has windows of its own, each of which would be compiled anew")
+    def update(self, number: int, attention: nn.Module, hidden: Tensor, replaces: bool = False) -> Tensor:
         """The update by layer `number`, which borrows the block's `attention` if it has no weights of its own."""
         layer = self.layers[number]
         if layer is None:
-            return casa_update(attention, hidden, self.step, number)
+            return casa_update(attention, hidden, self.step, number, replaces=replaces)
         return layer(hidden, self.step, number)
 
 
@@ -77,4 +79,4 @@ class ReplacedSelfAttention(nn.Module):
         step: FusedStep | None = kwargs.get(STEP)
         if step is None:
             raise RuntimeError("this block's self-attention was replaced; call the CASA model, not its backbone")
-        return casa_update(self, hidden_states, step.step, self.casa_number, replaces=True), None
+        return step.update(self.casa_number, self, hidden_states, replaces=True), None

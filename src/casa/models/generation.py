@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from casa.errors import UserError
@@ -18,17 +19,47 @@ NO_DRAFTS = {
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_positions", "image_features")
 
 
+class TextScores(LogitsProcessor):
+    """Processors of scores for a text whose gist tokens they cannot know: their ids stand behind the vocabulary.
+
+    Each gist token shows as the text token before it (or the row's first). To penalties of repetition, that says
+    nothing new.
+    """
+
+    def __init__(self, inner: LogitsProcessorList, vocabulary: int) -> None:
+        self.inner = inner
+        self.vocabulary = vocabulary
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        is_text = input_ids < self.vocabulary
+        index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        before = index.masked_fill(~is_text, 0).cummax(dim=1).values
+        first = is_text.int().argmax(dim=1, keepdim=True)
+        return self.inner(input_ids.gather(1, torch.maximum(before, first)), scores)  # type: ignore[arg-type]
+
+
 class CasaGeneration:
     """Mixed into CasaForConditionalGeneration, before transformers' own GenerationMixin."""
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Images go in with the prompt only; with a cache, later steps find them in its state."""
         first = kwargs.get("is_first_iteration", False)
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
         if not first and kwargs.get("use_cache", True):
             for name in IMAGE_INPUTS:
                 inputs.pop(name, None)
         return inputs
+
+    def _maybe_initialize_input_ids_for_generation(
+        self, inputs: Tensor | None, bos_token_id: Tensor | None, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Where text is given as embeddings, rows are counted by them; transformers would count the first tensor's."""
+        text_only = {name: value for name, value in model_kwargs.items() if name not in IMAGE_INPUTS}
+        return super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, text_only)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -47,6 +78,8 @@ class CasaGeneration:
             raise UserError(
                 "assisted decoding takes tokens back, which a cache of inserted images cannot; leave it out."
             )
+        if self.fusion.gist:  # type: ignore[attr-defined]
+            raise UserError("gist tokens have ids that who drafts does not know; leave assisted decoding out.")
         for name, reason in NO_DRAFTS.items():
             if getattr(generation_config, name, None):
                 raise UserError(f"{name} is not supported: {reason}; pass assistant_model or prompt_lookup_num_tokens.")
@@ -55,9 +88,19 @@ class CasaGeneration:
             generation_config=generation_config, model_kwargs=text_only, **kwargs
         )
 
-    def _get_deprecated_gen_repo(self, generation_mode: Any, *args: Any, **kwargs: Any) -> None:
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """As in transformers; gist tokens are hidden from the processors."""
+        found = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
+        if not self.fusion.gist or not len(found):  # type: ignore[attr-defined]
+            return found
+        vocabulary = self.config.get_text_config().vocab_size  # type: ignore[attr-defined]
+        return LogitsProcessorList([TextScores(found, vocabulary)])
+
+    def _get_deprecated_gen_repo(
+        self, generation_mode: Any, trust_remote_code: bool, custom_generate: Any = None
+    ) -> None:
         """Ways to decode that transformers has moved to code on a hub, which casa does not run."""
-        if "/" in GENERATION_MODES_MAPPING.get(generation_mode, ""):
+        if custom_generate is None and "/" in GENERATION_MODES_MAPPING.get(generation_mode, ""):
             name = generation_mode.value.replace("_", " ")
             raise UserError(f"{name} is code on a hub, which casa does not run; use greedy, sampling or beams.")
 

@@ -28,6 +28,7 @@ class TextInputs:
         return self.sample_starts is not None
 
 
+@torch.compiler.disable(reason="looks at the values of masks and positions")
 def read_text_inputs(
     rows: int,
     length: int,
@@ -73,6 +74,7 @@ def _packed_samples(position_ids: Tensor, valid: Tensor) -> list[list[int]] | No
     return starts
 
 
+@torch.compiler.disable(reason="looks at the values of positions")
 def read_image_places(positions: Tensor | None, images: int) -> list[tuple[int, int]]:
     """(row, index) of each image, from `image_positions` (n, 2). Raises UserError if they do not match."""
     if positions is None:

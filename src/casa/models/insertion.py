@@ -93,6 +93,7 @@ class Stream:
         return self.mask & (self.source >= text)
 
 
+@torch.compiler.disable(reason="loops over rows and tokens")
 def merge(
     valid: Tensor,
     image_places: Sequence[tuple[int, int]],

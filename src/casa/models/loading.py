@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from casa.errors import UserError
 from casa.models.shipped import SHIPPED, resolve
 
-# what transformers, safetensors and the checks of config values raise over a damaged checkpoint
-UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, SafetensorError, StrictDataclassError)
+# what transformers, safetensors and the checks of config values raise over a damaged checkpoint, or over a way of
+# loading that needs another package (quantisation)
+UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, ImportError, SafetensorError, StrictDataclassError)
 
 
 def check_folder(name: Any, needed: str = "config.json") -> None:

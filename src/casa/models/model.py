@@ -26,7 +26,7 @@ from casa.models.generation import CasaGeneration
 from casa.models.image_tokens import ImageTokens, by_depth, count_tokens
 from casa.models.inputs import TextInputs, read_image_places, read_text_inputs
 from casa.models.loading import load_checked
-from casa.models.placement import at_hand, check_one_device
+from casa.models.placement import check_one_device, fetched
 from casa.models.upkeep import CasaUpkeep
 from casa.vision import Projector, encode, extra_depths, make_compressor, new_encoder, output_width, token_grids
 
@@ -59,6 +59,11 @@ class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, 
         vision: PreTrainedModel | None = None,
     ) -> None:
         """Fresh weights for all parts but the ones given, which are taken over as they are (see `adapt`)."""
+        if getattr(backbone, "is_quantized", False):
+            raise UserError(
+                "this backbone is quantised, and fusion layers start as copies of its projections; adapt it as it was "
+                "before, save the model, and load that with quantization_config."
+            )
         super().__init__(config)
         width = config.get_text_config().hidden_size
         self.fusion = fusion = config.typed_fusion
@@ -72,6 +77,7 @@ class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, 
             self.gist = nn.Embedding(fusion.gist, width)
         self.casa_layers = nn.ModuleDict()
         decoder = self.decoder
+        decoder.check()
         blocks = decoder.blocks
         self.fused_blocks = fusion.blocks(len(blocks))
         if not fusion.borrows:
@@ -208,12 +214,13 @@ class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, 
             attentions=output.attentions,
         )
 
+    @torch.compiler.disable(reason="makes a cache of lists that grow")
     def _cache_for(self, given: Cache | None, use_cache: bool | None) -> CasaCache | None:
         if isinstance(given, CasaCache):
             return given
         if given is not None and (given.is_compileable or given.get_seq_length() > 0):
             raise UserError("past_key_values must come from an earlier call of this model, or be left out.")
-        if use_cache and self.training and self.is_gradient_checkpointing:
+        if use_cache and self.training and self.checkpoints_blocks:
             raise UserError("gradient checkpointing runs blocks twice and keeps no cache; pass use_cache=False.")
         wanted = use_cache if use_cache is not None else self.config.use_cache and not self.training
         return self.new_cache() if wanted else None
@@ -230,6 +237,7 @@ class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, 
         gist = self.gist((input_ids - vocabulary).clamp(min=0))
         return {"inputs_embeds": torch.where(is_gist[..., None], gist.to(embeds.dtype), embeds)}
 
+    @torch.compiler.disable(reason="depends on the values of grids; encoders compile by themselves")
     def _image_tokens(
         self, pixel_values: Tensor | None, grid: Tensor | None, features: Tensor | None
     ) -> ImageTokens | None:
@@ -292,6 +300,7 @@ class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, 
         name = str(index)
         return self.casa_layers[name] if name in self.casa_layers else None  # noqa: SIM401 (a ModuleDict has no get)
 
+    @torch.compiler.disable(reason="lays out the windows of this one call")
     def _step(
         self,
         text: TextInputs,
@@ -331,7 +340,7 @@ class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, 
         )
         layers = [self._layer(index) or decoder.attention(index) for index in self.fused_blocks]
         check_one_device(layers)
-        with at_hand(decoder.blocks[index].get_submodule("input_layernorm") for index in self.fused_blocks):
+        with fetched(decoder.blocks[index].get_submodule("input_layernorm") for index in self.fused_blocks):
             projected = project_images(
                 by_depth(images, decoder, self.fused_blocks, fusion.update_images),
                 layers,

@@ -14,7 +14,7 @@ from casa.errors import UserError
 
 
 @contextmanager
-def at_hand(modules: Iterable[nn.Module]) -> Iterator[None]:
+def fetched(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, the modules' own weights can be read, wherever they are kept."""
     kept: list[tuple[nn.Module, Any]] = [(m, m._hf_hook) for m in modules if hasattr(m, "_hf_hook")]
     for module, hook in kept:
@@ -31,4 +31,7 @@ def check_one_device(layers: Iterable[nn.Module]) -> None:
     found = {p.device for layer in layers for p in layer.parameters() if p.device.type != "meta"}
     if len(found) > 1:
         names = ", ".join(sorted(map(str, found)))
-        raise UserError(f"the fusion layers stand on several devices ({names}); keep the whole stack on one.")
+        raise UserError(
+            f"the fusion layers stand on several devices ({names}); "
+            "give a device_map that keeps backbone and casa_layers on one, or on one and on disk."
+        )

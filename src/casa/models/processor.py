@@ -41,6 +41,8 @@ class CasaProcessor(ProcessorMixin):
         self.frame_prefix = frame_prefix
         self.frame_suffix = frame_suffix
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        # whoever pads with the tokenizer alone does it as generation needs it
+        tokenizer.padding_side = "left"
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise UserError(f"the tokenizer has no token {image_token!r}; name the one its template writes.")
@@ -78,6 +80,8 @@ class CasaProcessor(ProcessorMixin):
             raise UserError("a video is read frame by frame; give its frames as images.")
         if text is None:
             raise UserError("give text; a picture alone asks nothing.")
+        if unknown := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
+            raise UserError(f"the processor does not know {', '.join(unknown)}; leave that out.")
         if return_tensors not in ("pt", None):
             raise UserError(f"return_tensors is {return_tensors!r}; only 'pt' is supported.")
         texts = [text] if isinstance(text, str) else list(text)
@@ -132,6 +136,7 @@ class CasaProcessor(ProcessorMixin):
         tokenize: bool = False,
         return_dict: bool = False,
         return_tensors: str | None = "pt",
+        processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         place = self.frame_prefix + self.image_token + self.frame_suffix
@@ -140,12 +145,14 @@ class CasaProcessor(ProcessorMixin):
             for part in _parts(conversation)
             if part.get("type") == "image"
         ]
+        settings = {name: kwargs.pop(name) for name in ("padding", "padding_side") if name in kwargs}
         text = self.tokenizer.apply_chat_template(
             _flattened(conversation, place), chat_template=template, tokenize=False, **kwargs
         )
         if not tokenize:
             return text
-        inputs = self(images=images or None, text=text, return_tensors=return_tensors)
+        settings |= processor_kwargs or {}
+        inputs = self(images=images or None, text=text, return_tensors=return_tensors, **settings)
         return inputs if return_dict else inputs["input_ids"]
 
     def _row(self, text: str, add_special_tokens: bool) -> tuple[list[int], list[int]]:

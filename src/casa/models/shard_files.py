@@ -75,17 +75,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
     Raises UserError for a folder without such files, for weights of other kinds, and for a file that is damaged.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = [folder / name for name in sorted(set(listed.values()))]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index} cannot be read; fetch it again.") from error
-    else:
-        files = [file for file in [folder / "model.safetensors"] if file.is_file()]
-    if not files:
-        raise UserError(_nothing_to_read(folder))
+    files = _files(folder)
     found: dict[str, Stored] = {}
     for path in files:
         if not path.is_file():
@@ -101,6 +91,24 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}); fetch it again.") from error
     return found
+
+
+def _files(folder: Path) -> list[Path]:
+    # in the order in which transformers looks for them
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise UserError(_nothing_to_read(folder))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        # no file outside of the folder
+        plain = bool(names) and all(Path(name).name == name for name in names)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        plain = False
+    if not plain:
+        raise UserError(f"{index} cannot be read; fetch it again.")
+    return [folder / name for name in names]
 
 
 def _nothing_to_read(folder: Path) -> str:
@@ -159,7 +167,7 @@ def _write(file: BinaryIO, tensors: Sequence[Planned]) -> None:
         made = tensor.make().to(tensor.dtype)
         if tuple(made.shape) != tensor.shape:
             raise RuntimeError(f"{tensor.name} was made in shape {tuple(made.shape)}, not {tensor.shape}")
-        file.write(memoryview(made.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        file.write(memoryview(made.contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -34,6 +34,12 @@ class CasaUpkeep:
                 config.vocab_size = model.config.get_text_config().vocab_size
         return embedding
 
+    @property
+    def checkpoints_blocks(self) -> bool:
+        """Whether blocks of the text model run again in the backward pass instead of keeping their activations."""
+        model: Any = self
+        return any(getattr(block, "gradient_checkpointing", False) for block in model.decoder.blocks)
+
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
     ) -> None:

@@ -3,7 +3,8 @@
 Shapes: V vocabulary.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,8 +50,8 @@ class Sampling:
         if self.repetition < 0 or self.no_repeat < 0 or self.memory < 0:
             raise UserError("repetition, no_repeat and memory are 0 or more.")
 
-    def to_dict(self) -> dict[str, float | int]:
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        return {known.name: getattr(self, known.name) for known in fields(Sampling)}
 
     def pick(
         self,

@@ -63,6 +63,8 @@ def train(
     finally:
         torch.set_num_threads(threads)
     final = out / "final"
+    for part in (model.config, model.config.text_config, model.config.vision_config):
+        part._name_or_path = ""  # where this machine keeps its stages is nobody's business
     model.save_pretrained(final)
     make_processor(tokenizer, sources.prompt, recipe.fusion.largest).save_pretrained(final)
     facts = _facts(recipe, out, time.monotonic() - began)

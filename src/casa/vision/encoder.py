@@ -66,7 +66,8 @@ def load_encoder(path: Any, **kwargs: Any) -> Any:
     kind = encoder_class(vision if vision is not None else config)
     wanted = kwargs.pop("output_loading_info", False)
     kwargs["key_mapping"] = {TOWER: ""} | (kwargs.get("key_mapping") or {})
-    encoder, info = kind.from_pretrained(path, config=vision, output_loading_info=True, **kwargs)
+    loaded: Any = kind.from_pretrained(path, config=vision, output_loading_info=True, **kwargs)
+    encoder, info = loaded
     surplus = info["unexpected_keys"]
     info["unexpected_keys"] = type(surplus)(key for key in surplus if not BESIDE_TOWER.match(key))
     return (encoder, info) if wanted else encoder

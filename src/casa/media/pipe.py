@@ -1,0 +1,134 @@
+"""Video through a pipe: whatever container FFmpeg reads without seeking (MPEG-TS, Matroska, fragmented MP4, MJPEG).
+
+ffmpeg -i ... -f matroska - | casa caption -
+"""
+
+import math
+import os
+import select
+import stat
+import sys
+import threading
+from collections.abc import Generator
+from typing import Any, BinaryIO
+
+from casa.errors import UserError
+from casa.media.decoder import Decoder
+from casa.media.sampling import as_they_come, on_screen, spans
+from casa.media.source import Frame, Source, check_fps
+from casa.media.upright import upright
+
+# How often, in seconds, a reader that waits for data looks whether it is still wanted.
+GLANCE = 0.1
+
+
+class PipeSource(Source):
+    """Frames of a video that comes through a pipe.
+
+    file: "-" for standard input, the path of a named pipe, or an object with `read`. live: whether what is piped in
+    is a live stream: a frame is then given when it comes, without waiting for the next one.
+    Raises UserError if nothing is piped in, or nothing that can be read front to back (which may show at the end).
+    """
+
+    def __init__(self, file: str | os.PathLike[str] | BinaryIO, fps: float = 2.0, *, live: bool = False) -> None:
+        check_fps(fps)
+        name = "standard input" if file == "-" else str(getattr(file, "name", file))
+        super().__init__(name, live)
+        self._fps = fps
+        self._pipe = _Pipe(file, self._stopping)
+        self._sentence = (
+            f"What comes through {name} is no video that can be read from a pipe: "
+            "send MPEG-TS, Matroska, fragmented MP4 or MJPEG."
+        )
+        try:
+            # the whitelist: a playlist that is piped in must reach neither files nor the network
+            self._decoder = Decoder(
+                self._pipe, name, self._sentence, self.counts, options={"protocol_whitelist": "data"}, live=live
+            )
+        except BaseException:
+            self._pipe.close()
+            raise
+        self.describe = f"{name}: {self._decoder.summary}"
+
+    def _free(self) -> None:
+        self._decoder.close()
+        self._pipe.close()
+
+    def _read(self) -> Generator[Frame, None, None]:
+        timed = self._decoder.frames()
+        if self.is_live:
+            chosen = as_they_come(_rising(timed), self._fps)
+        else:
+            chosen = on_screen(spans(timed, self.counts), self._fps, 0.0, math.inf)
+        for number, (seconds, raw) in enumerate(chosen):
+            picture, _ = upright(raw, self._decoder.aspect)
+            yield Frame(picture, seconds, number)
+            del picture, raw
+        if not self.counts.decoded and not self._stopping.is_set():
+            # plain MP4 opens, but its packets lie before the index that tells where they are
+            raise UserError(self._sentence)
+
+
+def _rising(timed):
+    last = -math.inf
+    for seconds, raw, length in timed:
+        if seconds > last:
+            last = seconds
+            yield seconds, raw, length
+
+
+class _Pipe:
+    """`read` for PyAV, that gives up waiting when it is no longer wanted."""
+
+    def __init__(self, file: Any, stopping: threading.Event) -> None:
+        self._stopping = stopping
+        self._descriptor: int | None = None
+        self._own = False
+        self._file = file
+        self.name = "pipe"
+        if file == "-":
+            if sys.stdin is None or sys.stdin.isatty():
+                raise UserError("Nothing is piped in: write ffmpeg ... -f matroska - | casa caption -")
+            self._descriptor = sys.stdin.fileno()
+        elif isinstance(file, (str, os.PathLike)):
+            try:
+                self._descriptor = os.open(file, os.O_RDONLY)
+            except OSError as error:
+                raise UserError(f"{file} cannot be read ({error.strerror}): check its name.") from error
+            self._own = True
+
+    def read(self, size: int) -> bytes:
+        if self._descriptor is None:
+            return b"" if self._stopping.is_set() else self._file.read(size)
+        while not self._stopping.is_set():
+            if _ready(self._descriptor):
+                return os.read(self._descriptor, size)
+        return b""
+
+    def close(self) -> None:
+        """Closes what was opened here: never standard input, nor a caller's own file."""
+        if self._own and self._descriptor is not None:
+            os.close(self._descriptor)
+            self._own, self._descriptor, self._file = False, None, _Ended()
+
+
+class _Ended:
+    def read(self, size: int) -> bytes:
+        return b""
+
+
+def _ready(descriptor: int) -> bool:
+    """Whether there is something to read, or the end, after waiting for a glance."""
+    if not hasattr(select, "poll"):  # Windows: a read waits for data, however long
+        return True
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(GLANCE * 1000))
+
+
+def is_pipe(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a named pipe at `path`."""
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,126 @@
+"""What a source of video is: frames with their times, one after another, wherever they come from.
+
+    with open_source("rtsp://192.168.1.9/stream", fps=2) as source:
+        for frame in source:
+            frame.picture       # uint8 (H, W, 3), red, green, blue, upright
+            frame.seconds       # rising
+
+Shapes: H, W pixels.
+"""
+
+import math
+import threading
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from PIL import Image
+
+from casa.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One picture of a video.
+
+    picture: uint8 (H, W, 3), RGB, upright, square pixels. seconds: from the beginning of the source; when it was
+    sampled, or when it appears where every frame is read. number: counts the frames given, from 0.
+    `image` (a PIL image, made anew each time), `time` and `index` are other names for the three.
+    """
+
+    picture: np.ndarray
+    seconds: float
+    number: int
+
+    @property
+    def image(self) -> Image.Image:
+        return Image.fromarray(self.picture)
+
+    @property
+    def time(self) -> float:
+        return self.seconds
+
+    @property
+    def index(self) -> int:
+        return self.number
+
+
+@dataclass
+class Counts:
+    """What has happened in a source so far.
+
+    decoded: frames that came out of the decoder (or pictures read), given or not. skipped: damaged packets, frames and
+    picture files passed over. reconnects: connections made after the first. dropped: frames read ahead that made way
+    for newer ones (`Ahead`).
+    """
+
+    decoded: int = 0
+    skipped: int = 0
+    reconnects: int = 0
+    dropped: int = 0
+
+
+class Source(Iterator[Frame]):
+    """Frames in rising time, looked at `fps` times a second. Each kind of source says in `_read` where they come from.
+
+    describe: one line for people. is_live: whether frames come at their own pace, and are lost if nobody takes them.
+    counts: what happened so far. `close()` may be called from any thread, also while another waits for a frame: that
+    one then ends, and whatever was open is let go of.
+    """
+
+    def __init__(self, describe: str, is_live: bool = False) -> None:
+        self.describe = describe
+        self.is_live = is_live
+        self.counts = Counts()
+        self._stopping = threading.Event()
+        self._busy = threading.Lock()
+        self._frames = self._read()
+
+    def _read(self) -> Generator[Frame, None, None]:
+        """The frames; run by one thread at a time, and closed at the end."""
+        raise NotImplementedError
+
+    def __next__(self) -> Frame:
+        frame = None
+        with self._busy:
+            if not self._stopping.is_set():
+                frame = next(self._frames)
+        # Asked again, the lock given back: whoever closed this meanwhile could not take it, and left the rest to us.
+        if frame is None or self._stopping.is_set():
+            self.close()
+            raise StopIteration
+        return frame
+
+    def close(self) -> None:
+        """Let go of everything; further iteration ends at once."""
+        self._stopping.set()
+        if self._busy.acquire(blocking=False):
+            try:
+                self._frames.close()
+                self._free()
+            finally:
+                self._busy.release()
+
+    def _free(self) -> None:
+        """Lets go of what was opened before the first frame was asked for; may be called again."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def check_fps(fps: float) -> None:
+    """Raises UserError for a rate that is none."""
+    if not (math.isfinite(fps) and fps > 0):
+        raise UserError(f"fps is {fps}: give a number of frames per second above 0.")
+
+
+def check_span(start: float, end: float | None) -> None:
+    """Raises UserError for a part of a video, in seconds, that cannot be."""
+    if not (math.isfinite(start) and start >= 0):
+        raise UserError(f"start is {start}: give a number of seconds from 0 on.")
+    if end is not None and not end > start:
+        raise UserError(f"end is {end}: give a number of seconds after start ({start}).")

@@ -1,0 +1,44 @@
+"""A decoded frame as people see it: RGB, the right way up, with square pixels. Shapes: H, W pixels."""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from casa.media.pictures import over_white
+
+
+def upright(raw: Any, aspect: float) -> tuple[np.ndarray, int]:
+    """A decoded frame as uint8 (H, W, 3) with square pixels, upright; and the degrees clockwise it was turned.
+
+    `aspect` is the width of one stored pixel over its height.
+    """
+    # what is not tagged follows custom: BT.709 from 720 lines on, BT.601 below
+    unmarked_hd = raw.colorspace == 2 and raw.height >= 720 and raw.format.name.startswith("yuv")
+    if any(component.is_alpha for component in raw.format.components):
+        picture = np.asarray(over_white(Image.fromarray(raw.to_ndarray(format="rgba"))))
+    else:
+        picture = raw.to_ndarray(format="rgb24", src_colorspace=1 if unmarked_hd else None)
+    if aspect != 1:
+        picture = resized(picture, max(1, round(picture.shape[1] * aspect)), picture.shape[0])
+
+    matrix = raw.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return np.ascontiguousarray(picture), 0
+    # The upper left 2 x 2 of the matrix, as rows: x' = a x + c y and y' = b x + d y, y pointing down.
+    a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(matrix), dtype=np.int32)[:5])
+    swapped = abs(b) + abs(c) > abs(a) + abs(d)
+    if swapped:
+        picture = picture.transpose(1, 0, 2)
+        a, d = c, b
+    if a < 0:
+        picture = picture[:, ::-1]
+    if d < 0:
+        picture = picture[::-1]
+    degrees = (90 if a < 0 else 270) if swapped else (180 if d < 0 else 0)
+    return np.ascontiguousarray(picture), degrees
+
+
+def resized(picture: np.ndarray, width: int, height: int) -> np.ndarray:
+    """A picture, uint8 (H, W, 3), in another size: uint8 (height, width, 3)."""
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))

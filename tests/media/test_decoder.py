@@ -1,0 +1,85 @@
+"""The decoder on damaged and unusual videos: what is whole is given, what is not is counted."""
+
+import av
+import numpy as np
+import pytest
+
+from casa.media.decoder import Decoder
+from casa.media.video import probe, read_frames
+
+
+@pytest.mark.parametrize("size", [(63, 47), (1, 1), (65, 48), (64, 47)])
+def test_odd_sizes(tmp_path, clips, size):
+    path = clips.write(tmp_path / "a.mkv", [0, 100, 200], size=size, codec="ffv1", pixels="yuv444p")
+    assert (probe(path).width, probe(path).height) == size
+    pictures = [f.picture for f in read_frames(path, fps=None)]
+    assert [p.shape for p in pictures] == [(size[1], size[0], 3)] * 3
+    assert [clips.number(p) for p in pictures] == [0, 1, 2]
+    assert all(p.dtype == np.uint8 and p.flags.c_contiguous for p in pictures)
+
+
+def packets(path):
+    with av.open(str(path)) as container:
+        return [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "ts", "avi"])
+def test_flipped_bytes_in_the_middle(tmp_path, clips, suffix):
+    """Noise over some packets, the container's own bytes included: the video goes on behind it."""
+    format = "mpegts" if suffix == "ts" else None
+    picture = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    path = (
+        clips.write(
+            tmp_path / f"a.{suffix}",
+            range(40),
+            clock=25,
+            codec="mjpeg",
+            pixels="yuvj420p",
+            format=format,
+            picture=picture,
+        )
+        if suffix == "avi"
+        else clips.write(tmp_path / f"a.{suffix}", range(0, 1600, 40), format=format, picture=picture)
+    )
+    data = bytearray(path.read_bytes())
+    spots = packets(path)
+    begin, end = spots[12][0], spots[14][0]
+    noise = np.random.default_rng(1).integers(0, 256, end - begin, dtype=np.uint8)
+    data[begin:end] = (np.frombuffer(bytes(data[begin:end]), np.uint8) ^ noise).tobytes()
+    path.write_bytes(data)
+    frames = read_frames(path, fps=None)
+    times = [f.time for f in frames]
+    assert times == sorted(set(times))
+    assert 15 <= len(times) < 40
+    assert times[-1] > 1.4  # the end is reached
+    assert frames.skipped + 40 - len(times) > 0
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "ts"])
+def test_cut_off_in_the_middle(tmp_path, clips, suffix):
+    """Containers written front to back are read as far as they go."""
+    picture = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    format = "mpegts" if suffix == "ts" else None
+    path = clips.write(tmp_path / f"a.{suffix}", range(0, 1600, 40), format=format, picture=picture)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    times = [f.time for f in read_frames(path, fps=None)]
+    assert 5 < len(times) < 30
+    assert times == pytest.approx([k * 0.04 for k in range(len(times))], abs=2e-3)
+
+
+def test_counts_and_ends(tmp_path, clips):
+    path = clips.write(tmp_path / "a.mp4", range(0, 400, 40))
+    with Decoder.of_file(path) as decoder:
+        assert len(list(decoder.frames())) == 10
+        assert (decoder.counts.decoded, decoder.counts.skipped, decoder.lost) == (10, 0, False)
+        assert decoder.duration == pytest.approx(0.4, abs=0.01)
+        assert decoder.size == path.stat().st_size
+        assert decoder.timed
+        assert decoder.summary == "64 x 48, h264"
+    decoder.close()
+
+
+def test_bare_pictures_have_no_times(tmp_path, clips):
+    path = clips.write(tmp_path / "a.mjpeg", range(4), clock=25, codec="mjpeg", pixels="yuvj420p", format="mjpeg")
+    with Decoder.of_file(path) as decoder:
+        assert not decoder.timed

@@ -1,0 +1,227 @@
+"""Addresses, against a server on this machine that breaks off in the middle and comes back."""
+
+import http.server
+import socket
+import subprocess
+import sys
+import threading
+import time
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from casa.errors import UserError
+from casa.media.backoff import Backoff
+from casa.media.network import is_address, open_address, without_secrets
+from casa.media.open_source import open_source
+
+QUICK = Backoff(first=0.001, most=0.002, attempts=3)
+
+
+class Server:
+    """Answers each request with the next of `answers`: (data, whether to tell its true length, content type)."""
+
+    def __init__(self):
+        self.answers, self.asked = [], []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.asked.append(dict(self.headers))
+                if not outer.answers:
+                    self.send_error(503)
+                    return
+                data, length, kind = outer.answers.pop(0)
+                self.send_response(200)
+                self.send_header("Content-Type", kind)
+                if length:
+                    self.send_header("Content-Length", str(length))
+                self.send_header("Connection", "close")
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}/a"
+
+    def close(self):
+        self.http.shutdown()
+        self.thread.join()
+        self.http.server_close()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    running = Server()
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory, clips):
+    """Bytes of 20 frames, one every 0.1 s, in a container. Large enough to be cut, so of noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    folder = tmp_path_factory.mktemp("clips")
+
+    def make(suffix):
+        path = folder / f"a.{suffix}"
+        format = {"ts": "mpegts"}.get(suffix)
+        clips.write(path, range(0, 2000, 100), size=(128, 96), picture=noise, format=format)
+        return path.read_bytes()
+
+    return make
+
+
+def read(source):
+    """Seconds of all frames, and the sentence at the end if there is one."""
+    seconds, sentence = [], ""
+    try:
+        with source:
+            for frame in source:
+                assert frame.picture.shape == (96, 128, 3)
+                seconds.append(round(frame.seconds, 3))
+    except UserError as error:
+        sentence = str(error)
+    return seconds, sentence
+
+
+def test_a_live_stream_that_breaks_off_comes_back(server, clip):
+    data = clip("ts")
+    server.answers = [(data[: len(data) // 2], 0, "video/mp2t"), (data, 0, "video/mp2t")]
+    source = open_source(server.url, fps=10, backoff=QUICK)
+    assert source.is_live
+    seconds, sentence = read(source)
+    assert seconds == sorted(set(seconds))
+    assert 25 <= len(seconds) <= 30  # about 10 of the first connection, all 20 of the second
+    assert "broke off and did not come back in 3 attempts" in sentence
+    assert source.counts.reconnects == 1
+    assert len(server.asked) == 5
+
+
+def test_a_file_that_breaks_off_goes_on_without_a_gap(server, clip):
+    data = clip("mkv")
+    whole = (data, len(data), "video/x-matroska")
+    # asked for a part, this server gives the whole: so it is asked again
+    server.answers = [(data[: len(data) // 2], len(data), "video/x-matroska"), whole, whole, whole]
+    source = open_source(server.url, fps=10, backoff=QUICK)
+    assert not source.is_live
+    seconds, sentence = read(source)
+    assert sentence == ""
+    assert seconds == [round(k * 0.1, 3) for k in range(20)]
+    assert source.counts.reconnects == 1
+
+
+def test_a_file_is_over_once(server, clip):
+    data = clip("mkv")
+    server.answers = [(data, length, "video/x-matroska") for length in (len(data), 0)]
+    for _ in range(2):
+        assert read(open_source(server.url, fps=2, backoff=QUICK)) == ([0, 0.5, 1, 1.5], "")
+    assert len(server.asked) == 2
+
+
+def test_a_camera_of_bare_jpegs_is_timed_by_the_clock(server):
+    """multipart/x-mixed-replace, as network cameras send it."""
+    body = b""
+    for k in range(6):
+        jpeg = av.VideoFrame.from_image(Image.new("RGB", (128, 96), (40 * k,) * 3))
+        body += b"--frame\r\nContent-Type: image/jpeg\r\n\r\n" + encoded(jpeg) + b"\r\n"
+    server.answers = [(body, 0, "multipart/x-mixed-replace; boundary=frame")]
+    ticks = iter(range(1000))
+    source = open_address(server.url, fps=2, backoff=QUICK, clock=lambda: next(ticks) * 0.25)
+    assert source.is_live
+    seconds, _ = read(source)
+    assert seconds[:3] == [0, 0.5, 1.0]
+
+
+def encoded(frame):
+    codec = av.CodecContext.create("mjpeg", "w")
+    codec.width, codec.height, codec.pix_fmt = frame.width, frame.height, "yuvj420p"
+    codec.time_base = Fraction(1, 25)
+    return b"".join(bytes(packet) for packet in [*codec.encode(frame.reformat(format="yuvj420p")), *codec.encode(None)])
+
+
+def test_what_is_no_video_is_one_sentence(server):
+    server.answers = [(b"<html>not here</html>", 21, "text/html")]
+    for _ in range(2):  # a page, then an error
+        with pytest.raises(UserError, match="gives no video: check the address") as caught:
+            open_source(server.url, backoff=QUICK)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_playlist_from_outside_reads_no_file_of_this_machine(server, tmp_path, clip):
+    (tmp_path / "secret.ts").write_bytes(clip("ts"))
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nfile://{tmp_path}/secret.ts\n#EXT-X-ENDLIST\n".encode()
+    server.answers = [(playlist, len(playlist), "application/vnd.apple.mpegurl")]
+    with pytest.raises(UserError, match=r"gives no video|holds no video|no picture size"):
+        list(open_source(server.url, backoff=QUICK))
+
+
+def test_a_server_that_hangs_is_given_up(monkeypatch):
+    monkeypatch.delenv("http_proxy", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        with pytest.raises(UserError, match="gives no video"):
+            open_source(f"http://127.0.0.1:{silent.getsockname()[1]}/a", timeout=0.2)
+        assert time.monotonic() - began < 3
+
+
+SENDER = """
+import sys, time
+import av
+import numpy as np
+for _ in range(200):
+    try:
+        with av.open(sys.argv[1], "w", format="rtsp", options={"rtsp_transport": "tcp"}) as out:
+            stream = out.add_stream("libx264", rate=10, options={"g": "5", "tune": "zerolatency"})
+            stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+            for k in range(30):
+                frame = av.VideoFrame.from_ndarray(np.full((96, 128, 3), 8 * k, np.uint8), format="rgb24")
+                out.mux(stream.encode(frame))
+            out.mux(stream.encode())
+        break
+    except (av.error.FFmpegError, OSError):
+        time.sleep(0.02)
+"""
+
+
+def test_rtsp():
+    """FFmpeg's own RTSP on both sides: it listens here, and another process sends to it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with subprocess.Popen([sys.executable, "-c", SENDER, f"rtsp://127.0.0.1:{port}/live"]) as sender:
+        source = open_source(
+            f"rtsp://ann:secret@127.0.0.1:{port}/live",
+            fps=10,
+            options={"rtsp_flags": "listen", "listen_timeout": "10"},
+            timeout=10,
+            backoff=Backoff(attempts=0),
+        )
+        assert source.is_live
+        seconds, sentence = read(source)
+        sender.terminate()
+    assert "secret" not in source.describe + sentence
+    assert "ann" not in source.describe + sentence
+    assert len(seconds) > 10
+    assert seconds == sorted(set(seconds))
+    assert "broke off" in sentence
+
+
+def test_addresses():
+    assert is_address("rtsp://a/b")
+    assert is_address("gopher://a")
+    assert not is_address("a.mp4")
+    assert not is_address("C:\\a.mp4")
+    for bad in ("gopher://a", "concat://a", "subfile://x"):
+        with pytest.raises(UserError, match=r"There is no reading from .* give a file, or an address of http, https"):
+            open_address(bad)
+    assert without_secrets("https://ann:pw@host:8/x?token=1#y") == "https://host:8/x"
+    assert without_secrets("rtsp://[bad/x") == "rtsp://..."
