@@ -47,6 +47,8 @@ results: .venv/installed
 	$(BIN)/casa eval casa-tiny --seed 2026 --limit 200 --out docs/results/casa-tiny.json
 	$(BIN)/casa bench stream --frames 120 --out docs/results/stream-cpu.json
 	$(BIN)/casa bench stream --frames 1000 --max-text-tokens 128 --out docs/results/stream-bounded-cpu.json
+	for shape in helium-2b qwen2_5-vl-3b qwen2_5-vl-7b; do $(BIN)/casa adapt --dry-run --shape $$shape --frames 1,256,512 \
+		--compressor q_former:128 --compressor q_former:32 --out docs/results/dry-run-$$shape.json || exit 1; done
 
 clean:
 	rm -rf .venv .venv-lowest demo runs build dist

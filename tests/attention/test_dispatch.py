@@ -148,3 +148,16 @@ def test_no_implementation_loads_another(name):
     code = f"import sys, casa.attention.{name}; print([m for m in {others} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_under_autocast_all_are_taken_to_its_precision():
+    layout = WindowLayout.from_insertions([4], [[(1, 2)]])
+    torch.manual_seed(0)
+    query, text, image = torch.randn(4, 2, 8), torch.randn(4, 2, 8), torch.randn(2, 2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = casa_attention(query, text, text.bfloat16(), image.bfloat16(), image, layout)
+    assert found.dtype == torch.bfloat16
+    wanted = casa_attention(query, text, text, image, image, layout)
+    torch.testing.assert_close(found.float(), wanted, rtol=0.05, atol=0.05)
+    with pytest.raises(ValueError, match="one dtype"):
+        casa_attention(query, text, text.bfloat16(), image, image, layout)

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from casa.benchmarks.sessions import bench_sessions, sessions_summary, sessions_table
-from casa.benchmarks.turns import PeakMemory, bench_turns, plot_turns, turns_summary, turns_table
+from casa.benchmarks.sessions import bench_sessions, keep_pace, sessions_summary, sessions_table
+from casa.benchmarks.turns import bench_turns, plot_turns, turns_summary, turns_table
 from casa.errors import UserError
 from casa.testing import tiny_casa, tiny_processor
 
@@ -54,14 +54,24 @@ def test_sessions_double_until_one_is_too_slow(model):
     assert "too slow" in sessions_table(slow, 1e6)
 
 
-def test_memory_is_watched():
-    with PeakMemory() as memory:
-        kept = np.ones(30_000_000)
-        kept += 1
-        import time
-
-        time.sleep(0.1)
-    assert memory.bytes > 100e6
+@pytest.mark.parametrize(
+    ("steps", "dropped", "lags"),
+    [
+        ([0.1, 0.4, 0.5, 0.1], 0, [100, 400, 500, 100]),
+        # late by less than a frame: the next one waits, and nothing is lost
+        ([0.1, 0.9, 0.1, 0.1], 0, [100, 900, 500, 100]),
+        # a step of over two frames: the one between is replaced by the newest
+        ([0.1, 1.2, 0.1], 1, [100, 1200, 300]),
+        # always too slow: every second frame; the last one came while a step lasted, and is not lost
+        ([1.0, 1.0, 1.0], 1, [1000, 1000, 1500]),
+    ],
+)
+def test_frames_that_come_while_a_step_lasts_are_late_or_dropped(steps, dropped, lags):
+    left = iter(steps)
+    pace = keep_pace(lambda: next(left), 4, fps=2.0)
+    assert pace.dropped == dropped
+    assert pace.lags_ms == pytest.approx(lags)
+    assert next(left, None) is None
 
 
 @pytest.mark.parametrize("settings", [{"turns": 5}, {"tokens": 1}])

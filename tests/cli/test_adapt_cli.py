@@ -79,6 +79,7 @@ def test_vlm_brings_its_own_processor(casa, folders, tmp_path):
         (["{vlm}", "--dry-run", "--frames", "1,,2"], "whole numbers"),
         (["{vlm}", "--dry-run", "--frames", "0"], "1 or more"),
         (["{vlm}", "--dry-run", "--compressor", "squeeze:2"], "squeeze"),
+        (["{vlm}", "--dry-run", "--out", "{new}"], "must name a .json file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -116,9 +117,14 @@ def test_dry_run_prints_tables_and_needs_no_weights(casa, tmp_path, folders):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_dry_run_of_a_published_shape(casa):
-    result = casa("adapt", "--dry-run", "--shape", "qwen2_5-vl-7b", "--json")
+def test_dry_run_of_a_published_shape(casa, tmp_path):
+    file = tmp_path / "figures.json"
+    result = casa("adapt", "--dry-run", "--shape", "qwen2_5-vl-7b", "--json", "--out", file)
     assert result.status == 0
-    insertion = json.loads(result.out)["methods"][0]
+    found = json.loads(result.out)
+    insertion = found["methods"][0]
     assert insertion["parameters"] == 8_292_166_656
     assert insertion["frame_tokens"] == 1024
+    assert json.loads(file.read_text()) == found
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["dry_run"] == "qwen2_5-vl-7b"

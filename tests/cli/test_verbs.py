@@ -28,7 +28,19 @@ def video(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "verb", [(), ("ask",), ("caption",), ("adapt",), ("train",), ("eval",), ("demo",), ("bench", "attention")]
+    "verb",
+    [
+        (),
+        ("ask",),
+        ("caption",),
+        ("adapt",),
+        ("train",),
+        ("eval",),
+        ("demo",),
+        ("bench", "attention"),
+        ("bench", "soak"),
+        ("bench", "live"),
+    ],
 )
 def test_help_shows_an_example(casa, verb):
     result = casa(*verb, "--help")

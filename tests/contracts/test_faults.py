@@ -3,11 +3,14 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 import casa
 
 FOLDER = Path(__file__).parents[1] / "mutation"
 sys.path.insert(0, str(FOLDER))
-from check import notices  # noqa: E402
+import check  # noqa: E402
+from check import copied, notices  # noqa: E402
 from faults import FAULTS, Fault  # noqa: E402
 
 
@@ -23,6 +26,17 @@ def test_every_fault_has_its_place_and_its_tests():
 
 
 def test_a_fault_is_noticed_and_a_harmless_change_is_not(tmp_path):
-    harmless = Fault("none", "windows.py", "def _long(", "def _long(", ("test_windows.py",))
-    assert notices(FAULTS[0], tmp_path / "one")
-    assert not notices(harmless, tmp_path / "two")
+    tree = copied(tmp_path)
+    kept = (tree / "src" / "casa" / "windows.py").read_text()
+    harmless = Fault("none", "windows.py", "def _long(", "def  _long(", ("test_windows.py",))
+    assert notices(FAULTS[0], tree)
+    assert (tree / "src" / "casa" / "windows.py").read_text() == kept, "the copy is as it was, for the next fault"
+    assert not notices(harmless, tree)
+
+
+def test_no_fault_is_looked_for_where_tests_fail_anyway(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "fail", lambda tests, tree: True)
+    with pytest.raises(SystemExit, match="without any fault"):
+        check.main("off by one")
+    with pytest.raises(SystemExit, match="no fault has 'nothing'"):
+        check.main("nothing")

@@ -6,6 +6,7 @@ import pytest
 from casa.evaluation.ink import (
     FIRST_HELD_OUT,
     Hand,
+    _kin,
     load_scans,
     pick_scan,
     render_digit,
@@ -91,3 +92,12 @@ def test_a_leaning_hand_leans_right():
 
 def test_nothing_to_draw_gives_nothing():
     assert render_digits([], [], np.random.default_rng(0)) == []
+
+
+def test_kin_are_of_the_same_digit_and_split_and_not_oneself():
+    _, digits = load_scans()
+    kin = _kin()
+    scans = np.arange(len(digits))[:, None]
+    assert (digits[kin] == digits[:, None]).all()
+    assert ((kin < FIRST_HELD_OUT) == (scans < FIRST_HELD_OUT)).all()
+    assert (kin != scans).all()

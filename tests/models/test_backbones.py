@@ -1,6 +1,7 @@
 """Every family that casa knows, as a tiny random model in float64: what holds for one holds for all."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from casa import CasaForConditionalGeneration, FusionConfig, adapt
 from casa.errors import UserError
-from casa.layers import project_images
+from casa.layers import normalise, project_images
 from casa.testing import (
     BACKBONES,
     TEXT_BACKBONES,
@@ -22,8 +23,6 @@ from casa.testing import (
 )
 
 IDS = torch.tensor([[5, 9, 17, 4, 33, 8, 21, 30, 11]])
-# SmolVLM's tower takes one square tile, see test_smolvlm.py
-KINDS = [kind for kind in BACKBONES if kind != "smolvlm"]
 SAMPLES = (
     TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 2, 3), (5, 1, 2)), seed=10),
     TinySample((7, 30, 11, 12), (), seed=20),
@@ -31,9 +30,28 @@ SAMPLES = (
 )
 
 
-@pytest.fixture(scope="module", params=KINDS)
+# what a fusion layer borrows, looks at and is placed by, over every family
+FUSIONS = [
+    {"placement": "before"},
+    {"placement": "replace", "every": 2},
+    {"share_weights": True},
+    {"method": "cross_attention", "gate": "tanh"},
+    {"history": 1},
+    {"update_images": True},
+    {"compressor": "pool:2"},
+]
+MULTIPLY_IN_FLOAT32 = ("helium", "gemma3_text")  # their norms' gains
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
 def kind(request):
     return request.param
+
+
+@pytest.fixture(scope="module")
+def samples(kind):
+    """SmolVLM's tower takes squares of one size."""
+    return tuple(sample.in_squares() for sample in SAMPLES) if kind == "smolvlm" else SAMPLES
 
 
 @pytest.fixture(scope="module")
@@ -41,22 +59,41 @@ def model(kind):
     return tiny_casa_over(kind)
 
 
-def alone(model, samples=SAMPLES):
+def alone(model, samples):
     return [model(**sample.inputs()).logits[0] for sample in samples]
 
 
-@pytest.mark.parametrize("kind", BACKBONES)
-@pytest.mark.parametrize("placement", ["parallel", "before"])
+def open_gates(model):
+    for name, parameter in model.named_parameters():
+        if name.endswith(".gate"):
+            torch.nn.init.constant_(parameter, 0.7)
+    return model
+
+
+@pytest.mark.parametrize(
+    "fusion",
+    [
+        {},
+        {"placement": "before"},
+        {"share_weights": True},
+        {"split": "sample"},
+        {"method": "cross_attention", "gate": "tanh"},
+        {"method": "insertion"},
+    ],
+    ids=str,
+)
 @torch.no_grad()
-def test_text_alone_is_the_backbone_bit_for_bit(kind, placement):
+def test_text_alone_is_the_backbone_bit_for_bit(kind, fusion):
     backbone = tiny_backbone(kind)
     wanted = backbone(input_ids=IDS).logits.clone()
     weights = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     vision = tiny_encoder() if kind in TEXT_BACKBONES else None
-    model = adapt(backbone, FusionConfig(placement=placement), vision=vision).eval()
+    model = open_gates(adapt(backbone, FusionConfig(**fusion), vision=vision).eval())
     assert torch.equal(model(input_ids=IDS).logits, wanted)
+    assert torch.equal(model(input_ids=IDS, use_cache=False).logits, wanted)
     assert torch.equal(model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False), plain(kind, 4))
     state = model.state_dict()
+    assert {name for name in state if name.startswith("backbone.")} == {f"backbone.{name}" for name in weights}
     for name, tensor in weights.items():
         assert torch.equal(state[f"backbone.{name}"], tensor), name
 
@@ -72,20 +109,20 @@ def plain(kind, count):
 
 
 @torch.no_grad()
-def test_packed_samples_are_each_sample_alone(model, close):
-    close(model(**as_packed(SAMPLES)).logits[0], torch.cat(alone(model)))
+def test_packed_samples_are_each_sample_alone(model, samples, close):
+    close(model(**as_packed(samples)).logits[0], torch.cat(alone(model, samples)))
 
 
 @torch.no_grad()
-def test_left_padded_rows_are_each_row_alone(model, close):
-    logits = model(**as_batch(SAMPLES)).logits
-    for row, sample, wanted in zip(logits, SAMPLES, alone(model), strict=True):
+def test_left_padded_rows_are_each_row_alone(model, samples, close):
+    logits = model(**as_batch(samples)).logits
+    for row, sample, wanted in zip(logits, samples, alone(model, samples), strict=True):
         close(row[-len(sample.ids) :], wanted)
 
 
 @torch.no_grad()
-def test_pieces_are_one_pass(model, close):
-    for sample, wanted in zip(SAMPLES, alone(model), strict=True):
+def test_pieces_are_one_pass(model, samples, close):
+    for sample, wanted in zip(samples, alone(model, samples), strict=True):
         cache, found = None, []
         for call in sample.calls(range(1, len(sample.ids))):
             output = model(**call, past_key_values=cache, use_cache=True)
@@ -96,46 +133,40 @@ def test_pieces_are_one_pass(model, close):
 
 
 @torch.no_grad()
-def test_images_matter_and_the_future_does_not(model):
-    first, other = SAMPLES[0], TinySample(SAMPLES[0].ids, SAMPLES[0].pictures, seed=77)
+def test_images_matter_and_the_future_does_not(model, samples):
+    first, other = samples[0], replace(samples[0], seed=77)
     changed = (model(**first.inputs()).logits - model(**other.inputs()).logits)[0].abs().amax(-1)
     assert float(changed[:2].max()) == 0, "text before the image"
     assert float(changed[2:].min()) > 1e-4
 
 
-@pytest.mark.parametrize("fusion", [{"placement": "replace", "every": 2}, {"history": 1}, {"update_images": True}])
+@pytest.mark.parametrize("fusion", [*FUSIONS, {"method": "insertion"}], ids=str)
 @torch.no_grad()
-def test_variants_keep_packed_alone_and_pieces_equal(kind, fusion, close):
-    model = tiny_casa_over(kind, **fusion)
-    wanted = alone(model)
-    close(model(**as_packed(SAMPLES)).logits[0], torch.cat(wanted))
+def test_variants_keep_packed_batched_and_pieces_equal(kind, samples, fusion, close):
+    model = open_gates(tiny_casa_over(kind, **fusion))
+    wanted = alone(model, samples)
+    close(model(**as_packed(samples)).logits[0], torch.cat(wanted))
+    logits = model(**as_batch(samples)).logits
+    for row, sample, one in zip(logits, samples, wanted, strict=True):
+        close(row[-len(sample.ids) :], one)
     cache, found = None, []
-    for call in SAMPLES[0].calls([1, 3, 5, 6]):
+    for call in samples[0].calls([1, 3, 5, 6]):
         output = model(**call, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         found.append(output.logits[0])
     close(torch.cat(found), wanted[0])
+    assert cache.image_tokens > 0
 
 
 @torch.no_grad()
-def test_insertion_is_one_meaning_too(kind, close):
-    model = tiny_casa_over(kind, method="insertion")
-    wanted = alone(model)
-    close(model(**as_packed(SAMPLES)).logits[0], torch.cat(wanted))
-    logits = model(**as_batch(SAMPLES)).logits
-    for row, sample, one in zip(logits, SAMPLES, wanted, strict=True):
-        close(row[-len(sample.ids) :], one)
-
-
-@torch.no_grad()
-def test_gradients_of_packed_rows_are_those_of_each_sample(kind):
+def test_gradients_of_packed_rows_are_those_of_each_sample(kind, samples):
     with torch.enable_grad():
         model = tiny_casa_over(kind)
-        weights = torch.randn(sum(len(s.ids) for s in SAMPLES), 61, dtype=torch.float64)
+        weights = torch.randn(sum(len(s.ids) for s in samples), 61, dtype=torch.float64)
         names = [name for name, _ in model.named_parameters() if name.startswith("casa_layers") or ".mlp." in name]
         wanted_of = [model.get_parameter(name) for name in names if "visual" not in name and "vision" not in name]
-        packed = (model(**as_packed(SAMPLES)).logits[0] * weights).sum()
-        apart = (torch.cat(alone(model)) * weights).sum()
+        packed = (model(**as_packed(samples)).logits[0] * weights).sum()
+        apart = (torch.cat(alone(model, samples)) * weights).sum()
         for one, other in zip(
             torch.autograd.grad(packed, wanted_of), torch.autograd.grad(apart, wanted_of), strict=True
         ):
@@ -145,7 +176,7 @@ def test_gradients_of_packed_rows_are_those_of_each_sample(kind):
 
 @pytest.mark.parametrize("shards", [None, "20KB"])
 @torch.no_grad()
-def test_saved_is_loaded(model, kind, shards, tmp_path):
+def test_saved_is_loaded(model, kind, samples, shards, tmp_path):
     model.save_pretrained(tmp_path, **({} if shards is None else {"max_shard_size": shards}))
     assert (tmp_path / "model.safetensors.index.json").exists() == (shards is not None)
     loaded = CasaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float64).eval()
@@ -153,39 +184,40 @@ def test_saved_is_loaded(model, kind, shards, tmp_path):
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
         assert torch.equal(tensor, theirs[name]), name
-    found = loaded(**SAMPLES[0].inputs()).logits
+    found = loaded(**samples[0].inputs()).logits
     # Gemma's scale of embeddings is a float32 number in a model that was made in float32 and moved to float64
     worst = 1e-5 if kind == "gemma3_text" else 1e-12
-    torch.testing.assert_close(found, model(**SAMPLES[0].inputs()).logits, rtol=worst, atol=worst)
+    torch.testing.assert_close(found, model(**samples[0].inputs()).logits, rtol=worst, atol=worst)
 
 
-@pytest.mark.parametrize("kind", BACKBONES)
 @torch.no_grad()
 def test_the_folded_projection_is_each_blocks_norm_then_its_projections(kind):
     model = tiny_casa_over(kind)
     decoder, image = model.decoder, torch.randn(7, 32, dtype=torch.float64)
     sources = [model.casa_layers[str(index)] for index in range(3)]
-    pairs = project_images(image, sources, [decoder.image_norm(index) for index in range(3)])
-    # Helium and Gemma multiply the gain in float32
-    worst = 1e-6 if kind in ("helium", "gemma3_text") else 1e-12
-    for block, source, (key, value) in zip(decoder.blocks, sources, pairs, strict=True):
+    norms = [decoder.image_norm(index) for index in range(3)]
+    pairs = project_images(image, sources, norms)
+    for block, source, norm, (key, value) in zip(decoder.blocks, sources, norms, pairs, strict=True):
         normed = block.input_layernorm(image)
+        if kind in MULTIPLY_IN_FLOAT32:
+            exact = normalise(image, norm.eps) * norm.gain
+            torch.testing.assert_close(exact, normed, rtol=1e-6, atol=1e-6)
+            normed = exact
         wanted = source.k_proj(normed).view(7, 2, 8)
         wanted = source.k_norm(wanted) if hasattr(source, "k_norm") else wanted
-        torch.testing.assert_close(key, wanted, rtol=0, atol=worst)
-        torch.testing.assert_close(value.flatten(1), source.v_proj(normed), rtol=0, atol=worst)
+        torch.testing.assert_close(key, wanted, rtol=0, atol=1e-12)
+        torch.testing.assert_close(value.flatten(1), source.v_proj(normed), rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
-def test_sampling_and_beams_are_the_same_batched_and_alone(kind):
+def test_beams_are_the_same_batched_and_alone(kind, samples):
     model = tiny_casa_over(kind)
-    samples = [SAMPLES[0], TinySample(SAMPLES[2].ids[:3], SAMPLES[2].pictures[:2], seed=30)]
-    together = model.generate(**as_batch(samples), max_new_tokens=4, num_beams=3, do_sample=False, pad_token_id=0)
-    for row, sample in zip(together, samples, strict=True):
-        single = model.generate(**sample.inputs(), max_new_tokens=4, num_beams=3, do_sample=False, pad_token_id=0)
-        start = as_batch(samples)["input_ids"].shape[1]
-        said, wanted = row[start:].tolist(), single[0, len(sample.ids) :].tolist()
-        assert said[: len(wanted)] == wanted
+    pair = [samples[0], replace(samples[2], ids=samples[2].ids[:3], pictures=samples[2].pictures[:2])]
+    how = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    together = model.generate(**as_batch(pair), **how)
+    for row, sample in zip(together, pair, strict=True):
+        single = model.generate(**sample.inputs(), **how)
+        assert row[-4:].tolist() == single[0, len(sample.ids) :].tolist()
 
 
 @pytest.mark.parametrize("kind", VLM_BACKBONES)
@@ -225,14 +257,14 @@ def test_a_vlm_takes_no_second_tower():
         adapt(tiny_backbone("qwen2_5_vl"), vision=tiny_encoder())
 
 
-def test_copies_are_independent(kind):
+def test_copies_are_independent(kind, samples):
     model = tiny_casa_over(kind)
     twin = copy.deepcopy(model)
     with torch.no_grad():
-        before = model(**SAMPLES[0].inputs()).logits
+        before = model(**samples[0].inputs()).logits
         for parameter in twin.parameters():
             parameter.zero_()
-        assert torch.equal(model(**SAMPLES[0].inputs()).logits, before)
+        assert torch.equal(model(**samples[0].inputs()).logits, before)
 
 
 def test_auto_classes_know_the_parts():
@@ -240,9 +272,8 @@ def test_auto_classes_know_the_parts():
         assert type(tiny_backbone(kind).config) in AutoModelForImageTextToText._model_mapping
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2_5_vl", "helium"])
 @torch.no_grad()
-def test_sampled_rows_are_the_same_batched_and_alone(kind, monkeypatch):
+def test_sampled_rows_are_the_same_batched_and_alone(model, samples, monkeypatch):
     """Each row draws with a seed of its own; what a batch changes of a row's probabilities would change its words."""
 
     def by_row(weights, num_samples, **_):
@@ -253,11 +284,22 @@ def test_sampled_rows_are_the_same_batched_and_alone(kind, monkeypatch):
         return torch.stack(rows).clamp(max=weights.shape[-1] - 1)
 
     monkeypatch.setattr(torch, "multinomial", by_row)
-    model, samples = tiny_casa_over(kind), [SAMPLES[0], SAMPLES[1], SAMPLES[2]]
-    settings = {"max_new_tokens": 5, "do_sample": True, "temperature": 1.3, "top_k": 20, "pad_token_id": 0}
-    batch = as_batch(samples)
-    together = model.generate(**batch, **settings)
-    start = batch["input_ids"].shape[1]
-    for row, sample in zip(together, samples, strict=True):
-        single = model.generate(**sample.inputs(), **settings)[0, len(sample.ids) :].tolist()
-        assert row[start : start + len(single)].tolist() == single
+    how = {"max_new_tokens": 5, "do_sample": True, "temperature": 1.3, "top_k": 20, "eos_token_id": None}
+    together = model.generate(**as_batch(samples), **how, pad_token_id=0)[:, -5:].tolist()
+    assert together == [model.generate(**sample.inputs(), **how)[0, len(sample.ids) :].tolist() for sample in samples]
+    greedy = [
+        model.generate(**sample.inputs(), **how | {"do_sample": False, "temperature": None, "top_k": None})
+        for sample in samples
+    ]
+    assert together != [row[0, -5:].tolist() for row in greedy], "they were drawn"
+
+
+@torch.no_grad()
+def test_a_fixed_seed_repeats_a_batch(model, samples):
+    how = {"max_new_tokens": 5, "do_sample": True, "top_k": 20, "eos_token_id": None, "pad_token_id": 0}
+    found = []
+    for cached, seed in ((True, 5), (False, 5), (True, 6)):
+        torch.manual_seed(seed)
+        found.append(model.generate(**as_batch(samples), use_cache=cached, **how))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])

@@ -226,4 +226,6 @@ def test_prefill_in_inference_mode_then_no_grad(few, close):
 def test_replacing_the_first_block_still_counts_tokens():
     model = tiny_casa(placement="replace", layers=[0])
     cache = fed(model)
-    assert (cache.text.counter, cache.text.get_seq_length(), cache.get_seq_length()) == (1, 7, 7)
+    assert not cache.text.layers[0].is_initialized
+    assert (cache.text.get_seq_length(), cache.get_seq_length()) == (7, 7)
+    assert cache.text.get_mask_sizes(2) == cache.text.get_mask_sizes(2, 1) == (9, 0)

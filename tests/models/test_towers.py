@@ -1,14 +1,17 @@
 """Any image encoder beside a text-only model: the same promises with SigLIP and SigLIP2 as with Qwen's towers."""
 
+import json
+
 import pytest
 import torch
 from transformers import Siglip2VisionConfig, SiglipVisionConfig
 
 from casa import CasaForConditionalGeneration, FusionConfig, adapt
 from casa.models import freeze_backbone
-from casa.testing import tiny_backbone
+from casa.models.converting import convert
+from casa.testing import TinySample, tiny_backbone, tiny_encoder, tiny_text_model
 from casa.testing.tiny import spread
-from casa.vision import new_encoder
+from casa.vision import is_known, kind_of, new_encoder
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 2, "patch_size": 14}
 TOWERS = {
@@ -68,3 +71,87 @@ def test_the_last_blocks_of_the_tower_can_be_trained(model):
     trained = {name for name, p in model.named_parameters() if p.requires_grad and name.startswith("vision.")}
     assert {name.split("layers.")[1][0] for name in trained} == {"3", "4"}
     model.requires_grad_(True)
+
+
+def published(folder, name):
+    """A VLM's folder as Qwen publishes it: the tower's config says the model_type of the whole."""
+    tiny_backbone("qwen2_5_vl", dtype=torch.float32).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["model_type"] = name
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@torch.no_grad()
+def test_a_tower_called_by_the_name_of_its_whole_model(tmp_path):
+    """transformers 5.17 keeps that name, and then a file that says it would be read as the whole model's."""
+    tower = tiny_encoder()
+    tower.config.model_type = "qwen2_5_vl"
+    assert is_known(tower.config)
+    assert kind_of(tower.config) == "qwen2_5_vl_vision"
+    model = adapt(tiny_text_model(), vision=tower).eval()
+    model.save_pretrained(tmp_path / "one")
+    again = CasaForConditionalGeneration.from_pretrained(tmp_path / "one", dtype=torch.float64).eval()
+    inputs = TinySample((5, 9, 17), ((1, 2, 3),)).inputs()
+    torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_5_vl_vision"])
+def test_published_vlms_and_their_towers_are_taken(name, tmp_path):
+    vlm = published(tmp_path / "vlm", name)
+    inside = adapt(vlm).state_dict()
+    convert(vlm, tmp_path / "casa", max_shard_size="40KB")
+    found = CasaForConditionalGeneration.from_pretrained(tmp_path / "casa").state_dict()
+    assert found.keys() == inside.keys()
+    assert all(torch.equal(found[key], inside[key]) for key in inside)
+    tiny_text_model(dtype=torch.float32).save_pretrained(tmp_path / "text")
+    convert(tmp_path / "text", tmp_path / "both", vision=vlm)
+    both = CasaForConditionalGeneration.from_pretrained(tmp_path / "both").state_dict()
+    for key in (key for key in inside if ".visual." in key):
+        assert torch.equal(both[key.replace("backbone.model.visual.", "vision.")], inside[key]), key
+
+
+def deep_tower(blocks):
+    config = tiny_encoder().config
+    config.depth = blocks
+    torch.manual_seed(1)
+    return new_encoder(config)
+
+
+@pytest.mark.parametrize("blocks", [6, 3])
+def test_a_vlm_comes_frozen_but_for_fusion_and_the_last_four_blocks_of_its_tower(blocks):
+    config = tiny_backbone("qwen2_5_vl").config
+    config.vision_config.depth = blocks
+    model = adapt(type(tiny_backbone("qwen2_5_vl"))(config), FusionConfig(compressor="q_former:2", gist=2))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    last = tuple(f"backbone.model.visual.blocks.{index}." for index in range(max(0, blocks - 4), blocks))
+    wanted = {
+        name for name, _ in model.named_parameters() if name.startswith((*last, "casa_layers.", "compressor.", "gist."))
+    }
+    assert trained == wanted
+    assert len({name.split(".")[4] for name in trained if ".visual." in name}) == min(blocks, 4)
+
+
+def test_of_a_text_model_everything_is_trained_until_frozen():
+    model = adapt(tiny_text_model(), vision=deep_tower(6).double())
+    assert all(p.requires_grad for p in model.parameters())
+    freeze_backbone(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[2] for name in trained if name.startswith("vision.")} == {"2", "3", "4", "5"}
+    assert {name.split(".")[0] for name in trained} == {"vision", "projector", "casa_layers"}
+
+
+def test_settings_of_generation_come_along(tmp_path):
+    backbone = tiny_backbone("qwen2_5_vl", dtype=torch.float32)
+    settings = {"do_sample": True, "temperature": 0.3, "top_k": 7, "repetition_penalty": 1.05, "eos_token_id": [2, 6]}
+    backbone.generation_config.update(**settings)
+    backbone.save_pretrained(tmp_path / "vlm")
+    convert(tmp_path / "vlm", tmp_path / "converted")
+    adapt(tmp_path / "vlm").save_pretrained(tmp_path / "adapted")
+    for model in (
+        adapt(backbone),
+        CasaForConditionalGeneration.from_pretrained(tmp_path / "adapted"),
+        CasaForConditionalGeneration.from_pretrained(tmp_path / "converted"),
+    ):
+        found = model.generation_config.to_dict()
+        assert {key: found[key] for key in settings} == settings

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from casa import FusionConfig, adapt
 from casa.errors import UserError
@@ -21,6 +22,7 @@ VARIANTS = {
     "queried": {"compressor": "q_former:3"},
     "queried history": {"compressor": "q_former:3", "history": 1},
     "pooled insertion": {"compressor": "pool:2", "method": "insertion"},
+    "shuffled insertion": {"compressor": "pixel_shuffle:2", "method": "insertion"},
     "queried insertion": {"compressor": "q_former:3", "method": "insertion"},
     "pooled replace in sample": {"compressor": "pool:2", "placement": "replace", "every": 2, "split": "sample"},
 }
@@ -116,8 +118,6 @@ def test_compressors_are_trained_with_the_rest():
 
 class TestGist:
     def inputs(self, model, processor):
-        from PIL import Image
-
         picture = Image.new("RGB", (84, 56), (200, 40, 40))
         return processor(images=[picture], text="hi <image> there", return_tensors="pt").to(model.device)
 
@@ -163,6 +163,29 @@ class TestGist:
         two["pixel_values"][:16] += 1.0  # the first picture
         one, two = ({k: v.float() if v.is_floating_point() else v for k, v in i.items()} for i in (one, two))
         assert float((model(**one).logits - model(**two).logits)[0, -1].abs().max()) > 1e-4
+
+    @torch.no_grad()
+    def test_the_templates_own_delimiter_behind_a_picture_does_the_same(self):
+        """The other kind of gist token (paper v2): the delimiter is text of the picture's window and stays cached."""
+        model, processor = tiny_casa(dtype=torch.float32), tiny_processor()
+        delimiter = processor.tokenizer.convert_tokens_to_ids("<frame>")
+        chat = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (84, 56))}]}]
+        inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+        row, place = inputs["image_positions"][0].tolist()
+        assert inputs["input_ids"][row, place] == delimiter, "the picture stands right before it"
+        before, after, _ = processor.frame(torch.zeros(56, 56, 3, dtype=torch.uint8).numpy())
+        assert (list(before), list(after)) == ([], [delimiter])
+        # a first picture with nothing but its delimiter behind it, then another and a word
+        sample = TinySample((5, delimiter, delimiter, 4), ((1, 2, 2), (2, 1, 2)), seed=1)
+        one, two = sample.inputs(), sample.inputs()
+        two["pixel_values"] = two["pixel_values"].clone()
+        two["pixel_values"][:16] += 1.0  # the first picture
+        one, two = ({k: v.float() if v.is_floating_point() else v for k, v in i.items()} for i in (one, two))
+        moved = (model(**one).logits - model(**two).logits)[0].abs().amax(-1)
+        assert float(moved[0]) == 0
+        assert float(moved[1:].min()) > 1e-4
+        cache = model(**one, use_cache=True).past_key_values
+        assert (cache.num_text, cache.image_tokens) == (4, 2), "two of six image tokens are left, and both delimiters"
 
     def test_it_learns_and_is_saved(self, tmp_path):
         model, processor = self.model_and_processor(2)

@@ -55,11 +55,18 @@ FAULTS = (
         ("attention/test_reference.py",),
     ),
     Fault(
-        "padded queries of a batched call hand gradients back",
+        "padded keys of a batched call are seen",
         "attention/plan.py",
-        "self.valid.append(torch.zeros(number, dtype=torch.bool))",
-        "self.valid.append(torch.ones(number, dtype=torch.bool))",
+        "row[: shape.queries, : shape.keys] = shape.mask()",
+        "row[: shape.queries] = True",
         ("attention/test_sdpa.py",),
+    ),
+    Fault(
+        "a row that is picked twice gets one gradient of the two",
+        "attention/pick.py",
+        "for rows, uses in pick.repeats:",
+        "for rows, uses in pick.repeats[:0]:",
+        ("attention/test_pick.py", "attention/test_sdpa.py"),
     ),
     Fault(
         "missing zero update: text that sees no image is changed",
@@ -145,5 +152,26 @@ FAULTS = (
         'if not first and kwargs.get("use_cache", True):',
         "if False:",
         ("models/test_generation.py",),
+    ),
+    Fault(
+        "an empty cache of a replaced block is asked for the mask",
+        "models/cache.py",
+        "if layer_idx not in self.replaced or",
+        "if True or",
+        ("models/test_cache.py", "models/test_local_attention.py"),
+    ),
+    Fault(
+        "the stand-in of a replaced block is of the other kind",
+        "models/cache.py",
+        "slides[index] == slides[layer_idx]]",
+        "slides[index] != slides[layer_idx]]",
+        ("models/test_local_attention.py",),
+    ),
+    Fault(
+        "text does not see the images of its own window",
+        "windows.py",
+        "(image_window <= window)",
+        "(image_window < window)",
+        ("test_windows.py",),
     ),
 )

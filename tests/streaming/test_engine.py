@@ -1,5 +1,7 @@
 """Many sessions on one model: each says what it says alone, whoever joins, leaves or brings no picture."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -139,6 +141,47 @@ def test_a_bad_frame_is_that_sessions_own_affair(plain):
     assert events["b"].text == alone(plain, "b", 1)[0]
     engine.offer("a", frames(1, 1)[0])
     assert engine.step()[0].text == alone(plain, "a", 1)[0], "and it goes on as if nothing had been"
+
+
+@dataclass(frozen=True)
+class Failing(Sampling):
+    """A way of picking words that breaks, as memory may."""
+
+    def pick(self, *arguments):
+        raise MemoryError
+
+
+def test_what_fails_in_one_session_is_its_own_affair(plain):
+    """Also of what is drawn at random in the others, nothing is lost or drawn twice."""
+    engine = StreamingEngine(plain, tiny_processor())
+    engine.open("bad", sampling=Failing(), **SETTINGS)
+    for name, (_, settings) in STREAMS.items():
+        engine.open(name, **SETTINGS, **settings)
+    heard = {name: [] for name in STREAMS}
+    for turn in range(3):
+        for name in ("bad", *STREAMS):
+            engine.offer(name, frames(STREAMS.get(name, (9,))[0], 3)[turn])
+        events = {event.session: event for event in engine.step()}
+        assert "MemoryError" in events.pop("bad").error
+        for name, event in events.items():
+            assert event.error is None
+            heard[name].append(event.text)
+    for name in STREAMS:
+        assert heard[name] == alone(plain, name, 3), name
+    assert engine.session("bad").usage.image_tokens == 0, "as it was before"
+
+
+def test_a_slow_source_keeps_nobody_waiting(plain):
+    engine = StreamingEngine(plain, tiny_processor())
+    for name in ("a", "b"):
+        engine.open(name, **SETTINGS, **STREAMS[name][1])
+    said = []
+    for frame in frames(2, 4):
+        engine.offer("b", frame)
+        said += engine.step()
+    assert [event.text for event in said] == alone(plain, "b", 4)
+    engine.offer("a", frames(1, 1)[0])
+    assert [event.text for event in engine.step()] == alone(plain, "a", 1)
 
 
 def test_the_newest_frame_wins_and_the_others_are_counted(plain):

@@ -71,11 +71,13 @@ def test_save_load_and_fork_go_on_alike(model, processor, tmp_path):
     session = StreamingSession(model, processor, max_new_tokens=4)
     for frame in FRAMES[:3]:
         session.step(frame)
+    session.notes["mine"] = [1]
     session.save(tmp_path / "session")
     fork = session.fork()
     straight = [session.step(frame) for frame in FRAMES[3:]]
     loaded = StreamingSession.load(tmp_path / "session", model, processor)
     assert loaded.usage == fork.usage
+    assert loaded.notes == fork.notes == StreamingSession.saved_notes(tmp_path / "session") == {"mine": [1]}
     assert [fork.step(frame) for frame in FRAMES[3:]] == straight
     assert [loaded.step(frame) for frame in FRAMES[3:]] == straight
     assert session.usage == fork.usage == loaded.usage

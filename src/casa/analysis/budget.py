@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "cross-attention, tanh": {"method": "cross_attention", "gate": "tanh"},
     "CASA ⊕, shared (D1)": {"share_weights": True},
     "CASA ⊕, images updated (D4)": {"update_images": True},
+    "CASA ⊕, all images seen (D5)": {"history": -1},
 }
 MOMENT_BYTES = 8  # AdamW: two moments in float32
 MASTER_BYTES = 4  # a copy of each trained weight in float32

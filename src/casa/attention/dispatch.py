@@ -52,7 +52,8 @@ def casa_attention(
     """Attention of packed text to the images and the text of its windows (paper, Eq. 3; see `WindowLayout`).
 
     query: (Q, Hq, D), one row per text token that has a query (all of them unless the layout has a `past`).
-    text_key, text_value: (T, Hkv, D). image_key, image_value: (N, Hkv, D). One floating dtype, one device.
+    text_key, text_value: (T, Hkv, D). image_key, image_value: (N, Hkv, D). One floating dtype, one device; under
+        autocast all are taken to its dtype.
     scale: of the scores; D ** -0.5 if None.
     attend: "both" is CASA; "image" leaves out the text, which is plain cross-attention.
     impl: "reference" (any dtype, slow, the definition), "sdpa" (any dtype, any device), "flex" (compiled), "varlen"
@@ -71,6 +72,13 @@ def casa_attention(
         raise UserError(f"there is no attention implementation {impl!r}; known are {', '.join(known)}.{hint}")
     if attend not in ATTEND:
         raise UserError(f"attend is {attend!r}, but must be 'both' (text and images) or 'image'.")
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
+        # as PyTorch's own attention does: projections come in half precision, what was rotated in single
+        low = torch.get_autocast_dtype(kind)
+        query, text_key, text_value, image_key, image_value = (
+            tensor.to(low) for tensor in (query, text_key, text_value, image_key, image_value)
+        )
     _check(query, text_key, text_value, image_key, image_value, layout)
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     given = (query, text_key, text_value, image_key, image_value)

@@ -4,8 +4,7 @@ CASA and insertion of the same weights take turns in one run. Nobody stops early
 its cost. Time to first token is from the frame's pixels to the first token's logits.
 """
 
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from casa.analysis.streaming_cost import insertion_twin
+from casa.benchmarks.plots import BLUE, ORANGE, finish, panels
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 
@@ -109,66 +109,24 @@ def turns_summary(found: dict[str, list[Turn]]) -> dict[str, Any]:
 
 def turns_table(summary: dict[str, Any]) -> str:
     """The summary as a few aligned lines."""
-    lines = [f"{'':10}{'turns':>6}{'first token, ms':>22}{'tokens/s':>20}{'cache tokens':>14}{'cache':>12}"]
+    lines = [f"{'':10}{'turns':>6}{'first token, ms':>22}{'tokens/s':>20}{'cache tokens':>14}{'cache':>12}{'peak':>12}"]
     for name, row in summary.items():
         first, rate = (
             " -> ".join(f"{value:.1f}" for value in row[key]) for key in ("first_token_ms", "tokens_per_second")
         )
         held = f"{row['cache_bytes'] / 1024:.0f} KiB"
-        lines.append(f"{name:10}{row['turns']:6}{first:>22}{rate:>20}{row['cache_tokens']:14,}{held:>12}")
+        peak = f"{row['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in row else ""
+        lines.append(f"{name:10}{row['turns']:6}{first:>22}{rate:>20}{row['cache_tokens']:14,}{held:>12}{peak:>12}")
     return "\n".join(lines)
 
 
 def plot_turns(found: dict[str, list[Turn]], path: Path) -> None:
     """Time to first token and cache bytes over turns, as a PNG. Needs matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError('plots need matplotlib; install "casa-vlm[plots]".') from error
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    latency, memory = figure.subplots(1, 2)
+    figure, (latency, memory) = panels(2)
     for name, turns in found.items():
-        latency.plot([1000 * turn.first_token for turn in turns], label=name, linewidth=1)
-        memory.plot([turn.cache_bytes / 2**20 for turn in turns], label=name, linewidth=1.5)
-    latency.set(xlabel="frame", ylabel="ms to the first token", ylim=(0, None))
-    memory.set(xlabel="frame", ylabel="cache, MiB", ylim=(0, None))
-    for axes in (latency, memory):
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    from casa.atomic import replacing
-
-    with replacing(path) as part:
-        figure.savefig(part, format="png", dpi=120)
-
-
-class PeakMemory:
-    """The most resident memory of this process while it is watched, in bytes above where it began.
-
-    Read from the system every 20 ms, where it tells (Linux); 0 elsewhere.
-    """
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "PeakMemory":
-        self._start = _resident()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.02):
-            self.bytes = max(self.bytes, _resident() - self._start)
-
-
-def _resident() -> int:
-    try:
-        fields: Sequence[str] = Path("/proc/self/statm").read_text(encoding="ascii").split()
-    except OSError:
-        return 0
-    return int(fields[1]) * 4096
+        colour = BLUE if name == "casa" else ORANGE
+        latency.plot([1000 * turn.first_token for turn in turns], label=name, color=colour, linewidth=1)
+        memory.plot([turn.cache_bytes / 2**20 for turn in turns], label=name, color=colour, linewidth=1.8)
+    latency.set(xlabel="frame", ylabel="ms to the first token")
+    memory.set(xlabel="frame", ylabel="cache, MiB")
+    finish(figure, [latency, memory], path)

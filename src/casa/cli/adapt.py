@@ -18,7 +18,9 @@ def adapt(
     backbone: Annotated[
         str | None, typer.Argument(help="Folder of a text-only model or of a vision-language model.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the new model.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the new model; of a dry run, a .json file for its figures.")
+    ] = None,
     vision: Annotated[
         str | None, typer.Option(help="Folder of an image encoder, or of a model with one; for text-only backbones.")
     ] = None,
@@ -36,7 +38,7 @@ def adapt(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; the checkpoint's if left out.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "2GB",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what every method costs; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what every method costs; make no model.")] = False,
     shape: Annotated[str | None, typer.Option(help=f"{DRY}a published model's shape instead of a folder.")] = None,
     image_size: Annotated[str, typer.Option(help=f"{DRY}a frame's side, or HEIGHTxWIDTH, in pixels.")] = "896",
     frames: Annotated[str, typer.Option(help=f"{DRY}after how many frames to look, with commas.")] = "1,256",
@@ -65,7 +67,9 @@ def adapt(
         if len(size) > 2:
             raise UserError(f"--image-size {image_size!r} is not a side or HEIGHTxWIDTH.")
         scene = (size[0], size[-1], tuple(_numbers(frames, ",", "--frames")), text_per_frame)
-        _estimate(backbone, shape, vision, choices, compressor or [], scene, dtype or "bfloat16", json)
+        if out is not None and (out.suffix != ".json" or out.is_dir()):
+            raise UserError(f"a dry run makes no model; --out {out} must name a .json file for its figures.")
+        _estimate(backbone, shape, vision, choices, compressor or [], scene, dtype or "bfloat16", json, out)
         return
     if shape is not None or json:
         raise UserError("--shape and --json are for --dry-run; add it, or leave them out.")
@@ -143,6 +147,7 @@ def _estimate(
     scene: tuple[int, int, tuple[int, ...], int],
     dtype: str,
     json: bool,
+    out: Path | None,
 ) -> None:
     import torch
     from rich.console import Console
@@ -150,7 +155,9 @@ def _estimate(
     from casa.analysis.budget import Scene, budgets, variants
     from casa.analysis.budget_table import tables
     from casa.analysis.shapes import SHAPES, shapes_of
+    from casa.atomic import write_text
     from casa.models import FusionConfig
+    from casa.provenance import provenance
 
     name = backbone if backbone is not None else shape
     if name is None or (backbone is not None and shape is not None):
@@ -159,10 +166,12 @@ def _estimate(
     yours = FusionConfig.from_dict(choices) if choices else None
     config, tower = shapes_of(name, vision, published=shape is not None)
     found = budgets(config, tower, variants(compressors, yours), watched)
+    seen = {"image_size": list(scene[:2]), "frames": list(scene[2]), "text_per_frame": scene[3], "dtype": dtype}
+    record = {"dry_run": name, "scene": seen, **provenance(), "methods": [budget.to_dict() for budget in found]}
+    if out is not None:
+        write_text(out, json_module.dumps(record, indent=2, ensure_ascii=False) + "\n")
     if json:
-        seen = {"image_size": list(scene[:2]), "frames": list(scene[2]), "text_per_frame": scene[3], "dtype": dtype}
-        methods = [budget.to_dict() for budget in found]
-        print(json_module.dumps({"model": name, "scene": seen, "methods": methods}, ensure_ascii=False))
+        print(json_module.dumps(record, ensure_ascii=False))
         return
     console = Console()
     if not console.is_terminal:

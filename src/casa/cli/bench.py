@@ -1,18 +1,20 @@
 """`casa bench`: measurements, side by side in one run."""
 
-import json as json_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from casa.cli.bench_live import live
+from casa.cli.bench_memory import memory
+from casa.cli.bench_options import Device, Json, Model, Out, Seed, report
+from casa.cli.bench_soak import soak
 from casa.errors import UserError
 
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Out = Annotated[Path | None, typer.Option(help="Write the JSON here too.")]
+bench_app = typer.Typer(help="Time things, side by side in one run.", no_args_is_help=True, rich_markup_mode=None)
 
 
+@bench_app.command()
 def attention(
     device: Device = "auto",
     impls: Annotated[str | None, typer.Option(help="Implementations to time, with commas.")] = None,
@@ -31,11 +33,12 @@ def attention(
     names = None if impls is None else tuple(name.strip() for name in impls.split(","))
     where = pick_device(device)
     rows = bench_attention(impls=names, device=where, repeats=repeats, seed=seed)
-    _report(bench_record(rows, seed, repeats, where), bench_table(rows), json, out)
+    report(bench_record(rows, seed, repeats, where), bench_table(rows), json, out)
 
 
+@bench_app.command()
 def stream(
-    model: Annotated[str, typer.Argument(help="A checkpoint's folder, or casa-tiny.")] = "casa-tiny",
+    model: Model = "casa-tiny",
     frames: Annotated[int, typer.Option(help="Frames to watch.")] = 120,
     size: Annotated[int, typer.Option(help="Sides of a frame in px.")] = 336,
     tokens: Annotated[
@@ -46,9 +49,12 @@ def stream(
     ] = None,
     fps: Annotated[float, typer.Option(help="Frames per second of each of the sessions.")] = 2.0,
     max_text_tokens: Annotated[int | None, typer.Option(help="Bound on CASA's text; none if left out.")] = None,
-    seed: Annotated[int, typer.Option(help="Another seed draws another film.")] = 0,
+    seed: Seed = 0,
     device: Device = "auto",
     plot: Annotated[Path | None, typer.Option(help="With --tokens: latency and memory as a PNG.")] = None,
+    peak: Annotated[
+        bool, typer.Option(help="With --tokens: peak memory of each method, run once more in a process of its own.")
+    ] = True,
     json: Json = False,
     out: Out = None,
 ) -> None:
@@ -72,13 +78,15 @@ def stream(
         found, table = sessions_summary(loads, fps), sessions_table(loads, fps)
     elif tokens is not None:
         from casa.benchmarks.stream import handwriting
-        from casa.benchmarks.turns import PeakMemory, bench_turns, plot_turns, turns_summary, turns_table
+        from casa.benchmarks.turns import bench_turns, plot_turns, turns_summary, turns_table
+        from casa.benchmarks.turns_memory import turns_peaks, with_peaks
 
         settings["tokens"] = tokens
-        with PeakMemory() as memory:
-            turns = bench_turns(loaded, processor, handwriting(seed, size), frames, tokens)
-        found, table = turns_summary(turns) | {"peak_host_bytes_above_start": memory.bytes}, ""
-        table = turns_table({name: row for name, row in found.items() if name in turns})
+        turns = bench_turns(loaded, processor, handwriting(seed, size), frames, tokens)
+        found = turns_summary(turns)
+        if peak:
+            found = with_peaks(found, turns_peaks(model, device, frames, tokens, size, seed))
+        table = turns_table(found)
         if plot is not None:
             plot_turns(turns, plot)
     else:
@@ -89,13 +97,8 @@ def stream(
         found = summary(rows)
         table = stream_table(found)
     record = {"bench": "stream", **settings, **provenance(str(loaded.device)), **found}
-    _report(record, table, json, out)
+    report(record, table, json, out)
 
 
-def _report(record: dict[str, Any], table: str, as_json: bool, out: Path | None) -> None:
-    from casa.atomic import write_text
-
-    text = json_module.dumps(record, indent=2)
-    if out is not None:
-        write_text(out, text + "\n")
-    print(text if as_json else table)
+for verb in (live, memory, soak):
+    bench_app.command()(verb)

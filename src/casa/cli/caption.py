@@ -1,51 +1,94 @@
-"""`casa caption`: watches a video and says what is new, as it goes."""
+"""`casa caption`: watches a file, a camera, a stream or a pipe, and says what is new, as it goes."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from casa.cli.sampling_options import (
+    Decay,
+    MaxNewTokens,
+    NoRepeat,
+    Repetition,
+    Seed,
+    StopBias,
+    Temperature,
+    TopK,
+    TopP,
+)
 from casa.errors import UserError
 
 
 def caption(
-    words: Annotated[list[str], typer.Argument(metavar="[MODEL] VIDEO", help="casa-tiny if left out.")],
+    words: Annotated[list[str], typer.Argument(metavar="[MODEL] SOURCE", help="casa-tiny if left out.")],
     out: Annotated[list[Path] | None, typer.Option(help="Captions as .srt, .vtt or .jsonl; may be repeated.")] = None,
-    burn: Annotated[Path | None, typer.Option(help="The video again, with captions drawn in (.mp4).")] = None,
+    burn: Annotated[Path | None, typer.Option(help="The video with captions drawn in (.mp4, .mkv).")] = None,
+    track: Annotated[Path | None, typer.Option(help="The video file with captions as a text track.")] = None,
     fps: Annotated[float, typer.Option(help="Frames looked at per second.")] = 2.0,
     start: Annotated[float, typer.Option(help="Second to start at.")] = 0.0,
     end: Annotated[float | None, typer.Option(help="Second to stop at.")] = None,
+    live: Annotated[
+        bool | None, typer.Option("--live/--every-frame", help="Keep pace, or watch every frame; by the source.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="What to ask for; the model's own prompt if left out.")] = None,
+    ask: Annotated[list[str] | None, typer.Option(help='SECOND="question", asked then; may be repeated.')] = None,
+    hold: Annotated[float, typer.Option(help="Seconds a caption stays on screen, unless another comes.")] = 3.0,
     max_text_tokens: Annotated[int | None, typer.Option(help="Bound on the text remembered; none if left out.")] = None,
+    max_new_tokens: MaxNewTokens = 32,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    repetition: Repetition = 0.0,
+    decay: Decay = 0.9,
+    no_repeat: NoRepeat = 0,
+    stop_bias: StopBias = 0.0,
+    seed: Seed = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a run with the same --out was stopped.")
+    ] = False,
+    save_every: Annotated[float, typer.Option(help="Seconds between saved states; 0: after every frame.")] = 5.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Caption a video frame by frame at constant memory; prints each caption when it is said.
+    """Caption a video file, a folder of pictures, camera:0, screen, an rtsp:// or http:// address, or - (a pipe).
+
+    Prints each caption when it is said; files are valid at every moment. A file is watched frame by frame; a live
+    source, or any with --live, at its own pace: the newest frame wins, and what was dropped is told at the end.
 
     Example: casa caption casa-tiny talk.mp4 --out talk.srt --burn talk-captioned.mp4
     """
     if len(words) not in (1, 2):
         raise UserError("caption takes one video: casa caption casa-tiny talk.mp4 --out talk.srt")
-    name, video = words if len(words) == 2 else ("casa-tiny", words[0])
-    from casa.media import burn_captions, captions_from_frames, probe, read_frames, write_jsonl, write_srt, write_vtt
+    name, source = words if len(words) == 2 else ("casa-tiny", words[0])
+    from casa.captioning import Request, parse_question
+    from casa.captioning import caption as run
     from casa.models.at_hand import load_at_hand
-    from casa.streaming import StreamingSession
+    from casa.streaming import Sampling
 
-    writers = {".srt": write_srt, ".vtt": write_vtt, ".jsonl": write_jsonl}
-    for path in out or ():
-        if path.suffix not in writers:
-            raise UserError(f"{path} has no known ending; use {', '.join(writers)}.")
-    times: list[float] = []
-    texts: list[str] = []
-    with read_frames(video, fps=fps, start=start, end=end) as frames:  # refuses a bad video before a model is loaded
-        model, processor = load_at_hand(name, device)
-        session = StreamingSession(model, processor, prompt=prompt, max_text_tokens=max_text_tokens)
-        for frame in frames:
-            times.append(frame.time)
-            texts.append(session.step(frame.image))
-            if texts[-1]:
-                print(f"{frame.time:8.2f} s  {texts[-1]}", flush=True)
-    captions = captions_from_frames(times, texts, end=probe(video).duration)
-    for path in out or ():
-        writers[path.suffix](path, captions)
-    if burn is not None:
-        burn_captions(video, captions, burn)
+    request = Request(
+        source=source,
+        out=tuple(out or ()),
+        burn=burn,
+        track=track,
+        fps=fps,
+        start=start,
+        end=end,
+        live=live,
+        hold=hold,
+        prompt=prompt,
+        max_text_tokens=max_text_tokens,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_k, top_p, stop_bias, repetition, decay, no_repeat),
+        seed=seed,
+        questions=tuple(parse_question(written) for written in ask or ()),
+        resume=resume,
+        save_every=save_every,
+    )
+    report = run(
+        request,
+        name,
+        lambda known: load_at_hand(known, device),
+        lambda at, text: print(f"{at:8.2f} s  {text}", flush=True),
+    )
+    if report.live or not report.is_clean:
+        print(report.sentence(), file=sys.stderr)

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from casa.cli import adapt, ask, bench, caption, demo, evaluate, train
+from casa.cli import adapt, ask, bench, caption, data, demo, evaluate, serve, train
 from casa.errors import UserError
 
 app = typer.Typer(
@@ -16,16 +16,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-bench_app = typer.Typer(help="Time things, side by side in one run.", no_args_is_help=True, rich_markup_mode=None)
-bench_app.command("attention")(bench.attention)
-bench_app.command("stream")(bench.stream)
 app.command("demo")(demo.demo)
 app.command("ask")(ask.ask)
 app.command("caption")(caption.caption)
 app.command("adapt")(adapt.adapt)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
-app.add_typer(bench_app, name="bench")
+app.command("serve")(serve.serve)
+app.add_typer(bench.bench_app, name="bench")
+app.add_typer(data.data_app, name="data")
 
 
 @app.callback()

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from casa.evaluation import DENSE_CHANNELS, Example, StreamExample, page, scene, stream
+from casa.evaluation import DENSE_CHANNELS, Example, StreamExample, page, scene, sheet, stream
 from casa.evaluation.example import CELL, NO_DIGIT
 from casa.evaluation.scenes import MAX_SIDE as SCENE_SIDE
 from casa.evaluation.scenes import MIN_SIDE as LEAST_SIDE
@@ -22,7 +22,12 @@ _SHORT, _LONG = (6, 12), (13, 40)  # frames of a clip, fewest and most
 
 def pages(rng: np.random.Generator, size: tuple[int, int] | None) -> Example:
     """A page by writers of the training split, their strokes bent more or less."""
-    return page(rng, "train", turns=_QUESTIONS, strength=float(rng.random()), sizes=_only(size))
+    return page(rng, "train", turns=_QUESTIONS, strength=_strength(rng), sizes=_only(size))
+
+
+def sheets(rng: np.random.Generator, size: tuple[int, int] | None) -> Example:
+    """Handwriting all over the picture: for the tower, with no questions."""
+    return sheet(rng, "train", strength=_strength(rng), sizes=_only(size))
 
 
 def scenes(rng: np.random.Generator, size: tuple[int, int] | None) -> Example:
@@ -31,7 +36,7 @@ def scenes(rng: np.random.Generator, size: tuple[int, int] | None) -> Example:
 
 def frames(rng: np.random.Generator, size: tuple[int, int] | None) -> Example:
     """One frame of a stream, as a picture with dense targets and no questions."""
-    shown = stream(rng, "train", seconds=2.0, strength=float(rng.random()), sizes=_only(size))
+    shown = stream(rng, "train", seconds=2.0, strength=_strength(rng), sizes=_only(size))
     times = shown.times()
     t = times[int(rng.integers(len(times)))]
     return Example(image=shown.frame(t), turns=(), dense=shown.dense(t))
@@ -43,23 +48,29 @@ def clips(rng: np.random.Generator) -> StreamExample:
     count = int(rng.integers(fewest, most + 1))
     low, high = LEAST_STREAM_SIDE, STREAM_SIDE if count <= _SHORT[1] else (LEAST_STREAM_SIDE + STREAM_SIDE) // 2
     sides = [CELL * math.floor(low / CELL * ((high + CELL) / low) ** rng.random()) for _ in range(2)]
-    return stream(rng, "train", seconds=count / FPS, strength=float(rng.random()), sizes=[(sides[0], sides[1])])
+    return stream(rng, "train", seconds=count / FPS, strength=_strength(rng), sizes=[(sides[0], sides[1])])
 
 
 def training_sources() -> Sources:
-    """The sources that recipes name: pictures `pages`, `scenes`, `frames`, and `clips`."""
+    """The sources that recipes name: pictures `pages`, `sheets`, `scenes`, `frames`, and `clips`."""
     return Sources(
-        pictures={"pages": pages, "scenes": scenes, "frames": frames},
+        pictures={"pages": pages, "sheets": sheets, "scenes": scenes, "frames": frames},
         clips={"clips": clips},
         channels=DENSE_CHANNELS,
         empty={"digit": NO_DIGIT},
         sides={
             "pages": (LEAST_SIDE, 672),
+            "sheets": (LEAST_SIDE, 672),
             "scenes": (LEAST_SIDE, SCENE_SIDE),
             "frames": (LEAST_STREAM_SIDE, STREAM_SIDE),
         },
         prompt=PROMPT,
     )
+
+
+def _strength(rng: np.random.Generator) -> float:
+    # real writers differ from those of the training scans by more than the scans among themselves
+    return 1.5 * float(rng.random())
 
 
 def _only(size: tuple[int, int] | None) -> list[tuple[int, int]] | None:

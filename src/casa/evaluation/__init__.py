@@ -4,6 +4,7 @@ from casa.evaluation.example import CELL, DENSE_CHANNELS, DenseTargets, Example,
 from casa.evaluation.pages import page
 from casa.evaluation.runner import TASKS, check_tasks, evaluate
 from casa.evaluation.scenes import scene
+from casa.evaluation.sheets import sheet
 from casa.evaluation.stream import StreamExample, stream
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "evaluate",
     "page",
     "scene",
+    "sheet",
     "stream",
 ]

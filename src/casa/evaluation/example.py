@@ -23,6 +23,7 @@ Split = Literal["train", "held_out"]
 DenseTargets = dict[str, NDArray[np.int64]]
 
 NO_DIGIT = 10
+UNSAID = -100  # a cell that says nothing about a channel; a loss passes over it
 
 # Channel -> number of classes. Class 0 means "none", except in `digit`, where 0-9 are the digits themselves.
 DENSE_CHANNELS: dict[str, int] = {

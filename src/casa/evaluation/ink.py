@@ -7,7 +7,8 @@ Legend: scan   uint8 (8, 8), ink 0..16      one digit written by one person
 
 Scans 0..1399 are for training, the rest for evaluation only. The writers of the two parts differ, so what
 limits a reader is how well it takes to new hands: training may bend and press the strokes further
-(`strength`) than real scans are.
+(`strength`) than real scans are, and lead each scan towards one of its kin or away from it: the scans of the same
+digit that look most like it. Such a digit was written by nobody, and is still that digit.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ _ENLARGE = 8
 _BORDER = 2
 _SIDE = (8 + 2 * _BORDER) * _ENLARGE
 _KNOTS = 4  # strokes are bent and pressed by smooth fields with 4 x 4 knots
+_KIN = 12  # per scan
+_TOWARDS = (-0.4, 0.6)  # share of the way from a scan to its kin
 _INKED = 40  # alpha above which a pixel counts as ink when the digit is cropped
 
 
@@ -96,6 +99,21 @@ def _masters() -> NDArray[np.uint8]:
     return np.clip(np.rint(enlarged * 15), 0, 255).astype(np.uint8)
 
 
+@cache
+def _kin() -> NDArray[np.int64]:
+    """Per scan the scans of the same digit and split that differ least from it, int64 (1797, 12)."""
+    scans, _ = load_scans()
+    flat = scans.reshape(len(scans), -1).astype(np.float32)
+    kin = np.empty((len(scans), _KIN), dtype=np.int64)
+    for split in ("train", "held_out"):
+        for digit in range(10):
+            members = scan_indices(split, digit)
+            apart = np.square(flat[members, None] - flat[None, members]).sum(-1)
+            np.fill_diagonal(apart, np.inf)
+            kin[members] = members[np.argsort(apart, axis=1, kind="stable")[:, :_KIN]]
+    return kin
+
+
 def render_digit(
     scan: int, height: float, rng: np.random.Generator, hand: Hand | None = None, strength: float = 0.0
 ) -> NDArray[np.uint8]:
@@ -113,7 +131,8 @@ def render_digits(
     """Draw scans by number, each about its height (px) high: a list of alphas, uint8 (height, width) each.
 
     `hand` is the writer's style (drawn anew if None). `strength` 0 leaves the scans' strokes as they are
-    (slanted, turned and stretched); 1 also bends them, presses them unevenly and varies their thickness.
+    (slanted, turned and stretched); 1 also mixes them with their kin, bends them, presses them unevenly and
+    varies their thickness.
     Drawing a page's digits together is several times faster than one by one.
     """
     if len(scans) == 0:
@@ -139,6 +158,10 @@ def render_digits(
     index += (number * _SIDE**2).astype(np.int32)[:, None, None]
     ink = _masters().reshape(-1).take(index).astype(np.float32)
     if strength > 0:
+        share = strength * rng.uniform(*_TOWARDS, len(number)).astype(np.float32)[:, None, None]
+        kin = _kin()[number, rng.integers(_KIN, size=len(number))]
+        index += ((kin - number) * _SIDE**2).astype(np.int32)[:, None, None]
+        ink += share * (_masters().reshape(-1).take(index) - ink)
         ink *= 1 + np.clip(_field(rng, len(number), h, w, 0.15 * strength), -0.3, 0.3)
     threshold = np.clip(hand.threshold + (0.01 + 0.03 * strength) * jitter[:, 4], 0.1, 0.36)
     ink *= hand.sharpness * 255 / 240

@@ -165,7 +165,7 @@ def _write(
     glyphs: list[Glyph] = []
     for line, end in enumerate(np.cumsum(counts)):
         row = drawn[end - counts[line] : end]
-        offsets = _offsets([ink.shape[1] for _, _, ink in row], float(heights[line]), room_x, rng)
+        offsets = spaced([ink.shape[1] for _, _, ink in row], float(heights[line]), room_x, rng)
         first = offsets[0] - row[0][2].shape[1] / 2
         last = offsets[-1] + row[len(offsets) - 1][2].shape[1] / 2
         start = _MARGIN - first + rng.uniform(0, max(0.0, room_x - (last - first)))
@@ -173,12 +173,12 @@ def _write(
         for column, ((digit, scan, ink), offset) in enumerate(zip(row, offsets, strict=False), start=1):
             x = start + offset
             y = centres[line] + tilt * (x - width / 2)
-            box = _stamp(alpha, ink, x, y)
+            box = stamp(alpha, ink, x, y)
             glyphs.append(Glyph(digit, scan, line + 1, column, box))
     return alpha, glyphs
 
 
-def _offsets(widths: Sequence[int], size: float, room: float, rng: np.random.Generator) -> list[float]:
+def spaced(widths: Sequence[int], size: float, room: float, rng: np.random.Generator) -> list[float]:
     """Centres of as many digits as fit, the first at 0, px: 29 apart or more (28 once rounded)."""
     spread = rng.uniform(0.06, 0.3) * size
     offsets = [0.0]
@@ -190,7 +190,7 @@ def _offsets(widths: Sequence[int], size: float, room: float, rng: np.random.Gen
     return offsets
 
 
-def _stamp(alpha: NDArray[np.uint8], ink: NDArray[np.uint8], x: float, y: float) -> tuple[int, int, int, int]:
+def stamp(alpha: NDArray[np.uint8], ink: NDArray[np.uint8], x: float, y: float) -> tuple[int, int, int, int]:
     """Put `ink` with its centre at about (x, y), moved inside the page; returns its box."""
     height, width = ink.shape
     left = min(max(round(x - width / 2), 0), alpha.shape[1] - width)

@@ -8,7 +8,7 @@ import numpy as np
 
 from casa.evaluation.example import Split
 
-_TASKS = {"pages": 1, "scenes": 2, "stream": 3}
+_TASKS = {"pages": 1, "scenes": 2, "stream": 3, "sheets": 4}
 _SPLITS = {"train": 101, "held_out": 202}
 
 

@@ -6,6 +6,7 @@ from casa.media.caption_writers import CallbackWriter, CaptionWriter, FileWriter
 from casa.media.drawing import burn_captions, draw_caption
 from casa.media.open_source import open_source
 from casa.media.pictures import check_picture, open_picture
+from casa.media.recorder import Recorder
 from casa.media.source import Counts, Frame, Source
 from casa.media.subtitle_track import add_subtitle_track
 from casa.media.subtitles import (
@@ -33,6 +34,7 @@ __all__ = [
     "Frame",
     "FrameReader",
     "ManyWriters",
+    "Recorder",
     "Source",
     "VideoInfo",
     "VideoWriter",

@@ -120,11 +120,9 @@ class FileWriter(_Saying):
         try:
             self._size = 0
             # Written over what was there and cut to its length only then: nothing kept is ever off the disk.
-            before = kept[:-1]
-            self._write(0, self._head + "".join(self._record(c, i) for i, c in enumerate(before, start=1)))
-            self._number, self._place = len(before), self._size
-            for caption in kept[-1:]:
-                self._new(caption)
+            self._write(0, self._head.encode() + b"".join(record for _, record in kept))
+            for caption, record in kept[-1:]:
+                self._last, self._number, self._place = caption, len(kept), self._size - len(record)
             os.ftruncate(self._file, self._size)
         except BaseException:
             os.close(self._file)
@@ -139,8 +137,8 @@ class FileWriter(_Saying):
             os.close(self._file)
             self._file = -1
 
-    def _keep(self, until: float | None) -> list[Caption]:
-        """The whole captions on disk that start before `until`."""
+    def _keep(self, until: float | None) -> list[tuple[Caption, bytes]]:
+        """The whole captions on disk that start before `until`, each with its bytes."""
         path = Path(self._path)
         try:
             data = path.read_bytes()
@@ -149,24 +147,29 @@ class FileWriter(_Saying):
         whole = data[: data.rfind(self._mark) + len(self._mark)] if self._mark in data else b""
         if not whole.strip():
             return []
-        return [c for c in self._read(path, whole) if until is None or c.start < until]
+        captions = self._read(path, whole)
+        plain = [self._record(caption, i).encode() for i, caption in enumerate(captions, start=1)]
+        # as they are, blanks before the mark and all: a run that is gone on with leaves what one run would have left
+        pieces = [piece + self._mark for piece in whole.removeprefix(self._head.encode()).split(self._mark)[:-1]]
+        end = len(self._mark)
+        ours = [piece[:-end].rstrip(b" ") + self._mark for piece in pieces] == plain
+        records = zip(captions, pieces if ours else plain, strict=True)
+        return [(caption, record) for caption, record in records if until is None or caption.start < until]
 
     def _add(self, said: Caption) -> None:
         self._place, self._number = self._size, self._number + 1
-        self._write(self._place, self._record(said, self._number))
+        self._write(self._place, self._record(said, self._number).encode())
 
     def _change(self, said: Caption) -> None:
-        text = self._record(said, self._number)
+        record = self._record(said, self._number).encode()
         # one write, so never shorter than what it replaces: blanks before the mark mean nothing in any of the formats
-        short = self._size - self._place - len(text.encode("utf-8"))
-        mark = self._mark.decode()
-        self._write(self._place, text.removesuffix(mark) + " " * max(0, short) + mark)
+        short = self._size - self._place - len(record)
+        self._write(self._place, record.removesuffix(self._mark) + b" " * max(0, short) + self._mark)
 
-    def _write(self, place: int, text: str) -> None:
-        """Puts `text` there in one call of the system, and ends the file with it. Whole, or not at all."""
+    def _write(self, place: int, data: bytes) -> None:
+        """Puts `data` there in one call of the system, and ends the file with it. Whole, or not at all."""
         if self._file < 0:
             raise RuntimeError("this caption writer is closed")
-        data = text.encode("utf-8")
         try:
             os.lseek(self._file, place, os.SEEK_SET)
             written = os.write(self._file, data) if data else 0

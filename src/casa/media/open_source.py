@@ -23,6 +23,7 @@ def open_source(
     *,
     start: float = 0.0,
     end: float | None = None,
+    after: float | None = None,
     live: bool | None = None,
     timeout: float = 10.0,
     options: dict[str, str] | None = None,
@@ -33,8 +34,10 @@ def open_source(
     spec: a video file (or a picture: one frame); a directory of pictures; "camera:0", "screen"; an address
     (rtsp://, http://, https:// ...); "-" for what is piped in; a binary file object; any Python iterable of pictures
     or `Frame`s.
-    start, end: seconds, for files and directories. live: for addresses, pipes and iterables, whether frames come at
-    their own pace (None finds out where it can). timeout, options, backoff: see `open_address`.
+    start, end: seconds, for files and directories. after: the time of the last frame that an earlier run took; files
+    and directories go on with the one that would have been next, all else begins where it begins. live: for addresses,
+    pipes and iterables, whether frames come at their own pace (None finds out where it can). timeout, options,
+    backoff: see `open_address`.
 
     Raises:
         UserError: nothing that can be read, or a setting that this kind of source does not have.
@@ -63,8 +66,8 @@ def open_source(
         return open_address(text, fps, live=live, timeout=timeout, options=options, backoff=backoff)
     path = text[len("file://") :] if text.lower().startswith("file://") else text
     if os.path.isdir(path):
-        return FolderSource(path, fps, start, end)
-    return FrameReader(path, fps, start, end)
+        return FolderSource(path, fps, start, end, after)
+    return FrameReader(path, fps, start, end, after)
 
 
 def _iterable(spec: object) -> bool:

@@ -22,15 +22,20 @@ class FolderSource(Source):
     """The pictures of a directory in natural order (frame2 before frame10), one every 1/fps seconds from 0 on.
 
     Hidden files, folders and files that are not called pictures are passed over; one that is called a picture and is
-    none is skipped and counted, and its moment stays empty. start, end: seconds.
+    none is skipped and counted, and its moment stays empty. start, end: seconds. after: as for `read_frames`.
     Raises UserError if there is no picture in it.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], fps: float = 2.0, start: float = 0.0, end: float | None = None
+        self,
+        path: str | os.PathLike[str],
+        fps: float = 2.0,
+        start: float = 0.0,
+        end: float | None = None,
+        after: float | None = None,
     ) -> None:
         check_fps(fps)
-        check_span(start, end)
+        check_span(start, end, after)
         try:
             names = os.listdir(path)
         except OSError as error:
@@ -40,13 +45,15 @@ class FolderSource(Source):
             raise UserError(f"{path} holds no pictures: name a folder with .png or .jpg files.")
         self.paths = [Path(path) / name for name in sorted(names, key=natural)]
         self._fps, self._start, self._end = fps, start, math.inf if end is None else end
+        self._after = -math.inf if after is None else after
         super().__init__(f"{path}: {len(names)} pictures")
+        self.duration = len(names) / fps
 
     def _read(self) -> Generator[Frame, None, None]:
         number = 0
         for k, path in enumerate(self.paths):
             seconds = k / self._fps
-            if seconds < self._start - TOLERANCE:
+            if seconds < self._start - TOLERANCE or seconds <= self._after + TOLERANCE:
                 continue
             if seconds >= self._end - TOLERANCE:
                 return

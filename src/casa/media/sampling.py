@@ -46,10 +46,13 @@ def every(frames: Iterator[tuple[float, float, Any]], start: float, end: float) 
 
 
 def on_screen(
-    frames: Iterator[tuple[float, float, Any]], fps: float, start: float, end: float
+    frames: Iterator[tuple[float, float, Any]], fps: float, start: float, end: float, first: int = 0
 ) -> Iterator[tuple[float, Any]]:
-    """(time, raw frame): what is on screen at start, start + 1/fps, ...; none is given twice."""
-    k = 0
+    """(time, raw frame): what is on screen at start, start + 1/fps, ...; none is given twice.
+
+    first: the number of the moment to begin with.
+    """
+    k = first
     for _, until, raw in frames:
         time = start + k / fps
         if time >= end - TOLERANCE:

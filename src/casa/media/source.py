@@ -64,7 +64,8 @@ class Counts:
 class Source(Iterator[Frame]):
     """Frames in rising time, looked at `fps` times a second. Each kind of source says in `_read` where they come from.
 
-    describe: one line for people. is_live: whether frames come at their own pace, and are lost if nobody takes them.
+    describe: one line for people. duration: seconds of the whole, None where nobody knows. is_live: whether frames
+    come at their own pace, and are lost if nobody takes them.
     counts: what happened so far. `close()` may be called from any thread, also while another waits for a frame: that
     one then ends, and whatever was open is let go of.
     """
@@ -72,6 +73,7 @@ class Source(Iterator[Frame]):
     def __init__(self, describe: str, is_live: bool = False) -> None:
         self.describe = describe
         self.is_live = is_live
+        self.duration: float | None = None
         self.counts = Counts()
         self._stopping = threading.Event()
         self._busy = threading.Lock()
@@ -118,8 +120,10 @@ def check_fps(fps: float) -> None:
         raise UserError(f"fps is {fps}: give a number of frames per second above 0.")
 
 
-def check_span(start: float, end: float | None) -> None:
+def check_span(start: float, end: float | None, after: float | None = None) -> None:
     """Raises UserError for a part of a video, in seconds, that cannot be."""
+    if after is not None and not (math.isfinite(after) and after >= start):
+        raise UserError(f"after is {after}: give a number of seconds from start ({start}) on.")
     if not (math.isfinite(start) and start >= 0):
         raise UserError(f"start is {start}: give a number of seconds from 0 on.")
     if end is not None and not end > start:

@@ -14,7 +14,7 @@ import numpy as np
 from casa.errors import UserError
 from casa.media.decoder import STILLS, Decoder, sniff
 from casa.media.pictures import open_picture
-from casa.media.sampling import every, on_screen, spans
+from casa.media.sampling import TOLERANCE, every, on_screen, spans
 from casa.media.source import Frame, Source, check_fps, check_span
 from casa.media.upright import resized, upright
 from casa.media.video_writer import VideoWriter
@@ -42,7 +42,11 @@ class VideoInfo:
 
 
 def read_frames(
-    path: str | os.PathLike[str], fps: float | None = 2.0, start: float = 0.0, end: float | None = None
+    path: str | os.PathLike[str],
+    fps: float | None = 2.0,
+    start: float = 0.0,
+    end: float | None = None,
+    after: float | None = None,
 ) -> "FrameReader":
     """The frames of a video, decoded as they are asked for.
 
@@ -50,11 +54,13 @@ def read_frames(
     that moment is given; one that was given already (a slow or still source) is not given again. With
     None, every frame that appears in start <= time < end is given. A still picture is one frame.
 
+    after: the time of a frame that these settings give; reading begins with the one that they give next.
+
     Raises:
         UserError: bad settings, or a file that holds no readable video, at once; a `start` after the
             end of the video, when the first frame is asked for.
     """
-    return FrameReader(path, fps, start, end)
+    return FrameReader(path, fps, start, end, after)
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
@@ -87,15 +93,22 @@ class FrameReader(Source):
     """Iterates over the `Frame`s of a file; what `read_frames` returns. `info` is the `VideoInfo`."""
 
     def __init__(
-        self, path: str | os.PathLike[str], fps: float | None = 2.0, start: float = 0.0, end: float | None = None
+        self,
+        path: str | os.PathLike[str],
+        fps: float | None = 2.0,
+        start: float = 0.0,
+        end: float | None = None,
+        after: float | None = None,
     ) -> None:
         if fps is not None:
             check_fps(fps)
-        check_span(start, end)
+        check_span(start, end, after)
         self.info = probe(path)
         self._path = path
         self._fps, self._start, self._end = fps, start, math.inf if end is None else end
+        self._after = after
         super().__init__(f"{path}: {self.info.width} x {self.info.height}, {self.info.codec}")
+        self.duration = self.info.duration if math.isfinite(self.info.duration) else None
 
     @property
     def skipped(self) -> int:
@@ -103,26 +116,35 @@ class FrameReader(Source):
         return self.counts.skipped
 
     def _read(self) -> Generator[Frame, None, None]:
+        after = self._after
         if self.info.codec in STILLS:
+            if after is not None:
+                return
             yield Frame(np.array(open_picture(self._path)), self._start, 0)
             return
         with Decoder.of_file(self._path, self.counts) as decoder:
-            if self._start > 0:
-                decoder.seek(self._start)
+            begin = self._start if after is None else after
+            if begin > 0:
+                decoder.seek(begin)
             shown = spans(decoder.frames(), self.counts)
             if self._fps is None:
-                chosen = every(shown, self._start, self._end)
+                chosen = every(shown, begin, self._end)
             else:
-                chosen = on_screen(shown, self._fps, self._start, self._end)
-            started = False
-            for number, (time, raw) in enumerate(chosen):
+                # after: from the frame on that was given then, so that the next is chosen as it would have been
+                first = round((begin - self._start) * self._fps)
+                chosen = on_screen(shown, self._fps, self._start, self._end, first)
+            started, number = False, 0
+            for time, raw in chosen:
+                if after is not None and time <= after + TOLERANCE:
+                    started = True
+                    continue
                 picture, _ = upright(raw, decoder.aspect)
                 # a stream may change its size on the way; whoever reads it should not have to care
                 if picture.shape[:2] != (self.info.height, self.info.width):
                     picture = resized(picture, self.info.width, self.info.height)
                 yield Frame(picture, time, number)
                 del picture, raw  # nothing is kept alive while the next frame is decoded
-                started = True
+                started, number = True, number + 1
             if not started and self._start > 0:
                 # told only now: the length a file claims is not always right
                 raise UserError(f"{self._path} is over before start ({self._start} s): start earlier.")

@@ -3,7 +3,7 @@
 Shapes: B rows, S cached text tokens, Hkv key heads, D channels of a head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,19 +17,47 @@ from casa.models.insertion import StreamState
 
 
 class TextCache(DynamicCache):
-    """Keys and values of the blocks' self-attention. `counter` is the first block that has one."""
+    """Keys and values of the blocks' self-attention. `replaced`: the blocks that have none.
 
-    def __init__(self, config: Any = None, counter: int = 0) -> None:
+    Masks and positions are made once for all blocks that see the whole text and once for all that see a sliding
+    window, from the cache of the first block of each kind. Where that one is empty for ever, the next of its kind
+    that is not stands in.
+    """
+
+    def __init__(self, config: Any = None, replaced: Iterable[int] = ()) -> None:
         super().__init__(config=config)
-        self.counter = counter
+        self.replaced = frozenset(replaced)
+
+    def _counting(self, layer_idx: int) -> int:
+        """The block that knows what block `layer_idx` would hold."""
+        if layer_idx not in self.replaced or layer_idx >= len(self.layers):
+            return layer_idx
+        kept = [index for index in range(len(self.layers)) if index not in self.replaced]
+        slides = [getattr(layer, "is_sliding", False) for layer in self.layers]
+        alike = [index for index in kept if slides[index] == slides[layer_idx]]
+        # with none of its kind left nobody uses the mask
+        return next(iter([*alike, *kept]), layer_idx)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        layer_idx = max(layer_idx, self.counter)
+        layer_idx = self._counting(layer_idx)
         layers: list[Any] = self.layers
         return layers[layer_idx].get_seq_length() if layer_idx < len(layers) else 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return super().get_mask_sizes(query_length, max(layer_idx, self.counter))
+        return super().get_mask_sizes(query_length, self._counting(layer_idx))
+
+    def reset(self) -> None:
+        for layer in self.layers:
+            # transformers before 5.18 fills what is held with zeros and goes on counting them
+            layer.keys = layer.values = None  # type: ignore[union-attr]
+            layer.is_initialized = False  # type: ignore[union-attr]
+            layer.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        for index, layer in enumerate(self.layers):
+            # one that slides cannot be cropped while it is empty
+            if index not in self.replaced:
+                layer.crop(tokens_to_remove)  # type: ignore[union-attr]
 
 
 class CasaCache(Cache):
@@ -40,8 +68,8 @@ class CasaCache(Cache):
     stream: insertion only, what is cached of the merged stream of text and images.
     """
 
-    def __init__(self, config: Any = None, counter: int = 0) -> None:
-        self.text = TextCache(config, counter)
+    def __init__(self, config: Any = None, replaced: Iterable[int] = ()) -> None:
+        self.text = TextCache(config, replaced)
         super().__init__(layers=self.text.layers)
         self.windows: WindowState | None = None
         self.stream: StreamState | None = None

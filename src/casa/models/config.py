@@ -7,6 +7,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from casa.errors import UserError
 from casa.models.fusion_config import FusionConfig
 from casa.models.shipped import resolve
+from casa.vision import kind_of
 
 
 class CasaConfig(PreTrainedConfig):
@@ -34,6 +35,8 @@ class CasaConfig(PreTrainedConfig):
                 raise UserError("this backbone brings its own image encoder; leave out vision_config.")
         else:
             self.vision_config = _sub_config(self.vision_config, "qwen2_5_vl_vision")
+            # a tower taken out of a whole model may still be called by that model's name (see `kind_of`)
+            self.vision_config.model_type = kind_of(self.vision_config)
         self.fusion = self._parsed_fusion().to_dict()
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)

@@ -20,6 +20,7 @@ from casa.layers import CasaAttention, DecodeStep, PackedStep, Record, plan_call
 from casa.models import insertion
 from casa.models.backbones import Decoder, InsertionVLM, decoder_of, family_of
 from casa.models.cache import CasaCache
+from casa.models.chunked_loss import IGNORED, chunked_cross_entropy
 from casa.models.config import CasaConfig
 from casa.models.fusing import STEP, FusedStep, fuse
 from casa.models.generation import CasaGeneration
@@ -51,6 +52,8 @@ class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, 
     _no_split_modules = ["CasaAttention", "Projector", "QFormer", "PixelShuffle"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     accepts_loss_kwargs = True
+    # with labels, the logits of so many tokens are made at once and none are returned; None returns all of them
+    loss_chunk: int | None = None
 
     def __init__(
         self,
@@ -136,9 +139,8 @@ class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, 
 
     def new_cache(self) -> CasaCache:
         """An empty cache for this model."""
-        gone = set(self.fused_blocks) if self.fusion.placement == "replace" else set()
-        counter = next(index for index in range(len(self.decoder.blocks)) if index not in gone)
-        return CasaCache(self.config.get_text_config(decoder=True), counter)
+        replaced = self.fused_blocks if self.fusion.placement == "replace" else ()
+        return CasaCache(self.config.get_text_config(decoder=True), replaced)
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """(N, d_v): the encoder's tokens. They can be kept and passed as `image_features` with any text."""
@@ -199,13 +201,16 @@ class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, 
             output, hidden = self._run_insertion(source, text, places, images, cache, passed)
         else:
             output, hidden = self._run_fused(source, text, places, images, cache, record, passed)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.decoder.logits(hidden[:, keep])
         if cache is not None:
             cache.num_text += like.shape[1]
-        loss = None
-        if labels is not None:
-            loss = self._loss(logits, labels, text, kwargs)
+        logits = loss = None
+        if labels is not None and self.loss_chunk is not None:
+            loss = self._chunked_loss(hidden, labels, text, kwargs.get("num_items_in_batch"))
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.decoder.logits(hidden[:, keep])
+            if labels is not None:
+                loss = self._loss(logits, labels, text, kwargs)
         return CausalLMOutputWithPast(
             loss=loss,  # type: ignore[arg-type]
             logits=logits,  # type: ignore[arg-type]
@@ -373,8 +378,9 @@ class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, 
         after = stream.after(past)
         positions = stream.positions(past)
         if three:
-            # the first row is what packed samples are told apart by
-            first = stream.ordinals() if text.packed else positions[0]
+            # the first row is what packed samples are told apart by: without a cache, transformers takes any row whose
+            # numbers do not rise one by one for several samples, and images have one time for all their tokens
+            first = positions[0] if cache is not None else stream.ordinals()
             positions = torch.cat([first[None], positions])
         if images.extra:
             kwargs = {**kwargs, "visual_pos_masks": stream.is_image, "deepstack_visual_embeds": images.extra}
@@ -391,11 +397,24 @@ class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, 
         return output, stream.text_of(output.last_hidden_state)
 
     def _loss(self, logits: Tensor, labels: Tensor, text: TextInputs, kwargs: dict[str, Any]) -> Tensor:
-        if text.sample_starts is not None:
-            # the first token of a packed sample is not for the last one of the sample before it to predict
-            labels = labels.clone()
-            for row, starts in enumerate(text.sample_starts):
-                labels[row, starts] = -100
+        labels = _within_samples(labels, text)
         counted = {k: v for k, v in kwargs.items() if k == "num_items_in_batch"}
         vocabulary = self.config.get_text_config().vocab_size
         return self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **counted)
+
+    def _chunked_loss(self, hidden: Tensor, labels: Tensor, text: TextInputs, count: Any) -> Tensor:
+        """The same loss from hidden states (B, L, d), without the logits of all tokens at once."""
+        assert self.loss_chunk is not None
+        before = hidden[:, :-1].flatten(0, 1)
+        wanted = _within_samples(labels, text)[:, 1:].flatten().to(hidden.device)
+        return chunked_cross_entropy(before, wanted, self.decoder.logits, self.loss_chunk, count)
+
+
+def _within_samples(labels: Tensor, text: TextInputs) -> Tensor:
+    """The first token of a packed sample is not for the last one of the sample before it to predict."""
+    if text.sample_starts is None:
+        return labels
+    labels = labels.clone()
+    for row, starts in enumerate(text.sample_starts):
+        labels[row, starts] = IGNORED
+    return labels

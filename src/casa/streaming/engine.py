@@ -7,16 +7,17 @@ frame that is no picture, or a session that has gone, ends in that session's own
     step()                                    one pass over all sessions with a frame waiting -> events
 """
 
+import copy
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.streaming.session import StreamingSession
-from casa.streaming.together import Call, run_together
+from casa.streaming.together import Call, Said, run_together
 
 
 @dataclass(frozen=True)
@@ -153,14 +154,37 @@ class StreamingEngine:
                     events.append(Event(name, kind, error=str(error)))
                 else:
                     ready.append((name, seat, kind, call))
-            if ready:
-                said = run_together(self.model, [call for *_, call in ready], cut)
-                for (name, seat, kind, _), one in zip(ready, said, strict=True):
-                    text = seat.session.accept(one)
-                    with self._lock:
-                        if self._seats.get(name) is seat:
-                            events.append(Event(name, kind, text, whole=one.whole))
+            for (name, seat, kind, _), one in zip(ready, self._run([call for *_, call in ready], cut), strict=True):
+                if isinstance(one, Exception):
+                    event = Event(
+                        name, kind, error=f"the model failed at this ({type(one).__name__}); it was left out."
+                    )
+                else:
+                    event = Event(name, kind, seat.session.accept(one), whole=one.whole)
+                with self._lock:
+                    if self._seats.get(name) is seat:
+                        events.append(event)
             return events
+
+    def _run(self, calls: list[Call], cut: Callable[[], bool] | None) -> list[Said | Exception]:
+        """What each call comes to. If the pass over several fails, each has one of its own, so that the culprit's error
+        is nobody else's; these work on copies of the caches too, so a session that fails is as it was before.
+        """
+        if len(calls) < 2:
+            return list(run_together(self.model, calls, cut)) if calls else []
+        draws = [call.draws.get_state() for call in calls]
+        try:
+            return list(run_together(self.model, calls, cut))
+        except Exception:
+            for call, state in zip(calls, draws, strict=True):
+                call.draws.set_state(state)
+        found: list[Said | Exception] = []
+        for call in calls:
+            try:
+                found += run_together(self.model, [replace(call, cache=copy.deepcopy(call.cache))], cut)
+            except Exception as error:
+                found.append(error)
+        return found
 
     def _take_turns(self) -> list[tuple[str, _Seat, str, Any]]:
         turns = []

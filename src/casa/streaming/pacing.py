@@ -34,7 +34,8 @@ class Moment:
     """What was said of one frame.
 
     seconds: the frame's time in the stream. text: "" if nothing. lag: seconds from the frame's being there to the
-    caption's. took: seconds of finding words. whole: False if the caption was cut at its budget.
+    caption's; of a file in real time, from when the frame was due. took: seconds of finding words. whole: False if the
+    caption was cut at its budget.
     """
 
     seconds: float
@@ -190,10 +191,13 @@ class _Live:
             for frame in self._frames:
                 if self._stopped.is_set():
                     break
+                arrived = self._clock()
                 if self._in_real_time:
-                    began = self._clock() - frame.time if began is None else began
-                    self._sleep(max(0.0, began + frame.time - self._clock()))
-                self._count.dropped += self._read.put((frame, self._clock()))
+                    began = arrived - frame.time if began is None else began
+                    # when it was due, not when it was read: a reader that falls behind must show in the lag
+                    arrived = began + frame.time
+                    self._sleep(max(0.0, arrived - self._clock()))
+                self._count.dropped += self._read.put((frame, arrived))
         except BaseException as error:  # handed to the thread that watches
             self.error = error
         finally:

@@ -18,6 +18,8 @@ from transformers import (
 
 from casa.errors import UserError
 
+COLDEST = 1e-4  # below that logits divided by the temperature may be infinite, and nothing but the best is left anyway
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -69,17 +71,18 @@ class Sampling:
             scores[0, list(stops)] += self.stop_bias
         if self.repetition and before:
             scores = scores - self.repetition * self._counts(before, scores.shape[-1], stops)
+        greedy = self.temperature < COLDEST
         processors = LogitsProcessorList()
         if self.no_repeat and len(before) >= self.no_repeat:
             processors.append(NoRepeatNGramLogitsProcessor(self.no_repeat))
-        if self.temperature:
+        if not greedy:
             processors.append(TemperatureLogitsWarper(self.temperature))
             if self.top_k:
                 processors.append(TopKLogitsWarper(self.top_k))
             if self.top_p < 1:
                 processors.append(TopPLogitsWarper(self.top_p))
         scores = processors(torch.tensor([before], dtype=torch.int64), scores)  # type: ignore[arg-type]
-        if not self.temperature:
+        if greedy:
             return int(scores[0].argmax())
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=generator))
 

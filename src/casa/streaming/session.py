@@ -49,6 +49,7 @@ class StreamingSession:
     max_text_tokens: bound on the cached text; None lets it grow by what is said. The prompt (and at least the
         first 4 tokens) is never forgotten.
     max_new_tokens: the longest caption. sampling, seed: greedy unless asked.
+    `notes` is the caller's own: whatever JSON holds, saved and loaded with the session, as one file.
     Raises UserError for a bound too small for the prompt, or under insertion, where text cannot be forgotten.
     """
 
@@ -71,6 +72,7 @@ class StreamingSession:
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling if sampling is not None else Sampling()
         self.frames = 0
+        self.notes: dict[str, Any] = {}
         self._generator = torch.Generator().manual_seed(seed)
         self._earlier: list[int] = []  # what was said, for repetition control
         self._cache = model.new_cache()
@@ -151,6 +153,7 @@ class StreamingSession:
             stops=self._stops,
             stop=self._stop,
             most=self.max_new_tokens,
+            draws=self._generator,
         )
 
     @property
@@ -166,11 +169,20 @@ class StreamingSession:
             window_bytes=cache.num_bytes - cache.text_bytes - cache.image_bytes,
         )
 
+    @property
+    def most_step_tokens(self) -> int:
+        """The most text tokens that a step can add: those around the frame, and the longest caption."""
+        encode = self._processor.tokenizer.encode
+        around = (self._processor.frame_prefix, self._processor.frame_suffix)
+        around_tokens = sum(len(encode(text, add_special_tokens=False)) for text in around if text)
+        return 2 + around_tokens + len(self._processor.gist_ids) + self.max_new_tokens
+
     def fork(self) -> "StreamingSession":
         """A second session that goes on from here by itself; the model is shared."""
         twin = copy.copy(self)
         twin._cache = copy.deepcopy(self._cache)
         twin._pending, twin._earlier = list(self._pending), list(self._earlier)
+        twin.notes = copy.deepcopy(self.notes)
         twin._generator = torch.Generator()
         twin._generator.set_state(self._generator.get_state())
         return twin
@@ -186,8 +198,14 @@ class StreamingSession:
             "sinks": self._sinks,
             "pending": self._pending,
             "earlier": self._earlier,
+            "notes": self.notes,
         }
         store.save(path, self._cache, settings, self._generator.get_state())
+
+    @staticmethod
+    def saved_notes(path: str | Path) -> dict[str, Any]:
+        """The notes of a saved session, without loading it. Raises UserError if the file is none."""
+        return store.read_settings(path).get("notes", {})
 
     @classmethod
     def load(
@@ -205,6 +223,7 @@ class StreamingSession:
         session.max_new_tokens = settings["max_new_tokens"]
         session.sampling = Sampling(**settings["sampling"])
         session.frames = settings["frames"]
+        session.notes = settings.get("notes", {})
         session._sinks = settings["sinks"]
         session._pending, session._earlier = list(settings["pending"]), list(settings["earlier"])
         session._generator = torch.Generator()
@@ -231,18 +250,12 @@ class StreamingSession:
             return
         if self._model.fusion.method == "insertion":
             raise UserError("an insertion model cannot forget its text; leave max_text_tokens out.")
-        needed = self._sinks + self._step_overhead() + self.max_new_tokens
+        needed = self._sinks + self.most_step_tokens
         if bound < needed:
             raise UserError(
                 f"max_text_tokens is {bound}, but the prompt ({self._sinks}) and one frame need {needed}; "
                 "raise it, or lower max_new_tokens."
             )
-
-    def _step_overhead(self) -> int:
-        encode = self._processor.tokenizer.encode
-        around = (self._processor.frame_prefix, self._processor.frame_suffix)
-        around_tokens = sum(len(encode(text, add_special_tokens=False)) for text in around if text)
-        return 2 + around_tokens + len(self._processor.gist_ids)
 
     def _make_room(self, count: int) -> None:
         """Forgets the oldest text beyond the sinks, an eighth of the bound at a time so that it happens rarely."""

@@ -42,16 +42,7 @@ def save(path: str | Path, cache: CasaCache, settings: dict[str, Any], generator
 
 def load(path: str | Path, model: CasaForConditionalGeneration) -> tuple[CasaCache, dict[str, Any], Tensor]:
     """The cache, settings and generator state that `save` wrote. Raises UserError for anything else."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            described = json.loads((file.metadata() or {}).get("casa", "{}"))
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise UserError(f"there is no saved session at {path}.") from error
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not a saved session; give the file that session.save wrote.") from error
-    if described.get("format") != FORMAT:
-        raise UserError(f"{path} is not a saved session; give the file that session.save wrote.")
+    described, tensors = _read(path, True)
     generator = tensors.pop("generator")
     tensors = {name: value.to(model.device) for name, value in tensors.items()}
     cache = model.new_cache()
@@ -70,6 +61,26 @@ def load(path: str | Path, model: CasaForConditionalGeneration) -> tuple[CasaCac
         windows = [[WindowExtent(*window) for window in row] for row in described["windows"]]
         cache.windows = WindowState(windows, layers)
     return cache, described["settings"], generator
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that `save` wrote. Raises UserError for anything else."""
+    return _read(path, False)[0]["settings"]
+
+
+def _read(path: str | Path, whole: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description, and the tensors too if the whole is wanted."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            described = json.loads((file.metadata() or {}).get("casa", "{}"))
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys() if whole}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise UserError(f"there is no saved session at {path}.") from error
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not a saved session; give the file that session.save wrote.") from error
+    if described.get("format") != FORMAT:
+        raise UserError(f"{path} is not a saved session; give the file that session.save wrote.")
+    return described, tensors
 
 
 def _check_fits(path: str | Path, tensors: dict[str, Tensor], model: CasaForConditionalGeneration) -> None:

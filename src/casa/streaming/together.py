@@ -24,7 +24,8 @@ class Call:
 
     tokens: text around the frame. place: index of the token before which the frame stands; None if there is no frame,
     and then no pixels. pick: the next token, from logits (V,) and what has been said so far. stops: tokens that end a
-    caption; stop: the one that stands for a caption that was cut short. most: tokens of the longest caption.
+    caption; stop: the one that stands for a caption that was cut short. most: tokens of the longest caption. draws: the
+    generator that `pick` draws from.
     """
 
     cache: CasaCache
@@ -35,6 +36,7 @@ class Call:
     stops: frozenset[int]
     stop: int
     most: int
+    draws: torch.Generator
 
 
 @dataclass(frozen=True)

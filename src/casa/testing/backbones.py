@@ -1,6 +1,6 @@
 """One tiny random model of every family that casa knows, in float64; most in three blocks and 61 tokens.
 
-Pictures of `TinySample` fit all of them but SmolVLM, whose tower takes one square tile of 16 patches.
+Pictures of `TinySample` fit all of them but SmolVLM, whose tower takes squares of 16 patches (`in_squares`).
 """
 
 from collections.abc import Callable

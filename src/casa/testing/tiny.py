@@ -1,7 +1,7 @@
 """A tiny Llama with a tiny tower, pictures of random pixels, and the ways to hand a text with pictures to a model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -66,12 +66,18 @@ def tiny_casa(seed: int = 0, dtype: torch.dtype = torch.float64, **fusion: Any) 
     return model.eval()
 
 
-def tiny_images(grids: list[tuple[int, int]], seed: int = 3, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """`pixel_values` and `image_grid_thw` of random pictures of (rows, columns) tokens each."""
+def tiny_images(
+    grids: list[tuple[int, int]], seed: int = 3, dtype: torch.dtype = torch.float64, squares: bool = False
+) -> dict[str, Any]:
+    """`pixel_values` and `image_grid_thw` of random pictures of (rows, columns) tokens each.
+
+    squares: as (n, 3, 56, 56) instead of patches, for a tower of one size; every picture then has 2 x 2 tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
     patches = sum(4 * rows * columns for rows, columns in grids)
+    shape = (patches // 16, 3, 56, 56) if squares else (patches, 3 * 14 * 14)
     return {
-        "pixel_values": torch.randn(patches, 3 * 14 * 14, generator=generator, dtype=dtype),
+        "pixel_values": torch.randn(shape, generator=generator, dtype=dtype),
         "image_grid_thw": torch.tensor([(1, 2 * rows, 2 * columns) for rows, columns in grids]),
     }
 
@@ -81,11 +87,17 @@ class TinySample:
     """A text with pictures: token ids, and (index of the token before which it stands, rows, columns) of each.
 
     Rows and columns count tokens. The same sample has the same pixels however it is handed to a model.
+    squares: see `tiny_images`.
     """
 
     ids: tuple[int, ...]
     pictures: tuple[tuple[int, int, int], ...] = ()
     seed: int = 3
+    squares: bool = False
+
+    def in_squares(self) -> "TinySample":
+        """The same text with every picture a square of 2 x 2 tokens, as a tower of one size takes it."""
+        return replace(self, pictures=tuple((place, 2, 2) for place, _, _ in self.pictures), squares=True)
 
     @property
     def image_tokens(self) -> int:
@@ -98,7 +110,7 @@ class TinySample:
     def calls(self, cuts: Sequence[int], late: bool = False) -> list[dict[str, Any]]:
         """The row in several calls, cut at text indices; a picture at a cut ends one or, if `late`, opens the next."""
         found = []
-        pixels = [tiny_images([(r, c)], self.seed + n) for n, (_, r, c) in enumerate(self.pictures)]
+        pixels = _pixels(self)
         left = list(enumerate(self.pictures))
         borders = [0, *cuts, len(self.ids)]
         for number, (first, stop) in enumerate(pairwise(borders)):
@@ -141,9 +153,17 @@ def as_packed(samples: Sequence[TinySample]) -> dict[str, Any]:
 def _pictures(samples: Sequence[TinySample], places: list[tuple[int, int]]) -> dict[str, Any]:
     if not places:
         return {}
-    each = [tiny_images([(r, c)], s.seed + n) for s in samples for n, (_, r, c) in enumerate(s.pictures)]
+    each = [images for sample in samples for images in _pixels(sample)]
     joined = {key: torch.cat([images[key] for images in each]) for key in each[0]}
     return joined | {"image_positions": torch.tensor(places)}
+
+
+def _pixels(sample: TinySample) -> list[dict[str, Any]]:
+    """Every picture by itself."""
+    return [
+        tiny_images([(rows, columns)], sample.seed + number, squares=sample.squares)
+        for number, (_, rows, columns) in enumerate(sample.pictures)
+    ]
 
 
 SPECIAL = ("<pad>", "<bos>", "<end>", "<user>", "<assistant>", "<image>", "<frame>")

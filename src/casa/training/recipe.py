@@ -5,11 +5,8 @@ with a suggestion, so a typo never trains for hours.
 """
 
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import yaml
 
 from casa.errors import UserError
 from casa.models import FusionConfig
+from casa.settings import build, require
 
 _LARGEST_FILE = 1_000_000  # bytes; a recipe is a page of text
 
@@ -35,13 +33,13 @@ class Optimisation:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self.steps >= 1, "steps", self.steps, "1 or more")
-        _check(self.rate > 0, "rate", self.rate, "above 0")
-        _check(self.muon >= 0, "muon", self.muon, "0 or more")
-        _check(self.warmup >= 0, "warmup", self.warmup, "0 or more")
-        _check(0 <= self.decay <= 1, "decay", self.decay, "from 0 to 1")
-        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
-        _check(self.clip > 0, "clip", self.clip, "above 0")
+        require(self.steps >= 1, "steps", self.steps, "1 or more")
+        require(self.rate > 0, "rate", self.rate, "above 0")
+        require(self.muon >= 0, "muon", self.muon, "0 or more")
+        require(self.warmup >= 0, "warmup", self.warmup, "0 or more")
+        require(0 <= self.decay <= 1, "decay", self.decay, "from 0 to 1")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        require(self.clip > 0, "clip", self.clip, "above 0")
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,9 @@ class TextStage:
     most_turns: int = 8
 
     def __post_init__(self) -> None:
-        _check(self.vocabulary >= 262, "vocabulary", self.vocabulary, "262 or more (bytes and special tokens)")
+        require(self.vocabulary >= 262, "vocabulary", self.vocabulary, "262 or more (bytes and special tokens)")
         for name in ("documents", "samples", "row_tokens", "most_turns"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Sizes:
     largest: int
 
     def __post_init__(self) -> None:
-        _check(0 < self.until <= 1, "until", self.until, "above 0, at most 1")
+        require(0 < self.until <= 1, "until", self.until, "above 0, at most 1")
         _check_sides(self.smallest, self.largest)
 
 
@@ -98,9 +96,9 @@ class TowerStage:
     def __post_init__(self) -> None:
         _check_shares("mix", self.mix)
         _check_shares("channels", self.channels)
-        _check(bool(self.sizes), "sizes", list(self.sizes), "one entry or more")
-        _check(self.patches >= 16, "patches", self.patches, "16 or more")
-        _check(0 <= self.smoothing < 1, "smoothing", self.smoothing, "from 0 to below 1")
+        require(bool(self.sizes), "sizes", list(self.sizes), "one entry or more")
+        require(self.patches >= 16, "patches", self.patches, "16 or more")
+        require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "from 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -128,11 +126,11 @@ class FusionStage:
         _check_shares("mix", self.mix)
         _check_shares("batch", self.batch)
         for name in self.batch:
-            _check(name in self.mix, "batch", name, f"a source of the mix ({', '.join(self.mix)})")
+            require(name in self.mix, "batch", name, f"a source of the mix ({', '.join(self.mix)})")
         _check_sides(self.smallest, self.largest)
         for name in ("fresh_patches", "pool_draws", "most_turns", "row_tokens"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        _check(self.prefill >= 1, "prefill", self.prefill, "1 or more")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(self.prefill >= 1, "prefill", self.prefill, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -149,13 +147,18 @@ class Recipe:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        _check(self.seed >= 0, "seed", self.seed, "0 or more")
-        _check(self.threads >= 0, "threads", self.threads, "0 or more")
-        _check(0 <= self.workers <= 64, "workers", self.workers, "from 0 to 64")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(self.threads >= 0, "threads", self.threads, "0 or more")
+        require(0 <= self.workers <= 64, "workers", self.workers, "from 0 to 64")
 
 
 def load_recipe(path: str | Path) -> Recipe:
     """Reads a recipe. UserError, in one sentence, for a file that is missing, no safe YAML, or no recipe."""
+    return parse_recipe(read_yaml(path))
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The plain values in a recipe's file. UserError for a file that is missing, too large, or no safe YAML."""
     path = Path(path)
     if not path.is_file():
         raise UserError(
@@ -174,12 +177,12 @@ def load_recipe(path: str | Path) -> Recipe:
         mark = getattr(error, "problem_mark", None)
         place = f" near line {mark.line + 1}" if mark else ""
         raise UserError(f"{path} is not valid YAML{place}; mend it there.") from error
-    return parse_recipe(values)
+    return values
 
 
 def parse_recipe(values: Any) -> Recipe:
     """A recipe from plain values. UserError for an unknown, missing, wrongly typed or impossible one."""
-    return _build(Recipe, values, "")
+    return build(Recipe, values, what="the recipe")
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
@@ -189,88 +192,13 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def _build(kind: Any, values: Any, at: str) -> Any:
-    where = at or "the recipe"
-    if not isinstance(values, Mapping):
-        raise UserError(f"{where} must be a block of keys and values, not {_shown(values)}.")
-    if kind is FusionConfig:
-        return FusionConfig.from_dict(values)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    for key in values:
-        if key not in fields:
-            near = get_close_matches(str(key), fields, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}."
-            raise UserError(f"Unknown key {key!r} in {where}; {hint}")
-    types_of = typing.get_type_hints(kind)
-    given = {}
-    for name, described in fields.items():
-        path = f"{at}.{name}" if at else name
-        if name in values:
-            given[name] = _value(types_of[name], values[name], path)
-        elif described.default is dataclasses.MISSING and described.default_factory is dataclasses.MISSING:
-            raise UserError(f"{where} lacks the key {name!r}; add it.")
-    try:
-        return kind(**given)
-    except _ImpossibleError as error:
-        raise UserError(f"{at}.{error}" if at else str(error)) from error
-
-
-def _value(kind: Any, value: Any, at: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, at)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise UserError(f"{at} must be a list, not {_shown(value)}.")
-        return tuple(_value(arguments[0], entry, f"{at}[{i}]") for i, entry in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            raise UserError(f"{at} must be a block of named values, not {_shown(value)}.")
-        return {key: _value(arguments[1], entry, f"{at}.{key}") for key, entry in value.items()}
-    if kind is Any:
-        return value
-    assert origin is not types.UnionType
-    # a bool is an int to Python, and not to a recipe
-    right = isinstance(value, kind) or (kind is float and isinstance(value, int))
-    if not right or (isinstance(value, bool) and kind is not bool):
-        # YAML 1.1 reads 1e-3 as text, since it has no dot
-        if kind is float and isinstance(value, str):
-            try:
-                return _finite(float(value), at)
-            except ValueError:
-                pass
-        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        raise UserError(f"{at} must be {names[kind]}, not {_shown(value)}.")
-    return _finite(float(value), at) if kind is float else value
-
-
-def _finite(value: float, at: str) -> float:
-    if value != value or value in (float("inf"), float("-inf")):
-        raise UserError(f"{at} is {value}; give a finite number.")
-    return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-class _ImpossibleError(ValueError):
-    """A value out of range; the place in the recipe is put in front where it is known."""
-
-
-def _check(holds: bool, name: str, value: Any, wanted: str) -> None:
-    if not holds:
-        raise _ImpossibleError(f"{name} is {_shown(value)}; it must be {wanted}.")
-
-
 def _check_shares(name: str, shares: Mapping[str, float]) -> None:
-    _check(bool(shares), name, dict(shares), "a block with at least one entry")
+    require(bool(shares), name, dict(shares), "a block with at least one entry")
     for key, share in shares.items():
-        _check(share > 0, f"{name}.{key}", share, "above 0")
+        require(share > 0, f"{name}.{key}", share, "above 0")
 
 
 def _check_sides(smallest: int, largest: int) -> None:
     for name, side in (("smallest", smallest), ("largest", largest)):
-        _check(side > 0 and side % 28 == 0, name, side, "a multiple of 28 px")
-    _check(smallest <= largest, "smallest", smallest, f"at most largest ({largest})")
+        require(side > 0 and side % 28 == 0, name, side, "a multiple of 28 px")
+    require(smallest <= largest, "smallest", smallest, f"at most largest ({largest})")

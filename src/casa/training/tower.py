@@ -123,17 +123,19 @@ def dense_loss(
     """Weighted sum of the channels' cross-entropies.
 
     weights: per channel. empty: the class of each channel that means "nothing here". Within a channel, the cells
-    where it says something share three quarters of the weight, however few they are.
+    where it says something share three quarters of the weight, however few they are. Cells below 0 are passed over.
     """
     total = torch.zeros(())
     for name, weight in weights.items():
         target = targets[name].flatten()
         loss = F.cross_entropy(logits[name].flatten(0, -2), target, reduction="none", label_smoothing=smoothing)
-        shown = target != empty[name]
-        part = loss.mean()
-        if shown.any() and not shown.all():
-            part = _SHOWN * loss[shown].mean() + (1 - _SHOWN) * loss[~shown].mean()
-        total = total + weight * part
+        known = target >= 0
+        shown = known & (target != empty[name])
+        bare = known & ~shown
+        if shown.any() and bare.any():
+            total = total + weight * (_SHOWN * loss[shown].mean() + (1 - _SHOWN) * loss[bare].mean())
+        elif known.any():
+            total = total + weight * loss[known].mean()
     return total
 
 
@@ -144,7 +146,7 @@ def dense_accuracy(
     """Per channel, over cells where it says something: (right, all)."""
     found = {}
     for name, target in targets.items():
-        shown = target != empty[name]
+        shown = (target != empty[name]) & (target >= 0)
         right = (logits[name].argmax(-1) == target)[shown]
         found[name] = (int(right.sum()), int(right.numel()))
     return found

@@ -24,18 +24,26 @@ BESIDE_TOWER = re.compile(
 )
 
 
+def kind_of(config: Any) -> str | None:
+    """The `model_type` of a config's class. One read from a published file may itself say that of the whole model:
+    transformers 5.17 keeps what the file says, and Qwen's files call a tower "qwen2_5_vl".
+    """
+    return getattr(type(config), "model_type", None) or getattr(config, "model_type", None)
+
+
 def is_known(config: Any) -> bool:
     """Whether `config` is one of an image encoder that casa knows (not of a whole model that has one)."""
-    return getattr(config, "model_type", None) in FAMILIES
+    return kind_of(config) in FAMILIES
 
 
 def family_of(config: Any) -> Family:
     """Raises UserError, naming the known encoders, for a config of anything else."""
-    if is_known(config):
-        return FAMILIES[config.model_type]
-    name = getattr(config, "model_type", None) or type(config).__name__
-    if is_known(getattr(config, "vision_config", None)):
-        raise UserError(f"{name!r} is a whole model; give its image encoder, a {config.vision_config.model_type!r}.")
+    kind = kind_of(config)
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    name = kind or type(config).__name__
+    if is_known(inner := getattr(config, "vision_config", None)):
+        raise UserError(f"{name!r} is a whole model; give its image encoder, a {kind_of(inner)!r}.")
     raise UserError(f"{name!r} is no image encoder that casa knows; the known ones are: {', '.join(FAMILIES)}.")
 
 

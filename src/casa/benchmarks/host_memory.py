@@ -1,0 +1,22 @@
+"""Memory of this process as the system sees it (Linux; 0 where the system does not tell)."""
+
+import os
+from pathlib import Path
+
+
+def resident_bytes() -> int:
+    """What is in memory now."""
+    try:
+        fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    except OSError:
+        return 0
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes() -> int:
+    """The most that this process ever held."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)

@@ -1,0 +1,81 @@
+"""Where captions go: files as they are said, a recording as it is watched, at the end whatever needs all of them."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any, Self
+
+from casa.captioning.request import Request
+from casa.media import Caption, Recorder, add_subtitle_track, burn_captions, open_writer, read_jsonl, read_srt, read_vtt
+from casa.media.caption_writers import CallbackWriter, ManyWriters
+
+_READERS = {".srt": read_srt, ".vtt": read_vtt, ".jsonl": read_jsonl}
+
+
+class Outputs:
+    """All outputs of a request; to be used in a `with`.
+
+    until: where the captions on disk are kept up to, in seconds, when a run goes on (None: all of them).
+    """
+
+    def __init__(self, request: Request, resumed: bool = False, until: float | None = None) -> None:
+        self._request, self._hold = request, request.hold
+        self._said: list[Caption] = []
+        self._writers = ManyWriters([])
+        writers: list[Any] = []
+        try:
+            for path in request.out:
+                writers.append(open_writer(path, resumed, until))
+            self._writers = ManyWriters(writers)
+        except BaseException:
+            for writer in writers:
+                writer.close()
+            raise
+        self._afterwards = request.is_file and (request.burn is not None or request.track is not None)
+        self._recorder = None
+        if request.burn is not None and not request.is_file:
+            self._recorder = Recorder(request.burn, request.fps)
+        self._all = CallbackWriter(self._keep)
+        if resumed and self._afterwards:
+            for known in _READERS[request.out[0].suffix.lower()](request.out[0]):
+                self._all.say(known.start, known.end, known.text)
+
+    def recorded(self, frames: Iterable[Any]) -> Iterator[Any]:
+        """The frames on their way to the session."""
+        return iter(frames) if self._recorder is None else self._recorder.through(frames)
+
+    def say(self, at: float, seconds: float, text: str) -> None:
+        """at: when, on the clock of the captions; seconds: on the source's own."""
+        self._writers.say(at, at + self._hold, text)
+        if self._afterwards:
+            self._all.say(at, at + self._hold, text)
+        if self._recorder is not None:
+            self._recorder.say(seconds, seconds + self._hold, text)
+
+    def finish(self, duration: float | None) -> None:
+        """Closes the files, then writes the videos that need all captions."""
+        end = duration if duration is not None and math.isfinite(duration) else None
+        self._writers.close(end)
+        self._all.close(end)
+        if self._recorder is not None:
+            self._recorder.close()
+        request = self._request
+        if self._afterwards and request.burn is not None:
+            burn_captions(request.path, self._said, request.burn)
+        if self._afterwards and request.track is not None:
+            add_subtitle_track(request.path, self._said, request.track)
+
+    def _keep(self, said: Caption, changed: bool) -> None:
+        if changed:
+            self._said.pop()
+        self._said.append(said)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._recorder is not None:
+            # what was recorded until a camera broke off is kept; and that it broke off is told, whatever comes of this
+            with suppress(Exception):
+                self._recorder.close()
+        self._writers.close()

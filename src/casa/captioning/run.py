@@ -1,0 +1,134 @@
+"""One run: frames from a source, through a session, to captions that are on disk as soon as they are said."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from casa.captioning.outputs import Outputs
+from casa.captioning.progress import Progress
+from casa.captioning.questions import Questions
+from casa.captioning.request import Request
+from casa.media import Source, open_source
+from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.streaming import Count, Moment, StreamingSession, watch, watch_live
+
+Load = Callable[[str], tuple[CasaForConditionalGeneration, CasaProcessor]]
+Tell = Callable[[float, str], object]
+TOLERANCE = 1e-3  # s: what FFmpeg's clocks may be off
+
+
+@dataclass
+class Report:
+    """What happened in a run. live: whether it kept pace with the clock. lags: of its frames, in s; longest, sum.
+
+    damaged: packets, frames and picture files passed over. reconnects: connections made after the first. stopped: by
+    Ctrl-C, which is how live pace ends; the state is kept.
+    """
+
+    live: bool = False
+    count: Count = field(default_factory=Count)
+    said: int = 0
+    longest_lag: float = 0.0
+    total_lag: float = 0.0
+    last_lag: float = 0.0
+    damaged: int = 0
+    reconnects: int = 0
+    stopped: bool = False
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether every frame was watched, and whole."""
+        return not (self.count.dropped or self.count.cut or self.count.skipped or self.damaged or self.reconnects)
+
+    def sentence(self) -> str:
+        """All counts in one line."""
+        count, frames = self.count, max(1, self.count.frames)
+        told = [f"{count.frames} frames watched, {self.said} captions"]
+        if self.live:
+            lag = f"lag {self.total_lag / frames:.2f} s on average, {self.longest_lag:.2f} s at most"
+            told += [f"{count.dropped} dropped", f"{count.cut} cut short", f"{lag}, {self.last_lag:.2f} s at the end"]
+        told += [f"{count.skipped} no pictures"] if count.skipped else []
+        told += [f"{self.damaged} damaged packets or frames passed over"] if self.damaged else []
+        told += [f"{self.reconnects} times connected again"] if self.reconnects else []
+        return "; ".join(told) + "."
+
+
+def caption(request: Request, model: str, load: Load, tell: Tell = lambda at, text: None) -> Report:
+    """Captions a source to its end; in live pace, to its end or Ctrl-C.
+
+    model, load: `load(model)` gives the model and its processor; called once the source has been opened. tell: called
+    with each caption and answer, and its second, as it is said.
+    Raises UserError for a source, a model or an output that cannot be, and for a state of another run.
+    """
+    progress = Progress(request, model)
+    after = progress.place.seconds
+    report = Report()
+    with _open(request, after) as source:
+        session = progress.session(*load(model))
+        offset = progress.offset(source.is_live)
+        # of a file, what was said after the state was saved will be said again
+        until = None if source.is_live or after is None else round(after, 3) + 0.0005
+        report.live = source.is_live if request.live is None else request.live
+        questions = Questions(request.questions, progress.place.asked)
+        with Outputs(request, progress.resumed, until) as outputs:
+            frames = outputs.recorded(_behind(source, None if source.is_live else after))
+
+            def said(seconds: float, text: str) -> None:
+                report.said += 1
+                outputs.say(offset + seconds, seconds, text)
+                tell(offset + seconds, text)
+
+            seconds = 0.0
+            try:
+                for moment in _watched(session, frames, request, source, report):
+                    seconds = moment.seconds
+                    if moment.text:
+                        said(seconds, moment.text)
+                    _answer(session, questions, offset + seconds, seconds, said)
+                    progress.reached(offset + seconds, questions.asked, session)
+                if session.frames:
+                    _answer(session, questions, float("inf"), seconds, said)
+                    progress.reached(offset + seconds, questions.asked, session)
+                    progress.save(session)
+            except KeyboardInterrupt:
+                # the session may be in the middle of a caption: the state saved before it is the one to go on from
+                if not report.live:
+                    raise
+                report.stopped = True
+            report.damaged, report.reconnects = source.counts.skipped, source.counts.reconnects
+            outputs.finish(source.duration)
+        if not report.stopped:
+            progress.finish()
+    return report
+
+
+def _open(request: Request, after: float | None) -> Source:
+    return open_source(
+        request.source, request.fps, start=request.start, end=request.end, after=after, live=request.live
+    )
+
+
+def _behind(frames: Iterable[Any], after: float | None) -> Iterator[Any]:
+    """The frames later than that: what can only be read from its beginning is read up to there."""
+    return (frame for frame in frames if after is None or frame.seconds > after + TOLERANCE)
+
+
+def _watched(
+    session: StreamingSession, frames: Iterator[Any], request: Request, source: Source, report: Report
+) -> Iterator[Moment]:
+    if not report.live:
+        moments = watch(session, frames, report.count)
+    else:
+        moments = watch_live(session, frames, request.fps, count=report.count, in_real_time=not source.is_live)
+    for moment in moments:
+        report.longest_lag, report.last_lag = max(report.longest_lag, moment.lag), moment.lag
+        report.total_lag += moment.lag
+        yield moment
+
+
+def _answer(
+    session: StreamingSession, questions: Questions, at: float, seconds: float, said: Callable[[float, str], None]
+) -> None:
+    for question in questions.due(at):
+        answer = session.ask(question.text)
+        said(seconds, f"{question.text} {answer or '(no answer)'}")

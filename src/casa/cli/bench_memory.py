@@ -1,0 +1,29 @@
+"""`casa bench memory`: does captioning a long film take more host memory than a short one?"""
+
+from typing import Annotated
+
+import typer
+
+from casa.cli.bench_options import Json, Model, Out, report
+
+
+def memory(
+    model: Model = "casa-tiny",
+    minutes: Annotated[float, typer.Option(help="Length of the long film.")] = 60.0,
+    short: Annotated[float, typer.Option(help="Length of the short film, in minutes.")] = 1.0,
+    size: Annotated[int, typer.Option(help="Sides of a frame in px.")] = 112,
+    fps: Annotated[float, typer.Option(help="Frames per second of both films, all of them watched.")] = 2.0,
+    max_text_tokens: Annotated[int | None, typer.Option(help="Bound on the text; none if left out.")] = None,
+    json: Json = False,
+    out: Out = None,
+) -> None:
+    """Caption a film of an hour and one of a minute, each in a process of its own; compare what these held at most.
+
+    Example: casa bench memory --minutes 60 --out memory.json
+    """
+    from casa.benchmarks.memory import bench_memory, memory_table
+    from casa.provenance import provenance
+
+    found = bench_memory(model, minutes, short, size, fps, max_text_tokens)
+    settings = {"bench": "memory", "model": model, "size": size, "fps": fps, "max_text_tokens": max_text_tokens}
+    report(settings | provenance() | found, memory_table(found), json, out)

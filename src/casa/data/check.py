@@ -1,0 +1,169 @@
+"""A look at a whole data set: what is in it, how long and large it is, what cannot be used, and some of it to look at.
+
+Every picture is decoded, so what passes here passes in training. Memory holds a few numbers per record, and samples.
+"""
+
+import random
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from casa.data.bad import BadRecord, Report
+from casa.data.pictures import open_one
+from casa.data.record import Record, Text
+from casa.data.records import Records
+from casa.data.settings import DataSettings, Shard
+
+# quantities of a record, in the order in which tables show them
+QUANTITIES = {
+    "turns": "turns",
+    "characters": "characters of text",
+    "answer": "characters to learn",
+    "text_tokens": "text tokens",
+    "pictures": "pictures",
+    "image_tokens": "image tokens",
+    "width": "width of a picture, px",
+    "height": "height of a picture, px",
+}
+_THUMBNAIL = 360  # px
+_MOST_THUMBNAILS = 24
+
+
+@dataclass
+class Sample:
+    """A record to look at, and its first pictures, made small. tokens: of its images."""
+
+    record: Record
+    thumbnails: list[Image.Image]
+    tokens: int
+
+
+@dataclass
+class Checked:
+    """What was found. values: by the names in `QUANTITIES`. complete: whether every record was looked at."""
+
+    records: int = 0
+    complete: bool = True
+    values: dict[str, array] = field(default_factory=lambda: {name: array("q") for name in QUANTITIES})
+    samples: list[Sample] = field(default_factory=list)
+    report: Report = field(default_factory=Report)
+
+    def statistics(self) -> dict[str, dict[str, float]]:
+        """least, median, mean, 95 %, most and total of each quantity that was counted."""
+        found = {}
+        for name, values in self.values.items():
+            if values:
+                numbers = np.frombuffer(values, dtype=np.int64)
+                found[name] = {
+                    "least": int(numbers.min()),
+                    "median": float(np.median(numbers)),
+                    "mean": round(float(numbers.mean()), 2),
+                    "p95": float(np.percentile(numbers, 95)),
+                    "most": int(numbers.max()),
+                    "total": int(numbers.sum()),
+                }
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the samples, as plain values."""
+        listed = [{"origin": str(o), "reason": bad.reason, "why": str(bad)} for o, bad in self.report.first]
+        return {
+            "records": self.records,
+            "complete": self.complete,
+            "bad": self.report.total,
+            "reasons": dict(self.report.counts),
+            "statistics": self.statistics(),
+            "first_bad": listed,
+        }
+
+
+def image_tokens(width: int, height: int) -> int:
+    """Tokens of a picture in the paper's encoder: patches of 14 px, merged 2 x 2."""
+    return max(1, round(width / 28)) * max(1, round(height / 28))
+
+
+def check_data(
+    settings: DataSettings,
+    *,
+    limit: int | None = None,
+    count_text: Callable[[str], int] | None = None,
+    count_image: Callable[[int, int], int] = image_tokens,
+    samples: int = 12,
+    report: Report | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Checked:
+    """Reads every record once, in the order of the files, and decodes its pictures.
+
+    limit: rows at most, good or bad. count_text: tokens of a text; None leaves them out. count_image: tokens of a
+    picture of (width, height) px. samples: records kept to look at, chosen evenly. progress: told the rows so far.
+
+    Raises:
+        UserError: data that are not there. Bad records are counted.
+    """
+    once = DataSettings(settings.sources, shuffle=0, exhausted="leave")
+    found = Checked(report=report or Report())
+    records = Records(once, 0, Shard(), found.report)
+    chance = random.Random(0)
+    for record in _limited(records, limit, found):
+        sizes, thumbnails = [], []
+        try:
+            for number, picture in enumerate(record.pictures(), start=1):
+                image = open_one(picture, number)
+                sizes.append(image.size)
+                if number <= _MOST_THUMBNAILS:
+                    thumbnails.append(image)
+        except BadRecord as bad:
+            records.refuse(record.origin, bad)
+            continue
+        found.records += 1
+        tokens = _count(found, record, sizes, count_text, count_image)
+        # every record has the same chance to be seen
+        place = len(found.samples) if len(found.samples) < samples else chance.randrange(found.records)
+        if place < samples:
+            sample = Sample(record, [_small(image) for image in thumbnails], tokens)
+            found.samples[place : place + 1] = [sample]
+        if progress is not None:
+            progress(found.records + found.report.total)
+    found.samples.sort(key=lambda sample: (sample.record.origin.path, sample.record.origin.line))
+    return found
+
+
+def _limited(records: Records, limit: int | None, found: Checked) -> Iterator[Record]:
+    for record in records:
+        if limit is not None and found.records + found.report.total >= limit:
+            found.complete = False
+            return
+        yield record
+
+
+def _count(
+    found: Checked,
+    record: Record,
+    sizes: list[tuple[int, int]],
+    count_text: Callable[[str], int] | None,
+    count_image: Callable[[int, int], int],
+) -> int:
+    said = [
+        (message.role, part.text) for message in record.messages for part in message.parts if isinstance(part, Text)
+    ]
+    tokens = sum(count_image(width, height) for width, height in sizes)
+    found.values["turns"].append(len(record.messages))
+    found.values["characters"].append(sum(len(text) for _, text in said))
+    found.values["answer"].append(sum(len(text) for role, text in said if role == "assistant"))
+    found.values["pictures"].append(len(sizes))
+    found.values["image_tokens"].append(tokens)
+    found.values["width"].extend(width for width, _ in sizes)
+    found.values["height"].extend(height for _, height in sizes)
+    if count_text is not None:
+        found.values["text_tokens"].append(sum(count_text(text) for _, text in said))
+    return tokens
+
+
+def _small(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
+    return image

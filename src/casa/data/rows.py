@@ -1,0 +1,97 @@
+"""Rows of one source in one epoch, dealt out to readers without overlap or loss, from any position on.
+
+Where there are at least as many pieces (files, or row groups of parquet) as readers, each piece goes to one reader;
+otherwise every reader passes over the others' rows.
+
+    3 readers, 5 pieces   a -> 0   b -> 1   c -> 2   d -> 0   e -> 1
+    3 readers, 1 piece    rows 0 1 2 3 4 5 6 ... -> 0 1 2 0 1 2 0 ...
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from casa.data.bad import BadRecord
+from casa.data.formats import pieces_of, reader_of
+from casa.data.formats.row import START, Piece, Row
+from casa.data.places import data_files
+from casa.data.record import Origin
+from casa.data.settings import Shard
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row and where it was found. folder: where its relative paths start, unless the settings say otherwise."""
+
+    row: Row
+    origin: Origin
+    folder: Path
+
+
+class Rows(Protocol):
+    """One source's rows, as one reader sees them. Positions are plain values."""
+
+    def start(self, epoch: int, position: Any = None) -> Iterator[Found]:
+        """The rows of an epoch, from a position on (None: all). One iteration at a time."""
+        ...
+
+    def position(self) -> Any:
+        """Where the running iteration stands: before the next row."""
+        ...
+
+    def fingerprint(self) -> str:
+        """What must be the same for a position to mean the same row."""
+        ...
+
+
+class FileRows:
+    """Rows of local files. shuffled: pieces come in another order each epoch."""
+
+    def __init__(self, path: str, shard: Shard, seed: int, shuffled: bool) -> None:
+        self._files = data_files(path)
+        self._shard, self._seed, self._shuffled = shard, seed, shuffled
+        self._pieces: list[Piece] | None = None
+        self._at: tuple[int, int, int] = (0, *START)
+
+    def start(self, epoch: int, position: Any = None) -> Iterator[Found]:
+        pieces = self._dealt(epoch)
+        self._at = (0, *START) if position is None else (position[0], position[1], position[2])
+        while self._at[0] < len(pieces):
+            number, piece, mine = self._at[0], *pieces[self._at[0]]
+            for row in self._read(piece, (self._at[1], self._at[2]), mine):
+                self._at = (number + 1, *START) if row.last else (number, *row.after)
+                yield Found(row, Origin(str(piece.path), row.line), piece.path.parent)
+            self._at = (number + 1, *START)
+
+    def position(self) -> list[int]:
+        return list(self._at)
+
+    def fingerprint(self) -> str:
+        """Names and sizes of the files."""
+        told = [f"{file.name} {file.stat().st_size}" for file in self._files]
+        return hashlib.sha256("\n".join(told).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+    def _dealt(self, epoch: int) -> list[tuple[Piece, Any]]:
+        """This reader's pieces in the epoch's order, each with the question which of its rows are wanted."""
+        if self._pieces is None:
+            self._pieces = [piece for file in self._files for piece in pieces_of(file)]
+        order = np.arange(len(self._pieces))
+        if self._shuffled:
+            np.random.default_rng([self._seed, epoch]).shuffle(order)
+        count, index = self._shard.count, self._shard.index
+        if len(order) >= count:
+            return [(self._pieces[piece], lambda row: True) for piece in order[index::count]]
+        return [(self._pieces[p], lambda row, p=int(p): (p + row) % count == index) for p in order]
+
+    @staticmethod
+    def _read(piece: Piece, cursor: tuple[int, int], mine: Any) -> Iterator[Row]:
+        try:
+            yield from reader_of(piece.path)(piece, cursor, mine)
+        except OSError as error:
+            bad = BadRecord("unreadable-file", f"The file cannot be read ({error.strerror or error}): check it.")
+            if mine(cursor[0]):
+                yield Row(cursor[0] + 1, bad, 0, cursor, last=True)

@@ -1,0 +1,105 @@
+"""What the `data` block of a recipe holds: where records come from, and in what proportions and order.
+
+sources:
+  - {path: pages/*.jsonl, weight: 2}
+  - {path: hub:HuggingFaceM4/FineVision, subset: chartqa, shape: finevision}
+shuffle: 1000
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from casa.settings import build, require
+
+ShapeName = Literal["auto", "chat", "llava", "finevision", "llava-video", "live-whisperx", "caption"]
+Exhausted = Literal["repeat", "leave", "stop"]
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """One set of records.
+
+    path: a .jsonl, .json, .parquet, .csv or WebDataset .tar file, a folder of them, a glob, or hub:owner/name.
+    shape: of its rows; "auto" looks at the keys of each.
+    weight: how often it is drawn from, relative to the other sources.
+    root: the folder that relative picture paths start from; the data file's own if None.
+    outside: whether paths in the data may lead out of the root (an absolute path, "..", a link).
+    fps: how often a video is looked at. frame_side: longest side of its frames in px; larger ones are made smaller.
+    most_frames: per record. A longer video is looked at less often; longer live captions are refused, since words
+    belong to their frames.
+    columns: names in the data for the names that a shape knows, such as {image: photo, caption: title}.
+    prompt: what the user asks where the data do not say (captions); None leaves it to the shape.
+    split, subset: of a hub data set.
+    """
+
+    path: str
+    shape: ShapeName = "auto"
+    weight: float = 1.0
+    root: str | None = None
+    outside: bool = False
+    fps: float = 2.0
+    frame_side: int = 448
+    most_frames: int = 480
+    columns: dict[str, str] = field(default_factory=dict)
+    prompt: str | None = None
+    split: str = "train"
+    subset: str | None = None
+
+    def __post_init__(self) -> None:
+        require(bool(self.path.strip()), "path", self.path, "a file, a folder, a glob or hub:owner/name")
+        require(self.weight > 0, "weight", self.weight, "above 0")
+        require(0 < self.fps <= 60, "fps", self.fps, "above 0, at most 60")
+        require(28 <= self.frame_side <= 8192, "frame_side", self.frame_side, "from 28 to 8192 px")
+        require(self.most_frames >= 1, "most_frames", self.most_frames, "1 or more")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """All sources of a run, and how they are mixed.
+
+    shuffle: rows that are mixed with one another, per source and reader; 0 or 1 keeps the order of the files.
+    exhausted: what happens at the end of a source: "repeat" begins it again (there is no end), "leave" goes on with
+    the others until all have ended, "stop" ends everything.
+    strict: the first bad record stops the run, by name; otherwise it is skipped and counted.
+    """
+
+    sources: tuple[SourceSettings, ...]
+    shuffle: int = 1000
+    exhausted: Exhausted = "repeat"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        require(bool(self.sources), "sources", list(self.sources), "one entry or more")
+        require(0 <= self.shuffle <= 10_000_000, "shuffle", self.shuffle, "from 0 to 10,000,000 rows")
+
+
+def parse_data_settings(values: Any, at: str = "data") -> DataSettings:
+    """From plain values; `at` is their place. UserError, with a suggestion, for an unknown key; for a wrong type or
+    value too."""
+    return build(DataSettings, values, at)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which of all readers this is: worker `worker` of `workers` in process `rank` of `world`."""
+
+    rank: int = 0
+    world: int = 1
+    worker: int = 0
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.world >= 1, "world", self.world, "1 or more")
+        require(self.workers >= 1, "workers", self.workers, "1 or more")
+        require(0 <= self.rank < self.world, "rank", self.rank, f"from 0 to {self.world - 1}")
+        require(0 <= self.worker < self.workers, "worker", self.worker, f"from 0 to {self.workers - 1}")
+
+    @property
+    def index(self) -> int:
+        """This reader's number among all."""
+        return self.rank * self.workers + self.worker
+
+    @property
+    def count(self) -> int:
+        """How many readers there are."""
+        return self.world * self.workers

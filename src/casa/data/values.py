@@ -1,0 +1,137 @@
+"""Values of rows, checked: text that tokenizers can read, lists that are lists, and pictures at their tags."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from casa.data.bad import BadRecord
+from casa.data.record import Message, Origin, Picture, Record, Role, Text
+
+# what conversations call the three sides
+ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+}
+TAG = "<image>"
+
+Parts = list[Text | Picture]
+Turns = list[tuple[Role, Parts]]
+
+
+def text_of(value: Any, what: str) -> str:
+    """A string without halves of characters. what: its name in sentences. Raises BadRecord."""
+    if not isinstance(value, str):
+        raise BadRecord("wrong-type", f"{what} is {_kind(value)}, not text.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRecord(
+            "broken-text", f"{what} holds half of a character at {error.start}: write the text again as UTF-8."
+        ) from error
+    return value
+
+
+def list_of(value: Any, what: str) -> Sequence[Any]:
+    """A list or tuple. Raises BadRecord."""
+    if not isinstance(value, (list, tuple)):
+        raise BadRecord("wrong-type", f"{what} is {_kind(value)}, not a list.")
+    return value
+
+
+def role_of(value: Any) -> Role:
+    """Who speaks. Raises BadRecord."""
+    if isinstance(value, str) and value.lower() in ROLES:
+        return ROLES[value.lower()]
+    raise BadRecord("wrong-type", f"A turn is by {value!r:.60}, not by a system, user or assistant.")
+
+
+def many(value: Any) -> list[Any]:
+    """None, one thing or a list of them, as a list: how sets write their image columns."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+class Places:
+    """Deals pictures out to their places in the text, in order, and sees to it that the two agree.
+
+    tag: what marks a place in plain text; None where text is only text.
+    """
+
+    def __init__(self, pictures: Iterable[Picture], tag: str | None = TAG) -> None:
+        self._pictures = list(pictures)
+        self._taken = self._places = 0
+        self._tag = tag
+
+    def next(self) -> Parts:
+        """What stands at the next place: a picture, or nothing if there are none left (`check` says so)."""
+        self._places += 1
+        taken = self._pictures[self._taken : self._taken + 1]
+        self._taken += len(taken)
+        return list(taken)
+
+    def split(self, text: str) -> Parts:
+        """Text cut at its tags, with a picture at each. Line ends and blanks around a tag belong to the tag."""
+        if self._tag is None or self._tag not in text:
+            return [Text(text)] if text.strip() else []
+        first, *between, last = text.split(self._tag)
+        parts: Parts = []
+        for number, piece in enumerate([first.rstrip(), *(piece.strip() for piece in between), last.lstrip()]):
+            parts += self.next() if number else []
+            parts += [Text(piece)] if piece.strip() else []
+        return parts
+
+    def check(self) -> None:
+        """Raises BadRecord unless there was one place for each picture."""
+        given = len(self._pictures)
+        if self._places > given:
+            raise BadRecord(
+                "tag-without-picture",
+                f"The text has {_count(self._places, 'place')} for pictures, and there {_are(given)}: "
+                f"give the missing ones, or leave out {self._tag or 'the part'}.",
+            )
+        if self._places < given:
+            raise BadRecord(
+                "picture-without-tag",
+                f"There {_are(given)}, and the text has {_count(self._places, 'place')} for them: "
+                f"write {self._tag or 'an image part'} where each stands.",
+            )
+
+
+def record_of(turns: Sequence[tuple[Role, Sequence[Text | Picture]]], origin: Origin) -> Record:
+    """A record, if it holds something to learn: every answer has words, and every question words or pictures.
+
+    Raises BadRecord.
+    """
+    messages = tuple(Message(role, tuple(parts)) for role, parts in turns)
+    answered = False
+    for number, message in enumerate(messages, start=1):
+        spoken = any(isinstance(part, Text) and part.text.strip() for part in message.parts)
+        if message.role == "assistant":
+            answered = True
+            if not spoken:
+                raise BadRecord("empty-answer", f"Turn {number}, an assistant's, is empty: leave the record out.")
+        elif message.role == "user" and not message.parts:
+            raise BadRecord("empty-question", f"Turn {number}, a user's, is empty: leave the record out.")
+        elif message.role == "system" and number > 1:
+            raise BadRecord("wrong-type", f"Turn {number} is a system's: put it first.")
+    if not answered:
+        raise BadRecord("empty-answer", "No turn is an assistant's: there is nothing to learn.")
+    return Record(messages, origin)
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", dict: "an object", list: "a list", bool: "true or false", int: "a number"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _are(number: int) -> str:
+    return "is 1 picture" if number == 1 else f"are {number} pictures"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

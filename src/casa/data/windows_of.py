@@ -1,0 +1,39 @@
+"""Which text of a record can look at which of its pictures: the windows that training will cut, before any tokens.
+
+user       [a] [b] What differs?      window 1: a b
+assistant  The hat.                   window 1
+user       [c] And here?              window 2: c
+assistant  [0.0 s] One [0.5 s] two    every frame opens one of its own, where frames and words alternate
+"""
+
+from dataclasses import dataclass, field
+
+from casa.data.record import Picture, Record, Role
+
+
+@dataclass
+class Window:
+    """pictures: numbers of the record's pictures, from 0. said: (who, words), in order. Both may be empty."""
+
+    pictures: list[int] = field(default_factory=list)
+    said: list[tuple[Role, str]] = field(default_factory=list)
+
+
+def windows_of(record: Record) -> list[Window]:
+    """The windows of a record in order; text before the first picture is one without pictures."""
+    windows = [Window()]
+    number = 0
+    for message in record.messages:
+        # pictures of two messages have the messages' border between them
+        in_run = False
+        for part in message.parts:
+            if isinstance(part, Picture):
+                if not in_run or message.role == "assistant":
+                    windows.append(Window())
+                windows[-1].pictures.append(number)
+                number += 1
+                in_run = True
+            else:
+                windows[-1].said.append((message.role, part.text))
+                in_run = False
+    return [window for window in windows if window.pictures or window.said]

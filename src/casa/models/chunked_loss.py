@@ -1,0 +1,56 @@
+"""Cross-entropy without the logits of all tokens at once: those of a chunk are made, used and forgotten.
+
+Shapes: T tokens, d width, V vocabulary, C tokens of a chunk.
+
+    forward     hidden (T, d)  ->  learned ones  ->  chunks (C, d)  ->  logits (C, V)  ->  one number each
+    backward    the logits of a chunk are made once more, so that (T, V) never stands in memory
+
+For Qwen2.5-VL's vocabulary of 151,936, the logits of 3,072 tokens and their gradient would take 3.7 GB in float32.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100
+"""The label of a token that is not learned, as in transformers."""
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    labels: Tensor,
+    logits_of: Callable[[Tensor], Tensor],
+    chunk: int,
+    count: Tensor | int | None = None,
+) -> Tensor:
+    """The loss of predicting each label from its row: a scalar, in float32 or, for float64 logits, in float64.
+
+    hidden: (T, d), what the head reads. labels: int64 (T,), already shifted, `IGNORED` where nothing is learned.
+    logits_of: (C, d) to (C, V), called twice for a chunk of learned tokens where gradients are wanted.
+    count: what the sum is divided by (transformers' `num_items_in_batch`); None for the learned tokens given.
+    """
+    learned = labels != IGNORED
+    # nothing to learn still needs a loss whose gradient reaches every parameter: ranks wait for one another's
+    if not bool(learned.any()):
+        return logits_of(hidden[:1]).sum() * 0.0
+    hidden, labels = hidden[learned], labels[learned]
+
+    def loss_of(part: Tensor, wanted: Tensor) -> Tensor:
+        logits = logits_of(part)
+        # half precision would lose the small probabilities
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        return F.cross_entropy(logits, wanted, reduction="sum")
+
+    sums = []
+    for part, wanted in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+        if torch.is_grad_enabled():
+            sums.append(checkpoint(loss_of, part, wanted, use_reentrant=False))
+        else:
+            sums.append(loss_of(part, wanted))
+    total = torch.stack(sums).sum()
+    if count is None:
+        return total / labels.numel()
+    return total / (count.to(total.device) if isinstance(count, Tensor) else count)

@@ -1,0 +1,129 @@
+"""What insertion would hold, and how much longer it would take, for the frames and captions that a stream has seen.
+
+Shapes: S tokens in insertion's cache, which are all image and text tokens so far.
+
+Bytes are computed: S times the keys and values of all blocks. Time is this frame's own, plus what attending to S cached
+tokens adds. That slope is measured once, at start, on an insertion model with the same weights (`measure`). So both
+curves begin at the same height, and no untrained model has to run beside every stream.
+"""
+
+from time import perf_counter
+from typing import Any
+
+import torch
+from PIL import Image
+
+from casa.analysis.anatomy import blocks_of
+from casa.analysis.streaming_cost import insertion_twin
+from casa.models import CasaForConditionalGeneration, CasaProcessor
+
+PICTURE_SIDE = 224
+PROBES = 8  # of which the quickest counts
+FILLED = 256  # tokens at once, to fill the long cache
+MOST_TOKENS = 4096
+MOST_PARAMETERS = 500_000_000  # of a model that is built a second time, beside the first, to be measured
+
+
+class InsertionCosts:
+    """Costs of insertion with this model's weights. `prefill` and `decode`: seconds that one new token takes longer for
+    each cached token, when it comes with a whole frame and when it comes alone; None before `measure`.
+    """
+
+    def __init__(self, model: CasaForConditionalGeneration, processor: CasaProcessor) -> None:
+        self._model, self._processor = model, processor
+        size = torch.empty((), dtype=model.dtype).element_size()
+        # keys and values of each block, and how many tokens it keeps
+        self._blocks = [(2 * block.key * size, block.span) for block in blocks_of(model)]
+        self.prefill: float | None = None
+        self.decode: float | None = None
+
+    @property
+    def is_measured(self) -> bool:
+        return self.decode is not None
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of a cache of `tokens` tokens."""
+        return sum(each * (tokens if span is None else min(tokens, span)) for each, span in self._blocks)
+
+    def extra_seconds(self, tokens: int, fed: int, said: int) -> float | None:
+        """How much longer a frame of `fed` tokens and `said` more takes with `tokens` cached than with none."""
+        if self.prefill is None or self.decode is None:
+            return None
+        return tokens * (self.prefill * fed + self.decode * said)
+
+    @torch.no_grad()
+    def measure(self, seconds: float = 2.0) -> None:
+        """Times an insertion model with a short cache and with a long one, in turns; the difference is the slope.
+
+        seconds: how long to fill the long cache at most, to `MOST_TOKENS`. A model of more than `MOST_PARAMETERS` is
+        left unmeasured.
+        """
+        if sum(parameter.numel() for parameter in self._model.parameters()) > MOST_PARAMETERS:
+            return
+        twin: Any = insertion_twin(self._model)
+        short, long = twin.new_cache(), twin.new_cache()
+        before, after, pixels = self._processor.frame(Image.new("RGB", (PICTURE_SIDE, PICTURE_SIDE), "grey"))
+        stop = self._processor.tokenizer.eos_token_id or 0
+        one, many = (torch.full((1, count), stop, device=twin.device) for count in (1, FILLED))
+        frame = {
+            "input_ids": torch.tensor([[stop, *before, *after]]),
+            "image_positions": torch.tensor([(0, 1 + len(before))]),
+            **pixels,
+        }
+        frame = {name: value.to(twin.device) for name, value in frame.items()}
+
+        def held(cache: Any) -> int:
+            return cache.num_bytes // max(1, self.cache_bytes(1))
+
+        self._timed(twin, frame, short)  # warms up
+        fed = held(short)
+        end = perf_counter() + seconds
+        while held(long) < MOST_TOKENS and perf_counter() < end:
+            self._timed(twin, {"input_ids": many}, long)
+        grown = max(1, held(long) - held(short))
+        # in turns, so that other work on this machine falls on both alike; load only ever adds, so the least counts
+        frames, ones = {}, {}
+        for _ in range(PROBES):
+            for cache in (short, long):
+                frames.setdefault(cache is long, []).append(self._timed(twin, frame, cache))
+                ones.setdefault(cache is long, []).append(self._timed(twin, {"input_ids": one}, cache))
+        self.prefill = max(0.0, (min(frames[True]) - min(frames[False])) / grown / fed)
+        self.decode = max(0.0, (min(ones[True]) - min(ones[False])) / grown)
+
+    @staticmethod
+    def _timed(model: Any, inputs: dict[str, Any], cache: Any) -> float:
+        start = perf_counter()
+        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits[0, -1, 0].item()  # an accelerator works on after a call returns
+        return perf_counter() - start
+
+
+class InsertionTally:
+    """Insertion's cache for one stream: all that was fed since it began."""
+
+    def __init__(self, costs: InsertionCosts, processor: CasaProcessor, tokens: int) -> None:
+        """tokens: of the prompt, cached already."""
+        self._costs, self._tokenizer = costs, processor.tokenizer
+        encode = self._tokenizer.encode
+        around = (processor.frame_prefix, processor.frame_suffix)
+        self._around = sum(len(encode(text, add_special_tokens=False)) for text in around if text)
+        self._around += len(processor.gist_ids)
+        self.tokens = tokens
+
+    def frame(self, image_tokens: int, text: str, seconds: float) -> dict[str, Any]:
+        """Insertion's figures after a frame and its caption. seconds: what the frame took here."""
+        said = self._count(text)
+        fed = 1 + self._around + image_tokens
+        extra = self._costs.extra_seconds(self.tokens, fed, said)
+        self.tokens += fed + said
+        return {
+            "cache_bytes": self._costs.cache_bytes(self.tokens),
+            "latency": None if extra is None else seconds + extra,
+        }
+
+    def answer(self, question: str, text: str) -> None:
+        """A question and its answer stay in the cache as well."""
+        self.tokens += 1 + self._count(question) + self._count(text)
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer.encode(text, add_special_tokens=False)) if text else 0

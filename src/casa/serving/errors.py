@@ -1,0 +1,17 @@
+"""Errors as the OpenAI interface writes them; every route answers so."""
+
+from fastapi.responses import JSONResponse
+
+KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def error_response(
+    status: int, message: str, param: str | None = None, code: str | None = None, *, close: bool = False
+) -> JSONResponse:
+    """close: ends the connection, since a body that was not read is still on its way."""
+    kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    headers = {"Connection": "close"} if close else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(body, status, headers)

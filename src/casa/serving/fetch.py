@@ -1,0 +1,112 @@
+"""A picture from the public internet, for servers that allow it: nothing of this machine's own network is ever asked.
+
+The address that was checked is the one that is connected to (a name may lead elsewhere at every look-up), redirects are
+not followed, no proxy is used, and all of it together has a limit of time and of bytes.
+"""
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import threading
+from contextlib import closing, suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+from casa.errors import UserError
+from casa.serving.limits import Limits
+
+CHUNK = 2**16
+
+
+def fetch(address: str, limits: Limits) -> bytes:
+    """What lies at an http(s) address: at most `limits.body_bytes`, within `limits.fetch_seconds`.
+
+    Raises UserError otherwise, and for anything that is not on the public internet.
+    """
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as error:
+        raise UserError("the picture's address cannot be read; send the picture as a data: address.") from error
+    checked = public_address(host)
+    if checked is None:
+        raise UserError(f"{host or 'this address'} is not on the public internet; send the picture as a data: address.")
+    line = _Line(host, port, checked, parts.scheme == "https", limits.fetch_seconds)
+    alarm = threading.Timer(limits.fetch_seconds, line.cut)
+    alarm.start()
+    try:
+        with closing(line):
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            line.request("GET", target, headers={"Accept": "image/*", "User-Agent": "casa"})
+            with line.getresponse() as answer:
+                if answer.status != 200:
+                    raise OSError(answer.status)
+                data = _read(answer, limits.body_bytes)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(f"the picture cannot be fetched from {host}; send it as a data: address.") from error
+    finally:
+        alarm.cancel()
+    if line.is_cut:
+        raise UserError(f"{host} did not send the picture in time; send it as a data: address.")
+    if len(data) > limits.body_bytes:
+        raise UserError(f"the picture has more than {limits.body_bytes} bytes; send a smaller one.")
+    return data
+
+
+def _read(answer: http.client.HTTPResponse, most: int) -> bytes:
+    data = bytearray()
+    while len(data) <= most and (part := answer.read1(CHUNK)):
+        data += part
+    return bytes(data)
+
+
+class _Line(http.client.HTTPConnection):
+    """A connection for `host`, made to the address given and no other; `cut` ends it from another thread."""
+
+    def __init__(self, host: str, port: int, address: str, secure: bool, seconds: float) -> None:
+        super().__init__(host, port, timeout=seconds)
+        if secure:
+            self.default_port = http.client.HTTPS_PORT
+        self._address, self._secure = address, secure
+        self._socket: Any = None  # kept, since an answer takes over what http.client has
+        self.is_cut = False
+
+    def connect(self) -> None:
+        self.sock = self._socket = socket.create_connection((self._address, self.port), self.timeout)
+        if self._secure:
+            context = ssl.create_default_context()
+            self.sock = self._socket = context.wrap_socket(
+                self._socket, server_hostname=self.host, do_handshake_on_connect=False
+            )
+            self._socket.do_handshake()
+
+    def cut(self) -> None:
+        self.is_cut = True
+        with suppress(OSError, AttributeError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+
+def public_address(host: str) -> str | None:
+    """An address of a host of which every address is on the public internet, rather than on this machine or its
+    network; None otherwise.
+    """
+    try:
+        found = [str(info[4][0]).split("%")[0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    except (OSError, UnicodeError):
+        return None
+    return found[0] if found and all(_is_public(ipaddress.ip_address(address)) for address in found) else None
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Version 6 can carry an address of version 4, which is then the one that counts."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
+        if inner is not None:
+            return _is_public(inner)
+        if address in NAT64:
+            return _is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+    return address.is_global and not address.is_multicast
+
+
+NAT64 = ipaddress.ip_network("64:ff9b::/96")

@@ -1,0 +1,89 @@
+"""What a server allows, all of it settings: sizes, rates, numbers and times, with defaults for a small machine."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from casa.errors import UserError
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Every figure is per server unless it says otherwise.
+
+    sessions: live streams at once. connections: open WebSockets, with a stream or without one yet.
+    frame_bytes: one encoded frame. message_bytes: one JSON message. body_bytes: one HTTP body.
+    decoded_pixels: pictures with more are refused unread, frame_pixels: frames of a stream with more.
+    picture_pixels: larger ones are made smaller before the model sees them.
+    frames_per_second, messages_per_second: of one stream; bursts of two seconds' worth pass.
+    faults: wrong messages in a row before a stream is closed.
+    questions: of one stream that may wait. prompt_chars: of a prompt or question.
+    new_tokens: the longest caption that a stream may ask for. text_tokens: what a stream remembers unless it asks for
+    less or more, up to most_text_tokens.
+    chats: completions at once. chat_tokens: the longest answer. prompt_tokens, chat_pictures: of one chat.
+    hello_seconds: for a stream's first message. idle_seconds: without any message. send_seconds: for one event to be
+    taken by a reader. body_seconds: for a request to arrive. fetch_seconds: for a picture from elsewhere to arrive.
+    caption_seconds, answer_seconds: for what a stream says at once; others wait meanwhile.
+    outbox: events that wait for a slow reader. captions: remembered of one stream.
+    ended_streams, ended_seconds: how many streams that have ended keep their captions for download, and how long.
+    """
+
+    sessions: int = 16
+    connections: int = 64
+    frame_bytes: int = 4 * MIB
+    message_bytes: int = 64 * 1024
+    body_bytes: int = 16 * MIB
+    decoded_pixels: int = 24_000_000
+    frame_pixels: int = 9_000_000
+    picture_pixels: int = 1024 * 1024
+    frames_per_second: float = 30.0
+    messages_per_second: float = 90.0
+    faults: int = 20
+    questions: int = 4
+    prompt_chars: int = 2000
+    new_tokens: int = 128
+    text_tokens: int = 1024
+    most_text_tokens: int = 8192
+    chats: int = 8
+    chat_tokens: int = 1024
+    prompt_tokens: int = 8192
+    chat_pictures: int = 16
+    hello_seconds: float = 10.0
+    idle_seconds: float = 300.0
+    send_seconds: float = 20.0
+    body_seconds: float = 30.0
+    fetch_seconds: float = 10.0
+    caption_seconds: float = 2.0
+    answer_seconds: float = 5.0
+    outbox: int = 64
+    captions: int = 20_000
+    ended_streams: int = 64
+    ended_seconds: float = 900.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(f"{field.name} is {value}; a limit is a number above 0.")
+
+    @classmethod
+    def parse(cls, given: Iterable[str]) -> "Limits":
+        """Limits from texts such as "frame_bytes=1000000". Raises UserError for a wrong name or value."""
+        kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(cls)}
+        found: dict[str, Any] = {}
+        for text in given:
+            name, _, value = text.partition("=")
+            if name not in kinds:
+                near = get_close_matches(name, kinds, 1)
+                hint = f"did you mean {near[0]}?" if near else f"the limits are {', '.join(kinds)}."
+                raise UserError(f"there is no limit {name!r}; {hint}")
+            try:
+                found[name] = kinds[name](value)
+            except ValueError as error:
+                kind = "a whole number" if kinds[name] is int else "a number"
+                raise UserError(f"{name} is {value!r}; give {kind}.") from error
+        return cls(**found)

@@ -1,0 +1,163 @@
+"""One live stream as the model's thread sees it: what waits to be watched or answered, and what is told its reader.
+
+The newest frame wins: one that is replaced before its turn is dropped and counted, so that lag cannot build up.
+Questions wait in line and come before frames. All methods but `told` are called with the worker's lock held.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+from PIL import Image
+
+from casa.serving.baseline import InsertionTally
+from casa.serving.limits import Limits
+from casa.serving.metrics import Metrics
+from casa.serving.outbox import Outbox
+from casa.serving.transcript import Transcript
+from casa.streaming import Event, StreamingSession
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A frame in line. number: counted from 1, as sent. time: in the video, in seconds. arrived: monotonic."""
+
+    number: int
+    time: float
+    picture: Image.Image
+    arrived: float = field(default_factory=monotonic)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a stream is given in one step: a frame or a question."""
+
+    kind: str  # as in Event: "caption" or "answer"
+    ticket: Ticket | None = None
+    question: str = ""
+    arrived: float = 0.0
+
+
+class LiveStream:
+    """fps: frames a second that it means to send; a caption is cut after 1 / fps seconds.
+
+    cache_bytes: what its session held after its last turn.
+    """
+
+    def __init__(self, name: str, fps: float, outbox: Outbox, transcript: Transcript, metrics: Metrics) -> None:
+        self.name, self.fps, self.outbox, self.transcript = name, fps, outbox, transcript
+        self._metrics = metrics
+        self.session: StreamingSession | None = None
+        self.tally: InsertionTally | None = None
+        self.paused = False
+        self.dropped = 0
+        self.cache_bytes = 0
+        self._ticket: Ticket | None = None
+        self._questions: deque[tuple[str, float]] = deque()
+        self._place = 0.0  # where in the video the last frame stood
+
+    @property
+    def waits(self) -> bool:
+        return bool(self._questions) or (self._ticket is not None and not self.paused)
+
+    @property
+    def questions(self) -> int:
+        return len(self._questions)
+
+    def offer(self, ticket: Ticket) -> None:
+        if self.paused:
+            return
+        if self._ticket is not None:
+            self.drop()
+        self._ticket = ticket
+
+    def drop(self) -> None:
+        """Counts a frame that will not be watched."""
+        self.dropped += 1
+        self._metrics.count("dropped")
+        self.outbox.put({"type": "dropped", "count": self.dropped})
+
+    def pause(self, paused: bool) -> None:
+        """A paused stream watches nothing and still answers."""
+        self.paused = paused
+        if paused:
+            self._ticket = None
+
+    def ask(self, question: str) -> None:
+        self._questions.append((question, monotonic()))
+
+    def take(self) -> Turn | None:
+        """The next turn, if anything waits."""
+        if self._questions:
+            question, arrived = self._questions.popleft()
+            return Turn("answer", question=question, arrived=arrived)
+        if self._ticket is not None and not self.paused:
+            ticket, self._ticket = self._ticket, None
+            return Turn("caption", ticket, arrived=ticket.arrived)
+        return None
+
+    def budget(self, turn: Turn, limits: Limits) -> float:
+        """Seconds that this turn may take."""
+        return limits.answer_seconds if turn.kind == "answer" else min(1 / self.fps, limits.caption_seconds)
+
+    def told(self, turn: Turn, event: Event, seconds: float) -> None:
+        """Passes on what a step has given. seconds: how long the step took. On the model's thread, after the step."""
+        lag = monotonic() - turn.arrived
+        self.measure()
+        if event.error is not None:
+            self.fail(turn, event.error)
+        elif turn.ticket is not None:
+            self._caption(turn.ticket, event, lag, seconds)
+        else:
+            self._metrics.count("answers")
+            if self.tally is not None:
+                self.tally.answer(turn.question, event.text)
+            self.outbox.put(
+                {
+                    "type": "answer",
+                    "question": turn.question,
+                    "text": event.text,
+                    "time": self._place,
+                    "lag": round(lag, 4),
+                    "whole": event.whole,
+                }
+            )
+
+    def fail(self, turn: Turn, sentence: str) -> None:
+        """Says that a turn came to nothing."""
+        self._metrics.count("errors")
+        about = {} if turn.ticket is None else {"frame": turn.ticket.number}
+        self.outbox.put({"type": "error", "message": sentence, "fatal": False, **about})
+
+    def measure(self) -> None:
+        """Notes what the session holds, for whoever asks from another thread."""
+        self.cache_bytes = 0 if self.session is None else self.session.usage.cache_bytes
+
+    def _caption(self, ticket: Ticket, event: Event, lag: float, seconds: float) -> None:
+        self._place = ticket.time
+        self._metrics.count("frames")
+        self._metrics.observe(lag)
+        about = {"frame": ticket.number, "time": ticket.time, "lag": round(lag, 4)}
+        if not event.whole:
+            self._metrics.count("cut")
+        if event.text:
+            self._metrics.count("captions")
+            self.transcript.add(ticket.time, event.text)
+            self.outbox.put({"type": "caption", **about, "text": event.text, "whole": event.whole})
+        self.outbox.put({"type": "usage", **about, **self._usage(event, seconds), "dropped": self.dropped})
+
+    def _usage(self, event: Event, seconds: float) -> dict[str, Any]:
+        if self.session is None:
+            return {}
+        usage = self.session.usage
+        insertion = None
+        if self.tally is not None:
+            insertion = self.tally.frame(usage.image_tokens, event.text, seconds)
+        return {
+            "latency": round(seconds, 4),
+            "cache_bytes": usage.cache_bytes,
+            "text_tokens": usage.text_tokens,
+            "image_tokens": usage.image_tokens,
+            "insertion": insertion,
+        }

@@ -1,0 +1,216 @@
+"""train_run: records -> samples -> packs -> CasaTrainer -> a model that from_pretrained takes.
+
+out/recipe.yaml           what was asked for             out/checkpoint-500      to go on from
+out/bad-records.jsonl     what could not be learned      out/tensorboard         curves while it runs
+out/final                 model, processor, README.md    out/log.json            every line of the log
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PrinterCallback, TrainerCallback
+
+from casa.atomic import write_text
+from casa.data import DataSettings, Records, Shard, open_records
+from casa.errors import UserError
+from casa.training.own.model import Loaded, load_model
+from casa.training.own.recipe import RunRecipe, parse_run_recipe, run_recipe_values
+from casa.training.packs import PackStream
+from casa.training.samples import SampleMaker, fold_of
+from casa.training.seen.card import Facts, count_bad, write_card
+from casa.training.seen.evaluating import Evaluate, Evaluation
+from casa.training.seen.measures import Measures
+from casa.training.seen.progress import ProgressShown
+from casa.training.seen.reporting import reporters
+from casa.training.trainer import CasaTrainer, newest_checkpoint, parameter_groups
+
+RECIPE = "recipe.yaml"
+FINAL = "final"
+# what may differ when a run is gone on with: nothing that was trained on, or that the model is
+_MAY_CHANGE = ("optimisation", "watch", "loading", "saving", "logging", "evaluation", "device")
+
+
+@dataclass(frozen=True)
+class OpenOwn:
+    """Opens the records for one reader, in whichever process that is."""
+
+    data: DataSettings
+    seed: int
+    report: str | None = None
+
+    def __call__(self, shard: Shard) -> Records:
+        return open_records(self.data, seed=self.seed, shard=shard, report=self.report)
+
+
+def train_run(
+    recipe: RunRecipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    evaluate: Evaluate | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    told: Callable[[str], None] | None = None,
+) -> Path | None:
+    """Trains, and returns the folder of the finished model, `out/final`; None if SIGTERM ended it before.
+
+    resume: go on from the newest checkpoint in `out`; without it, `out` must be new or empty. evaluate: measures a
+    model now and then (`recipe.evaluation`). told: is told what is done besides steps. Under torchrun, every process
+    calls this.
+    Raises UserError for what is not there or does not fit, and as `CasaTrainer.train` does.
+    """
+    out = Path(out)
+    first = int(os.environ.get("RANK", "0")) == 0
+    say = told if told is not None and first else _silent
+    if first:
+        claim(recipe, out, resume)
+    say(f"reading {recipe.model.source}")
+    loaded = load_model(recipe)
+    stream = open_stream(recipe, loaded, out)
+    # held in the order in which they are asked: what measures comes before what shows
+    measures, shown = Measures(recipe.packing.budget), ProgressShown()
+    evaluation = _evaluation(recipe, loaded, measures, evaluate)
+    seen = [measures, evaluation, *reporters(recipe.logging.to, out), shown, *callbacks]
+    trainer = CasaTrainer(
+        loaded.model,
+        stream,
+        recipe.trainer_settings(str(out)),
+        processor=loaded.processor,
+        callbacks=seen,
+        run_name=recipe.name,
+    )
+    trainer.remove_callback(PrinterCallback)
+    for callback in (measures, evaluation, shown):
+        callback.trainer = trainer
+    if resume and first:
+        last = newest_checkpoint(out)
+        say(f"going on from {last.name}" if last is not None else "there is no checkpoint yet: starting at step 0")
+    try:
+        trainer.train(resume_from_checkpoint=resume or None)
+    finally:
+        shown.close()
+    if trainer.stopped:
+        say(f"stopped at step {trainer.state.global_step}; --resume goes on from there")
+        return None
+    if first:
+        _finish(recipe, trainer, measures, evaluation, out)
+    return out / FINAL
+
+
+def claim(recipe: RunRecipe, out: Path, resume: bool) -> None:
+    """Makes `out` this recipe's folder, or refuses in a sentence."""
+    path = out / RECIPE
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a folder to train in.")
+    if path.is_file():
+        if not resume:
+            raise UserError(f"{out} holds a run already: go on with it (--resume), or give another folder (--out).")
+        before = run_recipe_values(parse_run_recipe(yaml.safe_load(path.read_text(encoding="utf-8"))))
+        now = run_recipe_values(recipe)
+        changed = [key for key in now if key not in _MAY_CHANGE and before[key] != now[key]]
+        if changed:
+            raise UserError(
+                f"{out} holds a run with another {', '.join(changed)}: resume it with the same, or give another folder."
+            )
+    elif out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and holds no run; give an empty or a new folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(path, yaml.safe_dump(run_recipe_values(recipe), sort_keys=False, allow_unicode=True, width=110))
+
+
+def open_stream(recipe: RunRecipe, loaded: Loaded, out: Path | None = None) -> PackStream:
+    """The packs of a recipe. out: where bad records are named."""
+    report = None if out is None else str(out)
+    return _stream(recipe, loaded, OpenOwn(recipe.data, recipe.seed, report))
+
+
+def _stream(recipe: RunRecipe, loaded: Loaded, records: OpenOwn) -> PackStream:
+    packing = recipe.packing
+    fold = fold_of(loaded.model.config)
+    maker = SampleMaker(loaded.processor, packing.budget, packing.oversize, fold=fold, stop=loaded.stop)
+    return PackStream(records, maker, packing)
+
+
+def _evaluation(recipe: RunRecipe, loaded: Loaded, measures: Measures, evaluate: Evaluate | None) -> Evaluation:
+    chosen = recipe.evaluation
+    held = None
+    if chosen.data is not None:
+        records = OpenOwn(replace(chosen.data, exhausted="leave", shuffle=0), recipe.seed)
+        held = _HeldOut(recipe, loaded, records)
+    return Evaluation(chosen.every, measures, held, chosen.packs, evaluate)
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Packs of the held-out records, from their beginning at every call."""
+
+    recipe: RunRecipe
+    loaded: Loaded
+    records: OpenOwn
+
+    def __call__(self) -> PackStream:
+        return _stream(self.recipe, self.loaded, self.records)
+
+
+def _finish(recipe: RunRecipe, trainer: CasaTrainer, measures: Measures, evaluation: Evaluation, out: Path) -> None:
+    """Writes the finished model, and what is to be known of it."""
+    final = out / FINAL
+    facts = Facts(
+        steps=trainer.state.global_step,
+        totals=dict(measures.totals),
+        made=_made(trainer),
+        bad=count_bad(out),
+        scores=evaluation.scores,
+        history=trainer.state.log_history,
+        parameters=trained_groups(trainer.model, recipe),
+        device=str(trainer.args.device),
+    )
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.ema is not None:
+        with trainer.ema.in_place():
+            _save(recipe, model, final)
+    else:
+        _save(recipe, model, final)
+    trainer.processor.save_pretrained(final)
+    write_text(out / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
+    write_card(final, recipe, facts)
+
+
+def _save(recipe: RunRecipe, model: Any, final: Path) -> None:
+    if recipe.model.lora is not None:
+        model = model.merge_and_unload()
+    if recipe.optimisation.precision == "bfloat16":
+        # what it computed with; masters are kept in the checkpoints
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    model.save_pretrained(final)
+
+
+def _made(trainer: CasaTrainer) -> Counter[str]:
+    """What became of records, as the readers of this process counted it."""
+    found: Counter[str] = Counter()
+    for position in trainer._position.positions.values():
+        found.update(json.loads(position)["counts"])
+    return found
+
+
+def trained_groups(model: Any, recipe: RunRecipe) -> list[tuple[str, float | None, int]]:
+    """(name, rate, parameters) of each group that is trained, and of what is frozen, whose rate is None."""
+    groups: dict[str, tuple[float, int]] = {}
+    for group in parameter_groups(model, recipe.optimisation):
+        name = group["name"].removesuffix(", no decay")
+        before = groups.get(name, (0.0, 0))[1]
+        groups[name] = (group["lr"], before + sum(parameter.numel() for parameter in group["params"]))
+    found: list[tuple[str, float | None, int]] = [(name, rate, count) for name, (rate, count) in groups.items()]
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    return [*found, ("frozen", None, frozen)] if frozen else found
+
+
+def _silent(_: str) -> None:
+    pass

@@ -1,0 +1,82 @@
+"""Scores while a run goes on: a held-out loss, and whatever the caller measures. Training itself stays as it would be."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from casa.training.packs import PackStream
+from casa.training.seen.measures import Measures
+from casa.training.trainer import CasaTrainer
+from casa.training.trainer.ranks import wait_for_all
+
+Evaluate = Callable[[Any, Any], dict[str, float]]
+"""From a model and its processor to scores by name."""
+
+
+class Evaluation(TrainerCallback):
+    """Every `every` steps and after the last (0: never), on the first process, with averaged weights if there are any.
+
+    held_out: packs whose answers' mean loss is logged as `eval_loss`; read from their beginning each time, `packs` of
+    them. evaluate: gives further scores, logged as `eval_NAME`. Random numbers, modes and gradients are left as they
+    were. Give `trainer` before training begins. scores: the last ones, by name.
+    """
+
+    trainer: CasaTrainer
+
+    def __init__(
+        self,
+        every: int,
+        measures: Measures,
+        held_out: Callable[[], PackStream] | None = None,
+        packs: int = 8,
+        evaluate: Evaluate | None = None,
+    ) -> None:
+        self._every, self._measures = every, measures
+        self._held_out, self._packs, self._evaluate = held_out, packs, evaluate
+        self.scores: dict[str, float] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._every or (state.global_step % self._every and state.global_step < state.max_steps):
+            return
+        with self._measures.paused():
+            if state.is_world_process_zero:
+                self.scores = self.measure()
+            wait_for_all()
+        if state.is_world_process_zero:
+            self.trainer.log({f"eval_{name}": value for name, value in self.scores.items()})
+
+    def measure(self) -> dict[str, float]:
+        """Scores of the model as it is now."""
+        trainer = self.trainer
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        was_training = model.training
+        found: dict[str, float] = {}
+        with ExitStack() as around:
+            around.enter_context(torch.random.fork_rng())
+            around.enter_context(torch.no_grad())
+            around.enter_context(trainer.accelerator.autocast())
+            if trainer.ema is not None:
+                around.enter_context(trainer.ema.in_place())
+            model.eval()
+            try:
+                if self._held_out is not None:
+                    found["loss"] = self._loss(model, self._held_out())
+                if self._evaluate is not None:
+                    found |= self._evaluate(model, trainer.processor)
+            finally:
+                model.train(was_training)
+        return found
+
+    def _loss(self, model: Any, stream: PackStream) -> float:
+        """The mean over answer tokens, which are not the same number in every pack."""
+        total, count = 0.0, 0
+        for batch in islice(stream, self._packs):
+            inputs = {name: tensor.to(self.trainer.args.device) for name, tensor in batch.inputs.items()}
+            learned = batch.facts["learned"]
+            total += float(model(**inputs, use_cache=False).loss) * learned
+            count += learned
+        return total / count if count else float("nan")

@@ -1,0 +1,106 @@
+"""Weights, moments and averages as torch's distributed checkpoints (DCP): each process writes its own part.
+
+    checkpoint-200/sharded/.metadata          names, shapes, and what lies where
+                           __0_0.distcp       what process 0 holds of everything
+
+    weights/<name>    exp_avg/<name>    exp_avg_sq/<name>    step/<name>    average/<name>    average_steps
+
+Any number of processes can read what another number has written. `.metadata` is a pickle, as torch writes it: open only
+checkpoints of one's own, and give away what `casa export` makes of them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from casa.errors import UserError
+
+FOLDER = "sharded"
+WEIGHTS = "weights/"
+_AVERAGE = "average/"
+_AVERAGE_STEPS = "average_steps"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def has_shards(checkpoint: Path) -> bool:
+    return (checkpoint / FOLDER / ".metadata").is_file()
+
+
+def write_shards(checkpoint: Path, model: nn.Module, optimizer: Any, ema: Any = None) -> None:
+    """Writes all of a run's tensors; every process must call. ema: an `Ema`, or None."""
+    tensors = weights_of(model)
+    for name, parameter in model.named_parameters():
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{moment}/{name}"] = value
+    if ema is not None:
+        tensors |= {_AVERAGE + name: average for name, average in ema.average.items()}
+        tensors[_AVERAGE_STEPS] = torch.tensor(ema.steps)
+    dcp.save(tensors, checkpoint_id=checkpoint / FOLDER)
+
+
+def read_weights(checkpoint: Path, model: nn.Module, ema: Any = None) -> None:
+    """Puts the weights, and the averages if there are any, back where they were; every process must call."""
+    tensors, stored = weights_of(model), stored_names(checkpoint)
+    steps = torch.tensor(0)
+    if ema is not None and _AVERAGE_STEPS in stored:
+        tensors |= {_AVERAGE + name: average for name, average in ema.average.items()}
+        tensors[_AVERAGE_STEPS] = steps
+    dcp.load(tensors, checkpoint_id=checkpoint / FOLDER)
+    if ema is not None and _AVERAGE_STEPS in stored:
+        ema.steps = int(tensors[_AVERAGE_STEPS])
+
+
+def read_moments(checkpoint: Path, model: nn.Module, optimizer: Any) -> None:
+    """Gives AdamW the moments it had; every process must call."""
+    stored = stored_names(checkpoint)
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if f"step/{name}" in stored:
+            for moment in _MOMENTS:
+                like = torch.zeros_like(parameter.detach())
+                found = torch.zeros((), dtype=torch.float32, device=parameter.device) if moment == "step" else like
+                tensors[f"{moment}/{name}"] = found
+    dcp.load(tensors, checkpoint_id=checkpoint / FOLDER)
+    for name, parameter in model.named_parameters():
+        if f"step/{name}" in stored:
+            optimizer.state[parameter] = {moment: tensors[f"{moment}/{name}"] for moment in _MOMENTS}
+
+
+def read_whole(checkpoint: Path, average: bool = False) -> dict[str, Tensor]:
+    """All weights by name, whole, in one process without others. average: the running averages where there are any.
+
+    Raises UserError if there are none of them.
+    """
+    metadata = _metadata(checkpoint)
+    names = [name for name in metadata if name.startswith(WEIGHTS)]
+    averages = {name for name in metadata if name.startswith(_AVERAGE)}
+    if average and not averages:
+        raise UserError(f"{checkpoint} holds no running average: export it without --ema.")
+    chosen = {name.removeprefix(WEIGHTS): name for name in names}
+    if average:
+        chosen |= {name.removeprefix(_AVERAGE): name for name in averages}
+    tensors = {
+        name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in chosen.values()
+    }
+    dcp.load(tensors, checkpoint_id=checkpoint / FOLDER, no_dist=True)
+    # averages are kept wider than weights may be
+    return {name: tensors[key].to(metadata[WEIGHTS + name].properties.dtype) for name, key in chosen.items()}
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by key; tied parameters once, under their first name."""
+    found = {WEIGHTS + name: parameter.detach() for name, parameter in model.named_parameters()}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return found | {WEIGHTS + name: value for name, value in model.state_dict().items() if name not in parameters}
+
+
+def stored_names(checkpoint: Path) -> Mapping[str, Any]:
+    return _metadata(checkpoint)
+
+
+def _metadata(checkpoint: Path) -> dict[str, Any]:
+    return dict(dcp.FileSystemReader(checkpoint / FOLDER).read_metadata().state_dict_metadata)

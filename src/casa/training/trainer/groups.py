@@ -1,0 +1,76 @@
+"""Which parameters are trained, at what rate: those that are new, those that were there, and those that stay frozen."""
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from casa.errors import UserError
+from casa.models.freezing import ADDED, freeze_backbone
+from casa.training.trainer.settings import OptimisationSettings
+
+
+def is_new(name: str) -> bool:
+    """Whether a parameter of that name came with `adapt` (or with LoRA), untrained."""
+    parts = name.split(".")
+    return any(part in ADDED or part.startswith("lora_") for part in parts)
+
+
+def choose_trained(model: Any, settings: OptimisationSettings) -> None:
+    """Sets requires_grad as the settings say. model: a CasaForConditionalGeneration, or one under LoRA as it is.
+
+    Raises UserError for a pattern that fits no parameter, or if nothing is left to train.
+    """
+    if settings.trained == "all":
+        model.requires_grad_(True)
+    elif settings.trained == "added":
+        freeze_backbone(model, settings.tower_blocks)
+    for pattern in settings.frozen:
+        found = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
+        if not found:
+            raise UserError(f"frozen names {pattern!r}, which fits no parameter; the groups are shown by --dry-run.")
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("nothing is left to train: take something out of frozen.")
+
+
+def parameter_groups(model: nn.Module, settings: OptimisationSettings) -> list[dict[str, Any]]:
+    """Groups for a torch optimiser, with their `name`, `lr` and `weight_decay`; frozen parameters are in none.
+
+    Raises UserError for a pattern in `rates` that fits no parameter.
+    """
+    unused = dict.fromkeys(settings.rates)
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        pattern = next((pattern for pattern in settings.rates if re.search(pattern, name)), None)
+        unused.pop(pattern, None)  # type: ignore[arg-type]
+        if not parameter.requires_grad:
+            continue
+        new = is_new(name)
+        label = pattern if pattern is not None else "new" if new else "existing"
+        rate = settings.rates[pattern] if pattern is not None else settings.new_rate if new else settings.existing_rate
+        decays = parameter.ndim > 1
+        group = groups.setdefault(
+            (label, decays),
+            {
+                "params": [],
+                "lr": rate,
+                "weight_decay": settings.weight_decay if decays else 0.0,
+                "name": label if decays else f"{label}, no decay",
+            },
+        )
+        group["params"].append(parameter)
+    if unused:
+        raise UserError(f"rates names {next(iter(unused))!r}, which fits no parameter; look at --dry-run.")
+    return list(groups.values())
+
+
+def set_precision(model: nn.Module, settings: OptimisationSettings) -> None:
+    """Puts weights into the precision they are kept in; what is frozen needs no master copy."""
+    if settings.precision == "float32":
+        return
+    for parameter in model.parameters():
+        kept = torch.float32 if settings.master and parameter.requires_grad else torch.bfloat16
+        parameter.data = parameter.data.to(kept)

@@ -1,0 +1,109 @@
+"""What the training blocks of a recipe hold: which parameters learn at what rate, and how a run is kept safe."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from casa.settings import require
+
+
+@dataclass(frozen=True)
+class OptimisationSettings:
+    """AdamW over groups of parameters, with a rate that rises, stays and falls (paper, section 4).
+
+        rate      ______________
+                 /              \\
+            ____/                \\____      steps
+              warmup             decay
+
+    steps: updates of the whole run. accumulate: packs per process and update; their answer tokens weigh the same
+    wherever they stand. warmup, decay: steps. decay_shape: of the falling part. floor: share of the rate at its end.
+    new_rate: for what `adapt` added and LoRA; existing_rate: for all else that is trained. rates: further rates, by
+    regular expression over parameter names, the first that is found. frozen: parameters that are not trained, likewise.
+    trained: "all" (paper, route a), or "added": what `adapt` added and the last `tower_blocks` blocks of the tower
+    (route b); "as given" leaves requires_grad as it is.
+    weight_decay: for matrices. clip: largest norm of the gradient, 0 for none.
+    precision: "bfloat16" computes in bf16. master: keep trained weights in float32 then (recommended); otherwise
+    weights and moments are bf16 as well. checkpoint_blocks: run blocks again in the backward pass, for memory.
+    loss_chunk: tokens whose logits exist at once. ema: decay of a running average of the weights; None for none.
+    """
+
+    steps: int
+    accumulate: int = 1
+    warmup: int = 0
+    decay: int = 0
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
+    floor: float = 0.0
+    new_rate: float = 1e-4
+    existing_rate: float = 1e-5
+    rates: dict[str, float] = field(default_factory=dict)
+    trained: Literal["all", "added", "as given"] = "all"
+    tower_blocks: int = 4
+    frozen: tuple[str, ...] = ()
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip: float = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    master: bool = True
+    checkpoint_blocks: bool = False
+    loss_chunk: int = 1024
+    ema: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", self.steps, "1 or more")
+        require(self.accumulate >= 1, "accumulate", self.accumulate, "1 or more")
+        require(self.warmup >= 0, "warmup", self.warmup, "0 or more steps")
+        require(0 <= self.decay <= self.steps - self.warmup, "decay", self.decay, "at most the steps behind warmup")
+        require(0 <= self.floor <= 1, "floor", self.floor, "from 0 to 1")
+        require(self.new_rate >= 0, "new_rate", self.new_rate, "0 or more")
+        require(self.existing_rate >= 0, "existing_rate", self.existing_rate, "0 or more")
+        require(self.clip >= 0, "clip", self.clip, "0 or more")
+        require(self.loss_chunk >= 1, "loss_chunk", self.loss_chunk, "1 token or more")
+        require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "between 0 and 1")
+
+
+@dataclass(frozen=True)
+class WatchSettings:
+    """When a run stops by itself: at a loss or gradient that is no number, and at a spike.
+
+    spike: a loss above so many times the median of the last `window` steps, and at least `least` above it; None looks
+    for no spikes. Nothing is a spike before half a window has passed.
+    """
+
+    spike: float | None = 4.0
+    least: float = 1.0
+    window: int = 100
+
+    def __post_init__(self) -> None:
+        require(self.spike is None or self.spike > 1, "spike", self.spike, "above 1")
+        require(self.window >= 2, "window", self.window, "2 steps or more")
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """A run. folder: for its checkpoints and logs. save_every: steps; keep: newest checkpoints that are kept.
+
+    workers: processes that read data, per process that trains; ahead: batches that each reads ahead. seed: of what is
+    random in training. device: "cpu" leaves accelerators alone.
+    sharding: with several processes, "ddp" has all weights in each of them, "fsdp" spreads weights, gradients and moments
+    over them (FSDP2).
+    """
+
+    folder: str
+    optimisation: OptimisationSettings
+    watch: WatchSettings = field(default_factory=WatchSettings)
+    save_every: int = 500
+    keep: int = 2
+    log_every: int = 10
+    workers: int = 0
+    ahead: int = 2
+    seed: int = 0
+    device: Literal["auto", "cpu"] = "auto"
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+
+    def __post_init__(self) -> None:
+        require(bool(self.folder), "folder", self.folder, "the name of a folder")
+        require(self.save_every >= 1, "save_every", self.save_every, "1 step or more")
+        require(self.keep >= 1, "keep", self.keep, "1 or more")
+        require(self.log_every >= 1, "log_every", self.log_every, "1 step or more")
+        require(0 <= self.workers <= 256, "workers", self.workers, "from 0 to 256")

@@ -1,0 +1,77 @@
+"""Rows of a live stream: what falls behind shows. No test asserts a time."""
+
+import math
+
+import numpy as np
+import pytest
+
+from casa.benchmarks.live import bench_live, by_minute, laps, live_summary, live_table
+from casa.errors import UserError
+from casa.media import VideoWriter
+from casa.streaming import Moment
+from casa.testing import tiny_casa, tiny_processor
+
+
+def moments(seconds, lag):
+    return [Moment(second, "text", lag(second), 0.1, True) for second in seconds]
+
+
+def rows(given, fps=2.0, seconds=180.0):
+    return list(by_minute(given, fps, seconds, lambda: (1024, 2048)))
+
+
+def test_each_minute_has_its_frames():
+    found = rows(moments([k / 2 for k in range(360)], lambda second: 0.2))
+    assert [(row.minute, row.frames, row.watched, row.dropped) for row in found] == [(m, 120, 120, 0) for m in range(3)]
+    summary = live_summary(found, 2.0)
+    assert summary["keeps_pace"]
+    assert (summary["frames"], summary["dropped"], summary["accumulated_lag_ms"]) == (360, 0, 0.0)
+    assert live_table(found).count("\n") == 3
+
+
+def test_lag_that_accumulates_shows():
+    summary = live_summary(rows(moments([k / 2 for k in range(360)], lambda second: 0.1 + second / 100)), 2.0)
+    assert summary["accumulated_lag_ms"] == pytest.approx(1200, abs=1)
+    assert not summary["keeps_pace"]
+
+
+def test_dropped_frames_show_also_where_nothing_was_watched():
+    found = rows(moments([k / 2 for k in range(360) if k < 120 or k >= 250], lambda second: 0.1))
+    assert [row.dropped for row in found] == [0, 120, 10]
+    assert math.isnan(found[1].median_lag_ms)
+    assert live_summary(found, 2.0)["dropped"] == 130
+    assert not live_summary(found, 2.0)["keeps_pace"]
+
+
+def test_captions_that_are_cut_show():
+    cut = [Moment(0.0, "te", 0.1, 0.1, False), *moments([0.5], lambda second: 0.1)]
+    summary = live_summary(rows(cut, seconds=1.0), 2.0)
+    assert (summary["cut"], summary["keeps_pace"]) == (1, False)
+
+
+def test_the_last_minute_may_be_short():
+    found = rows(moments([k / 2 for k in range(150)], lambda second: 0.1), seconds=75.0)
+    assert [row.frames for row in found] == [120, 30]
+
+
+def test_laps_go_on_in_time(tmp_path):
+    with VideoWriter(tmp_path / "a.mp4", (28, 28), 4) as video:
+        for _ in range(4):
+            video.write(np.zeros((28, 28, 3), np.uint8))
+    assert [frame.time for frame in laps(tmp_path / "a.mp4", 2.0, 2.5, 1.0)] == [0.0, 0.5, 1.0, 1.5, 2.0]
+
+
+def test_a_short_stream_by_the_real_clock():
+    told = []
+    found = bench_live(tiny_casa(), tiny_processor(), minutes=0.02, size=224, fps=5.0, tell=told.append)
+    assert told == found
+    assert [row.frames for row in found] == [6]
+    assert 1 <= found[0].watched <= 6
+    assert found[0].max_lag_ms > 0
+    assert found[0].cache_bytes > 0
+
+
+@pytest.mark.parametrize("settings", [{"minutes": 0.0}, {"fps": 0.0}, {"minutes": math.nan}])
+def test_what_cannot_be(settings):
+    with pytest.raises(UserError, match="above 0"):
+        bench_live(tiny_casa(), tiny_processor(), **settings)

@@ -1,0 +1,44 @@
+"""A tiny random model that always has something to say, small films, and a run over them."""
+
+import numpy as np
+import pytest
+import torch
+
+from casa.captioning import Request, caption
+from casa.media import VideoWriter
+from casa.testing import tiny_casa, tiny_processor
+
+
+@pytest.fixture(scope="session")
+def load():
+    """As `caption` wants it: any name gives the tiny model."""
+    model = tiny_casa(dtype=torch.float32)
+    model.generation_config.eos_token_id = 2
+    # captions of different lengths, also empty ones: the stop token comes up now and then
+    torch.manual_seed(0)
+    model.backbone.lm_head.weight.data[2] = model.backbone.lm_head.weight.data[3:].mean(0) * 3
+    loaded = model, tiny_processor()
+    return lambda name: loaded
+
+
+@pytest.fixture(scope="session")
+def film(tmp_path_factory):
+    """6 s of noise, 84 x 56 px, 10 frames a second."""
+    path = tmp_path_factory.mktemp("films") / "film.mp4"
+    generator = np.random.default_rng(0)
+    with VideoWriter(path, (84, 56), fps=10) as video:
+        for _ in range(60):
+            video.write(generator.integers(0, 255, (56, 84, 3), dtype=np.uint8))
+    return path
+
+
+@pytest.fixture
+def run(load):
+    """Runs a request; its report, and what was told: [(second, text)]."""
+
+    def call(source, *out, **settings):
+        told = []
+        request = Request(str(source), tuple(out), max_new_tokens=4, **settings)
+        return caption(request, "tiny", load, lambda at, text: told.append((at, text))), told
+
+    return call

@@ -1,0 +1,101 @@
+"""`kill -9` in mid-video, then `--resume`: the caption files are, to the byte, those of a run that nobody stopped."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import casa
+from casa.captioning import Request, caption
+from casa.media import read_jsonl, read_srt, read_vtt
+from casa.models.at_hand import load_at_hand
+
+FILM = Path(casa.__file__).parent / "assets" / "demo" / "clip.mp4"
+END = 10.0  # s
+READERS = {"srt": read_srt, "vtt": read_vtt, "jsonl": read_jsonl}
+# the program itself; with a number, it dies at the moment at which that save would replace the one before
+PROGRAM = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+last, replace = int(sys.argv.pop(1)), os.replace
+def dying(*names):
+    global last
+    last -= 1
+    if last == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*names)
+os.replace = dying
+sys.argv[0] = "casa"
+from casa.cli.main import run
+run()
+"""
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+
+
+@pytest.fixture(scope="module")
+def load():
+    """casa-tiny, loaded once."""
+    loaded = load_at_hand("casa-tiny", "cpu")
+    return lambda _: loaded
+
+
+def request_to(folder: Path, **settings) -> Request:
+    outs = tuple(folder / f"a.{kind}" for kind in READERS)
+    return Request(str(FILM), outs, end=END, max_text_tokens=96, max_new_tokens=8, save_every=0, **settings)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, load):
+    """What a run that nobody stops writes, and says."""
+    folder = tmp_path_factory.mktemp("whole")
+    caption(request_to(folder), "casa-tiny", load)
+    captions = read_srt(folder / "a.srt")
+    assert len(captions) > 4, "there is something to lose"
+    return {kind: (folder / f"a.{kind}").read_bytes() for kind in READERS}, [one.text for one in captions]
+
+
+def start(folder: Path, dies_in_save: int) -> subprocess.Popen:
+    outs = [part for kind in READERS for part in ("--out", str(folder / f"a.{kind}"))]
+    settings = ["--end", END, "--max-text-tokens", 96, "--max-new-tokens", 8, "--save-every", 0]
+    words = ["caption", "casa-tiny", str(FILM), *outs, *map(str, settings)]
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(dies_in_save), *words], stdout=subprocess.PIPE)
+
+
+def assert_valid_and_then_the_same(folder: Path, whole, load) -> None:
+    files, texts = whole
+    for kind, read in READERS.items():
+        said = [one.text for one in read(folder / f"a.{kind}")]
+        assert said == texts[: len(said)], "what was said before the kill is there, and readable"
+    caption(request_to(folder, resume=True), "casa-tiny", load)
+    assert {kind: (folder / f"a.{kind}").read_bytes() for kind in READERS} == files
+    left = [path.name for path in folder.iterdir() if not path.name.startswith(".casa-")]
+    assert sorted(left) == ["a.jsonl", "a.srt", "a.vtt"], "a finished run leaves no state"
+
+
+def test_killed_at_any_moment(tmp_path, whole, load):
+    lines, wait = random.randrange(1, len(whole[1]) - 1), random.uniform(0, 0.3)
+    with start(tmp_path, 0) as child:
+        assert child.stdout is not None
+        for _ in range(lines):
+            assert child.stdout.readline()
+        time.sleep(wait)
+        child.send_signal(signal.SIGKILL)
+    assert child.returncode == -signal.SIGKILL, f"it was over after {lines} lines and {wait} s"
+    assert (tmp_path / "a.srt.state").exists()
+    assert len(read_srt(tmp_path / "a.srt")) >= lines
+    assert_valid_and_then_the_same(tmp_path, whole, load)
+
+
+def test_killed_while_it_saves(tmp_path, whole, load):
+    saves = random.randrange(3, 16)
+    with start(tmp_path, saves) as child:
+        child.communicate()
+    assert child.returncode == -signal.SIGKILL
+    assert any(path.name.startswith(".casa-") for path in tmp_path.iterdir()), "a state that was not finished"
+    assert_valid_and_then_the_same(tmp_path, whole, load)

@@ -1,0 +1,186 @@
+"""StoppedError anywhere and resumed: the files are those of a run that was not stopped, whatever the source."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from casa.captioning import Question, Request, caption
+from casa.captioning.progress import Progress
+from casa.errors import UserError
+from casa.media import read_frames, read_srt
+from casa.streaming import Sampling
+
+KINDS = ("srt", "vtt", "jsonl")
+SETTINGS = {
+    "fps": 3.0,
+    "max_new_tokens": 4,
+    "max_text_tokens": 48,
+    "save_every": 0.0,
+    "questions": (Question(1.0, "who"), Question(9.0, "and then")),
+    "sampling": Sampling(temperature=1.2, top_k=20, repetition=0.5, no_repeat=3),
+}
+
+
+class StoppedError(Exception):
+    """Stands for a kill: nothing is done after it."""
+
+
+@pytest.fixture
+def stopping(monkeypatch):
+    """Lets a run end after so many frames, at the worst moment: the captions are written, the state is not."""
+
+    def after(frames):
+        reached = Progress.reached
+        left = [frames]
+
+        def counted(self, *arguments):
+            left[0] -= 1
+            if left[0] < 0:
+                raise StoppedError
+            reached(self, *arguments)
+
+        monkeypatch.setattr(Progress, "reached", counted)
+        return lambda: monkeypatch.setattr(Progress, "reached", reached)
+
+    return after
+
+
+@pytest.fixture(scope="module")
+def folder_of_pictures(film, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for frame in read_frames(film, fps=3.0):
+        frame.image.save(folder / f"{frame.index}.png")
+    return folder
+
+
+def request_to(folder, source, resume=False, **settings):
+    outs = tuple(folder / f"a.{kind}" for kind in KINDS)
+    return Request(str(source), outs, resume=resume, **(SETTINGS | settings))
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("source", ["file", "part of a file", "folder", "read from its beginning"])
+@pytest.mark.parametrize("stops", [(4, 3), (17,)])
+def test_the_same_as_without_a_stop(source, stops, film, folder_of_pictures, load, stopping, tmp_path, monkeypatch):
+    given, settings = (folder_of_pictures if source == "folder" else film), {}
+    if source == "part of a file":
+        settings = {"start": 0.4, "fps": 3.7}
+    if source == "read from its beginning":
+        from casa.captioning import run as module
+
+        plain = module.open_source
+        monkeypatch.setattr(module, "open_source", lambda *a, after, **k: plain(*a, **k))
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    caption(request_to(one, given, **settings), "tiny", load)
+    for number, frames in enumerate(stops):
+        go_on = stopping(frames)
+        with pytest.raises(StoppedError):
+            caption(request_to(two, given, resume=number > 0, **settings), "tiny", load)
+        go_on()
+        assert (two / "a.srt.state").exists()
+    caption(request_to(two, given, resume=True, **settings), "tiny", load)
+    assert files(two) == files(one)
+
+
+def test_videos_after_a_resumed_run_hold_all_captions(film, load, stopping, tmp_path):
+    go_on = stopping(8)
+    with pytest.raises(StoppedError):
+        caption(request_to(tmp_path, film), "tiny", load)
+    go_on()
+    caption(request_to(tmp_path, film, resume=True, track=tmp_path / "a.mkv"), "tiny", load)
+    import av
+
+    with av.open(str(tmp_path / "a.mkv")) as made:
+        texts = [bytes(packet).decode() for packet in made.demux(subtitles=0) if packet.size]
+    assert texts == [one.text for one in read_srt(tmp_path / "a.srt")]
+
+
+def test_without_a_state_it_begins_at_the_beginning(film, load, tmp_path):
+    caption(request_to(tmp_path, film), "tiny", load)
+    before = files(tmp_path)
+    caption(request_to(tmp_path, film, resume=True), "tiny", load)
+    assert files(tmp_path) == before
+
+
+def test_a_run_that_is_not_resumed_forgets_the_old_state(film, load, stopping, tmp_path):
+    go_on = stopping(3)
+    with pytest.raises(StoppedError):
+        caption(request_to(tmp_path, film), "tiny", load)
+    go_on()
+    Progress(request_to(tmp_path, film), "tiny")
+    assert not (tmp_path / "a.srt.state").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"fps": 2.0}, "fps"), ({"prompt": "say"}, "prompt"), ({"seed": 1}, "seed"), ({"questions": ()}, "questions")],
+)
+def test_another_run_is_not_gone_on_with(film, load, stopping, tmp_path, change, word):
+    go_on = stopping(3)
+    with pytest.raises(StoppedError):
+        caption(request_to(tmp_path, film), "tiny", load)
+    go_on()
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=f"another {word}"):
+        caption(request_to(tmp_path, film, resume=True, **change), "tiny", load)
+    with pytest.raises(UserError, match="another model"):
+        caption(request_to(tmp_path, film, resume=True), "another", load)
+    assert files(tmp_path) == before, "and nothing was touched"
+
+
+def test_a_state_that_is_none(film, load, tmp_path):
+    (tmp_path / "a.srt.state").write_bytes(b"no state")
+    with pytest.raises(UserError, match="not a saved session"):
+        caption(request_to(tmp_path, film, resume=True), "tiny", load)
+
+
+def test_a_live_stream_goes_on_by_the_clock_and_keeps_what_was_said(tmp_path):
+    now = [1000.0]
+    request = request_to(tmp_path, "camera:0")
+    (tmp_path / "a.srt").touch()
+
+    class Session:
+        notes: dict
+
+        def save(self, path):
+            path.write_text("state")
+
+    first = Progress(request, "tiny", wall=lambda: now[0])
+    assert first.offset(True) == 0.0
+    first.reached(5.0, 0, Session())
+    now[0] += 60
+    again = Progress(request, "tiny", wall=lambda: now[0])
+    again.place = first.place
+    assert again.offset(True) == 60.0, "a gap of which nothing was seen"
+    now[0] = 900.0
+    assert again.offset(True) == 5.001, "a clock that was set back"
+    assert again.offset(False) == 0.0
+
+
+def test_states_are_saved_at_the_first_frame_and_then_in_time(tmp_path):
+    now, saved = [0.0], []
+
+    class Session:
+        notes: dict
+
+        def save(self, path):
+            saved.append(now[0])
+
+    progress = Progress(request_to(tmp_path, "camera:0", save_every=5.0), "tiny", clock=lambda: now[0])
+    for second in range(12):
+        now[0] = float(second)
+        progress.reached(second, 0, Session())
+    assert saved == [0.0, 5.0, 10.0]
+
+
+def test_pictures_of_a_still(load, tmp_path):
+    """One frame, nothing to go on with."""
+    Image.fromarray(np.zeros((56, 84, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "out").mkdir()
+    caption(request_to(tmp_path / "out", tmp_path / "a.png"), "tiny", load)
+    assert sorted(files(tmp_path / "out")) == ["a.jsonl", "a.srt", "a.vtt"]

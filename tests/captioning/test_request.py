@@ -1,0 +1,59 @@
+"""Settings that cannot be are refused before anything is opened, each in a sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from casa.captioning import Request
+from casa.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"out": (Path("a.txt"),)}, "a.txt has no known ending"),
+        ({"burn": Path("a.srt")}, "a.srt has no known ending"),
+        ({"track": Path("a.avi")}, "a.avi has no known ending"),
+        ({"out": (Path("nowhere/a.srt"),)}, "folder of nowhere"),
+        ({"out": (Path("a.srt"), Path("./a.srt"))}, "same name"),
+        ({"burn": Path("a.mp4"), "track": Path("a.mp4")}, "same name"),
+        ({"resume": True}, "--out"),
+        ({"hold": 0.0}, "hold"),
+        ({"hold": float("inf")}, "hold"),
+        ({"save_every": -1.0}, "save_every"),
+        ({"save_every": float("nan")}, "save_every"),
+    ],
+)
+def test_what_cannot_be(settings, words):
+    with pytest.raises(UserError, match=words):
+        Request("film.mp4", **settings)
+
+
+@pytest.mark.parametrize("source", ["-", "camera:0", "screen", "rtsp://here/stream", "."])
+def test_a_text_track_needs_a_file_to_copy(source):
+    with pytest.raises(UserError, match="--burn"):
+        Request(source, track=Path("a.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("source", "is_file"),
+    [("a.mp4", True), ("file:///a.mp4", True), ("-", False), ("https://here/a.mp4", False), (".", False)],
+)
+def test_what_is_a_file(source, is_file):
+    assert Request(source).is_file == is_file
+
+
+def test_no_password_is_written_into_a_state():
+    told = str(Request("rtsp://me:secret@here/stream?key=secret").identity("tiny"))
+    assert "here/stream" in told
+    assert "secret" not in told
+
+
+def test_a_film_may_move(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.mp4").write_bytes(b"the same")
+    one, two = (Request(str(tmp_path / folder / "a.mp4")).identity("tiny") for folder in ("one", "two"))
+    assert one == two
+    (tmp_path / "two" / "a.mp4").write_bytes(b"another")
+    assert Request(str(tmp_path / "two" / "a.mp4")).identity("tiny") != one

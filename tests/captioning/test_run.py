@@ -1,0 +1,178 @@
+"""From a source to its outputs: the same captions from a file, a folder and a pipe, questions, videos, counts."""
+
+import threading
+
+import av
+import pytest
+from PIL import Image
+
+from casa.captioning import Question, Report, Request, caption
+from casa.errors import UserError
+from casa.media import probe, read_frames, read_jsonl, read_srt, read_vtt
+from casa.streaming import Count, StreamingSession
+
+
+def test_every_sampled_frame_of_a_file_is_watched(run, film, load, tmp_path):
+    outs = [tmp_path / f"a.{kind}" for kind in ("srt", "vtt", "jsonl")]
+    report, told = run(film, *outs)
+    session = StreamingSession(*load(""), max_new_tokens=4)
+    wanted = [(frame.time, session.step(frame.image)) for frame in read_frames(film)]
+    assert told == [(time, text) for time, text in wanted if text]
+    assert (report.count.frames, report.said, report.is_clean) == (12, len(told), True)
+    assert not report.live
+    assert read_srt(outs[0]) == read_vtt(outs[1]) == read_jsonl(outs[2])
+    assert read_srt(outs[0])[-1].end <= 6.0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.srt", "a.vtt"]
+
+
+def test_a_folder_of_pictures(run, film, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for frame in read_frames(film):
+        frame.image.save(tmp_path / "pictures" / f"{frame.index}.png")
+    assert run(tmp_path / "pictures")[1] == run(film)[1]
+
+
+def test_a_pipe(run, film, tmp_path, monkeypatch):
+    packed = tmp_path / "film.mkv"
+    with av.open(str(film)) as given, av.open(str(packed), "w") as made:
+        stream = made.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                made.mux(packet)
+    with packed.open("rb") as file:
+        monkeypatch.setattr("sys.stdin", file)
+        assert run("-")[1] == run(film)[1]
+
+
+def test_part_of_a_film(run, film):
+    _, told = run(film, start=2.0, end=4.0)
+    assert {2.0 <= at < 4.0 for at, _ in told} == {True}
+
+
+def test_questions_are_asked_at_their_second_and_once(run, film, load):
+    questions = (Question(2.2, "who"), Question(99.0, "and then"))
+    _, told = run(film, questions=questions)
+    session, wanted = StreamingSession(*load(""), max_new_tokens=4), []
+    for frame in read_frames(film):
+        text = session.step(frame.image)
+        wanted += [(frame.time, text)] if text else []
+        if frame.time in (2.5, 5.5):
+            question = "who" if frame.time == 2.5 else "and then"
+            wanted.append((frame.time, f"{question} {session.ask(question) or '(no answer)'}"))
+    assert told == wanted
+
+
+def test_sampling_reaches_the_session(run, film):
+    from casa.streaming import Sampling
+
+    drawn = [run(film, sampling=Sampling(temperature=1.5, top_k=20), seed=seed)[1] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_video_with_captions_drawn_in_and_one_with_a_text_track(run, film, tmp_path):
+    report, told = run(film, tmp_path / "a.srt", burn=tmp_path / "burnt.mp4", track=tmp_path / "track.mkv")
+    assert report.said == len(told)
+    assert probe(tmp_path / "burnt.mp4").frames == 60
+    with av.open(str(tmp_path / "track.mkv")) as made:
+        texts = [bytes(packet).decode() for packet in made.demux(subtitles=0) if packet.size]
+    assert texts == [one.text for one in read_srt(tmp_path / "a.srt")]
+
+
+def test_what_comes_from_no_file_is_recorded_with_its_captions(run, film, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for k in range(4):
+        Image.new("RGB", (84, 56), (200, 0, 0)).save(tmp_path / "pictures" / f"{k}.png")
+    _, told = run(tmp_path / "pictures", burn=tmp_path / "seen.mp4")
+    assert told[0][0] == 0.0
+    frames = list(read_frames(tmp_path / "seen.mp4", fps=None))
+    assert [frame.time for frame in frames] == pytest.approx([0, 0.5, 1, 1.5], abs=1e-3)
+    assert frames[0].picture[-4:].mean() < frames[0].picture[:4].mean() - 10, "a dark band at the foot"
+
+
+def test_in_live_pace_the_counts_add_up(run, film):
+    report, told = run(film, live=True, fps=20.0, end=1.0)
+    count = report.count
+    assert report.live
+    assert count.frames + count.dropped + count.skipped == 10, "one for every frame of the film"
+    assert count.frames >= 1
+    assert report.said == len(told)
+    assert report.longest_lag >= report.last_lag > 0
+
+
+def test_ctrl_c_ends_live_pace_and_its_counts_are_told(load, film, tmp_path):
+    def stop(at, text):
+        raise KeyboardInterrupt
+
+    request = Request(str(film), (tmp_path / "a.srt",), live=True, fps=20.0, max_new_tokens=4)
+    report = caption(request, "tiny", load, stop)
+    assert report.stopped
+    assert read_srt(tmp_path / "a.srt")
+
+
+def test_damage_is_counted_and_passed_over(run, film, tmp_path):
+    data = bytearray(film.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 400] = bytes(400)
+    (tmp_path / "damaged.mp4").write_bytes(data)
+    report, told = run(tmp_path / "damaged.mp4", fps=10.0)
+    assert report.damaged > 0
+    assert told
+    assert "damaged" in report.sentence()
+
+
+def test_a_source_that_breaks_leaves_what_was_said_and_a_state(load, tmp_path, monkeypatch, film):
+    """A camera that is pulled out, or Ctrl-C."""
+    from casa.captioning import run as module
+
+    class Camera:
+        is_live, duration = True, None
+
+        def __init__(self, error):
+            self.error = error
+            self.counts = type("Counts", (), {"skipped": 0, "reconnects": 0})()
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def __iter__(self):
+            frames = list(read_frames(film))
+            yield from frames[:4]
+            raise self.error
+
+    for number, error in enumerate([UserError("the camera is gone."), KeyboardInterrupt()]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        monkeypatch.setattr(module, "open_source", lambda *_, error=error, **__: Camera(error))
+        request = Request("camera:0", (folder / "a.srt",), burn=folder / "a.mkv", live=False, max_new_tokens=4)
+        with pytest.raises(type(error)):
+            caption(request, "tiny", load)
+        assert read_srt(folder / "a.srt")
+        assert (folder / "a.srt.state").exists()
+        assert len(list(read_frames(folder / "a.mkv", fps=None))) == 4, "what was seen until then"
+
+
+def test_a_report_tells_all_it_knows():
+    report = Report(True, Count(4, 3, 2, 1), 4, 0.9, 1.0, 0.25, damaged=5, reconnects=6)
+    for part in ("4 frames", "3 dropped", "2 cut", "0.25 s on average", "0.90 s at most", "5 damaged", "6 times"):
+        assert part in report.sentence()
+    assert not report.is_clean
+
+
+def test_nothing_is_left_open(run, film):
+    before = threading.active_count()
+    run(film, live=True, fps=50.0, end=0.5)
+    for _ in range(400):
+        if threading.active_count() == before:
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("a thread is left")
+
+
+def test_a_film_without_a_picture_that_is_read(load, tmp_path):
+    with pytest.raises(UserError, match="no file"):
+        caption(Request(str(tmp_path / "none.mp4"), (tmp_path / "a.srt",)), "tiny", load)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,53 @@
+"""Recording what comes from no file: frames in time, each with its caption, whatever their size."""
+
+import numpy as np
+import pytest
+
+from casa.errors import UserError
+from casa.media import Frame, Recorder, read_frames
+
+
+def frames(sizes, level=200):
+    return [Frame(np.full((*size, 3), level, np.uint8), k / 2, k) for k, size in enumerate(sizes)]
+
+
+def test_a_frame_has_what_was_said_of_it(tmp_path):
+    recorder = Recorder(tmp_path / "a.mp4", 2)
+    for frame in recorder.through(frames([(112, 168)] * 4)):
+        if frame.number == 1:
+            recorder.say(frame.seconds, frame.seconds + 1, "one")
+    recorder.close()
+    recorder.close()
+    feet = [frame.picture[-8:].mean() for frame in read_frames(tmp_path / "a.mp4", fps=None)]
+    assert [foot < 150 for foot in feet] == [False, True, True, False]
+
+
+def test_sizes_may_change_on_the_way_and_times_begin_late(tmp_path):
+    recorder = Recorder(tmp_path / "a.mkv", 2)
+    given = frames([(56, 84), (28, 42), (84, 56)])
+    late = [Frame(frame.picture, frame.seconds + 7, frame.number) for frame in given]
+    assert [frame.number for frame in recorder.through(late)] == [0, 1, 2]
+    recorder.close()
+    kept = list(read_frames(tmp_path / "a.mkv", fps=None))
+    assert [frame.picture.shape for frame in kept] == [(56, 84, 3)] * 3
+    assert [frame.time for frame in kept] == pytest.approx([0, 0.5, 1.0], abs=2e-3)
+
+
+def test_frames_after_the_end_are_not_recorded(tmp_path):
+    recorder = Recorder(tmp_path / "a.mp4", 2)
+    passing = recorder.through(frames([(28, 28)] * 4))
+    next(passing)
+    recorder.close()
+    assert len(list(passing)) == 3
+    assert len(list(read_frames(tmp_path / "a.mp4", fps=None))) == 1
+
+
+def test_without_a_frame_there_is_no_file(tmp_path):
+    Recorder(tmp_path / "a.mp4", 2).close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "fps"), [("a.avi", 2), ("a.mp4", 0)])
+def test_what_cannot_be_is_refused_at_once(tmp_path, name, fps):
+    with pytest.raises(UserError):
+        Recorder(tmp_path / name, fps)

@@ -1,0 +1,175 @@
+"""/v1/chat/completions: OpenAI's own client works unchanged, whole and in pieces; errors are in OpenAI's form."""
+
+import json
+import urllib.error
+import urllib.request
+
+import openai
+import pytest
+import torch
+
+from casa.serving import Limits
+from casa.testing import tiny_processor
+
+LIMITS = Limits(body_bytes=200_000, prompt_tokens=200)
+
+
+@pytest.fixture(scope="module")
+def chatting(serving):
+    with serving(limits=LIMITS) as running:
+        yield running
+
+
+@pytest.fixture
+def ai(chatting):
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{chatting.port}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def user(*parts):
+    return {"role": "user", "content": list(parts)}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def image(url):
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def expected(model, chat, most):
+    """What generate says, greedily."""
+    processor = tiny_processor()
+    inputs = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        tokens = model.generate(**inputs, max_new_tokens=most, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return processor.tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
+
+
+def test_the_answer_is_the_models(ai, model, pictures, data_urls):
+    chat = [
+        user(image(data_urls[0]), text("who "), image(data_urls[1])),
+        {"role": "assistant", "content": "me"},
+        user(image(data_urls[2]), text("and this")),
+    ]
+    told = [
+        user({"type": "image", "image": pictures[0]}, text("who "), {"type": "image", "image": pictures[1]}),
+        {"role": "assistant", "content": [text("me")]},
+        user({"type": "image", "image": pictures[2]}, text("and this")),
+    ]
+    answer = ai.chat.completions.create(model="tiny", messages=chat, max_tokens=8)
+    assert answer.choices[0].message.content == expected(model, told, 8)
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.usage.prompt_tokens > 6 + 1 + 6
+
+
+def test_pieces_join_to_the_whole(ai, data_urls):
+    asked = {"model": "tiny", "messages": [user(image(data_urls[3]), text("say"))], "max_tokens": 12}
+    whole = ai.chat.completions.create(**asked)
+    with ai.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}) as stream:
+        chunks = list(stream)
+    said = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
+    assert "".join(said) == whole.choices[0].message.content
+    assert len(said) > 1
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].usage == whole.usage
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_stop_strings_never_show(ai):
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "tell"}], "max_tokens": 24, "temperature": 1.5}
+    for seed in range(6):
+        whole = ai.chat.completions.create(**asked, seed=seed).choices[0].message.content
+        if len(whole) > 6:
+            break
+    stop = whole[3:5]
+    cut = ai.chat.completions.create(**asked, seed=seed, stop=[stop, "never said"])
+    assert cut.choices[0].message.content == whole[: whole.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+    with ai.chat.completions.create(**asked, seed=seed, stop=stop, stream=True) as stream:
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == cut.choices[0].message.content
+
+
+def test_seeds_and_lengths(ai):
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "tell"}], "max_tokens": 16, "temperature": 2.0}
+    said = [ai.chat.completions.create(**asked, seed=seed).choices[0].message.content for seed in (1, 1, 2, 3)]
+    assert said[0] == said[1]
+    assert len(set(said)) > 1
+    one = ai.chat.completions.create(model="tiny", messages=asked["messages"], max_tokens=1)
+    assert one.usage.completion_tokens <= 1
+
+
+def test_models(ai):
+    assert [model.id for model in ai.models.list()] == ["tiny"]
+    assert ai.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        ai.models.retrieve("gpt")
+
+
+def test_errors_are_the_clients_own_kinds(ai, data_urls):
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+    with pytest.raises(openai.NotFoundError) as missing:
+        ai.chat.completions.create(**(asked | {"model": "gpt"}))
+    assert missing.value.code == "model_not_found"
+    for wrong, param in [
+        ({"messages": [user(image("http://127.0.0.1/a.png"))]}, "messages.0.content"),
+        ({"messages": [user(image("file:///etc/passwd"))]}, "messages.0.content"),
+        ({"messages": [user(image("data:image/png;base64,aGVsbG8="))]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "a" * 300}]}, "messages"),
+        ({"temperature": 9}, "temperature"),
+        ({"logprobs": True}, "logprobs"),
+    ]:
+        with pytest.raises(openai.BadRequestError) as refused:
+            ai.chat.completions.create(**(asked | wrong))
+        assert refused.value.param == param
+        assert "passwd" not in refused.value.message
+    with pytest.raises(openai.BadRequestError) as refused:
+        ai.chat.completions.create(**asked | {"messages": [{"role": "user", "content": "a" * 300}]}, stream=True)
+    assert refused.value.code == "context_length_exceeded"
+
+
+def post(server, body, **headers):
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{server.port}/v1/chat/completions", body, {"Content-Type": "application/json"} | headers
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read())
+
+
+@pytest.mark.parametrize("body", [b"", b"hello", b"[1]", b"\xff\xfe", b"{" * 5000, b"null"])
+def test_bodies_of_something_else(chatting, body):
+    status, answer = post(chatting, body)
+    assert status == 400
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+def test_paths_and_methods_of_something_else(chatting):
+    address = f"http://127.0.0.1:{chatting.port}"
+    for path, method, status in [("/v2", "GET", 404), ("/v1/nothing", "GET", 404), ("/v1/models", "PUT", 405)]:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(address + path, method=method), timeout=60)
+        with refused.value as error:
+            assert error.code == status
+
+
+def test_chats_beyond_the_limit_are_told_to_wait(serving, until):
+    with serving(limits=Limits(chats=1, chat_tokens=1024)) as server:
+        state = server._state
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0) as ai:
+            asked = {"model": "tiny", "messages": [{"role": "user", "content": "tell"}], "temperature": 2.0}
+            state.chats += 1
+            with pytest.raises(openai.RateLimitError):
+                ai.chat.completions.create(**asked, max_tokens=2)
+            state.chats -= 1
+            assert ai.chat.completions.create(**asked, max_tokens=2).choices
+            until(lambda: state.chats == 0)

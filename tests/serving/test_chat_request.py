@@ -1,0 +1,120 @@
+"""OpenAI's chat request: what is understood, what is refused by name, and system turns for templates without them."""
+
+import pytest
+
+from casa.serving import Limits
+from casa.serving.chat_request import RequestError, for_template, read_chat
+from casa.streaming import Sampling
+
+LIMITS = Limits()
+
+
+def chat(**changes):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]} | changes
+    return read_chat(body, "tiny", LIMITS, False)
+
+
+def test_the_least_and_the_most():
+    least = chat()
+    assert least.messages == [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    assert (least.max_tokens, least.sampling, least.stop, least.stream) == (1024, Sampling(), (), False)
+    most = chat(
+        max_completion_tokens=7,
+        temperature=0.5,
+        top_p=0,
+        seed=4,
+        stop="x",
+        n=1,
+        stream=True,
+        stream_options={"include_usage": True},
+        user="me",
+        logprobs=False,
+        tools=[],
+    )
+    assert (most.max_tokens, most.seed, most.stop, most.stream, most.include_usage) == (7, 4, ("x",), True, True)
+    assert most.sampling == Sampling(temperature=0.5, top_p=1e-6)
+    assert chat(max_tokens=10**6).max_tokens == 1024
+
+
+def test_pictures_are_opened(data_urls):
+    parts = [
+        {"type": "image_url", "image_url": {"url": data_urls[0], "detail": "low"}},
+        {"type": "text", "text": "what?"},
+    ]
+    found = chat(messages=[{"role": "user", "content": parts}])
+    assert found.pictures == 1
+    assert found.messages[0]["content"][0]["image"].size == (84, 56)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "status"),
+    [
+        ({"model": "gpt"}, "model", 404),
+        ({"model": None}, "model", 404),
+        ({"messages": []}, "messages", 400),
+        ({"messages": "hi"}, "messages", 400),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "messages", 400),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0", 400),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "messages.0", 400),
+        ({"seed": 10**400}, "seed", 400),
+        ({"temperature": 10**400}, "temperature", 400),
+        ({"max_tokens": float("nan")}, "max_tokens", 400),
+        ({"temperature": float("inf")}, "temperature", 400),
+        ({"\ud800": 1}, "?", 400),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", 400),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content", 400),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content", 400),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", 400),
+        ({"messages": [{"role": "user", "content": "a" * 70_000}]}, "messages.0", 400),
+        ({"temperature": 3}, "temperature", 400),
+        ({"temperature": "hot"}, "temperature", 400),
+        ({"top_p": -1}, "top_p", 400),
+        ({"seed": 1.5}, "seed", 400),
+        ({"max_tokens": -1}, "max_tokens", 400),
+        ({"stop": ["a"] * 5}, "stop", 400),
+        ({"stop": 3}, "stop", 400),
+        ({"n": 2}, "n", 400),
+        ({"stream": "yes"}, "stream", 400),
+        ({"tools": [{"type": "function"}]}, "tools", 400),
+        ({"logprobs": True}, "logprobs", 400),
+        ({"response_format": {"type": "json_object"}}, "response_format", 400),
+    ],
+)
+def test_what_is_refused(changes, param, status):
+    with pytest.raises(RequestError) as caught:
+        chat(**changes)
+    assert (caught.value.param, caught.value.status) == (param, status)
+
+
+def test_too_many_pictures(data_urls):
+    part = {"type": "image_url", "image_url": {"url": data_urls[0]}}
+    with pytest.raises(RequestError, match="pictures"):
+        chat(messages=[{"role": "user", "content": [part] * 17}])
+    with pytest.raises(RequestError, match="data: addresses"):
+        chat(
+            messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a.org/b.png"}}]}]
+        )
+
+
+def test_a_body_of_something_else():
+    with pytest.raises(RequestError, match="object"):
+        read_chat([1], "tiny", LIMITS, False)
+
+
+def test_system_turns_join_the_users():
+    chat_of = [
+        {"role": "system", "content": [{"type": "text", "text": "be brief"}]},
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "yes"}]},
+        {"role": "user", "content": [{"type": "text", "text": "why"}]},
+    ]
+    joined = for_template(chat_of, "{{ messages }}")
+    assert [message["role"] for message in joined] == ["user", "assistant", "user"]
+    assert "".join(part["text"] for part in joined[0]["content"]) == "be brief\nhi"
+    assert joined[2] == chat_of[3]
+    assert for_template(chat_of, "{% if message.role == 'system' %}") == chat_of
+
+
+def test_halves_of_characters_become_question_marks():
+    found = chat(messages=[{"role": "user", "content": "a\ud800b"}])
+    assert found.messages[0]["content"][0]["text"] == "a?b"

@@ -1,0 +1,85 @@
+"""Pictures from outside: three formats, in size, and one sentence for everything else."""
+
+import base64
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from casa.errors import UserError
+from casa.serving import Limits
+from casa.serving.pictures import read_address, read_picture
+
+LIMITS = Limits()
+
+
+def encoded(kind, size=(40, 30), **settings):
+    file = io.BytesIO()
+    Image.new("RGB", size, (200, 30, 40)).save(file, kind, **settings)
+    return file.getvalue()
+
+
+def png_header(width, height):
+    """A PNG that claims a size and holds hardly any pixels."""
+
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(bytes(100)))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_three_formats(kind):
+    picture = read_picture(encoded(kind), LIMITS)
+    assert (picture.mode, picture.size) == ("RGB", (40, 30))
+    assert np.abs(np.asarray(picture).astype(int) - (200, 30, 40)).max() < 12
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (b"", "no JPEG"),
+        (b"hello, this is text", "no JPEG"),
+        (encoded("GIF"), "no JPEG"),
+        (encoded("BMP"), "no JPEG"),
+        (png_header(60_000, 60_000), "megapixels"),
+        (png_header(7_000, 7_000), "million pixels"),
+        (png_header(40, 40), "damaged"),
+        (encoded("PNG")[:60], "damaged"),
+        (encoded("JPEG")[:300], "damaged"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "no picture"),
+        (b"RIFF\x00\x00\x00\x00WEBP" + bytes(40), "picture"),
+        (encoded("PNG", (400, 1)), "200"),
+    ],
+)
+def test_everything_else_is_one_sentence(data, word):
+    with pytest.raises(UserError, match=word) as caught:
+        read_picture(data, LIMITS)
+    assert str(caught.value).count("\n") == 0
+
+
+def test_large_pictures_are_made_smaller():
+    picture = read_picture(encoded("PNG", (400, 200)), Limits(picture_pixels=5000))
+    assert picture.size == (100, 50)
+
+
+def test_data_addresses():
+    body = base64.b64encode(encoded("PNG")).decode()
+    assert read_address(f"data:image/png;base64,{body}", LIMITS, False).size == (40, 30)
+    assert read_address(f"DATA:image/png;BASE64,{body}", LIMITS, False).size == (40, 30)
+    for wrong, word in [
+        (f"data:image/png,{body}", "written"),
+        ("data:image/png;base64", "written"),
+        ("data:image/png;base64,@@@", "damaged"),
+        ("data:image/png;base64,", "no JPEG"),
+        ("file:///etc/passwd", "data: address"),
+        ("/etc/passwd", "data: address"),
+        ("", "data: address"),
+        ("https://example.org/a.png", "does not fetch"),
+    ]:
+        with pytest.raises(UserError, match=word):
+            read_address(wrong, LIMITS, False)

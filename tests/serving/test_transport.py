@@ -1,0 +1,110 @@
+"""Peers that do not ask, or do not read, are let go; others are not."""
+
+import socket
+
+import pytest
+from websockets.exceptions import ConnectionClosed
+
+from casa.serving import Limits
+
+LIMITS = Limits(body_seconds=0.5, send_seconds=0.5, caption_seconds=60.0)
+
+
+@pytest.fixture(scope="module")
+def impatient(serving):
+    with serving(limits=LIMITS) as running:
+        yield running
+
+
+def connected(server, **options):
+    return socket.create_connection(("127.0.0.1", server.port), timeout=60, **options)
+
+
+def is_cut(raw):
+    """Waits for the other side's end."""
+    try:
+        while raw.recv(65536):
+            pass
+    except ConnectionResetError:
+        pass
+    return True
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTT", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: "])
+def test_who_does_not_ask_is_let_go(impatient, sent):
+    with connected(impatient) as raw:
+        raw.sendall(sent)
+        assert is_cut(raw)
+
+
+def test_a_second_request_that_does_not_end_is_let_go_too(impatient):
+    with connected(impatient) as raw:
+        raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert raw.recv(65536).startswith(b"HTTP/1.1 200")
+        raw.sendall(b"GET /hea")
+        assert is_cut(raw)
+
+
+def test_who_does_not_read_is_let_go(impatient, until):
+    connections = impatient._server.server_state.connections
+    before = len(connections)
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect(("127.0.0.1", impatient.port))
+        # more than all buffers on the way can hold
+        for _ in range(400):
+            try:
+                raw.sendall(b"GET /app.js HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            except OSError:
+                break
+        until(lambda: len(connections) == before)
+
+
+def test_pings_without_end_from_one_who_does_not_read(impatient, client, until):
+    state = impatient._state
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.connect(("127.0.0.1", impatient.port))
+    raw.settimeout(60)
+    key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+    head = "GET /v1/streams HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    raw.sendall(f"{head}{key}\r\n".encode())
+    assert raw.recv(12).startswith(b"HTTP/1.1 101")
+    until(lambda: state.connections == 1)
+    ping = (b"\x89\xfd" + bytes(4) + bytes(125)) * 500
+
+    def send_for_ever():
+        while True:
+            raw.sendall(ping)
+
+    with pytest.raises(OSError, match=r"reset|pipe|aborted"):
+        send_for_ever()
+    raw.close()
+    until(lambda: state.connections == 0)
+
+
+def test_a_message_in_parts_without_end(impatient, client, until):
+    with client(impatient) as one:
+        one.hello()
+        raw = one.socket.socket
+        raw.sendall(b"\x02\x80" + bytes(4))
+        raw.sendall((b"\x00\x80" + bytes(4)) * 2000)
+        with pytest.raises(ConnectionClosed):
+            one.hear()
+    until(lambda: impatient._state.worker.streams == 0)
+
+
+def test_a_message_in_parts(impatient, client, frames):
+    with client(impatient) as one:
+        one.hello()
+        one.socket.send([frames[0][:100], frames[0][100:]])
+        assert one.hear_until("usage")[-1]["frame"] == 1
+
+
+def test_a_quiet_stream_is_not_silent(impatient, client, frames):
+    with client(impatient) as one:
+        one.hello()
+        # longer than an HTTP connection may say nothing
+        with pytest.raises(TimeoutError):
+            one.socket.recv(timeout=3 * LIMITS.body_seconds)
+        assert one.show(frames[0])[1]["frame"] == 1

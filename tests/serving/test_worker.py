@@ -1,0 +1,353 @@
+"""The model's thread: streams, jobs and completions in turn; an error ends where it happened."""
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from casa.errors import UserError
+from casa.serving import Limits
+from casa.serving.live import LiveStream, Ticket
+from casa.serving.metrics import Metrics
+from casa.serving.outbox import Outbox
+from casa.serving.transcript import Transcript
+from casa.serving.worker import Worker
+from casa.streaming import StreamingEngine, StreamingSession
+from casa.testing import tiny_processor
+
+SETTINGS = {"max_new_tokens": 4}
+
+
+@pytest.fixture
+def worker(model):
+    made = Worker(StreamingEngine(model, tiny_processor(), most_sessions=3), Limits(questions=2))
+    made.start()
+    yield made
+    made.stop()
+
+
+def stream(name="a", fps=0.01):
+    return LiveStream(name, fps, Outbox(64), Transcript(100), Metrics())
+
+
+def run(scenario):
+    return asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+async def opened(worker, *names, **settings):
+    made = [stream(name) for name in names]
+    for one in made:
+        await asyncio.wrap_future(worker.open(one, **(SETTINGS | settings)))
+    return made
+
+
+async def hear(one, *kinds):
+    """All events up to the first of these kinds."""
+    events = [await one.outbox.get()]
+    while events[-1]["type"] not in kinds:
+        events.append(await one.outbox.get())
+    return events
+
+
+def text_of(events):
+    return next((event["text"] for event in events if event["type"] == "caption"), "")
+
+
+def test_streams_say_what_they_say_alone(worker, model, pictures):
+    async def scenario():
+        streams = await opened(worker, "a", "b", "c")
+        heard = {one.name: [] for one in streams}
+        for turn in range(3):
+            for number, one in enumerate(streams):
+                worker.offer(one, Ticket(turn + 1, turn / 2, pictures[3 * number + turn]))
+            for one in streams:
+                heard[one.name].append(text_of(await hear(one, "usage")))
+        return heard
+
+    heard = run(scenario)
+    for number, name in enumerate("abc"):
+        session = StreamingSession(model, tiny_processor(), **SETTINGS)
+        assert heard[name] == [session.step(picture) for picture in pictures[3 * number : 3 * number + 3]]
+    assert any(text for texts in heard.values() for text in texts)
+
+
+def test_the_newest_frame_wins_and_a_pause_takes_none(worker, pictures):
+    async def scenario():
+        (one,) = await opened(worker, "a")
+        hold = threading.Event()
+        held = worker.call(hold.wait)
+        for number in range(5):
+            worker.offer(one, Ticket(number + 1, float(number), pictures[number]))
+        hold.set()
+        await asyncio.wrap_future(held)
+        events = await hear(one, "usage")
+        worker.pause(one, True)
+        worker.offer(one, Ticket(6, 5.0, pictures[5]))
+        worker.ask(one, "what")
+        later = await hear(one, "answer")
+        worker.pause(one, False)
+        worker.offer(one, Ticket(7, 6.0, pictures[6]))
+        return events, later, await hear(one, "usage"), one
+
+    events, later, last, one = run(scenario)
+    assert [event["count"] for event in events if event["type"] == "dropped"] == [1, 2, 3, 4]
+    assert (events[-1]["frame"], events[-1]["dropped"]) == (5, 4)
+    assert [event["type"] for event in later] == ["answer"]
+    assert later[0]["time"] == 4.0
+    assert last[-1]["frame"] == 7
+    assert one.dropped == 4
+
+
+def test_questions_wait_in_line_and_not_too_many(worker):
+    async def scenario():
+        (one,) = await opened(worker, "a")
+        hold = threading.Event()
+        worker.call(hold.wait)
+        worker.ask(one, "one")
+        worker.ask(one, "two")
+        with pytest.raises(UserError, match="wait"):
+            worker.ask(one, "three")
+        hold.set()
+        return [(await hear(one, "answer"))[-1]["question"] for _ in range(2)]
+
+    assert run(scenario) == ["one", "two"]
+
+
+def test_an_answer_is_the_sessions_own(worker, model, pictures):
+    async def scenario():
+        (one,) = await opened(worker, "a")
+        worker.offer(one, Ticket(1, 0.0, pictures[0]))
+        await hear(one, "usage")
+        worker.ask(one, "what")
+        return (await hear(one, "answer"))[-1]["text"]
+
+    session = StreamingSession(model, tiny_processor(), **SETTINGS)
+    session.step(pictures[0])
+    assert run(scenario) == session.ask("what")
+
+
+def test_what_is_no_picture_ends_in_its_own_stream(worker, pictures):
+    async def scenario():
+        good, bad = await opened(worker, "good", "bad")
+        worker.offer(bad, Ticket(1, 0.0, "no picture"))  # type: ignore[arg-type]
+        worker.offer(good, Ticket(1, 0.0, pictures[0]))
+        return (await hear(bad, "error"))[-1], (await hear(good, "usage"))[-1]
+
+    error, usage = run(scenario)
+    assert not error["fatal"]
+    assert usage["frame"] == 1
+
+
+def test_a_failing_model_fails_its_own_pass(worker, pictures, monkeypatch, caplog):
+    async def scenario():
+        (one,) = await opened(worker, "a")
+        worker.offer(one, Ticket(1, 0.0, pictures[0]))
+        await hear(one, "usage")
+        before = one.session
+
+        def fail(cut=None):
+            monkeypatch.undo()
+            raise MemoryError
+
+        monkeypatch.setattr(worker.engine, "step", fail)
+        worker.engine._seats["a"].frame = None
+        worker.offer(one, Ticket(2, 0.5, pictures[1]))
+        error = (await hear(one, "error"))[-1]
+        worker.offer(one, Ticket(3, 1.0, pictures[0]))
+        return error, before is one.session, text_of(await hear(one, "usage"))
+
+    error, same, text = run(scenario)
+    assert "MemoryError" in error["message"]
+    assert not same
+    assert isinstance(text, str)
+    assert worker.is_alive
+    assert "failed" in caplog.text
+
+
+def test_who_makes_a_shared_pass_fail_fails_alone(worker, model, pictures):
+    async def scenario():
+        good, bad = await opened(worker, "good", "bad")
+        heard = []
+        for turn in range(3):
+            if turn == 1:
+
+                def fail(logits, said):
+                    raise RuntimeError("no token")
+
+                bad.session._pick = fail
+            hold = threading.Event()
+            worker.call(hold.wait)
+            for one in (good, bad):
+                worker.offer(one, Ticket(turn + 1, turn / 2, pictures[turn]))
+            hold.set()
+            heard.append(text_of(await hear(good, "usage")))
+            end = (await hear(bad, "usage", "error"))[-1]
+            assert (end["type"], end["frame"]) == ("error" if turn == 1 else "usage", turn + 1)
+            if turn == 1:
+                assert "RuntimeError" in end["message"]
+                del bad.session._pick
+        return heard
+
+    heard = run(scenario)
+    session = StreamingSession(model, tiny_processor(), **SETTINGS)
+    assert heard == [session.step(picture) for picture in pictures[:3]]
+
+
+def test_an_event_that_cannot_be_told_is_that_streams_alone(worker, pictures, caplog):
+    async def scenario():
+        good, bad = await opened(worker, "good", "bad")
+
+        class Broken:
+            def frame(self, *_):
+                raise ZeroDivisionError
+
+        bad.tally = Broken()
+        hold = threading.Event()
+        worker.call(hold.wait)
+        for one in (bad, good):
+            worker.offer(one, Ticket(1, 0.0, pictures[0]))
+        hold.set()
+        return (await hear(bad, "error"))[-1], (await hear(good, "usage"))[-1]
+
+    error, usage = run(scenario)
+    assert "ZeroDivisionError" in error["message"]
+    assert usage["frame"] == 1
+
+
+def test_full_is_refused_and_closing_makes_room(worker):
+    async def scenario():
+        streams = await opened(worker, "a", "b", "c")
+        with pytest.raises(UserError, match="3 sessions"):
+            await asyncio.wrap_future(worker.open(stream("d")))
+        await asyncio.wrap_future(worker.close(streams[0]))
+        await opened(worker, "d")
+        # closing while opening is under way, and twice
+        late = stream("e")
+        await asyncio.wrap_future(worker.close(streams[1]))
+        worker.open(late)
+        await asyncio.wrap_future(worker.close(late))
+        await asyncio.wrap_future(worker.close(late))
+        return worker.streams, len(worker.engine)
+
+    assert run(scenario) == (2, 2)
+
+
+class Slices:
+    """Work of so many slices that notes its turns."""
+
+    def __init__(self, count, turns, name):
+        self.left, self.turns, self.name, self.error = count, turns, name, None
+
+    def advance(self, until):
+        assert until > time.monotonic()
+        self.turns.append(self.name)
+        self.left -= 1
+        if self.left < 0:
+            raise UserError("too far")
+        return self.left == 0
+
+    def fail(self, error):
+        self.error = error
+
+
+def test_completions_take_turns(worker, until):
+    turns = []
+    hold = threading.Event()
+    worker.call(hold.wait)
+    works = [Slices(3, turns, "a"), Slices(2, turns, "b"), Slices(0, turns, "c")]
+    for work in works:
+        worker.chat(work)
+    hold.set()
+    until(lambda: len(turns) == 6 and worker.chats == 0)
+    assert turns == ["a", "b", "c", "a", "b", "a"]
+    assert "too far" in str(works[2].error)
+
+
+def test_streams_have_a_turn_between_the_slices_of_many_chats(worker, pictures, until):
+    async def scenario():
+        (one,) = await opened(worker, "a")
+        turns, order = [], []
+        step = worker.engine.step
+
+        def noted(cut):
+            order.append(len(turns))
+            return step(cut)
+
+        worker.engine.step = noted
+        hold = threading.Event()
+        worker.call(hold.wait)
+        for name in "bcd":
+            worker.chat(Slices(2, turns, name))
+        worker.offer(one, Ticket(1, 0.0, pictures[0]))
+        worker.ask(one, "what")
+        hold.set()
+        await hear(one, "usage")
+        return order
+
+    # two turns of the stream with one slice in between, not one of each chat
+    assert run(scenario) == [0, 1]
+
+
+def test_it_sleeps_when_there_is_nothing_to_do(worker, monkeypatch):
+    rounds = []
+    turns = worker._turns
+    monkeypatch.setattr(worker, "_turns", lambda: rounds.append(1) or turns())
+    for _ in range(3):
+        worker.call(lambda: 1).result(60)
+    time.sleep(0.2)
+    # one round for each job, and the first may have begun before it was counted
+    assert len(rounds) <= 3
+
+
+def test_stopping_cancels_what_waits(model):
+    worker = Worker(StreamingEngine(model, tiny_processor()), Limits())
+    hold = threading.Event()
+    worker.start()
+    worker.call(hold.wait)
+    work = Slices(1, [], "a")
+    waiting = worker.call(lambda: 1)
+    worker.chat(work)
+    threading.Timer(0.05, hold.set).start()
+    worker.stop()
+    assert waiting.cancelled() or waiting.result() == 1
+    assert worker.call(lambda: 1).cancelled()
+    late = Slices(1, [], "b")
+    worker.chat(late)
+    assert "stopping" in str(late.error)
+    assert not worker.is_alive
+
+
+def test_a_caption_is_cut_at_the_longest_budget_of_the_pass(worker, monkeypatch):
+    cuts = []
+    step = worker.engine.step
+
+    def noted(cut):
+        cuts.append(cut())
+        time.sleep(0.03)
+        cuts.append(cut())
+        return step(lambda: True)
+
+    monkeypatch.setattr(worker.engine, "step", noted)
+
+    async def scenario():
+        slow, fast = stream("slow", fps=0.01), stream("fast", fps=50)
+        for one in (slow, fast):
+            await asyncio.wrap_future(worker.open(one, **SETTINGS))
+        picture = Image.fromarray(np.zeros((28, 28, 3), np.uint8))
+        worker.offer(fast, Ticket(1, 0.0, picture))
+        await hear(fast, "usage")
+        alone = list(cuts)
+        hold = threading.Event()
+        worker.call(hold.wait)
+        worker.offer(fast, Ticket(2, 0.0, picture))
+        worker.offer(slow, Ticket(1, 0.0, picture))
+        hold.set()
+        await hear(slow, "usage")
+        return alone, cuts[2:]
+
+    alone, together = run(scenario)
+    assert alone == [False, True]
+    assert together == [False, False]

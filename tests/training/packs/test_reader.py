@@ -1,0 +1,158 @@
+"""Readers and streams: every sample once, bad records passed over and named, and a way back to any batch."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from casa.data.record import Message, Origin, Picture, Record, Text
+from casa.data.settings import Shard
+from casa.errors import UserError
+from casa.testing import tiny_processor
+from casa.training.packs import (
+    Collator,
+    ListedRecords,
+    PackingSettings,
+    PackReader,
+    PackStream,
+    StreamPosition,
+    open_loader,
+)
+from casa.training.samples import Budget, SampleMaker
+
+PROCESSOR = tiny_processor()
+BUDGET = Budget(60, 40)
+PACKING = PackingSettings(budget=BUDGET, buffer=6, patience=2)
+
+
+@pytest.fixture(scope="module")
+def records():
+    """80 conversations of uneven length; every seventh is split in two, every eleventh answers nothing."""
+    found = []
+    for number in range(80):
+        said = "" if number % 11 == 10 else "0123456789"[: 1 + number % 9]
+        turns = [Message("user", (Text("q" * (1 + number * 7 % 13)),)), Message("assistant", (Text(said),))]
+        if number % 7 == 6:
+            turns = [*turns, Message("user", (Text("r" * 30),)), Message("assistant", (Text("s" * 20),))]
+        found.append(Record(tuple(turns), Origin("made", number + 1)))
+    return found
+
+
+def reader(records, number=0, **choice):
+    source = ListedRecords(records, repeat=False)
+    maker = SampleMaker(PROCESSOR, BUDGET)
+    return PackReader(source, maker, Collator(PROCESSOR), replace(PACKING, **choice), number), source, maker
+
+
+def shown(batch):
+    return batch.inputs["input_ids"].tolist()
+
+
+def test_every_sample_is_seen_once_and_bad_records_are_named(records):
+    read, source, maker = reader(records)
+    batches = list(read)
+    seen = [origin for batch in batches for origin in batch.origins]
+    empty = {f"made:{number + 1}" for number in range(80) if number % 11 == 10 and number % 7 != 6}
+    assert set(seen) == {f"made:{number + 1}" for number in range(80)} - empty
+    assert len(seen) == maker.counts["samples"] > 80 - len(empty)
+    assert {origin for origin, _ in source.refused} == empty
+    for batch in batches:
+        assert batch.facts["text_tokens"] <= BUDGET.text
+        assert batch.facts["samples"] == len(batch.origins)
+        assert batch.facts["learned"] == int((batch.inputs["labels"] != -100).sum())
+
+
+def test_it_goes_on_from_every_batch(records):
+    batches = list(reader(records)[0])
+    assert len(batches) > 10
+    for number, batch in enumerate(batches):
+        again, *_ = reader(records)
+        again.load(batch.position)
+        assert [shown(b) for b in again] == [shown(b) for b in batches[number + 1 :]]
+    assert json.loads(batches[-1].position)["waiting"] == []
+
+
+def test_it_goes_on_twice(records):
+    batches = list(reader(records)[0])
+    first, *_ = reader(records)
+    first.load(batches[4].position)
+    third = list(zip(first, range(3), strict=False))[-1][0]
+    second, *_ = reader(records)
+    second.load(third.position)
+    assert [shown(b) for b in second] == [shown(b) for b in batches[8:]]
+
+
+def test_positions_stay_small(records):
+    endless = ListedRecords(records)
+    read = PackReader(endless, SampleMaker(PROCESSOR, BUDGET), Collator(PROCESSOR), PACKING)
+    for batch, _ in zip(read, range(300), strict=False):
+        saved = json.loads(batch.position)
+        # at most what waits, and the records between two notes, are read again
+        assert saved["read"] - saved["noted_at"] <= 32 + 6 * 30
+        assert len(batch.position) < 1000
+
+
+def test_counts_go_on_too(records):
+    batches = list(reader(records)[0])
+    whole = json.loads(batches[-1].position)["counts"]
+    again, _, maker = reader(records)
+    again.load(batches[5].position)
+    list(again)
+    assert dict(maker.counts) == whole
+
+
+def test_a_picture_that_cannot_be_decoded_costs_its_sample_only(records, picture):
+    whole = picture(112, 56)
+    damaged = Picture(whole.source[: len(whole.source) // 2])
+    bad = Record((Message("user", (damaged,)), Message("assistant", (Text("a"),))), Origin("made", 99))
+    read, source, _ = reader([bad, *records[:9], bad])
+    batches = list(read)
+    assert {origin for batch in batches for origin in batch.origins} == {f"made:{n}" for n in range(1, 10)}
+    assert [origin for origin, _ in source.refused] == ["made:99"] * 2
+    assert sum(batch.facts["dropped"] for batch in batches) >= 1
+
+
+def test_nothing_but_bad_records_gives_no_batch(picture):
+    damaged = Picture(picture().source[:60])
+    bad = Record((Message("user", (damaged,)), Message("assistant", (Text("a"),))), Origin("made", 99))
+    assert list(reader([bad] * 3)[0]) == []
+    assert list(reader([])[0]) == []
+
+
+class Opened:
+    def __init__(self, records):
+        self.records = records
+
+    def __call__(self, shard: Shard):
+        return ListedRecords(self.records, shard, repeat=False)
+
+
+def loader(records, workers, position=None, rank=0, world=1):
+    stream = PackStream(Opened(records), SampleMaker(PROCESSOR, BUDGET), PACKING, rank=rank, world=world)
+    if position is not None:
+        stream.position = position
+    return open_loader(stream, workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_goes_on_from_where_the_loop_stands(records, workers):
+    whole, position = [], StreamPosition(max(1, workers))
+    for number, batch in enumerate(loader(records, workers)):
+        whole.append(shown(batch))
+        if number < 5:
+            position.take(batch)
+    position = StreamPosition.from_dict(json.loads(json.dumps(position.to_dict())))
+    assert [shown(batch) for batch in loader(records, workers, position)] == whole[5:]
+
+
+def test_readers_of_all_processes_share_the_records(records):
+    seen = []
+    for rank in range(2):
+        seen += [origin for batch in loader(records[:10], 0, rank=rank, world=2) for origin in batch.origins]
+    assert sorted(set(seen)) == sorted(f"made:{n + 1}" for n in range(10))
+
+
+def test_a_position_of_other_readers_is_refused(records):
+    position = StreamPosition(2, 0, {0: "{}"})
+    with pytest.raises(UserError, match="set workers to 2"):
+        loader(records, 0, position)

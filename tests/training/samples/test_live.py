@@ -1,0 +1,136 @@
+"""Live captions as tokens: those that a StreamingSession feeds for the same frames and words, one window per frame."""
+
+import io
+
+import pytest
+import torch
+from PIL import Image
+
+from casa import CasaForConditionalGeneration, StreamingSession, WindowLayout
+from casa.data.bad import BadRecord
+from casa.data.record import Message, Origin, Record, Text
+from casa.testing import tiny_casa, tiny_processor
+from casa.training.packs import Collator
+from casa.training.samples import Budget, SampleMaker
+
+BIG = Budget(10_000, 100_000)
+
+
+class Spoken(StreamingSession):
+    """A session that says what it is told to, by frame and question."""
+
+    told: list[list[int]]
+
+    def _pick(self, logits, said):
+        words = self.told[0]
+        if len(said) < len(words):
+            return words[len(said)]
+        self.told.pop(0)
+        return self._stop
+
+
+class Heard:
+    """Stands before a model, and keeps what it is fed."""
+
+    def __init__(self, model):
+        self.ids, self.places = [], []
+
+        def keep(module, args, kwargs):
+            if kwargs.get("image_positions") is not None:
+                self.places += [len(self.ids) + index for _, index in kwargs["image_positions"].tolist()]
+            self.ids += kwargs["input_ids"][0].tolist()
+
+        self.hook = model.register_forward_pre_hook(keep, with_kwargs=True)
+
+
+@pytest.fixture(scope="module")
+def model() -> CasaForConditionalGeneration:
+    found = tiny_casa(dtype=torch.float32)
+    found.generation_config.eos_token_id = 2
+    return found
+
+
+def live(picture, words, prompt="say it"):
+    frames = [picture(56, 56, number, number / 2) for number in range(len(words))]
+    parts = []
+    for frame, said in zip(frames, words, strict=True):
+        parts.append(frame)
+        if said:
+            parts.append(Text(said, frame.time, frame.time + 0.4))
+    lead = () if prompt is None else (Message("user", (Text(prompt),)),)
+    return Record((*lead, Message("assistant", tuple(parts))), Origin("live.jsonl", 1)), frames
+
+
+@pytest.mark.parametrize("delimited", [True, False])
+@pytest.mark.parametrize("prompt", ["what is new", None])
+@pytest.mark.parametrize("prefix", ["", "<user>"])
+@pytest.mark.parametrize("gist", [0, 2])
+def test_the_tokens_are_those_that_a_session_feeds(model, picture, delimited, prompt, prefix, gist):
+    if gist:
+        model = tiny_casa(dtype=torch.float32, gist=2)
+        model.generation_config.eos_token_id = 2
+    processor = tiny_processor(delimited)
+    processor.frame_prefix = prefix
+    processor.gist_ids = model.gist_ids
+    words = ["ab c", "", "d", "", "", "efg h"]
+    record, frames = live(picture, words, prompt)
+    sample = SampleMaker(processor, BIG)(record)[0]
+
+    heard = Heard(model)
+    session = Spoken(model, processor, prompt)
+    session.told = [processor.tokenizer.encode(said) for said in words]
+    for frame in frames:
+        session.step(Image.open(io.BytesIO(frame.source)))
+    heard.hook.remove()
+    # the last stop token is chosen, and waits to be fed
+    assert [*heard.ids, *session._pending] == list(sample.ids)
+    assert heard.places == list(sample.places)
+    said = [token for token, learn in zip(sample.ids, sample.learn, strict=True) if learn]
+    assert processor.tokenizer.decode(said) == "".join(f"{each}<end>" for each in words)
+
+
+def test_a_question_in_mid_stream_is_what_ask_feeds(model, picture):
+    processor = tiny_processor()
+    first, frames = live(picture, ["ab", ""])
+    later, more = live(picture, ["c"], prompt=None)
+    ask = (Message("user", (Text("why"),)), Message("assistant", (Text("no"),)))
+    record = Record((*first.messages, *ask, *later.messages), Origin("live.jsonl", 2))
+    sample = SampleMaker(processor, BIG)(record)[0]
+
+    heard = Heard(model)
+    session = Spoken(model, processor, "say it")
+    session.told = [processor.tokenizer.encode(said) for said in ("ab", "", "no", "c")]
+    for frame in frames:
+        session.step(Image.open(io.BytesIO(frame.source)))
+    session.ask("why")
+    session.step(Image.open(io.BytesIO(more[0].source)))
+    heard.hook.remove()
+    assert [*heard.ids, *session._pending] == list(sample.ids)
+    assert heard.places == list(sample.places)
+
+
+@pytest.mark.parametrize("delimited", [True, False])
+def test_every_frame_has_a_window(picture, delimited):
+    processor = tiny_processor(delimited)
+    record, _ = live(picture, ["a", "", "b"])
+    sample = SampleMaker(processor, BIG)(record)[0]
+    layout = WindowLayout.from_insertions([len(sample.ids)], [[(place, 4) for place in sample.places]])
+    assert [len(window.images) for window in layout.windows] == [0, 1, 1, 1]
+    batch = Collator(processor)([sample])
+    assert batch["image_positions"].tolist() == [[0, place] for place in sample.places]
+
+
+def test_words_before_the_first_frame_are_said_of_it(picture):
+    processor = tiny_processor()
+    record, _ = live(picture, ["b"])
+    lead, said = record.messages
+    early = Record((lead, Message("assistant", (Text("a", 0.0, 0.1), *said.parts))), record.origin)
+    sample = SampleMaker(processor, BIG)(early)[0]
+    assert processor.tokenizer.decode(sample.ids).endswith("<assistant><frame>a b<end>")
+
+
+def test_pictures_of_a_user_among_live_frames_are_refused(picture):
+    record, _ = live(picture, ["b"])
+    shown = Record((Message("user", (picture(),)), *record.messages), record.origin)
+    with pytest.raises(BadRecord, match="two records"):
+        SampleMaker(tiny_processor(), BIG)(shown)

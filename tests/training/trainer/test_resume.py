@@ -1,0 +1,135 @@
+"""Runs that are interrupted go on as if they had not been: losses, data, random numbers, optimiser."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from casa import CasaForConditionalGeneration, CasaProcessor
+from casa.errors import UserError
+from casa.training.trainer import newest_checkpoint, saved_checkpoints
+
+
+class Break(TrainerCallback):
+    """Ends a run in the middle of nowhere, as a fault would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise InterruptedError
+
+
+def same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for step, loss in wanted.items():
+        assert found[step] == pytest.approx(loss, rel=1e-6), step
+
+
+def test_the_curve_of_a_broken_run_is_the_whole_ones(small, whole, tmp_path):
+    first = small.trainer(tmp_path)
+    first.add_callback(Break(5))
+    with pytest.raises(InterruptedError):
+        first.train()
+    assert [path.name for path in saved_checkpoints(tmp_path)] == ["checkpoint-3"]
+    torch.manual_seed(99)
+    small.trainer(tmp_path).train(resume_from_checkpoint=True)
+    same(small.curve(tmp_path), whole)
+    assert len(set(whole.values())) == len(whole)
+
+
+def test_random_numbers_matter_here(small, whole, tmp_path):
+    """The test above would see a run that goes on with other random numbers, or other data."""
+    first = small.trainer(tmp_path)
+    first.add_callback(Break(5))
+    with pytest.raises(InterruptedError):
+        first.train()
+    (tmp_path / "checkpoint-3" / "rng_state.pth").unlink()
+    small.trainer(tmp_path).train(resume_from_checkpoint=True)
+    assert small.curve(tmp_path)[4] != pytest.approx(whole[4], rel=1e-6)
+
+
+def test_processes_that_read_ahead_change_nothing(small, tmp_path):
+    curves = []
+    for name, broken in (("whole", False), ("broken", True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        if broken:
+            first = small.trainer(folder, workers=2, steps=6, save_every=2)
+            first.add_callback(Break(5))
+            with pytest.raises(InterruptedError):
+                first.train()
+        small.trainer(folder, workers=2, steps=6, save_every=2).train(resume_from_checkpoint=True)
+        curves.append(small.curve(folder))
+    same(curves[1], curves[0])
+
+
+def test_another_number_of_readers_is_refused(small, tmp_path):
+    small.trainer(tmp_path, steps=1).train()
+    with pytest.raises(UserError, match="set workers to 1"):
+        small.trainer(tmp_path, steps=2, workers=2).train(resume_from_checkpoint=True)
+
+
+def start(script, folder, *values):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", str(script), str(folder), *values]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(small, folder, process, count):
+    while not (folder / "curve.txt").exists() or len(small.curve(folder)) < count:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+
+
+def test_killed_at_any_moment_and_resumed(small, whole, script, tmp_path):
+    killed = start(script, tmp_path, "slow=0.3")
+    wait_for_steps(small, tmp_path, killed, 4)
+    killed.kill()
+    killed.communicate()
+    assert not (tmp_path / "checkpoint-8").exists()
+    small.trainer(tmp_path).train(resume_from_checkpoint=True)
+    same(small.curve(tmp_path), whole)
+
+
+def test_sigterm_saves_and_ends_well(small, whole, script, tmp_path):
+    asked = start(script, tmp_path, "slow=0.3", "save_every=100")
+    wait_for_steps(small, tmp_path, asked, 2)
+    asked.send_signal(signal.SIGTERM)
+    said, errors = asked.communicate()
+    assert asked.returncode == 0, errors
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert said.split()[-2:] == ["stopped", newest.name.removeprefix("checkpoint-")]
+    small.trainer(tmp_path, save_every=100).train(resume_from_checkpoint=True)
+    same(small.curve(tmp_path), whole)
+
+
+def test_a_checkpoint_is_a_model(small, tmp_path):
+    run = small.trainer(tmp_path, steps=2)
+    run.train()
+    newest = newest_checkpoint(tmp_path)
+    loaded = CasaForConditionalGeneration.from_pretrained(newest)
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+    assert loaded.config.use_cache
+    assert CasaProcessor.from_pretrained(newest).frame_suffix == "<frame>"
+
+
+def test_data_that_end_end_the_run_with_a_checkpoint(small, tmp_path):
+    run = small.trainer(tmp_path, steps=1000, data=small.stream(repeat=False, count=20))
+    run.train()
+    assert 1 < run.state.global_step < 30
+    assert newest_checkpoint(tmp_path).name == f"checkpoint-{run.state.global_step}"
+
+
+def test_the_newest_few_are_kept(small, tmp_path):
+    small.trainer(tmp_path, steps=5, save_every=1, keep=3).train()
+    assert [path.name for path in saved_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -1,0 +1,149 @@
+"""What must not cost a run: a kill while a checkpoint is written, a full disk, a loss that is no number or jumps."""
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from casa.errors import UserError
+from casa.training.trainer import WatchSettings, checkpoints, newest_checkpoint, saved_checkpoints
+from casa.training.trainer.watch import LossWatch
+
+
+def names(folder):
+    return [path.name for path in saved_checkpoints(folder)]
+
+
+@pytest.mark.parametrize("where", ["_save_optimizer_and_scheduler", "_save_rng_state", "save_model"])
+def test_killed_while_a_checkpoint_is_written(small, whole, tmp_path, monkeypatch, where):
+    run = small.trainer(tmp_path)
+
+    def killed(*args, **kwargs):
+        if run.state.global_step == 6:
+            raise KeyboardInterrupt
+        return before(*args, **kwargs)
+
+    before = getattr(run, where)
+    monkeypatch.setattr(run, where, killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert names(tmp_path) == ["checkpoint-3"]
+    assert checkpoints.unfinished(tmp_path, 6).exists()
+    small.trainer(tmp_path).train(resume_from_checkpoint=True)
+    assert small.curve(tmp_path)[8] == pytest.approx(whole[8], rel=1e-6)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_killed_before_the_name_is_whole(small, tmp_path, monkeypatch):
+    run = small.trainer(tmp_path)
+    rename = os.rename
+
+    def killed(source, target):
+        if str(target).endswith("checkpoint-6"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert names(tmp_path) == ["checkpoint-3"]
+
+
+def test_a_full_disk_is_told_before_anything_is_written(small, tmp_path, monkeypatch):
+    run = small.trainer(tmp_path, keep=1)
+    free = iter([10**12, 10**6])
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: next(free))
+    with pytest.raises(UserError, match=r"step 6 needs 1\d MiB, and .* has 1 MiB free.*checkpoint-3 is kept"):
+        run.train()
+    assert names(tmp_path) == ["checkpoint-3"]
+    assert not checkpoints.unfinished(tmp_path, 6).exists()
+
+
+@pytest.mark.parametrize("kind", ["os", "torch"])
+def test_a_disk_that_fills_up_while_writing_leaves_the_checkpoint_before(small, tmp_path, monkeypatch, kind):
+    run = small.trainer(tmp_path, keep=1)
+    before = run._save_rng_state
+
+    def full(place):
+        if run.state.global_step == 6:
+            if kind == "os":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0")
+        before(place)
+
+    monkeypatch.setattr(run, "_save_rng_state", full)
+    with pytest.raises(UserError, match=r"full before the checkpoint of step 6 .*checkpoint-3 is kept"):
+        run.train()
+    assert names(tmp_path) == ["checkpoint-3"]
+    assert not checkpoints.unfinished(tmp_path, 6).exists()
+
+
+def test_other_faults_while_writing_are_not_called_a_full_disk(small, tmp_path, monkeypatch):
+    run = small.trainer(tmp_path)
+    monkeypatch.setattr(run, "_save_rng_state", lambda place: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.train()
+
+
+def spoil(run, step, change):
+    """Changes the model's loss at one step."""
+    model, before = run.model, run.model.forward
+
+    def forward(*args, **kwargs):
+        found = before(*args, **kwargs)
+        if run.state.global_step + 1 == step:
+            found["loss"] = change(found["loss"])
+        return found
+
+    model.forward = forward
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_before_weights_change(small, tmp_path, value):
+    run = small.trainer(tmp_path)
+    spoil(run, 5, lambda loss: loss * value)
+    weights = {}
+
+    def keep(optimiser, args, kwargs):
+        weights.update({name: p.detach().clone() for name, p in run.model.named_parameters()})
+
+    run.create_optimizer().register_step_post_hook(keep)
+    with pytest.raises(UserError, match=r"At step 5 the loss is (nan|inf).*inspect-5.*resume from checkpoint-3"):
+        run.train()
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, weights[name])
+    saved = load_file(tmp_path / "inspect-5" / "batch-0-1.safetensors")
+    assert {"input_ids", "labels", "pixel_values"} <= saved.keys()
+    facts = json.loads((tmp_path / "inspect-5" / "facts-0.json").read_text())
+    assert len(facts["batches"]) == 2
+    assert facts["batches"][0]["records"][0].startswith("drawn:")
+
+
+def test_a_gradient_that_is_no_number_stops_too(small, tmp_path):
+    run = small.trainer(tmp_path)
+    parameter = run.model.projector.get_parameter(next(name for name, _ in run.model.projector.named_parameters()))
+    parameter.register_hook(lambda gradient: gradient * float("nan") if run.state.global_step == 2 else gradient)
+    with pytest.raises(UserError, match=r"At step 3 the gradient is no number.*start again"):
+        run.train()
+
+
+def test_a_spike_stops(small, tmp_path):
+    run = small.trainer(tmp_path, watch=WatchSettings(spike=3.0, window=4))
+    spoil(run, 6, lambda loss: loss * 20)
+    with pytest.raises(UserError, match=r"At step 6 the loss jumped to \d+.*, from about 4"):
+        run.train()
+    assert newest_checkpoint(tmp_path).name == "checkpoint-3"
+
+
+def test_what_is_a_spike():
+    watch = LossWatch(WatchSettings(spike=3.0, least=1.0, window=4))
+    assert [watch.fault(loss) for loss in (9.0, 50.0)] == [None, None]
+    watch = LossWatch(WatchSettings(spike=3.0, least=1.0, window=4))
+    for loss in (0.1, 0.1, 0.1, 0.9):
+        assert watch.fault(loss) is None
+    assert "jumped to 1.2" in str(watch.fault(1.2))
+    assert list(watch.recent) == [0.1, 0.1, 0.1, 0.9]
+    assert LossWatch(WatchSettings(spike=None)).fault(1e9) is None

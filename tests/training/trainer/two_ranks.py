@@ -1,0 +1,46 @@
+"""Every run that two processes do, one after the other under one torchrun: `two_ranks.py FOLDER`.
+
+FOLDER/ddp, FOLDER/fsdp      a run to its end, then again from the checkpoint in its middle: curve.txt has both
+FOLDER/again                 FSDP2 with blocks that run again in the backward pass, in bf16
+FOLDER/whole                 what save_model gives of a sharded model
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import small_run
+import torch
+import torch.distributed as dist
+
+STEPS = 4
+CHOICE = {"steps": STEPS, "accumulate": 1, "save_every": 2, "ema": 0.9, "clip": 0.5}
+
+
+def run(folder, resume=False, **choice):
+    folder.mkdir(parents=True, exist_ok=True)
+    found = small_run.trainer(folder, own_model=small_run.model(0.0), **(CHOICE | choice))
+    found.train(resume_from_checkpoint=resume)
+    return found
+
+
+def interrupted(folder, **choice):
+    """Goes on from the middle, as if the second half had never been."""
+    if dist.get_rank() == 0:
+        (folder / f"checkpoint-{STEPS}").rename(folder / "away")
+    dist.barrier()
+    return run(folder, resume=True, **choice)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    place = Path(sys.argv[1])
+    run(place / "ddp")
+    interrupted(place / "ddp")
+    run(place / "fsdp", sharding="fsdp")
+    last = interrupted(place / "fsdp", sharding="fsdp")
+    last.save_model(str(place / "whole"))
+    run(place / "again", sharding="fsdp", steps=1, checkpoint_blocks=True, precision="bfloat16", accumulate=2)
+    dist.barrier()
+    dist.destroy_process_group()
