@@ -204,3 +204,67 @@ def test_a_session_watches_live_what_it_watches_frame_by_frame():
         heard.append(moment.text)
         done.release()
     assert heard == wanted
+
+
+def test_of_a_file_the_next_frames_are_looked_at_ahead_and_no_further():
+    """While words are found for one frame, one waits and one is being looked at; the source is asked for no more."""
+    session, asked, looked = Slow(), [], threading.Semaphore(0)
+    look = session.look
+
+    def frames():
+        for n in range(8):
+            asked.append(n)
+            yield Frame(n, n / 2)
+
+    def looking(frame):
+        looked.release()
+        return look(frame)
+
+    session.look = looking
+    heard = []
+    watching = threading.Thread(target=lambda: heard.extend(m.text for m in watch(session, frames())))
+    watching.start()
+    assert session.started.acquire(timeout=20)
+    for _ in range(3):
+        assert looked.acquire(timeout=20)
+    assert not looked.acquire(timeout=0.2)
+    assert asked == [0, 1, 2]
+    for _ in range(8):
+        session.turns.release()
+    watching.join(timeout=20)
+    assert heard == [str(n) for n in range(8)]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_source_that_breaks_off_is_told_after_what_came_before(ahead):
+    def frames():
+        yield Frame("a", 0.0)
+        yield Frame("b", 0.5)
+        raise OSError("cable")
+
+    session, heard = Slow(), []
+    session.turns = threading.Semaphore(2)
+    watching = watch(session, frames(), ahead=ahead)
+    heard += [next(watching).text, next(watching).text]
+    with pytest.raises(OSError, match="cable"):
+        next(watching)
+    assert heard == ["a", "b"]
+
+
+def test_watching_may_be_given_up_in_the_middle():
+    session = Slow()
+    session.turns = threading.Semaphore(1)
+    watching = watch(session, (Frame(n, n / 2) for n in range(100)))
+    assert next(watching).text == "0"
+    watching.close()
+    assert not any(thread.name == "casa-look" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("method", ["casa", "cross_attention", "insertion"])
+def test_ahead_says_the_same(method):
+    model, processor = tiny_casa(method=method), tiny_processor()
+    one, other = (StreamingSession(model, processor, max_new_tokens=4) for _ in range(2))
+    frames = noise(0, 6)
+    said = [moment.text for moment in watch(one, frames)]
+    assert said == [moment.text for moment in watch(other, frames, ahead=False)]
+    assert one.usage == other.usage

@@ -40,6 +40,11 @@ class Outputs:
             for known in _READERS[request.out[0].suffix.lower()](request.out[0]):
                 self._all.say(known.start, known.end, known.text)
 
+    @property
+    def records(self) -> bool:
+        """Whether frames are recorded on their way; then they must not run ahead of what is said of them."""
+        return self._recorder is not None
+
     def recorded(self, frames: Iterable[Any]) -> Iterator[Any]:
         """The frames on their way to the session."""
         return iter(frames) if self._recorder is None else self._recorder.through(frames)

@@ -80,7 +80,7 @@ def caption(request: Request, model: str, load: Load, tell: Tell = lambda at, te
 
             seconds = 0.0
             try:
-                for moment in _watched(session, frames, request, source, report):
+                for moment in _watched(session, frames, request, source, report, ahead=not outputs.records):
                     seconds = moment.seconds
                     if moment.text:
                         said(seconds, moment.text)
@@ -114,10 +114,10 @@ def _behind(frames: Iterable[Any], after: float | None) -> Iterator[Any]:
 
 
 def _watched(
-    session: StreamingSession, frames: Iterator[Any], request: Request, source: Source, report: Report
+    session: StreamingSession, frames: Iterator[Any], request: Request, source: Source, report: Report, ahead: bool
 ) -> Iterator[Moment]:
     if not report.live:
-        moments = watch(session, frames, report.count)
+        moments = watch(session, frames, report.count, ahead=ahead)
     else:
         moments = watch_live(session, frames, request.fps, count=report.count, in_real_time=not source.is_live)
     for moment in moments:

@@ -16,7 +16,7 @@ NO_DRAFTS = {
     "use_mtp": "the heads that predict several tokens are not carried over by adapt",
 }
 
-IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_positions", "image_features")
+IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_positions", "image_features", "image_keys_values")
 
 
 class TextScores(LogitsProcessor):
@@ -127,6 +127,8 @@ class CasaGeneration:
             images["image_grid_thw"],
             images["image_features"],
         )
+        if images["image_keys_values"] is not None:
+            raise UserError("beams and several answers take image_features, not image_keys_values.")
         if features is None:
             with torch.no_grad():
                 features = self.encode_images(images["pixel_values"], grid)  # type: ignore[attr-defined]

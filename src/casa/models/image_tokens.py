@@ -21,11 +21,15 @@ def count_tokens(grids: Grids) -> int:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """tokens: (N, d), of all images. extra: k times (N, d), what joins them behind each of the first k blocks."""
+    """tokens: (N, d), of all images. extra: k times (N, d), what joins them behind each of the first k blocks.
+
+    projected: keys and values (N, Hkv, D) of each fusion layer, where the caller brought them; tokens is (N, 0) then.
+    """
 
     tokens: Tensor
     extra: list[Tensor] = field(default_factory=list)
     grids: Grids = field(default_factory=list)
+    projected: list[tuple[Tensor, Tensor]] | None = None
 
     @staticmethod
     def none(width: int, dtype: torch.dtype, device: torch.device) -> "ImageTokens":

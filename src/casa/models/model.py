@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from casa.errors import UserError
-from casa.layers import CasaAttention, DecodeStep, PackedStep, Record, plan_call, project_images
+from casa.layers import CasaAttention, DecodeStep, PackedStep, Record, plan_call
 from casa.models import insertion
 from casa.models.backbones import Decoder, InsertionVLM, decoder_of, family_of
 from casa.models.cache import CasaCache
@@ -24,12 +24,12 @@ from casa.models.chunked_loss import IGNORED, chunked_cross_entropy
 from casa.models.config import CasaConfig
 from casa.models.fusing import STEP, FusedStep, fuse
 from casa.models.generation import CasaGeneration
-from casa.models.image_tokens import ImageTokens, by_depth, count_tokens
+from casa.models.image_side import CasaImageSide
+from casa.models.image_tokens import ImageTokens
 from casa.models.inputs import TextInputs, read_image_places, read_text_inputs
 from casa.models.loading import load_checked
-from casa.models.placement import check_one_device, fetched
 from casa.models.upkeep import CasaUpkeep
-from casa.vision import Projector, encode, extra_depths, make_compressor, new_encoder, output_width, token_grids
+from casa.vision import Projector, make_compressor, new_encoder, output_width
 
 
 def new_backbone(config: Any) -> PreTrainedModel:
@@ -38,7 +38,7 @@ def new_backbone(config: Any) -> PreTrainedModel:
     return (AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM).from_config(config)
 
 
-class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, GenerationMixin):
+class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, CasaImageSide, PreTrainedModel, GenerationMixin):
     """Text with images in, logits for the text out (paper, section 2; `FusionConfig` has the variants)."""
 
     config_class = CasaConfig
@@ -142,11 +142,6 @@ class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, 
         replaced = self.fused_blocks if self.fusion.placement == "replace" else ()
         return CasaCache(self.config.get_text_config(decoder=True), replaced)
 
-    def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """(N, d_v): the encoder's tokens. They can be kept and passed as `image_features` with any text."""
-        encoder: Any = self.encoder
-        return encode(encoder, pixel_values.to(encoder.dtype), image_grid_thw)
-
     @can_return_tuple
     def forward(
         self,
@@ -161,6 +156,7 @@ class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, 
         image_grid_thw: Tensor | None = None,
         image_positions: Tensor | None = None,
         image_features: Tensor | None = None,
+        image_keys_values: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         record: Record | None = None,
         **kwargs: Any,
@@ -171,7 +167,7 @@ class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, 
         position_ids: (B, L); several samples packed in one row restart at 0, and then no cache is kept.
         image_positions: int64 (n, 2), sorted: the row, and the index in this call's row before which the
             image stands. image_grid_thw: int64 (n, 3), patches. pixel_values: patches of all images, or
-            image_features (N, d_v), what `encode_images` gave for them.
+            image_features (N, d_v), what `encode_images` gave for them, or image_keys_values, from there.
         record: called with every CASA layer's queries and keys (for analysis; not while decoding).
         Raises UserError for positions, masks and images that do not fit each other.
         """
@@ -192,7 +188,7 @@ class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, 
             if past_key_values is not None or use_cache:
                 raise UserError("packed rows cannot use a cache; pass use_cache=False or one sample per row.")
             cache = None
-        images = self._image_tokens(pixel_values, image_grid_thw, image_features)
+        images = self._image_tokens(pixel_values, image_grid_thw, image_features, image_keys_values)
         places = read_image_places(image_positions, len(images.grids) if images is not None else 0)
         source = self._source(input_ids, inputs_embeds)
         wanted = {k: True for k in ("output_hidden_states", "output_attentions") if getattr(self.config, k, False)}
@@ -242,35 +238,6 @@ class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, 
         gist = self.gist((input_ids - vocabulary).clamp(min=0))
         return {"inputs_embeds": torch.where(is_gist[..., None], gist.to(embeds.dtype), embeds)}
 
-    @torch.compiler.disable(reason="depends on the values of grids; encoders compile by themselves")
-    def _image_tokens(
-        self, pixel_values: Tensor | None, grid: Tensor | None, features: Tensor | None
-    ) -> ImageTokens | None:
-        """This call's image tokens in the text model's width, or None if it has no images."""
-        if pixel_values is None and features is None:
-            return None
-        if grid is None:
-            raise UserError("pixel_values come with image_grid_thw; the processor makes both.")
-        config = self.config.encoder_config
-        grids = token_grids(config, grid)
-        if features is None:
-            assert pixel_values is not None
-            features = self.encode_images(pixel_values, grid)
-        if features.shape[0] != count_tokens(grids):
-            raise UserError(f"image_grid_thw does not describe the {features.shape[0]} image tokens given.")
-        parts = features.chunk(1 + extra_depths(config), dim=-1)
-        decoder, found, joined = self.decoder, [], grids
-        for part in parts:
-            if isinstance(decoder, InsertionVLM):
-                tokens, joined = decoder.connect(part, grids)
-            else:
-                tokens = self.projector(part, grids)
-            found.append(tokens)
-        if self.fusion.compressor is not None:
-            found = [self.compressor(tokens, joined)[0] for tokens in found]
-            joined = self.compressor.grids(joined)  # type: ignore[operator]
-        return ImageTokens(found[0], found[1:], joined)
-
     def _run_fused(
         self,
         source: dict[str, Any],
@@ -300,10 +267,6 @@ class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, 
         elif isinstance(step, DecodeStep):
             step.finish()
         return output, output.last_hidden_state
-
-    def _layer(self, index: int) -> nn.Module | None:
-        name = str(index)
-        return self.casa_layers[name] if name in self.casa_layers else None  # noqa: SIM401 (a ModuleDict has no get)
 
     @torch.compiler.disable(reason="lays out the windows of this one call")
     def _step(
@@ -343,14 +306,7 @@ class CasaForConditionalGeneration(CasaGeneration, CasaUpkeep, PreTrainedModel, 
             keep=cache is not None,
             device=device,
         )
-        layers = [self._layer(index) or decoder.attention(index) for index in self.fused_blocks]
-        check_one_device(layers)
-        with fetched(decoder.blocks[index].get_submodule("input_layernorm") for index in self.fused_blocks):
-            projected = project_images(
-                by_depth(images, decoder, self.fused_blocks, fusion.update_images),
-                layers,
-                [decoder.image_norm(index) for index in self.fused_blocks],
-            )
+        projected = self._project(images)
         grid = images.places() if decoder.rotary_axes > 1 else None
         return PackedStep(plan, projected, rotaries, grid, fusion.attend, "auto", state, record)
 

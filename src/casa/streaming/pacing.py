@@ -2,9 +2,10 @@
 
     source  --reader thread-->  [newest frame]  --looker thread-->  [newest, encoded]  --this thread-->  captions
 
-Live, each box holds one frame: a newer one replaces it, and what is replaced is counted as dropped. So the next frame
-is decoded and encoded while words are still being found for the last (DESIGN: the image side runs ahead), nothing
-queues up, and lag cannot accumulate. A caption is cut at its budget, the time between two frames.
+The next frame is decoded, encoded and projected while words are still being found for the last (DESIGN: the image side
+runs ahead). Each box holds one frame. Of a file, whoever puts one waits until there is room. Live, a newer frame
+replaces it, and what is replaced is counted as dropped: nothing queues up, and lag cannot accumulate. A caption is cut
+at its budget, the time between two frames.
 """
 
 import threading
@@ -15,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from casa.errors import UserError
 
+PATIENCE = 5.0  # s that the end of a watch waits for its thread, which may be in the middle of a frame
 Clock = Callable[[], float]
 Item = TypeVar("Item")
 
@@ -23,7 +25,7 @@ class Watcher(Protocol):
     """What is paced: a StreamingSession, or anything like it."""
 
     def look(self, frame: Any) -> Any:
-        """Encodes a frame; may run in another thread, while `step` runs."""
+        """Encodes and projects a frame; may run in another thread, while `step` runs."""
         ...
 
     def step(self, frame: Any, cut: Callable[[], bool] | None = None) -> str: ...
@@ -71,12 +73,23 @@ class Box(Generic[Item]):
             self._changed.notify_all()
             return int(late)
 
+    def hand(self, item: Item) -> bool:
+        """Waits for room, and puts the item there; False if the box was closed before."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._item is None or self._closed)
+            if self._closed:
+                return False
+            self._item = item
+            self._changed.notify_all()
+            return True
+
     def take(self) -> Item | None:
         """The item, once there is one; None when the box is closed and empty."""
         with self._changed:
             while self._item is None and not self._closed:
                 self._changed.wait()
             item, self._item = self._item, None
+            self._changed.notify_all()
             return item
 
     def close(self) -> None:
@@ -87,20 +100,63 @@ class Box(Generic[Item]):
 
 
 def watch(
-    session: Watcher, frames: Iterable[Any], count: Count | None = None, clock: Clock = time.monotonic
+    session: Watcher,
+    frames: Iterable[Any],
+    count: Count | None = None,
+    *,
+    ahead: bool = True,
+    clock: Clock = time.monotonic,
 ) -> Iterator[Moment]:
-    """Every frame in turn, as fast as it goes. frames: objects with `image` and `time` (seconds)."""
+    """Every frame in turn, as fast as it goes. frames: objects with `image` and `time` (seconds).
+
+    ahead: read and encode the next two frames, in another thread, while words are found for this one. What is said is
+    the same. Raises whatever the source raises, after the captions of the frames before.
+    """
     count = count if count is not None else Count()
-    for frame in frames:
+    seen = _looked_ahead(session, frames, count) if ahead else ((frame, frame.image) for frame in frames)
+    for frame, image in seen:
         began = clock()
         try:
-            text = session.step(frame.image)
+            text = session.step(image)
         except (ValueError, TypeError):
             count.skipped += 1
             continue
         count.frames += 1
         took = clock() - began
         yield Moment(frame.time, text, took, took, True)
+
+
+def _looked_ahead(session: Watcher, frames: Iterable[Any], count: Count) -> Iterator[tuple[Any, Any]]:
+    """Frames with what the session saw in them: one waits in the box while the next is being looked at."""
+    box: Box[tuple[Any, Any]] = Box()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for frame in frames:
+                try:
+                    seen = session.look(frame.image)
+                except (ValueError, TypeError):
+                    count.skipped += 1
+                    continue
+                if not box.hand((frame, seen)):
+                    break
+        except BaseException as error:  # handed to the thread that watches
+            errors.append(error)
+        finally:
+            box.close()
+
+    # a daemon: a source that hangs must not keep the program from ending
+    thread = threading.Thread(target=work, name="casa-look", daemon=True)
+    thread.start()
+    try:
+        while (found := box.take()) is not None:
+            yield found
+    finally:
+        box.close()
+        thread.join(PATIENCE)
+    if errors:
+        raise errors[0]
 
 
 def watch_live(

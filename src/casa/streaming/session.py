@@ -112,12 +112,15 @@ class StreamingSession:
 
     @torch.no_grad()
     def look(self, frame: Any) -> Looked:
-        """Encodes a frame ahead of its turn; `step` takes the result in its place. Another thread may do this."""
+        """Encodes and projects a frame ahead of its turn; `step` takes the result in its place, from any thread."""
         before, after, pixels = self._processor.frame(check_picture(frame))
         device = self._model.device
         grid = pixels["image_grid_thw"].to(device)
         features = self._model.encode_images(pixels["pixel_values"].to(device), grid)
-        return Looked(before, after, {"image_features": features, "image_grid_thw": grid})
+        if self._model.fusion.method == "insertion":
+            return Looked(before, after, {"image_features": features, "image_grid_thw": grid})
+        projected = self._model.image_keys_values(features, grid)
+        return Looked(before, after, {"image_keys_values": projected, "image_grid_thw": grid})
 
     def prepare(self, frame: Any) -> Call:
         """What this session feeds for a frame; hand it to `run_together`, and what comes back to `accept`."""

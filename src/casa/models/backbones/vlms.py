@@ -41,7 +41,11 @@ class InsertionVLM(Decoder):
 
     def connect(self, features: Tensor, grids: Grids) -> tuple[Tensor, Grids]:
         """Image tokens (N, d) and their grids, from the tower's output (N', d_v) and its grids."""
-        return features, grids
+        return features, self.connected(grids)
+
+    def connected(self, grids: Grids) -> Grids:
+        """The grids of image tokens for the tower's grids."""
+        return grids
 
 
 class QwenVLDecoder(InsertionVLM):
@@ -75,9 +79,12 @@ class SmolVLMDecoder(InsertionVLM):
 
     def connect(self, features: Tensor, grids: Grids) -> tuple[Tensor, Grids]:
         connector = self.model.get_submodule("model.connector")
-        fold: int = connector.scale_factor  # type: ignore[assignment]
         if not grids:
             return features.new_zeros(0, self.config.hidden_size), []
         # the tower takes squares of one size
         tokens = connector(features.view(len(grids), -1, features.shape[-1])).flatten(0, 1)
-        return tokens, [(rows // fold, columns // fold) for rows, columns in grids]
+        return tokens, self.connected(grids)
+
+    def connected(self, grids: Grids) -> Grids:
+        fold: int = self.model.get_submodule("model.connector").scale_factor  # type: ignore[assignment]
+        return [(rows // fold, columns // fold) for rows, columns in grids]
