@@ -3,7 +3,7 @@ PYTHON ?= python3
 VIDEO ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu test-lowest mutations lint results clean
+.PHONY: demo test test-gpu test-lowest mutations lint results results-live clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "casa needs Python 3.11 or newer: call make with PYTHON=python3.11")'
@@ -49,6 +49,15 @@ results: .venv/installed
 	$(BIN)/casa bench stream --frames 1000 --max-text-tokens 128 --out docs/results/stream-bounded-cpu.json
 	for shape in helium-2b qwen2_5-vl-3b qwen2_5-vl-7b; do $(BIN)/casa adapt --dry-run --shape $$shape --frames 1,256,512 \
 		--compressor q_former:128 --compressor q_former:32 --out docs/results/dry-run-$$shape.json || exit 1; done
+
+# The figures of days and hours, which take about two hours: live pace, many sessions, long films, the soak.
+results-live: .venv/installed
+	$(BIN)/casa bench live --minutes 10 --size 448 --fps 2 --out docs/results/live-cpu.json
+	$(BIN)/casa bench stream --sessions 16 --size 224 --fps 2 --out docs/results/sessions-cpu.json
+	$(BIN)/casa bench stream --frames 256 --tokens 16 --size 448 --out docs/results/turns-256-cpu.json --plot docs/images/turns-256.png
+	$(BIN)/casa bench stream --frames 512 --tokens 16 --size 448 --out docs/results/turns-512-cpu.json --plot docs/images/turns-512.png
+	$(BIN)/casa bench memory --minutes 60 --out docs/results/memory-cpu.json
+	$(BIN)/casa bench soak --frames 100000 --max-text-tokens 128 --size 112 --out docs/results/soak-cpu.json --plot docs/images/soak.png
 
 clean:
 	rm -rf .venv .venv-lowest demo runs build dist
