@@ -54,8 +54,8 @@ results: .venv/installed
 results-live: .venv/installed
 	$(BIN)/casa bench live --minutes 10 --size 448 --fps 2 --out docs/results/live-cpu.json
 	$(BIN)/casa bench stream --sessions 16 --size 224 --fps 2 --out docs/results/sessions-cpu.json
-	$(BIN)/casa bench stream --frames 256 --tokens 16 --size 448 --out docs/results/turns-256-cpu.json --plot docs/images/turns-256.png
-	$(BIN)/casa bench stream --frames 512 --tokens 16 --size 448 --out docs/results/turns-512-cpu.json --plot docs/images/turns-512.png
+	for turns in 256 512; do $(BIN)/casa bench stream --frames $$turns --tokens 16 --size 224 \
+		--out docs/results/turns-$$turns-cpu.json --plot docs/images/turns-$$turns.png || exit 1; done
 	$(BIN)/casa bench memory --minutes 60 --out docs/results/memory-cpu.json
 	$(BIN)/casa bench soak --frames 100000 --max-text-tokens 128 --size 112 --out docs/results/soak-cpu.json --plot docs/images/soak.png
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from casa.errors import UserError
 from casa.training.recipe import Recipe, load_recipe, parse_recipe, recipe_values
 
-SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+SHIPPED = [Path(__file__).parents[2] / "recipes" / "casa-tiny.yaml"]
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from casa.cli.bench_live import live
 from casa.cli.bench_memory import memory
 from casa.cli.bench_options import Device, Json, Model, Out, Seed, report
 from casa.cli.bench_soak import soak
+from casa.cli.bench_train import train
 from casa.errors import UserError
 
 bench_app = typer.Typer(help="Time things, side by side in one run.", no_args_is_help=True, rich_markup_mode=None)
@@ -100,5 +101,5 @@ def stream(
     report(record, table, json, out)
 
 
-for verb in (live, memory, soak):
+for verb in (live, memory, soak, train):
     bench_app.command()(verb)

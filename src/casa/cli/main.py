@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from casa.cli import adapt, ask, bench, caption, data, demo, evaluate, serve, train
+from casa.cli import adapt, ask, bench, caption, data, demo, evaluate, export, serve, train
 from casa.errors import UserError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command("ask")(ask.ask)
 app.command("caption")(caption.caption)
 app.command("adapt")(adapt.adapt)
 app.command("train")(train.train)
+app.command("export")(export.export)
 app.command("eval")(evaluate.evaluate)
 app.command("serve")(serve.serve)
 app.add_typer(bench.bench_app, name="bench")

@@ -1,22 +1,104 @@
-"""`casa train`: runs a recipe, stage by stage; a stage that is finished is not done again."""
+"""`casa train`: runs a recipe: one for data of one's own, or casa-tiny's three stages."""
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from casa.errors import UserError
+
+if TYPE_CHECKING:
+    from casa.training.own import RunRecipe
+    from casa.training.recipe import Recipe
+
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/casa-tiny.yaml.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/lora-own-data.yaml.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/<recipe> if left out.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: optimisation.steps=2000; repeatable."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad record, by its line.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and draw the first packed batch; train nothing.")
+    ] = False,
+    picture: Annotated[Path | None, typer.Option(help="With --dry-run: where the batch is drawn.")] = None,
 ) -> None:
-    """Train a model from a recipe. Called again, it goes on where it stopped.
+    """Train a model from a recipe: on your own data, or casa-tiny from its beginning.
 
-    Example: casa train recipes/casa-tiny.yaml --out runs/casa-tiny
+    Example: casa train recipes/lora-own-data.yaml --set data.sources.0.path=pages.jsonl --dry-run
+
+    casa-tiny's recipe goes on by itself where it stopped; others need --resume.
     """
+    from casa.training.own import RunRecipe, open_recipe
+
+    if picture is not None and not dry_run:
+        raise UserError("--picture is for --dry-run; add it, or leave --picture out.")
+    changes = [*(set_ or ()), *(["data.strict=true"] if strict else [])]
+    chosen = open_recipe(recipe, changes)
+    folder = out if out is not None else Path("runs") / recipe.stem
+    if not isinstance(chosen, RunRecipe):
+        _stages(chosen, folder, dry_run)
+    elif dry_run:
+        _plan(chosen, picture if picture is not None else Path(f"{recipe.stem}-first-batch.png"))
+    else:
+        _run(chosen, folder, resume)
+
+
+def _stages(recipe: "Recipe", folder: Path, dry_run: bool) -> None:
     from casa.cli.training_sources import training_sources
-    from casa.training import load_recipe
     from casa.training import train as run
 
-    folder = out if out is not None else Path("runs") / recipe.stem
-    run(load_recipe(recipe), training_sources(), folder, progress=print)
+    if dry_run:
+        for name in ("text", "tower", "fusion"):
+            optimisation = getattr(recipe, name).optimisation
+            print(f"{name}: {optimisation.steps:,} steps, rate {optimisation.rate:g}, muon {optimisation.muon:g}")
+        return
+    run(recipe, training_sources(), folder, progress=print)
+
+
+def _plan(recipe: "RunRecipe", picture: Path) -> None:
+    from rich.console import Console
+
+    from casa.training.own.first_pack import draw_first_pack
+    from casa.training.own.model import outline
+    from casa.training.own.plan import make_plan
+    from casa.training.own.plan_table import tables
+
+    _quiet()
+    if not picture.parent.is_dir():
+        raise UserError(f"The folder of {picture} does not exist: create it, or draw elsewhere with --picture.")
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        # in a file there is no edge to break lines at
+        console = Console(width=140, highlight=False)
+    plan = make_plan(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    console.print(tables(plan))
+    batch = draw_first_pack(recipe, outline(recipe), picture)
+    facts = batch.facts
+    console.print(
+        f"\nThe first pack has {facts['samples']:,} samples, {facts['images']:,} pictures, {facts['image_tokens']:,} "
+        f"image and {facts['text_tokens']:,} text tokens, {facts['learned']:,} of them learned: drawn in {picture}"
+    )
+
+
+def _run(recipe: "RunRecipe", folder: Path, resume: bool) -> None:
+    from casa.cli.training_scores import scores_of
+    from casa.training.own import train_run
+
+    _quiet()
+    evaluate = scores_of(recipe.evaluation) if recipe.evaluation.tasks else None
+    final = train_run(recipe, folder, resume=resume, evaluate=evaluate, told=lambda text: typer.echo(text, err=True))
+    if final is not None and int(os.environ.get("RANK", "0")) == 0:
+        print(final)
+
+
+def _quiet() -> None:
+    """transformers' own bars and reports are left out: casa shows its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -14,14 +14,13 @@ import unicodedata
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from casa.atomic import replacing
 from casa.data.check import Sample
+from casa.data.lettering import letters, shortened
 from casa.data.windows_of import Window, windows_of
 
 COLUMNS, CARD, GAP, PAD = 3, 600, 28, 22
@@ -50,8 +49,8 @@ def draw_sheet(samples: Sequence[Sample], path: str | os.PathLike[str], title: s
     width = max(2, len(columns)) * (CARD + GAP) + GAP
     sheet = Image.new("RGB", (width, max(height, head + GAP)), SHEET)
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, 24), _cut(title, _font(TITLE, True), width - 2 * GAP), fill=INK, font=_font(TITLE, True))
-    draw.text((GAP, 62), _cut(note, _font(BODY), width - 2 * GAP), fill=FAINT, font=_font(BODY))
+    draw.text((GAP, 24), shortened(title, letters(TITLE, True), width - 2 * GAP), fill=INK, font=letters(TITLE, True))
+    draw.text((GAP, 62), shortened(note, letters(BODY), width - 2 * GAP), fill=FAINT, font=letters(BODY))
     _legend(draw, (GAP, 90))
     for at, column in enumerate(columns):
         top = head
@@ -64,7 +63,7 @@ def draw_sheet(samples: Sequence[Sample], path: str | os.PathLike[str], title: s
 
 def _legend(draw: ImageDraw.ImageDraw, at: tuple[int, int]) -> None:
     left, top = at
-    font = _font(SMALL)
+    font = letters(SMALL)
     for colours, text in (
         (BARS[:3], "a window: pictures, and the text that sees them"),
         ((FAINT,), "no picture in sight"),
@@ -97,16 +96,16 @@ def _card(sample: Sample) -> Image.Image:
     draw.rounded_rectangle((0, 0, CARD - 1, height - 1), 14, fill=PAPER, outline=LINE, width=2)
     pictures = len(times)
     right = f"{_count(pictures, 'picture')}, {_count(sample.tokens, 'image token')}" if pictures else "text only"
-    room = CARD - 2 * PAD - round(_font(SMALL).getlength(right)) - 16
+    room = CARD - 2 * PAD - round(letters(SMALL).getlength(right)) - 16
     origin = f"{Path(record.origin.path).name}:{record.origin.line}"
-    draw.text((PAD, PAD - 4), _cut(origin, _font(SMALL, True), room), fill=INK, font=_font(SMALL, True))
-    draw.text((CARD - PAD, PAD - 4), right, fill=FAINT, font=_font(SMALL), anchor="ra")
+    draw.text((PAD, PAD - 4), shortened(origin, letters(SMALL, True), room), fill=INK, font=letters(SMALL, True))
+    draw.text((CARD - PAD, PAD - 4), right, fill=FAINT, font=letters(SMALL), anchor="ra")
     top = PAD + 30
     for block in blocks:
         card.paste(block, (PAD, top))
         top += block.height + 14
     if rest:
-        draw.text((PAD, top), f"and {_count(rest, 'window')} more", fill=FAINT, font=_font(SMALL))
+        draw.text((PAD, top), f"and {_count(rest, 'window')} more", fill=FAINT, font=letters(SMALL))
     return card
 
 
@@ -147,21 +146,21 @@ def _block(
             block.paste(face, (left + at * (PICTURES + 8) // abreast, top))
         top += max(face.height for face in shelf) + 8
     if rest:
-        draw.text((left, top), f"and {_count(rest, 'picture')} more", fill=FAINT, font=_font(SMALL))
+        draw.text((left, top), f"and {_count(rest, 'picture')} more", fill=FAINT, font=letters(SMALL))
     top = 0
     for text in said:
         if text.role == "assistant":
             draw.rounded_rectangle((indent - 4, top, width - 1, top + text.height - 1), 8, fill=LEARNED)
-        draw.text((indent + 4, top + 5), text.role, fill=FAINT, font=_font(SMALL))
+        draw.text((indent + 4, top + 5), text.role, fill=FAINT, font=letters(SMALL))
         for number, line in enumerate(text.lines):
             below = top + 24 + number * _step(BODY)
             if _from_the_right(line):
-                draw.text((width - 12, below), line, fill=INK, font=_font(BODY), anchor="ra")
+                draw.text((width - 12, below), line, fill=INK, font=letters(BODY), anchor="ra")
             else:
-                draw.text((indent + 4, below), line, fill=INK, font=_font(BODY))
+                draw.text((indent + 4, below), line, fill=INK, font=letters(BODY))
         top += text.height + 6
     if not said:
-        draw.text((indent + 4, 4), "(silence)", fill=FAINT, font=_font(SMALL))
+        draw.text((indent + 4, 4), "(silence)", fill=FAINT, font=letters(SMALL))
     return block
 
 
@@ -185,15 +184,15 @@ def _framed(image: Image.Image, time: float | None, width: int) -> Image.Image:
     draw.rectangle((0, 0, face.width - 1, face.height - 1), outline=LINE)
     if time is not None:
         text = f"{time:.1f} s"
-        length = _font(SMALL).getlength(text)
+        length = letters(SMALL).getlength(text)
         draw.rectangle((0, face.height - 20, length + 10, face.height), fill=(0, 0, 0, 170))
-        draw.text((5, face.height - 19), text, fill="#FFFFFF", font=_font(SMALL))
+        draw.text((5, face.height - 19), text, fill="#FFFFFF", font=letters(SMALL))
     return face
 
 
 def _wrapped(text: str, width: int) -> list[str]:
     """Lines no wider than `width` px, at most `MOST_LINES`."""
-    font = _font(BODY)
+    font = letters(BODY)
     lines: list[str] = []
     # no more is looked at than can be shown, however long the text is
     for paragraph in text[:2000].strip().splitlines():
@@ -217,7 +216,7 @@ def _wrapped(text: str, width: int) -> list[str]:
         if len(lines) > MOST_LINES:
             break
     if len(lines) > MOST_LINES or len(text) > 2000:
-        lines = [*lines[: MOST_LINES - 1], _cut(" ".join(lines[MOST_LINES - 1 :]) + " ", font, width, always=True)]
+        lines = [*lines[: MOST_LINES - 1], shortened(" ".join(lines[MOST_LINES - 1 :]) + " ", font, width, always=True)]
     return lines
 
 
@@ -225,26 +224,6 @@ def _from_the_right(line: str) -> bool:
     """Whether the first letter with a direction is of a script written from right to left."""
     kinds = (unicodedata.bidirectional(letter) for letter in line)
     return next((kind for kind in kinds if kind in ("L", "R", "AL")), "L") != "L"
-
-
-def _cut(text: str, font: ImageFont.FreeTypeFont, width: int, always: bool = False) -> str:
-    if font.getlength(text) <= width and not always:
-        return text
-    kept = bisect_right(range(1, len(text) + 1), width, key=lambda n: font.getlength(text[:n] + "…"))
-    return text[:kept].rstrip() + "…"
-
-
-@lru_cache(maxsize=8)
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    matplotlib = find_spec("matplotlib")  # found, not imported: only its font files are wanted
-    if matplotlib is not None and matplotlib.origin is not None:
-        name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-        file = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / name
-        if file.is_file():
-            return ImageFont.truetype(str(file), size)
-    face = ImageFont.load_default(size)
-    assert isinstance(face, ImageFont.FreeTypeFont)
-    return face
 
 
 def _step(size: int) -> int:

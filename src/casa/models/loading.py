@@ -29,7 +29,7 @@ def check_folder(name: Any, needed: str = "config.json") -> None:
         raise UserError(f"{name} is a file; give the folder that save_pretrained wrote.")
     looks_local = str(name).startswith((".", "/", "~")) or str(name).count("/") != 1
     if looks_local:
-        raise UserError(f"there is no model at {name!r}; give a folder, or one of: {', '.join(SHIPPED)}.")
+        raise UserError(f"there is no model at {str(name)!r}; give a folder, or one of: {', '.join(SHIPPED)}.")
 
 
 def load_checked(load: Callable[..., Any], name: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,17 +1,25 @@
-"""Two processes under torchrun (gloo, DDP) train as one process that does both their work."""
+"""Two processes under torchrun (gloo), with DDP and with FSDP2, train as one process that does both their work."""
 
+import json
 import os
 import subprocess
 import sys
+from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 
-from casa import CasaForConditionalGeneration
+from casa import CasaForConditionalGeneration, CasaProcessor
 from casa.training.packs import PackStream
+from casa.training.sharding import export_checkpoint
+from casa.training.sharding.shards import read_keys, stored_keys
 from casa.training.trainer import saved_checkpoints
 
 STEPS = 4
+SCRIPT = Path(__file__).with_name("two_ranks.py")
+# float32; the most that was seen is 6e-8
+CLOSE = {"rtol": 0.0, "atol": 1e-6}
 
 
 class BothRanks(PackStream):
@@ -21,46 +29,86 @@ class BothRanks(PackStream):
         halves = []
         for rank in range(2):
             self.rank, self.world = rank, 2
-            halves.append(super().__iter__())
-            halves[-1] = [next(halves[-1]) for _ in range(STEPS)]
+            halves.append(list(islice(super().__iter__(), STEPS)))
         for pair in zip(*halves, strict=True):
             yield from pair
 
 
-def torchrun(script, folder, *values):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+@pytest.fixture(scope="module")
+def alone(small, tmp_path_factory):
+    """One process's run of the batches of both: the trainer, and its folder."""
+
+    def run(**choice):
+        folder = tmp_path_factory.mktemp("alone")
+        own = small.stream()
+        data = BothRanks(own.open_records, own.maker, own.settings)
+        found = small.trainer(folder, own_model=small.model(0.0), data=data, save_every=9, **choice)
+        found.train()
+        return found, folder
+
+    return run
+
+
+def test_two_processes_are_one(small, alone, tmp_path):
+    # one test, so that the processes are started once
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(folder), *values], env=environment, capture_output=True, text=True, timeout=560
-    )
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=560)
     assert done.returncode == 0, done.stderr[-4000:]
 
+    one, folder = alone(steps=STEPS, accumulate=2, ema=0.9, clip=0.5)
+    wanted = small.curve(folder)
+    assert len(wanted) == STEPS
+    for kind in ("ddp", "fsdp"):
+        place = tmp_path / kind
+        assert [path.name for path in saved_checkpoints(place)] == ["checkpoint-2", "checkpoint-4"]
+        lines = (place / "curve.txt").read_text().splitlines()
+        # both processes, all steps, and the second half again
+        assert len(lines) == 2 * (STEPS + STEPS // 2)
+        for step, loss in (line.split() for line in lines):
+            assert float(loss) == pytest.approx(wanted[int(step)], rel=0, abs=1e-6)
+        check_export(one, place / "checkpoint-4", tmp_path)
+    check_resumed(tmp_path / "fsdp")
+    whole = CasaForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    check_close(dict(whole.named_parameters()), dict(one.model.named_parameters()))
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["architectures"] == [
+        "CasaForConditionalGeneration"
+    ]
 
-@pytest.fixture(scope="module")
-def two_ranks(script, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    torchrun(script, folder, f"steps={STEPS}", "accumulate=1", "dropout=0.0", "save_every=2")
-    return folder
+    again, _ = alone(steps=1, accumulate=4, checkpoint_blocks=True)
+    out = export_checkpoint(tmp_path / "again" / "checkpoint-1", tmp_path / "again" / "out")
+    found = CasaForConditionalGeneration.from_pretrained(out)
+    check_close(dict(found.named_parameters()), dict(again.model.named_parameters()))
+    # bf16 has eight bits
+    assert small.curve(tmp_path / "half")[1] == pytest.approx(wanted[1], rel=2e-2)
+    assert small.curve(tmp_path / "half")[1] != wanted[1]
 
 
-def test_two_processes_are_one(small, two_ranks, tmp_path):
-    alone = small.stream()
-    both = BothRanks(alone.open_records, alone.maker, alone.settings)
-    run = small.trainer(tmp_path, steps=STEPS, own_model=small.model(0.0), data=both, accumulate=2, save_every=2)
-    run.train()
-    assert [path.name for path in saved_checkpoints(two_ranks)] == ["checkpoint-2", "checkpoint-4"]
-    found = CasaForConditionalGeneration.from_pretrained(two_ranks / "checkpoint-4")
-    began = small.model(0.0)
-    for name, parameter in run.model.named_parameters():
-        torch.testing.assert_close(found.get_parameter(name), parameter, rtol=1e-5, atol=1e-6)
-    assert not torch.equal(began.backbone.lm_head.weight, found.backbone.lm_head.weight)
-    for step, loss in small.curve(tmp_path).items():
-        assert small.curve(two_ranks)[step] == pytest.approx(loss, rel=1e-6)
+def check_export(one, checkpoint, tmp_path):
+    """Weights and averages of the run of one process come out of a checkpoint."""
+    out = tmp_path / f"out-{checkpoint.parent.name}"
+    found = CasaForConditionalGeneration.from_pretrained(export_checkpoint(checkpoint, out))
+    check_close(dict(found.named_parameters()), dict(one.model.named_parameters()))
+    assert not (out / "trainer_state.json").exists()
+    assert CasaProcessor.from_pretrained(out).image_token == "<image>"
+    averaged = export_checkpoint(checkpoint, out.with_name(out.name + "-ema"), average=True)
+    found = CasaForConditionalGeneration.from_pretrained(averaged)
+    check_close(dict(found.named_parameters()), one.ema.average)
+    assert not torch.equal(one.ema.average["backbone.lm_head.weight"], one.model.backbone.lm_head.weight)
 
 
-def test_two_processes_resume(small, script, two_ranks):
-    wanted = small.curve(two_ranks)
-    saved_checkpoints(two_ranks)[-1].rename(two_ranks / "away")
-    torchrun(script, two_ranks, f"steps={STEPS}", "accumulate=1", "dropout=0.0", "save_every=2")
-    for step, loss in small.curve(two_ranks).items():
-        assert loss == pytest.approx(wanted[step], rel=1e-6)
+def check_resumed(place):
+    """Weights and moments after the second half, done again, are bit for bit those of the run to the end."""
+    both = []
+    for name in ("checkpoint-4", "away"):
+        both.append(read_keys(place / name, stored_keys(place / name)))
+    assert both[0].keys() == both[1].keys()
+    assert {key.split("/")[0] for key in both[0]} > {"weights", "exp_avg", "exp_avg_sq", "step", "average"}
+    for key, value in both[0].items():
+        assert torch.equal(value, both[1][key]), key
+
+
+def check_close(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")

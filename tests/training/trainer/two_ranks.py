@@ -1,7 +1,9 @@
 """Every run that two processes do, one after the other under one torchrun: `two_ranks.py FOLDER`.
 
-FOLDER/ddp, FOLDER/fsdp      a run to its end, then again from the checkpoint in its middle: curve.txt has both
-FOLDER/again                 FSDP2 with blocks that run again in the backward pass, in bf16
+FOLDER/ddp, FOLDER/fsdp      a run to its end, then again from the checkpoint in its middle: curve.txt has both;
+                             after every step the model is looked at with its average for its weights
+FOLDER/again                 FSDP2 with blocks that run again in the backward pass, and two packs to a step
+FOLDER/half                  FSDP2 in bf16
 FOLDER/whole                 what save_model gives of a sharded model
 """
 
@@ -12,14 +14,29 @@ from pathlib import Path
 import small_run
 import torch
 import torch.distributed as dist
+from transformers import TrainerCallback
 
 STEPS = 4
 CHOICE = {"steps": STEPS, "accumulate": 1, "save_every": 2, "ema": 0.9, "clip": 0.5}
 
 
+class Look(TrainerCallback):
+    """Runs the average between steps; that must not touch the steps."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        if trainer.ema is not None:
+            with torch.no_grad(), trainer.ema.in_place():
+                trainer.model(**trainer.batches[0].inputs, use_cache=False)
+
+
 def run(folder, resume=False, **choice):
     folder.mkdir(parents=True, exist_ok=True)
     found = small_run.trainer(folder, own_model=small_run.model(0.0), **(CHOICE | choice))
+    found.add_callback(Look(found))
     found.train(resume_from_checkpoint=resume)
     return found
 
@@ -41,6 +58,8 @@ if __name__ == "__main__":
     run(place / "fsdp", sharding="fsdp")
     last = interrupted(place / "fsdp", sharding="fsdp")
     last.save_model(str(place / "whole"))
-    run(place / "again", sharding="fsdp", steps=1, checkpoint_blocks=True, precision="bfloat16", accumulate=2)
+    once = {"sharding": "fsdp", "steps": 1, "ema": None, "clip": 1.0}
+    run(place / "again", **once, checkpoint_blocks=True, accumulate=2)
+    run(place / "half", **once, precision="bfloat16")
     dist.barrier()
     dist.destroy_process_group()

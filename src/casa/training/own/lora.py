@@ -45,4 +45,3 @@ def with_lora(model: Any, settings: LoraSettings) -> Any:
         modules_to_save=whole or None,
     )
     return get_peft_model(model, config)
-

@@ -151,8 +151,9 @@ def _config(name: Any) -> Any:
 
 def _fetched(name: Any, weights: bool = False) -> Path:
     """The folder of a model; a hub's is fetched, its weights only if they are wanted."""
-    path = Path(str(resolve(name)))
-    check_folder(path)
+    found = resolve(name)
+    check_folder(found)
+    path = Path(str(found))
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download

@@ -46,7 +46,7 @@ def _with_base(path: Path) -> Any:
     name = values.pop("base")
     if not isinstance(name, str):
         raise UserError(f"base in {path} must be the path of a recipe, not {name!r}.")
-    base = read_yaml(path.parent / name)
+    base: Any = read_yaml(path.parent / name)
     if not isinstance(base, dict) or "base" in base:
         raise UserError(f"{path} is based on {name}, which must be a recipe without a base of its own.")
     return merged(base, values)

@@ -65,7 +65,9 @@ class ModelSettings:
             for name in ("backbone", "vision", "fusion"):
                 value = getattr(self, name)
                 require(value is None, name, value, "left out, since a checkpoint has its own")
-        require(self.max_pixels is None or self.max_pixels >= 784, "max_pixels", self.max_pixels, "784 (28 x 28) or more")
+        require(
+            self.max_pixels is None or self.max_pixels >= 784, "max_pixels", self.max_pixels, "784 (28 x 28) or more"
+        )
 
     @property
     def source(self) -> str:
@@ -100,8 +102,8 @@ class LoggingSettings:
 class EvaluationSettings:
     """What is measured every so many steps, and at the end; 0 measures nothing.
 
-    data: records held out from training, read from their beginning: the loss on the first `packs` packs. tasks: the offline tasks (pages, scenes,
-    stream), `limit` examples each: of use to models that read digits, such as casa-tiny.
+    data: records held out from training, read from their beginning: the loss on the first `packs` packs.
+    tasks: the offline tasks, `limit` examples each: of use to models that read digits, such as casa-tiny.
     """
 
     every: int = 0
@@ -134,7 +136,8 @@ class LoadingSettings:
 class RunRecipe:
     """A whole run on data of one's own. name: of the model that comes out. seed: of everything random.
 
-    device: "cpu" leaves accelerators alone.
+    device: "cpu" leaves accelerators alone. sharding: with several processes, "ddp" has all weights in each of them,
+    "fsdp" spreads weights, gradients and moments over them (FSDP2).
     """
 
     name: str
@@ -149,6 +152,7 @@ class RunRecipe:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     seed: int = 0
     device: Literal["auto", "cpu"] = "auto"
+    sharding: Literal["ddp", "fsdp"] = "ddp"
 
     def __post_init__(self) -> None:
         require(bool(self.name.strip()), "name", self.name, "a name for the model")
@@ -170,6 +174,7 @@ class RunRecipe:
             ahead=self.loading.ahead,
             seed=self.seed,
             device=self.device,
+            sharding=self.sharding,
         )
 
 

@@ -7,8 +7,9 @@ out/final                 model, processor, README.md    out/log.json           
 
 import json
 import os
-from collections import Counter
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,29 @@ from transformers import PrinterCallback, TrainerCallback
 from casa.atomic import write_text
 from casa.data import DataSettings, Records, Shard, open_records
 from casa.errors import UserError
+from casa.models.shard_files import new_folder
+from casa.training.own.card import Facts, count_bad, write_card
 from casa.training.own.model import Loaded, load_model
+from casa.training.own.rates import RecipeRates
 from casa.training.own.recipe import RunRecipe, parse_run_recipe, run_recipe_values
 from casa.training.packs import PackStream
 from casa.training.samples import SampleMaker, fold_of
-from casa.training.seen.card import Facts, count_bad, write_card
 from casa.training.seen.evaluating import Evaluate, Evaluation
 from casa.training.seen.measures import Measures
 from casa.training.seen.progress import ProgressShown
 from casa.training.seen.reporting import reporters
+from casa.training.sharding import export_checkpoint
 from casa.training.trainer import CasaTrainer, newest_checkpoint, parameter_groups
 
 RECIPE = "recipe.yaml"
 FINAL = "final"
 # what may differ when a run is gone on with: nothing that was trained on, or that the model is
-_MAY_CHANGE = ("optimisation", "watch", "loading", "saving", "logging", "evaluation", "device")
+_MAY_CHANGE = ("watch", "loading", "saving", "logging", "evaluation", "device")
+# of the optimisation, what a checkpoint's moments do not depend on
+_MAY_VARY = (
+    *("steps", "accumulate", "warmup", "decay", "decay_shape", "floor", "new_rate", "existing_rate"),
+    *("clip", "checkpoint_blocks", "loss_chunk"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,14 @@ def train_run(
     # held in the order in which they are asked: what measures comes before what shows
     measures, shown = Measures(recipe.packing.budget), ProgressShown()
     evaluation = _evaluation(recipe, loaded, measures, evaluate)
-    seen = [measures, evaluation, *reporters(recipe.logging.to, out), shown, *callbacks]
+    seen = [
+        RecipeRates(recipe.optimisation),
+        measures,
+        evaluation,
+        *reporters(recipe.logging.to, out),
+        shown,
+        *callbacks,
+    ]
     trainer = CasaTrainer(
         loaded.model,
         stream,
@@ -109,12 +125,16 @@ def claim(recipe: RunRecipe, out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder to train in.")
     if path.is_file():
-        if not resume:
+        # a run that never came to a checkpoint has nothing to lose
+        begun = newest_checkpoint(out) is not None or (out / FINAL).exists()
+        if begun and not resume:
             raise UserError(f"{out} holds a run already: go on with it (--resume), or give another folder (--out).")
         before = run_recipe_values(parse_run_recipe(yaml.safe_load(path.read_text(encoding="utf-8"))))
         now = run_recipe_values(recipe)
-        changed = [key for key in now if key not in _MAY_CHANGE and before[key] != now[key]]
-        if changed:
+        changed = [key for key in now if key not in (*_MAY_CHANGE, "optimisation") and before[key] != now[key]]
+        one, other = before["optimisation"], now["optimisation"]
+        changed += [f"optimisation.{key}" for key in other if key not in _MAY_VARY and one[key] != other[key]]
+        if begun and changed:
             raise UserError(
                 f"{out} holds a run with another {', '.join(changed)}: resume it with the same, or give another folder."
             )
@@ -164,40 +184,33 @@ def _finish(recipe: RunRecipe, trainer: CasaTrainer, measures: Measures, evaluat
     facts = Facts(
         steps=trainer.state.global_step,
         totals=dict(measures.totals),
-        made=_made(trainer),
+        made=measures.made(),
         bad=count_bad(out),
         scores=evaluation.scores,
         history=trainer.state.log_history,
         parameters=trained_groups(trainer.model, recipe),
         device=str(trainer.args.device),
     )
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.ema is not None:
-        with trainer.ema.in_place():
-            _save(recipe, model, final)
+    # one of an earlier end of this run is replaced
+    shutil.rmtree(final, ignore_errors=True)
+    narrow = torch.bfloat16 if recipe.optimisation.precision == "bfloat16" else None
+    if trainer.sharded:
+        export_checkpoint(newest_checkpoint(out), final, average=trainer.ema is not None, dtype=narrow)
     else:
-        _save(recipe, model, final)
-    trainer.processor.save_pretrained(final)
+        with trainer.ema.in_place() if trainer.ema is not None else nullcontext(), new_folder(final) as folder:
+            _save(trainer.accelerator.unwrap_model(trainer.model), folder, narrow)
+            trainer.processor.save_pretrained(folder)
     write_text(out / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
     write_card(final, recipe, facts)
 
 
-def _save(recipe: RunRecipe, model: Any, final: Path) -> None:
-    if recipe.model.lora is not None:
+def _save(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
+    """dtype: of all weights, those that it computed with; None for their own. Masters are kept in the checkpoints."""
+    if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    if recipe.optimisation.precision == "bfloat16":
-        # what it computed with; masters are kept in the checkpoints
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
-    model.save_pretrained(final)
-
-
-def _made(trainer: CasaTrainer) -> Counter[str]:
-    """What became of records, as the readers of this process counted it."""
-    found: Counter[str] = Counter()
-    for position in trainer._position.positions.values():
-        found.update(json.loads(position)["counts"])
-    return found
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
+    model.save_pretrained(folder)
 
 
 def trained_groups(model: Any, recipe: RunRecipe) -> list[tuple[str, float | None, int]]:

@@ -37,7 +37,9 @@ def draw_curve(history: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
     if not few:
         axes.plot(steps, _smoothed(losses), color=_TRAINING, linewidth=1.6, label="training")
     if held:
-        axes.plot(*zip(*held, strict=True), color=_HELD_OUT, marker="o", markersize=3.5, linewidth=1.4, label="held out")
+        axes.plot(
+            *zip(*held, strict=True), color=_HELD_OUT, marker="o", markersize=3.5, linewidth=1.4, label="held out"
+        )
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("step")
     axes.set_ylabel("loss per answer token")

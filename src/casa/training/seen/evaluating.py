@@ -1,4 +1,4 @@
-"""Scores while a run goes on: a held-out loss, and whatever the caller measures. Training itself stays as it would be."""
+"""Scores while a run goes on: a held-out loss, and whatever the caller measures. Training stays as it would be."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -43,11 +43,15 @@ class Evaluation(TrainerCallback):
         if not self._every or (state.global_step % self._every and state.global_step < state.max_steps):
             return
         with self._measures.paused():
-            if state.is_world_process_zero:
+            # weights that are spread over processes are gathered by all of them, for the same inputs
+            if state.is_world_process_zero or self.trainer.sharded:
                 self.scores = self.measure()
             wait_for_all()
         if state.is_world_process_zero:
+            # an entry in the log counts as the one that this step may be about to make
+            wanted = control.should_log
             self.trainer.log({f"eval_{name}": value for name, value in self.scores.items()})
+            control.should_log = wanted
 
     def measure(self) -> dict[str, float]:
         """Scores of the model as it is now."""

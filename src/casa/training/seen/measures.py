@@ -1,5 +1,6 @@
 """What a run does per second, how full its packs are and what memory it takes: added to every line of the log."""
 
+import json
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -34,7 +35,15 @@ class Measures(TrainerCallback):
         self._budget = budget
         self._window: Counter[str] = Counter()
         self._since, self._paused = time.monotonic(), 0.0
+        self._positions: dict[int, str] = {}
         self.totals: Counter[str] = Counter()
+
+    def made(self) -> Counter[str]:
+        """What became of records, as the readers of this process count it since the run began."""
+        found: Counter[str] = Counter()
+        for position in self._positions.values():
+            found.update(json.loads(position)["counts"])
+        return found
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -52,6 +61,7 @@ class Measures(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for batch in self.trainer.batches:
+            self._positions[batch.reader] = batch.position
             self._window["packs"] += 1
             self._window.update({name: batch.facts.get(name, 0) for name in COUNTED})
             self.totals["packs"] += args.world_size

@@ -1,6 +1,6 @@
 """How a run goes, for people: a line that stays in place on a terminal, a line per log entry in a file.
 
-training  ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━  1,240 of 25,000  loss 1.234  5,300 tok/s  18.2 img/s  packed 93 / 98 %  17.2 GiB  9:12:04
+training ━━━━━━━━━━━━━━━━━━━━ 1,240 of 25,000  loss 1.234  5,300 tok/s  18.2 img/s  packed 93 / 98 %  17.2 GiB  9:12:04
 """
 
 import sys

@@ -31,4 +31,3 @@ def reporters(names: Sequence[str], out: Path) -> list[TrainerCallback]:
 
             found.append(WandbCallback())
     return found
-

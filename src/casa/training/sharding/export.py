@@ -20,8 +20,8 @@ _STATE = "trainer_state.json"
 def export_checkpoint(checkpoint: Any, out: Any, *, average: bool = False, dtype: torch.dtype | None = None) -> Path:
     """Writes the new folder `out`, for `from_pretrained`, and returns it; the model is in memory once meanwhile.
 
-    checkpoint: a `checkpoint-<step>` of a run with DDP or FSDP2. average: its running average (EMA) in place of the last
-    weights. dtype: of all weights; theirs if left out.
+    checkpoint: a `checkpoint-<step>` of a run with DDP or FSDP2. average: its running average (EMA) in place of the
+    last weights. dtype: of all weights; theirs if left out.
     Raises UserError for what is no whole checkpoint, or holds no average, and if `out` exists.
     """
     source = Path(checkpoint)
@@ -68,7 +68,7 @@ def _from_model(source: Path, average: bool) -> CasaForConditionalGeneration:
 def _from_shards(source: Path, average: bool) -> CasaForConditionalGeneration:
     config = CasaConfig.from_pretrained(source)
     weights: dict[str, Tensor] = read_whole(source, average)
-    # in order to draw fewer random numbers than there are weights
+    # building a model draws random numbers, which are the caller's
     with torch.random.fork_rng(devices=[]):
         model = CasaForConditionalGeneration(config)
     missing, surplus = model.load_state_dict(weights, strict=False, assign=True)

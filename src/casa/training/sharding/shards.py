@@ -9,7 +9,8 @@ Any number of processes can read what another number has written. `.metadata` is
 checkpoints of one's own, and give away what `casa export` makes of them.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from casa.errors import UserError
+from casa.training.sharding.wrapping import put_apart
 
 FOLDER = "sharded"
 WEIGHTS = "weights/"
@@ -32,6 +34,7 @@ def has_shards(checkpoint: Path) -> bool:
 
 def write_shards(checkpoint: Path, model: nn.Module, optimizer: Any, ema: Any = None) -> None:
     """Writes all of a run's tensors; every process must call. ema: an `Ema`, or None."""
+    put_apart(model)
     tensors = weights_of(model)
     for name, parameter in model.named_parameters():
         for moment, value in optimizer.state.get(parameter, {}).items():
@@ -44,7 +47,8 @@ def write_shards(checkpoint: Path, model: nn.Module, optimizer: Any, ema: Any = 
 
 def read_weights(checkpoint: Path, model: nn.Module, ema: Any = None) -> None:
     """Puts the weights, and the averages if there are any, back where they were; every process must call."""
-    tensors, stored = weights_of(model), stored_names(checkpoint)
+    put_apart(model)
+    tensors, stored = weights_of(model), stored_keys(checkpoint)
     steps = torch.tensor(0)
     if ema is not None and _AVERAGE_STEPS in stored:
         tensors |= {_AVERAGE + name: average for name, average in ema.average.items()}
@@ -56,7 +60,7 @@ def read_weights(checkpoint: Path, model: nn.Module, ema: Any = None) -> None:
 
 def read_moments(checkpoint: Path, model: nn.Module, optimizer: Any) -> None:
     """Gives AdamW the moments it had; every process must call."""
-    stored = stored_names(checkpoint)
+    stored = stored_keys(checkpoint)
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if f"step/{name}" in stored:
@@ -83,12 +87,20 @@ def read_whole(checkpoint: Path, average: bool = False) -> dict[str, Tensor]:
     chosen = {name.removeprefix(WEIGHTS): name for name in names}
     if average:
         chosen |= {name.removeprefix(_AVERAGE): name for name in averages}
-    tensors = {
-        name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in chosen.values()
-    }
-    dcp.load(tensors, checkpoint_id=checkpoint / FOLDER, no_dist=True)
+    tensors = read_keys(checkpoint, chosen.values())
     # averages are kept wider than weights may be
     return {name: tensors[key].to(metadata[WEIGHTS + name].properties.dtype) for name, key in chosen.items()}
+
+
+def read_keys(checkpoint: Path, keys: Iterable[str]) -> dict[str, Tensor]:
+    """Whole tensors by their keys, in one process without others."""
+    metadata = _metadata(checkpoint)
+    tensors = {key: torch.empty(metadata[key].size, dtype=metadata[key].properties.dtype) for key in keys}
+    with warnings.catch_warnings():
+        # that it reads without other processes, which is what was asked for
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, checkpoint_id=checkpoint / FOLDER, no_dist=True)
+    return tensors
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -98,8 +110,8 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return found | {WEIGHTS + name: value for name, value in model.state_dict().items() if name not in parameters}
 
 
-def stored_names(checkpoint: Path) -> Mapping[str, Any]:
-    return _metadata(checkpoint)
+def stored_keys(checkpoint: Path) -> set[str]:
+    return set(_metadata(checkpoint))
 
 
 def _metadata(checkpoint: Path) -> dict[str, Any]:

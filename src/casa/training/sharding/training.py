@@ -13,6 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from casa.training.sharding.shards import has_shards, read_moments, read_weights, write_shards
+from casa.training.sharding.wrapping import put_apart
 
 _SCHEDULER = "scheduler.pt"
 
@@ -96,6 +97,7 @@ def check_kind(checkpoint: Path, sharded: bool) -> str | None:
 def _gathered(model: Any, keep: bool) -> dict[str, torch.Tensor]:
     """Whole weights in host memory, on the process that keeps them; one by one, so that no other ever holds all."""
     found = {}
+    put_apart(model)
     for name, value in model.state_dict().items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if keep:

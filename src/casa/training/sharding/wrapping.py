@@ -8,8 +8,8 @@
 The image keys and values of all layers come from one product at the start of a step, with the gains of the blocks'
 norms folded in (`casa.layers.image_kv`): those weights are read before their blocks run, and without a call of the
 modules that own them, on which FSDP2's gathering hangs. They belong to the root, whose weights are there from the start
-of a step to its end. They are few: with grouped-query attention a sixth of a CASA layer of Helium-2B... the query and
-output projections, which are most of it, are gathered when their block needs them.
+of a step to its end. With grouped-query attention they are the lesser part of a CASA layer (a third in Helium-2B, a
+ninth in Qwen2.5-VL-3B); the query and output projections are gathered when their block needs them.
 """
 
 from itertools import chain
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration
@@ -71,6 +71,17 @@ def shard_model(model: Any, device: torch.device, compute: torch.dtype | None = 
     for group in groups:
         fully_shard(group if len(group) > 1 else group[0], mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def put_apart(model: nn.Module) -> None:
+    """Leaves every process its own part of all weights, whatever was gathered; nothing for a model that is not sharded.
+
+    A forward pass without a backward pass, as in evaluation, leaves the root gathered: what is then read or written of
+    the parts would not be what the model computes with.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()

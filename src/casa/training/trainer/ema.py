@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from casa.training.sharding.wrapping import put_apart
+
 
 class Ema:
     """average <- decay * average + (1 - decay) * weights, after every step; in float32 at least.
@@ -14,7 +16,7 @@ class Ema:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.steps = decay, 0
+        self.decay, self.steps, self._model = decay, 0, model
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: _wide(parameter) for name, parameter in self._named.items()}
 
@@ -48,6 +50,7 @@ class Ema:
 
     @torch.no_grad()
     def _put(self, values: Mapping[str, Tensor]) -> None:
+        put_apart(self._model)
         for name, parameter in self._named.items():
             parameter.copy_(values[name])
 

@@ -85,8 +85,8 @@ class TrainerSettings:
 
     workers: processes that read data, per process that trains; ahead: batches that each reads ahead. seed: of what is
     random in training. device: "cpu" leaves accelerators alone.
-    sharding: with several processes, "ddp" has all weights in each of them, "fsdp" spreads weights, gradients and moments
-    over them (FSDP2).
+    sharding: with several processes, "ddp" has all weights in each of them; "fsdp" spreads weights, gradients and
+    moments over them (FSDP2).
     """
 
     folder: str

@@ -1,4 +1,4 @@
-"""The model card that a run leaves beside its model: recipe, what was learned from, scores, losses, where it was made."""
+"""The model card beside a finished model: recipe, what was learned from, scores, losses, where it was made."""
 
 import json
 from collections import Counter
@@ -23,8 +23,7 @@ CURVE = "loss.png"
 class Facts:
     """What a run knows of itself. totals: see `Measures`. made: records, samples, and what was downscaled, split or
     refused. bad: records that were passed over, by reason. scores: by name. history: the log, entry by entry.
-    parameters: (group, rate, count) of what was trained; rate None for what was not. seconds: of training, also before
-    the run was resumed, as far as the log tells.
+    parameters: (group, rate, count) of what was trained; rate None for what was not.
     """
 
     steps: int
@@ -113,7 +112,9 @@ def _scores(facts: Facts) -> str:
 
 
 def _data(recipe: RunRecipe, facts: Facts) -> str:
-    sources = [(f"`{_shown(source.path)}`", source.subset or "", f"{source.weight:g}") for source in recipe.data.sources]
+    sources = [
+        (f"`{_shown(source.path)}`", source.subset or "", f"{source.weight:g}") for source in recipe.data.sources
+    ]
     totals = [(name.replace("_", " "), f"{count:,}") for name, count in facts.totals.items()]
     made = [(f"records {name}", f"{facts.made[name]:,}") for name in _OVER if facts.made.get(name)]
     text = _table(("source", "subset", "weight"), sources) + "\n\n" + _table(("trained on", ""), totals + made)

@@ -1,0 +1,28 @@
+"""What `casa train` measures with the offline tasks while it trains: training itself knows no evaluation."""
+
+from typing import Any
+
+from casa.training.own.recipe import EvaluationSettings
+from casa.training.seen import Evaluate
+
+
+def scores_of(settings: EvaluationSettings) -> Evaluate:
+    """A function from a model and its processor to scores such as `pages_digits`.
+
+    Raises UserError for a task that is not known.
+    """
+    from casa.evaluation.answering import answerer
+    from casa.evaluation.runner import check_tasks, evaluate
+    from casa.streaming import StreamingSession
+
+    names = check_tasks(settings.tasks)
+
+    def scores(model: Any, processor: Any) -> dict[str, float]:
+        found = evaluate(
+            names, answerer(model, processor), lambda: StreamingSession(model, processor), limit=settings.limit
+        )
+        return {
+            f"{task}_{name}": value for task, values in found.items() for name, value in values.items() if name != "n"
+        }
+
+    return scores

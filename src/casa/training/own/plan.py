@@ -1,0 +1,102 @@
+"""What a recipe will do, before it does it: sources, steps, parameters and rates, the memory that is certain.
+
+Nothing is read but configs: the model is an outline on the meta device.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from casa.analysis.anatomy import blocks_of, frame_of
+from casa.analysis.budget import fused_token_bytes
+from casa.data import SourceSettings
+from casa.data.hub import PREFIX
+from casa.data.places import data_files
+from casa.errors import UserError
+from casa.training.own.model import outline
+from casa.training.own.recipe import RunRecipe
+from casa.training.own.run import trained_groups
+
+_SIDE = 896  # px of a picture by which image tokens before and after a compressor are compared
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source: its share of the records, and how many files it has (None: on a hub, not looked at)."""
+
+    path: str
+    subset: str | None
+    share: float
+    files: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """groups: (name, rate or None, parameters). memory: bytes by what they are for, in one process without sharding.
+
+    processes: that train. text, image: tokens of a step at most, of all processes.
+    """
+
+    recipe: RunRecipe
+    sources: list[Source]
+    processes: int
+    groups: list[tuple[str, float | None, int]]
+    memory: dict[str, int]
+
+    @property
+    def packs(self) -> int:
+        """Per step, on all processes."""
+        return self.recipe.optimisation.accumulate * self.processes
+
+    @property
+    def certain_bytes(self) -> int:
+        return sum(self.memory.values())
+
+
+def make_plan(recipe: RunRecipe, processes: int = 1) -> Plan:
+    """Raises UserError for a model or local data that are not there, and for patterns that fit no parameter."""
+    total = math.fsum(source.weight for source in recipe.data.sources)
+    sources = [_source(source, total) for source in recipe.data.sources]
+    model = outline(recipe)
+    return Plan(recipe, sources, processes, trained_groups(model, recipe), _memory(model, recipe))
+
+
+def _source(source: SourceSettings, total: float) -> Source:
+    files = None if source.path.startswith(PREFIX) else len(data_files(source.path))
+    return Source(source.path, source.subset, source.weight / total, files)
+
+
+def _memory(prepared: Any, recipe: RunRecipe) -> dict[str, int]:
+    """Bytes that a step holds for certain; what blocks keep for the backward pass comes on top."""
+    optimisation, budget = recipe.optimisation, recipe.packing.budget
+    model = prepared.get_base_model() if hasattr(prepared, "get_base_model") else prepared
+    parameters = list(prepared.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    in_trained = _bytes(trained)
+    found = {
+        "weights": _bytes(parameters),
+        "gradients": in_trained,
+        # AdamW keeps two moments of each weight, as precise as the weight
+        "AdamW's moments": 2 * in_trained,
+    }
+    if optimisation.ema is not None:
+        found["averaged weights"] = 4 * sum(parameter.numel() for parameter in trained)
+    size = 2 if optimisation.precision == "bfloat16" else 4
+    if model.fusion.method != "insertion":
+        try:
+            frame = frame_of(model, _SIDE, _SIDE)
+            kept = frame.tokens / frame.connected
+        except UserError:
+            kept = 1.0
+        tokens = math.ceil(budget.image * kept)
+        # and as much again for their gradients
+        found["keys and values of a pack's images, and their gradients"] = (
+            2 * tokens * fused_token_bytes(blocks_of(model), size)
+        )
+    vocabulary = model.config.get_text_config().vocab_size
+    found["logits of one chunk, and their gradients"] = 2 * 4 * min(optimisation.loss_chunk, budget.text) * vocabulary
+    return found
+
+
+def _bytes(parameters: list[Any]) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)

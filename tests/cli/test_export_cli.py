@@ -1,0 +1,52 @@
+"""`casa export` and `casa bench train`: what they write, and what they refuse with status 2."""
+
+import json
+
+import pytest
+
+from casa.models import CasaForConditionalGeneration, CasaProcessor
+
+
+@pytest.mark.parametrize("verb", [("export",), ("bench", "train")])
+def test_help_shows_an_example(casa, verb):
+    result = casa(*verb, "--help")
+    assert result.status == 0
+    assert "Example: casa" in result.out
+
+
+def test_a_checkpoint_becomes_a_model(casa, checkpoint, tmp_path):
+    taken = tmp_path / "checkpoint-7"
+    CasaForConditionalGeneration.from_pretrained(checkpoint).save_pretrained(taken)
+    CasaProcessor.from_pretrained(checkpoint).save_pretrained(taken)
+    (taken / "trainer_state.json").write_text("{}")
+    result = casa("export", taken, tmp_path / "out", "--dtype", "bfloat16")
+    assert (result.status, result.out) == (0, f"{tmp_path / 'out'}: the weights of checkpoint-7\n")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("export", "nowhere", "out"), "there is no checkpoint"),
+        (("export", "nowhere", "out", "--dtype", "int4"), "give one of"),
+        (("bench", "train", "--parts", "memry"), "the parts are"),
+        (("bench", "train", "--parts", "memory", "--image-tokens", "many"), "whole numbers"),
+        (("bench", "train", "--parts", "memory", "--image-tokens", "64,66"), "multiples of 4"),
+        (("bench", "train", "--parts", "memory", "--device", "cpu", "--image-tokens", "64"), "two or more"),
+    ],
+)
+def test_what_cannot_be_is_refused(casa, arguments, sentence, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    result = casa(*arguments)
+    assert result.status == 2
+    assert sentence in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_packing_alone(casa, tmp_path):
+    result = casa("bench", "train", "--parts", "packing", "--json", "--out", tmp_path / "train.json")
+    found = json.loads(result.out)
+    assert found == json.loads((tmp_path / "train.json").read_text())
+    assert found["bench"] == "train"
+    assert found["versions"]["torch"]
+    assert {"image", "video", "live"} == set(found["packing"])

@@ -1,0 +1,90 @@
+"""Every shipped recipe, dry-run on tiny stand-ins: the plan counts right, and the first batch is drawn."""
+
+import io
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from casa.data import SourceSettings
+from casa.errors import UserError
+from casa.training.own import open_recipe, parse_run_recipe
+from casa.training.own.first_pack import draw_first_pack
+from casa.training.own.model import load_model, outline
+from casa.training.own.plan import make_plan
+from casa.training.own.plan_table import tables
+from casa.training.own.run import trained_groups
+from casa.training.trainer.groups import choose_trained, set_precision
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
+
+
+def on_standins(recipe, made):
+    """The recipe with tiny models and local records in the place of the hub's."""
+    model = recipe.model
+    if model.checkpoint is not None:
+        model = replace(model, checkpoint=str(made.checkpoint))
+    elif model.vision is not None:
+        model = replace(model, backbone=str(made.text), vision=str(made.tower))
+    else:
+        model = replace(model, backbone=str(made.vlm))
+    sources = tuple(SourceSettings(str(made.pages), weight=source.weight) for source in recipe.data.sources)
+    return replace(recipe, model=model, data=replace(recipe.data, sources=sources))
+
+
+def test_every_recipe_has_a_plan_and_a_first_batch(shipped, made, tmp_path):
+    recipe = on_standins(open_recipe(shipped), made)
+    plan = make_plan(recipe, processes=2)
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(tables(plan))
+    told = console.export_text()
+    assert f"{recipe.optimisation.steps:,}: {recipe.optimisation.warmup:,} rising" in told
+    assert sum(source.share for source in plan.sources) == pytest.approx(1)
+    rates = {name: rate for name, rate, _ in plan.groups}
+    assert rates.get("frozen") is None
+    if "new" in rates:
+        assert rates["new"] == recipe.optimisation.new_rate
+    else:
+        assert "insertion" in recipe.name
+    assert ("frozen" in rates) == (recipe.optimisation.trained != "all")
+    picture = tmp_path / "batch.png"
+    batch = draw_first_pack(recipe, outline(recipe), picture)
+    assert batch.facts["text_tokens"] <= recipe.packing.budget.text
+    with Image.open(picture) as drawn:
+        assert drawn.width == 1500
+        # paper, sheet, text, pictures, cells: not a blank page
+        assert len(drawn.convert("RGB").getcolors(100_000) or range(100_000)) > 20
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}, {"rank": 2, "added": "adapters"}])
+def test_an_outline_counts_what_is_loaded(values, made, lora):
+    optimisation = {"trained": "added" if lora is None else "as given", "tower_blocks": 1, "precision": "bfloat16"}
+    model = {"backbone": str(made.vlm), "fusion": {"every": 2}, "lora": lora}
+    recipe = parse_run_recipe(values(model=model, optimisation=optimisation))
+    loaded = load_model(recipe).model
+    choose_trained(loaded, recipe.optimisation)
+    set_precision(loaded, recipe.optimisation)
+    plan = make_plan(recipe)
+    assert plan.groups == trained_groups(loaded, recipe)
+    parameters = list(loaded.parameters())
+    assert plan.memory["weights"] == sum(p.numel() * p.element_size() for p in parameters)
+    assert plan.memory["gradients"] == sum(4 * p.numel() for p in parameters if p.requires_grad)
+    assert plan.memory["AdamW's moments"] == 2 * plan.memory["gradients"]
+
+
+def test_published_models_are_planned_without_being_fetched(values):
+    """Qwen2.5-VL-3B's parameters, as analysis counts them from its shape."""
+    model = {"backbone": "Qwen/Qwen2.5-VL-3B-Instruct"}
+    optimisation = {"trained": "added", "precision": "bfloat16"}
+    plan = make_plan(parse_run_recipe(values(model=model, optimisation=optimisation)))
+    counts = {name: count for name, _, count in plan.groups}
+    # 36 layers of 2 x 2048 x 2048 + 2 x 2048 x 256 weights and 2048 + 2 x 256 biases
+    assert counts["new"] == 36 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 2048 + 2 * 256)
+    assert 3.5e9 < counts["frozen"] + counts["existing"] < 3.9e9
+
+
+def test_a_model_that_is_not_there(values, tmp_path):
+    recipe = parse_run_recipe(values(model={"checkpoint": str(tmp_path / "none")}))
+    with pytest.raises(UserError, match="there is no model at"):
+        make_plan(recipe)

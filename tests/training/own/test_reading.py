@@ -1,0 +1,154 @@
+"""From files to recipes of either kind: bases, changes from the command line, and what is refused in one sentence."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from casa.errors import UserError
+from casa.models import FusionConfig
+from casa.training.own import RunRecipe, open_recipe, parse_run_recipe, run_recipe_values
+from casa.training.own.reading import merged
+from casa.training.recipe import Recipe
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+
+
+@pytest.fixture
+def file(tmp_path, values):
+    """Writes a recipe's values; blocks as `values` takes them."""
+
+    def write(name="mine.yaml", content=None, **blocks):
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(values(**blocks) if content is None else content))
+        return path
+
+    return write
+
+
+def test_shipped_recipes_are_read_and_written_back(shipped):
+    recipe = open_recipe(shipped)
+    assert isinstance(recipe, RunRecipe)
+    assert recipe.name == shipped.stem
+    assert parse_run_recipe(yaml.safe_load(yaml.safe_dump(run_recipe_values(recipe)))) == recipe
+
+
+def test_casa_tinys_recipe_is_of_the_other_kind():
+    recipe = open_recipe(RECIPES / "casa-tiny.yaml", ["fusion.optimisation.steps=7", "name=123"])
+    assert isinstance(recipe, Recipe)
+    assert (recipe.fusion.optimisation.steps, recipe.name) == (7, "123")
+
+
+PAPER = {
+    # steps, text and image tokens of a pack, what is trained (paper, section 4)
+    "helium-2b-casa": (40_000, 2048, 20_480, "all"),
+    "qwen2_5-vl-3b-adapt": (25_000, 2048, 20_480, "added"),
+    "qwen2_5-vl-3b-video": (15_000, 3072, 46_080, "added"),
+    "qwen2_5-vl-3b-livecc": (20_000, 3072, 30_720, "added"),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_settings_are_the_papers_and_twins_differ_in_how_they_see_alone(name):
+    recipe = open_recipe(RECIPES / f"{name}.yaml")
+    chosen, budget = recipe.optimisation, recipe.packing.budget
+    assert (chosen.steps, budget.text, budget.image, chosen.trained) == PAPER[name]
+    assert (chosen.new_rate, chosen.existing_rate, chosen.tower_blocks) == (1e-4, 1e-5, 4)
+    assert chosen.warmup
+    assert chosen.decay
+    for method in ("insertion", "cross-attention"):
+        twin = open_recipe(RECIPES / "twins" / f"{name.removesuffix('-casa')}-{method}.yaml")
+        one, other = run_recipe_values(recipe), run_recipe_values(twin)
+        if one["model"]["fusion"] is not None:
+            assert other["model"]["fusion"]["method"] == method.replace("-", "_")
+        for values in (one, other):
+            values["model"].pop("fusion")
+            values["model"].pop("checkpoint")
+            values.pop("name")
+            values["optimisation"].pop("trained")
+        assert one == other
+
+
+def test_live_captions_are_two_frames_a_second_of_448_px():
+    (source,) = open_recipe(RECIPES / "qwen2_5-vl-3b-livecc.yaml").data.sources
+    assert (source.fps, source.frame_side, source.shape) == (2, 448, "live-whisperx")
+
+
+def test_changes_are_typed_by_what_they_change(file):
+    changes = [
+        "optimisation.steps=7",
+        "optimisation.warmup=0",
+        "optimisation.new_rate=1e-3",
+        "optimisation.frozen=[lm_head, embed]",
+        "data.sources.0.weight=2",
+        "data.sources.0.path=0123",  # a number to YAML, text here
+        "model.lora.rank=4",
+        "optimisation.trained=as given",
+        "model.max_pixels=null",
+        "optimisation.rates={lm_head: 1e-6}",
+    ]
+    recipe = open_recipe(file(), changes)
+    assert (recipe.optimisation.steps, recipe.optimisation.new_rate) == (7, 1e-3)
+    assert recipe.optimisation.frozen == ("lm_head", "embed")
+    assert recipe.optimisation.rates == {"lm_head": 1e-6}
+    assert (recipe.data.sources[0].weight, recipe.data.sources[0].path) == (2, "0123")
+    assert recipe.model.lora.rank == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("optimisation.stepz=3", "Unknown key 'stepz' in optimisation; did you mean 'steps'?"),
+        ("optimization.steps=3", "did you mean 'optimisation'?"),
+        ("optimisation.steps=many", "optimisation.steps must be a whole number, not 'many'."),
+        ("optimisation.steps=0", "optimisation.steps is 0"),
+        ("optimisation.steps", "is no setting; write it as in --set optimisation.steps=2000."),
+        (".steps=3", "is no setting"),
+        ("data.sources.1.path=x", "must be the number of an entry, from 0 to 0"),
+        ("data.sources.first.path=x", "must be the number of an entry"),
+        ("name.first=x", "name is a single value, and has no 'first' inside"),
+        ("optimisation.frozen=[", "is no value that YAML can read"),
+        ("model.lora.rank=4", "optimisation.trained is 'all'; it must be as given, beside model.lora."),
+        ("model.backbone=x", "model.backbone is 'x'; it must be left out, since a checkpoint has its own."),
+        ("evaluation.every=5", "evaluation.every is 5; it must be 0, or beside data or tasks to measure."),
+        ("evaluation.tasks=[page]", "evaluation.tasks[0] is 'page'; did you mean 'pages'?"),
+        ("logging.to=[wand]", "did you mean 'wandb'?"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(file, change, sentence):
+    with pytest.raises(UserError) as caught:
+        open_recipe(file(), [change])
+    assert sentence in str(caught.value)
+
+
+def test_a_base_is_changed_block_by_block(file, values):
+    file("base.yaml")
+    path = file("twin.yaml", {"base": "base.yaml", "name": "twin", "optimisation": {"steps": 9}})
+    wanted = parse_run_recipe(values(name="twin", optimisation={"steps": 9}))
+    assert open_recipe(path) == wanted
+    base = {"a": {"b": 1, "c": [1, 2]}, "d": {"e": 1}}
+    assert merged(base, {"a": {"c": [3]}, "d": 5}) == {"a": {"b": 1, "c": [3]}, "d": 5}
+    assert base == {"a": {"b": 1, "c": [1, 2]}, "d": {"e": 1}}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"base": "twin.yaml"}, "without a base of its own"),
+        ({"base": "none.yaml"}, "There is no recipe"),
+        ({"base": 3}, "must be the path of a recipe"),
+        ([1], "block of keys and values"),
+        ({"modell": {}}, "did you mean 'model'?"),
+        ({"model": {}, "text": {}}, "blocks of both kinds"),
+        ({}, "has neither"),
+    ],
+)
+def test_files_that_are_no_recipes(file, content, sentence):
+    with pytest.raises(UserError) as caught:
+        open_recipe(file("twin.yaml", content))
+    assert sentence in str(caught.value)
+
+
+def test_a_model_needs_a_source(values):
+    with pytest.raises(UserError, match=r"model\.backbone is None; it must be a folder or hub name"):
+        parse_run_recipe(values(model={"fusion": FusionConfig().to_dict()}))
