@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 import zlib
+from contextlib import suppress
 
 import pytest
 from websockets.exceptions import ConnectionClosed
@@ -227,11 +228,12 @@ def test_a_slow_reader_delays_nobody_and_is_let_go(busy, client, until):
 def test_too_many_frames_are_dropped_and_counted(busy, client, frames):
     with client(busy) as one:
         one.hello(fps=30)
-        for _ in range(150):
-            one.socket.send(frames[1])
-        one.say(type="close")
+        # a fast machine refuses so many in a row that it ends the stream itself, maybe before all are sent
+        with suppress(ConnectionClosed):
+            for _ in range(150):
+                one.socket.send(frames[1])
+            one.say(type="close")
         events, code = closed_with(one)
-        # a fast machine refuses so many in a row that it ends the stream itself
         assert code in (1000, 1008)
         assert any("frames a second" in event.get("message", "") for event in events)
         assert any(event["type"] == "dropped" for event in events)

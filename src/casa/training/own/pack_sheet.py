@@ -157,7 +157,7 @@ def _drawn(row: Row, scale: Scale, tokenizer: Any) -> Image.Image:
     sample = row.sample
     lines, left_out = _lines(row, scale)
     frame = PICTURES + CELLS + 3 * INSET if sample.pictures else CELLS + 2 * INSET
-    more = f", and {_count(left_out, 'window')} more" if left_out else ""
+    more = f" ({left_out:,} of them not drawn)" if left_out else ""
     height = 34 + len(lines) * (frame + GAP) + 30 + 16
     part = Image.new("RGB", (WIDTH, height), SHEET)
     draw = ImageDraw.Draw(part)

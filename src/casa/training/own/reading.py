@@ -57,8 +57,10 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     found = copy.deepcopy(dict(base))
     for key, value in changes.items():
         before = found.get(key)
-        both = isinstance(before, dict) and isinstance(value, Mapping)
-        found[key] = merged(before, value) if both else copy.deepcopy(value)
+        if isinstance(before, dict) and isinstance(value, Mapping):
+            found[key] = merged(before, value)
+        else:
+            found[key] = copy.deepcopy(value)
     return found
 
 

@@ -28,7 +28,7 @@ def export_checkpoint(checkpoint: Any, out: Any, *, average: bool = False, dtype
     _check(source)
     model = _from_shards(source, average) if has_shards(source) else _from_model(source, average)
     if dtype is not None:
-        model.to(dtype)
+        torch.nn.Module.to(model, dtype=dtype)
     with new_folder(out) as folder:
         model.save_pretrained(folder)
         if (source / "processor_config.json").is_file() or (source / "preprocessor_config.json").is_file():
