@@ -16,6 +16,7 @@ from casa.training.sharding.shards import has_shards, read_moments, read_weights
 from casa.training.sharding.wrapping import put_apart
 
 _SCHEDULER = "scheduler.pt"
+_OPTIMIZER = "optimizer.pt"
 
 
 class ShardedTraining:
@@ -72,10 +73,14 @@ class ShardedTraining:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.sharded or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
             return
-        read_moments(Path(checkpoint), self.model, self.optimizer)
+        if self.sharded:
+            read_moments(Path(checkpoint), self.model, self.optimizer)
+        else:
+            # through the host: transformers 5.17 reads onto the device by a name that torch does not know for a CPU
+            moments = torch.load(Path(checkpoint) / _OPTIMIZER, map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict(moments)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
         # rates are the schedule's business, and were saved with it
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
