@@ -26,6 +26,7 @@ def casa(monkeypatch, capsys):
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["casa", *map(str, arguments)])
         status = 0
+        capsys.readouterr()  # what a test's own preparations said
         try:
             run()
         except SystemExit as end:

@@ -47,13 +47,13 @@ class CasaImageSide:
         """
         if self.fusion.method == "insertion":
             raise UserError("an insertion model has no fusion layers; pass image_features.")
-        images = self._image_tokens(None, image_grid_thw, image_features, None)
+        images = self._image_tokens(None, image_grid_thw, image_features)
         assert images is not None
         return torch.cat([part.flatten(1) for pair in self._project(images) for part in pair], dim=-1)
 
     @torch.compiler.disable(reason="depends on the values of grids; encoders compile by themselves")
     def _image_tokens(
-        self, pixel_values: Tensor | None, grid: Tensor | None, features: Tensor | None, projected: Tensor | None
+        self, pixel_values: Tensor | None, grid: Tensor | None, features: Tensor | None, projected: Tensor | None = None
     ) -> ImageTokens | None:
         """This call's image tokens in the text model's width, or None if it has no images."""
         if pixel_values is None and features is None and projected is None:

@@ -64,6 +64,11 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return found
 
 
+def _known() -> list[str]:
+    """The keys of both kinds."""
+    return [field.name for kind in (RunRecipe, Recipe) for field in dataclasses.fields(kind)]
+
+
 def _kind(values: dict[str, Any], path: Any) -> type[Recipe] | type[RunRecipe]:
     own, stages = (any(key in values for key in keys) for keys in (_OWN, _STAGES))
     if own and not stages:
@@ -71,7 +76,7 @@ def _kind(values: dict[str, Any], path: Any) -> type[Recipe] | type[RunRecipe]:
     if stages and not own:
         return Recipe
     what = "blocks of both kinds" if own else "neither"
-    hint = "" if own else "; " + near(next(iter(values), ""), (*_OWN, *_STAGES))
+    hint = "" if own else "; " + near(next(iter(values), ""), _known())
     raise UserError(
         f"{path} is no recipe: one for your own data has the blocks model and data, casa-tiny's has text, tower and "
         f"fusion, and this has {what}{hint.rstrip('.')}."
