@@ -7,20 +7,14 @@ from casa.benchmarks.host_memory import peak_bytes, resident_bytes
 from casa.benchmarks.memory import bench_memory, memory_table
 from casa.benchmarks.turns_memory import turns_peaks, with_peaks
 from casa.errors import UserError
-from casa.testing import tiny_casa, tiny_processor
+from casa.testing import tiny_checkpoint
 
 pytestmark = pytest.mark.skipif(not peak_bytes(), reason="this system does not tell a process's memory")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model = tiny_casa(dtype=torch.float32)
-    model.generation_config.eos_token_id = 2
-    model.generation_config.pad_token_id = 0
-    model.save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    return folder
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def test_a_longer_film_takes_no_more_than_a_short_one(checkpoint):

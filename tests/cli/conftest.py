@@ -4,10 +4,9 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-import torch
 
 from casa.cli.main import run
-from casa.testing import tiny_casa, tiny_processor
+from casa.testing import tiny_checkpoint
 
 
 @dataclass
@@ -40,10 +39,4 @@ def casa(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A folder with a tiny model and its processor."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model = tiny_casa(dtype=torch.float32)
-    model.generation_config.eos_token_id = 2
-    model.generation_config.pad_token_id = 0
-    model.save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    return folder
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))

@@ -8,14 +8,14 @@ Everything is read off the modules, on the meta device or any other, so that no 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration
 from casa.models.backbones import InsertionVLM
 from casa.models.cache import TextCache
-from casa.vision import extra_depths, family_of, output_width
+from casa.models.image_tokens import count_tokens
+from casa.vision import extra_depths, family_of
 
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -107,14 +107,8 @@ def frame_of(model: CasaForConditionalGeneration, height: int, width: int) -> Fr
     grids = [(rows // merge, columns // merge)]
     if not min(grids[0]):
         raise UserError(f"a picture of {height} x {width} pixels is less than one image token; give a larger one.")
-    decoder = model.decoder
-    if isinstance(decoder, InsertionVLM):
-        features = torch.empty(grids[0][0] * grids[0][1], output_width(config), dtype=model.dtype, device="meta")
-        _, grids = decoder.connect(features, grids)
-    connected = grids[0][0] * grids[0][1]
-    if model.fusion.compressor is not None:
-        grids = model.compressor.grids(grids)  # type: ignore[operator]
-    return Frame(rows, columns, connected, grids[0][0] * grids[0][1])
+    connected, final = count_tokens(model.joined_grids(grids)), count_tokens(model.final_grids(grids))
+    return Frame(rows, columns, connected, final)
 
 
 def _patches(config: Any, height: int, width: int) -> tuple[int, int]:

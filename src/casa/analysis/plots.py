@@ -1,8 +1,4 @@
-"""Figures as PNG files: what streaming costs, and where a CASA model looks.
-
-matplotlib is imported on use (the extra `casa-vlm[plots]`), without pyplot: no global figure, no window, and no
-setting of the caller's is touched. A file appears whole or not at all.
-"""
+"""Figures as PNG files: what streaming costs, and where a CASA model looks. Needs matplotlib."""
 
 import os
 from collections.abc import Sequence
@@ -13,11 +9,9 @@ from PIL import Image
 
 from casa.analysis.attention_maps import AttentionShares
 from casa.analysis.streaming_cost import CostRow
-from casa.atomic import replacing
 from casa.errors import UserError
+from casa.figures import BLUE, GREEN, GREY, ORANGE, new_figure, quieten, write_png
 
-# Okabe and Ito's colours, told apart by all readers
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 DPI = 150
 
 
@@ -29,7 +23,7 @@ def plot_cost(rows: Sequence[CostRow], path: str | os.PathLike[str], fps: float 
     """
     if not rows:
         raise UserError("no frame was watched, so there is no cost to plot; give at least one.")
-    figure = _figure(9.0, 3.7)
+    figure = new_figure(9.0, 3.7, DPI)
     memory, latency = figure.subplots(1, 2)
     frames = np.arange(1, len(rows) + 1)
     rival = [row.insertion for row in rows if row.insertion is not None]
@@ -55,12 +49,12 @@ def plot_cost(rows: Sequence[CostRow], path: str | os.PathLike[str], fps: float 
         axes.set_xlim(1, max(2.0, len(rows) * 1.02))
         axes.set_ylim(bottom=0)
         axes.legend(loc="upper left", frameon=False)
-        _clean(axes)
+        quieten(axes)
     limit = 1000 / fps
     if limit < 1.5 * latency.get_ylim()[1]:
         latency.axhline(limit, color=GREY, linewidth=1, linestyle=":")
         latency.text(len(rows), limit, f"{fps:g} frames a second ", color=GREY, fontsize=8, ha="right", va="bottom")
-    _save(figure, path)
+    write_png(figure, path)
 
 
 def plot_attention(
@@ -80,7 +74,7 @@ def plot_attention(
     """
     layer = shares.sharpest_layer(token) if layer is None else layer
     weights = shares.image_map(layer, token).numpy()
-    figure = _figure(9.0, 3.9)
+    figure = new_figure(9.0, 3.9, DPI)
     left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1.0, 1.0]})
     blocks = np.arange(len(shares.blocks))
     for name, values, colour, marker in (
@@ -96,7 +90,7 @@ def plot_attention(
     left.set_ylabel("attention of a text token to")
     left.set_title(f"mean over {len(shares.tokens)} text tokens", fontsize=11)
     left.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, columnspacing=1.0)
-    _clean(left)
+    quieten(left)
 
     rows, columns = weights.shape
     extent = (0, columns, rows, 0)
@@ -114,34 +108,7 @@ def plot_attention(
     bar.solids.set_alpha(1)
     bar.set_label("attention to one image token", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    _save(figure, path)
-
-
-def _figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches, on a canvas of its own."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("Plots need matplotlib: install casa-vlm[plots].") from error
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:
-    with replacing(path) as unfinished:
-        try:
-            # the library's version in the file would change its bytes
-            figure.savefig(unfinished, format="png", metadata={"Software": None})
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}): free some space.") from error
-
-
-def _clean(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
+    write_png(figure, path)
 
 
 def _say(axes: Any, x: float, y: float, text: str, colour: str) -> None:

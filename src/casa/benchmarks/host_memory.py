@@ -1,7 +1,9 @@
-"""Memory of this process as the system sees it (Linux; 0 where the system does not tell)."""
+"""Memory of this process: as the system sees it (Linux; 0 where the system does not tell), or as torch does on CUDA."""
 
 import os
 from pathlib import Path
+
+import torch
 
 
 def resident_bytes() -> int:
@@ -20,3 +22,13 @@ def peak_bytes() -> int:
     except OSError:
         return 0
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def held_bytes(device: torch.device) -> int:
+    """What is held now: by torch on CUDA, else by the process."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
+
+
+def most_bytes(device: torch.device) -> int:
+    """The most that was held, there."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()

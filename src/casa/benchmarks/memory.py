@@ -1,9 +1,6 @@
 """Host memory of captioning a long film over that of a short one, each in a process of its own."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from casa.benchmarks.apart import measured_apart, told
 from casa.benchmarks.host_memory import peak_bytes
 from casa.benchmarks.soak import film
 from casa.captioning import Request, caption
@@ -51,23 +49,14 @@ def bench_memory(
         for length in (short_minutes, minutes):
             path = Path(folder) / "film.mp4"
             draw_film(path, 60 * length, size, fps)
-            found.append({"minutes": length} | _apart(model, path, fps, max_text_tokens))
+            given = [str(model), str(path), fps, max_text_tokens]
+            found.append({"minutes": length} | measured_apart(__name__, given, f"captioning {path.name}"))
     return {"films": found, "more_bytes": found[1]["peak_bytes"] - found[0]["peak_bytes"]}
 
 
-def _apart(model: str, path: Path, fps: float, max_text_tokens: int | None) -> dict[str, Any]:
-    """Frames watched and peak bytes, of a new process."""
-    given = json.dumps([str(model), str(path), fps, max_text_tokens])
-    command = [sys.executable, "-c", "from casa.benchmarks.memory import child; child()", given]
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
-    if done.returncode != 0:
-        raise UserError(f"captioning {path.name} in a process of its own failed: {done.stderr.strip()[-300:]}")
-    return json.loads(done.stdout)
-
-
 def child() -> None:
-    """What the process of its own does."""
-    model, path, fps, max_text_tokens = json.loads(sys.argv[1])
+    """What the process of its own does: prints frames watched, captions said and peak bytes."""
+    model, path, fps, max_text_tokens = told()
     request = Request(path, (Path(path).with_suffix(".srt"),), fps=fps, max_text_tokens=max_text_tokens)
     report = caption(request, model, load_at_hand)
     print(json.dumps({"frames": report.count.frames, "captions": report.said, "peak_bytes": peak_bytes()}))

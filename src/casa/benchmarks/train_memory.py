@@ -5,16 +5,14 @@ that torch had allocated), less what it held before the step: the weights, and o
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from casa.benchmarks.host_memory import peak_bytes, resident_bytes
+from casa.benchmarks.apart import measured_apart, told
+from casa.benchmarks.host_memory import held_bytes, most_bytes, peak_bytes
 from casa.benchmarks.train_models import METHODS, Case, fresh_model, packed_batch
 from casa.errors import UserError
 
@@ -32,7 +30,7 @@ def measure_step(case: Case) -> dict[str, Any]:
     batch = packed_batch(case, model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    before = _held(device)
+    before = held_bytes(device)
     _forget_peak(device)
     loss = float("nan")
     for _ in range(STEPS):
@@ -41,7 +39,7 @@ def measure_step(case: Case) -> dict[str, Any]:
         optimiser.step()
         optimiser.zero_grad()
         loss = float(output.loss.detach())
-    peak = _peak(device)
+    peak = most_bytes(device)
     return {"before": before, "peak": peak, "step": peak - before, "loss": loss}
 
 
@@ -92,28 +90,12 @@ def memory_table(found: dict[str, Any]) -> str:
 
 
 def _apart(case: Case) -> dict[str, Any]:
-    command = [sys.executable, "-c", "from casa.benchmarks.train_memory import child; child()"]
-    done = subprocess.run(
-        [*command, json.dumps(asdict(case))], capture_output=True, text=True, env=dict(os.environ), check=False
-    )
-    if done.returncode != 0:
-        raise UserError(
-            f"{case.method} with {case.image_tokens} image tokens failed in its process: {done.stderr.strip()[-300:]}"
-        )
-    return json.loads(done.stdout.splitlines()[-1])
+    return measured_apart(__name__, asdict(case), f"{case.method} with {case.image_tokens} image tokens")
 
 
 def child() -> None:
     """What the process of its own does."""
-    print(json.dumps(measure_step(Case(**json.loads(sys.argv[1])))))
-
-
-def _held(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
-
-
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
+    print(json.dumps(measure_step(Case(**told()))))
 
 
 def _forget_peak(device: torch.device) -> None:

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from casa.analysis.streaming_cost import insertion_twin
-from casa.benchmarks.plots import BLUE, ORANGE, finish, panels
+from casa.benchmarks.plots import finish, panels
 from casa.errors import UserError
+from casa.figures import BLUE, ORANGE
 from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.models.stopping import stop_ids
 
 TENTHS = 10
 
@@ -37,8 +39,7 @@ class Turns:
     def __init__(self, model: CasaForConditionalGeneration, processor: CasaProcessor, tokens: int) -> None:
         self._model, self._processor, self._tokens = model, processor, tokens
         self._cache = model.new_cache()
-        stop: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
-        self._filler = stop[0] if isinstance(stop, list) else stop if stop is not None else 0
+        self._filler = next(iter(stop_ids(model)), 0)
 
     @torch.no_grad()
     def take(self, frame: Any) -> Turn:

@@ -4,18 +4,13 @@ On CUDA it is what torch allocated there at most; on a CPU the most that the pro
 model takes.
 """
 
-import json
-import subprocess
-import sys
 from typing import Any
 
-import torch
-
 from casa.analysis.streaming_cost import insertion_twin
-from casa.benchmarks.host_memory import peak_bytes, resident_bytes
+from casa.benchmarks.apart import measured_apart, told
+from casa.benchmarks.host_memory import held_bytes, most_bytes
 from casa.benchmarks.stream import handwriting
 from casa.benchmarks.turns import Turns
-from casa.errors import UserError
 from casa.models.at_hand import load_at_hand
 
 METHODS = ("casa", "insertion")
@@ -26,37 +21,24 @@ def turns_peaks(model: str, device: str, turns: int, tokens: int, size: int, see
 
     model: a checkpoint's folder, or casa-tiny. Raises UserError if such a process fails, of memory perhaps.
     """
-    found = {}
-    for method in METHODS:
-        given = json.dumps([str(model), device, method, turns, tokens, size, seed])
-        command = [sys.executable, "-c", "from casa.benchmarks.turns_memory import child; child()", given]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise UserError(f"{method} in a process of its own failed: {done.stderr.strip()[-300:]}")
-        found[method] = int(done.stdout)
-    return found
+    return {
+        method: measured_apart(__name__, [str(model), device, method, turns, tokens, size, seed], method)
+        for method in METHODS
+    }
 
 
 def child() -> None:
     """What the process of its own does: prints its bytes."""
-    model, device, method, turns, tokens, size, seed = json.loads(sys.argv[1])
+    model, device, method, turns, tokens, size, seed = told()
     loaded, processor = load_at_hand(model, device)
     taker = Turns(loaded if method == "casa" else insertion_twin(loaded), processor, tokens)
     frames = handwriting(seed, size)
     first = next(frames)
-    before = _held(loaded.device)
+    before = held_bytes(loaded.device)
     taker.take(first)
     for _ in range(turns - 1):
         taker.take(next(frames))
-    print(_peak(loaded.device) - before)
-
-
-def _held(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
-
-
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
+    print(most_bytes(loaded.device) - before)
 
 
 def with_peaks(summary: dict[str, Any], peaks: dict[str, int]) -> dict[str, Any]:

@@ -92,6 +92,7 @@ def _convert(
     from casa.models import FusionConfig
     from casa.models.converting import convert
     from casa.models.freezing import ADDED
+    from casa.models.processor_at import processor_at
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -99,7 +100,7 @@ def _convert(
         raise UserError(f"{out} exists already; name a new folder.")
     fusion = FusionConfig.from_dict(choices)
     # first, so that a folder without a tokenizer is refused before gigabytes are copied
-    processor = _processor(backbone, vision, fusion.gist)
+    processor = processor_at(backbone, vision, fusion.gist, "add --vision with its folder")
     model = convert(
         backbone,
         out,
@@ -113,29 +114,6 @@ def _convert(
     new = sum(count for name, count in sizes.items() if name.split(".")[0] in ADDED)
     layers = list(model.fused_blocks)
     print(f"{out}: {sum(sizes.values()):,} parameters, {new:,} of them new; blocks with a fusion layer: {layers}")
-
-
-def _processor(backbone: str, vision: str | None, gist: int) -> Any:
-    from transformers import AutoTokenizer
-
-    from casa.models import processor_for
-    from casa.models.converting import has_own_tower, read_config, tower_config_of
-    from casa.models.vlm_processor import processor_of
-
-    config = read_config(backbone)
-    has_tower = has_own_tower(config)
-    words = config.get_text_config().vocab_size
-    gist_ids = list(range(words, words + gist)) or None
-    if has_tower:
-        return processor_of(backbone, gist_ids)
-    if vision is None:
-        raise UserError("a text-only model needs an image encoder; add --vision with its folder.")
-    tower = tower_config_of(read_config(vision))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(backbone)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{backbone} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
-    return processor_for(tokenizer, tower, gist_ids=gist_ids)
 
 
 def _estimate(

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from transformers.utils import logging
 
 from casa.errors import UserError
 from casa.models.model import CasaForConditionalGeneration
 from casa.models.processor import CasaProcessor
+from casa.models.quiet import quietly
 
 
 def load_at_hand(name: Any, device: str = "auto") -> tuple[CasaForConditionalGeneration, CasaProcessor]:
@@ -16,16 +16,9 @@ def load_at_hand(name: Any, device: str = "auto") -> tuple[CasaForConditionalGen
     Raises UserError for a model that is not there, or a device that this machine does not have.
     """
     chosen = pick_device(device)
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
+    with quietly(reports=False):
         model = CasaForConditionalGeneration.from_pretrained(name)
         processor = CasaProcessor.from_pretrained(name)
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
     return model.to(torch.device(chosen)).eval(), processor
 
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, GenerationConfig
 from casa.errors import UserError
 from casa.models.adapt import adapt
 from casa.models.backbones import InsertionVLM, family_of
+from casa.models.config import CasaConfig
 from casa.models.freezing import ADDED
 from casa.models.fusion_config import FusionConfig
 from casa.models.loading import UNREADABLE, check_folder
@@ -49,7 +50,8 @@ def convert(
     beside: called with the unfinished folder, to put more into it (a processor). The folder appears when all is done.
 
     In memory there is never more than a tensor of the checkpoint and the fresh parts (projector, compressor, gist),
-    whose random start follows torch's seed. Returns the model on the meta device: names and shapes, no weights.
+    whose random start follows torch's seed; an insertion model of casa's own is read whole. Returns the model on the
+    meta device: names and shapes, no weights.
     Raises UserError as `adapt` does, and for weights that are missing, surplus or of another shape.
     """
     most_bytes = parse_size(max_shard_size)
@@ -58,6 +60,8 @@ def convert(
     config = read_config(source)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{backbone} is quantised; adapt the weights it was made from.")
+    if isinstance(config, CasaConfig):
+        return _refit(source, out, fusion, vision, dtype, max_shard_size, beside)
     tower_source = None if vision is None else _folder(vision)
     tower_config = None if tower_source is None else tower_config_of(read_config(tower_source))
     model = skeleton(config, fusion, tower_config)
@@ -88,13 +92,33 @@ def convert(
 def skeleton(config: Any, fusion: FusionConfig, tower_config: Any = None) -> CasaForConditionalGeneration:
     """The fused model on the meta device, from configs alone: names, shapes, and what `adapt` leaves to training.
 
-    config: of a text-only model, which needs a tower_config, or of an insertion VLM. Raises UserError as `adapt` does.
+    config: of a text-only model, which needs a tower_config, or of an insertion VLM or model. Raises UserError as
+    `adapt` does.
     """
     with torch.device("meta"):
         # building a model writes into its config
-        backbone = new_backbone(copy.deepcopy(config))
+        config = copy.deepcopy(config)
+        own = isinstance(config, CasaConfig)
+        backbone = CasaForConditionalGeneration(config) if own else new_backbone(config)
         tower = None if tower_config is None else new_encoder(copy.deepcopy(tower_config))
         return adapt(backbone, fusion, tower)
+
+
+def _refit(
+    source: Path,
+    out: Any,
+    fusion: FusionConfig,
+    vision: Any,
+    dtype: torch.dtype | None,
+    max_shard_size: str,
+    beside: Callable[[Path], None] | None,
+) -> CasaForConditionalGeneration:
+    model = adapt(str(source), fusion, vision)
+    with new_folder(out) as folder:
+        (model if dtype is None else model.to(dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+        if beside is not None:
+            beside(folder)
+    return model.to("meta")
 
 
 def read_config(path: Any) -> Any:
@@ -267,5 +291,8 @@ def _generation_config(folder: Path, model: CasaForConditionalGeneration) -> Gen
 
 
 def has_own_tower(config: Any) -> bool:
-    """Whether a backbone's config is one of an insertion VLM. Raises UserError for a family that casa does not know."""
-    return issubclass(family_of(config), InsertionVLM)
+    """Whether a backbone's config is one of an insertion VLM, or of a model of casa's own.
+
+    Raises UserError for a family that casa does not know.
+    """
+    return isinstance(config, CasaConfig) or issubclass(family_of(config), InsertionVLM)

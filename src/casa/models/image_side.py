@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from casa.errors import UserError
 from casa.layers import project_images
+from casa.layers.image_kv import PROJECTIONS
 from casa.models.backbones import InsertionVLM
 from casa.models.image_tokens import Grids, ImageTokens, by_depth, count_tokens
 from casa.models.placement import check_one_device, fetched
 from casa.vision import encode, extra_depths, token_grids
-
-PROJECTIONS = ("k_proj", "v_proj")
 
 
 class CasaImageSide:
@@ -69,27 +68,19 @@ class CasaImageSide:
             features = self.encode_images(pixel_values, grid)
         if features.shape[0] != count_tokens(grids):
             raise UserError(f"image_grid_thw does not describe the {features.shape[0]} image tokens given.")
-        parts = features.chunk(1 + extra_depths(config), dim=-1)
-        decoder, found, joined = self.decoder, [], grids
-        for part in parts:
-            if isinstance(decoder, InsertionVLM):
-                tokens, joined = decoder.connect(part, grids)
-            else:
-                tokens = self.projector(part, grids)
-            found.append(tokens)
+        decoder = self.decoder
+        join = decoder.connect if isinstance(decoder, InsertionVLM) else self.projector
+        found = [join(part, grids) for part in features.chunk(1 + extra_depths(config), dim=-1)]
         if self.fusion.compressor is not None:
+            joined = self.joined_grids(grids)
             found = [self.compressor(tokens, joined)[0] for tokens in found]
-            joined = self.compressor.grids(joined)  # type: ignore[operator]
-        return ImageTokens(found[0], found[1:], joined)
+        return ImageTokens(found[0], found[1:], self.final_grids(grids))
 
     def _projected_already(self, projected: Tensor, grids: Grids) -> ImageTokens:
         """Image tokens of which only the keys and values (N, K) are at hand."""
         if self.fusion.method == "insertion":
             raise UserError("an insertion model takes no image_keys_values; pass image_features.")
-        if isinstance(self.decoder, InsertionVLM):
-            grids = self.decoder.connected(grids)
-        if self.fusion.compressor is not None:
-            grids = self.compressor.grids(grids)  # type: ignore[operator]
+        grids = self.final_grids(grids)
         layers: list[Any] = self._sources()
         widths = [layer.get_submodule(name).out_features for layer in layers for name in PROJECTIONS]
         if projected.shape != (count_tokens(grids), sum(widths)):
@@ -98,6 +89,15 @@ class CasaImageSide:
             part.unflatten(-1, (-1, layers[n // 2].head_dim)) for n, part in enumerate(projected.split(widths, -1))
         ]
         return ImageTokens(projected[:, :0], [], grids, list(zip(parts[::2], parts[1::2], strict=True)))
+
+    def joined_grids(self, grids: Grids) -> Grids:
+        """The tower's grids behind the VLM's own connector, if it has one."""
+        return self.decoder.connected(grids) if isinstance(self.decoder, InsertionVLM) else grids
+
+    def final_grids(self, grids: Grids) -> Grids:
+        """The tower's grids behind the connector and the compressor: one cell is one image token."""
+        joined = self.joined_grids(grids)
+        return joined if self.fusion.compressor is None else self.compressor.grids(joined)  # type: ignore[operator]
 
     def _layer(self, index: int) -> nn.Module | None:
         name = str(index)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.models.stopping import stop_ids
 from casa.serving.chat_request import ChatRequest, RequestError, for_template
 from casa.vision import token_grids
 
@@ -44,9 +45,7 @@ class Completion:
         self._model, self._processor, self._request = model, processor, request
         self._most_prompt, self._tell = most_prompt, tell
         self._generator = torch.Generator().manual_seed(request.seed)
-        eos: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
-        eos = processor.tokenizer.eos_token_id if eos is None else eos
-        self._stops = frozenset(eos if isinstance(eos, (list, tuple)) else [eos])
+        self._stops = frozenset(stop_ids(model, processor.tokenizer))
         self._inputs: dict[str, Any] | None = None
         self._patches: list[Tensor] = []  # of the pictures that are not encoded yet
         self._features: list[Tensor] = []

@@ -25,6 +25,7 @@ from casa.errors import UserError
 from casa.layers import turner
 from casa.media.pictures import check_picture
 from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.models.stopping import stop_ids
 from casa.streaming import store
 from casa.streaming.sampling import Sampling
 from casa.streaming.together import Call, Said, run_together
@@ -88,12 +89,10 @@ class StreamingSession:
 
     def _bind(self, model: CasaForConditionalGeneration, processor: CasaProcessor) -> None:
         self._model, self._processor = model, processor
-        stop = model.generation_config.eos_token_id if model.generation_config is not None else None
-        stop = processor.tokenizer.eos_token_id if stop is None else stop
-        if stop is None:
+        stops = stop_ids(model, processor.tokenizer)
+        if not stops:
             raise UserError("the model has no stop token; set generation_config.eos_token_id.")
-        self._stops = frozenset(stop if isinstance(stop, (list, tuple)) else [stop])
-        self._stop = stop[0] if isinstance(stop, (list, tuple)) else stop
+        self._stops, self._stop = frozenset(stops), stops[0]
         decoder = model.decoder
         rotaries = decoder.rotaries(range(len(decoder.blocks)), model.device, model.dtype)
         self._turns = [turner(rotary) for rotary in rotaries]

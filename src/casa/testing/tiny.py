@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -193,6 +194,16 @@ def tiny_processor(delimited: bool = True) -> CasaProcessor:
     template = TEMPLATE if delimited else TEMPLATE.replace("<frame>", "")
     suffix = "<frame>" if delimited else ""
     return CasaProcessor(pixels, fast, chat_template=template, frame_suffix=suffix, stream_prompt="say it")
+
+
+def tiny_checkpoint(folder: Path, **fusion: Any) -> Path:
+    """A folder with a fused model (float32) and its processor, as `casa` takes one."""
+    model = tiny_casa(dtype=torch.float32, **fusion)
+    model.generation_config.eos_token_id = 2
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
 
 
 def spread(module: Any) -> Any:

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from casa.models.chunked_loss import IGNORED
 from casa.training.conversation import Sample
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,9 @@ class InsertionVLM(Decoder):
     def tower_blocks(self) -> nn.ModuleList:
         return self.tower.get_submodule(self.tower_blocks_at)  # type: ignore[return-value]
 
-    def connect(self, features: Tensor, grids: Grids) -> tuple[Tensor, Grids]:
-        """Image tokens (N, d) and their grids, from the tower's output (N', d_v) and its grids."""
-        return features, self.connected(grids)
+    def connect(self, features: Tensor, grids: Grids) -> Tensor:
+        """Image tokens (N, d) from the tower's output (N', d_v) and its grids; theirs are `connected(grids)`."""
+        return features
 
     def connected(self, grids: Grids) -> Grids:
         """The grids of image tokens for the tower's grids."""
@@ -77,13 +77,12 @@ class SmolVLMDecoder(InsertionVLM):
     delimiters: ClassVar[tuple[str, str]] = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")
     template_delimits: ClassVar[bool] = False
 
-    def connect(self, features: Tensor, grids: Grids) -> tuple[Tensor, Grids]:
+    def connect(self, features: Tensor, grids: Grids) -> Tensor:
         connector = self.model.get_submodule("model.connector")
         if not grids:
-            return features.new_zeros(0, self.config.hidden_size), []
+            return features.new_zeros(0, self.config.hidden_size)
         # the tower takes squares of one size
-        tokens = connector(features.view(len(grids), -1, features.shape[-1])).flatten(0, 1)
-        return tokens, self.connected(grids)
+        return connector(features.view(len(grids), -1, features.shape[-1])).flatten(0, 1)
 
     def connected(self, grids: Grids) -> Grids:
         fold: int = self.model.get_submodule("model.connector").scale_factor  # type: ignore[assignment]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from casa.errors import UserError
+from casa.models.stopping import stop_ids
 from casa.training.own.model import Loaded, load_processor
 from casa.training.own.pack_sheet import draw_pack
 from casa.training.own.recipe import RunRecipe
@@ -30,10 +31,8 @@ def draw_first_pack(recipe: RunRecipe, model: Any, path: str | os.PathLike[str])
     no record can be learned from.
     """
     fused = model.get_base_model() if hasattr(model, "get_base_model") else model
-    stop = getattr(fused.generation_config, "eos_token_id", None) if fused.generation_config is not None else None
-    stop = stop[0] if isinstance(stop, (list, tuple)) else stop
     processor = load_processor(recipe.model)
-    stream = open_stream(recipe, Loaded(fused, processor, stop))
+    stream = open_stream(recipe, Loaded(fused, processor, next(iter(stop_ids(fused)), None)))
     watching = _Watching(processor, fold=stream.maker.grids.fold)
     stream.collator = watching
     batch = next(iter(stream), None)

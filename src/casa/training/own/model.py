@@ -5,24 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils import logging
 
 from casa.errors import UserError
-from casa.models import (
-    CasaConfig,
-    CasaForConditionalGeneration,
-    CasaProcessor,
-    FusionConfig,
-    adapt,
-    processor_for,
-    processor_of,
-)
+from casa.models import CasaConfig, CasaForConditionalGeneration, CasaProcessor, FusionConfig, adapt
 from casa.models.converting import has_own_tower, read_config, skeleton, tower_config_of
 from casa.models.loading import UNREADABLE, check_folder
 from casa.models.picture_processing import CasaFlexibleImageProcessor
+from casa.models.processor_at import processor_at
+from casa.models.quiet import quietly
 from casa.models.shipped import resolve
+from casa.models.stopping import stop_ids
 from casa.training.own.lora import with_lora
 from casa.training.own.recipe import ModelSettings, RunRecipe
 from casa.training.trainer.groups import choose_trained, set_precision
@@ -35,6 +28,7 @@ PUBLISHED = {
 }
 _BESIDE = ["*.json", "*.jinja", "*.txt", "*.model"]  # what a model's folder holds besides weights
 _WEIGHTS = ["*.safetensors"]
+_NO_ENCODER = "set model.vision to the folder of one"
 
 
 @dataclass
@@ -54,9 +48,7 @@ def load_model(recipe: RunRecipe) -> Loaded:
     settings = recipe.model
     processor = load_processor(settings)
     torch.manual_seed(recipe.seed)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with quietly():
         if settings.checkpoint is not None:
             folder = _fetched(settings.checkpoint, weights=True)
             model = CasaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, settings.dtype))
@@ -64,9 +56,6 @@ def load_model(recipe: RunRecipe) -> Loaded:
             folder = _fetched(settings.backbone, weights=True)
             vision = None if settings.vision is None else _fetched(settings.vision, weights=True)
             model = adapt(str(folder), settings.fusion, None if vision is None else str(vision))
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     for part in (model.config, model.config.text_config, model.config.vision_config):
         if part is not None:
             part._name_or_path = ""  # where this machine keeps its models is nobody's business
@@ -74,8 +63,7 @@ def load_model(recipe: RunRecipe) -> Loaded:
     kept = torch.float32 if recipe.optimisation.precision == "float32" else getattr(torch, settings.dtype)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(kept)
-    stop = getattr(model.generation_config, "eos_token_id", None)
-    stop = stop[0] if isinstance(stop, (list, tuple)) else stop
+    stop = next(iter(stop_ids(model)), None)
     prepared = model if settings.lora is None else with_lora(model, settings.lora)
     return Loaded(prepared, processor, stop)
 
@@ -94,7 +82,7 @@ def outline(recipe: RunRecipe) -> Any:
         config = _config(settings.backbone)
         tower = None if settings.vision is None else tower_config_of(_config(settings.vision))
         if tower is None and not has_own_tower(config):
-            raise UserError("a text-only model needs an image encoder; set model.vision to the folder of one.")
+            raise UserError(f"a text-only model needs an image encoder; {_NO_ENCODER}.")
         model = skeleton(config, settings.fusion or FusionConfig(), tower)
     for parameter in model.parameters():
         # as it is read, until the precision is set
@@ -107,25 +95,14 @@ def outline(recipe: RunRecipe) -> Any:
 
 def load_processor(settings: ModelSettings) -> CasaProcessor:
     """The processor beside the model; nothing else of it is fetched. Raises UserError where there is none."""
-    if settings.checkpoint is not None:
+    if settings.processor is not None:
+        processor = CasaProcessor.from_pretrained(settings.processor)
+    elif settings.checkpoint is not None:
         processor = CasaProcessor.from_pretrained(_fetched(settings.checkpoint))
     else:
-        folder = _fetched(settings.backbone)
-        config = read_config(folder)
+        vision = None if settings.vision is None else _fetched(settings.vision)
         gist = 0 if settings.fusion is None else settings.fusion.gist
-        words = config.get_text_config().vocab_size
-        gist_ids = list(range(words, words + gist)) or None
-        if has_own_tower(config):
-            processor = processor_of(folder, gist_ids)
-        else:
-            if settings.vision is None:
-                raise UserError("a text-only model needs an image encoder; set model.vision to the folder of one.")
-            tower = tower_config_of(read_config(_fetched(settings.vision)))
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(folder)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{settings.backbone} has no tokenizer that can be read.") from error
-            processor = processor_for(tokenizer, tower, gist_ids=gist_ids)
+        processor = processor_at(_fetched(settings.backbone), vision, gist, _NO_ENCODER)
     if settings.max_pixels is not None:
         _bound(processor.image_processor, settings.max_pixels)
     return processor

@@ -4,10 +4,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from casa.atomic import replacing
-from casa.errors import UserError
+from casa.figures import BLUE, ORANGE, new_figure, quieten, write_png
 
-_TRAINING, _HELD_OUT = "#0072B2", "#D55E00"  # Okabe and Ito's, told apart by all readers
 _SMOOTH = 20  # entries that a point of the smoothed line looks back over
 
 
@@ -20,35 +18,25 @@ def draw_curve(history: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
     held = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     if not points:
         return False
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("The loss curve needs matplotlib: install casa-vlm[plots].") from error
-    figure = Figure(figsize=(7, 3.4), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 3.4)
     axes = figure.subplots()
     steps, losses = zip(*points, strict=True)
     few = len(points) < 2 * _SMOOTH
     axes.plot(
-        steps, losses, color=_TRAINING, alpha=1.0 if few else 0.25, linewidth=1.2 if few else 0.8,
+        steps, losses, color=BLUE, alpha=1.0 if few else 0.25, linewidth=1.2 if few else 0.8,
         marker="o" if len(points) < 12 else None, markersize=3, label="training" if few else None,
     )  # fmt: skip
     if not few:
-        axes.plot(steps, _smoothed(losses), color=_TRAINING, linewidth=1.6, label="training")
+        axes.plot(steps, _smoothed(losses), color=BLUE, linewidth=1.6, label="training")
     if held:
-        axes.plot(
-            *zip(*held, strict=True), color=_HELD_OUT, marker="o", markersize=3.5, linewidth=1.4, label="held out"
-        )
+        axes.plot(*zip(*held, strict=True), color=ORANGE, marker="o", markersize=3.5, linewidth=1.4, label="held out")
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("step")
     axes.set_ylabel("loss per answer token")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    quieten(axes)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9)
-    with replacing(path) as part:
-        figure.savefig(part, format="png", dpi=120, metadata={"Software": None})
+    write_png(figure, path)
     return True
 
 

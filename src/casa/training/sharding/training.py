@@ -1,4 +1,4 @@
-"""The few places where transformers' Trainer has to act otherwise if FSDP2 has spread the weights.
+"""The few places where transformers' Trainer has to act otherwise, most of them if FSDP2 has spread the weights.
 
 transformers and accelerate would wrap the model in DDP (on a CPU even if asked for FSDP), save it whole and load it
 whole. Everything else, the loop, the schedule, accumulation and the mean over all answer tokens, is theirs: FSDP2
@@ -20,7 +20,7 @@ _OPTIMIZER = "optimizer.pt"
 
 
 class ShardedTraining:
-    """Stands before transformers' Trainer. settings: of the run; under sharding "ddp" nothing is changed."""
+    """Stands before transformers' Trainer. settings: of the run. Under "ddp" only moments are read otherwise."""
 
     settings: Any
     args: Any

@@ -1,0 +1,37 @@
+"""The processor of a model that `adapt` makes, from the folders of what it is made of."""
+
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from casa.errors import UserError
+from casa.models.assembling import processor_for
+from casa.models.config import CasaConfig
+from casa.models.converting import has_own_tower, read_config, tower_config_of
+from casa.models.processor import CasaProcessor
+from casa.models.vlm_processor import processor_of
+
+
+def processor_at(backbone: Any, vision: Any = None, gist: int = 0, remedy: str = "give vision") -> CasaProcessor:
+    """backbone: folder of an insertion VLM or model, or of a text-only LLM; then vision is that of an image encoder.
+
+    gist: learned tokens after an image, whose ids stand behind the vocabulary. remedy: what a user does about a
+    missing encoder, in the words of the place where it is missing. No weights are read.
+    Raises UserError without an encoder, or without a tokenizer that can be read.
+    """
+    config = read_config(backbone)
+    if isinstance(config, CasaConfig):
+        return CasaProcessor.from_pretrained(backbone)
+    has_tower = has_own_tower(config)
+    words = config.get_text_config().vocab_size
+    gist_ids = list(range(words, words + gist)) or None
+    if has_tower:
+        return processor_of(backbone, gist_ids)
+    if vision is None:
+        raise UserError(f"a text-only model needs an image encoder; {remedy}.")
+    tower = tower_config_of(read_config(vision))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(backbone)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{backbone} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
+    return processor_for(tokenizer, tower, gist_ids=gist_ids)
