@@ -1,4 +1,4 @@
-"""`casa data`: a look at one's own data before training on it."""
+"""`casa data`: a look at one's own data before training on them; `make` draws some."""
 
 import json as json_module
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from casa.cli.data_make import make
 from casa.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
 _LISTED = 20
 
 
-data_app = typer.Typer(help="Look at your own data before training on it.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(
+    help="Look at data before training on them, or draw some.", no_args_is_help=True, rich_markup_mode=None
+)
+data_app.command("make")(make)
 
 
 @data_app.callback()
 def data() -> None:
-    """Look at your own data before training on it."""
+    """Look at data before training on them, or draw some."""
 
 
 @data_app.command("check")

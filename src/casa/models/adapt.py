@@ -1,5 +1,7 @@
 """adapt: gives eyes to a model that people already have."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,14 +14,19 @@ from casa.models.freezing import freeze_backbone
 from casa.models.fusion_config import FusionConfig
 from casa.models.loading import load_checked
 from casa.models.model import CasaForConditionalGeneration
+from casa.models.refit import refit
+from casa.models.shipped import resolve
 from casa.vision import is_known, load_encoder
+
+_HAS_EYES = "this backbone has an image encoder of its own; leave out vision."
 
 
 def adapt(backbone: Any, fusion: FusionConfig | None = None, vision: Any = None) -> CasaForConditionalGeneration:
     """A CASA model over a language model of transformers, or its path.
 
-    backbone: a text-only causal language model, or an insertion VLM (`casa.models.backbones` lists the families). It
-        is taken over, not copied: its parameters become the new model's, under `backbone.`.
+    backbone: a text-only causal language model, or an insertion VLM (`casa.models.backbones` lists the families), or a
+        casa model with method="insertion". It is taken over, not copied: its parameters become the new model's, under
+        `backbone.`.
     vision: the image encoder of a text-only model, or its path; a projector to the text width is made, untrained. A
         VLM keeps its own.
     fusion: CASA⊕ in every block if left out. Fusion layers start as copies of their block's self-attention.
@@ -29,11 +36,15 @@ def adapt(backbone: Any, fusion: FusionConfig | None = None, vision: Any = None)
     Raises UserError for a backbone or an encoder that is not known, or whose weights are not complete.
     """
     fusion = fusion if fusion is not None else FusionConfig()
-    model = _loaded(backbone, "backbone", _load_backbone)
+    model = _own(backbone) or _loaded(backbone, "backbone", _load_backbone)
+    if isinstance(model, CasaForConditionalGeneration):
+        if vision is not None:
+            raise UserError(_HAS_EYES)
+        return refit(model, fusion, _joint_config(model.backbone, getattr(model, "vision", None), fusion))
     has_eyes = isinstance(decoder_of(model), InsertionVLM)
     if has_eyes:
         if vision is not None:
-            raise UserError("this backbone has an image encoder of its own; leave out vision.")
+            raise UserError(_HAS_EYES)
         encoder = None
     elif vision is None:
         raise UserError(
@@ -71,6 +82,25 @@ def _parts(config: Any) -> list[Any]:
     """A config and all configs inside it."""
     inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
     return [config, *(found for part in inner if part is not None for found in _parts(part))]
+
+
+def _own(given: Any) -> CasaForConditionalGeneration | None:
+    """A model of casa's own, or one from its path; None if it is anything else."""
+    if isinstance(given, CasaForConditionalGeneration):
+        return given
+    if isinstance(given, nn.Module) or not is_own(resolve(given)):
+        return None
+    return CasaForConditionalGeneration.from_pretrained(given)
+
+
+def is_own(path: Any) -> bool:
+    """Whether a folder holds a model of casa's own."""
+    file = Path(str(path)) / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("model_type") == CasaConfig.model_type
+    except (OSError, ValueError, AttributeError):
+        # what is wrong with it is said by whoever loads it
+        return False
 
 
 def _loaded(given: Any, what: str, load: Any) -> PreTrainedModel:

@@ -18,9 +18,9 @@ def _module():
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """Paths: text, tower, vlm, checkpoint, and pages, a file of records of which three are bad."""
+    """Paths: text, tower, vlm, checkpoint, insertion, and pages, a file of records of which three are bad."""
     folder, module = tmp_path_factory.mktemp("standins"), _module()
-    paths = {name: getattr(module, name)(folder / name) for name in ("vlm", "tower", "checkpoint")}
+    paths = {name: getattr(module, name)(folder / name) for name in ("vlm", "tower", "checkpoint", "insertion")}
     text = module.text_model(folder / "text")
     return SimpleNamespace(**paths, text=text, pages=module.pages(folder / "data", 24, bad=3), module=module)
 

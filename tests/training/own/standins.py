@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from casa.testing import tiny_backbone, tiny_casa, tiny_encoder, tiny_processor, tiny_text_model
+from casa.testing import tiny_backbone, tiny_checkpoint, tiny_encoder, tiny_processor, tiny_text_model
 
 _SPECIAL = ("<pad>", "<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 _TEMPLATE = (
@@ -58,12 +58,12 @@ def vlm(folder: Path) -> Path:
 
 def checkpoint(folder: Path) -> Path:
     """A fused model with its processor."""
-    model = tiny_casa(dtype=torch.float32)
-    model.generation_config.eos_token_id = 2
-    model.generation_config.pad_token_id = 0
-    model.save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    return folder
+    return tiny_checkpoint(folder)
+
+
+def insertion(folder: Path) -> Path:
+    """The same by insertion."""
+    return tiny_checkpoint(folder, method="insertion")
 
 
 def pages(folder: Path, count: int = 24, bad: int = 0, name: str = "pages.jsonl") -> Path:

@@ -28,7 +28,10 @@ def on_standins(recipe, made):
     elif model.vision is not None:
         model = replace(model, backbone=str(made.text), vision=str(made.tower))
     else:
-        model = replace(model, backbone=str(made.vlm))
+        ours = model.backbone.startswith("runs/")
+        model = replace(model, backbone=str(made.insertion if ours else made.vlm))
+    if model.processor is not None:
+        model = replace(model, processor=str(made.checkpoint))
     sources = tuple(SourceSettings(str(made.pages), weight=source.weight) for source in recipe.data.sources)
     return replace(recipe, model=model, data=replace(recipe.data, sources=sources))
 
@@ -47,7 +50,7 @@ def test_every_recipe_has_a_plan_and_a_first_batch(shipped, made, tmp_path):
         assert rates["new"] == recipe.optimisation.new_rate
     else:
         assert "insertion" in recipe.name
-    assert ("frozen" in rates) == (recipe.optimisation.trained != "all")
+    assert ("frozen" in rates) == (recipe.optimisation.trained != "all" or bool(recipe.optimisation.frozen))
     picture = tmp_path / "batch.png"
     batch = draw_first_pack(recipe, outline(recipe), picture)
     assert batch.facts["text_tokens"] <= recipe.packing.budget.text

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 
@@ -115,8 +116,24 @@ def test_a_picture_that_cannot_be_decoded_costs_its_sample_only(records, picture
 def test_nothing_but_bad_records_gives_no_batch(picture):
     damaged = Picture(picture().source[:60])
     bad = Record((Message("user", (damaged,)), Message("assistant", (Text("a"),))), Origin("made", 99))
-    assert list(reader([bad] * 3)[0]) == []
+    assert list(reader([replace(bad, origin=Origin("made", n)) for n in range(3)])[0]) == []
     assert list(reader([])[0]) == []
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_records_that_repeat_and_teach_nothing_end_in_an_error(picture, good):
+    damaged = Message("user", (Picture(picture().source[:60]),))
+    answer = Message("assistant", (Text("a"),))
+    found = [Record((damaged, answer), Origin("made", n)) for n in range(3)]  # refused once opened
+    found += [Record((damaged, Message("assistant", (Text(""),))), Origin("made", n)) for n in range(3, 9)]  # at once
+    found += [Record((Message("user", (Text("q"),)), answer), Origin("made", 9 + n)) for n in range(good)]
+    source = ListedRecords(found, repeat=True)
+    read = PackReader(source, SampleMaker(PROCESSOR, BUDGET), Collator(PROCESSOR), PACKING)
+    if good:
+        assert all(batch.origins for batch in islice(read, 20))
+        return
+    with pytest.raises(UserError, match="No record of the data can be learned from"):
+        next(iter(read))
 
 
 class Opened:

@@ -81,6 +81,7 @@ def trainer(folder, *, steps=8, slow=0.0, workers=0, save_every=3, data=None, ow
     watch = choice.pop("watch", WatchSettings())
     keep = choice.pop("keep", 2)
     sharding = choice.pop("sharding", "ddp")
+    kept = choice.pop("keep_gigabytes", 0.0)
     edge = min(2, steps // 4)
     values = {"new_rate": 3e-3, "existing_rate": 1e-3, "warmup": edge, "decay": edge, "accumulate": 2} | choice
     settings = TrainerSettings(
@@ -92,6 +93,7 @@ def trainer(folder, *, steps=8, slow=0.0, workers=0, save_every=3, data=None, ow
         workers=workers,
         device="cpu",
         sharding=sharding,
+        keep_gigabytes=kept,
     )
     curve = Curve(Path(folder), slow)
     found = CasaTrainer(own_model or model(), data or stream(), settings, processor=tiny_processor(), callbacks=[curve])

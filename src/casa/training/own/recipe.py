@@ -47,6 +47,7 @@ class ModelSettings:
     an insertion VLM. fusion: how it is fused. checkpoint: folder of a CASA model, or a shipped one, instead of these.
     dtype: that weights are read in; what they are kept in afterwards is `optimisation.precision`. float32 loses
     nothing; bfloat16 halves the host memory that reading takes.
+    processor: folder of a processor to use; what the backbone's tokenizer and the encoder ask for is made if None.
     max_pixels: a picture of more is made smaller; the processor's own bound if None.
     """
 
@@ -55,6 +56,7 @@ class ModelSettings:
     checkpoint: str | None = None
     fusion: FusionConfig | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    processor: str | None = None
     max_pixels: int | None = None
     lora: LoraSettings | None = None
 
@@ -122,12 +124,19 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class LoadingSettings:
-    """workers: processes that read data, per process that trains. ahead: batches that each reads ahead."""
+    """workers: processes that read data, per process that trains. ahead: batches that each reads ahead.
+
+    keep_gigabytes: host memory for the image tokens of a frozen tower, so that a picture is encoded once and not at
+    every epoch; 0 keeps none. It needs workers: 0, since what was kept is at hand in one process only.
+    """
 
     workers: int = 0
     ahead: int = 2
+    keep_gigabytes: float = 0.0
 
     def __post_init__(self) -> None:
+        require(self.keep_gigabytes >= 0, "keep_gigabytes", self.keep_gigabytes, "0 or more")
+        require(not (self.keep_gigabytes and self.workers), "workers", self.workers, "0, beside keep_gigabytes")
         require(0 <= self.workers <= 256, "workers", self.workers, "from 0 to 256")
         require(1 <= self.ahead <= 64, "ahead", self.ahead, "from 1 to 64")
 
@@ -172,6 +181,7 @@ class RunRecipe:
             log_every=self.logging.every,
             workers=self.loading.workers,
             ahead=self.loading.ahead,
+            keep_gigabytes=self.loading.keep_gigabytes,
             seed=self.seed,
             device=self.device,
             sharding=self.sharding,

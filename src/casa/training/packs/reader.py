@@ -18,6 +18,7 @@ from torch import Tensor
 
 from casa.data.bad import BadRecord
 from casa.data.record import Origin, Record
+from casa.errors import UserError
 from casa.training.packs.collate import Collator, Prepared
 from casa.training.packs.knapsack import Packer
 from casa.training.packs.settings import PackingSettings
@@ -81,7 +82,10 @@ class _Numbered:
 
 
 class PackReader:
-    """Batches of one reader, one pack each. When records end, what waits is packed, and then it ends too."""
+    """Batches of one reader, one pack each. When records end, what waits is packed, and then it ends too.
+
+    Raises UserError if records repeat and none of them can be learned from.
+    """
 
     def __init__(
         self, source: RecordSource, maker: SampleMaker, collator: Collator, settings: PackingSettings, number: int = 0
@@ -91,6 +95,8 @@ class PackReader:
         self._read = 0  # records taken from the source
         self._noted: deque[tuple[int, dict[str, Any]]] = deque()
         self._saved: dict[str, Any] | None = None
+        self._refused: set[Origin] = set()  # since the last batch
+        self._refused_again = False
 
     def load(self, position: str) -> None:
         """Goes on behind the batch that carried this position. To be called before the first batch."""
@@ -112,7 +118,11 @@ class PackReader:
                 return
             batch = self._batch(self._packer.pack())
             if batch is not None:
+                self._refused.clear()
+                self._refused_again = False
                 yield batch
+            else:
+                self._check_hope()
 
     def _records(self) -> Iterator[list[_Numbered]]:
         """Nothing first, when the samples that waited are in the packer again; then those of each record."""
@@ -156,8 +166,19 @@ class PackReader:
         try:
             return [_Numbered(sample, number) for sample in self._maker(record)]
         except BadRecord as bad:
-            self._source.refuse(record.origin, bad)
+            self._refuse(record.origin, bad)
+            self._check_hope()
             return []
+
+    def _refuse(self, origin: Origin, bad: BadRecord) -> None:
+        self._source.refuse(origin, bad)
+        self._refused_again |= origin in self._refused
+        self._refused.add(origin)
+
+    def _check_hope(self) -> None:
+        """Raises UserError if the data began again and gave no batch: sources that repeat would go on for ever."""
+        if self._refused_again and all(entry.sample.origin in self._refused for entry in self._packer.waiting):
+            raise UserError("No record of the data can be learned from: `casa data check` tells why.")
 
     def _batch(self, pack: list[_Numbered]) -> Batch | None:
         """None if no sample of the pack could be prepared."""
@@ -167,7 +188,7 @@ class PackReader:
             try:
                 prepared.append(self._collator.prepare(entry.sample))
             except BadRecord as bad:
-                self._source.refuse(entry.sample.origin, bad)
+                self._refuse(entry.sample.origin, bad)
                 continue
             samples.append(entry.sample)
         if not samples:

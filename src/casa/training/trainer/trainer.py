@@ -28,6 +28,7 @@ from casa.training.trainer.arguments import training_arguments
 from casa.training.trainer.ema import Ema
 from casa.training.trainer.groups import choose_trained, parameter_groups, set_precision
 from casa.training.trainer.inspection import save_for_inspection
+from casa.training.trainer.keeping import keep_features
 from casa.training.trainer.settings import TrainerSettings
 from casa.training.trainer.signals import StopAsked
 from casa.training.trainer.watch import LossWatch
@@ -91,6 +92,8 @@ class CasaTrainer(ShardedTraining, Trainer):
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable()
         self.ema = Ema(model, optimisation.ema) if optimisation.ema is not None else None
+        if settings.keep_gigabytes:
+            keep_features(self, settings.keep_gigabytes)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Trains to the last step, or until SIGTERM; returns transformers' TrainOutput.

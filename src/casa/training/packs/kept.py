@@ -1,0 +1,58 @@
+"""Image tokens of a frozen tower, kept in memory: a picture that comes again is neither opened nor encoded.
+
+Shapes: P patches and N image tokens of a picture, c channels of a patch, d_v width of the tower's output.
+
+    first time    file -> pixels (P, c) -> tower -> tokens (N, d_v), kept
+    afterwards                              kept -> tokens (N, d_v)
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from casa.training.samples.sample import SizedPicture
+
+Encode = Callable[[Tensor, Tensor], Tensor]
+"""From pixel_values (P, c) and image_grid_thw (1, 3) to image tokens (N, d_v), in host memory."""
+
+
+class KeptFeatures:
+    """encode: the tower. most_bytes: of all tokens kept; once full, further pictures are encoded each time.
+
+    kept: bytes held now. found, made: how often a picture was at hand, and how often it was encoded.
+    """
+
+    def __init__(self, encode: Encode, most_bytes: int) -> None:
+        self._encode, self._most = encode, most_bytes
+        self._tokens: dict[Any, dict[str, Tensor]] = {}
+        self.kept = self.found = self.made = 0
+
+    def get(self, sized: SizedPicture, pixels: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """`image_features` (N, d_v) and `image_grid_thw` (1, 3) of a picture; pixels: opens it, if it must be."""
+        key = _key(sized)
+        if (held := self._tokens.get(key)) is not None:
+            self.found += 1
+            return held
+        made = self.encoded(pixels())
+        size = sum(tensor.numel() * tensor.element_size() for tensor in made.values())
+        if self.kept + size <= self._most:
+            self._tokens[key] = made
+            self.kept += size
+        return made
+
+    def encoded(self, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same for pixels that nobody asks for again."""
+        self.made += 1
+        grid = pixels["image_grid_thw"]
+        return {"image_features": self._encode(pixels["pixel_values"], grid), "image_grid_thw": grid}
+
+
+def _key(sized: SizedPicture) -> Any:
+    source = sized.picture.source
+    if isinstance(source, bytes):
+        return hashlib.blake2b(source, digest_size=16).digest(), sized.most_tokens
+    # a file that was written anew is another picture
+    there = source.stat()
+    return str(source), there.st_mtime_ns, there.st_size, sized.most_tokens

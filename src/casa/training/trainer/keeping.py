@@ -1,0 +1,31 @@
+"""What a run with a frozen image tower does once only: its tower's work on a picture that comes again."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from casa.errors import UserError
+from casa.training.packs.kept import KeptFeatures
+
+
+def keep_features(trainer: Any, gigabytes: float) -> KeptFeatures:
+    """Has the trainer's stream keep image tokens, of so many GB at most; what it computes stays the same.
+
+    trainer: a CasaTrainer before its first step. Raises UserError for a tower that is trained, or spread over ranks.
+    """
+    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    if any(parameter.requires_grad for parameter in model.encoder.parameters()):
+        raise UserError("keep_gigabytes is for a frozen image tower, and this one is trained: freeze it, or keep none.")
+    if trainer.sharded:
+        raise UserError("keep_gigabytes cannot be used with sharding: fsdp, since ranks would wait for one another.")
+
+    @torch.no_grad()
+    def encode(pixel_values: Tensor, grid: Tensor) -> Tensor:
+        device = trainer.args.device
+        with trainer.accelerator.autocast():
+            return model.encode_images(pixel_values.to(device), grid.to(device)).cpu()
+
+    kept = KeptFeatures(encode, round(gigabytes * 1e9))
+    trainer.stream.collator.kept = kept
+    return kept

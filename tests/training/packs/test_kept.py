@@ -1,0 +1,73 @@
+"""Image tokens that are kept: the same batch to the model, and no picture opened or encoded twice."""
+
+import os
+
+import pytest
+import torch
+
+from casa.data.record import Picture
+from casa.testing import tiny_casa, tiny_processor
+from casa.training.packs import Collator
+from casa.training.packs.kept import KeptFeatures
+from casa.training.samples import Budget, SampleMaker
+
+PROCESSOR = tiny_processor()
+MAKE = SampleMaker(PROCESSOR, Budget(1000, 1000))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_casa().requires_grad_(False)
+
+
+def keeping(model, most_bytes=10**9):
+    found = Collator(PROCESSOR)
+    found.kept = KeptFeatures(lambda pixels, grid: model.encode_images(pixels, grid), most_bytes)
+    return found
+
+
+def test_a_batch_says_the_same_and_the_second_opens_nothing(model, chat, picture, monkeypatch):
+    samples = [
+        MAKE(chat(("user", picture(56, 28), picture(84, 56, 1), "a"), ("assistant", "bc")))[0],
+        MAKE(chat(("user", "d", picture(28, 28, 2)), ("assistant", "e")))[0],
+    ]
+    plain, kept = Collator(PROCESSOR)(samples), keeping(model)
+    first = kept(samples)
+    assert "pixel_values" not in first
+    torch.testing.assert_close(model(**first).loss, model(**plain).loss, rtol=1e-9, atol=1e-12)
+    monkeypatch.setattr("casa.training.packs.collate.open_one", lambda *_: pytest.fail("opened again"))
+    second = kept(samples)
+    assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
+    assert (kept.kept.made, kept.kept.found) == (3, 3)
+
+
+def test_a_batch_without_pictures(model, chat):
+    sample = MAKE(chat(("user", "d"), ("assistant", "e")))[0]
+    kept = keeping(model)
+    torch.testing.assert_close(model(**kept([sample])).loss, model(**Collator(PROCESSOR)([sample])).loss)
+    assert kept.kept.kept == 0
+
+
+def test_what_does_not_fit_is_encoded_each_time(model, chat, picture):
+    large = MAKE(chat(("user", picture(112, 112), "a"), ("assistant", "b")))[0]
+    small = MAKE(chat(("user", picture(28, 28), "a"), ("assistant", "b")))[0]
+    kept = keeping(model, most_bytes=1000)
+    for _ in range(2):
+        kept([large, small])
+    assert (kept.kept.made, kept.kept.found) == (3, 1)
+    assert 0 < kept.kept.kept <= 1000
+
+
+def test_a_file_that_changes_is_another_picture_and_so_is_a_smaller_one(model, chat, picture, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(picture(224, 224).source)
+    kept = keeping(model)
+    sample = MAKE(chat(("user", Picture(path), "a"), ("assistant", "b")))[0]
+    one = kept([sample])["image_features"]
+    path.write_bytes(picture(224, 224, 5).source)
+    os.utime(path, ns=(1, 1))
+    other = kept([sample])["image_features"]
+    assert not torch.equal(one, other)
+    smaller = SampleMaker(PROCESSOR, Budget(1000, 20))(chat(("user", Picture(path), "a"), ("assistant", "b")))[0]
+    assert kept([smaller])["image_features"].shape[0] <= 20
+    assert kept.kept.made == 3

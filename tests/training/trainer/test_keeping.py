@@ -1,0 +1,42 @@
+"""A run that keeps its frozen tower's work is the run that does it anew; where nothing can be kept, it says so."""
+
+import pytest
+
+from casa.errors import UserError
+
+FROZEN = {"frozen": (r"^vision\.",)}
+
+
+def test_the_losses_are_the_same(small, tmp_path):
+    choices = {"plain": {}, "kept": {"keep_gigabytes": 0.1}, "little": {"keep_gigabytes": 1e-6}}
+    runs = {}
+    for name, more in choices.items():
+        # random numbers begin anew with every trainer
+        runs[name] = small.trainer(tmp_path / name, **FROZEN, **more)
+        runs[name].train()
+    curves = {name: small.curve(tmp_path / name) for name in runs}
+    assert curves["kept"] == pytest.approx(curves["plain"], rel=1e-5)
+    assert curves["little"] == pytest.approx(curves["plain"], rel=1e-5)
+    kept = runs["kept"].stream.collator.kept
+    assert kept.found > 0
+    assert kept.made <= 40 + 16  # every picture once, and the blank ones
+    assert runs["little"].stream.collator.kept.made > kept.made
+
+
+def test_going_on_is_the_same_too(small, tmp_path):
+    small.trainer(tmp_path, **FROZEN, keep_gigabytes=0.1).train()
+    whole = small.curve(tmp_path)
+    again = small.trainer(tmp_path, **FROZEN, keep_gigabytes=0.1)
+    again.train(resume_from_checkpoint=tmp_path / "checkpoint-6")
+    assert again.stream.collator.kept.made > 0
+    assert small.curve(tmp_path) == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_tower_that_is_trained_cannot_be_kept(small, tmp_path):
+    with pytest.raises(UserError, match="frozen image tower"):
+        small.trainer(tmp_path, keep_gigabytes=0.1)
+
+
+def test_nor_can_readers_elsewhere(small, tmp_path):
+    with pytest.raises(ValueError, match="workers is 1; it must be 0"):
+        small.trainer(tmp_path, **FROZEN, keep_gigabytes=0.1, workers=1)
