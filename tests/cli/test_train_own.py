@@ -2,10 +2,15 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from casa import CasaForConditionalGeneration
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +64,42 @@ def test_trained_resumed_and_asked(casa, folder, tmp_path):
     assert steps == [1, 2, 3]
     answer = casa("ask", out / "final", folder / "data" / "3.png", "which is it?", "--max-new-tokens", 3)
     assert (answer.status, answer.err) == (0, "")
+
+
+def test_offline_tasks_are_scored_while_it_trains(casa, folder, tmp_path):
+    tasks = ("--set", "evaluation.every=2", "--set", "evaluation.tasks=[pages, scenes]", "--set", "evaluation.limit=1")
+    result = casa("train", folder / "mine.yaml", "--out", tmp_path / "run", *tasks)
+    assert result.status == 0, result.err
+    log = json.loads((tmp_path / "run" / "log.json").read_text())
+    (scores,) = (entry for entry in log if "eval_pages_digits" in entry)
+    assert scores["step"] == 2
+    assert {name for name in scores if name.startswith("eval_")} == {
+        "eval_pages_digits",
+        "eval_pages_lines",
+        "eval_scenes_accuracy",
+    }
+    assert "pages_digits" in (tmp_path / "run" / "final" / "README.md").read_text()
+    unknown = casa("train", folder / "mine.yaml", "--out", tmp_path / "b", "--set", "evaluation.tasks=[page]")
+    assert unknown.status == 2
+    assert "pages" in unknown.err
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_under_torchrun(folder, tmp_path, sharding):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    program = Path(sys.executable).with_name("casa")
+    out = tmp_path / "run"
+    arguments = ["train", folder / "mine.yaml", "--out", out, "--set", f"sharding={sharding}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, program, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    # one process speaks
+    assert done.stdout == f"{out / 'final'}\n"
+    steps = [entry["step"] for entry in json.loads((out / "log.json").read_text()) if "loss" in entry]
+    assert steps == [1, 2]
+    CasaForConditionalGeneration.from_pretrained(out / "final")
 
 
 def test_a_dry_run_trains_nothing(casa, folder, tmp_path):
