@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from casa.models import CasaForConditionalGeneration, CasaProcessor
-from casa.testing import tiny_backbone, tiny_encoder, tiny_processor, tiny_text_model
+from casa.testing import tiny_backbone, tiny_checkpoint, tiny_encoder, tiny_processor, tiny_text_model
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,19 @@ def test_vlm_brings_its_own_processor(casa, folders, tmp_path):
     processor = CasaProcessor.from_pretrained(out)
     assert processor.image_token == "<|image_pad|>"
     assert processor.gist_ids == [61, 62]
+
+
+def test_an_insertion_model_gets_layers(casa, tmp_path):
+    before = tiny_checkpoint(tmp_path / "before", method="insertion", compressor="pool:2")
+    result = casa("adapt", before, "--out", tmp_path / "after", "--compressor", "pool:2")
+    assert (result.status, result.err) == (0, "")
+    model = CasaForConditionalGeneration.from_pretrained(tmp_path / "after")
+    new = sum(p.numel() for p in model.casa_layers.parameters())
+    assert f"{new:,} of them new" in result.out
+    # the estimate is of what it was made of, with every method
+    dry = casa("adapt", before, "--dry-run", "--json", "--image-size", 56)
+    assert dry.status == 0, dry.err
+    assert len(json.loads(dry.out)["methods"]) > 3
 
 
 @pytest.mark.parametrize(

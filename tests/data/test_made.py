@@ -81,10 +81,13 @@ def test_sides_are_whole_cells_within_bounds(tmp_path):
     told = []
     write_pictures(tmp_path / "a.tar", noted, 200, (1, 0), sides=(56, 112), told=told.append)
     assert {side for size in asked for side in size} == {56, 84, 112}
+    asked.clear()
+    write_pictures(tmp_path / "b.tar", noted, 200, (1, 0), sides=(50, 120))
+    assert {side for size in asked for side in size} == {56, 84, 112}
     assert told == list(range(1, 201))
 
 
-@pytest.mark.parametrize("fps", [2.0, 3.0])
+@pytest.mark.parametrize("fps", [2.0, 3.0, 30.0])
 def test_words_stay_with_their_frames(tmp_path, fps):
     said = ("", "407", "", "", "8", "15")
     silent = iter([("",) * 3, said, said])

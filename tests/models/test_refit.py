@@ -1,5 +1,7 @@
 """An insertion model of casa's own as a backbone: its parts stay what they were, and layers are added to them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -63,6 +65,17 @@ def test_folder_to_folder(tmp_path):
     drawn = skeleton(CasaForConditionalGeneration.from_pretrained(before).config, FusionConfig())
     assert drawn.state_dict().keys() == model.state_dict().keys()
     assert CasaProcessor.from_pretrained(tmp_path / "after").stream_prompt == "say it"
+
+
+def test_in_another_dtype_and_never_over_a_full_disk(tmp_path, monkeypatch):
+    before = tiny_checkpoint(tmp_path / "before", method="insertion")
+    convert(before, tmp_path / "half", dtype=torch.bfloat16)
+    model = CasaForConditionalGeneration.from_pretrained(tmp_path / "half")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match="free some space"):
+        convert(before, tmp_path / "full")
+    assert not (tmp_path / "full").exists()
 
 
 def test_what_cannot_be_refitted_is_refused(tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from casa.errors import UserError
+from casa.models import CasaConfig
 from casa.models.converting import has_own_tower, read_config, tower_config_of
 
 _MROPE = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [16, 24, 24]}
@@ -102,10 +103,14 @@ def shapes_of(backbone: Any, vision: Any = None, *, published: bool = False) -> 
     """The configs of a backbone and of the image encoder it is to get; the latter is None if it has one of its own.
 
     backbone: a folder, a config.json, or, if `published`, the name of a shape. vision: a folder or config.json of an
-    encoder or of a model that has one; the tower of Qwen2.5-VL-3B if left out.
+    encoder or of a model that has one; the tower of Qwen2.5-VL-3B if left out. A model of casa's own stands for its
+    backbone and its encoder.
     Raises UserError for what cannot be read or is not known, and for a tower that a VLM has no use for.
     """
     config = published_config(backbone) if published else read_config(backbone)
+    if isinstance(config, CasaConfig):
+        # what it was made of, to be given every method in turn
+        return config.text_config, config.vision_config
     if has_own_tower(config):
         if vision is not None:
             raise UserError("this backbone has an image encoder of its own; leave out vision.")

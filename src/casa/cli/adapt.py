@@ -16,7 +16,8 @@ DRY = "With --dry-run: "
 
 def adapt(
     backbone: Annotated[
-        str | None, typer.Argument(help="Folder of a text-only model or of a vision-language model.")
+        str | None,
+        typer.Argument(help="Folder of a text-only model, a vision-language model, or an insertion model of casa's."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the new model; of a dry run, a .json file for its figures.")
@@ -89,8 +90,8 @@ def _convert(
     import torch
     from transformers.utils import logging
 
-    from casa.models import FusionConfig
-    from casa.models.converting import convert
+    from casa.models import CasaConfig, FusionConfig
+    from casa.models.converting import convert, read_config
     from casa.models.freezing import ADDED
     from casa.models.processor_at import processor_at
 
@@ -111,7 +112,9 @@ def _convert(
         beside=processor.save_pretrained,
     )
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    new = sum(count for name, count in sizes.items() if name.split(".")[0] in ADDED)
+    # an insertion model of casa's own brings its projector along
+    added = ("casa_layers",) if isinstance(read_config(backbone), CasaConfig) else ADDED
+    new = sum(count for name, count in sizes.items() if name.split(".")[0] in added)
     layers = list(model.fused_blocks)
     print(f"{out}: {sum(sizes.values()):,} parameters, {new:,} of them new; blocks with a fusion layer: {layers}")
 

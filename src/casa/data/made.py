@@ -8,6 +8,7 @@ Example number n is the same for the same seed, whatever else is made.
 
 import io
 import json
+import math
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from casa.media import VideoWriter
 
 _QUALITY = 95  # of JPEG: handwriting keeps its edges
 _CRF = 18
-_AFTER = 0.05  # s between a frame and its words, so that no rounding gives them to another frame
+_AFTER = 0.1  # of the time between two frames, from a frame to its words: no rounding gives them to another one
 
 PictureSource = Callable[[np.random.Generator, tuple[int, int] | None], Any]
 ClipSource = Callable[[np.random.Generator], Any]
@@ -87,7 +88,7 @@ def write_clips(
             with VideoWriter(video, (clip.width, clip.height), fps, crf=_CRF, preset="veryfast") as writer:
                 for frame in clip.frames():
                     writer.write(frame)
-            words = [[n / fps + _AFTER, (n + 1) / fps, text] for n, text in enumerate(captions) if text]
+            words = [[(n + _AFTER) / fps, (n + 1) / fps, text] for n, text in enumerate(captions) if text]
             row = {"video": f"{folder.name}/{video.name}", "video_end": len(captions) / fps}
             lines.write(json.dumps({**row, "text": prompt, "words": words}) + "\n")
             if told is not None:
@@ -113,7 +114,7 @@ def _chat(turns: Sequence[Any]) -> list[dict[str, Any]]:
 
 def _size(rng: np.random.Generator, sides: tuple[int, int], multiple: int) -> tuple[int, int]:
     """Height and width in px, multiples of `multiple`; each doubling of a side is as frequent as the next."""
-    low, high = sides[0] / multiple, sides[1] / multiple + 1
+    low, high = math.ceil(sides[0] / multiple), sides[1] // multiple + 1
     height, width = (int(side) * multiple for side in low * (high / low) ** rng.random(2))
     return height, width
 

@@ -88,12 +88,12 @@ def _own(given: Any) -> CasaForConditionalGeneration | None:
     """A model of casa's own, or one from its path; None if it is anything else."""
     if isinstance(given, CasaForConditionalGeneration):
         return given
-    if isinstance(given, nn.Module) or not is_own(resolve(given)):
+    if isinstance(given, nn.Module) or not _is_own(resolve(given)):
         return None
     return CasaForConditionalGeneration.from_pretrained(given)
 
 
-def is_own(path: Any) -> bool:
+def _is_own(path: Any) -> bool:
     """Whether a folder holds a model of casa's own."""
     file = Path(str(path)) / "config.json"
     try:

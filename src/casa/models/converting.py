@@ -74,9 +74,7 @@ def convert(
         sources |= _tower_sources(model, tower_stored, vision)
     planned = _plan(model, sources, dtype_of, fusion.output == "zero")
     with new_folder(out) as folder:
-        needed, free = sum(tensor.size for tensor in planned), shutil.disk_usage(folder).free
-        if needed > free:
-            raise UserError(f"{out} needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; free some space.")
+        _check_room(out, folder, sum(tensor.size for tensor in planned))
         write_shards(folder, planned, most_bytes)
         model.config.architectures = [type(model).__name__]
         model.config.dtype = dtype_of["backbone"]
@@ -114,11 +112,19 @@ def _refit(
     beside: Callable[[Path], None] | None,
 ) -> CasaForConditionalGeneration:
     model = adapt(str(source), fusion, vision)
+    model = model if dtype is None else model.to(dtype)
     with new_folder(out) as folder:
-        (model if dtype is None else model.to(dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+        _check_room(out, folder, sum(p.numel() * p.element_size() for p in model.parameters()))
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
         if beside is not None:
             beside(folder)
     return model.to("meta")
+
+
+def _check_room(out: Any, folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f"{out} needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; free some space.")
 
 
 def read_config(path: Any) -> Any:

@@ -22,7 +22,8 @@ def check_refit(before: FusionConfig, fusion: FusionConfig) -> None:
 def refit(model: CasaForConditionalGeneration, fusion: FusionConfig, config: Any) -> CasaForConditionalGeneration:
     """The insertion model's own parts, taken over, with new fusion layers that copy its self-attention.
 
-    config: of the new model. All that was there is frozen but the last four blocks of the image tower (paper, route b).
+    config: of the new model. All that was there is frozen but the last four blocks of the image tower (paper, route b)
+    and the self-attention that layers without weights of their own borrow.
     Raises UserError like `check_refit`.
     """
     check_refit(model.fusion, fusion)

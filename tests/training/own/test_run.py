@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from casa import CasaForConditionalGeneration, CasaProcessor
 from casa.errors import UserError
 from casa.training.own import parse_run_recipe, train_run
+from casa.training.own.model import load_processor
 from casa.training.own.run import RECIPE, claim
 
 # PEFT asks by a name that transformers is about to leave behind
@@ -152,3 +153,35 @@ def test_a_run_goes_on_with_the_recipes_rates(values, tmp_path):
     train_run(slower, tmp_path / "run", resume=True, callbacks=[rates])
     assert [found["new"] for found in rates.found] == pytest.approx([5e-4, 5e-4])
     assert [found["existing"] for found in rates.found] == pytest.approx([1e-3, 1e-3])
+
+
+def test_an_insertion_model_is_frozen_and_gets_layers(values, made, tmp_path):
+    """Route (b) over a model of casa's own; its pictures are those of its own processor."""
+    optimisation = {"trained": "added", "tower_blocks": 1, "frozen": [r"^projector\."]}
+    recipe = parse_run_recipe(values(model={"backbone": str(made.insertion)}, optimisation=optimisation))
+    final = train_run(recipe, tmp_path / "run")
+    model = CasaForConditionalGeneration.from_pretrained(final)
+    before = dict(CasaForConditionalGeneration.from_pretrained(made.insertion).named_parameters())
+    moved = {name for name, p in model.named_parameters() if name not in before or not torch.equal(p, before[name])}
+    assert {".".join(name.split(".")[:3]) for name in moved if not name.startswith("casa_layers")} == {
+        "vision.blocks.1"
+    }
+    assert model.fusion.method == "casa"
+
+
+def test_a_processor_made_before(values, made, tmp_path):
+    given = {"backbone": str(made.text), "vision": str(made.tower)}
+    said = parse_run_recipe(values(model={**given, "processor": str(made.checkpoint)})).model
+    assert load_processor(said).stream_prompt == "say it"
+    assert load_processor(parse_run_recipe(values(model=given)).model).stream_prompt != "say it"
+    gist = parse_run_recipe(values(model={**given, "processor": str(made.checkpoint), "fusion": {"gist": 2}})).model
+    with pytest.raises(UserError, match=r"0 gist tokens .* is 2; give the same"):
+        load_processor(gist)
+
+
+def test_a_reader_in_a_process_of_its_own_says_one_sentence(values, made, tmp_path):
+    pages = made.module.pages(tmp_path / "data", 6, bad=6)
+    recipe = parse_run_recipe(values(data={"sources": [{"path": str(pages)}]}, loading={"workers": 1}))
+    with pytest.raises(UserError, match=r"^\S*pages.jsonl has no record that can be read") as caught:
+        train_run(recipe, tmp_path / "run")
+    assert "Traceback" not in str(caught.value)

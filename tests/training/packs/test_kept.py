@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from casa.data.bad import BadRecord
 from casa.data.record import Picture
 from casa.testing import tiny_casa, tiny_processor
 from casa.training.packs import Collator
@@ -56,6 +57,15 @@ def test_what_does_not_fit_is_encoded_each_time(model, chat, picture):
         kept([large, small])
     assert (kept.kept.made, kept.kept.found) == (3, 1)
     assert 0 < kept.kept.kept <= 1000
+
+
+def test_a_file_that_is_gone_is_a_bad_record(model, chat, picture, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(picture(56, 56).source)
+    sample = MAKE(chat(("user", Picture(path), "a"), ("assistant", "b")))[0]
+    path.unlink()
+    with pytest.raises(BadRecord, match=r"a\.png"):
+        keeping(model).prepare(sample)
 
 
 def test_a_file_that_changes_is_another_picture_and_so_is_a_smaller_one(model, chat, picture, tmp_path):

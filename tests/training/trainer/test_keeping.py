@@ -3,6 +3,7 @@
 import pytest
 
 from casa.errors import UserError
+from casa.training.trainer.keeping import keep_features
 
 FROZEN = {"frozen": (r"^vision\.",)}
 
@@ -40,3 +41,10 @@ def test_a_tower_that_is_trained_cannot_be_kept(small, tmp_path):
 def test_nor_can_readers_elsewhere(small, tmp_path):
     with pytest.raises(ValueError, match="workers is 1; it must be 0"):
         small.trainer(tmp_path, **FROZEN, keep_gigabytes=0.1, workers=1)
+
+
+def test_nor_shards(small, tmp_path, monkeypatch):
+    run = small.trainer(tmp_path, **FROZEN)
+    monkeypatch.setattr(type(run), "sharded", True)
+    with pytest.raises(UserError, match="sharding: fsdp"):
+        keep_features(run, 0.1)

@@ -95,14 +95,19 @@ def outline(recipe: RunRecipe) -> Any:
 
 def load_processor(settings: ModelSettings) -> CasaProcessor:
     """The processor beside the model; nothing else of it is fetched. Raises UserError where there is none."""
+    gist = 0 if settings.fusion is None else settings.fusion.gist
     if settings.processor is not None:
         processor = CasaProcessor.from_pretrained(settings.processor)
     elif settings.checkpoint is not None:
         processor = CasaProcessor.from_pretrained(_fetched(settings.checkpoint))
     else:
         vision = None if settings.vision is None else _fetched(settings.vision)
-        gist = 0 if settings.fusion is None else settings.fusion.gist
         processor = processor_at(_fetched(settings.backbone), vision, gist, _NO_ENCODER)
+    if settings.checkpoint is None and len(processor.gist_ids) != gist:
+        raise UserError(
+            f"the processor writes {len(processor.gist_ids)} gist tokens behind a picture, and model.fusion.gist is "
+            f"{gist}; give the same, or leave model.processor out."
+        )
     if settings.max_pixels is not None:
         _bound(processor.image_processor, settings.max_pixels)
     return processor

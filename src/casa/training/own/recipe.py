@@ -43,8 +43,9 @@ class LoraSettings:
 class ModelSettings:
     """What is trained: a backbone that is given eyes now, or a CASA checkpoint that learns more.
 
-    backbone: folder or hub name of a text-only model (with `vision`: an image encoder, or a model that has one), or of
-    an insertion VLM. fusion: how it is fused. checkpoint: folder of a CASA model, or a shipped one, instead of these.
+    backbone: folder or hub name of a text-only model (with `vision`: an image encoder, or a model that has one), of an
+    insertion VLM, or of an insertion model of casa's own, whose projector counts as new. fusion: how it is fused.
+    checkpoint: folder of a CASA model, or a shipped one, instead of these.
     dtype: that weights are read in; what they are kept in afterwards is `optimisation.precision`. float32 loses
     nothing; bfloat16 halves the host memory that reading takes.
     processor: folder of a processor to use; what the backbone's tokenizer and the encoder ask for is made if None.

@@ -31,7 +31,11 @@ class KeptFeatures:
 
     def get(self, sized: SizedPicture, pixels: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """`image_features` (N, d_v) and `image_grid_thw` (1, 3) of a picture; pixels: opens it, if it must be."""
-        key = _key(sized)
+        try:
+            key = _key(sized)
+        except OSError:
+            # whoever opens it says what is wrong with the file
+            return self.encoded(pixels())
         if (held := self._tokens.get(key)) is not None:
             self.found += 1
             return held

@@ -25,6 +25,7 @@ from casa.training.packs.settings import PackingSettings
 from casa.training.samples import Sample, SampleMaker
 
 NOTE_EVERY = 32  # records between places that are noted
+HOPELESS = 1000  # refusals of what was refused before, with no batch between; fewer may be chance in a mixture
 
 
 class RecordSource(Protocol):
@@ -96,7 +97,7 @@ class PackReader:
         self._noted: deque[tuple[int, dict[str, Any]]] = deque()
         self._saved: dict[str, Any] | None = None
         self._refused: set[Origin] = set()  # since the last batch
-        self._refused_again = False
+        self._again = 0  # of these, how many had been refused before
 
     def load(self, position: str) -> None:
         """Goes on behind the batch that carried this position. To be called before the first batch."""
@@ -114,14 +115,16 @@ class PackReader:
                 else:
                     for sample in samples:
                         self._packer.add(sample)
+                    if not samples:
+                        self._check_hope()
             if not len(self._packer):
                 return
             batch = self._batch(self._packer.pack())
             if batch is not None:
                 self._refused.clear()
-                self._refused_again = False
+                self._again = 0
                 yield batch
-            else:
+            elif not ended:
                 self._check_hope()
 
     def _records(self) -> Iterator[list[_Numbered]]:
@@ -154,6 +157,9 @@ class PackReader:
         there = [(key, since) for key, since in zip(keys, saved["packer"]["since"], strict=True) if key in found]
         state = {"packs": saved["packer"]["packs"], "since": [since for _, since in there]}
         self._packer.load_state_dict(state, [found[key] for key, _ in there])
+        # what was refused now was refused before the position was saved
+        self._refused.clear()
+        self._again = 0
 
     def _next(self, records: Iterator[Record]) -> list[_Numbered] | None:
         if self._read % NOTE_EVERY == 0 or not self._noted:
@@ -167,17 +173,16 @@ class PackReader:
             return [_Numbered(sample, number) for sample in self._maker(record)]
         except BadRecord as bad:
             self._refuse(record.origin, bad)
-            self._check_hope()
             return []
 
     def _refuse(self, origin: Origin, bad: BadRecord) -> None:
         self._source.refuse(origin, bad)
-        self._refused_again |= origin in self._refused
+        self._again += origin in self._refused
         self._refused.add(origin)
 
     def _check_hope(self) -> None:
-        """Raises UserError if the data began again and gave no batch: sources that repeat would go on for ever."""
-        if self._refused_again and all(entry.sample.origin in self._refused for entry in self._packer.waiting):
+        """Raises UserError if the same records come again and again without a batch: they would for ever."""
+        if self._again >= HOPELESS and all(entry.sample.origin in self._refused for entry in self._packer.waiting):
             raise UserError("No record of the data can be learned from: `casa data check` tells why.")
 
     def _batch(self, pack: list[_Numbered]) -> Batch | None:

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
-from casa.benchmarks.host_memory import peak_bytes
+from casa.benchmarks.host_memory import most_bytes
 from casa.training.samples import Budget
 from casa.training.trainer import CasaTrainer
 from casa.training.trainer.ranks import mean_over_ranks
@@ -81,15 +80,10 @@ class Measures(TrainerCallback):
             "packed_image": found["image_tokens"] / (packs * self._budget.image),
         }
         figures = {name: mean_over_ranks(value, args.device) for name, value in figures.items()}
-        figures["memory_gib"] = held_bytes(args.device) / 2**30
+        figures["memory_gib"] = most_bytes(args.device) / 2**30
         logs.update(figures)
         if state.log_history and state.log_history[-1].get("loss") == logs["loss"]:
             # a copy, made before callbacks were asked
             state.log_history[-1].update(figures)
         self._window = Counter()
         self._since, self._paused = now, 0.0
-
-
-def held_bytes(device: torch.device) -> int:
-    """The most memory that was held so far: the GPU's tensors, or this process."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()

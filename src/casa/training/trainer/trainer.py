@@ -125,7 +125,11 @@ class CasaTrainer(ShardedTraining, Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         """The batches of one step. If a process has no more for a whole step, the run ends on all of them."""
-        self.batches = list(islice(epoch_iterator, num_batches))
+        try:
+            self.batches = list(islice(epoch_iterator, num_batches))
+        except UserError as error:
+            # a reader in a process of its own sends its traceback along
+            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
         if ranks.any_rank(len(self.batches) < num_batches, self.args.device):
             self._ended = True
             self.batches = []
