@@ -3,7 +3,7 @@ PYTHON ?= python3
 VIDEO ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu test-lowest mutations lint results results-live clean
+.PHONY: demo test test-gpu test-lowest mutations lint results results-live results-tiny clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "casa needs Python 3.11 or newer: call make with PYTHON=python3.11")'
@@ -58,6 +58,14 @@ results-live: .venv/installed
 		--out docs/results/turns-$$turns-cpu.json --plot docs/images/turns-$$turns.png || exit 1; done
 	$(BIN)/casa bench memory --minutes 60 --out docs/results/memory-cpu.json
 	$(BIN)/casa bench soak --frames 100000 --max-text-tokens 128 --size 112 --out docs/results/soak-cpu.json --plot docs/images/soak.png
+
+# casa-tiny's last step by the trainer for data of one's own, both routes and the twins (about three hours on two cores).
+results-tiny: .venv/installed
+	$(BIN)/casa train recipes/casa-tiny.yaml --out runs/casa-tiny
+	test -d data/tiny || $(BIN)/casa data make data/tiny --pages 3000 --scenes 3000 --clips 600 --seed 1
+	for name in tiny-casa tiny-cross-attention tiny-insertion tiny-adapt; do \
+		$(BIN)/casa train recipes/tiny/$$name.yaml --out runs/$$name --resume || exit 1; \
+		$(BIN)/casa eval runs/$$name/final --seed 2026 --limit 200 --out docs/results/$$name.json || exit 1; done
 
 clean:
 	rm -rf .venv .venv-lowest demo runs build dist
