@@ -1,16 +1,21 @@
 """`casa train` on data of one's own: trained, resumed, asked, dry-run; errors in one sentence."""
 
 import importlib.util
+import io
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from casa import CasaForConditionalGeneration
+from casa.training.trainer import newest_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +89,20 @@ def test_offline_tasks_are_scored_while_it_trains(casa, folder, tmp_path):
     assert "pages" in unknown.err
 
 
-def test_under_torchrun(folder, tmp_path):
-    """With FSDP2, whose last step is an export; DDP differs in less, and has a test of its own among the trainer's."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+# two processes by gloo: the recipe says device: cpu
+ACCELERATE = [
+    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "--no_python"),
+]
+
+
+@pytest.mark.parametrize(("launcher", "sharding"), [(TORCHRUN, "fsdp"), (ACCELERATE, "ddp")])
+def test_two_processes(folder, tmp_path, launcher, sharding):
+    command = [sys.executable, *launcher]
     program = Path(sys.executable).with_name("casa")
     out = tmp_path / "run"
-    arguments = ["train", folder / "mine.yaml", "--out", out, "--set", "sharding=fsdp"]
+    arguments = ["train", folder / "mine.yaml", "--out", out, "--set", f"sharding={sharding}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, program, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -100,6 +113,63 @@ def test_under_torchrun(folder, tmp_path):
     steps = [entry["step"] for entry in json.loads((out / "log.json").read_text()) if "loss" in entry]
     assert steps == [1, 2]
     CasaForConditionalGeneration.from_pretrained(out / "final")
+
+
+def test_sigterm_saves_and_ends_well(folder, tmp_path):
+    program, out = Path(sys.executable).with_name("casa"), tmp_path / "run"
+    command = [program, "train", folder / "mine.yaml", "--out", out, "--set", "optimisation.steps=2000"]
+    running = subprocess.Popen(
+        [*command, "--set", "saving.every=2000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while "step 2 of" not in (line := running.stderr.readline()):
+        assert line, "it ended before its second step"
+    running.send_signal(signal.SIGTERM)
+    said, errors = running.communicate(timeout=120)
+    assert (running.returncode, said) == (0, ""), errors
+    assert "--resume goes on from there" in errors
+    assert newest_checkpoint(out) is not None
+
+
+def test_bad_data_of_every_kind_never_stops_a_run(casa, folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(folder / "data", data)
+    good = (data / "pages.jsonl").read_text().splitlines()[1:]
+    (data / "cut.jpg").write_bytes(jpeg()[:400])
+    (data / "a.jpg").write_bytes(jpeg())
+
+    def row(said, images, answer="red"):
+        messages = [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
+        return {"messages": messages, "images": images}
+
+    bad = [
+        (row("<image>what", ["gone.jpg"]), "missing-picture"),
+        (row("<image>what", ["cut.jpg"]), "unreadable-picture"),
+        (row("what", ["a.jpg"]), "picture-without-tag"),
+        (row("<image><image>what", ["a.jpg"]), "tag-without-picture"),
+        (row("<image>what", ["a.jpg"], ""), "empty-answer"),
+        (7, "wrong-type"),
+        ({"messages": 3}, "wrong-type"),
+        (row("what", [], "x" * 20_000_000), "over-budget"),
+    ]
+    right = row("<image>\U0001f680 \u05e9\u05dc\u05d5\u05dd", ["a.jpg"])
+    lines = [json.dumps(value) for value, _ in bad] + [json.dumps(right, ensure_ascii=False), *good]
+    (data / "mixed.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    source = ("--set", f"data.sources.0.path={data / 'mixed.jsonl'}", "--set", "data.shuffle=0")
+    once = (*source, "--set", "data.exhausted=leave", "--set", "optimisation.steps=200")
+    result = casa("train", folder / "mine.yaml", "--out", tmp_path / "run", *once)
+    assert result.status == 0, result.err
+    found = [json.loads(line) for line in (tmp_path / "run" / "bad-records.jsonl").read_text().splitlines()]
+    named = {int(entry["origin"].rpartition(":")[2]): entry["reason"] for entry in found}
+    assert named == {number: reason for number, (_, reason) in enumerate(bad, start=1)}
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+    strict = casa("train", folder / "mine.yaml", "--out", tmp_path / "strict", *once, "--strict")
+    assert (strict.status, "mixed.jsonl:1: " in strict.err) == (2, True)
+
+
+def jpeg():
+    held = io.BytesIO()
+    Image.effect_noise((84, 56), 60).convert("RGB").save(held, "JPEG")
+    return held.getvalue()
 
 
 def test_a_dry_run_trains_nothing(casa, folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -17,6 +18,7 @@ from casa.training.own.plan_table import tables
 from casa.training.own.run import trained_groups
 from casa.training.trainer.groups import choose_trained, set_precision
 
+RECIPES = Path(__file__).parents[3] / "recipes"
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
 
 
@@ -91,3 +93,11 @@ def test_a_model_that_is_not_there(values, tmp_path):
     recipe = parse_run_recipe(values(model={"checkpoint": str(tmp_path / "none")}))
     with pytest.raises(UserError, match="there is no model at"):
         make_plan(recipe)
+
+
+def test_lora_on_data_of_ones_own_fits_one_gpu_of_24_gb(made):
+    """What is certain, and what checkpointed blocks keep: the input of each, in two bytes a number."""
+    recipe = open_recipe(RECIPES / "lora-own-data.yaml", [f"data.sources.0.path={made.pages}"])
+    plan = make_plan(recipe)
+    text = 36 * recipe.packing.budget.text * 2048 * 2
+    assert sum(plan.memory.values()) + text < 20e9

@@ -1,7 +1,8 @@
 """What a run shows and records: lines on a terminal and in a file, curves, reporters that are not installed."""
 
 import io
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -73,6 +74,13 @@ def test_reporters_are_those_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("casa.training.seen.reporting.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"logging\.to names wandb, which is not installed: pip install wandb"):
         reporters(["wandb"], tmp_path)
+
+
+def test_weights_and_biases_where_it_is_installed(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
+    monkeypatch.setattr("casa.training.seen.reporting.find_spec", lambda name: object())
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: True)
+    assert [type(one).__name__ for one in reporters(["wandb"], tmp_path)] == ["WandbCallback"]
 
 
 @pytest.mark.parametrize("count", [1, 30, 100])

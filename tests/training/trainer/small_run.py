@@ -1,9 +1,11 @@
 """A small run of the trainer, in this process or as a script that can be killed: `small_run.py FOLDER key=value ...`.
 
-Every step appends its number and loss to FOLDER/curve.txt.
+Every step appends its number and loss to FOLDER/curve.txt. die=6: the process is killed while it saves step 6.
 """
 
 import io
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -90,6 +92,7 @@ def trainer(folder, *, steps=8, slow=0.0, workers=0, save_every=3, data=None, ow
         watch=watch,
         save_every=save_every,
         keep=keep,
+        log_every=1,
         workers=workers,
         device="cpu",
         sharding=sharding,
@@ -115,6 +118,16 @@ if __name__ == "__main__":
     given = {key: float(value) if "." in value else int(value) for key, value in values.items()}
     if "dropout" in given:
         given["own_model"] = model(given.pop("dropout"))
+    die = given.pop("die", 0)
     run = trainer(folder, **given)
+    if die:
+        save = run._save_rng_state
+
+        def killed(place):
+            if run.state.global_step == die:
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(place)
+
+        run._save_rng_state = killed
     run.train(resume_from_checkpoint=True)
     print("stopped" if run.stopped else "done", run.state.global_step)

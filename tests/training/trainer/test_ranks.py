@@ -68,12 +68,19 @@ def test_two_processes_are_one(small, alone, tmp_path):
         for step, loss in (line.split() for line in lines):
             assert float(loss) == pytest.approx(wanted[int(step)], rel=0, abs=1e-6)
         check_export(one, place / "checkpoint-4", tmp_path)
+        # before clipping, and before AdamW, which forgets a constant factor
+        assert norms(place / "checkpoint-4") == pytest.approx(norms(folder / "checkpoint-4"), rel=1e-6)
     check_resumed(tmp_path / "fsdp")
     whole = CasaForConditionalGeneration.from_pretrained(tmp_path / "whole")
     check_close(dict(whole.named_parameters()), dict(one.model.named_parameters()))
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["architectures"] == [
         "CasaForConditionalGeneration"
     ]
+
+    for_ddp, folder = alone(steps=1, accumulate=4, clip=0.0)
+    found = CasaForConditionalGeneration.from_pretrained(tmp_path / "accumulated" / "checkpoint-1")
+    check_close(dict(found.named_parameters()), dict(for_ddp.model.named_parameters()))
+    assert norms(tmp_path / "accumulated" / "checkpoint-1") == pytest.approx(norms(folder / "checkpoint-1"), rel=1e-6)
 
     again, _ = alone(steps=1, accumulate=4, checkpoint_blocks=True)
     out = export_checkpoint(tmp_path / "again" / "checkpoint-1", tmp_path / "again" / "out")
@@ -82,6 +89,12 @@ def test_two_processes_are_one(small, alone, tmp_path):
     # bf16 has eight bits
     assert small.curve(tmp_path / "half")[1] == pytest.approx(wanted[1], rel=2e-2)
     assert small.curve(tmp_path / "half")[1] != wanted[1]
+
+
+def norms(checkpoint):
+    """The gradient's norm at each step."""
+    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [entry["grad_norm"] for entry in log if "grad_norm" in entry]
 
 
 def check_export(one, checkpoint, tmp_path):

@@ -1,6 +1,7 @@
 """Runs that are interrupted go on as if they had not been: losses, data, random numbers, optimiser."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 from casa import CasaForConditionalGeneration, CasaProcessor
 from casa.errors import UserError
 from casa.training.trainer import newest_checkpoint, saved_checkpoints
+from casa.training.trainer.checkpoints import unfinished
 
 
 class Break(TrainerCallback):
@@ -90,10 +92,23 @@ def wait_for_steps(small, folder, process, count):
 
 def test_killed_at_any_moment_and_resumed(small, whole, script, tmp_path):
     killed = start(script, tmp_path, "slow=0.3")
-    wait_for_steps(small, tmp_path, killed, 4)
+    step = random.randint(1, 7)
+    print(f"killed after step {step}")
+    wait_for_steps(small, tmp_path, killed, step)
     killed.kill()
     killed.communicate()
     assert not (tmp_path / "checkpoint-8").exists()
+    small.trainer(tmp_path).train(resume_from_checkpoint=True)
+    same(small.curve(tmp_path), whole)
+
+
+def test_killed_while_checkpointing_and_resumed(small, whole, script, tmp_path):
+    killed = start(script, tmp_path, "die=6")
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in saved_checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert unfinished(tmp_path, 6).exists()
+    CasaForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-3")
     small.trainer(tmp_path).train(resume_from_checkpoint=True)
     same(small.curve(tmp_path), whole)
 

@@ -2,6 +2,7 @@
 
 FOLDER/ddp, FOLDER/fsdp      a run to its end, then again from the checkpoint in its middle: curve.txt has both;
                              after every step the model is looked at with its average for its weights
+FOLDER/accumulated           DDP with two packs to a step, and no clipping
 FOLDER/again                 FSDP2 with blocks that run again in the backward pass, and two packs to a step
 FOLDER/half                  FSDP2 in bf16
 FOLDER/whole                 what save_model gives of a sharded model
@@ -58,6 +59,7 @@ if __name__ == "__main__":
     run(place / "fsdp", sharding="fsdp")
     last = interrupted(place / "fsdp", sharding="fsdp")
     last.save_model(str(place / "whole"))
+    run(place / "accumulated", steps=1, ema=None, clip=0.0, accumulate=2)
     once = {"sharding": "fsdp", "steps": 1, "ema": None, "clip": 1.0}
     run(place / "again", **once, checkpoint_blocks=True, accumulate=2)
     run(place / "half", **once, precision="bfloat16")

@@ -6,6 +6,7 @@
 The whole conversation is rendered and encoded once, so its tokens are those that the processor would feed.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ def chat_tokens(messages: Sequence[Message], processor: CasaProcessor, stop: Sto
     text, spans = _rendered(messages, processor)
     # what follows the last answer is read by nobody
     text, closed = _with_stops(text, spans, stop)
+    ends = [last for _, last in spans]
     encoded = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = []
     learn: list[bool] = []
@@ -79,7 +81,9 @@ def chat_tokens(messages: Sequence[Message], processor: CasaProcessor, stop: Sto
             learn += [False] * len(processor.gist_ids)
         else:
             ids.append(token)
-            learn.append(any(start < last and end > first for first, last in spans))
+            # the first piece of an answer that ends behind the token's start; they are in order and apart
+            answer = bisect_right(ends, start)
+            learn.append(answer < len(spans) and end > spans[answer][0])
     if not closed:
         ids.append(stop.token)
         learn.append(True)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from casa.data.bad import BadRecord
-from casa.data.record import Record
+from casa.data.record import Record, Text
 from casa.models import CasaProcessor
 from casa.training.samples.budget import Budget
 from casa.training.samples.chat import Tokens, chat_tokens, stop_of
@@ -36,6 +36,7 @@ class SampleMaker:
         self.grids = PictureGrids(processor.image_processor, fold)
         self.counts: Counter[str] = Counter()
         self._stop = stop_of(processor, stop)
+        self._longest = max(map(len, processor.tokenizer.get_vocab()))  # characters of a token
 
     def __call__(self, record: Record) -> list[Sample]:
         """The record's samples, each within the budget, in order.
@@ -44,8 +45,10 @@ class SampleMaker:
         are too large by themselves are left out, and counted as "pieces refused".
         """
         self.counts["records"] += 1
-        whole = self.make(record)
-        found = [whole] if self._fits(whole) else list(self._made_to_fit(record, whole))
+        # what is too long by far is not even made into tokens: of 20 MB they would take gigabytes
+        whole = None if self._endless(record) else self.make(record)
+        fits = whole is not None and self._fits(whole)
+        found = [whole] if whole is not None and fits else list(self._made_to_fit(record, whole))
         self.counts["samples"] += len(found)
         return found
 
@@ -64,16 +67,21 @@ class SampleMaker:
     def _fits(self, sample: Sample) -> bool:
         return self.budget.holds(sample.text_tokens, sample.image_tokens)
 
-    def _made_to_fit(self, record: Record, whole: Sample) -> Iterator[Sample]:
-        too_long = whole.text_tokens > self.budget.text
-        if not too_long and self.oversize.images == "downscale":
+    def _endless(self, record: Record) -> bool:
+        """Whether a record's text is over budget even if all its tokens were the longest there are."""
+        texts = (part.text for message in record.messages for part in message.parts if isinstance(part, Text))
+        return sum(map(len, texts)) > self.budget.text * self._longest
+
+    def _made_to_fit(self, record: Record, whole: Sample | None) -> Iterator[Sample]:
+        too_long = whole is None or whole.text_tokens > self.budget.text
+        if whole is not None and not too_long and self.oversize.images == "downscale":
             smaller = self._downscaled(whole)
             if smaller is not None:
                 self.counts["downscaled"] += 1
                 yield smaller
                 return
         refused = (too_long and self.oversize.text == "refuse") or (
-            whole.image_tokens > self.budget.image and self.oversize.images == "refuse"
+            whole is not None and whole.image_tokens > self.budget.image and self.oversize.images == "refuse"
         )
         if refused:
             self.counts["refused"] += 1
@@ -93,6 +101,8 @@ class SampleMaker:
 
     def _piece(self, piece: Record, part: int) -> Sample | None:
         """The sample of a piece; None if it is too large, or answers nothing."""
+        if self._endless(piece):
+            return None
         try:
             sample = self.make(piece, part)
         except BadRecord:
@@ -103,6 +113,8 @@ class SampleMaker:
         return sample if self._fits(sample) else None
 
     def _piece_fits(self, piece: Record) -> bool:
+        if self._endless(piece):
+            return False
         try:
             return self._fits(self.make(piece))
         except BadRecord:
@@ -135,7 +147,12 @@ class SampleMaker:
         return Sample(sample.ids, sample.learn, sample.places, tuple(pictures), sample.origin, sample.part)
 
 
-def _over_budget(sample: Sample, budget: Budget) -> BadRecord:
+def _over_budget(sample: Sample | None, budget: Budget) -> BadRecord:
+    """sample: None for one that was not even made into tokens."""
+    if sample is None:
+        return BadRecord(
+            "over-budget", f"It has far more text than the {budget.text} tokens of a pack: shorten it."
+        )
     return BadRecord(
         "over-budget",
         f"It has {sample.text_tokens} text and {sample.image_tokens} image tokens; a pack holds {budget.text} and "

@@ -57,9 +57,14 @@ def join(pieces: Sequence[Piece]) -> Record:
 
 def split(record: Record, fits: Callable[[Record], bool]) -> list[Record]:
     """Runs of pieces, each as long as fits; a piece that does not fit alone stands alone."""
-    pieces, found, start = pieces_of(record), [], 0
+    pieces, found, start, low = pieces_of(record), [], 0, 1
     while start < len(pieces):
-        low, high = 1, len(pieces) - start
+        left = len(pieces) - start
+        # neighbours are alike: the last run's length is where to look first, and nothing much longer is tried
+        high = min(low, left)
+        low = 1
+        while high < left and fits(join(pieces[start : start + high])):
+            low, high = high, min(2 * high, left)
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(join(pieces[start : start + middle])) else (low, middle - 1)
