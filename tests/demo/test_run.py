@@ -47,6 +47,9 @@ def test_the_shipped_way_writes_everything_and_compares_with_the_truth(here, tmp
     assert found.truth == tuple(clip.truth(found.times))
     assert found.wer is not None
     assert all(row.insertion is not None for row in found.rows)
+    figures = found.figures()
+    assert (figures["frames"], figures["wer"]) == (6, found.wer)
+    assert figures["insertion_cache_bytes"][1] > figures["cache_bytes"][1] > 0
     text = "\n".join(lines)
     number = max((text for _, text in clip.captions), key=len)
     assert f"{clip.captions[0][0]:6.1f} s" in text

@@ -135,9 +135,15 @@ def test_pieces_of_any_size_are_one_pass(few, close, drawn):
 def test_any_texts_packed_are_each_alone(few, close, rows):
     # a picture behind all text of a sample would be the next one's
     samples = [TinySample(s.ids, tuple(p for p in s.pictures if p[0] < len(s.ids)), s.seed) for s, _, _ in rows]
-    with torch.no_grad():
-        packed = few(**as_packed(samples)).logits[0]
-        close(packed, torch.cat([few(**sample.inputs()).logits[0] for sample in samples]))
+    packed = few(**as_packed(samples)).logits[0]
+    alone = torch.cat([few(**sample.inputs()).logits[0] for sample in samples])
+    close(packed, alone)
+    weights = torch.randn(packed.shape, generator=torch.Generator().manual_seed(0), dtype=packed.dtype)
+    ours, theirs = gradients(few, (packed * weights).sum()), gradients(few, (alone * weights).sum())
+    for name, gradient in ours.items():
+        # a part that no sample has is left out by one, and zero in the other
+        close(gradient, theirs.get(name, torch.zeros_like(gradient)))
+    assert all(not float(gradient.abs().max()) for name, gradient in theirs.items() if name not in ours)
 
 
 @torch.no_grad()

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from casa import CasaConfig, CasaForConditionalGeneration, FusionConfig, adapt
+from casa import CasaConfig, CasaForConditionalGeneration, CasaProcessor, FusionConfig, adapt
 from casa.errors import UserError
-from casa.testing import TinySample, tiny_casa, tiny_encoder, tiny_text_model
+from casa.testing import TinySample, tiny_casa, tiny_encoder, tiny_processor, tiny_text_model
 
 SAMPLE = TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 2, 3), (5, 1, 2)))
 
@@ -146,3 +146,18 @@ def test_no_code_of_a_checkpoint_runs(folder):
     with pytest.raises(UserError, match="runs no code"):
         CasaForConditionalGeneration.from_pretrained(folder, trust_remote_code=True)
     assert not (folder / "ran").exists()
+
+
+def test_no_code_of_a_processor_or_a_backbone_runs(tmp_path):
+    names = dict.fromkeys(("AutoConfig", "AutoProcessor", "AutoImageProcessor", "AutoModelForCausalLM"), "evil.Evil")
+    names["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
+    tiny_processor().save_pretrained(tmp_path)
+    tiny_text_model(dtype=torch.float32).save_pretrained(tmp_path)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        path = tmp_path / name
+        values = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(values | {"auto_map": names}))
+    assert CasaProcessor.from_pretrained(tmp_path).stream_prompt == "say it"
+    adapt(str(tmp_path), vision=tiny_encoder(dtype=torch.float32))
+    assert not (tmp_path / "ran").exists()

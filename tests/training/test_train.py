@@ -78,6 +78,11 @@ def test_the_facts_are_kept(finished: Path) -> None:
     assert facts["seed"] == 1
     assert facts["versions"]["torch"]
     assert facts["recipe"]["name"] == "toy"
+    card = (finished / "final" / "README.md").read_text()
+    assert "# toy" in card
+    assert f"| fusion | {facts['stages']['fusion']['steps']} |" in card
+    assert facts["versions"]["torch"] in card
+    assert (finished / "final" / "loss.png").exists()
     assert not list(finished.rglob("*.part"))
     assert not list(finished.rglob("state.safetensors"))
 

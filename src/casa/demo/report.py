@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from casa.analysis.streaming_cost import CostRow
 from casa.demo.questions import Answered
@@ -36,6 +37,20 @@ class DemoReport:
     def latency(self) -> float:
         """Median seconds from a frame to its caption."""
         return median(row.casa.seconds for row in self.rows)
+
+    def figures(self) -> dict[str, Any]:
+        """What was measured, as plain values: times in s, sizes in bytes after the first and the last frame."""
+        first, last = self.rows[0], self.rows[-1]
+        found: dict[str, Any] = {
+            "seconds": round(self.seconds, 1),
+            "frames": len(self.rows),
+            "wer": self.wer,
+            "latency": round(self.latency, 4),
+            "cache_bytes": [first.casa.usage.cache_bytes, last.casa.usage.cache_bytes],
+        }
+        if first.insertion is not None and last.insertion is not None:
+            found["insertion_cache_bytes"] = [first.insertion.usage.cache_bytes, last.insertion.usage.cache_bytes]
+        return found
 
     def lines(self) -> list[str]:
         """The figures, the answers and the files, one line each."""

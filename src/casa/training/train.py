@@ -27,6 +27,7 @@ from casa.training.loop import Monitor, Report
 from casa.training.patches import CELL, MEAN, MERGE, PATCH, STD
 from casa.training.recipe import Recipe, recipe_values
 from casa.training.sources import Sources
+from casa.training.stage_card import write_stage_card
 from casa.training.text import train_text
 from casa.training.tokenizer import FRAME, IMAGE
 from casa.training.tower import train_tower
@@ -69,6 +70,7 @@ def train(
     make_processor(tokenizer, sources.prompt, recipe.fusion.largest).save_pretrained(final)
     facts = _facts(recipe, out, time.monotonic() - began)
     write_text(out / "training.json", json.dumps(facts, indent=1) + "\n")
+    write_stage_card(final, facts)
     return final
 
 

@@ -13,8 +13,8 @@ from casa.atomic import write_text
 from casa.data.bad import REASONS
 from casa.errors import UserError
 from casa.provenance import provenance
+from casa.training.curve import draw_curve
 from casa.training.own.recipe import RunRecipe, run_recipe_values
-from casa.training.seen.curve import draw_curve
 
 CURVE = "loss.png"
 

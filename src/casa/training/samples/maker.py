@@ -150,9 +150,7 @@ class SampleMaker:
 def _over_budget(sample: Sample | None, budget: Budget) -> BadRecord:
     """sample: None for one that was not even made into tokens."""
     if sample is None:
-        return BadRecord(
-            "over-budget", f"It has far more text than the {budget.text} tokens of a pack: shorten it."
-        )
+        return BadRecord("over-budget", f"It has far more text than the {budget.text} tokens of a pack: shorten it.")
     return BadRecord(
         "over-budget",
         f"It has {sample.text_tokens} text and {sample.image_tokens} image tokens; a pack holds {budget.text} and "
