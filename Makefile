@@ -18,12 +18,13 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
-# Where there is a CUDA device: kernels and models against float64. A machine without a network, whose own Python has
-# all that is needed and sees the device, runs them as it is.
-test-gpu:
-	@if $(PYTHON) -c 'import pytest, torch, transformers, xdist; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; \
-	then PYTHONPATH=src $(PYTHON) -m pytest tests/gpu -n 0; \
-	else $(MAKE) .venv/installed && $(BIN)/python -m pytest tests/gpu -n 0; fi
+# Where there is a CUDA device: kernels and models against float64. Such a machine may have no network: if its own Python
+# has all that is needed and sees the device, the tests run there.
+ifneq ($(filter test-gpu,$(MAKECMDGOALS)),)
+GPU_READY := $(shell PYTHONPATH=src $(PYTHON) -c 'import casa.testing, pytest, torch, xdist; print("yes" * torch.cuda.is_available())' 2>/dev/null)
+endif
+test-gpu: $(if $(GPU_READY),,.venv/installed)
+	$(if $(GPU_READY),PYTHONPATH=src $(PYTHON),$(BIN)/python) -m pytest tests/gpu -n 0
 
 # The lowest transformers that pyproject.toml allows, with the same torch.
 .venv-lowest/installed: pyproject.toml constraints.txt

@@ -99,3 +99,17 @@ def test_packed_gradients_are_the_sum_of_each_sample_alone(models):
         # bfloat16 keeps 8 bits, and a gradient is a sum of many such
         allowed = 2 * (plain[name] - want).norm() + 0.02 * want.norm()
         assert (fast[name] - want).norm() <= allowed, name
+
+
+@torch.no_grad()
+def test_compiled_is_the_plain_pass(device, no_worse):
+    """Each with its own roundings of bfloat16; two shapes, so that torch also tries sizes that vary."""
+    model = tiny_casa(dtype=torch.bfloat16)
+    exact, model = deepcopy(model).double(), model.to(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="inductor" if device.type == "cuda" else "aot_eager")
+    for sample in (SAMPLES[0], SAMPLES[2]):
+        inputs = sample.inputs()
+        found = logits(compiled, inputs, use_cache=False)
+        check(no_worse, found, logits(model, inputs, use_cache=False), logits(exact, inputs))
+    torch._dynamo.reset()

@@ -1,6 +1,7 @@
 """The variants that every promise is tried on, as tiny float64 models, and what the tests compare with."""
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ FUSIONS = {
     "replace sample": {"placement": "replace", "every": 2, "split": "sample"},
     "replace history": {"placement": "replace", "every": 2, "history": 1},
     "cross": {"method": "cross_attention"},
+    "cross shared": {"method": "cross_attention", "share_weights": True},
     "cross gated before": {"method": "cross_attention", "gate": "tanh", "placement": "before"},
     "cross replace": {"method": "cross_attention", "placement": "replace", "every": 2},
     "cross sample": {"method": "cross_attention", "split": "sample"},
@@ -37,6 +39,24 @@ SAMPLES = (
     TinySample((40, 6, 13, 22, 50), ((0, 2, 2), (0, 1, 1), (3, 3, 1)), seed=30),
     TinySample((19, 3, 28), ((3, 1, 3),), seed=40),
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def offline() -> Iterator[None]:
+    """No test of a model asks for another machine, not even one that would take the answer for an absent file."""
+    asked: list[str] = []
+    found = socket.getaddrinfo
+
+    def ask(host, *args, **kwargs):
+        if host in ("localhost", "127.0.0.1"):
+            return found(host, *args, **kwargs)
+        asked.append(str(host))
+        raise OSError(f"tests of models are offline, and this one asks for {host}")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(socket, "getaddrinfo", ask)
+        yield
+    assert not asked, f"asked for {sorted(set(asked))}"
 
 
 @pytest.fixture(scope="session")

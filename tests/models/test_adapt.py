@@ -18,9 +18,11 @@ ADDING = [
     {"placement": "before", "split": "sample", "history": -1},
     {"method": "cross_attention"},
     {"method": "cross_attention", "gate": "tanh"},
+    {"method": "cross_attention", "share_weights": True},
     {"method": "insertion"},
 ]
 REPLACING = [{"placement": "replace", "every": 2}, {"placement": "replace", "layers": [0]}]
+BORROWING = [{"share_weights": True}, {"method": "cross_attention", "share_weights": True}, *REPLACING]
 named = lambda fusion: "-".join(f"{k}={v}" for k, v in fusion.items()) or "default"  # noqa: E731
 
 
@@ -73,7 +75,7 @@ def test_layers_start_as_copies_of_their_blocks_self_attention():
         assert mine.weight.data_ptr() != theirs.weight.data_ptr()
 
 
-@pytest.mark.parametrize("fusion", [{"share_weights": True}, *REPLACING], ids=named)
+@pytest.mark.parametrize("fusion", BORROWING, ids=named)
 def test_borrowed_layers_have_no_weights_of_their_own(fusion):
     assert not list(tiny_casa(**fusion).casa_layers.parameters())
 

@@ -36,6 +36,7 @@ FUSIONS = [
     {"placement": "replace", "every": 2},
     {"share_weights": True},
     {"method": "cross_attention", "gate": "tanh"},
+    {"method": "cross_attention", "share_weights": True},
     {"history": 1},
     {"update_images": True},
     {"compressor": "pool:2"},
@@ -184,10 +185,14 @@ def test_saved_is_loaded(model, kind, samples, shards, tmp_path):
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
         assert torch.equal(tensor, theirs[name]), name
-    found = loaded(**samples[0].inputs()).logits
-    # Gemma's scale of embeddings is a float32 number in a model that was made in float32 and moved to float64
-    worst = 1e-5 if kind == "gemma3_text" else 1e-12
-    torch.testing.assert_close(found, model(**samples[0].inputs()).logits, rtol=worst, atol=worst)
+    # in a file weights lie at odd addresses, where vectorised sums begin elsewhere and may differ in the last bit
+    loaded = copy.deepcopy(loaded)
+    if kind == "gemma3_text":
+        # the scale of its embeddings is no weight: a float32 number in a model that was made in float32 and then moved
+        mine, theirs = (each.get_input_embeddings().embed_scale for each in (model, loaded))
+        assert torch.equal(mine.float(), theirs.float())
+        theirs.copy_(mine)
+    assert torch.equal(loaded(**samples[0].inputs()).logits, model(**samples[0].inputs()).logits)
 
 
 @torch.no_grad()

@@ -280,12 +280,16 @@ def test_what_is_no_size(text):
         parse_size(text)
 
 
+WIDE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 4000}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8}
+# tower: of the backbone, or "none" where that has one
 MEASURE = """
 import sys, warnings
 import torch
 from casa.models.converting import convert
 torch.set_num_threads(1)
 small, text, tower, out = sys.argv[1:]
+tower = None if tower == "none" else tower
 def status(key):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
 # what the first call imports is not the conversion's
@@ -297,19 +301,38 @@ print(status("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory from /proc")
-def test_peak_memory_stays_below_the_models_size(llama, tower, tmp_path):
-    """Every resident page counts, those mapped from the files too: the peak is about two tensors, not the model."""
-    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 4000}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
-    tiny_text_model(dtype=torch.float32, **shape, **heads).save_pretrained(tmp_path / "text", max_shard_size="15MB")
-    arguments = [llama, tmp_path / "text", tower, tmp_path / "out"]
+IN_PROC = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory from /proc")
+
+
+def measured(*arguments):
+    """The peak of memory while a folder is converted, and the size of what comes out, both in bytes."""
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=True
     )
-    peak = int(run.stdout.splitlines()[-1])
-    size = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    written = Path(arguments[-1]).glob("*.safetensors")
+    return int(run.stdout.splitlines()[-1]), sum(file.stat().st_size for file in written)
+
+
+@IN_PROC
+def test_peak_memory_stays_below_the_models_size(llama, tower, tmp_path):
+    """Every resident page counts, those mapped from the files too: the peak is about two tensors, not the model."""
+    text = tiny_text_model(dtype=torch.float32, **WIDE, **HEADS)
+    text.save_pretrained(tmp_path / "text", max_shard_size="15MB")
+    peak, size = measured(llama, tmp_path / "text", tower, tmp_path / "out")
     assert size > 80_000_000
     assert min(len(list((tmp_path / name).glob("*.safetensors"))) for name in ("text", "out")) > 3
     # measured: 0.09 of the size; `adapt` and `save_pretrained` in its place: 1.0
     assert peak < 0.4 * size
+
+
+@IN_PROC
+def test_an_insertion_model_of_casas_own_is_read_whole_and_once(tmp_path):
+    insertion = FusionConfig(method="insertion")
+    for name, shape in (("small", {}), ("own", WIDE | HEADS)):
+        text = tiny_text_model(dtype=torch.float32, **shape)
+        model = adapt(text, insertion, tiny_encoder(dtype=torch.float32))
+        model.save_pretrained(tmp_path / name, max_shard_size="15MB")
+    peak, size = measured(tmp_path / "small", tmp_path / "own", "none", tmp_path / "out")
+    assert size > 80_000_000
+    # measured: 1.01 of the size
+    assert peak < 1.2 * size

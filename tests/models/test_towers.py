@@ -9,7 +9,7 @@ from transformers import Siglip2VisionConfig, SiglipVisionConfig
 from casa import CasaForConditionalGeneration, FusionConfig, adapt
 from casa.models import freeze_backbone
 from casa.models.converting import convert
-from casa.testing import TinySample, tiny_backbone, tiny_encoder, tiny_text_model
+from casa.testing import TEXT_BACKBONES, VLM_BACKBONES, TinySample, tiny_backbone, tiny_encoder, tiny_text_model
 from casa.testing.tiny import spread
 from casa.vision import is_known, kind_of, new_encoder
 
@@ -21,15 +21,23 @@ TOWERS = {
 IDS = torch.tensor([[5, 9, 17, 4, 33, 8, 21]])
 
 
-@pytest.fixture(scope="module", params=TOWERS)
-def tower(request):
+PAIRS = [("siglip", "qwen3"), ("siglip", "gemma3_text"), *(("siglip2", kind) for kind in TEXT_BACKBONES)]
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+def pair(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def tower(pair):
     torch.manual_seed(1)
-    return request.param, spread(new_encoder(TOWERS[request.param])).double()
+    return pair[0], spread(new_encoder(TOWERS[pair[0]])).double()
 
 
-@pytest.fixture(scope="module", params=["qwen3", "gemma3_text"])
-def model(request, tower):
-    model = adapt(tiny_backbone(request.param), FusionConfig(), vision=tower[1]).eval()
+@pytest.fixture(scope="module")
+def model(pair, tower):
+    model = adapt(tiny_backbone(pair[1]), FusionConfig(), vision=tower[1]).eval()
     torch.manual_seed(2)
     spread(model.projector)
     return model
@@ -119,17 +127,20 @@ def deep_tower(blocks):
 
 
 @pytest.mark.parametrize("blocks", [6, 3])
-def test_a_vlm_comes_frozen_but_for_fusion_and_the_last_four_blocks_of_its_tower(blocks):
-    config = tiny_backbone("qwen2_5_vl").config
-    config.vision_config.depth = blocks
-    model = adapt(type(tiny_backbone("qwen2_5_vl"))(config), FusionConfig(compressor="q_former:2", gist=2))
+@pytest.mark.parametrize("kind", VLM_BACKBONES)
+def test_a_vlm_comes_frozen_but_for_fusion_and_the_last_four_blocks_of_its_tower(kind, blocks):
+    backbone = tiny_backbone(kind)
+    qwen = kind.startswith("qwen")
+    setattr(backbone.config.vision_config, "depth" if qwen else "num_hidden_layers", blocks)
+    model = adapt(type(backbone)(backbone.config), FusionConfig(compressor="q_former:2", gist=2))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    last = tuple(f"backbone.model.visual.blocks.{index}." for index in range(max(0, blocks - 4), blocks))
+    tower = "backbone.model.visual.blocks." if qwen else "backbone.model.vision_model.encoder.layers."
+    last = tuple(f"{tower}{index}." for index in range(max(0, blocks - 4), blocks))
     wanted = {
         name for name, _ in model.named_parameters() if name.startswith((*last, "casa_layers.", "compressor.", "gist."))
     }
     assert trained == wanted
-    assert len({name.split(".")[4] for name in trained if ".visual." in name}) == min(blocks, 4)
+    assert len({name.removeprefix(tower).split(".")[0] for name in trained if name.startswith(tower)}) == min(blocks, 4)
 
 
 def test_of_a_text_model_everything_is_trained_until_frozen():

@@ -6,8 +6,19 @@ from PIL import Image
 
 from casa import FusionConfig, adapt
 from casa.errors import UserError
+from casa.models.backbones import decoder_of
 from casa.models.image_tokens import ImageTokens, by_depth
-from casa.testing import TinySample, as_batch, as_packed, tiny_backbone, tiny_casa, tiny_encoder, tiny_processor
+from casa.testing import (
+    BACKBONES,
+    TinySample,
+    as_batch,
+    as_packed,
+    tiny_backbone,
+    tiny_casa,
+    tiny_casa_over,
+    tiny_encoder,
+    tiny_processor,
+)
 
 SAMPLES = (
     TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 3, 3), (5, 4, 2)), seed=10),
@@ -49,6 +60,13 @@ def test_packed_padded_and_in_pieces_are_each_sample_alone(model, close):
 
 
 @torch.no_grad()
+def test_queried_images_in_the_stream_have_places_in_three_axes_too(close):
+    """The image tokens of a Q-Former stand in one row; so they are placed under mRoPE, whatever hands them over."""
+    model = tiny_casa_over("qwen2_5_vl", method="insertion", compressor="q_former:3")
+    test_packed_padded_and_in_pieces_are_each_sample_alone(model, close)
+
+
+@torch.no_grad()
 def test_they_generate_and_come_back_from_disk(model, tmp_path):
     inputs = SAMPLES[0].inputs()
     said = model.generate(**inputs, max_new_tokens=3, do_sample=False)
@@ -68,6 +86,21 @@ def test_image_tokens_are_updated_by_each_blocks_feed_forward_network():
     assert not torch.equal(second, third)
     same = by_depth(ImageTokens(tokens), decoder, [0, 1, 2], update=False)
     assert all(found is tokens for found in same), "one tensor, so that all layers share one product"
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+@torch.no_grad()
+def test_updates_are_the_blocks_own_feed_forward(kind):
+    """A block whose self-attention gives nothing is x + FFN(x), all of its norms included."""
+    decoder = decoder_of(tiny_backbone(kind))
+    for parameter in decoder.attention(0).o_proj.parameters():
+        parameter.zero_()
+    tokens, given = torch.randn(5, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64), []
+    decoder.blocks[0].register_forward_hook(lambda block, args, output: given.append(output))
+    decoder.stack(inputs_embeds=tokens[None], position_ids=decoder.text_positions(torch.arange(5)[None]))
+    update = decoder.feed_forward(0, tokens)
+    assert float(update.abs().max()) > 1e-2
+    torch.testing.assert_close(tokens + update, given[0][0], rtol=0, atol=1e-12)
 
 
 @torch.no_grad()

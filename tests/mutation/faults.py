@@ -174,4 +174,25 @@ FAULTS = (
         "(image_window < window)",
         ("test_windows.py",),
     ),
+    Fault(
+        "CASA ahead of a block leaves out the block's norm",
+        "models/fusing.py",
+        'normed = block.get_submodule("input_layernorm")(hidden)',
+        "normed = hidden",
+        ("models/test_definition.py",),
+    ),
+    Fault(
+        "a gate without its tanh",
+        "layers/casa.py",
+        "update = update * gate.tanh()",
+        "update = update * gate",
+        ("models/test_definition.py",),
+    ),
+    Fault(
+        "plain cross-attention turns queries and image keys",
+        "models/model.py",
+        "rotaries = [None for _ in self.fused_blocks]",
+        "rotaries = decoder.rotaries(self.fused_blocks, device, dtype)",
+        ("models/test_definition.py",),
+    ),
 )
