@@ -1,14 +1,18 @@
 """Rows of a live stream: what falls behind shows. No test asserts a time."""
 
+import gc
 import math
+import threading
 
 import numpy as np
 import pytest
+import torch
 
+from casa.benchmarks.host_memory import resident_bytes
 from casa.benchmarks.live import bench_live, by_minute, laps, live_summary, live_table
 from casa.errors import UserError
 from casa.media import VideoWriter
-from casa.streaming import Moment
+from casa.streaming import Count, Moment, StreamingSession, watch_live
 from casa.testing import tiny_casa, tiny_processor
 
 
@@ -26,7 +30,15 @@ def test_each_minute_has_its_frames():
     summary = live_summary(found, 2.0)
     assert summary["keeps_pace"]
     assert (summary["frames"], summary["dropped"], summary["accumulated_lag_ms"]) == (360, 0, 0.0)
+    assert summary["growth_bytes"] == 0
     assert live_table(found).count("\n") == 3
+
+
+def test_growth_is_over_the_second_minute():
+    held = iter([(1, 500), (1, 700), (1, 710)])
+    found = list(by_minute(moments([0.0, 60.0, 120.0], lambda second: 0.1), 2.0, 180.0, lambda: next(held)))
+    assert live_summary(found, 2.0)["growth_bytes"] == 10
+    assert live_summary(found[:2], 2.0)["growth_bytes"] is None
 
 
 def test_lag_that_accumulates_shows():
@@ -69,6 +81,34 @@ def test_a_short_stream_by_the_real_clock():
     assert 1 <= found[0].watched <= 6
     assert found[0].max_lag_ms > 0
     assert found[0].cache_bytes > 0
+
+
+@pytest.mark.skipif(not resident_bytes(), reason="this system does not tell a process's memory")
+def test_frames_that_were_watched_leave_nothing(tmp_path):
+    """A film of eight frames, opened again and again: 25 laps. Python's collector, which may come late, is off."""
+    noise = np.random.default_rng(0).integers(0, 255, (224, 224, 3), dtype=np.uint8)
+    with VideoWriter(tmp_path / "a.mp4", (224, 224), 4) as video:
+        for number in range(8):
+            video.write(np.roll(noise, number, 0))
+    session = StreamingSession(tiny_casa(dtype=torch.float32), tiny_processor(), max_text_tokens=96, max_new_tokens=1)
+    turn = threading.Semaphore(1)
+
+    def paced():
+        for frame in laps(tmp_path / "a.mp4", 4.0, 50.0, 2.0):
+            assert turn.acquire(timeout=60)
+            yield frame
+
+    count, held = Count(), []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in watch_live(session, paced(), 0.001, count=count):
+            held.append(resident_bytes())
+            turn.release()
+    finally:
+        gc.enable()
+    assert (count.frames, count.dropped) == (200, 0)
+    assert held[-1] - held[70] < 15e6
 
 
 @pytest.mark.parametrize("settings", [{"minutes": 0.0}, {"fps": 0.0}, {"minutes": math.nan}])

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from casa.benchmarks.host_memory import peak_bytes, resident_bytes
+from casa.benchmarks.host_memory import forget_peak, most_bytes, peak_bytes, resident_bytes
 from casa.benchmarks.memory import bench_memory, memory_table
 from casa.benchmarks.turns_memory import turns_peaks, with_peaks
 from casa.errors import UserError
-from casa.testing import tiny_checkpoint
+from casa.models import adapt
+from casa.testing import tiny_checkpoint, tiny_encoder, tiny_processor, tiny_text_model
 
 pytestmark = pytest.mark.skipif(not peak_bytes(), reason="this system does not tell a process's memory")
 
@@ -45,10 +46,30 @@ def test_what_the_process_holds():
     del kept
 
 
-def test_peaks_are_of_each_method_by_itself(checkpoint):
-    peaks = turns_peaks(str(checkpoint), "cpu", turns=4, tokens=2, size=224)
-    assert min(peaks.values()) > 0
+def test_a_peak_can_be_forgotten():
+    held = torch.ones(50_000_000)
+    high = peak_bytes()
+    del held
+    forget_peak(torch.device("cpu"))
+    assert peak_bytes() < high - 100e6
+    assert most_bytes(torch.device("cpu")) == pytest.approx(peak_bytes(), rel=0.05)
+
+
+def test_peaks_are_of_each_method_by_itself_without_loading(tmp_path):
+    """Wide keys: 96 KiB of float32 a token, so that insertion's 12 frames of 64 tokens are 75 MB in its cache."""
+    torch.manual_seed(0)
+    wide = tiny_text_model(dtype=torch.float32, num_attention_heads=32, num_key_value_heads=32, head_dim=128)
+    tower = tiny_encoder(dtype=torch.float32)
+    model = adapt(wide, vision=tower)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    peaks = turns_peaks(str(tmp_path), "cpu", turns=12, tokens=2, size=224)
+    token = 2 * 3 * 32 * 128 * 4
+    difference = 11 * 64 * token
+    assert difference > 60e6
+    assert peaks["insertion"] - peaks["casa"] > difference / 2
+    # what loading took is in neither: a frame's worth of keys, and what passes through the tower
+    assert 0 < peaks["casa"] < difference
     summary = with_peaks({"casa": {"turns": 12}, "insertion": {"turns": 12}}, peaks)
     assert summary["insertion"]["peak_bytes"] == peaks["insertion"]
-    with pytest.raises(UserError, match="casa in a process of its own failed"):
-        turns_peaks(str(checkpoint), "tpu", turns=1, tokens=2, size=448)

@@ -117,12 +117,16 @@ def test_a_film_is_captioned_a_question_answered_and_captions_downloaded(page, s
         page.evaluate("document.activeElement.blur()")
         page.locator("#log").evaluate("log => { log.scrollTop = log.scrollHeight }")
         page.screenshot(path=path)
-    with page.expect_download() as download:
-        page.click("[data-kind=srt]")
-    text = Path(download.value.path()).read_text()
-    assert download.value.suggested_filename == "captions.srt"
-    assert re.match(r"1\n00:00:\d\d,\d{3} --> 00:00:", text)
-    assert all(line in text for line in said[:-1])
+    for kind, head in (
+        ("srt", r"1\n00:00:\d\d,\d{3} --> 00:00:"),
+        ("vtt", r"WEBVTT\n\n(1\n)?(00:)?00:\d\d\.\d{3} --> (00:)?00:"),
+    ):
+        with page.expect_download() as download:
+            page.click(f"[data-kind={kind}]")
+        text = Path(download.value.path()).read_text()
+        assert download.value.suggested_filename == f"captions.{kind}"
+        assert re.match(head, text)
+        assert all(line in text for line in said[:-1])
 
     page.click("#pause")
     page.wait_for_selector("#status[data-state=paused]")
@@ -137,6 +141,22 @@ def test_a_film_is_captioned_a_question_answered_and_captions_downloaded(page, s
     wait(page, f"Number(document.getElementById('frames').textContent) > {frames + 1}")
 
 
+PIXELS_OF_THE_CURVES = """
+[...document.querySelectorAll('canvas')].map(canvas => {
+    const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+    const count = name => {
+        const written = getComputedStyle(canvas).getPropertyValue(name).trim();
+        const wanted = [1, 3, 5].map(at => parseInt(written.slice(at, at + 2), 16));
+        let found = 0;
+        for (let at = 0; at < data.length; at += 4)
+            found += data[at + 3] > 200 && wanted.every((value, k) => Math.abs(data[at + k] - value) < 24);
+        return found;
+    };
+    return {casa: count('--casa'), insertion: count('--insertion')};
+})
+"""
+
+
 def test_insertion_grows_beside_it(page):
     page.click("#film")
     wait(page, "Number(document.getElementById('frames').textContent) >= 8")
@@ -146,11 +166,12 @@ def test_insertion_grows_beside_it(page):
         return float(number) * {"B": 1, "KiB": 1024, "MiB": 1024**2}[unit]
 
     assert size("insertion-bytes") > 3 * size("casa-bytes") > 0
-    drawn = page.evaluate(
-        "[...document.querySelectorAll('canvas')].map(c =>"
-        " new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size)"
-    )
-    assert min(drawn) > 20
+    assert page.inner_text("#insertion-time") != "–"
+    # both curves are in both plots, each in its own colour
+    drawn = page.evaluate(PIXELS_OF_THE_CURVES)
+    assert len(drawn) == 2
+    for plot in drawn:
+        assert min(plot.values()) > 20, drawn
 
 
 def test_the_webcam(page):

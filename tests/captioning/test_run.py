@@ -1,6 +1,7 @@
 """From a source to its outputs: the same captions from a file, a folder and a pipe, questions, videos, counts."""
 
 import threading
+import time
 
 import av
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from casa.captioning import Question, Report, Request, caption
 from casa.errors import UserError
 from casa.media import probe, read_frames, read_jsonl, read_srt, read_vtt
-from casa.streaming import Count, StreamingSession
+from casa.streaming import Count, Sampling, StreamingSession
 
 
 def test_every_sampled_frame_of_a_file_is_watched(run, film, load, tmp_path):
@@ -64,8 +65,6 @@ def test_questions_are_asked_at_their_second_and_once(run, film, load):
 
 
 def test_sampling_reaches_the_session(run, film):
-    from casa.streaming import Sampling
-
     drawn = [run(film, sampling=Sampling(temperature=1.5, top_k=20), seed=seed)[1] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -98,6 +97,30 @@ def test_in_live_pace_the_counts_add_up(run, film):
     assert count.frames >= 1
     assert report.said == len(told)
     assert report.longest_lag >= report.last_lag > 0
+
+
+def test_in_live_pace_an_answer_has_a_budget_too(load, film, tmp_path, monkeypatch):
+    from casa.captioning import run as module
+
+    picks = []
+
+    class Dawdling(Sampling):
+        """Never stops by itself, and takes its time."""
+
+        def pick(self, logits, said, *_):
+            picks.append(len(said))
+            time.sleep(0.002)
+            return 7
+
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.1)
+    questions = (Question(0.0, "who"), Question(9.0, "and then"))
+    request = Request(
+        str(film), live=True, fps=20.0, end=0.3, max_new_tokens=2000, sampling=Dawdling(), questions=questions
+    )
+    report = caption(request, "tiny", load)
+    # two answers of 2,000 tokens each would have been whole; captions are cut at a twentieth of a second
+    assert report.count.cut == report.count.frames + 2
+    assert max(picks) < 200
 
 
 def test_ctrl_c_ends_live_pace_and_its_counts_are_told(load, film, tmp_path):

@@ -107,6 +107,23 @@ def test_a_live_stream_that_breaks_off_comes_back(server, clip):
     assert len(server.asked) == 5
 
 
+def test_damage_in_a_live_stream_is_passed_over_and_counted(server, clip):
+    """Flipped bytes in the middle, the transport stream's own among them: the frames behind them still come."""
+    data = bytearray(clip("ts"))
+    begin = len(data) // 2
+    noise = np.random.default_rng(1).integers(1, 256, len(data) // 10, dtype=np.uint8)
+    spot = slice(begin, begin + len(noise))
+    data[spot] = (np.frombuffer(bytes(data[spot]), np.uint8) ^ noise).tobytes()
+    server.answers = [(bytes(data), 0, "video/mp2t")]
+    source = open_source(server.url, fps=10, backoff=QUICK)
+    assert source.is_live
+    seconds, _ = read(source)
+    assert source.counts.skipped >= 1
+    assert seconds == sorted(set(seconds))
+    assert 8 <= len(seconds) < 20
+    assert seconds[-1] > 1.7, "the end is reached"
+
+
 def test_a_file_that_breaks_off_goes_on_without_a_gap(server, clip):
     data = clip("mkv")
     whole = (data, len(data), "video/x-matroska")

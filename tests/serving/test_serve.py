@@ -1,6 +1,14 @@
 """`casa serve`: the verb parses, loads and says where it is; what is missing or wrong is one sentence."""
 
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
 import sys
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +65,42 @@ def test_it_says_where_it_is(casa, checkpoint, monkeypatch):
     monkeypatch.delenv("CASA_TOKEN")
     _, _, err = casa(checkpoint, "--port", 0, "--host", "0.0.0.0")
     assert "--token" in err
+
+
+def listening_addresses(port):
+    """Where this machine listens at that port, IPv4 and IPv6, as the system writes it (hexadecimal)."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        lines = Path(table).read_text().splitlines()[1:] if Path(table).exists() else []
+        for local, _, state in (line.split()[1:4] for line in lines):
+            address, number = local.split(":")
+            if int(number, 16) == port and state == "0A":
+                found.add(address)
+    return found
+
+
+def test_the_command_itself_serves_this_machine_only_until_ctrl_c(checkpoint):
+    command = [sys.executable, "-c", "from casa.cli.main import run; run()", "serve", str(checkpoint), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            line = running.stdout.readline()
+            port = int(re.fullmatch(r"mine is at http://127\.0\.0\.1:(\d+)/  \(Ctrl-C stops it\)\n", line)[1])
+            # the socket listens already, and waits for the app to be there
+            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+                connection.request("GET", "/health")
+                answer = connection.getresponse()
+                assert answer.status == 200
+                assert json.loads(answer.read())["status"] == "ok"
+            if Path("/proc/net/tcp").exists():
+                assert listening_addresses(port) == {"0100007F"}
+            # any address of this network but that one
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.2", port), timeout=5).close()
+            running.send_signal(signal.SIGINT)
+            out, err = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    assert (running.returncode, out, err) == (0, "", "")
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,29 @@ def test_each_session_says_what_it_says_alone(model):
     assert len({len(text) for texts in heard.values() for text in texts}) > 1, "captions of different lengths"
 
 
+def test_all_who_wait_share_one_pass(plain, monkeypatch):
+    """Frames of three sizes, in three sessions: one batch per step, not one pass for each."""
+    from casa.streaming import engine as module
+
+    sizes, run_together = [], module.run_together
+
+    def counted(model, calls, cut=None):
+        sizes.append(len(calls))
+        return run_together(model, calls, cut)
+
+    monkeypatch.setattr(module, "run_together", counted)
+    engine = StreamingEngine(plain, tiny_processor())
+    for name, (_, settings) in STREAMS.items():
+        engine.open(name, **SETTINGS, **settings)
+    pictures = frames(9, 12)
+    for turn in range(4):
+        for place, name in enumerate(STREAMS):
+            # every session meets every size, and at each turn the three differ
+            engine.offer(name, pictures[3 * turn + (turn + place) % 3])
+        assert [event.error for event in engine.step()] == [None] * 3
+    assert sizes == [3, 3, 3, 3]
+
+
 def test_state_in_company_is_state_alone(model):
     engine = StreamingEngine(model, tiny_processor())
     for name in ("a", "b"):

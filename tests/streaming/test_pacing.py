@@ -1,13 +1,14 @@
 """Pacing: every frame of a file; of a live stream the newest, within its budget, with nothing queueing up."""
 
 import threading
+import time
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from casa.errors import UserError
-from casa.streaming import Count, StreamingSession, watch, watch_live
+from casa.streaming import Count, Sampling, StreamingSession, watch, watch_live
 from casa.streaming.pacing import Box
 from casa.testing import tiny_casa, tiny_processor
 
@@ -25,9 +26,12 @@ class Slow:
         self.turns = threading.Semaphore(0)
         self.started = threading.Semaphore(0)
 
-    def look(self, frame):
+    def check(self, frame):
         if frame == "bad":
             raise ValueError("no picture")
+        return frame
+
+    def look(self, frame):
         return frame
 
     def step(self, frame, cut=None):
@@ -78,10 +82,7 @@ def test_live_the_newest_frame_wins_and_the_last_is_never_dropped():
 def test_a_caption_is_cut_at_its_budget():
     now = [0.0]
 
-    class Talker:
-        def look(self, frame):
-            return frame
-
+    class Talker(Slow):
         def step(self, frame, cut=None):
             words = []
             while not cut():
@@ -134,6 +135,78 @@ def test_what_is_no_picture_is_skipped_and_counted():
 
     assert [m.text for m in watch_live(session, source(), fps=2, count=count)] == ["good"]
     assert count.skipped == 1
+
+
+def one_by_one(frames, count):
+    """The next only when the last was found to be no picture: live, it would take its place."""
+    for number, frame in enumerate(frames):
+        for _ in range(4000):
+            if count.skipped >= number:
+                break
+            threading.Event().wait(0.005)
+        yield frame
+
+
+WATCHED = {
+    "ahead": lambda session, frames, count: watch(session, one_by_one(frames, count), count),
+    "in turn": lambda session, frames, count: watch(session, one_by_one(frames, count), count, ahead=False),
+    "live": lambda session, frames, count: watch_live(session, one_by_one(frames, count), fps=2, count=count),
+}
+
+
+@pytest.mark.parametrize("watched", WATCHED.values(), ids=WATCHED)
+@pytest.mark.parametrize("error", [ValueError, TypeError])
+def test_a_model_that_fails_is_no_bad_picture(watched, error):
+    class Broken(Slow):
+        def step(self, frame, cut=None):
+            raise error("the model is broken")
+
+    count = Count()
+    with pytest.raises(error, match="broken"):
+        list(watched(Broken(), [Frame("bad", 0.0), Frame("fine", 0.5)], count))
+    assert (count.frames, count.skipped) == (0, 1)
+
+
+@pytest.mark.parametrize("watched", [WATCHED["ahead"], WATCHED["live"]])
+def test_a_tower_that_fails_ahead_is_no_bad_picture(watched):
+    class Blind(Slow):
+        def look(self, frame):
+            raise ValueError("the tower is broken")
+
+    count = Count()
+    with pytest.raises(ValueError, match="tower"):
+        list(watched(Blind(), [Frame("fine", 0.0)], count))
+    assert count.skipped == 0
+
+
+@pytest.mark.parametrize("watched", WATCHED.values(), ids=WATCHED)
+def test_a_session_passes_over_what_is_no_picture(watched):
+    session = StreamingSession(
+        tiny_casa(), tiny_processor(), max_new_tokens=2, sampling=Sampling(temperature=1, top_k=3, stop_bias=1)
+    )
+    given, count = noise(0, 2), Count()
+    bad = [Frame(np.zeros((4, 4)), 0.0), Frame("no picture", 0.1), Frame(np.zeros((1, 900, 3), np.uint8), 0.2)]
+    moments = list(watched(session, [*bad, given[0]], count))
+    assert [moment.seconds for moment in moments] == [given[0].time]
+    assert (count.frames, count.skipped) == (1, 3)
+
+
+def test_lag_does_not_accumulate_when_every_step_is_too_slow():
+    """Three frames come while one is talked about, by the real clock, and nobody minds the budget."""
+
+    class Late(Slow):
+        def step(self, frame, cut=None):
+            time.sleep(0.06)
+            return str(frame)
+
+    count = Count()
+    moments = list(watch_live(Late(), [Frame(n, n / 50) for n in range(75)], 50, count=count, in_real_time=True))
+    assert count.frames + count.dropped == 75
+    assert count.frames == len(moments)
+    assert count.dropped > 30
+    third = len(moments) // 3
+    first, last = (sorted(m.lag for m in part)[third // 2] for part in (moments[:third], moments[-third:]))
+    assert last <= first + max(moment.took for moment in moments)
 
 
 def test_an_error_of_the_source_comes_after_the_captions_before_it():

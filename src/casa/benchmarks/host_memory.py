@@ -32,3 +32,15 @@ def held_bytes(device: torch.device) -> int:
 def most_bytes(device: torch.device) -> int:
     """The most that was held, there."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
+
+
+def forget_peak(device: torch.device) -> None:
+    """From now on the peak is that since this call; where the system cannot forget it, it stays as it is."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        # 5: the peak alone (proc_pid_clear_refs)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return

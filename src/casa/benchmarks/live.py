@@ -59,11 +59,12 @@ class Minute:
 def laps(path: Path, fps: float, seconds: float, lap: float) -> Iterator[Seen]:
     """The film over and over, sampled at `fps`, until `seconds` are over."""
     for number in counting():
-        for frame in read_frames(path, fps=fps):
-            time = number * lap + frame.time
-            if time >= seconds - 1e-6:
-                return
-            yield Seen(frame.image, time)
+        with read_frames(path, fps=fps) as film:
+            for frame in film:
+                time = number * lap + frame.time
+                if time >= seconds - 1e-6:
+                    return
+                yield Seen(frame.image, time)
 
 
 def draw_film(path: Path, size: int, seconds: float, seed: int) -> None:
@@ -149,7 +150,8 @@ def _row(minute: int, part: list[Moment], fps: float, seconds: float, held: tupl
 def live_summary(minutes: list[Minute], fps: float) -> dict[str, Any]:
     """keeps_pace: no frame was dropped, no caption cut, and no minute's median lag above the time between two frames.
 
-    accumulated_lag_ms: of the last minute over the first one.
+    accumulated_lag_ms: of the last minute over the first one. growth_bytes: of the process, from the end of the second
+    minute, when all that is made once is there, to that of the last; None where there is no third.
     """
     worst = max(minute.median_lag_ms for minute in minutes)
     dropped, cut = sum(minute.dropped for minute in minutes), sum(minute.cut for minute in minutes)
@@ -160,6 +162,7 @@ def live_summary(minutes: list[Minute], fps: float) -> dict[str, Any]:
         "cut": cut,
         "accumulated_lag_ms": round(minutes[-1].median_lag_ms - minutes[0].median_lag_ms, 1),
         "max_lag_ms": max(minute.max_lag_ms for minute in minutes),
+        "growth_bytes": minutes[-1].resident_bytes - minutes[1].resident_bytes if len(minutes) > 2 else None,
         "keeps_pace": bool(dropped == 0 and cut == 0 and worst <= 1000 / fps),
         "minutes": [asdict(minute) for minute in minutes],
     }

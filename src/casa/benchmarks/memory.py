@@ -34,11 +34,12 @@ def bench_memory(
     size: int = 112,
     fps: float = 2.0,
     max_text_tokens: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Peak bytes of two processes that caption films of both lengths, into a file, and what the long one has more.
 
-    model: a checkpoint's folder, or casa-tiny. Raises UserError for lengths that cannot be, or where the system does
-    not tell what a process holds.
+    model: a checkpoint's folder, or casa-tiny. seed: of the films. Raises UserError for lengths that cannot be, or
+    where the system does not tell what a process holds.
     """
     if not 0 < short_minutes < minutes:
         raise UserError("give a short and a long film: 0 < short minutes < minutes.")
@@ -48,7 +49,7 @@ def bench_memory(
     with TemporaryDirectory() as folder:
         for length in (short_minutes, minutes):
             path = Path(folder) / "film.mp4"
-            draw_film(path, 60 * length, size, fps)
+            draw_film(path, 60 * length, size, fps, seed)
             given = [str(model), str(path), fps, max_text_tokens]
             found.append({"minutes": length} | measured_apart(__name__, given, f"captioning {path.name}"))
     return {"films": found, "more_bytes": found[1]["peak_bytes"] - found[0]["peak_bytes"]}

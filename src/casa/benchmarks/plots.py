@@ -16,8 +16,10 @@ def panels(count: int) -> tuple[Any, list[Any]]:
 
 
 def finish(figure: Any, axes: list[Any], path: str | os.PathLike[str]) -> None:
-    """Every panel from 0 on and with its legend, as a PNG."""
+    """Every panel from 0 on, with a tenth of room above its highest line and with its legend, as a PNG."""
     for one in axes:
-        one.set_ylim(bottom=0)
+        # a line that hardly changes would otherwise lie on the upper edge
+        one.margins(y=0)
+        one.set_ylim(0, 1.1 * one.get_ylim()[1])
         one.legend(frameon=False, fontsize=8)
     write_png(figure, path)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from casa.benchmarks.apart import measured_apart, told
-from casa.benchmarks.host_memory import held_bytes, most_bytes, peak_bytes
+from casa.benchmarks.host_memory import forget_peak, held_bytes, most_bytes, peak_bytes
 from casa.benchmarks.train_models import METHODS, Case, fresh_model, packed_batch
 from casa.errors import UserError
 
@@ -31,7 +31,7 @@ def measure_step(case: Case) -> dict[str, Any]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     before = held_bytes(device)
-    _forget_peak(device)
+    forget_peak(device)  # making the model may have held more than a step does
     loss = float("nan")
     for _ in range(STEPS):
         output = model(**batch, use_cache=False)
@@ -96,16 +96,3 @@ def _apart(case: Case) -> dict[str, Any]:
 def child() -> None:
     """What the process of its own does."""
     print(json.dumps(measure_step(Case(**told()))))
-
-
-def _forget_peak(device: torch.device) -> None:
-    """Making the model may have held more than a step does."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-            file.write("5")
-    except OSError:
-        # then the peak includes that of making the model
-        return

@@ -1,5 +1,6 @@
 """One run: frames from a source, through a session, to captions that are on disk as soon as they are said."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,11 @@ from casa.captioning.request import Request
 from casa.media import Source, open_source
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.streaming import Count, Moment, StreamingSession, watch, watch_live
+from casa.streaming.pacing import Budget
 
 Load = Callable[[str], tuple[CasaForConditionalGeneration, CasaProcessor]]
 Tell = Callable[[float, str], object]
+ANSWER_SECONDS = 5.0  # in live pace, the longest that an answer may keep the stream waiting
 TOLERANCE = 1e-3  # s: what FFmpeg's clocks may be off
 
 
@@ -84,10 +87,10 @@ def caption(request: Request, model: str, load: Load, tell: Tell = lambda at, te
                     seconds = moment.seconds
                     if moment.text:
                         said(seconds, moment.text)
-                    _answer(session, questions, offset + seconds, seconds, said)
+                    _answer(session, questions, offset + seconds, seconds, said, report)
                     progress.reached(offset + seconds, questions.asked, session)
                 if session.frames:
-                    _answer(session, questions, float("inf"), seconds, said)
+                    _answer(session, questions, float("inf"), seconds, said, report)
                     progress.reached(offset + seconds, questions.asked, session)
                     progress.save(session)
             except KeyboardInterrupt:
@@ -127,8 +130,15 @@ def _watched(
 
 
 def _answer(
-    session: StreamingSession, questions: Questions, at: float, seconds: float, said: Callable[[float, str], None]
+    session: StreamingSession,
+    questions: Questions,
+    at: float,
+    seconds: float,
+    said: Callable[[float, str], None],
+    report: Report,
 ) -> None:
     for question in questions.due(at):
-        answer = session.ask(question.text)
+        budget = Budget(time.monotonic, time.monotonic() + ANSWER_SECONDS) if report.live else None
+        answer = session.ask(question.text, cut=budget)
+        report.count.cut += budget is not None and budget.spent
         said(seconds, f"{question.text} {answer or '(no answer)'}")

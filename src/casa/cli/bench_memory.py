@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from casa.cli.bench_options import Json, Model, Out, report
+from casa.cli.bench_options import Json, Model, Out, Seed, report
 
 
 def memory(
@@ -14,6 +14,7 @@ def memory(
     size: Annotated[int, typer.Option(help="Sides of a frame in px.")] = 112,
     fps: Annotated[float, typer.Option(help="Frames per second of both films, all of them watched.")] = 2.0,
     max_text_tokens: Annotated[int | None, typer.Option(help="Bound on the text; none if left out.")] = None,
+    seed: Seed = 0,
     json: Json = False,
     out: Out = None,
 ) -> None:
@@ -24,6 +25,6 @@ def memory(
     from casa.benchmarks.memory import bench_memory, memory_table
     from casa.provenance import provenance
 
-    found = bench_memory(model, minutes, short, size, fps, max_text_tokens)
+    found = bench_memory(model, minutes, short, size, fps, max_text_tokens, seed)
     settings = {"bench": "memory", "model": model, "size": size, "fps": fps, "max_text_tokens": max_text_tokens}
-    report(settings | provenance() | found, memory_table(found), json, out)
+    report(settings | {"seed": seed} | provenance() | found, memory_table(found), json, out)

@@ -6,6 +6,7 @@ and counted; `lost` says that the stream broke off (a connection, a device) rath
 
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,9 @@ class Decoder:
         self.lost = self._flushing = False
         self._failure, self._damage = av.error.FFmpegError, av.error.InvalidDataError
         given = (HASTE if live else {}) | (options or {})
-
-        def open_container():
-            try:
-                return av.open(where, format=format, options=given, timeout=timeout)
-            except (self._failure, ValueError) as error:
-                raise UserError(unreadable) from error
-
-        self._open = open_container
-        self._container = open_container()
+        # nothing here refers to `self`: in a circle, the codec's frames would wait for Python's collector, tens of MB
+        self._open = partial(_opened, where, unreadable, format=format, options=given, timeout=timeout)
+        self._container = self._open()
         try:
             self.stream = self._choose(av.stream.Disposition.attached_pic)
             self._check()
@@ -237,3 +232,12 @@ class Decoder:
             raise UserError(f"{self.name} is {codec.width} x {codec.height} pixels: make it smaller first.")
         if min(codec.width, codec.height) < 1:
             raise UserError(f"{self.name} has no picture size: it is damaged or cut off, so copy it again.")
+
+
+def _opened(where: Any, unreadable: str, **settings: Any) -> Any:
+    """PyAV's container. Raises UserError, with the sentence `unreadable`, if it cannot be opened."""
+    av = import_av()
+    try:
+        return av.open(where, **settings)
+    except (av.error.FFmpegError, ValueError) as error:
+        raise UserError(unreadable) from error

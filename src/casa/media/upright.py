@@ -22,7 +22,7 @@ def upright(raw: Any, aspect: float) -> tuple[np.ndarray, int]:
     if aspect != 1:
         picture = resized(picture, max(1, round(picture.shape[1] * aspect)), picture.shape[0])
 
-    matrix = raw.side_data.get("DISPLAYMATRIX")
+    matrix = _matrix(raw)
     if matrix is None:
         return np.ascontiguousarray(picture), 0
     # The upper left 2 x 2 of the matrix, as rows: x' = a x + c y and y' = b x + d y, y pointing down.
@@ -37,6 +37,16 @@ def upright(raw: Any, aspect: float) -> tuple[np.ndarray, int]:
         picture = picture[::-1]
     degrees = (90 if a < 0 else 270) if swapped else (180 if d < 0 else 0)
     return np.ascontiguousarray(picture), degrees
+
+
+def _matrix(raw: Any) -> Any:
+    """The frame's display matrix as a buffer, None if it has none.
+
+    Asking a frame for its side data ties it in a circle with them (PyAV keeps both in each other), and megabytes of
+    pixels would wait for Python's collector. So a frame of a few pixels is asked, which carries the same data.
+    """
+    # POINT reads only the pixels that it keeps
+    return raw.reformat(16, 16, "gray", interpolation="POINT").side_data.get("DISPLAYMATRIX")
 
 
 def resized(picture: np.ndarray, width: int, height: int) -> np.ndarray:

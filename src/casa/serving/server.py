@@ -2,6 +2,7 @@
 
 import errno
 import socket
+from contextlib import suppress
 from typing import Any
 
 import uvicorn
@@ -59,8 +60,10 @@ class Server:
         return self._server.started
 
     def run(self) -> None:
-        """Serves until it is stopped, or Ctrl-C."""
-        self._server.run(sockets=[self._socket])
+        """Serves until it is stopped, or Ctrl-C, which is how it is meant to end."""
+        # uvicorn has let everybody finish by then, and passes the signal on
+        with suppress(KeyboardInterrupt):
+            self._server.run(sockets=[self._socket])
 
     def stop(self) -> None:
         self._server.should_exit = True

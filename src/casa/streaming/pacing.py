@@ -24,6 +24,10 @@ Item = TypeVar("Item")
 class Watcher(Protocol):
     """What is paced: a StreamingSession, or anything like it."""
 
+    def check(self, frame: Any) -> Any:
+        """The frame as a picture; raises ValueError or TypeError, here and nowhere else, if it is none."""
+        ...
+
     def look(self, frame: Any) -> Any:
         """Encodes and projects a frame; may run in another thread, while `step` runs."""
         ...
@@ -49,8 +53,8 @@ class Moment:
 
 @dataclass
 class Count:
-    """frames: watched. dropped: replaced by a newer one before their turn. cut: captions that ran out of time.
-    skipped: frames that were no pictures."""
+    """frames: watched. dropped: replaced by a newer one before their turn. cut: captions and answers that ran out of
+    time. skipped: frames that were no pictures."""
 
     frames: int = 0
     dropped: int = 0
@@ -110,36 +114,44 @@ def watch(
     """Every frame in turn, as fast as it goes. frames: objects with `image` and `time` (seconds).
 
     ahead: read and encode the next two frames, in another thread, while words are found for this one. What is said is
-    the same. Raises whatever the source raises, after the captions of the frames before.
+    the same. Raises whatever the source or the session raises, after the captions of the frames before.
     """
     count = count if count is not None else Count()
-    seen = _looked_ahead(session, frames, count) if ahead else ((frame, frame.image) for frame in frames)
-    for frame, image in seen:
+    pictures = _pictures(session, frames, count)
+    for frame, seen in _looked_ahead(session, pictures) if ahead else pictures:
         began = clock()
-        try:
-            text = session.step(image)
-        except (ValueError, TypeError):
-            count.skipped += 1
-            continue
+        text = session.step(seen)
         count.frames += 1
         took = clock() - began
         yield Moment(frame.time, text, took, took, True)
 
 
-def _looked_ahead(session: Watcher, frames: Iterable[Any], count: Count) -> Iterator[tuple[Any, Any]]:
+def _picture(session: Watcher, frame: Any, count: Count) -> Any:
+    """What the session is to look at; None, and counted, if it is no picture. A model that fails is no such thing."""
+    try:
+        return session.check(frame.image)
+    except (ValueError, TypeError):
+        count.skipped += 1
+        return None
+
+
+def _pictures(session: Watcher, frames: Iterable[Any], count: Count) -> Iterator[tuple[Any, Any]]:
+    """Frames with their pictures, those without one left out."""
+    for frame in frames:
+        picture = _picture(session, frame, count)
+        if picture is not None:
+            yield frame, picture
+
+
+def _looked_ahead(session: Watcher, pictures: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
     """Frames with what the session saw in them: one waits in the box while the next is being looked at."""
     box: Box[tuple[Any, Any]] = Box()
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            for frame in frames:
-                try:
-                    seen = session.look(frame.image)
-                except (ValueError, TypeError):
-                    count.skipped += 1
-                    continue
-                if not box.hand((frame, seen)):
+            for frame, picture in pictures:
+                if not box.hand((frame, session.look(picture))):
                     break
         except BaseException as error:  # handed to the thread that watches
             errors.append(error)
@@ -173,7 +185,7 @@ def watch_live(
 
     fps: frames per second that are looked at; 1 / fps is the budget of a caption. in_real_time: `frames` comes from a
     file, and a frame is held back until its time. Raises UserError for an fps that is not above 0, and whatever the
-    source raises, after the captions of the frames before.
+    source or the session raises, after the captions of the frames before.
     """
     if not fps > 0:
         raise UserError(f"fps is {fps}; give a number above 0.")
@@ -184,12 +196,8 @@ def watch_live(
         while (found := live.looked.take()) is not None:
             frame, seen, arrived = found
             began = clock()
-            budget = _Budget(clock, began + 1 / fps)
-            try:
-                text = session.step(seen, cut=budget)
-            except (ValueError, TypeError):
-                count.skipped += 1
-                continue
+            budget = Budget(clock, began + 1 / fps)
+            text = session.step(seen, cut=budget)
             count.frames += 1
             count.cut += budget.spent
             now = clock()
@@ -200,7 +208,7 @@ def watch_live(
         raise live.error
 
 
-class _Budget:
+class Budget:
     """Says True from its deadline on, and remembers that it did."""
 
     def __init__(self, clock: Clock, deadline: float) -> None:
@@ -263,12 +271,9 @@ class _Live:
         try:
             while (found := self._read.take()) is not None:
                 frame, arrived = found
-                try:
-                    seen = self._session.look(frame.image)
-                except (ValueError, TypeError):
-                    self._count.skipped += 1
-                    continue
-                self._count.dropped += self.looked.put((frame, seen, arrived))
+                picture = _picture(self._session, frame, self._count)
+                if picture is not None:
+                    self._count.dropped += self.looked.put((frame, self._session.look(picture), arrived))
         except BaseException as error:
             self.error = error
         finally:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import (
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -51,6 +52,8 @@ class Sampling:
             raise UserError(f"decay is {self.decay}; give a number from 0 up to, but not including, 1.")
         if self.repetition < 0 or self.no_repeat < 0 or self.memory < 0:
             raise UserError("repetition, no_repeat and memory are 0 or more.")
+        if not all(isinstance(number, int) for number in (self.top_k, self.no_repeat, self.memory)):
+            raise UserError("top_k, no_repeat and memory are whole numbers.")
 
     def to_dict(self) -> dict[str, Any]:
         return {known.name: getattr(self, known.name) for known in fields(Sampling)}
@@ -66,17 +69,18 @@ class Sampling:
         """The next token from logits (V,). said: of this caption; earlier: of the captions before."""
         scores = logits.float().cpu()[None]
         before = [*(earlier or ()), *said][-self.memory :] if self.memory else []
-        if self.stop_bias and stops:
-            scores = scores.clone()
-            scores[0, list(stops)] += self.stop_bias
         if self.repetition and before:
             scores = scores - self.repetition * self._counts(before, scores.shape[-1], stops)
         greedy = self.temperature < COLDEST
         processors = LogitsProcessorList()
+        if self.stop_bias and stops:
+            # transformers takes numbers that are floats only, here and below
+            bias: Any = {(stop,): float(self.stop_bias) for stop in stops}
+            processors.append(SequenceBiasLogitsProcessor(bias))
         if self.no_repeat and len(before) >= self.no_repeat:
             processors.append(NoRepeatNGramLogitsProcessor(self.no_repeat))
         if not greedy:
-            processors.append(TemperatureLogitsWarper(self.temperature))
+            processors.append(TemperatureLogitsWarper(float(self.temperature)))
             if self.top_k:
                 processors.append(TopKLogitsWarper(self.top_k))
             if self.top_p < 1:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from casa.errors import UserError
@@ -108,6 +109,11 @@ class StreamingSession:
     def ask(self, question: str, cut: Callable[[], bool] | None = None) -> str:
         """Answers a question about the frame at hand; captioning goes on with the next frame."""
         return self.accept(*run_together(self._model, [self.prepare_question(question)], cut))
+
+    @staticmethod
+    def check(frame: Any) -> Image.Image:
+        """The frame as a picture. Raises TypeError or ValueError for anything that is none; asks no model."""
+        return check_picture(frame)
 
     @torch.no_grad()
     def look(self, frame: Any) -> Looked:
