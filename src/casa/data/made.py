@@ -98,7 +98,8 @@ def write_clips(
 def _spoken(source: ClipSource, rng: np.random.Generator) -> tuple[Any, list[str]]:
     for _ in range(100):
         clip = source(rng)
-        if any(captions := list(clip.captions())):
+        captions: list[str] = list(clip.captions())
+        if any(captions):
             return clip, captions
     raise UserError("the source's clips are silent: there is nothing to learn from them.")
 

@@ -40,7 +40,7 @@ def convert(
     dtype: torch.dtype | None = None,
     *,
     max_shard_size: str = "2GB",
-    beside: Callable[[Path], None] | None = None,
+    beside: Callable[[Path], Any] | None = None,
 ) -> CasaForConditionalGeneration:
     """Writes to the new folder `out` what `adapt(backbone, fusion, vision).save_pretrained(out)` would.
 
@@ -109,9 +109,9 @@ def _refit(
     vision: Any,
     dtype: torch.dtype | None,
     max_shard_size: str,
-    beside: Callable[[Path], None] | None,
+    beside: Callable[[Path], Any] | None,
 ) -> CasaForConditionalGeneration:
-    model = adapt(str(source), fusion, vision)
+    model: Any = adapt(str(source), fusion, vision)
     model = model if dtype is None else model.to(dtype)
     with new_folder(out) as folder:
         _check_room(out, folder, sum(p.numel() * p.element_size() for p in model.parameters()))
