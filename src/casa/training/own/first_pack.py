@@ -12,6 +12,7 @@ from casa.training.own.recipe import RunRecipe
 from casa.training.own.run import open_stream
 from casa.training.packs import Batch, Collator
 from casa.training.samples import Sample
+from casa.training.trainer.groups import below_lora
 
 
 class _Watching(Collator):
@@ -30,7 +31,7 @@ def draw_first_pack(recipe: RunRecipe, model: Any, path: str | os.PathLike[str])
     model: the run's, weights or none (`outline`). Raises UserError for data or a processor that are not there, and if
     no record can be learned from.
     """
-    fused = model.get_base_model() if hasattr(model, "get_base_model") else model
+    fused = below_lora(model)
     processor = load_processor(recipe.model)
     stream = open_stream(recipe, Loaded(fused, processor, next(iter(stop_ids(fused)), None)))
     watching = _Watching(processor, fold=stream.maker.grids.fold)

@@ -16,6 +16,7 @@ from casa.errors import UserError
 from casa.training.own.model import outline
 from casa.training.own.recipe import RunRecipe
 from casa.training.own.run import trained_groups
+from casa.training.trainer.groups import below_lora
 
 _SIDE = 896  # px of a picture by which image tokens before and after a compressor are compared
 
@@ -69,7 +70,7 @@ def _source(source: SourceSettings, total: float) -> Source:
 def _memory(prepared: Any, recipe: RunRecipe) -> dict[str, int]:
     """Bytes that a step holds for certain; what blocks keep for the backward pass comes on top."""
     optimisation, budget = recipe.optimisation, recipe.packing.budget
-    model = prepared.get_base_model() if hasattr(prepared, "get_base_model") else prepared
+    model = below_lora(prepared)
     parameters = list(prepared.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     in_trained = _bytes(trained)

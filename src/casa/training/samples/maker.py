@@ -47,8 +47,7 @@ class SampleMaker:
         self.counts["records"] += 1
         # what is too long by far is not even made into tokens: of 20 MB they would take gigabytes
         whole = None if self._endless(record) else self.make(record)
-        fits = whole is not None and self._fits(whole)
-        found = [whole] if whole is not None and fits else list(self._made_to_fit(record, whole))
+        found = [whole] if whole is not None and self._fits(whole) else list(self._made_to_fit(record, whole))
         self.counts["samples"] += len(found)
         return found
 

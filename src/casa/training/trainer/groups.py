@@ -17,6 +17,11 @@ def is_new(name: str) -> bool:
     return any(part in ADDED or part.startswith("lora_") for part in parts)
 
 
+def below_lora(model: Any) -> Any:
+    """The CasaForConditionalGeneration itself, which peft may have wrapped."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def choose_trained(model: Any, settings: OptimisationSettings) -> None:
     """Sets requires_grad as the settings say. model: a CasaForConditionalGeneration, or one under LoRA as it is.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from casa.errors import UserError
 from casa.training.packs.kept import KeptFeatures
+from casa.training.trainer.groups import below_lora
 
 
 def keep_features(trainer: Any, gigabytes: float) -> KeptFeatures:
@@ -14,7 +15,7 @@ def keep_features(trainer: Any, gigabytes: float) -> KeptFeatures:
 
     trainer: a CasaTrainer before its first step. Raises UserError for a tower that is trained, or spread over ranks.
     """
-    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    model = below_lora(trainer.model)
     if any(parameter.requires_grad for parameter in model.encoder.parameters()):
         raise UserError("keep_gigabytes is for a frozen image tower, and this one is trained: freeze it, or keep none.")
     if trainer.sharded:

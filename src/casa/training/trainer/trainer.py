@@ -26,7 +26,7 @@ from casa.training.sharding.training import check_kind
 from casa.training.trainer import checkpoints, ranks
 from casa.training.trainer.arguments import training_arguments
 from casa.training.trainer.ema import Ema
-from casa.training.trainer.groups import choose_trained, parameter_groups, set_precision
+from casa.training.trainer.groups import below_lora, choose_trained, parameter_groups, set_precision
 from casa.training.trainer.inspection import save_for_inspection
 from casa.training.trainer.keeping import keep_features
 from casa.training.trainer.settings import TrainerSettings
@@ -87,7 +87,7 @@ class CasaTrainer(ShardedTraining, Trainer):
         if self.args.n_gpu > 1:
             raise UserError("Several accelerators need a process each: start with torchrun --nproc-per-node.")
         stream.rank, stream.world = self.args.process_index, self.args.world_size
-        _inner(model).loss_chunk = optimisation.loss_chunk
+        below_lora(model).loss_chunk = optimisation.loss_chunk
         if optimisation.checkpoint_blocks:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable()
@@ -277,8 +277,3 @@ class _Steps(TrainerCallback):
             trainer.stopped = state.global_step < state.max_steps
             control.should_save = True
             control.should_training_stop = True
-
-
-def _inner(model: Any) -> Any:
-    """The model below LoRA."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
