@@ -76,6 +76,14 @@ def test_a_map_lays_the_weights_of_one_image_out_in_rows():
     )
 
 
+@pytest.mark.parametrize(("compressor", "shape"), [("pool:2", (1, 2)), ("q_former:3", (1, 3))])
+def test_a_map_of_compressed_images_lies_in_their_own_rows(compressor, shape):
+    model = tiny_casa(compressor=compressor)
+    shares = attention_shares(model, TinySample((5, 9, 17), ((1, 2, 4),)).inputs(), [2])
+    assert tuple(shares.image_map(0, 2).shape) == shape
+    assert float(shares.image_map(0, 2).sum()) == pytest.approx(float(shares.image[0, 0]))
+
+
 def test_earlier_images_are_turned_to_their_distance(monkeypatch):
     # what the layers themselves give, seen through values that are one for an image and zero elsewhere
     model, inputs = tiny_casa(history=1), SAMPLE.inputs()

@@ -28,7 +28,7 @@ from casa.analysis.shapes import SHAPES, shapes_of
 from casa.errors import UserError
 from casa.models import FusionConfig, adapt
 from casa.models.assembling import image_processor_for
-from casa.models.converting import skeleton
+from casa.models.configs import skeleton
 from casa.testing import (
     TinySample,
     tiny_backbone,

@@ -25,6 +25,10 @@ class StoppedError(Exception):
     """Stands for a kill: nothing is done after it."""
 
 
+def killed(*_):
+    raise StoppedError
+
+
 @pytest.fixture
 def stopping(monkeypatch):
     """Lets a run end after so many frames, at the worst moment: the captions are written, the state is not."""
@@ -85,6 +89,34 @@ def test_the_same_as_without_a_stop(source, stops, film, folder_of_pictures, loa
         assert (two / "a.srt.state").exists()
     caption(request_to(two, given, resume=True, **settings), "tiny", load)
     assert files(two) == files(one)
+
+
+@pytest.mark.parametrize("questions", [SETTINGS["questions"], ()], ids=["a question behind the end", "no question"])
+@pytest.mark.parametrize("burns", [False, True], ids=["files", "and a video"])
+def test_stopped_when_no_frame_is_left(questions, burns, film, load, stopping, tmp_path, monkeypatch):
+    """The last answer is written and its state is not; then, twice, the video of the captions is not finished."""
+    from casa.captioning import outputs as module
+
+    burnt = []
+    monkeypatch.setattr(module, "burn_captions", lambda source, captions, out: burnt.append(list(captions)))
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    settings = {"questions": questions, "burn": tmp_path / "a.mp4" if burns else None}
+    caption(request_to(one, film, **settings), "tiny", load)
+    go_on = stopping(18)
+    with pytest.raises(StoppedError):
+        caption(request_to(two, film, **settings), "tiny", load)
+    go_on()
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "burn_captions", killed)
+        for _ in range(2 if burns else 0):
+            with pytest.raises(StoppedError):
+                caption(request_to(two, film, resume=True, **settings), "tiny", load)
+    report = caption(request_to(two, film, resume=True, **settings), "tiny", load)
+    assert report.count.frames == 0
+    assert files(two) == files(one)
+    assert burnt == [read_srt(one / "a.srt")] * 2 if burns else not burnt
 
 
 def test_videos_after_a_resumed_run_hold_all_captions(film, load, stopping, tmp_path):

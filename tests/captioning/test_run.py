@@ -1,5 +1,6 @@
 """From a source to its outputs: the same captions from a file, a folder and a pipe, questions, videos, counts."""
 
+import json
 import threading
 import time
 
@@ -97,6 +98,15 @@ def test_in_live_pace_the_counts_add_up(run, film):
     assert count.frames >= 1
     assert report.said == len(told)
     assert report.longest_lag >= report.last_lag > 0
+
+
+def test_live_captions_say_by_how_much_they_came_later(run, film, tmp_path):
+    report, told = run(film, tmp_path / "a.jsonl", live=True, fps=20.0, end=1.0)
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert told
+    assert all(0 < row["lag"] <= round(report.longest_lag, 3) for row in rows)
+    run(film, tmp_path / "b.jsonl", end=1.0)
+    assert "lag" not in (tmp_path / "b.jsonl").read_text(), "a film at its own pace has no clock"
 
 
 def test_in_live_pace_an_answer_has_a_budget_too(load, film, tmp_path, monkeypatch):

@@ -123,3 +123,35 @@ def test_tasks_devices_and_words(casa, checkpoint, bad):
 def test_debug_shows_the_traceback(casa, checkpoint, bad):
     with pytest.raises(ValueError, match="empty"):
         casa("ask", checkpoint, bad / "empty.png", "what?", "--debug")
+
+
+class OutOfMemoryError(RuntimeError):
+    """By the name of torch's for GPUs."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+    ids=["Python", "GPU", "CPU"],
+)
+def test_memory_that_runs_out(casa, monkeypatch, error):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr("casa.cli.main.app", fail)
+    assert_sentence(casa("ask"), "not enough memory")
+    with pytest.raises(type(error)):
+        casa("ask", "--debug")
+
+
+def test_an_error_of_the_program_itself_keeps_its_traceback(casa, monkeypatch):
+    def fail(arguments):
+        raise RuntimeError("a shape is wrong")
+
+    monkeypatch.setattr("casa.cli.main.app", fail)
+    with pytest.raises(RuntimeError, match="shape"):
+        casa("ask")

@@ -7,6 +7,7 @@ import pytest
 
 from casa.data import BadRecord, Origin, Report
 from casa.data import bad as bad_module
+from casa.data.bad import reported
 from casa.errors import UserError
 
 GONE = BadRecord("missing-picture", "There is no picture a.png: check the path.")
@@ -30,6 +31,16 @@ def test_a_line_cut_off_by_a_crash_is_ended(tmp_path):
     path.write_text('{"origin": "x:1"')
     Report(path).add(Origin("x", 2), GONE)
     assert json.loads(path.read_text().splitlines()[1])["origin"] == "x:2"
+
+
+def test_a_report_is_read_line_by_line_whatever_stands_in_it(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    report = Report(path)
+    report.add(Origin("a\u2028b.jsonl", 1), BadRecord("wrong-type", "A value is 'x\u2028y\x85z'."))
+    report.add(Origin("c.jsonl", 2), GONE)
+    path.write_bytes(path.read_bytes() + b'[]\n{"origin": "x:3"}\n\xff\n{"origin": "d.jso')
+    wanted = [("a\u2028b.jsonl:1", "wrong-type"), ("c.jsonl:2", "missing-picture")]
+    assert list(reported(path.read_bytes())) == wanted
 
 
 def test_the_file_and_the_memory_are_bounded(tmp_path, monkeypatch):

@@ -43,11 +43,17 @@ def test_everything_is_counted(settings):
     assert json.loads(json.dumps(found.to_dict()))["first_bad"][0]["reason"] == "missing-picture"
 
 
-def test_a_limit_is_kept_and_told(settings):
-    found = check_data(settings, limit=2)
-    assert found.records + found.report.total <= 3
-    assert not found.complete
+def test_a_limit_is_kept_and_told(settings, root):
+    told = []
+    found = check_data(settings, limit=2, progress=told.append)
+    assert (found.records, found.report.total, found.complete) == (1, 1, False)
+    assert told == [1, 2]
     assert check_data(settings, limit=5).complete
+    # a run of bad rows is no way around it
+    with (root / "rows.jsonl").open("a") as file:
+        file.write("oops\n" * 50)
+    found = check_data(settings, limit=7)
+    assert (found.records, found.report.total, found.complete) == (3, 4, False)
 
 
 def test_samples_are_spread_over_the_set(root, written):

@@ -1,6 +1,8 @@
 """Hub data sets through `datasets`: tried offline, on folders laid out like one."""
 
 import json
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,12 @@ import pytest
 
 from casa.data import Shard, open_pictures, open_records, parse_data_settings
 from casa.errors import UserError
+from casa.testing import tiny_processor
+from casa.training.packs import PackingSettings, PackStream, StreamPosition, open_loader
+from casa.training.samples import Budget, SampleMaker
 
-ROWS = 23
+FILES = (9, 5, 9)  # rows in each
+ROWS = sum(FILES)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +35,8 @@ def folder(root) -> Path:
     data = root / "set" / "data"
     data.mkdir(parents=True)
     picture = (root / "a.png").read_bytes()
-    for part, rows in enumerate((range(0, 9), range(9, 14), range(14, ROWS))):
+    for part, count in enumerate(FILES):
+        rows = range(sum(FILES[:part]), sum(FILES[:part]) + count)
         texts = [[{"user": str(row), "assistant": "yes"}] for row in rows]
         images = [[{"bytes": picture, "path": "a.png"}] for _ in rows]
         pq.write_table(pa.table({"images": images, "texts": texts}), data / f"train-{part:05}-of-00003.parquet")
@@ -49,7 +56,8 @@ def test_rows_and_pictures_are_read(folder):
     records = list(opened(folder, shuffle=0))
     assert names(records) == list(range(ROWS))
     assert open_pictures(records[0])[0].getpixel((0, 0)) == (255, 0, 0)
-    assert str(records[4].origin) == f"hub:{folder}:5"
+    assert str(records[4].origin) == f"hub:{folder}#1:5"
+    assert str(records[9].origin) == f"hub:{folder}#2:1"
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
@@ -69,6 +77,51 @@ def test_resumed_anywhere_it_is_the_same_stream(folder, shuffle, reader):
         records = opened(folder, reader, shuffle=shuffle)
         records.load_state_dict(state)
         assert seen + names(records) == whole
+
+
+def file_order(rows: list[int]) -> list[int]:
+    """The file of each row, runs of the same one once."""
+    files = [sum(row >= sum(FILES[: n + 1]) for n in range(len(FILES))) for row in rows]
+    return [file for n, file in enumerate(files) if n == 0 or files[n - 1] != file]
+
+
+def test_files_come_in_another_order_each_epoch(folder):
+    records = opened(folder, shuffle=2, exhausted="repeat")
+    epochs = [names(islice(records, ROWS)) for _ in range(6)]
+    assert all(sorted(epoch) == list(range(ROWS)) for epoch in epochs)
+    assert len({tuple(file_order(epoch[::2])) for epoch in epochs}) > 2
+    kept = opened(folder, shuffle=0, exhausted="repeat")
+    assert names(islice(kept, 2 * ROWS)) == [*range(ROWS)] * 2
+
+
+class Opened:
+    """Opens the records in a reader's process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, shard: Shard):
+        return opened(self.folder, shard, shuffle=4)
+
+
+def test_readers_in_processes_of_their_own(folder):
+    """`datasets` sees that it is in one of a loader's processes, and must not deal the rows out once more."""
+    budget = Budget(40, 40)
+
+    def loader(position: StreamPosition):
+        maker = SampleMaker(tiny_processor(), budget)
+        stream = PackStream(Opened(folder), maker, PackingSettings(budget=budget, buffer=3))
+        stream.position = position
+        return open_loader(stream, workers=2)
+
+    whole, position = [], StreamPosition(2)
+    for number, batch in enumerate(loader(StreamPosition(2))):
+        whole.append(batch.origins)
+        if number < 3:
+            position.take(batch)
+    rows = [f"hub:{folder}#{file}:{row}" for file, count in enumerate(FILES, 1) for row in range(1, count + 1)]
+    assert Counter(origin for origins in whole for origin in origins) == Counter(rows)
+    assert [batch.origins for batch in loader(position)] == whole[3:]
 
 
 def test_what_cannot_be_opened_is_named(tmp_path):

@@ -39,30 +39,43 @@ def test_packed_samples_and_the_image_at_their_border():
 
 def test_what_is_kept_is_the_visible_windows():
     places, lengths = [(0, 0), (0, 2), (0, 4)], [3, 1, 2]
-    wanted = {0: [(2, 2)], 1: [(1, 2), (2, 2)], -1: [(3, 2), (1, 2), (2, 2)]}
+    wanted = {0: [(2, 2, 2)], 1: [(1, 2, 2), (2, 2, 2)], -1: [(3, 2, 2), (1, 2, 2), (2, 2, 2)]}
     for history, extents in wanted.items():
         keep = plan_call(ALL, places, lengths, history=history, keep=True).keep
         assert keep is not None
         assert keep.windows == [[WindowExtent(*extent) for extent in extents]]
-        assert keep.image_index.tolist() == [list(range(6))[-sum(n for n, _ in extents) :]]
+        assert keep.image_index.tolist() == [list(range(6))[-sum(extent[0] for extent in extents) :]]
         assert keep.text_index.tolist() == [[4, 5]]
 
 
 def test_a_call_goes_on_in_the_window_that_is_open():
-    state = WindowState([[WindowExtent(3, 2)]])
+    state = WindowState([[WindowExtent(3, 2, 2)]])
     plan = plan_call(torch.ones(1, 2, dtype=torch.bool), [(0, 1)], [4], state=state, keep=True)
     assert plan.layout == WindowLayout.from_insertions([4], [[(0, 3), (3, 4)]], past=[2])
     assert plan.new_images.tolist() == [3, 4, 5, 6]
     assert plan.keep is not None
-    assert plan.keep.windows == [[WindowExtent(4, 1)]]
+    assert plan.keep.windows == [[WindowExtent(4, 1, 1)]]
 
 
 def test_an_image_joins_a_window_that_has_no_text_yet():
-    state = WindowState([[WindowExtent(3, 0)]])
+    state = WindowState([[WindowExtent(3, 0, 0)]])
     plan = plan_call(torch.ones(1, 2, dtype=torch.bool), [(0, 0)], [4], state=state, keep=True)
     assert plan.layout.num_windows == 1
     assert plan.keep is not None
-    assert plan.keep.windows == [[WindowExtent(7, 2)]]
+    assert plan.keep.windows == [[WindowExtent(7, 2, 2)]]
+
+
+def test_text_behind_the_last_image_is_counted_over_calls():
+    row = torch.ones(1, 3, dtype=torch.bool)
+    first = plan_call(row, [(0, 1)], [4], split="sample", keep=True).keep
+    assert first is not None
+    assert first.windows == [[WindowExtent(4, 3, 2)]]
+    later = plan_call(row, [], [], split="sample", state=WindowState(first.windows), keep=True).keep
+    assert later is not None
+    assert later.windows == [[WindowExtent(4, 6, 5)]]
+    last = plan_call(row, [(0, 3)], [1], split="sample", state=WindowState(later.windows), keep=True).keep
+    assert last is not None
+    assert last.windows == [[WindowExtent(5, 9, 0)]]
 
 
 @pytest.mark.parametrize(

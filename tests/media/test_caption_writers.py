@@ -99,6 +99,21 @@ def test_cut_off_anywhere_then_resumed(tmp_path, kind):
 MARKS = {"srt": [b"\n\n"], "vtt": [b"\n\n"], "jsonl": [b"\n"]}
 
 
+def test_lag_is_kept_with_what_it_is_of(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with open_writer(path) as writer:
+        writer.say(0, 3, "one", 0.25)
+        writer.say(1, 4, "two", 0.125)
+        writer.say(2, 5, "two", 0.5)
+    before = path.read_bytes()
+    open_writer(path, resume=True).close()
+    assert path.read_bytes() == before
+    captions = read_jsonl(path)
+    assert [(c.end, c.text, c.lag) for c in captions] == [(1, "one", 0.25), (5, "two", 0.125)]
+    write_jsonl(tmp_path / "b.jsonl", captions)
+    assert [c.lag for c in read_jsonl(tmp_path / "b.jsonl")] == [0.25, 0.125]
+
+
 def test_resumed_from_an_earlier_state(tmp_path):
     """What the saved state has not said yet is said again, not twice; the caption before it can still be cut short."""
     path = tmp_path / "a.srt"

@@ -67,7 +67,7 @@ def test_text_beyond_ascii(monkeypatch):
     """With DejaVu Sans it is set as it is; without, accents go and the letters stay."""
     image = Image.new("RGB", (336, 336), GREY)
     assert draw_caption(image, "é—ж").tobytes() != draw_caption(image, "?-?").tobytes()
-    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
+    monkeypatch.setattr(drawing, "dejavu", lambda: None)
     assert drawing._settable("Ünïcode – “é”", None) == ('Unicode - "e"', None)
     assert drawing._settable("ж", None) == ("?", None)
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from casa.errors import UserError
-from casa.media.pictures import MAX_PIXELS, check_picture, open_picture
+from casa.media.pictures import MAX_PIXELS, check_picture, open_picture, picture_from
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -224,3 +224,16 @@ def test_check_picture_refuses_arrays(array, sentence):
 def test_check_picture_refuses_types(wrong):
     with pytest.raises(TypeError, match="give a PIL image or a uint8 array"):
         check_picture(wrong)
+
+
+def test_warnings_of_the_process_are_left_alone_where_threads_share_them(tmp_path, monkeypatch):
+    """Several threads that each turn warnings off and on do not get them back as they were."""
+    noisy().save(tmp_path / "a.png")
+
+    def touched(**_):
+        raise AssertionError("warnings are of the whole process")
+
+    monkeypatch.setattr(warnings, "catch_warnings", touched)
+    assert picture_from(tmp_path / "a.png").tobytes() == noisy().tobytes()
+    with pytest.raises(AssertionError, match="whole process"):
+        open_picture(tmp_path / "a.png")

@@ -11,10 +11,13 @@ from casa.errors import UserError
 from casa.media.subtitles import (
     Caption,
     captions_from_frames,
+    jsonl_text,
     read_jsonl,
     read_srt,
     read_vtt,
+    srt_text,
     tidy,
+    vtt_text,
     write_jsonl,
     write_srt,
     write_vtt,
@@ -164,3 +167,18 @@ def test_captions_from_frames():
 def test_captions_from_frames_refuses(times, said, hold):
     with pytest.raises(ValueError, match=r"give|sort"):
         captions_from_frames(times, said, hold=hold)
+
+
+@pytest.mark.parametrize(("write", "text"), [(write_srt, srt_text), (write_vtt, vtt_text), (write_jsonl, jsonl_text)])
+def test_a_file_without_a_file(write, text, tmp_path):
+    said = [Caption(0.5, 2, "é <b>", 0.25), Caption(1, 3, "two\n\nlines")]
+    write(tmp_path / "a", said)
+    assert text(said).encode() == (tmp_path / "a").read_bytes()
+    assert "<b>" in text(said) or "&lt;b&gt;" in text(said)
+
+
+def test_captions_from_live_frames_have_their_lag():
+    found = captions_from_frames([0, 1, 2, 3], ["a", "a", "", "b"], lags=[0.1, 0.2, None, 0.4])
+    assert [(one.start, one.text, one.lag) for one in found] == [(0, "a", 0.1), (3, "b", 0.4)]
+    with pytest.raises(UserError, match="1 lags"):
+        captions_from_frames([0, 1], ["a", "b"], lags=[0.1])

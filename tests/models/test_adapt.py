@@ -129,6 +129,33 @@ def test_what_cannot_be_adapted_is_refused(backbone, vision, words):
         adapt(backbone, vision=vision)
 
 
+@pytest.mark.parametrize("fusion", [{}, {"placement": "before"}, {"placement": "replace", "every": 2}], ids=named)
+def test_a_backbone_takes_the_layers_of_one_model_only(fusion):
+    backbone = tiny_text_model()
+    adapt(backbone, FusionConfig(**fusion), vision=tiny_encoder())
+    with pytest.raises(UserError, match="has fusion layers already"):
+        adapt(backbone, FusionConfig(**fusion), vision=tiny_encoder())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["casa", "insertion"])
+def test_a_tower_of_another_dtype_joins_in_the_text_models(method):
+    model = adapt(tiny_text_model(), FusionConfig(method=method), vision=tiny_encoder(dtype=torch.float32))
+    sample = TinySample((5, 9, 17), ((1, 2, 2),))
+    assert model(**sample.inputs()).logits.dtype == torch.float64
+
+
+@torch.no_grad()
+def test_a_padded_batch_runs_under_autocast():
+    model = tiny_casa(dtype=torch.float32, gate="tanh")
+    batch = as_batch([TinySample((5, 9, 17), ((1, 2, 2),)), TinySample((7, 8), ((0, 1, 2),))])
+    batch = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
+    wanted = model(**batch).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(**batch).logits
+    torch.testing.assert_close(found.float(), wanted, rtol=0.1, atol=0.1 * float(wanted.abs().max()))
+
+
 def _without(tensors):
     return {name: t for name, t in tensors.items() if "o_proj" not in name}
 

@@ -140,6 +140,14 @@ def test_crop_across_an_image_is_refused_and_changes_nothing(casa_of, count):
     assert torch.equal(after(model, cache, 11), wanted)
 
 
+def test_crop_across_an_image_within_a_window_is_refused(casa_of):
+    model = casa_of("sample")
+    cache = fed(model)
+    cache.crop(-2)  # the text behind the last image
+    with pytest.raises(UserError, match="an image stands among them"):
+        cache.crop(-1)
+
+
 def test_crop_of_more_than_there_is_or_of_insertion_is_refused(casa_of):
     cache = fed(casa_of("parallel"), TinySample((5, 6, 7)))
     with pytest.raises(UserError, match="cannot take back 4 tokens of 3"):

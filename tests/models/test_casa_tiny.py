@@ -38,7 +38,7 @@ def test_it_sees(tiny):
         answerer(model, processor),
         lambda: StreamingSession(model, processor),
         seed=SEED,
-        limit=24,
+        limit=12,
     )
     assert scores["pages"]["digits"] >= 0.8
     assert scores["pages"]["lines"] >= 0.65

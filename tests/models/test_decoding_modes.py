@@ -155,6 +155,13 @@ def with_gist():
 GIST = TinySample((61, 62, 9, 17, 61, 62, 5, 9), ((0, 1, 1), (4, 2, 2)), seed=15)
 
 
+@pytest.mark.filterwarnings("ignore:Passing `no_repeat_ngram_size` with `inputs_embeds`")
+def test_text_given_as_embeddings_has_no_gist_tokens_to_hide(with_gist):
+    embeds = with_gist.get_input_embeddings()(torch.tensor([[5, 9, 17]]))
+    found = with_gist.generate(inputs_embeds=embeds, no_repeat_ngram_size=2, max_new_tokens=2, do_sample=False)
+    assert found.shape == (1, 2)
+
+
 def test_gist_tokens_are_not_drafted_from(with_gist):
     with pytest.raises(UserError, match="gist tokens have ids that who drafts does not know"):
         generate(with_gist, GIST.inputs(), prompt_lookup_num_tokens=2)

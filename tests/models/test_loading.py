@@ -9,6 +9,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from casa import CasaConfig, CasaForConditionalGeneration, CasaProcessor, FusionConfig, adapt
 from casa.errors import UserError
+from casa.models.configs import read_config
+from casa.models.loading import sentence_of
 from casa.testing import TinySample, tiny_casa, tiny_encoder, tiny_processor, tiny_text_model
 
 SAMPLE = TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 2, 3), (5, 1, 2)))
@@ -124,6 +126,30 @@ def test_damaged_checkpoints_are_refused_in_one_sentence(folder, damage):
     with pytest.raises(UserError, match=words) as refusal:
         CasaForConditionalGeneration.from_pretrained(folder)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(), "OSError"),
+        (ValueError(" \n "), "ValueError"),
+        (ValueError("\nit is cut off\nsee above"), "it is cut off"),
+        (TypeError("the field is wrong:\n    it is a text"), "the field is wrong: it is a text"),
+    ],
+)
+def test_an_error_in_one_sentence(error, sentence):
+    assert sentence_of(error) == sentence
+
+
+def test_an_error_without_words_is_told_by_its_kind(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+
+    def fail(*_, **__):
+        raise ImportError
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
+    with pytest.raises(UserError, match="cannot be read: ImportError"):
+        read_config(tmp_path)
 
 
 def test_paths_that_hold_no_model_are_refused(tmp_path):

@@ -94,6 +94,10 @@ def test_text_alone_has_no_image_inputs(processor):
         ({"text": "<image> what", "images": []}, "places for 1 pictures, but 0"),
         ({"text": "what", "images": [picture()]}, "places for 0 pictures, but 1"),
         ({"text": ["<image>", "what <image>"], "images": [[picture()], []]}, "places for 2 pictures, but 1"),
+        (
+            {"text": ["<image>", "<image> <image>"], "images": [[picture(), picture()], [picture()]]},
+            r"places for \[1, 2\] pictures, but were given \[2, 1\]",
+        ),
         ({"text": "what", "videos": [picture()]}, "frame by frame"),
         ({"images": [picture()]}, "give text"),
         ({"text": "what", "return_tensors": "np"}, "only 'pt'"),

@@ -7,7 +7,8 @@ import torch
 
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, CasaProcessor, FusionConfig, adapt
-from casa.models.converting import convert, skeleton
+from casa.models.configs import skeleton
+from casa.models.converting import convert
 from casa.models.processor_at import processor_at
 from casa.testing import TinySample, tiny_casa, tiny_casa_over, tiny_checkpoint, tiny_encoder
 

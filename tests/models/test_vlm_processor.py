@@ -99,3 +99,30 @@ def test_a_folder_without_template_is_refused(tmp_path):
     (folder / "chat_template.json").unlink()
     with pytest.raises(UserError, match=r"chat_template\.jinja"):
         processor_of(folder)
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory):
+    """One folder for all damage; each puts back what was there."""
+    return folder_of("qwen2_5_vl", tmp_path_factory.mktemp("vlm"), QWEN, QWEN_TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("preprocessor_config.json", b'{"image_mean": [0.1'),
+        ("preprocessor_config.json", b"[]"),
+        ("preprocessor_config.json", b'{"image_mean": "\xff"}'),
+        ("chat_template.json", b"{}"),
+        ("chat_template.json", b'{"chat_template": 3}'),
+        ("chat_template.json", b""),
+    ],
+)
+def test_damaged_files_are_named_with_their_remedy(vlm, name, content):
+    kept = (vlm / name).read_bytes() if (vlm / name).exists() else None
+    (vlm / name).write_bytes(content)
+    try:
+        with pytest.raises(UserError, match=rf"{name} cannot be read; fetch it again"):
+            processor_of(vlm)
+    finally:
+        (vlm / name).unlink() if kept is None else (vlm / name).write_bytes(kept)

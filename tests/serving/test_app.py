@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from casa.errors import UserError
+from casa.serving import Limits
 from casa.serving.app import create_app
 from casa.serving.guard import is_foreign, is_own
 from casa.serving.routes_page import FILES
@@ -55,6 +56,7 @@ def test_the_page_and_its_files(server):
         assert "default-src 'none'" in headers["Content-Security-Policy"]
     about = json.loads(get(server, "/about.json")[2])
     assert (about["model"], about["prompt"], about["needs_token"]) == ("tiny", "say it", False)
+    assert (about["text_tokens"], about["most_text_tokens"]) == (1024, 8192)
 
 
 def test_the_page_needs_nothing_from_elsewhere(server):
@@ -110,15 +112,28 @@ def test_names_that_no_other_site_can_have(host, own):
     assert is_own(host, frozenset(["mine.example"])) is own
 
 
-def test_an_insertion_model_is_refused_a_stream_without_end(client):
+def test_sessions_are_a_limit_like_any_other(model):
+    for settings, most in [
+        ({}, 16),
+        ({"limits": Limits(sessions=3)}, 3),
+        ({"most_sessions": 2}, 2),
+        ({"limits": Limits(sessions=3), "most_sessions": 2}, 2),
+    ]:
+        state = create_app(model, tiny_processor(), **settings).state.casa
+        assert (state.worker.engine.most_sessions, state.limits.sessions) == (most, most)
+
+
+def test_an_insertion_model_remembers_all_and_is_refused_a_bound(client):
     app = create_app(tiny_casa(dtype=torch.float32, method="insertion"), tiny_processor())
     server = Server(app, port=0)
     thread = threading.Thread(target=server.run)
     thread.start()
-    with client(server) as one:
-        error = one.hello()
+    with client(server) as one, client(server) as two:
+        assert one.hello()["max_text_tokens"] is None
+        error = two.hello(max_text_tokens=100)
         assert error["fatal"] is True
         assert "insertion" in error["message"]
+        assert json.loads(get(server, "/about.json")[2])["text_tokens"] is None
     server.stop()
     thread.join()
 

@@ -48,6 +48,8 @@ def test_time_grows_with_what_is_cached(model):
     tally = InsertionTally(costs, tiny_processor(), 1000)
     assert tally.frame(8, "ab", 0.5)["latency"] == pytest.approx(0.5 + 0.03)
     assert tally.tokens == 1000 + 1 + 1 + 8 + 2
+    costs.prefill = costs.decode = 0.0
+    assert tally.frame(8, "ab", 0.0701988)["latency"] == 0.0702, "never below what is told of the frame itself"
 
 
 def test_an_answer_stays_cached(model):

@@ -1,6 +1,7 @@
 """/v1/chat/completions: OpenAI's own client works unchanged, whole and in pieces; errors are in OpenAI's form."""
 
 import json
+import threading
 import urllib.error
 import urllib.request
 
@@ -8,7 +9,7 @@ import openai
 import pytest
 import torch
 
-from casa.serving import Limits
+from casa.serving import Limits, routes_chat
 from casa.testing import tiny_processor
 
 LIMITS = Limits(body_bytes=200_000, prompt_tokens=200)
@@ -173,3 +174,10 @@ def test_chats_beyond_the_limit_are_told_to_wait(serving, until):
             state.chats -= 1
             assert ai.chat.completions.create(**asked, max_tokens=2).choices
             until(lambda: state.chats == 0)
+
+
+def test_bodies_are_read_off_the_event_loop(chatting, monkeypatch):
+    readers = []
+    monkeypatch.setattr(routes_chat, "parse_body", lambda *_: readers.append(threading.current_thread()))
+    assert post(chatting, b"{}")[0] == 400
+    assert [reader.name.split("_")[0] for reader in readers] == ["casa-chats"]

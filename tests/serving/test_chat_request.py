@@ -1,9 +1,11 @@
 """OpenAI's chat request: what is understood, what is refused by name, and system turns for templates without them."""
 
+import json
+
 import pytest
 
 from casa.serving import Limits
-from casa.serving.chat_request import RequestError, for_template, read_chat
+from casa.serving.chat_request import RequestError, for_template, parse_body, read_chat
 from casa.streaming import Sampling
 
 LIMITS = Limits()
@@ -71,6 +73,11 @@ def test_pictures_are_opened(data_urls):
         ({"top_p": -1}, "top_p", 400),
         ({"seed": 1.5}, "seed", 400),
         ({"max_tokens": -1}, "max_tokens", 400),
+        ({"max_tokens": 0}, "max_tokens", 400),
+        ({"max_completion_tokens": 0, "max_tokens": 5}, "max_completion_tokens", 400),
+        ({"n": 0}, "n", 400),
+        ({"messages": [{"role": "user", "content": ""}] * 8193}, "messages", 400),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 65_537}]}, "messages.0", 400),
         ({"stop": ["a"] * 5}, "stop", 400),
         ({"stop": 3}, "stop", 400),
         ({"n": 2}, "n", 400),
@@ -94,6 +101,32 @@ def test_too_many_pictures(data_urls):
         chat(
             messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a.org/b.png"}}]}]
         )
+
+
+def test_many_empty_messages_are_not_even_looked_at():
+    """Each would be nothing, and all together more than a tokenizer takes."""
+
+    class Unread(list):
+        def __iter__(self):
+            raise AssertionError("read")
+
+    few = Limits(prompt_tokens=3)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}] * 3}
+    assert len(read_chat(body, "tiny", few, False).messages) == 3
+    with pytest.raises(RequestError, match="too long") as caught:
+        read_chat(body | {"messages": Unread(body["messages"] + body["messages"])}, "tiny", few, False)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_json_of_more_values_than_any_chat_has_is_not_read(monkeypatch):
+    few = Limits(prompt_tokens=3)
+    letters = [{"role": "user", "content": [{"type": "text", "text": ","}]}] * 24
+    longest = json.dumps({"model": "tiny", "messages": letters}).encode()
+    assert len(parse_body(longest, few)["messages"]) == 24
+    monkeypatch.setattr(json, "loads", lambda _: pytest.fail("read"))
+    for empty in (b"[]", b"{}", b"0"):
+        with pytest.raises(RequestError, match="too long"):
+            parse_body(b"[" + b",".join([empty] * 200) + b"]", few)
 
 
 def test_a_body_of_something_else():

@@ -70,3 +70,12 @@ def test_a_temperature_next_to_nothing_is_greedy(model, asked):
         assert greedy.advance(float("inf"))
         assert cold.advance(float("inf"))
     assert [piece.text for piece in plain] == [piece.text for piece in icy]
+
+
+def test_a_chat_that_the_template_refuses_is_the_clients_error(model, asked):
+    processor = tiny_processor()
+    processor.chat_template = "{% if messages|length > 1 %}{{ raise_exception('Roles must alternate!') }}{% endif %}"
+    request = asked(messages=[{"role": "user", "content": "a"}] * 2)
+    with pytest.raises(RequestError, match="chat template refuses this chat: Roles must alternate!") as caught:
+        Completion(model, processor, request, 8192, print).advance(float("inf"))
+    assert (caught.value.status, caught.value.param) == (400, "messages")

@@ -35,7 +35,7 @@ def test_limits_from_texts():
     found = Limits.parse(["frame_bytes=1000", "idle_seconds=1.5"])
     assert found == Limits(frame_bytes=1000, idle_seconds=1.5)
     for wrong, word in [
-        ("frame_byte=1", "did you mean frame_bytes"),
+        ("frame_byte=1", "did you mean 'frame_bytes'"),
         ("x", "the limits are"),
         ("frame_bytes=1.5", "whole number"),
         ("frame_bytes", "whole number"),

@@ -3,15 +3,18 @@
 import base64
 import io
 import struct
+import threading
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from casa.errors import UserError
-from casa.serving import Limits
-from casa.serving.pictures import read_address, read_picture
+from casa.serving import Limits, pictures
+from casa.serving.pictures import keep_pillow_quiet, read_address, read_picture
 
 LIMITS = Limits()
 
@@ -83,3 +86,35 @@ def test_data_addresses():
     ]:
         with pytest.raises(UserError, match=word):
             read_address(wrong, LIMITS, False)
+
+
+def test_pictures_are_decoded_side_by_side(monkeypatch):
+    """A frame does not wait for the picture of a chat."""
+    both = threading.Barrier(2)
+    plain = pictures.picture_from
+
+    def decode(file):
+        both.wait(10)
+        return plain(file)
+
+    monkeypatch.setattr(pictures, "picture_from", decode)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda kind: read_picture(encoded(kind), LIMITS).size, ["PNG", "JPEG"]))
+    assert found == [(40, 30), (40, 30)]
+
+
+def test_no_thread_turns_warnings_off_and_on(monkeypatch):
+    def touched(**_):
+        raise AssertionError("warnings are of the whole process")
+
+    monkeypatch.setattr(warnings, "catch_warnings", touched)
+    assert read_picture(encoded("PNG"), LIMITS).size == (40, 30)
+
+
+def test_what_pillow_warns_of_is_left_out_once_for_all():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keep_pillow_quiet()
+        warnings.warn_explicit("damage", UserWarning, "a.py", 1, "PIL.TiffImagePlugin")
+        with pytest.raises(UserWarning, match="other"):
+            warnings.warn_explicit("other", UserWarning, "a.py", 1, "elsewhere")

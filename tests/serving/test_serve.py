@@ -63,8 +63,9 @@ def test_it_says_where_it_is(casa, checkpoint, monkeypatch):
     assert "/#token=secret" in out
     assert err == ""
     monkeypatch.delenv("CASA_TOKEN")
-    _, _, err = casa(checkpoint, "--port", 0, "--host", "0.0.0.0")
+    _, _, err = casa(checkpoint, "--port", 0, "--host", "0.0.0.0", "--limit", "sessions=5")
     assert "--token" in err
+    assert served[-1]._state.worker.engine.most_sessions == 5
 
 
 def listening_addresses(port):

@@ -50,3 +50,13 @@ def test_ended_streams_stay_for_a_while_and_not_too_many():
     assert shelf.find("c") is None
     assert len(shelf) == 0
     shelf.end("never opened")
+
+
+def test_lags_stand_in_jsonl_alone():
+    transcript = Transcript(10)
+    transcript.add(0.5, "one", 0.1234)
+    transcript.add(1.0, "two")
+    rows = [json.loads(line) for line in transcript.file("jsonl").splitlines()]
+    assert [row.get("lag") for row in rows] == [0.123, None]
+    assert "lag" not in rows[1]
+    assert "0.123" not in transcript.file("srt") + transcript.file("vtt")

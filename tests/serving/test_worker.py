@@ -141,7 +141,7 @@ def test_what_is_no_picture_ends_in_its_own_stream(worker, pictures):
     assert usage["frame"] == 1
 
 
-def test_a_failing_model_fails_its_own_pass(worker, pictures, monkeypatch, caplog):
+def test_a_failing_pass_is_told_and_leaves_the_stream_as_it_was(worker, model, pictures, monkeypatch, caplog):
     async def scenario():
         (one,) = await opened(worker, "a")
         worker.offer(one, Ticket(1, 0.0, pictures[0]))
@@ -161,10 +161,41 @@ def test_a_failing_model_fails_its_own_pass(worker, pictures, monkeypatch, caplo
 
     error, same, text = run(scenario)
     assert "MemoryError" in error["message"]
-    assert not same
-    assert isinstance(text, str)
+    assert same
+    session = StreamingSession(model, tiny_processor(), **SETTINGS)
+    session.step(pictures[0])
+    assert text == session.step(pictures[0])
     assert worker.is_alive
     assert "failed" in caplog.text
+
+
+def test_a_stream_alone_whose_model_fails_once_goes_on_with_its_state(worker, model, pictures):
+    async def scenario():
+        (one,) = await opened(worker, "a")
+        session, heard = one.session, []
+        for turn in range(3):
+            if turn == 1:
+                # at its second token, when the frame is in the cache already
+                def fail(logits, said):
+                    if said:
+                        raise RuntimeError("no token")
+                    return 7
+
+                session._pick = fail
+            worker.offer(one, Ticket(turn + 1, turn / 2, pictures[turn]))
+            heard.append(await hear(one, "usage", "error"))
+            if turn == 1:
+                del session._pick
+        return heard, one.session is session
+
+    heard, same = run(scenario)
+    assert same
+    assert (heard[1][-1]["type"], heard[1][-1]["frame"]) == ("error", 2)
+    assert "RuntimeError" in heard[1][-1]["message"]
+    session = StreamingSession(model, tiny_processor(), **SETTINGS)
+    assert [text_of(heard[0]), text_of(heard[2])] == [session.step(pictures[0]), session.step(pictures[2])]
+    usage = {name: heard[2][-1][name] for name in ("text_tokens", "image_tokens", "cache_bytes")}
+    assert usage == {name: getattr(session.usage, name) for name in usage}
 
 
 def test_who_makes_a_shared_pass_fail_fails_alone(worker, model, pictures):

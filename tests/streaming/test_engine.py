@@ -1,14 +1,16 @@
 """Many sessions on one model: each says what it says alone, whoever joins, leaves or brings no picture."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
 
 from casa.errors import UserError
+from casa.models import FusionConfig, adapt
 from casa.streaming import Sampling, StreamingEngine, StreamingSession
-from casa.testing import tiny_casa, tiny_processor
+from casa.testing import tiny_backbone, tiny_casa, tiny_encoder, tiny_processor
+from casa.testing.tiny import spread
 
 VARIANTS = {
     "parallel": {},
@@ -194,6 +196,62 @@ def test_what_fails_in_one_session_is_its_own_affair(plain):
     assert engine.session("bad").usage.image_tokens == 0, "as it was before"
 
 
+@dataclass(frozen=True)
+class Stumbling(Sampling):
+    """Breaks at the second token, once."""
+
+    stumbled: list[bool] = field(default_factory=list)
+
+    def pick(self, logits, said, *others):
+        if said and not self.stumbled:
+            self.stumbled.append(True)
+            raise MemoryError
+        return super().pick(logits, said, *others)
+
+
+def test_a_session_by_itself_that_fails_is_as_it_was(plain):
+    engine = StreamingEngine(plain, tiny_processor())
+    settings = SETTINGS | STREAMS["a"][1]
+    engine.open("a", sampling=Stumbling(), **settings)
+    first, second = frames(1, 2)
+    engine.offer("a", first)
+    (event,) = engine.step()
+    assert "MemoryError" in event.error
+    assert engine.session("a").usage.image_tokens == 0
+    for frame, wanted in zip((first, second), alone(plain, "a", 2), strict=True):
+        engine.offer("a", frame)
+        assert [event.text for event in engine.step()] == [wanted]
+
+
+def sliding():
+    """A model whose blocks keep the newest 16 tokens of text."""
+    backbone = tiny_backbone("mistral")
+    backbone.config.sliding_window = 16
+    model = adapt(backbone, FusionConfig(), vision=tiny_encoder())
+    spread(model.projector)
+    model.generation_config.eos_token_id = 2
+    return model.eval()
+
+
+def test_sessions_of_a_model_that_forgets_by_itself_are_themselves_in_company():
+    model = sliding()
+    engine = StreamingEngine(model, tiny_processor())
+    heard = {"a": [], "b": []}
+    for turn in range(6):
+        for name in heard:
+            if turn == (0, 3)["ab".index(name)]:
+                engine.open(name, **SETTINGS, **STREAMS[name][1])
+            if name in engine:
+                engine.offer(name, frames(STREAMS[name][0], 6)[turn - (0, 3)["ab".index(name)]])
+        for event in engine.step():
+            assert event.error is None
+            heard[event.session].append(event.text)
+    assert engine.session("a").usage.text_tokens > 16
+    assert heard == {"a": alone(model, "a", 6), "b": alone(model, "b", 3)}
+    with pytest.raises(UserError, match="sliding-window attention cannot forget"):
+        StreamingSession(model, tiny_processor(), max_text_tokens=200)
+
+
 def test_a_slow_source_keeps_nobody_waiting(plain):
     engine = StreamingEngine(plain, tiny_processor())
     for name in ("a", "b"):
@@ -274,6 +332,20 @@ def test_questions_are_answered_in_company_as_alone(plain):
     assert answers["a", "answer"] == wanted
     assert ("b", "caption") in answers
     assert {event.text for event in engine.step()} == {after}, "then captioning goes on"
+
+
+def test_each_of_several_questions_has_its_answer(plain):
+    session = StreamingSession(plain, tiny_processor(), **SETTINGS)
+    session.step(frames(1, 1)[0])
+    wanted = [session.ask("who"), session.ask("what is it")]
+    engine = StreamingEngine(plain, tiny_processor())
+    engine.open("a", **SETTINGS)
+    engine.offer("a", frames(1, 1)[0])
+    engine.step()
+    engine.ask("a", "who")
+    engine.ask("a", "what is it")
+    assert [event.text for _ in range(2) for event in engine.step()] == wanted
+    assert engine.step() == []
 
 
 def test_a_cut_caption_ends_and_the_next_one_does_not(plain):

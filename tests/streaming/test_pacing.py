@@ -79,6 +79,34 @@ def test_live_the_newest_frame_wins_and_the_last_is_never_dropped():
     assert (count.frames, count.dropped) == (2, 8)
 
 
+def test_frames_dropped_while_another_is_looked_at_are_counted():
+    """Two threads count: what the reader drops while the looker is at work, and what the looker drops itself."""
+    session, count, gate = Slow(), Count(), threading.Semaphore(0)
+
+    def look(frame):
+        if frame == 1:  # until frames 2 and 3 have been replaced
+            for _ in range(3):
+                gate.release()
+            while count.dropped < 2:
+                threading.Event().wait(0.005)
+        return frame
+
+    def source():
+        yield Frame(0, 0.0)
+        assert session.started.acquire(timeout=20)
+        yield Frame(1, 0.5)
+        for n in (2, 3, 4):
+            assert gate.acquire(timeout=20)
+            yield Frame(n, n / 2)
+
+    session.look = look
+    for _ in range(5):
+        session.turns.release()
+    heard = list(watch_live(session, source(), fps=2, count=count))
+    assert (heard[-1].text, count.frames + count.dropped) == ("4", 5)
+    assert count.dropped >= 2
+
+
 def test_a_caption_is_cut_at_its_budget():
     now = [0.0]
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration
 from casa.streaming import Sampling, StreamingSession
 from casa.testing import tiny_casa, tiny_processor
@@ -111,6 +112,22 @@ def test_a_bound_on_text_holds_for_ever():
         usage = session.usage
         assert usage.text_tokens <= 32
         assert usage.cache_bytes <= (32 + usage.image_tokens + 6) * token
+
+
+def test_a_question_the_bound_has_no_room_for_is_refused():
+    processor, model = tiny_processor(), make_model()
+    session = StreamingSession(model, processor, max_text_tokens=48, max_new_tokens=3)
+    short, long = "who", "who is it that we see in this picture here"
+    with pytest.raises(UserError, match="ask in fewer words"):
+        session.ask(long)
+    session.ask(short)  # before any frame too
+    for number in range(20):
+        session.step(FRAMES[number % len(FRAMES)])
+        session.ask(short)
+        assert session.usage.text_tokens <= 48
+    with pytest.raises(UserError, match="max_text_tokens is 48"):
+        session.ask(long)
+    assert session.step(FRAMES[0]) is not None
 
 
 def test_dropped_text_leaves_keys_where_their_new_positions_are():

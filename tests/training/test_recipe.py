@@ -74,6 +74,8 @@ def _lists(value: Any) -> Any:
         (("text", "model"), 3, "text.model must be a block of named values, not 3."),
         (("text",), [1], "text must be a block of keys and values, not [1]."),
         (("fusion", "fusion"), {"placement": "paralel"}, "Did you mean 'parallel'?"),
+        (("tower", "exact"), ["shade"], "tower.exact is 'shade'; it must be one of the channels"),
+        (("fusion", "dropout"), 1.0, "fusion.dropout is 1.0; it must be from 0 to below 1"),
         (("fusion", "batch"), {"scenes": 3}, "fusion.batch is 'scenes'; it must be a source of the mix (pages)."),
         (("seed",), -1, "seed is -1; it must be 0 or more."),
         (("name",), 3, "name must be text, not 3."),

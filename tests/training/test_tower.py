@@ -33,3 +33,11 @@ def test_cells_that_say_something_share_three_quarters():
     each = torch.nn.functional.cross_entropy(logits[0], target[0], reduction="none", label_smoothing=0.1)
     expected = 2.0 * (0.75 * each[0] + 0.25 * each[1:].mean())
     torch.testing.assert_close(loss(logits, target), expected, rtol=1e-12, atol=0)
+
+
+def test_cells_of_an_exact_channel_weigh_the_same():
+    logits = torch.randn(1, 8, 4, dtype=torch.float64)
+    target = torch.tensor([[1, 3, 3, 3, 2, 3, 3, -100]])
+    found = dense_loss({"digit": logits}, {"digit": target}, {"digit": 2.0}, EMPTY, 0.1, exact=("digit",))
+    each = torch.nn.functional.cross_entropy(logits[0, :7], target[0, :7], reduction="none")
+    torch.testing.assert_close(found, 2.0 * each.sum() / (4 * 2), rtol=1e-12, atol=0)

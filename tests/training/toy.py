@@ -102,6 +102,7 @@ def recipe(**changes: Any) -> Recipe:
             "pool_draws": 8,
             "prefill": 4,
             "row_tokens": 96,
+            "dropout": 0.05,
         },
     }
     return parse_recipe(values | changes)

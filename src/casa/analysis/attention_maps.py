@@ -127,7 +127,7 @@ def attention_shares(
         num_image=seen[:, : layout.num_image].sum(1),
         image_weights=image,
         images=layout.images,
-        grids=tuple(token_grids(model.config.encoder_config, grid)) if grid is not None else (),
+        grids=tuple(model.final_grids(token_grids(model.config.encoder_config, grid))) if grid is not None else (),
     )
 
 

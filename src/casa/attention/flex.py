@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from casa.attention.ask import Ask
+from casa.attention.pick import zeros_of
 from casa.windows import WindowLayout
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,7 +59,7 @@ def attention(
     if attend == "both":
         keys, values = [image_key, text_key], [image_value, text_value]
     if not len(query) or not sum(map(len, keys)):
-        return query.masked_fill(torch.ones((), dtype=torch.bool, device=query.device), 0.0)
+        return zeros_of(query)
 
     device = query.device
     mask = layout.cached(("flex", attend, device), lambda: _block_mask(layout, attend, device))

@@ -46,6 +46,11 @@ class Pick:
         return _Picked.apply(source, self)  # type: ignore[no-any-return]
 
 
+def zeros_of(x: Tensor) -> Tensor:
+    """Zeros like x that still belong to its graph: what queries get that see nothing."""
+    return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0)
+
+
 class _Picked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, source: Tensor, pick: Pick) -> Tensor:  # type: ignore[override]

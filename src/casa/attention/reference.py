@@ -6,6 +6,7 @@ Shapes: q queries and s keys of one window, G = Hq / Hkv query heads per key hea
 import torch
 from torch import Tensor
 
+from casa.attention.pick import zeros_of
 from casa.windows import WindowLayout
 
 
@@ -22,7 +23,7 @@ def attention(
     turn,
 ) -> Tensor:
     """See `casa_attention`."""
-    out = query.masked_fill(torch.ones((), dtype=torch.bool, device=query.device), 0.0)
+    out = zeros_of(query)
     image_before = layout.on(query.device, "image_text_index")
     row = 0
     for number, window in enumerate(layout.windows):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from casa.attention.pick import zeros_of
 from casa.attention.plan import Plan, make_plan
 from casa.windows import WindowLayout
 
@@ -35,8 +36,8 @@ def attention(
     turning = turn is not None and layout.history != 0
     what = (attend, Hq * D, turning, query.device)
     plan = layout.cached(("sdpa", *what), lambda: _plan(layout, *what))
-    if plan is None:  # zeros that still belong to the graph
-        return query.masked_fill(torch.ones((), dtype=torch.bool, device=query.device), 0.0)
+    if plan is None:
+        return zeros_of(query)
     biases = layout.cached(
         ("sdpa bias", *what, groups, query.dtype),
         lambda: [call.bias(groups, query.dtype, query.device) for call in plan.calls],

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from casa.attention.ask import Ask
-from casa.attention.pick import Pick
+from casa.attention.pick import Pick, zeros_of
 from casa.windows import WindowLayout
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -81,8 +81,8 @@ def attention(
     device = query.device
     made = ("varlen", attend, turning, device)
     blocks = layout.cached(made, lambda: _on(device, make_blocks(layout, attend, turning)))
-    if blocks is None:  # zeros that still belong to the graph
-        return query.masked_fill(torch.ones((), dtype=torch.bool, device=device), 0.0)
+    if blocks is None:
+        return zeros_of(query)
     keys, values = [image_key], [image_value]
     if attend == "both":
         keys, values = [image_key, text_key], [image_value, text_value]

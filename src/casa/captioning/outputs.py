@@ -15,7 +15,7 @@ _READERS = {".srt": read_srt, ".vtt": read_vtt, ".jsonl": read_jsonl}
 class Outputs:
     """All outputs of a request; to be used in a `with`.
 
-    until: where the captions on disk are kept up to, in seconds, when a run goes on (None: all of them).
+    until: when a run goes on, captions on disk from this second on are dropped (None: all are kept).
     """
 
     def __init__(self, request: Request, resumed: bool = False, until: float | None = None) -> None:
@@ -49,13 +49,17 @@ class Outputs:
         """The frames on their way to the session."""
         return iter(frames) if self._recorder is None else self._recorder.through(frames)
 
-    def say(self, at: float, seconds: float, text: str) -> None:
-        """at: when, on the clock of the captions; seconds: on the source's own."""
-        self._writers.say(at, at + self._hold, text)
-        if self._afterwards:
-            self._all.say(at, at + self._hold, text)
+    def say(self, at: float, seconds: float, text: str, lag: float | None = None) -> None:
+        """at: when, on the clock of the captions; seconds: on the source's own. lag: by which live text came later."""
+        self.say_again(at, text, lag)
         if self._recorder is not None:
             self._recorder.say(seconds, seconds + self._hold, text)
+
+    def say_again(self, at: float, text: str, lag: float | None = None) -> None:
+        """What an earlier run said of a frame that does not come again."""
+        self._writers.say(at, at + self._hold, text, lag)
+        if self._afterwards:
+            self._all.say(at, at + self._hold, text)
 
     def finish(self, duration: float | None) -> None:
         """Closes the files, then writes the videos that need all captions."""

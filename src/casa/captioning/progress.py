@@ -1,13 +1,14 @@
 """Where a run is, saved beside its caption files as it goes: one file, the session's state with its place in the notes.
 
 A state is written after the captions that it knows of, so whatever moment a run is killed at, the files hold at least
-what the state has said. What they hold beyond it is said again, in the same words.
+what the state has said. What they hold from its last frame on is said again, in the same words: by the state what it
+knows was said of that frame, by the session the rest.
 """
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ class Place:
     """seconds: of the last frame that was watched; None before the first. asked: questions asked so far.
 
     began: what the clock on the wall (Unix time) said at second 0, by which a live stream goes on.
+    said: each caption and answer written at that frame, with its lag.
     """
 
     seconds: float | None = None
     asked: int = 0
     began: float | None = None
+    said: list[tuple[str, float | None]] = field(default_factory=list)
 
 
 class Progress:
@@ -56,6 +59,7 @@ class Progress:
         elif self._path is not None:
             # of some earlier run: what is written from now on is not what it knows of
             self._path.unlink(missing_ok=True)
+        self._said_at, self._said = self.place.seconds, list(self.place.said)
 
     def session(self, model: CasaForConditionalGeneration, processor: CasaProcessor) -> StreamingSession:
         """The session that goes on, or a new one."""
@@ -79,9 +83,16 @@ class Progress:
             return 0.0
         return max(self._wall() - self.place.began, self.place.seconds + 0.001)
 
+    def say(self, seconds: float, text: str, lag: float | None = None) -> None:
+        """Something has been written at that frame, on the clock of the captions."""
+        if seconds != self._said_at:
+            self._said_at, self._said = seconds, []
+        self._said.append((text, lag))
+
     def reached(self, seconds: float, asked: int, session: StreamingSession) -> None:
         """A frame has been watched and what was said of it written."""
         self.place.seconds, self.place.asked = seconds, asked
+        self.place.said = list(self._said) if self._said_at == seconds else []
         if self._clock() - self._saved_at >= self._request.save_every:
             self.save(session)
 

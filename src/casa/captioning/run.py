@@ -69,24 +69,33 @@ def caption(request: Request, model: str, load: Load, tell: Tell = lambda at, te
     with _open(request, after) as source:
         session = progress.session(*load(model))
         offset = progress.offset(source.is_live)
-        # of a file, what was said after the state was saved will be said again
-        until = None if source.is_live or after is None else round(after, 3) + 0.0005
+        # up to where the session has seen what comes now; what comes live has not been there before
+        passed = None if source.is_live else after
+        # what was said from that frame on will be said again
+        until = None if passed is None else round(passed, 3) - TOLERANCE / 2
         report.live = source.is_live if request.live is None else request.live
         questions = Questions(request.questions, progress.place.asked)
         with Outputs(request, progress.resumed, until) as outputs:
-            frames = outputs.recorded(_behind(source, None if source.is_live else after))
+            frames = outputs.recorded(_behind(source, passed))
 
-            def said(seconds: float, text: str) -> None:
+            def said(seconds: float, text: str, lag: float | None = None) -> None:
                 report.said += 1
-                outputs.say(offset + seconds, seconds, text)
+                outputs.say(offset + seconds, seconds, text, lag)
+                progress.say(offset + seconds, text, lag)
                 tell(offset + seconds, text)
 
             seconds = 0.0
+            if passed is not None:
+                # where the session stands, also if no frame comes any more
+                seconds = passed
+                for text, lag in progress.place.said:
+                    outputs.say_again(seconds, text, lag)
             try:
                 for moment in _watched(session, frames, request, source, report, ahead=not outputs.records):
                     seconds = moment.seconds
                     if moment.text:
-                        said(seconds, moment.text)
+                        # a file's own pace has no clock that a caption could lag behind
+                        said(seconds, moment.text, moment.lag if report.live else None)
                     _answer(session, questions, offset + seconds, seconds, said, report)
                     progress.reached(offset + seconds, questions.asked, session)
                 if session.frames:

@@ -91,7 +91,8 @@ def _convert(
     from transformers.utils import logging
 
     from casa.models import CasaConfig, FusionConfig
-    from casa.models.converting import convert, read_config
+    from casa.models.configs import read_config
+    from casa.models.converting import convert
     from casa.models.freezing import ADDED
     from casa.models.processor_at import processor_at
 

@@ -120,8 +120,10 @@ def _counters(model: str) -> tuple[Callable[[str], int], Callable[[int, int], in
 
 
 def _summary(found: "Checked") -> str:
+    from casa.data.lettering import counted
+
     whole = "" if found.complete else " looked at, and there are more"
-    return f"{_count(found.records, 'good record')} and {found.report.total:,} bad{whole}"
+    return f"{counted(found.records, 'good record')} and {found.report.total:,} bad{whole}"
 
 
 def _show(found: "Checked", path: str) -> None:
@@ -159,7 +161,3 @@ def _show(found: "Checked", path: str) -> None:
             console.print(Text(f"{origin}: {bad}"))
         if found.report.total > _LISTED:
             console.print(f"and {found.report.total - _LISTED:,} more; --report FILE lists them all.")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -40,8 +40,8 @@ def run() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app(arguments)
-    except (UserError, OSError, MemoryError) as error:
-        if debug:
+    except Exception as error:
+        if debug or not (isinstance(error, (UserError, OSError)) or _lacks_memory(error)):
             raise
         print(f"casa: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)
@@ -53,8 +53,18 @@ def run() -> None:
 def _sentence(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, MemoryError):
+    if _lacks_memory(error):
         return "there is not enough memory; use a smaller picture, batch or model."
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     return str(error) or type(error).__name__
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, a GPU's (by name, since this file does without torch), or that of torch's
+    tensors, which is a RuntimeError like any other but for its words.
+    """
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in (kind.__name__ for kind in type(error).__mro__):
+        return True
+    words = ("can't allocate memory", "not enough memory: you tried")  # the second on Windows
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -14,7 +14,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     fps: Annotated[float, typer.Option(help="Frames looked at per second, unless a client asks otherwise.")] = 2.0,
-    sessions: Annotated[int, typer.Option(min=1, help="Live streams at once.")] = 16,
+    sessions: Annotated[
+        int | None, typer.Option(min=1, help="Live streams at once; short for --limit sessions=...")
+    ] = None,
     token: Annotated[str | None, typer.Option(envvar="CASA_TOKEN", help="Asked of every client, if given.")] = None,
     allow_fetch: Annotated[
         bool, typer.Option("--allow-fetch", help="Chats may name pictures on the public internet.")

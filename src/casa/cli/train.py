@@ -1,4 +1,4 @@
-"""`casa train`: runs a recipe: one for data of one's own, or casa-tiny's three stages."""
+"""`casa train`: runs a recipe: one for data of one's own, or casa-tiny's stages."""
 
 import os
 from pathlib import Path
@@ -53,8 +53,8 @@ def _stages(recipe: "Recipe", folder: Path, dry_run: bool) -> None:
     from casa.training import train as run
 
     if dry_run:
-        for name in ("text", "tower", "fusion"):
-            optimisation = getattr(recipe, name).optimisation
+        for name, stage in (("text", recipe.text), ("tower", recipe.tower), ("fusion", recipe.fusion)):
+            optimisation = stage.optimisation
             print(f"{name}: {optimisation.steps:,} steps, rate {optimisation.rate:g}, muon {optimisation.muon:g}")
         return
     run(recipe, training_sources(), folder, progress=print)

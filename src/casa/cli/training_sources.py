@@ -44,22 +44,38 @@ def frames(rng: np.random.Generator, size: tuple[int, int] | None) -> Example:
 
 def clips(rng: np.random.Generator) -> StreamExample:
     """A stream of 3 to 20 s at 2 fps; most are short and small, as pictures are what costs."""
+    return _clip(rng, _strength(rng), 0.0)
+
+
+def rough_pages(rng: np.random.Generator, size: tuple[int, int] | None) -> Example:
+    """Pages whose strokes are bent until they are read about as well as those of writers never seen."""
+    return page(rng, "train", turns=_QUESTIONS, strength=_rough(rng), sizes=_only(size))
+
+
+def rough_clips(rng: np.random.Generator) -> StreamExample:
+    """Streams in such strokes, in which a number is often the one before but for a digit."""
+    return _clip(rng, _rough(rng), 0.35)
+
+
+def _clip(rng: np.random.Generator, strength: float, kin: float) -> StreamExample:
     fewest, most = _SHORT if rng.random() < 0.8 else _LONG
     count = int(rng.integers(fewest, most + 1))
     low, high = LEAST_STREAM_SIDE, STREAM_SIDE if count <= _SHORT[1] else (LEAST_STREAM_SIDE + STREAM_SIDE) // 2
     sides = [CELL * math.floor(low / CELL * ((high + CELL) / low) ** rng.random()) for _ in range(2)]
-    return stream(rng, "train", seconds=count / FPS, strength=_strength(rng), sizes=[(sides[0], sides[1])])
+    return stream(rng, "train", seconds=count / FPS, strength=strength, sizes=[(sides[0], sides[1])], kin=kin)
 
 
 def training_sources() -> Sources:
-    """The sources that recipes name: pictures `pages`, `sheets`, `scenes`, `frames`, and `clips`."""
+    """The sources that recipes name: pictures `pages`, `rough_pages`, `sheets`, `scenes`, `frames`, and `clips`,
+    `rough_clips`."""
     return Sources(
-        pictures={"pages": pages, "sheets": sheets, "scenes": scenes, "frames": frames},
-        clips={"clips": clips},
+        pictures={"pages": pages, "rough_pages": rough_pages, "sheets": sheets, "scenes": scenes, "frames": frames},
+        clips={"clips": clips, "rough_clips": rough_clips},
         channels=DENSE_CHANNELS,
         empty={"digit": NO_DIGIT},
         sides={
             "pages": (LEAST_SIDE, 672),
+            "rough_pages": (LEAST_SIDE, 672),
             "sheets": (LEAST_SIDE, 672),
             "scenes": (LEAST_SIDE, SCENE_SIDE),
             "frames": (LEAST_STREAM_SIDE, STREAM_SIDE),
@@ -71,6 +87,10 @@ def training_sources() -> Sources:
 def _strength(rng: np.random.Generator) -> float:
     # real writers differ from those of the training scans by more than the scans among themselves
     return 1.5 * float(rng.random())
+
+
+def _rough(rng: np.random.Generator) -> float:
+    return 0.4 + 1.6 * float(rng.random())
 
 
 def _only(size: tuple[int, int] | None) -> list[tuple[int, int]] | None:

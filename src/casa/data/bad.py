@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,19 +94,25 @@ class Report:
             self.unwritten = f"{path} cannot be written ({error.strerror})"
 
 
+def reported(data: bytes) -> Iterator[tuple[str, str]]:
+    """(origin, reason) of every whole line in the bytes of a report's file; half lines are passed over."""
+    # texts may hold characters that Python counts as line ends, such as U+2028: only this one ends a line here
+    for line in data.split(b"\n"):
+        try:
+            entry = json.loads(line)
+            named = str(entry["origin"]), str(entry["reason"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+        yield named
+
+
 def _named_in(path: Path) -> set[str]:
     """The origins that a report from before names, and a line end after its last line."""
-    named: set[str] = set()
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return named
-    for line in data.splitlines():
-        try:
-            named.add(json.loads(line)["origin"])
-        except (ValueError, TypeError, KeyError, RecursionError):
-            continue
+        return set()
     if data and not data.endswith(b"\n"):
         with path.open("ab") as file:
             file.write(b"\n")
-    return named
+    return {origin for origin, _ in reported(data)}

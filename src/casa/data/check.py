@@ -108,7 +108,7 @@ def check_data(
     found = Checked(report=report or Report())
     records = Records(once, 0, Shard(), found.report)
     chance = random.Random(0)
-    for record in _limited(records, limit, found):
+    for record in _limited(records, limit, found, progress):
         sizes, thumbnails = [], []
         try:
             for number, picture in enumerate(record.pictures(), start=1):
@@ -126,18 +126,22 @@ def check_data(
         if place < samples:
             sample = Sample(record, [_small(image) for image in thumbnails], tokens)
             found.samples[place : place + 1] = [sample]
-        if progress is not None:
-            progress(found.records + found.report.total)
     found.samples.sort(key=lambda sample: (sample.record.origin.path, sample.record.origin.line))
     return found
 
 
-def _limited(records: Records, limit: int | None, found: Checked) -> Iterator[Record]:
-    for record in records:
-        if limit is not None and found.records + found.report.total >= limit:
-            found.complete = False
+def _limited(
+    records: Records, limit: int | None, found: Checked, progress: Callable[[int], None] | None
+) -> Iterator[Record]:
+    """The good ones among the first `limit` rows, however many of these are bad."""
+    for taken, record in enumerate(records.rows(), start=1):
+        if record is not None:
+            yield record
+        if progress is not None:
+            progress(taken)
+        if taken == limit:
+            found.complete = not records.skip()
             return
-        yield record
 
 
 def _count(

@@ -1,6 +1,7 @@
 """Rows of a data set of the Hugging Face hub, or of a folder laid out like one, through `datasets`, streamed.
 
-`datasets` deals the rows out to readers and keeps the position; nothing is downloaded that is not read.
+Its files are dealt out to readers as local ones are, and `datasets` keeps the position in each; nothing is downloaded
+that is not read.
 """
 
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 from casa.data.formats.row import Row
 from casa.data.record import Origin
-from casa.data.rows import Found
+from casa.data.rows import Found, dealt
 from casa.data.settings import Shard, SourceSettings
 from casa.errors import UserError
 
@@ -17,12 +18,11 @@ PREFIX = "hub:"
 
 
 class HubRows:
-    """Rows of the split that the settings name. Pictures stay bytes."""
+    """Rows of the split that the settings name, pictures as bytes. shuffled: files come in another order each epoch."""
 
-    def __init__(self, settings: SourceSettings, shard: Shard) -> None:
+    def __init__(self, settings: SourceSettings, shard: Shard, seed: int, shuffled: bool) -> None:
         try:
             import datasets
-            from datasets.distributed import split_dataset_by_node
         except ImportError as error:
             raise UserError("Data of the hub need datasets: install casa-vlm[train].") from error
         self._name = settings.path.removeprefix(PREFIX)
@@ -37,23 +37,34 @@ class HubRows:
                 f"{settings.path} cannot be opened ({told}): check its name, subset, split and your connection."
             ) from error
         assert isinstance(whole, datasets.IterableDataset)
-        self._told = f"{self._name} {settings.subset} {settings.split}"
         # bytes, not pictures: they are decoded where a sample is made of them
-        self._data = split_dataset_by_node(whole.decode(False), rank=shard.index, world_size=shard.count)
-        self._start = self._data.state_dict()
-        self._taken = 0
+        self._whole = whole.decode(False)
+        self._files = self._whole.num_shards
+        self._told = f"{self._name} {settings.subset} {settings.split} {self._files}"
+        self._shard, self._seed, self._shuffled = shard, seed, shuffled
+        self._file: Any = None
+        self._at = self._row = 0
 
     def start(self, epoch: int, position: Any = None) -> Iterator[Found]:
-        state, self._taken = (self._start, 0) if position is None else position
-        self._data.load_state_dict(state)
+        files = dealt(self._files, self._shard, [self._seed, epoch] if self._shuffled else None)
+        self._at, state, self._row = (0, None, 0) if position is None else position
         folder = Path(self._name) if Path(self._name).is_dir() else Path.cwd()
-        for value in self._data:
-            self._taken += 1
-            row = Row(self._taken, value, _size(value), (self._taken, 0))
-            yield Found(row, Origin(PREFIX + self._name, self._taken), folder)
+        for number, mine in files[self._at :]:
+            self._file = self._whole.shard(num_shards=self._files, index=number)
+            if state is not None:
+                self._file.load_state_dict(state)
+            name = f"{PREFIX}{self._name}#{number + 1}"
+            # plain iteration would deal the rows out once more where a loader has several workers; batches it leaves
+            for batch in self._file.iter(batch_size=1):
+                self._row += 1
+                if mine(self._row - 1):
+                    value = {key: held[0] for key, held in batch.items()}
+                    yield Found(Row(self._row, value, _size(value), (self._row, 0)), Origin(name, self._row), folder)
+            self._file, state = None, None
+            self._at, self._row = self._at + 1, 0
 
     def position(self) -> Any:
-        return [self._data.state_dict(), self._taken]
+        return [self._at, None if self._file is None else self._file.state_dict(), self._row]
 
     def fingerprint(self) -> str:
         return self._told

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from casa.atomic import replacing
+from casa.data.drawn import ClipSource, PictureSource
 from casa.errors import UserError
 from casa.media import VideoWriter
 
@@ -25,8 +26,6 @@ _QUALITY = 95  # of JPEG: handwriting keeps its edges
 _CRF = 18
 _AFTER = 0.1  # of the time between two frames, from a frame to its words: no rounding gives them to another one
 
-PictureSource = Callable[[np.random.Generator, tuple[int, int] | None], Any]
-ClipSource = Callable[[np.random.Generator], Any]
 Told = Callable[[int], None]
 
 

@@ -77,18 +77,19 @@ class Records(Iterator[Record]):
         return self
 
     def __next__(self) -> Record:
-        while not self._ended:
-            source = self._draw()
-            found = source.next() if source is not None else None
-            if source is None or (found is None and self._settings.exhausted == "stop"):
-                self._ended = True
-            elif found is None:
-                source.end(repeat=self._settings.exhausted == "repeat")
-            else:
-                record = self._parsed(source, found)
-                if record is not None:
-                    return record
+        for record in self.rows():
+            if record is not None:
+                return record
         raise StopIteration
+
+    def rows(self) -> Iterator[Record | None]:
+        """Row by row: its record, or None if it was bad (and counted)."""
+        while (row := self._row()) is not None:
+            yield self._parsed(*row)
+
+    def skip(self) -> bool:
+        """Passes over the next row, unread; False if there is none."""
+        return self._row() is not None
 
     def refuse(self, origin: Origin, bad: BadRecord) -> None:
         """Counts a record that turned out bad only when it was used. Raises UserError where settings are strict."""
@@ -130,6 +131,19 @@ class Records(Iterator[Record]):
         for source, entry in zip(self._sources, state["sources"], strict=True):
             source.load_state_dict(entry)
 
+    def _row(self) -> "tuple[_Source, Found] | None":
+        """The next row and its source; None at the end."""
+        while not self._ended:
+            source = self._draw()
+            found = source.next() if source is not None else None
+            if source is not None and found is not None:
+                return source, found
+            if source is None or self._settings.exhausted == "stop":
+                self._ended = True
+            else:
+                source.end(repeat=self._settings.exhausted == "repeat")
+        return None
+
     def _draw(self) -> "_Source | None":
         """The next source, by weight among those that still give; None if none does."""
         giving = [not source.left for source in self._sources]
@@ -160,12 +174,13 @@ class _Source:
 
     def __init__(self, settings: SourceSettings, number: int, shuffle: int, seed: int, shard: Shard) -> None:
         self._settings = settings
+        # all readers must agree on the order of files, and no two sources share an order of rows
+        own = seed + number
         rows: Rows
         if settings.path.startswith(PREFIX):
-            rows = HubRows(settings, shard)
+            rows = HubRows(settings, shard, own, shuffle > 1)
         else:
-            # all readers must agree on the order of files, and no two sources share an order of rows
-            rows = FileRows(settings.path, shard, seed + number, shuffle > 1)
+            rows = FileRows(settings.path, shard, own, shuffle > 1)
         self._rows, self._fingerprint = Shuffled(rows, [seed, number, shard.index], shuffle), rows.fingerprint()
         self.left = self.gave = False
 

@@ -8,7 +8,7 @@ otherwise every reader passes over the others' rows.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,6 +48,20 @@ class Rows(Protocol):
         ...
 
 
+def dealt(pieces: int, shard: Shard, order: list[int] | None) -> list[tuple[int, Callable[[int], bool]]]:
+    """This reader's pieces, by number, each with the question which of its rows (from 0) are wanted.
+
+    order: seeds of the order in which pieces come; None keeps it. All readers must give the same.
+    """
+    numbers = np.arange(pieces)
+    if order is not None:
+        np.random.default_rng(order).shuffle(numbers)
+    count, index = shard.count, shard.index
+    if pieces >= count:
+        return [(int(piece), lambda row: True) for piece in numbers[index::count]]
+    return [(int(p), lambda row, p=int(p): (p + row) % count == index) for p in numbers]
+
+
 class FileRows:
     """Rows of local files. shuffled: pieces come in another order each epoch."""
 
@@ -58,10 +72,13 @@ class FileRows:
         self._at: tuple[int, int, int] = (0, *START)
 
     def start(self, epoch: int, position: Any = None) -> Iterator[Found]:
-        pieces = self._dealt(epoch)
+        if self._pieces is None:
+            self._pieces = [piece for file in self._files for piece in pieces_of(file)]
+        pieces = dealt(len(self._pieces), self._shard, [self._seed, epoch] if self._shuffled else None)
         self._at = (0, *START) if position is None else (position[0], position[1], position[2])
         while self._at[0] < len(pieces):
-            number, piece, mine = self._at[0], *pieces[self._at[0]]
+            number, (chosen, mine) = self._at[0], pieces[self._at[0]]
+            piece = self._pieces[chosen]
             for row in self._read(piece, (self._at[1], self._at[2]), mine):
                 self._at = (number + 1, *START) if row.last else (number, *row.after)
                 yield Found(row, Origin(str(piece.path), row.line), piece.path.parent)
@@ -74,18 +91,6 @@ class FileRows:
         """Names and sizes of the files."""
         told = [f"{file.name} {file.stat().st_size}" for file in self._files]
         return hashlib.sha256("\n".join(told).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-    def _dealt(self, epoch: int) -> list[tuple[Piece, Any]]:
-        """This reader's pieces in the epoch's order, each with the question which of its rows are wanted."""
-        if self._pieces is None:
-            self._pieces = [piece for file in self._files for piece in pieces_of(file)]
-        order = np.arange(len(self._pieces))
-        if self._shuffled:
-            np.random.default_rng([self._seed, epoch]).shuffle(order)
-        count, index = self._shard.count, self._shard.index
-        if len(order) >= count:
-            return [(self._pieces[piece], lambda row: True) for piece in order[index::count]]
-        return [(self._pieces[p], lambda row, p=int(p): (p + row) % count == index) for p in order]
 
     @staticmethod
     def _read(piece: Piece, cursor: tuple[int, int], mine: Any) -> Iterator[Row]:

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from casa.atomic import replacing
 from casa.data.check import Sample
-from casa.data.lettering import letters, shortened
+from casa.data.lettering import counted, letters, shortened
 from casa.data.windows_of import Window, windows_of
 
 COLUMNS, CARD, GAP, PAD = 3, 600, 28, 22
@@ -95,7 +95,7 @@ def _card(sample: Sample) -> Image.Image:
     draw = ImageDraw.Draw(card)
     draw.rounded_rectangle((0, 0, CARD - 1, height - 1), 14, fill=PAPER, outline=LINE, width=2)
     pictures = len(times)
-    right = f"{_count(pictures, 'picture')}, {_count(sample.tokens, 'image token')}" if pictures else "text only"
+    right = f"{counted(pictures, 'picture')}, {counted(sample.tokens, 'image token')}" if pictures else "text only"
     room = CARD - 2 * PAD - round(letters(SMALL).getlength(right)) - 16
     origin = f"{Path(record.origin.path).name}:{record.origin.line}"
     draw.text((PAD, PAD - 4), shortened(origin, letters(SMALL, True), room), fill=INK, font=letters(SMALL, True))
@@ -105,7 +105,7 @@ def _card(sample: Sample) -> Image.Image:
         card.paste(block, (PAD, top))
         top += block.height + 14
     if rest:
-        draw.text((PAD, top), f"and {_count(rest, 'window')} more", fill=FAINT, font=letters(SMALL))
+        draw.text((PAD, top), f"and {counted(rest, 'window')} more", fill=FAINT, font=letters(SMALL))
     return card
 
 
@@ -146,7 +146,7 @@ def _block(
             block.paste(face, (left + at * (PICTURES + 8) // abreast, top))
         top += max(face.height for face in shelf) + 8
     if rest:
-        draw.text((left, top), f"and {_count(rest, 'picture')} more", fill=FAINT, font=letters(SMALL))
+        draw.text((left, top), f"and {counted(rest, 'picture')} more", fill=FAINT, font=letters(SMALL))
     top = 0
     for text in said:
         if text.role == "assistant":
@@ -228,7 +228,3 @@ def _from_the_right(line: str) -> bool:
 
 def _step(size: int) -> int:
     return round(size * 1.35)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,5 +1,6 @@
 """Values of rows, checked: text that tokenizers can read, lists that are lists, and pictures at their tags."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,13 @@ def list_of(value: Any, what: str) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)):
         raise BadRecord("wrong-type", f"{what} is {_kind(value)}, not a list.")
     return value
+
+
+def seconds_of(value: Any) -> float:
+    """A time in a video, in seconds from its start. Raises BadRecord."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise BadRecord("wrong-type", f"A time is {value!r:.40}, not a number of seconds.")
+    return float(value)
 
 
 def role_of(value: Any) -> Role:

@@ -147,11 +147,13 @@ def stream(
     sizes: Sequence[tuple[int, int]] | None = None,
     max_side: int = MAX_SIDE,
     strength: float | None = None,
+    kin: float = 0.0,
 ) -> StreamExample:
     """Draw one stream of `seconds` (at least 2).
 
     seed, split, strength: as for `pages.page`. sizes: (height, width) in px to choose from; by default both
-    sides are drawn evenly from the multiples of 28 in 224..max_side.
+    sides are drawn evenly from the multiples of 28 in 224..max_side. kin: how often a number differs from the one
+    before in one digit only.
     """
     if not seconds >= 2:
         raise ValueError(f"a stream of {seconds} s is too short; it needs 2 s or more.")
@@ -164,7 +166,8 @@ def stream(
     numbers: list[Number] = []
     for start, end in _times(seconds, rng):
         previous = numbers[-1].text if numbers else ""
-        numbers.append(_number(previous, start, end, camera, hand, split, rng, strength))
+        text = _next(previous, kin, rng)
+        numbers.append(_number(text, start, end, camera, hand, split, rng, strength))
     return StreamExample(
         height,
         width,
@@ -198,8 +201,30 @@ def _before(frame: int, rng: np.random.Generator) -> float:
     return (frame - rng.uniform(_CLEAR * FPS, 1 - _CLEAR * FPS)) / FPS
 
 
+def _next(previous: str, kin: float, rng: np.random.Generator) -> str:
+    """A number other than the one before."""
+    if previous and kin and rng.random() < kin:
+        return _akin(previous, rng)
+    digits = rng.integers(0, 10, int(rng.choice(len(_DIGITS), p=_DIGITS)) + 1)
+    while "".join(map(str, digits)) == previous:
+        digits = rng.integers(0, 10, len(digits))
+    return "".join(map(str, digits))
+
+
+def _akin(text: str, rng: np.random.Generator) -> str:
+    """The number with another digit, or with one more or fewer at an end."""
+    how, at_front = rng.random(), rng.random() < 0.5
+    if how < 0.2 and len(text) > 1:
+        return text[1:] if at_front else text[:-1]
+    if how < 0.4 and len(text) < len(_DIGITS):
+        digit = str(rng.integers(10))
+        return digit + text if at_front else text + digit
+    place = int(rng.integers(len(text)))
+    return text[:place] + str((int(text[place]) + int(rng.integers(1, 10))) % 10) + text[place + 1 :]
+
+
 def _number(
-    previous: str,
+    text: str,
     start: float,
     end: float,
     camera: Camera,
@@ -208,11 +233,9 @@ def _number(
     rng: np.random.Generator,
     strength: float,
 ) -> Number:
-    """Write a number other than `previous` where it stays in view from start to end."""
-    digits = rng.integers(0, 10, int(rng.choice(len(_DIGITS), p=_DIGITS)) + 1)
-    while "".join(map(str, digits)) == previous:
-        digits = rng.integers(0, 10, len(digits))
-    scans = [pick_scan(int(digit), split, rng) for digit in digits]
+    """Write a number where it stays in view from start to end."""
+    digits = [int(digit) for digit in text]
+    scans = [pick_scan(digit, split, rng) for digit in digits]
     largest = min(64.0, 0.4 * camera.height, 0.85 * camera.width / len(digits) / 0.9)
     size = _LEAST_HEIGHT * (max(largest, _LEAST_HEIGHT) / _LEAST_HEIGHT) ** rng.random()
     watched = np.arange(start, end + 0.1, 0.1)
@@ -222,9 +245,9 @@ def _number(
             # the last attempt is the safest place: the middle of the view, half-way through
             aim = (0.5, 0.5) if attempt == 19 else rng.uniform(0.12, 0.88, 2)
             middle = camera.to_sheet(aim[0] * camera.width, aim[1] * camera.height, (start + end) / 2)
-            glyphs = _set_out(digits.tolist(), scans, inks, size, middle, rng)
+            glyphs = _set_out(digits, scans, inks, size, middle, rng)
             if all(_in_view(glyphs, camera, float(t)) for t in watched):
-                return Number("".join(map(str, digits)), glyphs, tuple(inks), start, end)
+                return Number(text, glyphs, tuple(inks), start, end)
         size = max(_LEAST_HEIGHT, 0.85 * size)
 
 

@@ -91,9 +91,10 @@ def casa_update(
     )
     update = get("o_proj")(out.flatten(1))
     if gate is not None:
-        update = update * gate.tanh()
+        update = update * gate.tanh().to(update.dtype)
     if not (replaces and text_is_key):
         update = update * step.sees_image[:, None]
     if step.tokens is not None:
-        update = torch.zeros_like(flat).index_copy(0, step.tokens, update)
+        # under autocast the projection's output is narrower than the hidden states
+        update = torch.zeros_like(flat).index_copy(0, step.tokens, update.to(flat.dtype))
     return update.view_as(hidden)

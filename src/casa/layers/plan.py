@@ -115,7 +115,7 @@ def plan_call(
         tokens=tokens,
         new_images=torch.tensor(new, dtype=torch.int64, device=device),
         join=join,
-        keep=_keep(layout, len(real), history, device) if keep else None,
+        keep=_keep(layout, _behind(past, images, real), history, device) if keep else None,
     )
 
 
@@ -202,7 +202,17 @@ def _join(
     )
 
 
-def _keep(layout: WindowLayout, rows: int, history: int, device: torch.device | str) -> Keep:
+def _behind(past: list[list[WindowExtent]], images: list[list[tuple[int, int]]], real: list[list[int]]) -> list[int]:
+    """Per row, the text tokens behind its last image, or all of the open window if that has none."""
+    found = []
+    for windows, places, tokens in zip(past, images, real, strict=True):
+        before = windows[-1].behind if windows else 0
+        found.append(len(tokens) - places[-1][0] if places else before + len(tokens))
+    return found
+
+
+def _keep(layout: WindowLayout, behind: list[int], history: int, device: torch.device | str) -> Keep:
+    rows = len(behind)
     by_row: list[list[Window]] = [[] for _ in range(rows)]
     for window in layout.windows:
         by_row[window.sample].append(window)
@@ -215,5 +225,8 @@ def _keep(layout: WindowLayout, rows: int, history: int, device: torch.device | 
         filled = [items + [0] * (width - len(items)) for items in lists]
         return torch.tensor(filled, dtype=torch.int64, device=device).reshape(rows, width)
 
-    extents = [[WindowExtent(w.num_image, w.num_text) for w in row] for row in visible]
+    extents = [
+        [WindowExtent(w.num_image, w.num_text, behind[number] if w is row[-1] else w.num_text) for w in row]
+        for number, row in enumerate(visible)
+    ]
     return Keep(table(images), table(text), extents)

@@ -32,9 +32,6 @@ class Rotation:
             across = torch.cat([-right, left], dim=-1)
         return x * self.cos[:, None] + across * self.sin[:, None]
 
-    def __getitem__(self, tokens: slice) -> "Rotation":
-        return Rotation(self.cos[tokens], self.sin[tokens], self.neighbours)
-
     @property
     def turns_nothing(self) -> bool:
         """Whether it leaves everything as it is: position 0, unless the backbone scales its rotary factors."""

@@ -19,10 +19,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class WindowExtent:
-    """How many image and text tokens a window holds."""
+    """How many image and text tokens a window holds. behind: text behind its last image; all of it if there is none."""
 
     images: int
     text: int
+    behind: int
+
+    def longer(self, count: int) -> "WindowExtent":
+        """With `count` more text tokens at its end, or fewer."""
+        return WindowExtent(self.images, self.text + count, self.behind + count)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch import Tensor
 from casa.attention import casa_attention
 from casa.layers.plan import Plan
 from casa.layers.rotary import Rotary, Rotation, turner
-from casa.layers.state import LayerWindow, WindowExtent, WindowState
+from casa.layers.state import LayerWindow, WindowState
 from casa.windows import WindowLayout
 
 Made = TypeVar("Made")
@@ -217,7 +217,7 @@ class DecodeStep:
 
     def finish(self) -> None:
         """Counts the new token, once all layers have run."""
-        self.state.windows = [[*row[:-1], WindowExtent(row[-1].images, row[-1].text + 1)] for row in self.state.windows]
+        self.state.windows = [[*row[:-1], row[-1].longer(1)] for row in self.state.windows]
 
     @staticmethod
     def possible(state: WindowState | None, valid: Tensor, history: int) -> bool:

@@ -11,6 +11,7 @@ off in writing, and `resume` drops it.
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -38,10 +39,11 @@ _KINDS = {
 class CaptionWriter(Protocol):
     """Takes captions as they are said."""
 
-    def say(self, start: float, end: float, text: str) -> None:
+    def say(self, start: float, end: float, text: str, lag: float | None = None) -> None:
         """`text` is on screen from `start` to `end` seconds, or until the next one; starts never go back.
 
         The same text again while it is on screen keeps it there; a text that is blank is silence, and nothing is done.
+        lag: seconds by which a live caption came after its picture.
         """
         ...
 
@@ -56,9 +58,9 @@ class _Saying:
     def __init__(self) -> None:
         self._last: Caption | None = None
 
-    def say(self, start: float, end: float, text: str) -> None:
+    def say(self, start: float, end: float, text: str, lag: float | None = None) -> None:
         """See `CaptionWriter`. Raises UserError for impossible times, and a start before the last one."""
-        found = tidy([Caption(start, end, text)])
+        found = tidy([Caption(start, end, text, lag)])
         if not found:
             return
         said, last = found[0], self._last
@@ -67,17 +69,17 @@ class _Saying:
         elif said.start < last.start:
             raise UserError(f"A caption at {start} s comes after one at {last.start} s: say them in order.")
         elif said.text == last.text:
-            self._corrected(Caption(last.start, max(last.end, said.end), last.text))
+            self._corrected(replace(last, end=max(last.end, said.end)))
         elif said.start == last.start:
-            self._corrected(Caption(last.start, max(last.end, said.end), f"{last.text}\n{said.text}"))
+            self._corrected(replace(last, end=max(last.end, said.end), text=f"{last.text}\n{said.text}"))
         else:
-            self._corrected(Caption(last.start, said.start, last.text))
+            self._corrected(replace(last, end=said.start))
             self._new(said)
 
     def close(self, end: float | None = None) -> None:
         """See `CaptionWriter`; may be called again."""
         if end is not None and self._last is not None and self._last.start + 0.001 <= end < self._last.end:
-            self._corrected(tidy([Caption(self._last.start, end, self._last.text)])[0])
+            self._corrected(tidy([replace(self._last, end=end)])[0])
 
     def _new(self, said: Caption) -> None:
         self._add(said)
@@ -202,9 +204,9 @@ class ManyWriters:
     def __init__(self, writers: Iterable[CaptionWriter]) -> None:
         self._writers = list(writers)
 
-    def say(self, start: float, end: float, text: str) -> None:
+    def say(self, start: float, end: float, text: str, lag: float | None = None) -> None:
         for writer in self._writers:
-            writer.say(start, end, text)
+            writer.say(start, end, text, lag)
 
     def close(self, end: float | None = None) -> None:
         """Closes all, also when one of them fails."""

@@ -9,12 +9,11 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from casa.errors import UserError
+from casa.media.fonts import dejavu
 from casa.media.pictures import check_picture
 from casa.media.subtitles import Caption, tidy
 from casa.media.video import read_frames
@@ -111,11 +110,8 @@ def _settable(text: str, font: str | None) -> tuple[str, str | None]:
     """The text, and a font that has its letters."""
     if font is not None or text.isascii():
         return text, font
-    matplotlib = find_spec("matplotlib")  # found, not imported: only its font file is wanted
-    if matplotlib is not None and matplotlib.origin is not None:
-        dejavu = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
-        if dejavu.is_file():
-            return text, str(dejavu)
+    if (file := dejavu()) is not None:
+        return text, str(file)
     plain = text.translate(_PUNCTUATION)
     plain = "".join(c for c in unicodedata.normalize("NFKD", plain) if not unicodedata.combining(c))
     return plain.encode("ascii", "replace").decode("ascii"), None

@@ -32,6 +32,17 @@ def open_picture(path_or_file: str | os.PathLike[str] | BinaryIO) -> Image.Image
             pixels, or one side over `MAX_ASPECT` times the other.
         TypeError: neither a path nor a binary file.
     """
+    # Pillow warns about large pictures, and about small damage that the sentences below report anyway.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return picture_from(path_or_file)
+
+
+def picture_from(path_or_file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
+    """`open_picture`, with Python's warnings left alone: they are of the whole process, so that of several threads that
+    each turn them off and on, none knows what it turns them on to.
+    """
     if isinstance(path_or_file, (str, os.PathLike)):
         head = read_head(path_or_file, "picture")
         name = str(path_or_file)
@@ -42,29 +53,25 @@ def open_picture(path_or_file: str | os.PathLike[str] | BinaryIO) -> Image.Image
     else:
         raise TypeError(f"open_picture takes a path or a binary file, not {type(path_or_file).__name__}")
 
-    # Pillow warns about large pictures, and about small damage that the sentences below report anyway.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(path_or_file, formats=FORMATS) as image:
-                _check_size(image.size, name)
-                return _decode(image, name)
-        except (UserError, MemoryError):
-            raise
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise UserError(_too_many_pixels(name)) from error
-        except UnidentifiedImageError as error:
-            if head and looks_like_text(head):
-                raise UserError(f"{name} is a text file, not a picture: name a picture file.") from error
-            if not head and _is_empty(path_or_file):
-                raise UserError(f"{name} is empty: copy or download the picture again.") from error
-            raise UserError(
-                f"{name} is no picture that can be read, or its beginning is damaged: save it as PNG or JPEG."
-            ) from error
-        # a damaged header can make a decoder raise nearly anything
-        except Exception as error:
-            raise UserError(_damaged(name)) from error
+    try:
+        with Image.open(path_or_file, formats=FORMATS) as image:
+            _check_size(image.size, name)
+            return _decode(image, name)
+    except (UserError, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(_too_many_pixels(name)) from error
+    except UnidentifiedImageError as error:
+        if head and looks_like_text(head):
+            raise UserError(f"{name} is a text file, not a picture: name a picture file.") from error
+        if not head and _is_empty(path_or_file):
+            raise UserError(f"{name} is empty: copy or download the picture again.") from error
+        raise UserError(
+            f"{name} is no picture that can be read, or its beginning is damaged: save it as PNG or JPEG."
+        ) from error
+    # a damaged header can make a decoder raise nearly anything
+    except Exception as error:
+        raise UserError(_damaged(name)) from error
 
 
 def check_picture(image: Image.Image | np.ndarray, name: str = "The picture") -> Image.Image:

@@ -10,7 +10,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from casa.errors import UserError
 class Caption:
     """`text` shown from `start` to `end`, in seconds from the beginning of the video.
 
+    lag: of live captions, the seconds from the picture's being there to the text's; only JSONL can hold it.
+
     Raises:
         ValueError: a time that is negative or not finite, or an end that is not after the start.
     """
@@ -29,6 +31,7 @@ class Caption:
     start: float
     end: float
     text: str
+    lag: float | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.start) and math.isfinite(self.end)) or self.start < 0:
@@ -44,50 +47,58 @@ def tidy(captions: Iterable[Caption]) -> list[Caption]:
     millisecond become the lines of one. Blank lines, surrounding blanks, control characters and
     captions without text are dropped, since a blank line would end a subtitle early.
     """
-    at: dict[int, tuple[int, list[str]]] = {}
+    at: dict[int, tuple[int, list[str], float | None]] = {}
     for caption in sorted(captions, key=lambda c: c.start):
         text = _lines(caption.text)
         if not text:
             continue
         start = round(caption.start * 1000)
-        end, lines = at.get(start, (0, []))
-        at[start] = (max(end, round(caption.end * 1000), start + 1), lines + text)
+        end, lines, lag = at.get(start, (0, [], caption.lag))
+        at[start] = (max(end, round(caption.end * 1000), start + 1), lines + text, lag)
     starts = list(at)
     return [
-        Caption(start / 1000, min(at[start][0], following) / 1000, "\n".join(at[start][1]))
+        Caption(start / 1000, min(at[start][0], following) / 1000, "\n".join(at[start][1]), at[start][2])
         for start, following in zip(starts, [*starts, math.inf][1:], strict=True)
     ]
 
 
 def captions_from_frames(
-    times: Sequence[float], texts: Sequence[str], end: float | None = None, hold: float = 3.0
+    times: Sequence[float],
+    texts: Sequence[str],
+    end: float | None = None,
+    hold: float = 3.0,
+    lags: Sequence[float | None] | None = None,
 ) -> list[Caption]:
     """Captions from what was said at each frame; silence is an empty text.
 
     A caption lasts until the next one, at most `hold` seconds, and not beyond `end` (the length of the
     video in seconds; ignored where a frame comes later than that). The same text again while it is
-    still on screen keeps it there.
+    still on screen keeps it there. lags: of live captions, as in `Caption`.
 
     Raises:
-        ValueError: `times` and `texts` differ in length, times do not rise, or `hold` is not positive.
+        ValueError: `times`, `texts` and `lags` differ in length, times do not rise, or `hold` is not positive.
     """
     if len(times) != len(texts):
         raise UserError(f"{len(times)} times for {len(texts)} texts: give one time for each text.")
+    if lags is None:
+        lags = [None] * len(times)
+    if len(lags) != len(times):
+        raise UserError(f"{len(lags)} lags for {len(texts)} texts: give one lag for each text, or none.")
     if any(b <= a for a, b in pairwise(times)):
         raise UserError("The times of the frames must rise: sort the frames by time.")
     if not hold > 0:
         raise UserError(f"hold is {hold}: give a number of seconds above 0.")
-    spoken = [(time, text.strip()) for time, text in zip(times, texts, strict=True) if text.strip()]
+    spoken = [(time, text.strip(), lag) for time, text, lag in zip(times, texts, lags, strict=True) if text.strip()]
     captions: list[Caption] = []
-    for i, (start, text) in enumerate(spoken):
+    for i, (start, text, lag) in enumerate(spoken):
         stop = start + hold
         if i + 1 < len(spoken):
             stop = min(stop, spoken[i + 1][0])
         if end is not None and end > start:
             stop = min(stop, end)
         if captions and captions[-1].text == text and captions[-1].end == start:
-            start = captions.pop().start
-        captions.append(Caption(start, stop, text))
+            start, lag = captions[-1].start, captions.pop().lag
+        captions.append(Caption(start, stop, text, lag))
     return captions
 
 
@@ -107,34 +118,50 @@ def vtt_cue(caption: Caption, number: int = 0) -> str:
 def json_line(caption: Caption, number: int = 0) -> str:
     """One caption of a `tidy` list as a line of JSON."""
     row = {"start": caption.start, "end": caption.end, "text": caption.text}
+    row |= {} if caption.lag is None else {"lag": round(caption.lag, 3)}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
+def srt_text(captions: Iterable[Caption]) -> str:
+    """All of a SubRip file. SubRip knows no escapes: players may read `<i>` as italics."""
+    return "".join(srt_cue(c, i) for i, c in enumerate(tidy(captions), start=1))
+
+
+def vtt_text(captions: Iterable[Caption]) -> str:
+    """All of a WebVTT file; `&`, `<` and `>` (so `-->` too) are escaped."""
+    return VTT_HEAD + "".join(vtt_cue(c) for c in tidy(captions))
+
+
+def jsonl_text(captions: Iterable[Caption]) -> str:
+    """One `{"start": seconds, "end": seconds, "text": "..."}` per line; `lag` where known."""
+    return "".join(json_line(c) for c in tidy(captions))
+
+
 def write_srt(path: str | os.PathLike[str], captions: Iterable[Caption]) -> None:
-    """Write SubRip, UTF-8, whole or not at all. SubRip knows no escapes: players may read `<i>` as italics.
+    """Write `srt_text`, UTF-8, whole or not at all.
 
     Raises:
         UserError: the file cannot be written there.
     """
-    write_text(path, "".join(srt_cue(c, i) for i, c in enumerate(tidy(captions), start=1)))
+    write_text(path, srt_text(captions))
 
 
 def write_vtt(path: str | os.PathLike[str], captions: Iterable[Caption]) -> None:
-    """Write WebVTT, UTF-8, whole or not at all; `&`, `<` and `>` (so `-->` too) are escaped.
+    """Write `vtt_text`, UTF-8, whole or not at all.
 
     Raises:
         UserError: the file cannot be written there.
     """
-    write_text(path, VTT_HEAD + "".join(vtt_cue(c) for c in tidy(captions)))
+    write_text(path, vtt_text(captions))
 
 
 def write_jsonl(path: str | os.PathLike[str], captions: Iterable[Caption]) -> None:
-    """Write one `{"start": seconds, "end": seconds, "text": "..."}` per line, whole or not at all.
+    """Write `jsonl_text`, UTF-8, whole or not at all.
 
     Raises:
         UserError: the file cannot be written there.
     """
-    write_text(path, "".join(json_line(c) for c in tidy(captions)))
+    write_text(path, jsonl_text(captions))
 
 
 def read_srt(path: str | os.PathLike[str], data: bytes | None = None) -> list[Caption]:
@@ -187,8 +214,9 @@ def read_jsonl(path: str | os.PathLike[str], data: bytes | None = None) -> list[
             continue
         try:
             row = json.loads(line)
-            captions.append(Caption(float(row["start"]), float(row["end"]), str(row["text"])))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            lag = None if row.get("lag") is None else float(row["lag"])
+            captions.append(Caption(float(row["start"]), float(row["end"]), str(row["text"]), lag))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f'{path}, line {number}: write one {{"start": 0.0, "end": 1.0, "text": "..."}} per line.'
             ) from error

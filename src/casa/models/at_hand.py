@@ -24,11 +24,17 @@ def load_at_hand(name: Any, device: str = "auto") -> tuple[CasaForConditionalGen
 
 def pick_device(device: str) -> str:
     """ "auto" is the GPU if there is one. Raises UserError for a device that is unknown or not there."""
-    available = torch.cuda.is_available()
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        return "cuda" if available else "cpu"
-    if device.startswith("cuda") and not available:
-        raise UserError("this machine has no CUDA device; leave out --device, or use --device cpu.")
-    if not device.startswith(("cuda", "cpu")):
+        return "cuda" if there else "cpu"
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
         raise UserError(f"device {device!r} is not known; use auto, cpu or cuda.")
+    if wanted.type == "cuda" and not there:
+        raise UserError("this machine has no CUDA device; leave out --device, or use --device cpu.")
+    if wanted.type == "cuda" and (wanted.index or 0) >= there:
+        raise UserError(f"this machine has no {device}, only {', '.join(f'cuda:{i}' for i in range(there))}.")
     return device

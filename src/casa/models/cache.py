@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from casa.errors import UserError
-from casa.layers import WindowExtent, WindowState
+from casa.layers import WindowState
 from casa.models.insertion import StreamState
 
 
@@ -80,6 +80,11 @@ class CasaCache(Cache):
         return self.num_text
 
     @property
+    def slides(self) -> bool:
+        """Whether some blocks keep the newest text only (sliding-window attention)."""
+        return any(getattr(layer, "is_sliding", False) for layer in self.text.layers)
+
+    @property
     def image_tokens(self) -> int:
         """Image tokens held, over all rows: of visible windows, or under insertion of the whole past."""
         if self.stream is not None:
@@ -128,23 +133,20 @@ class CasaCache(Cache):
         return self.stream is None and super().is_croppable
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last tokens (a negative number of them), as far as the open window's text goes."""
+        """Takes back the last tokens (a negative number of them), as far back as the last image."""
         count = -int(tokens_to_remove)
         if count < 0:
             raise UserError("crop takes the number of tokens to remove, as a negative number.")
         if count > self.num_text:
             raise UserError(f"cannot take back {count} tokens of {self.num_text}.")
-        if self.windows is not None and any(row and row[-1].text < count for row in self.windows.windows):
+        if self.windows is not None and any(row and row[-1].behind < count for row in self.windows.windows):
             raise UserError(f"cannot take back {count} tokens: an image stands among them.")
         if self.stream is not None and count:
             raise UserError("a cache of inserted images cannot be cropped; start a new one.")
         self.text.crop(tokens_to_remove)
         self.num_text -= count
         if self.windows is not None:
-            self.windows.windows = [
-                [*row[:-1], WindowExtent(row[-1].images, row[-1].text - count)] if row else row
-                for row in self.windows.windows
-            ]
+            self.windows.windows = [[*row[:-1], row[-1].longer(-count)] if row else row for row in self.windows.windows]
 
     def reset(self) -> None:
         self.text.reset()
@@ -161,9 +163,9 @@ class CasaCache(Cache):
             raise UserError("text cannot be dropped from a cache of inserted images.")
         if not 0 <= first <= first + count <= self.num_text:
             raise UserError(f"cannot drop tokens {first}..{first + count} of {self.num_text}.")
-        layers: list[Any] = self.text.layers
-        if any(getattr(layer, "is_sliding", False) for layer in layers):
+        if self.slides:
             raise UserError("this model's cache slides already; text cannot be dropped from it, leave it unbounded.")
+        layers: list[Any] = self.text.layers
         for layer, turn in zip(layers, turns, strict=False):
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
             if keys is None or values is None or keys.numel() == 0:

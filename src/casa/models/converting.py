@@ -13,19 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from casa.errors import UserError
 from casa.models.adapt import adapt
-from casa.models.backbones import InsertionVLM, family_of
 from casa.models.config import CasaConfig
+from casa.models.configs import read_config, skeleton, tower_config_of
 from casa.models.freezing import ADDED
 from casa.models.fusion_config import FusionConfig
-from casa.models.loading import UNREADABLE, check_folder
-from casa.models.model import CasaForConditionalGeneration, new_backbone
+from casa.models.loading import UNREADABLE, check_folder, sentence_of
+from casa.models.model import CasaForConditionalGeneration
 from casa.models.shard_files import Planned, Stored, new_folder, parse_size, stored_tensors, write_shards
-from casa.vision import family_of as tower_family_of
-from casa.vision import is_known, new_encoder
 from casa.vision.encoder import BESIDE_TOWER, TOWER
 
 # of what `adapt` adds, the parts that have no weights to start from
@@ -87,21 +85,6 @@ def convert(
     return model
 
 
-def skeleton(config: Any, fusion: FusionConfig, tower_config: Any = None) -> CasaForConditionalGeneration:
-    """The fused model on the meta device, from configs alone: names, shapes, and what `adapt` leaves to training.
-
-    config: of a text-only model, which needs a tower_config, or of an insertion VLM or model. Raises UserError as
-    `adapt` does.
-    """
-    with torch.device("meta"):
-        # building a model writes into its config
-        config = copy.deepcopy(config)
-        own = isinstance(config, CasaConfig)
-        backbone = CasaForConditionalGeneration(config) if own else new_backbone(config)
-        tower = None if tower_config is None else new_encoder(copy.deepcopy(tower_config))
-        return adapt(backbone, fusion, tower)
-
-
 def _refit(
     source: Path,
     out: Any,
@@ -127,25 +110,6 @@ def _check_room(out: Any, folder: Path, needed: int) -> None:
         raise UserError(f"{out} needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; free some space.")
 
 
-def read_config(path: Any) -> Any:
-    """The transformers config in a folder or a JSON file. Raises UserError for one that cannot be read."""
-    if not Path(str(path)).is_file():
-        check_folder(path)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except UNREADABLE as error:
-        raise UserError(f"the config of {path} cannot be read: {str(error).splitlines()[0]}") from error
-    return config
-
-
-def tower_config_of(config: Any) -> Any:
-    """The image encoder's config: this one, or the one inside a whole model's. Raises UserError if there is none."""
-    if not is_known(config) and (inner := getattr(config, "vision_config", None)) is not None:
-        config = inner
-    tower_family_of(config)
-    return config
-
-
 def _say(config: Any, dtype: torch.dtype) -> None:
     """Writes the dtype of all weights into a config and those inside it."""
     config.dtype = dtype
@@ -164,7 +128,7 @@ def _folder(name: Any) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
     except UNREADABLE as error:
-        raise UserError(f"{name} cannot be fetched: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{name} cannot be fetched: {sentence_of(error)}") from error
 
 
 def _own_dtype(config: Any, stored: Mapping[str, Stored]) -> torch.dtype:
@@ -294,11 +258,3 @@ def _generation_config(folder: Path, model: CasaForConditionalGeneration) -> Gen
     if (folder / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(folder)
     return model.generation_config or GenerationConfig()
-
-
-def has_own_tower(config: Any) -> bool:
-    """Whether a backbone's config is one of an insertion VLM, or of a model of casa's own.
-
-    Raises UserError for a family that casa does not know.
-    """
-    return isinstance(config, CasaConfig) or issubclass(family_of(config), InsertionVLM)

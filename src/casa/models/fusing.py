@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from casa.errors import UserError
 from casa.layers import Step, casa_update
 
 STEP = "casa_step"
+FUSED = "casa_fused"  # marks a block that has its layer
 
 
 class FusedStep:
@@ -33,10 +35,16 @@ class FusedStep:
 
 
 def fuse(blocks: nn.ModuleList, chosen: tuple[int, ...], placement: str, post_norm: str | None = None) -> None:
-    """Attaches layer number n to block `chosen[n]`. post_norm: the block's norm over attention, if it has one."""
+    """Attaches layer number n to block `chosen[n]`. post_norm: the block's norm over attention, if it has one.
+
+    Raises UserError for blocks that have such layers already: the layers of two models would both be at work in either.
+    """
+    if any(getattr(block, FUSED, False) for block in blocks):
+        raise UserError("this backbone has fusion layers already, of another model; load it once more.")
     for number, index in enumerate(chosen):
         block = blocks[index]
         attention = block.get_submodule("self_attn")
+        setattr(block, FUSED, True)
         if placement == "parallel":
             attention.register_forward_hook(partial(_beside, number), with_kwargs=True)
         elif placement == "before":

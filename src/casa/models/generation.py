@@ -31,6 +31,8 @@ class TextScores(LogitsProcessor):
         self.vocabulary = vocabulary
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        if not input_ids.shape[1]:  # text given as embeddings has no tokens yet
+            return self.inner(input_ids, scores)  # type: ignore[arg-type]
         is_text = input_ids < self.vocabulary
         index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         before = index.masked_fill(~is_text, 0).cummax(dim=1).values

@@ -15,9 +15,9 @@ from casa.errors import UserError
 from casa.layers import project_images
 from casa.layers.image_kv import PROJECTIONS
 from casa.models.backbones import InsertionVLM
-from casa.models.image_tokens import Grids, ImageTokens, by_depth, count_tokens
+from casa.models.image_tokens import ImageTokens, by_depth, count_tokens
 from casa.models.placement import check_one_device, fetched
-from casa.vision import encode, extra_depths, token_grids
+from casa.vision import Grids, encode, extra_depths, token_grids
 
 
 class CasaImageSide:
@@ -31,6 +31,7 @@ class CasaImageSide:
     compressor: Any
     fused_blocks: Any
     casa_layers: Any
+    get_input_embeddings: Any
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """(N, d_v): the encoder's tokens. They can be kept and passed as `image_features` with any text."""
@@ -68,6 +69,8 @@ class CasaImageSide:
             features = self.encode_images(pixel_values, grid)
         if features.shape[0] != count_tokens(grids):
             raise UserError(f"image_grid_thw does not describe the {features.shape[0]} image tokens given.")
+        # a backbone and a tower from different places may differ in dtype
+        features = features.to(self.get_input_embeddings().weight.dtype)
         decoder = self.decoder
         join = decoder.connect if isinstance(decoder, InsertionVLM) else self.projector
         found = [join(part, grids) for part in features.chunk(1 + extra_depths(config), dim=-1)]

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from casa.models.backbones import Decoder
-
-Grids = list[tuple[int, int]]
-"""Rows and columns of tokens of each image."""
+from casa.vision import Grids
 
 
 def count_tokens(grids: Grids) -> int:

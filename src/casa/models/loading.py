@@ -47,7 +47,7 @@ def load_checked(load: Callable[..., Any], name: Any, *args: Any, **kwargs: Any)
     except UserError:
         raise
     except UNREADABLE as error:
-        raise UserError(f"{name} cannot be loaded: {_sentence(error)}") from error
+        raise UserError(f"{name} cannot be loaded: {sentence_of(error)}") from error
     for kind, remedy in (
         ("missing_keys", "are missing from it"),
         ("unexpected_keys", "are in it and not in the model"),
@@ -62,7 +62,7 @@ def load_checked(load: Callable[..., Any], name: Any, *args: Any, **kwargs: Any)
     return (model, info) if wanted else model
 
 
-def _sentence(error: Exception) -> str:
-    """The first line of an error's message, with the next one if it only introduces that."""
+def sentence_of(error: Exception) -> str:
+    """The first line of an error's message, with the next one if it only introduces that; without one, its kind."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

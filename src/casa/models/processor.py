@@ -9,7 +9,7 @@ from transformers.image_utils import load_image
 from transformers.utils import PROCESSOR_NAME
 
 from casa.errors import UserError
-from casa.models.loading import check_folder
+from casa.models.loading import check_folder, sentence_of
 from casa.models.places import Places
 from casa.models.shipped import resolve
 
@@ -56,7 +56,7 @@ class CasaProcessor(ProcessorMixin):
             return super().from_pretrained(path, *args, **kwargs)
         except (OSError, KeyError) as error:
             raise UserError(
-                f"{pretrained_model_name_or_path} has no processor that can be read: {str(error).splitlines()[0]}"
+                f"{pretrained_model_name_or_path} has no processor that can be read: {sentence_of(error)}"
             ) from error
 
     def __call__(  # type: ignore[override]
@@ -93,6 +93,9 @@ class CasaProcessor(ProcessorMixin):
                 f"the text has places for {wanted} pictures, but {len(flat)} were given; "
                 f"write {self.image_token} where each picture stands."
             )
+        by_text = [len(places) for _, places in rows]
+        if len(rows) > 1 and (given := _per_text(images)) not in (None, by_text):
+            raise UserError(f"the texts have places for {by_text} pictures, but were given {given}; give each its own.")
         length = max((len(ids) for ids, _ in rows), default=0) if padding else None
         if length is None and len({len(ids) for ids, _ in rows}) > 1:
             raise UserError("texts of different lengths need padding=True.")
@@ -177,6 +180,13 @@ def _flat(images: Any) -> list[Any]:
     if not isinstance(images, (list, tuple)):
         return [images]
     return [picture for entry in images for picture in (_flat(entry) if isinstance(entry, (list, tuple)) else [entry])]
+
+
+def _per_text(images: Any) -> list[int] | None:
+    """How many pictures each text is given; None where they come as one list for all."""
+    if not isinstance(images, (list, tuple)) or not all(isinstance(entry, (list, tuple)) for entry in images):
+        return None
+    return [len(_flat(entry)) for entry in images]
 
 
 def _parts(conversation: Any) -> Iterator[dict[str, Any]]:

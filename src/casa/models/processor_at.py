@@ -7,7 +7,8 @@ from transformers import AutoTokenizer
 from casa.errors import UserError
 from casa.models.assembling import processor_for
 from casa.models.config import CasaConfig
-from casa.models.converting import has_own_tower, read_config, tower_config_of
+from casa.models.configs import has_own_tower, read_config, tower_config_of
+from casa.models.loading import sentence_of
 from casa.models.processor import CasaProcessor
 from casa.models.vlm_processor import processor_of
 
@@ -33,5 +34,5 @@ def processor_at(backbone: Any, vision: Any = None, gist: int = 0, remedy: str =
     try:
         tokenizer = AutoTokenizer.from_pretrained(backbone)
     except (OSError, ValueError) as error:
-        raise UserError(f"{backbone} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{backbone} has no tokenizer that can be read: {sentence_of(error)}") from error
     return processor_for(tokenizer, tower, gist_ids=gist_ids)

@@ -9,10 +9,12 @@ from transformers import AutoConfig, AutoTokenizer
 from casa.errors import UserError
 from casa.models.assembling import image_processor_for
 from casa.models.backbones import InsertionVLM, family_of
+from casa.models.loading import sentence_of
 from casa.models.processor import CasaProcessor
 
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _PICTURES = ("preprocessor_config.json", "processor_config.json")
+_UNREADABLE = "{} cannot be read; fetch it again."
 
 
 def processor_of(path: Any, gist_ids: list[int] | None = None) -> CasaProcessor:
@@ -30,7 +32,7 @@ def processor_of(path: Any, gist_ids: list[int] | None = None) -> CasaProcessor:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} has no tokenizer that can be read: {sentence_of(error)}") from error
     images = image_processor_for(config.vision_config)
     images = type(images).from_dict(images.to_dict() | _picture_settings(Path(str(path))))
     before, after = family.delimiters
@@ -50,11 +52,31 @@ def processor_of(path: Any, gist_ids: list[int] | None = None) -> CasaProcessor:
     )
 
 
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(_UNREADABLE.format(file)) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError if it holds anything else."""
+    try:
+        read = json.loads(_read_text(file))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(_UNREADABLE.format(file)) from error
+    if not isinstance(read, dict):
+        raise UserError(_UNREADABLE.format(file))
+    return read
+
+
 def _template(folder: Path) -> str | None:
     for name in _TEMPLATES:
         if (file := folder / name).is_file():
-            text = file.read_text(encoding="utf-8")
-            return json.loads(text)["chat_template"] if name.endswith(".json") else text
+            text = _read_json(file).get("chat_template") if name.endswith(".json") else _read_text(file)
+            if not isinstance(text, str):
+                raise UserError(_UNREADABLE.format(file))
+            return text
     return None
 
 
@@ -63,7 +85,7 @@ def _picture_settings(folder: Path) -> dict[str, Any]:
     file = next((folder / name for name in _PICTURES if (folder / name).is_file()), None)
     if file is None:
         return {}
-    given = json.loads(file.read_text(encoding="utf-8"))
+    given = _read_json(file)
     given = given.get("image_processor", given)
     found = {name: given[name] for name in ("image_mean", "image_std", "rescale_factor") if given.get(name)}
     size = given.get("size") or {}

@@ -16,6 +16,7 @@ from casa.serving.baseline import InsertionCosts
 from casa.serving.errors import error_response
 from casa.serving.guard import Guard
 from casa.serving.limits import Limits
+from casa.serving.pictures import keep_pillow_quiet
 from casa.serving.state import ServerState
 from casa.serving.transcript import Shelf
 from casa.serving.worker import Worker
@@ -29,7 +30,7 @@ def create_app(
     processor: CasaProcessor,
     *,
     name: str = "casa-tiny",
-    most_sessions: int = 16,
+    most_sessions: int | None = None,
     fps: float = 2.0,
     token: str | None = None,
     allow_fetch: bool = False,
@@ -39,19 +40,22 @@ def create_app(
 ) -> FastAPI:
     """The server as an ASGI application; `server.Server` runs it, with limits of the transport too.
 
-    name: how clients call the model. most_sessions: live streams at once, more are refused. fps: of a stream that does
-    not say. token: asked of everyone if given. allow_fetch: pictures of chats may be addresses on the public internet.
-    hosts: names that the server goes by, besides addresses and localhost; with a token, any name will do.
+    name: how clients call the model. most_sessions: live streams at once, in place of `limits.sessions`; more are
+    refused. fps: of a stream that does not say. token: asked of everyone if given. allow_fetch: pictures of chats may
+    be addresses on the public internet. hosts: names that the server goes by, besides addresses and localhost; with a
+    token, any name will do.
     measure_seconds: spent at start on how insertion's time grows (see `baseline`); 0: the page shows its memory alone.
     limits: everything else. The model belongs to the app as long as it runs: nothing else may call it.
     Raises UserError for an fps out of bounds or an empty token.
     """
-    allowed = replace(limits if limits is not None else Limits(), sessions=most_sessions)
+    allowed = limits if limits is not None else Limits()
+    if most_sessions is not None:
+        allowed = replace(allowed, sessions=most_sessions)
     if not 0 < fps <= allowed.frames_per_second:
         raise UserError(f"fps is {fps}; give a number above 0, up to {allowed.frames_per_second:g}.")
     if token is not None and not token.strip():
         raise UserError("the token is empty; give one of some length, or none.")
-    engine = StreamingEngine(model, processor, most_sessions=most_sessions)
+    engine = StreamingEngine(model, processor, most_sessions=allowed.sessions)
     compares = model.fusion.method != "insertion"
     state = ServerState(
         name=name,
@@ -69,6 +73,7 @@ def create_app(
 
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
+        keep_pillow_quiet()
         state.worker.start()
         if state.costs is not None and measure_seconds > 0 and not state.costs.is_measured:
             costs = state.costs

@@ -118,7 +118,8 @@ class InsertionTally:
         self.tokens += fed + said
         return {
             "cache_bytes": self._costs.cache_bytes(self.tokens),
-            "latency": None if extra is None else seconds + extra,
+            # rounded as the frame's own is, which it is never below
+            "latency": None if extra is None else round(seconds + extra, 4),
         }
 
     def answer(self, question: str, text: str) -> None:

@@ -3,6 +3,7 @@
 What this server cannot do is refused by name, never left out in silence.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 # of no consequence to what is answered
 IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"}
 CHARS_PER_TOKEN = 8  # more than that on average is no text that a tokenizer has met
+MARKS_PER_CHAR = 8  # commas and opening brackets of JSON: a letter in a part of its own, in a message of its own
 KNOWN = {
     "model",
     "messages",
@@ -55,6 +57,19 @@ class ChatRequest:
     include_usage: bool
 
 
+def parse_body(body: bytes, limits: Limits) -> Any:
+    """What the body's JSON says. Raises RequestError for what is none, or has more values than any chat in bounds.
+
+    Python reads JSON in one go, with every other thread waiting: what can only be refused is not read.
+    """
+    if sum(map(body.count, (b",", b"[", b"{"))) > MARKS_PER_CHAR * _most_chars(limits):
+        raise _too_long("messages")
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError("the body is no JSON.") from error
+
+
 def read_chat(body: Any, name: str, limits: Limits, allow_fetch: bool) -> ChatRequest:
     """A request from its JSON. Raises RequestError. Opens pictures, so it is no work for an event loop."""
     if not isinstance(body, dict):
@@ -66,18 +81,20 @@ def read_chat(body: Any, name: str, limits: Limits, allow_fetch: bool) -> ChatRe
     if body.get("model") != name:
         given = str(body.get("model"))[:80]
         raise RequestError(f"there is no model {given!r} here, only {name!r}.", "model", "model_not_found", 404)
-    if (body.get("n") or 1) != 1:
+    if body.get("n") not in (None, 1):
         raise RequestError("n is 1 here; ask again for another answer.", "n", "unsupported_value")
     stream = body.get("stream") or False
     options = body.get("stream_options") or {}
     if not isinstance(stream, bool) or not isinstance(options, dict):
         raise RequestError("stream is true or false, and stream_options an object.", "stream")
     messages, pictures = _messages(body.get("messages"), limits, allow_fetch)
-    most = body.get("max_completion_tokens") or body.get("max_tokens")
+    limit = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
     return ChatRequest(
         messages=messages,
         pictures=pictures,
-        max_tokens=min(limits.chat_tokens, int(_number(most, "max_tokens", 1, 1_000_000, limits.chat_tokens, True))),
+        max_tokens=min(
+            limits.chat_tokens, int(_number(body.get(limit), limit, 1, 1_000_000, limits.chat_tokens, True))
+        ),
         sampling=Sampling(
             temperature=_number(body.get("temperature"), "temperature", 0, 2, 0.0),
             # 0 keeps the likeliest token, which is what the smallest positive number does
@@ -110,6 +127,9 @@ def _stop(value: Any) -> tuple[str, ...]:
 def _messages(given: Any, limits: Limits, allow_fetch: bool) -> tuple[list[dict[str, Any]], int]:
     if not isinstance(given, list) or not given:
         raise RequestError("messages is a list of at least one message.", "messages")
+    # a message is a token at the least
+    if len(given) > limits.prompt_tokens:
+        raise _too_long("messages")
     messages, pictures, chars = [], 0, 0
     for number, message in enumerate(given):
         where = f"messages.{number}"
@@ -120,14 +140,23 @@ def _messages(given: Any, limits: Limits, allow_fetch: bool) -> tuple[list[dict[
         pictures += sum(part["type"] == "image_url" for part in parts)
         if pictures > limits.chat_pictures:
             raise RequestError(f"a chat has at most {limits.chat_pictures} pictures here.", where)
-        chars += sum(len(part["text"]) for part in parts if isinstance(part.get("text"), str))
-        if chars > CHARS_PER_TOKEN * limits.prompt_tokens:
-            raise RequestError("the chat is too long for this server; shorten it.", where, "context_length_exceeded")
+        # an empty part is work too
+        chars += sum(max(1, len(part["text"])) if isinstance(part.get("text"), str) else 1 for part in parts)
+        if chars > _most_chars(limits):
+            raise _too_long(where)
         content = [_part(part, f"{where}.content", limits, allow_fetch) for part in parts]
         messages.append({"role": ROLES[role], "content": content})
     if messages[-1]["role"] != "user":
         raise RequestError("the last message is the user's, which is answered.", "messages")
     return messages, pictures
+
+
+def _most_chars(limits: Limits) -> int:
+    return CHARS_PER_TOKEN * limits.prompt_tokens
+
+
+def _too_long(where: str) -> RequestError:
+    return RequestError("the chat is too long for this server; shorten it.", where, "context_length_exceeded")
 
 
 def _parts(content: Any, where: str) -> list[dict[str, Any]]:

@@ -12,9 +12,11 @@ from time import monotonic
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from torch import Tensor
 
 from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.models.loading import sentence_of
 from casa.models.stopping import stop_ids
 from casa.serving.chat_request import ChatRequest, RequestError, for_template
 from casa.vision import token_grids
@@ -79,15 +81,18 @@ class Completion:
     def _tokenized(self) -> dict[str, Any]:
         """The model's inputs, without the pixels: they go into `_patches`, one picture each."""
         template = str(self._processor.chat_template or self._processor.tokenizer.chat_template or "")
-        inputs = dict(
-            self._processor.apply_chat_template(
+        try:
+            written = self._processor.apply_chat_template(
                 for_template(self._request.messages, template),
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
-            ).to(self._model.device)
-        )
+            )
+        except TemplateError as error:  # of several families: roles must take turns
+            refused = f"the model's chat template refuses this chat: {sentence_of(error)}"
+            raise RequestError(refused, "messages", "invalid_value") from error
+        inputs = dict(written.to(self._model.device))
         self.prompt_tokens = inputs["input_ids"].shape[1] + self._image_tokens(inputs)
         if self.prompt_tokens > self._most_prompt:
             raise RequestError(

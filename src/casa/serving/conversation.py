@@ -27,6 +27,7 @@ from casa.serving.rate import Rate
 from casa.serving.state import ServerState, bearer
 from casa.serving.stream_messages import read_hello, read_message, read_time, words
 from casa.serving.transcript import Transcript
+from casa.streaming import forgets
 
 NORMAL, POLICY, FAILED, LATER = 1000, 1008, 1011, 1013
 
@@ -92,7 +93,8 @@ class Conversation:
             text = await self._receive(self._limits.hello_seconds, "send a hello first, as JSON.")
             if not isinstance(text, str):
                 raise UserError("the first message is a hello, as JSON.")
-            hello = read_hello(read_message(text, self._limits), self._limits, self._state.fps)
+            bounded = forgets(self._state.worker.engine.model)
+            hello = read_hello(read_message(text, self._limits), self._limits, self._state.fps, bounded)
         except UserError as error:
             raise _Ended(POLICY, str(error)) from error
         token = hello.token or bearer(self._socket.headers.get("authorization", ""))

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Any
 
 from casa.errors import UserError
+from casa.settings import near
 
 MIB = 2**20
 
@@ -78,9 +78,7 @@ class Limits:
         for text in given:
             name, _, value = text.partition("=")
             if name not in kinds:
-                near = get_close_matches(name, kinds, 1)
-                hint = f"did you mean {near[0]}?" if near else f"the limits are {', '.join(kinds)}."
-                raise UserError(f"there is no limit {name!r}; {hint}")
+                raise UserError(f"there is no limit {name!r}; {near(name, kinds, 'the limits are')}")
             try:
                 found[name] = kinds[name](value)
             except ValueError as error:

@@ -143,7 +143,7 @@ class LiveStream:
             self._metrics.count("cut")
         if event.text:
             self._metrics.count("captions")
-            self.transcript.add(ticket.time, event.text)
+            self.transcript.add(ticket.time, event.text, lag)
             self.outbox.put({"type": "caption", **about, "text": event.text, "whole": event.whole})
         self.outbox.put({"type": "usage", **about, **self._usage(event, seconds), "dropped": self.dropped})
 

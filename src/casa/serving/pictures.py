@@ -1,12 +1,12 @@
 """Pictures from outside: encoded bytes, data: addresses and, where allowed, web addresses become RGB pictures in size.
 
-Format and size are read from the first bytes; what is too large or no picture is refused before it is decoded.
+Format and size are read from the first bytes; what is too large or no picture is refused before it is decoded. Threads
+read side by side, none waits for another's picture.
 """
 
 import base64
 import binascii
 import math
-import threading
 import warnings
 from dataclasses import replace
 from io import BytesIO
@@ -14,11 +14,16 @@ from io import BytesIO
 from PIL import Image
 
 from casa.errors import UserError
-from casa.media.pictures import open_picture
+from casa.media.pictures import picture_from
 from casa.serving.fetch import fetch
 from casa.serving.limits import Limits
 
-OPENING = threading.Lock()  # Python's warnings, which Pillow's are kept from, are of the whole process
+
+def keep_pillow_quiet() -> None:
+    """Has Python leave out Pillow's warnings, for the whole process: every picture that a client sends could bring new
+    ones. What is too large or damaged is refused in words.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def read_frame(data: bytes, limits: Limits) -> Image.Image:
@@ -34,15 +39,13 @@ def read_picture(data: bytes, limits: Limits) -> Image.Image:
     is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
     if not (data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")) or is_webp):
         raise UserError("this is no JPEG, PNG or WebP picture; encode the frame as one of them.")
-    with OPENING:
-        width, height = _size(data)
+    width, height = _size(data)
     if width * height > limits.decoded_pixels:
         raise UserError(
             f"the picture is {width} x {height}, but this server takes at most "
             f"{limits.decoded_pixels / 1e6:g} million pixels; make it smaller first."
         )
-    with OPENING:
-        picture = open_picture(BytesIO(data))
+    picture = picture_from(BytesIO(data))
     scale = math.sqrt(limits.picture_pixels / (picture.width * picture.height))
     if scale < 1:
         size = max(1, int(picture.width * scale)), max(1, int(picture.height * scale))
@@ -64,11 +67,9 @@ def read_address(address: str, limits: Limits, allow_fetch: bool) -> Image.Image
 
 def _size(data: bytes) -> tuple[int, int]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # many pixels are refused below, in words
-            with Image.open(BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as header:
-                return header.size
-    except Exception:  # too large or damaged: open_picture has the sentence for it
+        with Image.open(BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as header:
+            return header.size
+    except Exception:  # too large or damaged: picture_from has the sentence for it
         return 0, 0
 
 

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from casa.errors import UserError
-from casa.serving.chat_request import ChatRequest, RequestError, read_chat
+from casa.serving.chat_request import ChatRequest, RequestError, parse_body, read_chat
 from casa.serving.completion import Completion, Piece
 from casa.serving.errors import error_response
 from casa.serving.state import ServerState
@@ -45,13 +45,7 @@ async def chat(request: Request) -> Response:
     begun = False
     try:
         body = await _body(request, state.limits.body_bytes, state.limits.body_seconds)
-        try:
-            given = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise RequestError("the body is no JSON.") from error
-        wanted = await asyncio.get_running_loop().run_in_executor(
-            state.chat_threads, read_chat, given, state.name, state.limits, state.allow_fetch
-        )
+        wanted = await asyncio.get_running_loop().run_in_executor(state.chat_threads, _read, body, state)
         answer = _Answer(state, wanted)
         state.metrics.count("chats")
         # errors of the prompt come before the first piece, and then as an error of their own
@@ -78,6 +72,10 @@ async def chat(request: Request) -> Response:
 
 def _model(state: ServerState) -> dict[str, Any]:
     return {"id": state.name, "object": "model", "created": 0, "owned_by": "casa"}
+
+
+def _read(body: bytes, state: ServerState) -> ChatRequest:
+    return read_chat(parse_body(body, state.limits), state.name, state.limits, state.allow_fetch)
 
 
 async def _body(request: Request, most: int, seconds: float) -> bytes:

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
 from casa.serving.state import ServerState
+from casa.streaming import forgets
 
 PAGE = Path(__file__).resolve().parent / "page"
 FILM = Path(__file__).resolve().parent.parent / "assets" / "demo" / "clip.mp4"
@@ -31,6 +32,8 @@ async def about(request: Request) -> Response:
         "prompt": state.processor.stream_prompt,
         "most_fps": state.limits.frames_per_second,
         "frame_bytes": state.limits.frame_bytes,
+        "text_tokens": state.limits.text_tokens if forgets(state.model) else None,
+        "most_text_tokens": state.limits.most_text_tokens,
         "needs_token": state.token is not None,
     }
     return JSONResponse(facts, headers={"Cache-Control": "no-store"})

@@ -53,14 +53,16 @@ def read_message(text: str, limits: Limits) -> dict[str, Any]:
     return message
 
 
-def read_hello(message: dict[str, Any], limits: Limits, fps: float) -> Hello:
-    """The first message. fps: unless the client says otherwise. Raises UserError for values out of bounds."""
+def read_hello(message: dict[str, Any], limits: Limits, fps: float, bounded: bool = True) -> Hello:
+    """The first message. fps: unless the client says otherwise. bounded: whether text has a bound unless it says so.
+
+    Raises UserError for values out of bounds.
+    """
     if message["type"] != "hello":
         raise UserError("the first message is of type hello.")
+    bound = int(number(message, "max_text_tokens", 1, limits.most_text_tokens, limits.text_tokens, whole=True))
     settings: dict[str, Any] = {
-        "max_text_tokens": int(
-            number(message, "max_text_tokens", 1, limits.most_text_tokens, limits.text_tokens, whole=True)
-        ),
+        "max_text_tokens": bound if bounded or message.get("max_text_tokens") is not None else None,
         "max_new_tokens": int(
             number(message, "max_new_tokens", 1, limits.new_tokens, min(32, limits.new_tokens), whole=True)
         ),
@@ -114,9 +116,9 @@ def number(
 def _sampling(given: Any) -> Sampling:
     if given is None:
         return Sampling()
-    known = {field.name: field.type for field in fields(Sampling)}
-    if not isinstance(given, dict) or not given.keys() <= known.keys():
-        raise UserError(f"sampling is an object with any of {', '.join(known)}.")
+    known = {field.name for field in fields(Sampling)}
+    if not isinstance(given, dict) or not given.keys() <= known:
+        raise UserError(f"sampling is an object with any of {', '.join(sorted(known))}.")
     read: dict[str, Any] = {}
     for name in given:
         whole = isinstance(getattr(Sampling, name), int)

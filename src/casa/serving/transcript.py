@@ -1,15 +1,13 @@
 """What streams have said, for download while they run and for a while afterwards."""
 
-import tempfile
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from pathlib import Path
 from time import monotonic
 
-from casa.media.subtitles import Caption, captions_from_frames, write_jsonl, write_srt, write_vtt
+from casa.media.subtitles import Caption, captions_from_frames, jsonl_text, srt_text, vtt_text
 
-WRITERS = {"srt": write_srt, "vtt": write_vtt, "jsonl": write_jsonl}
+TEXTS = {"srt": srt_text, "vtt": vtt_text, "jsonl": jsonl_text}
 TYPES = {"srt": "application/x-subrip", "vtt": "text/vtt", "jsonl": "application/jsonl"}
 
 
@@ -17,27 +15,28 @@ class Transcript:
     """The captions of one stream, the newest `most` of them."""
 
     def __init__(self, most: int) -> None:
-        self._said: deque[tuple[float, str]] = deque(maxlen=most)
+        self._said: deque[tuple[float, tuple[str, float | None]]] = deque(maxlen=most)
         self._lock = threading.Lock()
 
-    def add(self, time: float, text: str) -> None:
-        """time: of the frame, in seconds. A reader that goes back in its video may say earlier times again."""
+    def add(self, time: float, text: str, lag: float | None = None) -> None:
+        """time: of the frame, in seconds. A reader that goes back in its video may say earlier times again.
+
+        lag: seconds from the frame's arrival to the text.
+        """
         with self._lock:
-            self._said.append((time, text))
+            self._said.append((time, (text, lag)))
 
     def captions(self) -> list[Caption]:
         """In order of time; of two at the same time the later one stands."""
         with self._lock:
             at = dict(self._said)
         times = sorted(at)
-        return captions_from_frames(times, [at[time] for time in times])
+        said = [at[time] for time in times]
+        return captions_from_frames(times, [text for text, _ in said], lags=[lag for _, lag in said])
 
     def file(self, kind: str) -> str:
         """The text of a subtitle file. kind: "srt", "vtt" or "jsonl"."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"captions.{kind}"
-            WRITERS[kind](path, self.captions())
-            return path.read_text(encoding="utf-8")
+        return TEXTS[kind](self.captions())
 
 
 class Shelf:

@@ -200,8 +200,10 @@ class Worker:
         try:
             events = self.engine.step(cut=lambda: monotonic() > end)
         except Exception as error:
+            # the engine answers for its sessions; whatever this was, their states are as they were
             log.exception("a step over %d streams failed", len(turns))
-            self._after_failure(turns, error)
+            for stream, turn in turns.values():
+                stream.fail(turn, f"the model failed at this ({type(error).__name__}); it was left out.")
             return
         seconds = monotonic() - start
         for event in events:
@@ -211,28 +213,6 @@ class Worker:
             except Exception as error:  # the others are told theirs
                 log.exception("what a stream said was lost")
                 stream.fail(turn, f"the server failed at this ({type(error).__name__}); it was left out.")
-
-    def _after_failure(self, turns: dict[str, tuple[LiveStream, Turn]], error: Exception) -> None:
-        """The engine finds out by itself which of several sessions makes a pass fail, and that one is as it was. One
-        that had the pass alone may not be, and starts anew.
-        """
-        if len(turns) > 1:
-            for stream, turn in turns.values():
-                stream.fail(turn, f"the model failed at this ({type(error).__name__}); it was left out.")
-            return
-        ((name, (stream, turn)),) = turns.items()
-        session = stream.session
-        if session is not None and name in self.engine:
-            self.engine.close(name)
-            stream.session = self.engine.open(
-                name,
-                prompt=session.prompt,
-                max_text_tokens=session.max_text_tokens,
-                max_new_tokens=session.max_new_tokens,
-                sampling=session.sampling,
-            )
-            stream.measure()
-        stream.fail(turn, f"the model failed at this ({type(error).__name__}); the stream begins anew.")
 
     def _advance_chat(self) -> None:
         """A slice of the completion that has waited longest."""

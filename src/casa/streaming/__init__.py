@@ -3,7 +3,7 @@
 from casa.streaming.engine import Event, StreamingEngine
 from casa.streaming.pacing import Count, Moment, watch, watch_live
 from casa.streaming.sampling import Sampling
-from casa.streaming.session import StreamingSession
+from casa.streaming.session import StreamingSession, forgets
 from casa.streaming.usage import Usage
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "StreamingEngine",
     "StreamingSession",
     "Usage",
+    "forgets",
     "watch",
     "watch_live",
 ]

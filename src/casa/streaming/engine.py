@@ -8,9 +8,11 @@ frame that is no picture, or a session that has gone, ends in that session's own
 """
 
 import copy
+import logging
 import threading
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.streaming.session import StreamingSession
 from casa.streaming.together import Call, Said, run_together
 
+log = logging.getLogger("casa.streaming")
+
 
 @dataclass(frozen=True)
 class Event:
     """What a step gave a session: text ("" if it had nothing to say), or why there is none.
 
-    kind: "caption" or "answer". whole: False if it was cut at its budget.
+    kind: "caption" or "answer". whole: False if time cut it.
     """
 
     session: str
@@ -38,13 +42,13 @@ class Event:
 class _Seat:
     session: StreamingSession
     frame: Any = None
-    question: str | None = None
+    questions: deque[str] = field(default_factory=deque)
     dropped: int = 0
     paused: bool = False
 
     @property
     def waits(self) -> bool:
-        return not self.paused and (self.frame is not None or self.question is not None)
+        return not self.paused and (self.frame is not None or bool(self.questions))
 
 
 class StreamingEngine:
@@ -70,10 +74,12 @@ class StreamingEngine:
         self._stepping = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._seats)
+        with self._lock:
+            return len(self._seats)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._seats
+        with self._lock:
+            return name in self._seats
 
     def open(self, name: str, session: StreamingSession | None = None, **settings: Any) -> StreamingSession:
         """A new session of that name, with StreamingSession's settings; or `session`, loaded or forked elsewhere.
@@ -125,9 +131,9 @@ class StreamingEngine:
             return not late
 
     def ask(self, name: str, question: str) -> None:
-        """Has a question answered in the session's next turn, before its next frame."""
+        """Has a question answered before the session's next frame; each takes a turn, in the order asked."""
         with self._lock:
-            self._seat(name).question = question
+            self._seat(name).questions.append(question)
 
     def dropped(self, name: str) -> int:
         """Frames that were replaced before they had their turn."""
@@ -168,21 +174,22 @@ class StreamingEngine:
 
     def _run(self, calls: list[Call], cut: Callable[[], bool] | None) -> list[Said | Exception]:
         """What each call comes to. If the pass over several fails, each has one of its own, so that the culprit's error
-        is nobody else's; these work on copies of the caches too, so a session that fails is as it was before.
+        is nobody else's. All work on copies of the caches: a session that fails is as it was before.
         """
-        if len(calls) < 2:
-            return list(run_together(self.model, calls, cut)) if calls else []
         draws = [call.draws.get_state() for call in calls]
-        try:
-            return list(run_together(self.model, calls, cut))
-        except Exception:
-            for call, state in zip(calls, draws, strict=True):
-                call.draws.set_state(state)
+        # rows of different ages do not fit together in a cache of which each keeps the newest only
+        if len(calls) > 1 and not any(call.cache.slides for call in calls):
+            try:
+                return list(run_together(self.model, calls, cut))
+            except Exception:
+                log.exception("a pass over %d sessions failed; each has one of its own", len(calls))
         found: list[Said | Exception] = []
-        for call in calls:
+        for call, state in zip(calls, draws, strict=True):
+            call.draws.set_state(state)
             try:
                 found += run_together(self.model, [replace(call, cache=copy.deepcopy(call.cache))], cut)
             except Exception as error:
+                call.draws.set_state(state)
                 found.append(error)
         return found
 
@@ -194,9 +201,8 @@ class StreamingEngine:
                     continue
                 # who had a turn goes to the end of the line
                 self._seats[name] = self._seats.pop(name)
-                if seat.question is not None:
-                    turns.append((name, seat, "answer", seat.question))
-                    seat.question = None
+                if seat.questions:
+                    turns.append((name, seat, "answer", seat.questions.popleft()))
                 else:
                     turns.append((name, seat, "caption", seat.frame))
                     seat.frame = None

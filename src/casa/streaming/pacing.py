@@ -237,6 +237,7 @@ class _Live:
         self.looked: Box[tuple[Any, Any, float]] = Box()
         self.error: BaseException | None = None
         self._stopped = threading.Event()
+        self._counting = threading.Lock()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._reading, self._looking)]
 
     def start(self) -> None:
@@ -248,6 +249,11 @@ class _Live:
         self._stopped.set()
         self._read.close()
         self.looked.close()
+
+    def _drop(self, frames: int) -> None:
+        # both threads count here
+        with self._counting:
+            self._count.dropped += frames
 
     def _reading(self) -> None:
         began = None
@@ -261,7 +267,7 @@ class _Live:
                     # when it was due, not when it was read: a reader that falls behind must show in the lag
                     arrived = began + frame.time
                     self._sleep(max(0.0, arrived - self._clock()))
-                self._count.dropped += self._read.put((frame, arrived))
+                self._drop(self._read.put((frame, arrived)))
         except BaseException as error:  # handed to the thread that watches
             self.error = error
         finally:
@@ -273,7 +279,7 @@ class _Live:
                 frame, arrived = found
                 picture = _picture(self._session, frame, self._count)
                 if picture is not None:
-                    self._count.dropped += self.looked.put((frame, self._session.look(picture), arrived))
+                    self._drop(self.looked.put((frame, self._session.look(picture), arrived)))
         except BaseException as error:
             self.error = error
         finally:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from casa.layers import LayerWindow, WindowExtent, WindowState
+from casa.layers import LayerWindow, WindowState
 from casa.models import CasaCache
 from casa.models.insertion import StreamState
 
@@ -123,7 +123,7 @@ def _joined_windows(states: Sequence[WindowState | None]) -> WindowState | None:
 def _part_of_windows(state: WindowState, row: int, idle: int) -> WindowState:
     extents = list(state.windows[row])
     if extents and idle:
-        extents[-1] = WindowExtent(extents[-1].images, extents[-1].text - idle)
+        extents[-1] = extents[-1].longer(-idle)
     own = sum(window.images for window in extents)
     said = extents[-1].text if extents else 0
     layers = []

@@ -44,6 +44,17 @@ class Looked:
     images: dict[str, Tensor]
 
 
+def forgets(model: CasaForConditionalGeneration) -> bool:
+    """Whether a model can have a bound on its text: not under insertion, nor with blocks that forget by themselves."""
+    return _unforgetting(model) is None
+
+
+def _unforgetting(model: CasaForConditionalGeneration) -> str | None:
+    if model.fusion.method == "insertion":
+        return "an insertion model"
+    return "a model with sliding-window attention" if model.new_cache().slides else None
+
+
 class StreamingSession:
     """Captions for a live stream of frames.
 
@@ -52,7 +63,7 @@ class StreamingSession:
         first 4 tokens) is never forgotten.
     max_new_tokens: the longest caption. sampling, seed: greedy unless asked.
     `notes` is the caller's own: whatever JSON holds, saved and loaded with the session, as one file.
-    Raises UserError for a bound too small for the prompt, or under insertion, where text cannot be forgotten.
+    Raises UserError for a bound too small for the prompt, or of a model whose text cannot be forgotten (`forgets`).
     """
 
     def __init__(
@@ -137,8 +148,15 @@ class StreamingSession:
         return self._call(tokens + after, len(tokens), seen.images)
 
     def prepare_question(self, question: str) -> Call:
-        """The same for a question about the frame at hand."""
-        return self._call(self._pending + self._turn_tokens(question), None, {})
+        """The same for a question about the frame at hand. Raises UserError for one that the bound has no room for."""
+        tokens = self._pending + self._turn_tokens(question)
+        needed = self._sinks + len(tokens) + self.max_new_tokens
+        if self.max_text_tokens is not None and needed > self.max_text_tokens:
+            raise UserError(
+                f"this question, its answer and the prompt need {needed} tokens, and max_text_tokens is "
+                f"{self.max_text_tokens}; ask in fewer words."
+            )
+        return self._call(tokens, None, {})
 
     def accept(self, said: Said) -> str:
         """Takes over the state that a call has left; its caption."""
@@ -256,8 +274,8 @@ class StreamingSession:
         bound = self.max_text_tokens
         if bound is None:
             return
-        if self._model.fusion.method == "insertion":
-            raise UserError("an insertion model cannot forget its text; leave max_text_tokens out.")
+        if (kind := _unforgetting(self._model)) is not None:
+            raise UserError(f"{kind} cannot forget its text; leave max_text_tokens out.")
         needed = self._sinks + self.most_step_tokens
         if bound < needed:
             raise UserError(
@@ -272,5 +290,6 @@ class StreamingSession:
         surplus = self._cache.num_text + count - self.max_text_tokens
         if surplus <= 0:
             return
-        room = (self.max_text_tokens - self._sinks) // 8
-        self._cache.drop_text(self._sinks, min(max(surplus, room), self._cache.num_text - self._sinks), self._turns)
+        wanted = max(surplus, (self.max_text_tokens - self._sinks) // 8)
+        most = max(0, self._cache.num_text - self._sinks)
+        self._cache.drop_text(self._sinks, min(wanted, most), self._turns)

@@ -14,7 +14,7 @@ from casa.layers import LayerWindow, WindowExtent, WindowState
 from casa.models import CasaCache, CasaForConditionalGeneration
 from casa.models.insertion import StreamState
 
-FORMAT = "casa session 2"
+FORMAT = "casa session 3"
 
 
 def save(path: str | Path, cache: CasaCache, settings: dict[str, Any], generator: Tensor) -> None:
@@ -27,7 +27,7 @@ def save(path: str | Path, cache: CasaCache, settings: dict[str, Any], generator
     if (stream := cache.stream) is not None:
         tensors |= {"stream.mask": stream.mask, "stream.next": stream.next_position, "stream.images": stream.images}
     if cache.windows is not None:
-        described["windows"] = [[(w.images, w.text) for w in row] for row in cache.windows.windows]
+        described["windows"] = [[(w.images, w.text, w.behind) for w in row] for row in cache.windows.windows]
         described["image_slots"] = [layer.images for layer in cache.windows.layers]
         for index, layer in enumerate(cache.windows.layers):
             tensors[f"window.{index}.key"], tensors[f"window.{index}.value"] = layer.key, layer.value

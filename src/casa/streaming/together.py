@@ -24,8 +24,8 @@ class Call:
 
     tokens: text around the frame. place: index of the token before which the frame stands; None if there is no frame,
     and then no pixels. pick: the next token, from logits (V,) and what has been said so far. stops: tokens that end a
-    caption; stop: the one that stands for a caption that was cut short. most: tokens of the longest caption. draws: the
-    generator that `pick` draws from.
+    caption; stop: the one that stands for a caption that time or `most` cut short. most: tokens of the longest caption.
+    draws: the generator that `pick` draws from.
     """
 
     cache: CasaCache
@@ -41,7 +41,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Said:
-    """tokens: the caption. pending: the token that ended it, chosen and not yet fed. whole: False if it was cut."""
+    """tokens: the caption. pending: the token that ended it, chosen and not yet fed. whole: False if time cut it."""
 
     tokens: list[int]
     pending: int

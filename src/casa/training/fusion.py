@@ -65,7 +65,13 @@ def train_fusion(
     pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
 
     def loss_of(batch: tuple[list[Seen], list[Sample]], step: int) -> Tensor:
-        return model(**collate(*batch, stage.row_tokens, pad), use_cache=False).loss
+        inputs = collate(*batch, stage.row_tokens, pad)
+        if stage.dropout:
+            # drawn by the step, so that one that is done again after an interruption hides the same
+            drawn = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+            kept = torch.rand(inputs["image_features"].shape, generator=drawn) >= stage.dropout
+            inputs["image_features"] = inputs["image_features"] * kept / (1 - stage.dropout)
+        return model(**inputs, use_cache=False).loss
 
     facts = loop.run(start, batches(), loss_of)
     model.eval()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from casa.models.chunked_loss import IGNORED
+from casa.models.losses import IGNORED
 from casa.training.conversation import Sample
 
 

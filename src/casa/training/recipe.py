@@ -82,7 +82,8 @@ class TowerStage:
     """The image tower, on dense targets.
 
     model: keys of transformers' Qwen2_5_VLVisionConfig. mix: share of each source. sizes: what sides, when.
-    patches: per step, about. channels: weight of each dense target in the loss. smoothing: of labels.
+    patches: per step, about. channels: weight of each dense target in the loss. exact: channels in which every cell
+    counts alike, for targets that are right in one cell and wrong in the next. smoothing: of labels, elsewhere.
     """
 
     model: dict[str, Any]
@@ -91,6 +92,7 @@ class TowerStage:
     sizes: tuple[Sizes, ...]
     channels: dict[str, float]
     patches: int = 2304
+    exact: tuple[str, ...] = ()
     smoothing: float = 0.05
 
     def __post_init__(self) -> None:
@@ -98,6 +100,8 @@ class TowerStage:
         _check_shares("channels", self.channels)
         require(bool(self.sizes), "sizes", list(self.sizes), "one entry or more")
         require(self.patches >= 16, "patches", self.patches, "16 or more")
+        for name in self.exact:
+            require(name in self.channels, "exact", name, f"one of the channels ({', '.join(self.channels)})")
         require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "from 0 to below 1")
 
 
@@ -108,6 +112,7 @@ class FusionStage:
     fusion: a FusionConfig. mix: how often a step draws fresh pictures from each source. fresh_patches: about how
     many per step. batch: items of each source per step, picked from a pool that holds the last `pool_draws` draws
     and is filled with `prefill` of them before the first step. most_turns: questions per picture and step.
+    dropout: share of the tower's output that a step hides.
     """
 
     optimisation: Optimisation
@@ -121,6 +126,7 @@ class FusionStage:
     prefill: int = 50
     most_turns: int = 6
     row_tokens: int = 512
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         _check_shares("mix", self.mix)
@@ -131,12 +137,16 @@ class FusionStage:
         for name in ("fresh_patches", "pool_draws", "most_turns", "row_tokens"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(self.prefill >= 1, "prefill", self.prefill, "1 or more")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 to below 1")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. seed: of everything random. threads: of the computation; 0 leaves torch's choice.
-    workers: processes that draw pictures ahead; 0 draws them in place."""
+    """A whole run.
+
+    seed: of everything random. threads: of the computation; 0 leaves torch's choice. workers: processes that draw
+    pictures ahead; 0 draws them in place.
+    """
 
     name: str
     text: TextStage
@@ -173,7 +183,8 @@ def read_yaml(path: str | Path) -> Any:
         raise UserError(
             f"{path} holds a YAML tag that could run code{place}; a recipe may hold plain values only."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    # a date that no calendar has is a bare ValueError to PyYAML
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" near line {mark.line + 1}" if mark else ""
         raise UserError(f"{path} is not valid YAML{place}; mend it there.") from error

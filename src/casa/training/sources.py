@@ -1,24 +1,11 @@
-"""Where examples come from: callables that the caller passes in, so that this package knows no task.
+"""Sources of drawn examples (`casa.data.drawn`), all that a recipe can name."""
 
-A picture source draws one example: source(rng, size) with size = (height, width) in px, or None for any, gives an
-object with `image` (PIL, of that size), `turns` (objects with `question` and `answer`) and `dense` (channel ->
-int64 (rows, columns), one class per cell of 28 x 28 px). A clip source gives an object with `height`, `width`,
-`frames()` (pictures) and `captions()` (one text per frame, "" being silence).
-
-With worker processes, sources must be picklable: functions, or dataclasses, at module level.
-"""
-
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import Any
 
-import numpy as np
-
+from casa.data.drawn import ClipSource, PictureSource
 from casa.errors import UserError
-
-PictureSource = Callable[[np.random.Generator, tuple[int, int] | None], Any]
-ClipSource = Callable[[np.random.Generator], Any]
+from casa.settings import near
 
 
 @dataclass(frozen=True)
@@ -54,6 +41,5 @@ class Sources:
 def _check_known(names: Iterable[str], known: list[str], where: str, what: str) -> None:
     for name in names:
         if name not in known:
-            near = get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}."
+            hint = near(name, known, "choose from")
             raise UserError(f"{where} names the {what} {name!r}, which does not exist; {hint}")

@@ -1,17 +1,10 @@
-"""The model card of a run in three stages: recipe, losses, times, where it was made."""
+"""The model card of a run in stages: recipe, losses, times, where it was made."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from casa.atomic import write_text
-from casa.errors import UserError
-from casa.training.curve import draw_curve
-
-CURVE = "loss.png"
-FRONT = "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags: [casa]\n---"
+from casa.training.card_parts import curve, front, recipe_block, versions_line, write_parts
 
 
 def write_stage_card(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -22,24 +15,20 @@ def write_stage_card(folder: Path, facts: Mapping[str, Any]) -> None:
     recipe, stages = facts["recipe"], facts["stages"]
     name, last = recipe["name"], list(stages)[-1]
     history = [{"step": step, "loss": loss} for step, loss in stages[last]["curve"]]
-    try:
-        drawn = draw_curve(history, folder / CURVE, f"{name}: {last}")
-    except UserError:
-        drawn = False  # a card without its picture is a card
     rows = [
         f"| {stage} | {found['steps']:,} | {found['seconds']:,.0f} s | {found['curve'][-1][1]:.4f} |"
         for stage, found in stages.items()
     ]
-    versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
+    versions = versions_line(facts["versions"])
     parts = [
-        FRONT,
+        front(),
         f"# {name}",
-        "Trained in three stages, with [casa](https://arxiv.org/abs/2512.19535): a text model on the tasks' own text, "
+        "Trained in stages, with [casa](https://arxiv.org/abs/2512.19535): a text model on the tasks' own text, "
         "an image tower on dense targets, then both together. Examples were drawn by seed while it learned.",
         "\n".join(["| stage | steps | time | last loss |", "|---|---|---|---|", *rows]),
-        f"![The loss of the last stage over steps]({CURVE})" if drawn else "",
-        f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=110)}```",
+        curve(folder, history, f"{name}: {last}", "The loss of the last stage over steps"),
+        f"## Recipe\n\n{recipe_block(recipe)}",
         "## Made with",
         f"Seed {facts['seed']}, commit {facts['commit'] or 'unknown'}, {facts['threads']} threads; {versions}.",
     ]
-    write_text(folder / "README.md", "\n\n".join(part for part in parts if part) + "\n")
+    write_parts(folder, parts)

@@ -8,7 +8,7 @@ position for one-dimensional rotary text models, so text finds "line 2, digit 3"
 where it stands. The tower's attention marks every token, and answering becomes looking up.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def train_tower(
 
     def loss_of(batch: DenseBatch, step: int) -> Tensor:
         targets = {name: torch.from_numpy(target) for name, target in batch.targets.items()}
-        return dense_loss(model(batch), targets, stage.channels, empty, stage.smoothing)
+        return dense_loss(model(batch), targets, stage.channels, empty, stage.smoothing, stage.exact)
 
     facts = loop.run(start, batches(), loss_of)
     model.eval()
@@ -119,20 +119,26 @@ def dense_loss(
     weights: Mapping[str, float],
     empty: Mapping[str, int],
     smoothing: float,
+    exact: Collection[str] = (),
 ) -> Tensor:
     """Weighted sum of the channels' cross-entropies.
 
     weights: per channel. empty: the class of each channel that means "nothing here". Within a channel, the cells
     where it says something share three quarters of the weight, however few they are. Cells below 0 are passed over.
+    exact: channels in which all cells weigh the same and labels are not smoothed, for targets of a single cell: if that
+    were made heavier, the cells around it would claim it too.
     """
     total = torch.zeros(())
     for name, weight in weights.items():
         target = targets[name].flatten()
-        loss = F.cross_entropy(logits[name].flatten(0, -2), target, reduction="none", label_smoothing=smoothing)
+        smooth = 0.0 if name in exact else smoothing
+        loss = F.cross_entropy(logits[name].flatten(0, -2), target, reduction="none", label_smoothing=smooth)
         known = target >= 0
         shown = known & (target != empty[name])
         bare = known & ~shown
-        if shown.any() and bare.any():
+        if name in exact and shown.any():
+            total = total + weight * loss[known].sum() / (4 * shown.sum())
+        elif shown.any() and bare.any():
             total = total + weight * (_SHOWN * loss[shown].mean() + (1 - _SHOWN) * loss[bare].mean())
         elif known.any():
             total = total + weight * loss[known].mean()

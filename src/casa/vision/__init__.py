@@ -2,6 +2,7 @@
 
 from casa.vision.compress import make_compressor, parse_compressor
 from casa.vision.encoder import (
+    Grids,
     encode,
     encoder_class,
     extra_depths,
@@ -17,6 +18,7 @@ from casa.vision.projector import PLACE_WIDTH, Projector, place_features
 
 __all__ = [
     "PLACE_WIDTH",
+    "Grids",
     "Projector",
     "encode",
     "encoder_class",

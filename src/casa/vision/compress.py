@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from casa.errors import UserError
+from casa.vision.encoder import Grids
 from casa.vision.q_former import QFormer
-
-Grids = list[tuple[int, int]]  # rows and columns of tokens of each image, whose tokens are in reading order
-
 
 # the smallest number that makes sense, per kind: a cell of one token changes nothing
 LEAST = {"pool": 2, "pixel_shuffle": 2, "q_former": 1}

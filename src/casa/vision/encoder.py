@@ -17,6 +17,9 @@ from casa.vision.encoders import FAMILIES, Family
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Grids = list[tuple[int, int]]
+"""Rows and columns of tokens of each image, whose tokens are in reading order."""
+
 # where whole models keep their tower, and what else is in them
 TOWER = r"^(model\.)?(visual|vision_model|vision_tower)\.(vision_model\.)?"
 BESIDE_TOWER = re.compile(
@@ -91,7 +94,7 @@ def extra_depths(config: Any) -> int:
     return family_of(config).depths(config)
 
 
-def token_grids(config: Any, image_grid_thw: Tensor) -> list[tuple[int, int]]:
+def token_grids(config: Any, image_grid_thw: Tensor) -> Grids:
     """Rows and columns of tokens of each image. `image_grid_thw` is int64 (n, 3), in patches, for every encoder.
 
     Raises UserError for several frames in one entry: video is read frame by frame (paper, "Set-up").

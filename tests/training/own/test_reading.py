@@ -102,6 +102,15 @@ def test_changes_are_typed_by_what_they_change(file):
         ("optimization.steps=3", "did you mean 'optimisation'?"),
         ("optimisation.steps=many", "optimisation.steps must be a whole number, not 'many'."),
         ("optimisation.steps=0", "optimisation.steps is 0"),
+        ("optimisation.frozen=['*proj']", "optimisation.frozen is '*proj'; it must be a regular expression"),
+        ("optimisation.rates={'(': 1e-4}", "optimisation.rates is '('; it must be a regular expression"),
+        ("optimisation.rates={head: -1}", "optimisation.rates.head is -1.0; it must be 0 or more."),
+        ("optimisation.beta1=1.5", "optimisation.beta1 is 1.5; it must be from 0 to below 1."),
+        ("optimisation.beta2=-0.1", "optimisation.beta2 is -0.1; it must be from 0 to below 1."),
+        ("optimisation.weight_decay=-1", "optimisation.weight_decay is -1.0; it must be 0 or more."),
+        ("optimisation.tower_blocks=-1", "optimisation.tower_blocks is -1; it must be 0 or more."),
+        ("packing.oversize.least_tokens=0", "packing.oversize.least_tokens is 0; it must be 1 or more."),
+        ("optimisation.steps=2024-13-01", "'2024-13-01' is no value that YAML can read; put it in quotes."),
         ("optimisation.steps", "is no setting; write it as in --set optimisation.steps=2000."),
         (".steps=3", "is no setting"),
         ("data.sources.1.path=x", "must be the number of an entry, from 0 to 0"),
@@ -147,6 +156,12 @@ def test_files_that_are_no_recipes(file, content, sentence):
     with pytest.raises(UserError) as caught:
         open_recipe(file("twin.yaml", content))
     assert sentence in str(caught.value)
+
+
+def test_a_date_that_no_calendar_has_is_no_yaml(tmp_path):
+    (tmp_path / "mine.yaml").write_text("name: 2024-13-01\nmodel: {}\n")
+    with pytest.raises(UserError, match=r"mine\.yaml is not valid YAML"):
+        open_recipe(tmp_path / "mine.yaml")
 
 
 def test_a_model_needs_a_source(values):

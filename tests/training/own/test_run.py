@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from casa import CasaForConditionalGeneration, CasaProcessor
@@ -14,6 +15,7 @@ from casa.errors import UserError
 from casa.training.own import parse_run_recipe, train_run
 from casa.training.own.model import load_processor
 from casa.training.own.run import RECIPE, claim
+from casa.training.trainer import newest_checkpoint
 
 # PEFT asks by a name that transformers is about to leave behind
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
@@ -73,6 +75,29 @@ def test_a_run_gives_a_model_and_resuming_gives_the_same(values, made, tmp_path)
     assert parse_run_recipe(yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])) == recipe
 
 
+def test_data_that_end_are_measured_at_the_end_and_end_for_good(values, made, tmp_path):
+    evaluation = {"every": 1000, "data": values()["data"], "packs": 1}
+    blocks = {"data": {"exhausted": "leave"}, "optimisation": {"steps": 1000}, "evaluation": evaluation}
+    recipe = parse_run_recipe(values(**blocks))
+    final = train_run(recipe, tmp_path / "run")
+    last = newest_checkpoint(tmp_path / "run")
+
+    def measured():
+        log = json.loads((tmp_path / "run" / "log.json").read_text())
+        return [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
+
+    (found,) = measured()
+    assert f"checkpoint-{found[0]}" == last.name
+    # resumed, it has nothing left to learn from: the same model, and the same score
+    weights = load_file(final / "model.safetensors")
+    shutil.rmtree(final)
+    train_run(recipe, tmp_path / "run", resume=True)
+    assert newest_checkpoint(tmp_path / "run").name == last.name
+    assert measured() == [found]
+    again = load_file(final / "model.safetensors")
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+
+
 def test_adapters_are_trained_resumed_and_merged(values, made, tmp_path):
     lora = {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}
     blocks = {
@@ -108,8 +133,17 @@ def test_a_folder_belongs_to_one_recipe(values, tmp_path):
     with pytest.raises(UserError, match="is not empty and holds no run"):
         train_run(recipe, out)
     (out / "letter.txt").unlink()
-    (out / RECIPE).write_text(yaml.safe_dump(values(seed=7)))
+    told = [out / "bad-records-0-1.jsonl", out / "tensorboard" / "events"]
+    (out / "tensorboard").mkdir()
+    for path in told:
+        path.write_text("of the run before")
+    (out / RECIPE).write_text(yaml.safe_dump(values()))
     claim(recipe, out, resume=False)  # nothing was saved yet
+    assert all(path.exists() for path in told)
+    (out / RECIPE).write_text(yaml.safe_dump(values(seed=7)))
+    claim(recipe, out, resume=False)
+    # what another recipe has left would be counted as this one's
+    assert not any(path.exists() for path in told)
     (out / RECIPE).write_text(yaml.safe_dump(values(seed=7)))
     (out / "checkpoint-1").mkdir()
     with pytest.raises(UserError, match=r"holds a run already: go on with it \(--resume\)"):
@@ -120,6 +154,8 @@ def test_a_folder_belongs_to_one_recipe(values, tmp_path):
     with pytest.raises(UserError, match=r"another optimisation\.weight_decay:"):
         claim(changed, out, resume=True)
     claim(parse_run_recipe(values(seed=7, optimisation={"new_rate": 1e-4})), out, resume=True)
+    with pytest.raises(UserError, match=r"another optimisation\.accumulate:"):
+        claim(parse_run_recipe(values(seed=7, optimisation={"accumulate": 2})), out, resume=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         train_run(recipe, tmp_path / "file")

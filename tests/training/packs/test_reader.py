@@ -6,6 +6,7 @@ from itertools import islice
 
 import pytest
 
+from casa.data import open_records, parse_data_settings
 from casa.data.record import Message, Origin, Picture, Record, Text
 from casa.data.settings import Shard
 from casa.errors import UserError
@@ -102,6 +103,24 @@ def test_counts_go_on_too(records):
     assert dict(maker.counts) == whole
 
 
+def test_pictures_in_memory_fill_the_buffer_by_their_bytes(chat, picture, monkeypatch, tmp_path):
+    """Samples of videos hold every frame."""
+    held = [chat(("user", picture(56, 28, n), "q"), ("assistant", "a"), line=n) for n in range(12)]
+    size = max(len(next(record.pictures()).source) for record in held)
+    monkeypatch.setattr("casa.training.packs.reader.BUFFER_BYTES", 4 * size)
+    batches = list(reader(held, buffer=50)[0])
+    for number, batch in enumerate(batches):
+        assert len(json.loads(batch.position)["waiting"]) <= 5
+        again, *_ = reader(held, buffer=50)
+        again.load(batch.position)
+        assert [b.origins for b in again] == [b.origins for b in batches[number + 1 :]]
+    assert json.loads(batches[0].position)["read"] <= 5
+    # those that are files take no memory
+    (tmp_path / "a.png").write_bytes(next(held[0].pictures()).source)
+    named = [chat(("user", Picture(tmp_path / "a.png"), "q"), ("assistant", "a"), line=n) for n in range(12)]
+    assert json.loads(next(iter(reader(named, buffer=50)[0])).position)["read"] == 12
+
+
 def test_a_picture_that_cannot_be_decoded_costs_its_sample_only(records, picture):
     whole = picture(112, 56)
     damaged = Picture(whole.source[: len(whole.source) // 2])
@@ -177,3 +196,59 @@ def test_a_position_of_other_readers_is_refused(records):
     position = StreamPosition(2, 0, {0: "{}"})
     with pytest.raises(UserError, match="set workers to 2"):
         loader(records, 0, position)
+
+
+class OpenedFiles:
+    """Real records, of two files of different length."""
+
+    def __init__(self, folder, exhausted):
+        for name, count in (("a", 4), ("b", 16)):
+            asked = [{"role": "user", "content": "q" * (1 + n % 5)} for n in range(count)]
+            rows = [{"messages": [turn, {"role": "assistant", "content": name}]} for turn in asked]
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.settings = parse_data_settings({"sources": [{"path": str(folder)}], "shuffle": 3, "exhausted": exhausted})
+
+    def __call__(self, shard: Shard):
+        return open_records(self.settings, seed=3, shard=shard)
+
+
+@pytest.mark.parametrize("exhausted", ["leave", "stop", "repeat"])
+@pytest.mark.parametrize("buffer", [1, 6])
+def test_after_an_end_nothing_comes(tmp_path, exhausted, buffer):
+    """Records begin their next epoch when they are asked once more."""
+    opened = OpenedFiles(tmp_path, exhausted)
+
+    def read(position=None):
+        found = PackReader(
+            opened(Shard()), SampleMaker(PROCESSOR, BUDGET), Collator(PROCESSOR), replace(PACKING, buffer=buffer)
+        )
+        if position is not None:
+            found.load(position)
+        return found
+
+    # several epochs, where there is no end
+    batches = list(islice(read(), 25))
+    repeats = exhausted == "repeat"
+    assert (len(batches) == 25) == repeats
+    for number in range(0, len(batches), 5 if repeats else 1):
+        left = batches[number + 1 :]
+        more = list(islice(read(batches[number].position), len(left) if repeats else 25))
+        assert [(b.origins, shown(b)) for b in more] == [(b.origins, shown(b)) for b in left]
+
+
+def test_a_reader_that_has_ended_stays_so_while_another_goes_on(tmp_path):
+    def loaded(position):
+        stream = PackStream(OpenedFiles(tmp_path, "leave"), SampleMaker(PROCESSOR, BUDGET), PACKING)
+        stream.position = StreamPosition.from_dict(position)
+        return open_loader(stream, workers=2)
+
+    position, batches, positions = StreamPosition(2), [], []
+    for batch in loaded(position.to_dict()):
+        position.take(batch)
+        batches.append((batch.reader, shown(batch)))
+        positions.append(json.loads(json.dumps(position.to_dict())))
+    readers = [reader for reader, _ in batches]
+    last = {reader: len(readers) - 1 - readers[::-1].index(reader) for reader in range(2)}
+    assert abs(last[0] - last[1]) > 1
+    for number in (min(last.values()), len(batches) - 1):
+        assert [(batch.reader, shown(batch)) for batch in loaded(positions[number])] == batches[number + 1 :]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from casa import CasaForConditionalGeneration
@@ -38,6 +39,13 @@ def trained_a_little(dtype=torch.float32, **text):
     return model, ema
 
 
+def logits(model):
+    """Of a picture and some text."""
+    seen = tiny_processor()(images=[Image.new("RGB", (56, 28), "red")], text="<image>0123", return_tensors="pt")
+    with torch.no_grad():
+        return model.eval()(**seen).logits
+
+
 def same(folder, wanted, dtype=None):
     found = CasaForConditionalGeneration.from_pretrained(folder)
     named = dict(found.named_parameters())
@@ -63,13 +71,26 @@ def test_a_model_folder_loses_the_state_of_its_run(tmp_path):
 
 @alone
 @pytest.mark.parametrize(("dtype", "tie"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
-def test_shards_are_joined(tmp_path, dtype, tie):
+def test_shards_are_joined(tmp_path, monkeypatch, dtype, tie):
     model, ema = trained_a_little(dtype, tie=tie)
     optimiser = torch.optim.AdamW(model.parameters())
     checkpoint = tmp_path / "checkpoint-3"
     model.config.save_pretrained(ended(checkpoint, model))
     write_shards(checkpoint, model, optimiser, ema)
-    same(export_checkpoint(checkpoint, tmp_path / "out"), dict(model.named_parameters()))
+    devices, load = set(), CasaForConditionalGeneration.load_state_dict
+
+    def watched(outline, *args, **kwargs):
+        devices.update(parameter.device.type for parameter in outline.parameters())
+        return load(outline, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CasaForConditionalGeneration, "load_state_dict", watched)
+        out = export_checkpoint(checkpoint, tmp_path / "out")
+    # the weights are in memory once: what they are put into is an outline
+    assert devices == {"meta"}
+    same(out, dict(model.named_parameters()))
+    found = CasaForConditionalGeneration.from_pretrained(out, dtype=dtype)
+    assert torch.equal(logits(found), logits(model))
     # averages are kept in float32, and given in the model's own
     same(export_checkpoint(checkpoint, tmp_path / "average", average=True), ema.average, dtype)
 

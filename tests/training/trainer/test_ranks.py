@@ -86,6 +86,8 @@ def test_two_processes_are_one(small, alone, tmp_path):
     out = export_checkpoint(tmp_path / "again" / "checkpoint-1", tmp_path / "again" / "out")
     found = CasaForConditionalGeneration.from_pretrained(out)
     check_close(dict(found.named_parameters()), dict(again.model.named_parameters()))
+    assert [path.name for path in saved_checkpoints(tmp_path / "asked")] == ["checkpoint-2"]
+    assert not list((tmp_path / "asked").glob(".*"))
     # bf16 has eight bits
     assert small.curve(tmp_path / "half")[1] == pytest.approx(wanted[1], rel=2e-2)
     assert small.curve(tmp_path / "half")[1] != wanted[1]

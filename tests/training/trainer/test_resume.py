@@ -148,3 +148,19 @@ def test_the_newest_few_are_kept(small, tmp_path):
     small.trainer(tmp_path, steps=5, save_every=1, keep=3).train()
     assert [path.name for path in saved_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_finished_run_is_finished_and_goes_on_as_its_settings_say_now(small, tmp_path):
+    run = small.trainer(tmp_path, steps=2, save_every=2)
+    run.train()
+    # as if it had been killed before it said what came out
+    again = small.trainer(tmp_path, steps=2, save_every=2)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+    assert len((tmp_path / "curve.txt").read_text().splitlines()) == 2
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(again.model.get_parameter(name), parameter), name
+    # the checkpoint's state remembers the interval of the run that wrote it
+    small.trainer(tmp_path, steps=4, save_every=1, keep=9).train(resume_from_checkpoint=True)
+    assert [path.name for path in saved_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert sorted(small.curve(tmp_path)) == [1, 2, 3, 4]

@@ -122,8 +122,9 @@ def test_a_loss_that_is_no_number_stops_before_weights_change(small, tmp_path, v
     assert facts["batches"][0]["records"][0].startswith("drawn:")
 
 
-def test_a_gradient_that_is_no_number_stops_too(small, tmp_path):
-    run = small.trainer(tmp_path)
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_a_gradient_that_is_no_number_stops_too(small, tmp_path, clip):
+    run = small.trainer(tmp_path, clip=clip)
     parameter = run.model.projector.get_parameter(next(name for name, _ in run.model.projector.named_parameters()))
     parameter.register_hook(lambda gradient: gradient * float("nan") if run.state.global_step == 2 else gradient)
     with pytest.raises(UserError, match=r"At step 3 the gradient is no number.*start again"):

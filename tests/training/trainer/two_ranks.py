@@ -1,13 +1,17 @@
 """Every run that two processes do, one after the other under one torchrun: `two_ranks.py FOLDER`.
 
 FOLDER/ddp, FOLDER/fsdp      a run to its end, then again from the checkpoint in its middle: curve.txt has both;
-                             after every step the model is looked at with its average for its weights
+                             after every step the model is looked at with its average for its weights;
+                             fsdp is resumed once more, when there is nothing left to do
 FOLDER/accumulated           DDP with two packs to a step, and no clipping
 FOLDER/again                 FSDP2 with blocks that run again in the backward pass, and two packs to a step
 FOLDER/half                  FSDP2 in bf16
 FOLDER/whole                 what save_model gives of a sharded model
+FOLDER/asked                 the second process alone is asked to stop, in its second step
 """
 
+import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -32,6 +36,22 @@ class Look(TrainerCallback):
         if trainer.ema is not None:
             with torch.no_grad(), trainer.ema.in_place():
                 trainer.model(**trainer.batches[0].inputs, use_cache=False)
+
+
+class Asked(TrainerCallback):
+    """A scheduler's SIGTERM may reach one process before the others."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def asked(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    found = small_run.trainer(folder, **(CHOICE | {"save_every": 9, "ema": None}))
+    found.add_callback(Asked())
+    found.train()
+    assert (found.stopped, found.state.global_step) == (True, 2)
 
 
 def run(folder, resume=False, **choice):
@@ -59,9 +79,11 @@ if __name__ == "__main__":
     run(place / "fsdp", sharding="fsdp")
     last = interrupted(place / "fsdp", sharding="fsdp")
     last.save_model(str(place / "whole"))
+    assert run(place / "fsdp", resume=True, sharding="fsdp").state.global_step == STEPS
     run(place / "accumulated", steps=1, ema=None, clip=0.0, accumulate=2)
     once = {"sharding": "fsdp", "steps": 1, "ema": None, "clip": 1.0}
     run(place / "again", **once, checkpoint_blocks=True, accumulate=2)
     run(place / "half", **once, precision="bfloat16")
+    asked(place / "asked")
     dist.barrier()
     dist.destroy_process_group()

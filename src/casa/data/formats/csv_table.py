@@ -20,10 +20,10 @@ def read_csv_rows(piece: Piece, cursor: Cursor, mine: Callable[[int], bool]) -> 
         delimiter = max(",;\t", key=first.count)
         # a header may hold line ends too, in quotes
         header = next(csv.reader(_again(first, lines), delimiter=delimiter), [])
-        number, line = 0, lines.number
-        if cursor[0]:
+        number = cursor[0]
+        if number:
             # the reader takes no line before it needs it, so a row's end is where the file is
-            number, line = cursor[0], _line_at(file, cursor[1])
+            line = _line_at(file, cursor[1])
             file.seek(cursor[1])
             lines = _Lines(file, cursor[1], line)
         rows = csv.reader(lines, delimiter=delimiter)

@@ -14,7 +14,7 @@ from typing import Any
 from casa.data.bad import BadRecord
 from casa.data.record import Record, Text
 from casa.data.shapes.context import Context
-from casa.data.values import Parts, Places, Turns, list_of, many, record_of, role_of, text_of
+from casa.data.values import Parts, Places, Turns, list_of, many, record_of, role_of, seconds_of, text_of
 
 _IMAGE = ("image", "image_url", "input_image")
 _VIDEO = ("video", "video_url", "input_video")
@@ -68,7 +68,7 @@ def _content(content: Any, places: Places, context: Context) -> Parts:
             value = _named(part, "video", "video_url", "url", "path")
             path = context.files.path(value, "video")
             start, end = part.get("video_start") or 0.0, part.get("video_end")
-            found += context.frames(path, _seconds(start), None if end is None else _seconds(end), thin=True)
+            found += context.frames(path, seconds_of(start), None if end is None else seconds_of(end), thin=True)
         else:
             known = "text, image, image_url or video"
             raise BadRecord("wrong-type", f"A part is of the type {kind!r:.40}, not {known}.")
@@ -85,12 +85,6 @@ def _named(part: Mapping[str, Any], *keys: str) -> Any:
         if value is not None:
             return value
     return None
-
-
-def _seconds(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise BadRecord("wrong-type", f"A time is {value!r:.40}, not a number of seconds.")
-    return float(value)
 
 
 def _joined(parts: Parts) -> Parts:

@@ -19,7 +19,7 @@ from typing import Any
 from casa.data.bad import BadRecord
 from casa.data.record import Picture, Record, Text
 from casa.data.shapes.context import Context
-from casa.data.values import Parts, list_of, record_of, text_of
+from casa.data.values import Parts, list_of, record_of, seconds_of, text_of
 
 PROMPT = "Describe what is new."
 _TIMED = ("words", "text_stream", "segments")
@@ -93,7 +93,11 @@ def _clip(row: Mapping[str, Any]) -> _Clip:
                 words = part.get("text_stream")
     start, end = video.get("video_start", video.get("start")), video.get("video_end", video.get("end"))
     return _Clip(
-        video.get("video"), words, _time(start or 0.0), None if end is None else _time(end), tuple(_asked(speaker))
+        video.get("video"),
+        words,
+        seconds_of(start or 0.0),
+        None if end is None else seconds_of(end),
+        tuple(_asked(speaker)),
     )
 
 
@@ -117,13 +121,7 @@ def _word(entry: Any) -> Text:
         entry = [entry.get("start"), entry.get("end"), entry.get("word", entry.get("text"))]
     if not isinstance(entry, (list, tuple)) or len(entry) != 3:
         raise BadRecord("wrong-type", "A timed word is not [start, end, word].")
-    start, end = _time(entry[0]), _time(entry[1])
+    start, end = seconds_of(entry[0]), seconds_of(entry[1])
     if end < start:
         raise BadRecord("wrong-type", f"A word ends ({end:g} s) before it begins ({start:g} s).")
     return Text(text_of(entry[2], "A word").strip(), start, end)
-
-
-def _time(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise BadRecord("wrong-type", f"A time is {value!r:.40}, not a number of seconds.")
-    return float(value)

@@ -51,10 +51,6 @@ class Decoder:
     def blocks(self) -> nn.ModuleList:
         return self.stack.get_submodule("layers")  # type: ignore[return-value]
 
-    @property
-    def embedding(self) -> nn.Module:
-        return self.model.get_input_embeddings()  # type: ignore[operator]
-
     def check(self) -> None:
         """Raises UserError if the blocks are not what the adapter takes them for."""
         for index, block in enumerate(self.blocks):

@@ -11,22 +11,19 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from casa.models.backbones.decoder import Decoder
-
-Grids = list[tuple[int, int]]
-"""Rows and columns of tokens of each image."""
+from casa.vision import Grids
 
 
 class InsertionVLM(Decoder):
     """A vision-language model with its own tower.
 
-    tower_at: where it stands. tower_blocks_at: its blocks, below that.
+    tower_at: where it stands.
     placeholder: the token its chat template writes for a picture.
     delimiters: what stands around a picture. template_delimits: whether the template writes them; if not, the VLM's
         own processor does.
     """
 
     tower_at: ClassVar[str] = ""
-    tower_blocks_at: ClassVar[str] = ""
     placeholder: ClassVar[str] = ""
     delimiters: ClassVar[tuple[str, str]] = ("", "")
     template_delimits: ClassVar[bool] = True
@@ -34,10 +31,6 @@ class InsertionVLM(Decoder):
     @property
     def tower(self) -> nn.Module:
         return self.model.get_submodule(self.tower_at)
-
-    @property
-    def tower_blocks(self) -> nn.ModuleList:
-        return self.tower.get_submodule(self.tower_blocks_at)  # type: ignore[return-value]
 
     def connect(self, features: Tensor, grids: Grids) -> Tensor:
         """Image tokens (N, d) from the tower's output (N', d_v) and its grids; theirs are `connected(grids)`."""
@@ -54,7 +47,6 @@ class QwenVLDecoder(InsertionVLM):
     stack_at: ClassVar[str] = "model.language_model"
     rotary_axes: ClassVar[int] = 3
     tower_at: ClassVar[str] = "model.visual"
-    tower_blocks_at: ClassVar[str] = "blocks"
     placeholder: ClassVar[str] = "<|image_pad|>"
     delimiters: ClassVar[tuple[str, str]] = ("<|vision_start|>", "<|vision_end|>")
     key_map: ClassVar[tuple[tuple[str, str], ...]] = (
@@ -72,7 +64,6 @@ class SmolVLMDecoder(InsertionVLM):
 
     stack_at: ClassVar[str] = "model.text_model"
     tower_at: ClassVar[str] = "model.vision_model"
-    tower_blocks_at: ClassVar[str] = "encoder.layers"
     placeholder: ClassVar[str] = "<image>"
     delimiters: ClassVar[tuple[str, str]] = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")
     template_delimits: ClassVar[bool] = False

@@ -1,22 +1,15 @@
 """The model card beside a finished model: recipe, what was learned from, scores, losses, where it was made."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from casa.atomic import write_text
-from casa.data.bad import REASONS
-from casa.errors import UserError
+from casa.data.bad import REASONS, reported
 from casa.provenance import provenance
-from casa.training.curve import draw_curve
+from casa.training.card_parts import curve, front, recipe_block, versions_line, write_parts
 from casa.training.own.recipe import RunRecipe, run_recipe_values
-
-CURVE = "loss.png"
 
 
 @dataclass(frozen=True)
@@ -40,30 +33,20 @@ def count_bad(folder: Path) -> Counter[str]:
     """Bad records by reason, from the reports of all readers of a run."""
     found: Counter[str] = Counter()
     for path in sorted(folder.glob("bad-records*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            found[str(json.loads(line)["reason"])] += 1
+        found.update(reason for _, reason in reported(path.read_bytes()))
     return found
 
 
 def write_card(folder: Path, recipe: RunRecipe, facts: Facts) -> None:
     """Writes README.md, and the loss curve if matplotlib is there, into a checkpoint's folder."""
-    try:
-        drawn = draw_curve(facts.history, folder / CURVE, recipe.name)
-    except UserError:
-        drawn = False  # a card without its picture is a card
-    parts = [_front(recipe), f"# {recipe.name}", _summary(recipe), _use(recipe)]
-    parts += ["## Losses and scores", f"![The loss over steps]({CURVE})" if drawn else "", _scores(facts)]
+    source = recipe.model.source
+    base = {"base_model": source} if source.count("/") == 1 and not Path(source).exists() else {}
+    drawn = curve(folder, facts.history, recipe.name, "The loss over steps")
+    parts = [front(**base), f"# {recipe.name}", _summary(recipe), _use(recipe)]
+    parts += ["## Losses and scores", drawn, _scores(facts)]
     parts += ["## Data", _data(recipe, facts), "## What was trained", _trained(facts)]
-    text = yaml.safe_dump(run_recipe_values(recipe), sort_keys=False, allow_unicode=True, width=110)
-    parts += ["## Recipe", f"```yaml\n{text}```", "## Made with", _made_with(facts)]
-    write_text(folder / "README.md", "\n\n".join(part for part in parts if part) + "\n")
-
-
-def _front(recipe: RunRecipe) -> str:
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["casa"]}
-    if recipe.model.source.count("/") == 1 and not Path(recipe.model.source).exists():
-        front["base_model"] = recipe.model.source
-    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---"
+    parts += ["## Recipe", recipe_block(run_recipe_values(recipe)), "## Made with", _made_with(facts)]
+    write_parts(folder, parts)
 
 
 def _summary(recipe: RunRecipe) -> str:
@@ -134,7 +117,7 @@ def _trained(facts: Facts) -> str:
 
 def _made_with(facts: Facts) -> str:
     found = provenance(facts.device)
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    versions = versions_line(found["versions"])
     return f"{versions}; Python {found['python']}; {found['device']}; commit {found['commit'] or 'unknown'}."
 
 

@@ -9,8 +9,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from casa.errors import UserError
 from casa.models import CasaConfig, CasaForConditionalGeneration, CasaProcessor, FusionConfig, adapt
-from casa.models.converting import has_own_tower, read_config, skeleton, tower_config_of
-from casa.models.loading import UNREADABLE, check_folder
+from casa.models.configs import has_own_tower, read_config, skeleton, tower_config_of
+from casa.models.loading import UNREADABLE, check_folder, sentence_of
 from casa.models.picture_processing import CasaFlexibleImageProcessor
 from casa.models.processor_at import processor_at
 from casa.models.quiet import quietly
@@ -143,4 +143,4 @@ def _fetched(name: Any, weights: bool = False) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=_BESIDE + (_WEIGHTS if weights else [])))
     except UNREADABLE as error:
-        raise UserError(f"{name} cannot be fetched from the hub: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{name} cannot be fetched from the hub: {sentence_of(error)}") from error

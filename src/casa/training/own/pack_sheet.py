@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageOps
 
 from casa.atomic import replacing
-from casa.data.lettering import letters, shortened
+from casa.data.lettering import counted, letters, shortened
 from casa.data.pictures import open_one
 from casa.data.sheet import BARS, FAINT, INK, LINE, PAPER, SHEET
 from casa.training.samples import Budget, Sample
@@ -164,8 +164,8 @@ def _drawn(row: Row, scale: Scale, tokenizer: Any) -> Image.Image:
     own = BARS[(row.number - 1) % len(BARS)]
     draw.rectangle((PAD, 4, PAD + 5, 24), fill=own)
     facts = (
-        f"{_count(len(row.windows), 'window')}{more}, {_count(len(sample.pictures), 'picture')}, "
-        f"{_count(sample.image_tokens, 'image token')}, {_count(sample.text_tokens, 'text token')}, "
+        f"{counted(len(row.windows), 'window')}{more}, {counted(len(sample.pictures), 'picture')}, "
+        f"{counted(sample.image_tokens, 'image token')}, {counted(sample.text_tokens, 'text token')}, "
         f"{sample.learned:,} learned"
     )
     draw.text((WIDTH - PAD, 4), facts, fill=FAINT, font=letters(SMALL), anchor="ra")
@@ -282,7 +282,3 @@ def _line(text: str) -> Image.Image:
     part = Image.new("RGB", (WIDTH, 34), SHEET)
     ImageDraw.Draw(part).text((PAD, 4), text, fill=FAINT, font=letters(SMALL))
     return part
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -27,7 +27,7 @@ _STAGES = ("text", "tower", "fusion")
 def open_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe | RunRecipe:
     """The recipe in a file, with `key=value` changes: dotted keys, values as YAML reads them (text where text belongs).
 
-    A RunRecipe if it has the blocks model and data, casa-tiny's three stages if it has those.
+    A RunRecipe if it has the blocks model and data, casa-tiny's stages if it has those.
     Raises UserError, in one sentence, for a file that is no recipe, and for a change that fits none.
     """
     values = _with_base(Path(path))
@@ -118,7 +118,8 @@ def _read(text: str, kind: Any, change: str) -> Any:
         return text
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    # a date that no calendar has is a bare ValueError to PyYAML
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"--set {change}: {text!r} is no value that YAML can read; put it in quotes.") from error
 
 

@@ -41,7 +41,7 @@ FINAL = "final"
 _MAY_CHANGE = ("watch", "loading", "saving", "logging", "evaluation", "device")
 # of the optimisation, what a checkpoint's moments do not depend on
 _MAY_VARY = (
-    *("steps", "accumulate", "warmup", "decay", "decay_shape", "floor", "new_rate", "existing_rate"),
+    *("steps", "warmup", "decay", "decay_shape", "floor", "new_rate", "existing_rate"),
     *("clip", "checkpoint_blocks", "loss_chunk"),
 )
 
@@ -138,10 +138,19 @@ def claim(recipe: RunRecipe, out: Path, resume: bool) -> None:
             raise UserError(
                 f"{out} holds a run with another {', '.join(changed)}: resume it with the same, or give another folder."
             )
+        if before != now and not begun:
+            _clear(out)
     elif out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and holds no run; give an empty or a new folder.")
     out.mkdir(parents=True, exist_ok=True)
     write_text(path, yaml.safe_dump(run_recipe_values(recipe), sort_keys=False, allow_unicode=True, width=110))
+
+
+def _clear(out: Path) -> None:
+    """Removes what a run with another recipe has told of itself before its first checkpoint."""
+    for path in out.glob("bad-records*.jsonl"):
+        path.unlink()
+    shutil.rmtree(out / "tensorboard", ignore_errors=True)
 
 
 def open_stream(recipe: RunRecipe, loaded: Loaded, out: Path | None = None) -> PackStream:

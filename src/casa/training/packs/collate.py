@@ -20,7 +20,7 @@ from torch import Tensor
 from casa.data.bad import BadRecord
 from casa.data.pictures import open_one
 from casa.models import CasaProcessor
-from casa.models.chunked_loss import IGNORED
+from casa.models.losses import IGNORED
 from casa.training.packs.kept import KeptFeatures
 from casa.training.samples import PictureGrids, Sample
 from casa.training.samples.sample import SizedPicture

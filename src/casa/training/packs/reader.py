@@ -25,6 +25,8 @@ from casa.training.packs.settings import PackingSettings
 from casa.training.samples import Sample, SampleMaker
 
 NOTE_EVERY = 32  # records between places that are noted
+# The buffer is full here even if it has fewer samples: those of videos hold their frames, encoded.
+BUFFER_BYTES = 256 * 1024 * 1024
 HOPELESS = 1000  # refusals of what was refused before, with no batch between; fewer may be chance in a mixture
 
 
@@ -81,6 +83,12 @@ class _Numbered:
     def key(self) -> list[int]:
         return [self.record, self.sample.part]
 
+    @property
+    def size(self) -> int:
+        """Bytes of pictures that it holds; those that are files take none."""
+        held = (sized.picture.source for sized in self.sample.pictures)
+        return sum(len(source) for source in held if isinstance(source, bytes))
+
 
 class PackReader:
     """Batches of one reader, one pack each. When records end, what waits is packed, and then it ends too.
@@ -94,6 +102,8 @@ class PackReader:
         self._source, self._maker, self._collator, self._number = source, maker, collator, number
         self._packer: Packer[_Numbered] = Packer(settings.budget, settings.buffer, settings.patience)
         self._read = 0  # records taken from the source
+        self._ended = False  # whether it has no more
+        self._held = 0  # bytes of the samples that wait
         self._noted: deque[tuple[int, dict[str, Any]]] = deque()
         self._saved: dict[str, Any] | None = None
         self._refused: set[Origin] = set()  # since the last batch
@@ -106,25 +116,27 @@ class PackReader:
     def __iter__(self) -> Iterator[Batch]:
         records = self._records()
         next(records)  # fills the packer with what waited
-        ended = False
         while True:
-            while not ended and not self._packer.is_full:
+            while not (self._ended or self._packer.is_full or self._held >= BUFFER_BYTES):
                 samples = next(records, None)
                 if samples is None:
-                    ended = True
+                    self._ended = True
                 else:
                     for sample in samples:
                         self._packer.add(sample)
+                        self._held += sample.size
                     if not samples:
                         self._check_hope()
             if not len(self._packer):
                 return
-            batch = self._batch(self._packer.pack())
+            pack = self._packer.pack()
+            self._held -= sum(sample.size for sample in pack)
+            batch = self._batch(pack)
             if batch is not None:
                 self._refused.clear()
                 self._again = 0
                 yield batch
-            elif not ended:
+            elif not self._ended:
                 self._check_hope()
 
     def _records(self) -> Iterator[list[_Numbered]]:
@@ -138,6 +150,8 @@ class PackReader:
             self._refill(records, saved)
             self._maker.counts.clear()
             self._maker.counts.update(saved["counts"])
+            # records that are asked again after their end would begin their next epoch
+            self._ended = saved.get("ended", False)
         yield []
         while True:
             samples = self._next(records)
@@ -157,6 +171,7 @@ class PackReader:
         there = [(key, since) for key, since in zip(keys, saved["packer"]["since"], strict=True) if key in found]
         state = {"packs": saved["packer"]["packs"], "since": [since for _, since in there]}
         self._packer.load_state_dict(state, [found[key] for key, _ in there])
+        self._held = sum(entry.size for entry in self._packer.waiting)
         # what was refused now was refused before the position was saved
         self._refused.clear()
         self._again = 0
@@ -223,6 +238,7 @@ class PackReader:
                 "source": source,
                 "noted_at": noted_at,
                 "read": self._read,
+                "ended": self._ended,
                 "waiting": [entry.key for entry in waiting],
                 "packer": self._packer.state_dict(),
                 "counts": dict(self._maker.counts),

@@ -10,7 +10,8 @@ from casa.training.samples import Budget, OversizeSettings
 class PackingSettings:
     """budget: of one pack. oversize: what happens to records beyond it.
 
-    buffer: samples to choose from. More fill packs better, and are read again when a run is resumed.
+    buffer: samples to choose from; fewer where they hold more than 256 MB of pictures (frames of videos). More fill
+    packs better, and are read again when a run is resumed.
     patience: packs after which a waiting sample goes first.
     """
 

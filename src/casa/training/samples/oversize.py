@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from casa.data.record import Message, Picture, Record, Text
+from casa.settings import require
 from casa.training.samples.live import is_live
 
 TooLong = Literal["split", "refuse"]
@@ -22,6 +23,9 @@ class OversizeSettings:
     text: TooLong = "split"
     images: TooLarge = "downscale"
     least_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        require(self.least_tokens >= 1, "least_tokens", self.least_tokens, "1 or more")
 
 
 @dataclass(frozen=True)

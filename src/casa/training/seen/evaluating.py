@@ -18,11 +18,12 @@ Evaluate = Callable[[Any, Any], dict[str, float]]
 
 
 class Evaluation(TrainerCallback):
-    """Every `every` steps and after the last (0: never), on the first process, with averaged weights if there are any.
+    """Every `every` steps and at the end (0: never), on the first process, with averaged weights if there are any.
 
     held_out: packs whose answers' mean loss is logged as `eval_loss`; read from their beginning each time, `packs` of
     them. evaluate: gives further scores, logged as `eval_NAME`. Random numbers, modes and gradients are left as they
-    were. Give `trainer` before training begins. scores: the last ones, by name.
+    were. Give `trainer` before training begins. scores: the last ones, by name. An end is the last step, or that of
+    the data; where SIGTERM breaks a run off, there is no time to measure.
     """
 
     trainer: CasaTrainer
@@ -38,10 +39,25 @@ class Evaluation(TrainerCallback):
         self._every, self._measures = every, measures
         self._held_out, self._packs, self._evaluate = held_out, packs, evaluate
         self.scores: dict[str, float] = {}
+        self._measured = 0  # the step of these scores
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What a checkpoint's log says of its own step need not be measured again."""
+        for entry in state.log_history:
+            found = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+            if self._every and found and entry["step"] == state.global_step:
+                self.scores, self._measured = found, state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self._every or (state.global_step % self._every and state.global_step < state.max_steps):
-            return
+        if self._every and (state.global_step % self._every == 0 or state.global_step >= state.max_steps):
+            self._note(state, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._every and self._measured != state.global_step and not self.trainer.stopped:
+            self._note(state, control)
+
+    def _note(self, state: Any, control: Any) -> None:
+        self._measured = state.global_step
         with self._measures.paused():
             # weights that are spread over processes are gathered by all of them, for the same inputs
             if state.is_world_process_zero or self.trainer.sharded:

@@ -67,14 +67,13 @@ def _from_model(source: Path, average: bool) -> CasaForConditionalGeneration:
 
 def _from_shards(source: Path, average: bool) -> CasaForConditionalGeneration:
     config = CasaConfig.from_pretrained(source)
-    weights: dict[str, Tensor] = read_whole(source, average)
-    # building a model draws random numbers, which are the caller's
-    with torch.random.fork_rng(devices=[]):
+    # an outline: all that a folder keeps is in the shards, and what is not (tables of rotary positions) it never had
+    with torch.device("meta"):
         model = CasaForConditionalGeneration(config)
-    missing, surplus = model.load_state_dict(weights, strict=False, assign=True)
+    weights: dict[str, Tensor] = read_whole(source, average)
+    _, surplus = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    held = dict(model.named_parameters())
-    lost = [name for name in missing if name in held]
+    lost = [name for name, value in model.state_dict().items() if value.is_meta]
     if lost or surplus:
         raise UserError(f"the weights in {source} are not those of its config: the first is {(lost or surplus)[0]}.")
     return model

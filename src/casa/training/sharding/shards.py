@@ -88,8 +88,8 @@ def read_whole(checkpoint: Path, average: bool = False) -> dict[str, Tensor]:
     if average:
         chosen |= {name.removeprefix(_AVERAGE): name for name in averages}
     tensors = read_keys(checkpoint, chosen.values())
-    # averages are kept wider than weights may be
-    return {name: tensors[key].to(metadata[WEIGHTS + name].properties.dtype) for name, key in chosen.items()}
+    # averages are kept wider than weights may be; each goes as soon as it is narrowed
+    return {name: tensors.pop(key).to(metadata[WEIGHTS + name].properties.dtype) for name, key in chosen.items()}
 
 
 def read_keys(checkpoint: Path, keys: Iterable[str]) -> dict[str, Tensor]:

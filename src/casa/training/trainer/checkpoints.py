@@ -47,11 +47,9 @@ def check_room(folder: Path, step: int, needed: int) -> None:
     """Raises UserError if `needed` bytes will not fit, while everything on the disk is still as it was."""
     free = free_bytes(folder)
     if free < needed + _BESIDE:
-        last = newest_checkpoint(folder)
-        kept = f"{last.name} is kept" if last is not None else "there is none yet"
         raise UserError(
             f"The checkpoint of step {step} needs {_size(needed + _BESIDE)}, and {folder} has {_size(free)} free: "
-            f"free some space, then resume ({kept})."
+            f"free some space, then resume ({_kept(folder)})."
         )
 
 
@@ -68,11 +66,9 @@ def reporting_full_disks(folder: Path, step: int) -> Iterator[None]:
         if cause is None and "No space left" not in str(error) and "unexpected pos" not in str(error):
             raise
         shutil.rmtree(unfinished(folder, step), ignore_errors=True)
-        last = newest_checkpoint(folder)
-        kept = f"{last.name} is kept" if last is not None else "there is none yet"
         raise UserError(
             f"The disk of {folder} was full before the checkpoint of step {step} was whole: free some space, then "
-            f"resume ({kept})."
+            f"resume ({_kept(folder)})."
         ) from error
 
 
@@ -101,6 +97,11 @@ def clear_unfinished(folder: Path) -> None:
         for path in folder.iterdir():
             if path.name.startswith((_UNFINISHED, _GOING)) and path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _kept(folder: Path) -> str:
+    last = newest_checkpoint(folder)
+    return f"{last.name} is kept" if last is not None else "there is none yet"
 
 
 def _remove(path: Path) -> None:

@@ -1,5 +1,6 @@
 """What the training blocks of a recipe hold: which parameters learn at what rate, and how a run is kept safe."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -57,9 +58,26 @@ class OptimisationSettings:
         require(0 <= self.floor <= 1, "floor", self.floor, "from 0 to 1")
         require(self.new_rate >= 0, "new_rate", self.new_rate, "0 or more")
         require(self.existing_rate >= 0, "existing_rate", self.existing_rate, "0 or more")
+        for name, patterns in (("rates", self.rates), ("frozen", self.frozen)):
+            for pattern in patterns:
+                require(_is_pattern(pattern), name, pattern, "a regular expression over names, such as '.*proj'")
+        for pattern, rate in self.rates.items():
+            require(rate >= 0, f"rates.{pattern}", rate, "0 or more")
+        require(self.tower_blocks >= 0, "tower_blocks", self.tower_blocks, "0 or more")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.beta1 < 1, "beta1", self.beta1, "from 0 to below 1")
+        require(0 <= self.beta2 < 1, "beta2", self.beta2, "from 0 to below 1")
         require(self.clip >= 0, "clip", self.clip, "0 or more")
         require(self.loss_chunk >= 1, "loss_chunk", self.loss_chunk, "1 token or more")
         require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "between 0 and 1")
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,6 @@ class CasaTrainer(ShardedTraining, Trainer):
         self._position = stream.position
         self._watch = LossWatch(settings.watch)
         self._losses: list[Tensor] = []
-        self._ended = False
         keeps_cache = getattr(model.config, "use_cache", None)
         chosen = training_arguments(settings, arguments)
         if self.sharded:
@@ -125,13 +124,17 @@ class CasaTrainer(ShardedTraining, Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         """The batches of one step. If a process has no more for a whole step, the run ends on all of them."""
+        if self.state.global_step >= self.state.max_steps:
+            # a run that was killed between its last checkpoint and its end; transformers would do one step more
+            self.batches = []
+            self.control.should_training_stop = True
+            return [], None
         try:
             self.batches = list(islice(epoch_iterator, num_batches))
         except UserError as error:
             # a reader in a process of its own sends its traceback along
             raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
         if ranks.any_rank(len(self.batches) < num_batches, self.args.device):
-            self._ended = True
             self.batches = []
             self.control.should_training_stop = True
             self.control.should_save = self.state.global_step > 0
@@ -161,8 +164,9 @@ class CasaTrainer(ShardedTraining, Trainer):
             self._stop_at(self._watch.fault(self.last_loss))
         return loss
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)  # type: ignore[misc]
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Asked before every change of the weights, whether gradients are clipped or not."""
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
         if norm is not None and not bool(torch.isfinite(torch.as_tensor(norm)).all()):
             self._stop_at("the gradient is no number")
         return norm
@@ -264,10 +268,14 @@ class CasaTrainer(ShardedTraining, Trainer):
 
 
 class _Steps(TrainerCallback):
-    """What happens at the end of each step."""
+    """What happens at the beginning, and at the end of each step."""
 
     def __init__(self, trainer: CasaTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # a checkpoint's state brings the intervals of the run that wrote it; this run's are those of its settings
+        state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer

@@ -1,4 +1,6 @@
-"""Cross-entropy without the logits of all tokens at once: those of a chunk are made, used and forgotten.
+"""The loss of text: transformers' own from logits, or without the logits of all tokens at once.
+
+Of the second, those of a chunk are made, used and forgotten.
 
 Shapes: T tokens, d width, V vocabulary, C tokens of a chunk.
 
@@ -9,11 +11,14 @@ For Qwen2.5-VL's vocabulary of 151,936, the logits of 3,072 tokens and their gra
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from casa.models.inputs import TextInputs
 
 IGNORED = -100
 """The label of a token that is not learned, as in transformers."""
@@ -54,3 +59,36 @@ def chunked_cross_entropy(
     if count is None:
         return total / labels.numel()
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+class CasaLosses:
+    """Mixed into CasaForConditionalGeneration, whose attributes these are."""
+
+    config: Any
+    decoder: Any
+    loss_function: Any
+    # with labels, the logits of so many tokens are made at once and none are returned; None returns all of them
+    loss_chunk: int | None = None
+
+    def _loss(self, logits: Tensor, labels: Tensor, text: TextInputs, kwargs: dict[str, Any]) -> Tensor:
+        labels = _within_samples(labels, text)
+        counted = {k: v for k, v in kwargs.items() if k == "num_items_in_batch"}
+        vocabulary = self.config.get_text_config().vocab_size
+        return self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **counted)
+
+    def _chunked_loss(self, hidden: Tensor, labels: Tensor, text: TextInputs, count: Any) -> Tensor:
+        """The same loss from hidden states (B, L, d), without the logits of all tokens at once."""
+        assert self.loss_chunk is not None
+        before = hidden[:, :-1].flatten(0, 1)
+        wanted = _within_samples(labels, text)[:, 1:].flatten().to(hidden.device)
+        return chunked_cross_entropy(before, wanted, self.decoder.logits, self.loss_chunk, count)
+
+
+def _within_samples(labels: Tensor, text: TextInputs) -> Tensor:
+    """The first token of a packed sample is not for the last one of the sample before it to predict."""
+    if text.sample_starts is None:
+        return labels
+    labels = labels.clone()
+    for row, starts in enumerate(text.sample_starts):
+        labels[row, starts] = IGNORED
+    return labels

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from casa.models.chunked_loss import IGNORED, chunked_cross_entropy
+from casa.models.losses import IGNORED, chunked_cross_entropy
 from casa.testing import TinySample, as_packed, tiny_casa
 
 T, D, V = 23, 8, 31
