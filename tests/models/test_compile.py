@@ -1,16 +1,19 @@
 """torch.compile of the forward pass: the same logits and gradients, few graphs.
 
-Backends without a code generator are used, so that no C++ compiler is needed: what is tried is that the pass can
-be captured, not what a kernel generator makes of it. Laying out a call and the fusion layers run as they are
-between the graphs.
+Most use backends without a code generator, which are quick: what is tried is that the pass can be captured. One, of a
+single block, runs what torch's own kernel generator makes of it, where there is a C++ compiler. Laying out a call and
+the fusion layers run as they are between the graphs.
 """
+
+import shutil
 
 import pytest
 import torch
 from PIL import Image
 from torch._dynamo.utils import counters
 
-from casa.testing import TinySample, tiny_casa, tiny_casa_over, tiny_processor
+from casa import FusionConfig, adapt
+from casa.testing import TinySample, tiny_casa_over, tiny_encoder, tiny_processor, tiny_text_model
 
 SAMPLE = TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 2, 3), (5, 1, 2)))
 OTHER = TinySample((5, 9, 17, 4, 33, 8, 21), ((0, 1, 1), (3, 2, 2)), seed=8)
@@ -26,6 +29,12 @@ def _afresh():
     counters.clear()
     yield
     torch._dynamo.reset()
+
+
+def small(blocks, **fusion):
+    """A model of so many blocks: every graph costs a second."""
+    text = tiny_text_model(dtype=torch.float32, num_hidden_layers=blocks)
+    return adapt(text, FusionConfig(**fusion), vision=tiny_encoder(dtype=torch.float32)).eval()
 
 
 def near(found, wanted):
@@ -49,16 +58,26 @@ def test_logits_are_the_same_and_graphs_are_few(kind):
     assert counters["stats"]["unique_graphs"] == made, "other images need no other graphs"
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="kernels for a CPU are C++")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own compiler, in places that vary by version
+@torch.no_grad()
+def test_generated_kernels_give_the_same():
+    model = small(1)
+    with torch._inductor.config.patch(compile_threads=1):  # processes of its own take longer to start than this
+        near(torch.compile(model)(**floats(SAMPLE), use_cache=False).logits, model(**floats(SAMPLE)).logits)
+    assert counters["inductor"], "nothing was generated"
+
+
 @torch.no_grad()
 def test_insertion_compiles_too():
-    model = tiny_casa(dtype=torch.float32, method="insertion")
+    model = small(1, method="insertion")
     compiled = torch.compile(model, backend="aot_eager")
     near(compiled(**floats(SAMPLE), use_cache=False).logits, model(**floats(SAMPLE), use_cache=False).logits)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, of hidden states it traces
 def test_gradients_are_the_same():
-    model = tiny_casa(dtype=torch.float32)
+    model = small(2)
     compiled = torch.compile(model, backend="aot_eager")
     found = []
     for run in (model, compiled):
@@ -72,7 +91,7 @@ def test_gradients_are_the_same():
 
 @torch.no_grad()
 def test_a_cache_goes_on_in_a_compiled_model():
-    model = tiny_casa(dtype=torch.float32, placement="replace", every=2)
+    model = small(2, placement="replace", layers=[0])
     compiled = torch.compile(model, backend="eager")
     first, second = SAMPLE.calls([4])
     found, caches = [], []
@@ -91,7 +110,7 @@ def test_a_cache_goes_on_in_a_compiled_model():
 
 @torch.no_grad()
 def test_what_a_processor_makes_can_be_given():
-    model = tiny_casa(dtype=torch.float32)
+    model = small(1)
     compiled = torch.compile(model, backend="eager")
     pictures = [Image.new("RGB", (56, 28), (shade, 10, 10)) for shade in (20, 200)]
     inputs = tiny_processor()(images=pictures, text=["a<image>bc", "<image>d"])
