@@ -4,6 +4,7 @@ Everything is a function at module level, so that worker processes can be given 
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def frames(rng: np.random.Generator, size: tuple[int, int] | None) -> Example:
 
 def clips(rng: np.random.Generator) -> StreamExample:
     """A stream of 3 to 20 s at 2 fps; most are short and small, as pictures are what costs."""
-    return _clip(rng, _strength(rng), 0.0)
+    return _clip(rng, _strength, 0.0)
 
 
 def rough_pages(rng: np.random.Generator, size: tuple[int, int] | None) -> Example:
@@ -54,15 +55,15 @@ def rough_pages(rng: np.random.Generator, size: tuple[int, int] | None) -> Examp
 
 def rough_clips(rng: np.random.Generator) -> StreamExample:
     """Streams in such strokes, in which a number is often the one before but for a digit."""
-    return _clip(rng, _rough(rng), 0.35)
+    return _clip(rng, _rough, 0.35)
 
 
-def _clip(rng: np.random.Generator, strength: float, kin: float) -> StreamExample:
+def _clip(rng: np.random.Generator, strength: Callable[[np.random.Generator], float], kin: float) -> StreamExample:
     fewest, most = _SHORT if rng.random() < 0.8 else _LONG
     count = int(rng.integers(fewest, most + 1))
     low, high = LEAST_STREAM_SIDE, STREAM_SIDE if count <= _SHORT[1] else (LEAST_STREAM_SIDE + STREAM_SIDE) // 2
     sides = [CELL * math.floor(low / CELL * ((high + CELL) / low) ** rng.random()) for _ in range(2)]
-    return stream(rng, "train", seconds=count / FPS, strength=strength, sizes=[(sides[0], sides[1])], kin=kin)
+    return stream(rng, "train", seconds=count / FPS, strength=strength(rng), sizes=[(sides[0], sides[1])], kin=kin)
 
 
 def training_sources() -> Sources:

@@ -93,8 +93,8 @@ class Conversation:
             text = await self._receive(self._limits.hello_seconds, "send a hello first, as JSON.")
             if not isinstance(text, str):
                 raise UserError("the first message is a hello, as JSON.")
-            bounded = forgets(self._state.worker.engine.model)
-            hello = read_hello(read_message(text, self._limits), self._limits, self._state.fps, bounded)
+            message = read_message(text, self._limits)
+            hello = read_hello(message, self._limits, self._state.fps, forgets(self._state.model))
         except UserError as error:
             raise _Ended(POLICY, str(error)) from error
         token = hello.token or bearer(self._socket.headers.get("authorization", ""))
