@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from casa.benchmarks.apart import measured_apart
 from casa.benchmarks.host_memory import forget_peak, most_bytes, peak_bytes, resident_bytes
 from casa.benchmarks.memory import bench_memory, memory_table
 from casa.benchmarks.turns_memory import turns_peaks, with_peaks
@@ -32,9 +33,9 @@ def test_lengths_that_cannot_be(settings):
         bench_memory("casa-tiny", **settings)
 
 
-def test_a_process_that_fails_is_told(tmp_path):
-    with pytest.raises(UserError, match="process of its own failed"):
-        bench_memory(str(tmp_path), minutes=0.1, short_minutes=0.05, size=56)
+def test_a_process_that_fails_is_told():
+    with pytest.raises(UserError, match="dreaming in a process of its own failed"):
+        measured_apart("a_module_that_is_nowhere", [], "dreaming")
 
 
 def test_what_the_process_holds():

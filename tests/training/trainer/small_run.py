@@ -130,4 +130,3 @@ if __name__ == "__main__":
 
         run._save_rng_state = killed
     run.train(resume_from_checkpoint=True)
-    print("stopped" if run.stopped else "done", run.state.global_step)
