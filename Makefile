@@ -3,7 +3,7 @@ PYTHON ?= python3
 VIDEO ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu test-lowest mutations lint results results-live results-tiny clean
+.PHONY: demo test test-gpu test-lowest mutations lint results results-suite results-live results-tiny clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "casa needs Python 3.11 or newer: call make with PYTHON=python3.11")'
@@ -55,6 +55,10 @@ results: .venv/installed
 	$(BIN)/casa bench stream --frames 1000 --max-text-tokens 128 --out docs/results/stream-bounded-cpu.json
 	for shape in helium-2b qwen2_5-vl-3b qwen2_5-vl-7b; do $(BIN)/casa adapt --dry-run --shape $$shape --frames 1,256,512 \
 		--compressor q_former:128 --compressor q_former:32 --out docs/results/dry-run-$$shape.json || exit 1; done
+
+# How long `make test` takes.
+results-suite: .venv/installed
+	$(BIN)/python -m pytest --record docs/results/suite-cpu.json
 
 # The figures of days and hours, which take about two hours: live pace, many sessions, long films, the soak.
 results-live: .venv/installed

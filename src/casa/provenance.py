@@ -1,5 +1,6 @@
-"""Where a figure comes from: the commit, the versions and the machine, recorded beside every result."""
+"""Where a figure comes from: commit, versions, machine and weights, recorded beside every result."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -10,11 +11,14 @@ from typing import Any
 PACKAGES = ("casa-vlm", "torch", "transformers", "numpy", "pillow", "av", "scikit-learn", "scikit-image")
 
 
-def provenance(device: str = "cpu") -> dict[str, Any]:
-    """JSON-ready facts: `commit` (None outside a checkout; "+" when files differ from it), versions, machine."""
+def provenance(device: str = "cpu", model: str | Path | None = None) -> dict[str, Any]:
+    """JSON-ready facts: `commit` (None outside a checkout; "+" when files differ from it), versions, machine.
+
+    model: a checkpoint that lies on this machine, or a shipped one's name; then `weights` is its fingerprint.
+    """
     import torch
 
-    return {
+    found = {
         "commit": commit(),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
@@ -22,6 +26,21 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+    if model is not None:
+        from casa.models.shipped import resolve
+
+        found["weights"] = fingerprint(Path(resolve(model)))
+    return found
+
+
+def fingerprint(folder: Path) -> str | None:
+    """Twelve hexadecimal digits of the SHA-256 of a checkpoint's weights, None where there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12] if files else None
 
 
 def commit() -> str | None:

@@ -22,12 +22,15 @@ def test_the_ten_lines_run(tmp_path, monkeypatch, capsys):
     assert "text_tokens=" in said
 
 
-def test_the_map_names_every_room():
+def test_the_map_names_every_room_and_file_of_the_package():
     block = next(part for part in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "src/casa/" in part)
-    named = set(re.findall(r"^  ([a-z_]+(?:/|\.py))", block, re.MULTILINE))
-    rooms = {f"{path.name}/" for path in (ROOT / "src/casa").iterdir() if (path / "__init__.py").is_file()}
-    assert rooms <= named
-    assert {name for name in named if name.endswith("/")} <= rooms
+    lines = re.findall(r"^  ([a-z].*)", block, re.MULTILINE)
+    named = [name for line in lines for name in line.split("  ")[0].split(", ")]
+    there = {f"{path.name}/" for path in (ROOT / "src/casa").iterdir() if path.is_dir() and path.name[0] != "_"}
+    there |= {path.name for path in (ROOT / "src/casa").glob("[a-z]*.py")}
+    assert sorted(named) == sorted(there)
+    for place in re.findall(r"^(?:    )?([\w./]+/)", block, re.MULTILINE):
+        assert (ROOT / place).is_dir() or any((ROOT / "src/casa").glob(f"*/{place}")), place
 
 
 def test_pictures_and_commands_exist():

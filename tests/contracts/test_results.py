@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from casa.models.shipped import ASSETS
+from casa.provenance import fingerprint
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 INDEX = (RESULTS / "README.md").read_text(encoding="utf-8")
@@ -13,6 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 FILES = sorted(path.name for path in RESULTS.glob("*.json"))
 # what a trainer writes of its own run has another form
 MEASURED = [name for name in FILES if not name.endswith("-training.json")]
+LINES = " ".join(README.split())
 
 
 def record(name):
@@ -43,6 +47,54 @@ def test_a_record_says_where_it_came_from(name):
     assert "seed" in found or "dry_run" in found
 
 
+def about(name):
+    """A file's row of the index."""
+    return next(row for row in rows("`make results` writes them again", INDEX) if f"`{name}`" in row[0])
+
+
+def test_figures_of_casa_tiny_are_of_the_weights_in_the_package():
+    shipped = fingerprint(ASSETS / "casa-tiny")
+    found = {name: record(name) for name in MEASURED}
+    of_it = {name: facts for name, facts in found.items() if "casa-tiny" in (facts.get("model"), facts.get("eval"))}
+    assert len(of_it) >= 7
+    older = {name for name, facts in of_it.items() if facts.get("weights") != shipped}
+    assert older == {name for name in of_it if "earlier weights" in about(name)[2]}
+
+
+def test_attention_is_as_fast_as_promised():
+    took = {(row["shape"], row["impl"]): row["both_ms"] for row in record("attention-cpu.json")["rows"]}
+    for shape, least in (("64 x (64 + 16)", 15), ("16 x (256 + 64)", 10), ("ragged 16 x (256 + 4..90)", 8)):
+        assert took[shape, "dense mask"] / took[shape, "sdpa"] >= least, shape
+
+
+def test_a_stream_stays_as_it_is():
+    found, bounded = record("stream-cpu.json"), record("stream-bounded-cpu.json")
+    assert (found["frames"], bounded["frames"]) == (120, 1000)
+    for casa in (found["casa"], bounded["casa"]):
+        assert casa["latency_ratio"] <= 1.3
+        assert len(set(casa["image_bytes"])) == 1
+    assert bounded["casa"]["most_cache_bytes"] < 2 * bounded["casa"]["cache_bytes"][0]
+
+
+def test_live_figures_keep_what_is_promised():
+    live, sessions = record("live-cpu.json"), record("sessions-cpu.json")
+    assert live["keeps_pace"]
+    assert (live["frames"], live["fps"], live["size"]) == (1200, 2.0, 448)
+    assert sessions["sustained"] >= 8
+    assert (sessions["fps"], sessions["size"]) == (2.0, 224)
+    memory, soak = record("memory-cpu.json"), record("soak-cpu.json")
+    assert memory["more_bytes"] < 200e6
+    assert [film["minutes"] for film in memory["films"]] == [1.0, 60.0]
+    assert soak["constant"]
+    assert soak["frames"] >= 100_000
+    for name in FILES:
+        if name.startswith("turns-"):
+            first, last = record(name)["casa"]["first_token_ms"]
+            assert last <= 1.1 * first
+            first, last = record(name)["insertion"]["first_token_ms"]
+            assert last > 1.1 * first
+
+
 def test_the_scores_in_the_readme():
     scores = record("casa-tiny.json")["scores"]
     pages = scores["pages"]
@@ -67,3 +119,34 @@ def test_the_times_in_the_readme():
         assert float(dense.removesuffix(" ms")) == pytest.approx(measured["dense mask"], rel=0.005)
         assert float(sdpa.removesuffix(" ms")) == pytest.approx(measured["sdpa"], rel=0.005)
         assert float(times) == pytest.approx(measured["dense mask"] / measured["sdpa"], abs=0.06)
+
+
+def test_the_stream_in_the_readme():
+    plain, bounded = record("stream-cpu.json"), record("stream-bounded-cpu.json")
+    told = rows("Live video at 336 px", README)
+    for row, (found, method) in zip(told, ((plain, "casa"), (plain, "insertion"), (bounded, "casa")), strict=True):
+        facts = found[method]
+        first, last = (round(size / 1024) for size in facts["cache_bytes"])
+        assert int(row[1].replace(",", "")) == facts["frames"]
+        assert row[2] == f"{facts['first_quarter_ms']:.0f} → {facts['last_quarter_ms']:.0f} ms"
+        assert row[4] == f"{first:,} → {last:,} KiB"
+        if method == "casa":
+            assert row[3] == f"{facts['image_bytes'][0] // 1024} KiB, constant"
+
+
+def test_the_live_figures_in_the_readme():
+    live, sessions, soak = record("live-cpu.json"), record("sessions-cpu.json"), record("soak-cpu.json")
+    lags = [minute["median_lag_ms"] / 1000 for minute in live["minutes"]]
+    taken = next(load for load in sessions["loads"] if load["sessions"] == sessions["sustained"])
+    turns = {name: record("turns-256-cpu.json")[name]["first_token_ms"] for name in ("casa", "insertion")}
+    for words in (
+        f"{live['frames']:,} frames, none dropped or cut",
+        f"lag {min(lags):.2f} to {max(lags):.2f} s in every minute's median",
+        f"{live['max_lag_ms'] / 1000:.2f} s at most",
+        f"{sessions['sustained']} streams take {taken['median_ms']:.0f} ms",
+        "from {:.0f} to {:.0f} ms between the first and the last tenth".format(*turns["casa"]),
+        "insertion's from {:.0f} to {:.0f} ms".format(*turns["insertion"]),
+        f"never above {-(-soak['most_cache_bytes_of_all'] // 1024)} KiB",
+        f"takes {record('memory-cpu.json')['more_bytes'] / 1e6:.0f} MB more",
+    ):
+        assert words in LINES

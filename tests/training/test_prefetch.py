@@ -1,9 +1,13 @@
 """Batches come in order, whoever makes them."""
 
+import multiprocessing
 import os
+import time
+from threading import Thread
 
 import pytest
 
+from casa.training import prefetch as prefetching
 from casa.training.prefetch import prefetch
 
 
@@ -35,3 +39,17 @@ def test_an_error_reaches_the_caller() -> None:
     assert [next(got), next(got), next(got)] == [0, 1, 2]
     with pytest.raises(ValueError, match="three"):
         next(got)
+
+
+def test_a_worker_ends_with_its_parent(monkeypatch) -> None:
+    """A real process is the parent; this one stands for the worker."""
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    parent = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    parent.start()
+    watching = Thread(target=prefetching._end_with, args=(parent,))
+    watching.start()
+    assert ended == []
+    parent.kill()
+    watching.join(timeout=60)
+    assert ended == [1]

@@ -97,7 +97,7 @@ def stream(
         rows = bench_stream(loaded, processor, frames, size, seed, max_text_tokens)
         found = summary(rows)
         table = stream_table(found)
-    record = {"bench": "stream", **settings, **provenance(str(loaded.device)), **found}
+    record = {"bench": "stream", **settings, **provenance(str(loaded.device), model), **found}
     report(record, table, json, out)
 
 

@@ -30,5 +30,5 @@ def live(
     bound = max_text_tokens or None
     found = bench_live(loaded, processor, minutes, size, fps, bound, seed)
     settings = {"bench": "live", "model": model, "size": size, "seed": seed, "max_text_tokens": bound}
-    record = settings | provenance(str(loaded.device)) | live_summary(found, fps)
+    record = settings | provenance(str(loaded.device), model) | live_summary(found, fps)
     report(record, f"{live_table(found)}\nkeeps pace: {record['keeps_pace']}", json, out)

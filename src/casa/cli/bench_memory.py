@@ -27,4 +27,4 @@ def memory(
 
     found = bench_memory(model, minutes, short, size, fps, max_text_tokens, seed)
     settings = {"bench": "memory", "model": model, "size": size, "fps": fps, "max_text_tokens": max_text_tokens}
-    report(settings | {"seed": seed} | provenance() | found, memory_table(found), json, out)
+    report(settings | {"seed": seed} | provenance(model=model) | found, memory_table(found), json, out)

@@ -52,7 +52,7 @@ def soak(
     else:
         session = StreamingSession(loaded, processor, max_text_tokens=max_text_tokens or None, max_new_tokens=16)
         session.notes["settings"] = settings
-    record = settings | provenance(str(loaded.device))
+    record = settings | provenance(str(loaded.device), model)
     blocks, allowed = [], None
     for blocks in run(session, film(size, seed), frames, block=block, state=state):
         allowed = allowed_bytes(session)

@@ -27,5 +27,6 @@ def demo(
         raise UserError(f"The folder of {record} does not exist: create it, or record elsewhere.")
     found = run_demo(model, video=video, out=out)
     if record is not None:
-        facts = {"demo": str(video or "the shipped film"), "model": model, **provenance(), **found.figures()}
+        shown = {"demo": str(video or "the shipped film"), "model": model, "seed": found.seed}
+        facts = {**shown, **provenance(model=model), **found.figures()}
         write_text(record, json.dumps(facts, indent=2) + "\n")

@@ -49,7 +49,8 @@ def evaluate(
         progress=progress,
     )
     if out is not None:
-        record = {"eval": model, "seed": seed, "limit": limit, **provenance(str(loaded.device)), "scores": scores}
+        given = {"eval": model, "seed": seed, "limit": limit}
+        record = {**given, **provenance(str(loaded.device), model), "scores": scores}
         write_text(out, json_module.dumps(record, indent=2) + "\n")
     if json:
         print(json_module.dumps(scores))

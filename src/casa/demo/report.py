@@ -15,6 +15,7 @@ class DemoReport:
     """times (s), said, rows: one per frame watched. truth: the true captions, or None for a video of one's own.
 
     answers: to the questions about the frame at `asked_at` (s). files: what was written. seconds: the whole run.
+    seed: of the shipped film, None for a video of one's own.
     """
 
     times: tuple[float, ...]
@@ -25,6 +26,7 @@ class DemoReport:
     answers: tuple[Answered, ...]
     files: tuple[Path, ...]
     seconds: float
+    seed: int | None = None
 
     @property
     def wer(self) -> float | None:

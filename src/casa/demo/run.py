@@ -99,6 +99,7 @@ def run_demo(
         answers=tuple(answers),
         files=tuple(files),
         seconds=perf_counter() - start,
+        seed=clip.seed if clip is not None else None,
     )
     for told in found.lines():
         report(told)

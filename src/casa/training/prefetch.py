@@ -5,9 +5,11 @@ number of workers, sees the same batches.
 """
 
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from threading import Thread
 from typing import Any
 
 _AHEAD = 8  # batches asked for beyond the one in use, per worker
@@ -39,3 +41,10 @@ def _modest() -> None:
     import torch
 
     torch.set_num_threads(1)
+    Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    # a pool's processes wait for work for ever if the one that gives it is killed
+    parent.join()
+    os._exit(1)
