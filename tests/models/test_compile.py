@@ -91,7 +91,7 @@ def test_gradients_are_the_same():
 
 @torch.no_grad()
 def test_a_cache_goes_on_in_a_compiled_model():
-    model = small(1, placement="replace")
+    model = small(1)
     compiled = torch.compile(model, backend="eager")
     first, second = SAMPLE.calls([4])
     found, caches = [], []
