@@ -2,6 +2,7 @@
 
 wrapping    which weights are gathered together, and which stay gathered for a whole step
 shards      weights, moments and averages in torch's distributed checkpoints, each process its own part
+safe_reader how those are read, without running anything that they hold
 training    the few places where transformers' Trainer has to act otherwise
 export      a checkpoint of any kind to a plain model folder
 """

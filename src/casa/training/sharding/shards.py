@@ -5,13 +5,14 @@
 
     weights/<name>    exp_avg/<name>    exp_avg_sq/<name>    step/<name>    average/<name>    average_steps
 
-Any number of processes can read what another number has written. `.metadata` is a pickle, as torch writes it: open only
-checkpoints of one's own, and give away what `casa export` makes of them.
+Any number of processes can read what another number has written. All reading goes through `SafeReader`: `.metadata` is
+a pickle, as torch writes it, and no code that one may bring is run.
 """
 
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from casa.errors import UserError
+from casa.models.loading import sentence_of
+from casa.training.sharding.safe_reader import SafeReader
 from casa.training.sharding.wrapping import put_apart
 
 FOLDER = "sharded"
@@ -53,7 +56,7 @@ def read_weights(checkpoint: Path, model: nn.Module, ema: Any = None) -> None:
     if ema is not None and _AVERAGE_STEPS in stored:
         tensors |= {_AVERAGE + name: average for name, average in ema.average.items()}
         tensors[_AVERAGE_STEPS] = steps
-    dcp.load(tensors, checkpoint_id=checkpoint / FOLDER)
+    _fill(tensors, checkpoint)
     if ema is not None and _AVERAGE_STEPS in stored:
         ema.steps = int(tensors[_AVERAGE_STEPS])
 
@@ -68,7 +71,7 @@ def read_moments(checkpoint: Path, model: nn.Module, optimizer: Any) -> None:
                 like = torch.zeros_like(parameter.detach())
                 found = torch.zeros((), dtype=torch.float32, device=parameter.device) if moment == "step" else like
                 tensors[f"{moment}/{name}"] = found
-    dcp.load(tensors, checkpoint_id=checkpoint / FOLDER)
+    _fill(tensors, checkpoint)
     for name, parameter in model.named_parameters():
         if f"step/{name}" in stored:
             optimizer.state[parameter] = {moment: tensors[f"{moment}/{name}"] for moment in _MOMENTS}
@@ -99,7 +102,7 @@ def read_keys(checkpoint: Path, keys: Iterable[str]) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         # that it reads without other processes, which is what was asked for
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, checkpoint_id=checkpoint / FOLDER, no_dist=True)
+        _fill(tensors, checkpoint, alone=True)
     return tensors
 
 
@@ -115,4 +118,22 @@ def stored_keys(checkpoint: Path) -> set[str]:
 
 
 def _metadata(checkpoint: Path) -> dict[str, Any]:
-    return dict(dcp.FileSystemReader(checkpoint / FOLDER).read_metadata().state_dict_metadata)
+    return dict(SafeReader(checkpoint / FOLDER).read_metadata().state_dict_metadata)
+
+
+def _fill(tensors: dict[str, Tensor], checkpoint: Path, alone: bool = False) -> None:
+    """Reads into the tensors what is stored under their keys. Every process must call, unless one is `alone`.
+
+    Raises UserError, on all of them, if any cannot read its part.
+    """
+    try:
+        dcp.load(tensors, storage_reader=SafeReader(checkpoint / FOLDER), no_dist=alone)
+    # a BaseException, in which torch wraps what any of the processes has raised
+    except dcp.CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        if not isinstance(cause, Exception):
+            raise cause from error
+        # torch's own words for that tell how to run the code
+        damaged = isinstance(cause, UnpicklingError)
+        said = "it is damaged, or made to run code" if damaged else sentence_of(cause)
+        raise UserError(f"{checkpoint / FOLDER} cannot be read ({said}): take another checkpoint.") from error
