@@ -187,3 +187,18 @@ def test_no_code_of_a_processor_or_a_backbone_runs(tmp_path):
     assert CasaProcessor.from_pretrained(tmp_path).stream_prompt == "say it"
     adapt(str(tmp_path), vision=tiny_encoder(dtype=torch.float32))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_that_brings_its_class_is_refused_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    tiny_processor().save_pretrained(tmp_path)
+    tiny_casa().config.save_pretrained(tmp_path)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
+    path = tmp_path / "tokenizer_config.json"
+    named = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    with pytest.raises(UserError, match=r"no processor that can be read .*custom code"):
+        CasaProcessor.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="runs no code"):
+        CasaProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert not (tmp_path / "ran").exists()

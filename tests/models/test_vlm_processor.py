@@ -1,6 +1,7 @@
 """The processor that comes with an insertion VLM: its template and delimiters stay, its placeholders go."""
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -101,6 +102,16 @@ def test_a_folder_without_template_is_refused(tmp_path):
         processor_of(folder)
 
 
+@contextmanager
+def damaged(file, content):
+    kept = file.read_bytes() if file.exists() else None
+    file.write_bytes(content)
+    try:
+        yield
+    finally:
+        file.unlink() if kept is None else file.write_bytes(kept)
+
+
 @pytest.fixture(scope="module")
 def vlm(tmp_path_factory):
     """One folder for all damage; each puts back what was there."""
@@ -119,10 +130,19 @@ def vlm(tmp_path_factory):
     ],
 )
 def test_damaged_files_are_named_with_their_remedy(vlm, name, content):
-    kept = (vlm / name).read_bytes() if (vlm / name).exists() else None
-    (vlm / name).write_bytes(content)
-    try:
-        with pytest.raises(UserError, match=rf"{name} cannot be read; fetch it again"):
-            processor_of(vlm)
-    finally:
-        (vlm / name).unlink() if kept is None else (vlm / name).write_bytes(kept)
+    with damaged(vlm / name, content), pytest.raises(UserError, match=rf"{name} cannot be read; fetch it again"):
+        processor_of(vlm)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("tokenizer.json", b"{", "tokenizer"),
+        ("tokenizer_config.json", b"[]", "tokenizer"),
+        ("chat_template.json", b'{"chat_template": "{% if %}"}', "chat template"),
+    ],
+)
+def test_what_libraries_find_damaged_is_told_in_a_sentence(vlm, name, content, part):
+    words = rf"{vlm} has no {part} that can be read \(.+\): fetch its files again"
+    with damaged(vlm / name, content), pytest.raises(UserError, match=words):
+        processor_of(vlm)

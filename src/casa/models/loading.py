@@ -3,7 +3,8 @@
 Only JSON and safetensors are read: no pickle, no code from the checkpoint.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ def load_checked(load: Callable[..., Any], name: Any, *args: Any, **kwargs: Any)
     kwargs.setdefault("use_safetensors", True)
     # so that weights of another shape come back by name; they are refused below
     kwargs["ignore_mismatched_sizes"] = True
-    if kwargs.pop("trust_remote_code", False):
-        raise UserError("casa runs no code from a checkpoint; leave out trust_remote_code.")
+    refuse_code(kwargs)
     try:
         model, info = load(path, *args, output_loading_info=True, **kwargs)
     except UserError:
@@ -60,6 +60,27 @@ def load_checked(load: Callable[..., Any], name: Any, *args: Any, **kwargs: Any)
                 "use a checkpoint saved with this configuration."
             )
     return (model, info) if wanted else model
+
+
+def refuse_code(settings: dict[str, Any]) -> None:
+    """Takes trust_remote_code out of what a `from_pretrained` was given. Raises UserError if it is true."""
+    if settings.pop("trust_remote_code", False):
+        raise UserError("casa runs no code from a checkpoint; leave out trust_remote_code.")
+
+
+@contextmanager
+def reading(name: Any, part: str) -> Iterator[None]:
+    """Inside, whatever a library raises over the files of a model becomes a UserError; `part` is what they hold."""
+    try:
+        yield
+    except UserError:
+        raise
+    # over a damaged tokenizer or template json, tokenizers and jinja2 raise what they like
+    except Exception as error:
+        said = sentence_of(error).rstrip(". ")
+        raise UserError(
+            f"{name} has no {part} that can be read ({said}): fetch its files again, or take another model."
+        ) from error
 
 
 def sentence_of(error: Exception) -> str:

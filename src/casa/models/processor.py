@@ -7,9 +7,10 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image
 from transformers.utils import PROCESSOR_NAME
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from casa.errors import UserError
-from casa.models.loading import check_folder, sentence_of
+from casa.models.loading import check_folder, reading, refuse_code
 from casa.models.places import Places
 from casa.models.shipped import resolve
 
@@ -22,6 +23,7 @@ class CasaProcessor(ProcessorMixin):
         the same ones. The suffix is the gist token of the paper (v2, D5), where there is one.
     stream_prompt: what a live session asks the model for, unless told otherwise.
     gist_ids: ids of the model's own gist tokens, which follow every picture (`FusionConfig.gist`).
+    Raises UserError for an image token that the tokenizer does not know, and jinja2's own error for a broken template.
     """
 
     def __init__(
@@ -46,18 +48,19 @@ class CasaProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise UserError(f"the tokenizer has no token {image_token!r}; name the one its template writes.")
+        _compile(chat_template or tokenizer.chat_template)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; `casa-tiny` names the checkpoint in the package. Raises UserError if it is no folder."""
+        """As in transformers; `casa-tiny` names the checkpoint in the package.
+
+        Raises UserError if it is no folder, or holds no processor that can be read without code of its own.
+        """
         path = resolve(pretrained_model_name_or_path)
         check_folder(path, PROCESSOR_NAME)
-        try:
-            return super().from_pretrained(path, *args, **kwargs)
-        except (OSError, KeyError) as error:
-            raise UserError(
-                f"{pretrained_model_name_or_path} has no processor that can be read: {sentence_of(error)}"
-            ) from error
+        refuse_code(kwargs)
+        with reading(pretrained_model_name_or_path, "processor"):
+            return super().from_pretrained(path, *args, trust_remote_code=False, **kwargs)
 
     def __call__(  # type: ignore[override]
         self,
@@ -172,6 +175,12 @@ class CasaProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "image_grid_thw", "image_positions"]
+
+
+def _compile(template: Any) -> None:
+    """Tries a chat template, or several by name, so that a broken one shows at once; what is compiled is kept."""
+    for text in template.values() if isinstance(template, dict) else [template or ""]:
+        _compile_jinja_template(text)
 
 
 def _flat(images: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from casa.errors import UserError
 from casa.models.assembling import processor_for
 from casa.models.config import CasaConfig
 from casa.models.configs import has_own_tower, read_config, tower_config_of
-from casa.models.loading import sentence_of
+from casa.models.loading import reading
 from casa.models.processor import CasaProcessor
 from casa.models.vlm_processor import processor_of
 
@@ -31,8 +31,6 @@ def processor_at(backbone: Any, vision: Any = None, gist: int = 0, remedy: str =
     if vision is None:
         raise UserError(f"a text-only model needs an image encoder; {remedy}.")
     tower = tower_config_of(read_config(vision))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(backbone)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{backbone} has no tokenizer that can be read: {sentence_of(error)}") from error
-    return processor_for(tokenizer, tower, gist_ids=gist_ids)
+    with reading(backbone, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(backbone, trust_remote_code=False)
+        return processor_for(tokenizer, tower, gist_ids=gist_ids)

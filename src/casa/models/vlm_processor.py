@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoTokenizer
 from casa.errors import UserError
 from casa.models.assembling import image_processor_for
 from casa.models.backbones import InsertionVLM, family_of
-from casa.models.loading import sentence_of
+from casa.models.loading import reading
 from casa.models.processor import CasaProcessor
 
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -29,10 +29,8 @@ def processor_of(path: Any, gist_ids: list[int] | None = None) -> CasaProcessor:
     family = family_of(config)
     if not issubclass(family, InsertionVLM):
         raise UserError(f"{path} is a text-only model; make its processor with processor_for and an image encoder.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} has no tokenizer that can be read: {sentence_of(error)}") from error
+    with reading(path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     images = image_processor_for(config.vision_config)
     images = type(images).from_dict(images.to_dict() | _picture_settings(Path(str(path))))
     before, after = family.delimiters
@@ -41,15 +39,16 @@ def processor_of(path: Any, gist_ids: list[int] | None = None) -> CasaProcessor:
         raise UserError(f"{path} has no chat template; save one as {_TEMPLATES[0]} beside its tokenizer.")
     if not family.template_delimits:
         template = template.replace(family.placeholder, before + family.placeholder + after)
-    return CasaProcessor(
-        images,
-        tokenizer,
-        chat_template=template,
-        image_token=family.placeholder,
-        frame_prefix=before,
-        frame_suffix=after,
-        gist_ids=gist_ids,
-    )
+    with reading(path, "chat template"):
+        return CasaProcessor(
+            images,
+            tokenizer,
+            chat_template=template,
+            image_token=family.placeholder,
+            frame_prefix=before,
+            frame_suffix=after,
+            gist_ids=gist_ids,
+        )
 
 
 def _read_text(file: Path) -> str:

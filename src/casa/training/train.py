@@ -98,7 +98,7 @@ def _text(recipe: Recipe, sources: Sources, folder: Path, report: Report | None,
     if not is_done(folder):
         return train_text(recipe, sources, folder, report, monitor)
     model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _tower(recipe: Recipe, sources: Sources, folder: Path, report: Report | None, monitor: Monitor | None) -> Any:

@@ -1,0 +1,35 @@
+"""The processor of a text-only model and a tower, from their folders; what is damaged there is told in a sentence."""
+
+import pytest
+
+from casa.errors import UserError
+from casa.models.processor_at import processor_at
+from casa.testing import tiny_encoder, tiny_processor, tiny_text_model
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Of a text model and of a tower, without weights."""
+    text, tower = tmp_path / "text", tmp_path / "tower"
+    tiny_text_model().config.save_pretrained(text)
+    tiny_processor().tokenizer.save_pretrained(text)
+    tiny_encoder().config.save_pretrained(tower)
+    return text, tower
+
+
+def test_a_tokenizer_and_a_tower_make_a_processor(folders):
+    assert processor_at(*folders).image_token == "<image>"
+    with pytest.raises(UserError, match="needs an image encoder; give vision"):
+        processor_at(folders[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer.json", "{"), ("tokenizer_config.json", "[]"), ("chat_template.jinja", "{% if %}")],
+)
+def test_a_damaged_tokenizer(folders, name, content):
+    (folders[0] / name).write_text(content)
+    with pytest.raises(
+        UserError, match=rf"{folders[0]} has no tokenizer that can be read \(.+\): fetch its files again"
+    ):
+        processor_at(*folders)
