@@ -1,6 +1,7 @@
 """`flex`: compiled once, against the reference; and what it refuses."""
 
 import shutil
+import sys
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
 from casa.attention import casa_attention, flex
+from casa.errors import UserError
 from casa.windows import WindowLayout
 
-COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+COMPILER = shutil.which(flex._cxx())
 
 
 @pytest.mark.skipif(not COMPILER, reason="FlexAttention on a CPU is compiled with a C++ compiler")
@@ -44,11 +46,37 @@ def test_refuses_to_turn_keys(tools):
         casa_attention(*made, layout, impl="flex", turn=lambda key, delta: key)
 
 
+def test_a_cpu_without_a_compiler_is_refused_by_name(tools, monkeypatch, tmp_path):
+    layout = WindowLayout.from_insertions([2], [[(0, 1)]])
+    made = tools.tensors(layout, dtype=torch.float32)
+    monkeypatch.setattr(flex, "_compiled", lambda: lambda query, *rest, **more: query)
+
+    def run():
+        with torch.no_grad():
+            return casa_attention(*made, layout, impl="flex")
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"no '(g|clang)\+\+'; use impl='sdpa', or install one and name it in CXX"):
+        run()
+    monkeypatch.setenv("CXX", "my-compiler")
+    with pytest.raises(UserError, match=r"flex needs a C\+\+ compiler on a CPU and there is no 'my-compiler'"):
+        run()
+    (tmp_path / "my-compiler").symlink_to(sys.executable)
+    assert len(run()) == 2
+
+
+def test_the_compiler_looked_for_is_the_one_that_torch_calls():
+    from torch._inductor import config
+
+    assert flex._cxx() == config.cpp.cxx[-1]
+
+
 def test_no_text_and_no_keys_need_no_compiler(tools):
     with torch.no_grad():
         for layout in (WindowLayout.from_insertions([0], [[]]), WindowLayout.from_insertions([2], [[]])):
             made = tools.tensors(layout, dtype=torch.float32)
-            out = casa_attention(*made, layout, attend="image", impl="flex")
+            out = flex.attention(*made, layout, scale=1.0, attend="image", turn=None)
             assert not out.any()
             assert len(out) == layout.num_text
 
@@ -110,6 +138,7 @@ def test_torchs_bound_on_compiled_sizes_is_raised_for_the_call_only(tools, monke
         return query
 
     monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    monkeypatch.setattr(flex, "_cxx", lambda: sys.executable)
     before = config.recompile_limit
     layout = WindowLayout.from_insertions([150], [[(0, 400)]])
     with torch.no_grad():

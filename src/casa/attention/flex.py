@@ -4,10 +4,13 @@ Shapes as in dispatch.py; keys and values are images then text, N + T of them. C
 on a CPU and Triton on a GPU. On a CPU torch (2.13) has no backward for it.
 """
 
+import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
+from shutil import which
 
 import torch
 from torch import Tensor
@@ -39,6 +42,12 @@ def refusal(ask: Ask) -> str | None:
         return f"flex takes heads of at least 16 channels on CUDA, not {ask.width}; use impl='sdpa'."
     if kind == "cuda" and not _has_triton():
         return "flex needs Triton on CUDA and it is not installed; use impl='sdpa', or install triton."
+    # not inside somebody else's compile, which cannot trace a search for files
+    if kind == "cpu" and not torch.compiler.is_compiling() and which(_cxx()) is None:
+        return (
+            f"flex needs a C++ compiler on a CPU and there is no {_cxx()!r}; use impl='sdpa', or install one and "
+            "name it in CXX."
+        )
     return None
 
 
@@ -100,6 +109,11 @@ def _padded(*rows: Tensor, fill: float = 0) -> Tensor:
     length = sum(map(len, rows))
     first = rows[0]
     return torch.cat([*rows, first.new_full((_size(length) - length, *first.shape[1:]), fill)])
+
+
+def _cxx() -> str:
+    """The C++ compiler that torch calls: what CXX names, or the usual one of the system."""
+    return os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
 
 
 def _has_triton() -> bool:
