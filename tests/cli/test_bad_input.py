@@ -1,6 +1,10 @@
-"""What a user can get wrong: one plain sentence on stderr, status 2, no traceback, nothing half-written."""
+"""What a user can get wrong: one plain sentence on stderr, status 2, no traceback, nothing half-written.
+
+Bad files have names that say nothing of what is wrong, so that a sentence can only be right by its own words.
+"""
 
 import json
+import shutil
 import struct
 import zlib
 
@@ -9,6 +13,43 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from casa.media import VideoWriter
+
+NO_PICTURE = "{file} is no picture that can be read, or its beginning is damaged: save it as PNG or JPEG."
+CUT = "{file} is damaged or cut off: copy or download the picture again."
+HUGE = "{file} has more than 64 megapixels: make it smaller first."
+THIN = "{file} is 804 x 4, longer than 200 times its width: crop it."
+# what a file holds: what is said of it where a picture is wanted, and where a video is; None if it is read
+FILES = {
+    "no file": (
+        "There is no file {file}: check the name of the picture.",
+        "There is no file {file}: check the name of the video.",
+    ),
+    "nothing": (
+        "{file} is empty: copy or download the picture again.",
+        "{file} is empty: copy or download the video again.",
+    ),
+    "text": (
+        "{file} is a text file, not a picture: name a picture file.",
+        "{file} is a text file, not a video: name a video file.",
+    ),
+    "half a picture": (CUT, CUT),
+    "a huge picture": (HUGE, HUGE),
+    "a thin picture": (THIN, THIN),
+    "half a film": (
+        NO_PICTURE,
+        "{file} is no video that can be read, or is damaged or cut off: copy it again or convert it.",
+    ),
+    "a film": (NO_PICTURE, None),
+    "a picture": (None, None),
+}
+MODELS = {
+    "nowhere": "there is no model at '{model}'; give a folder, or one of: casa-tiny.",
+    "a name with a slip": "there is no model at '{model}'; give a folder, or one of: casa-tiny.",
+    "a file": "{model} is a file; give the folder that save_pretrained wrote.",
+    "a folder without a model": "{model} has no config.json; give the folder that save_pretrained wrote.",
+}
+
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds no pixels."""
@@ -16,29 +57,62 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
 
 
-@pytest.fixture
-def bad(tmp_path):
-    """Paths of things that are not what they seem."""
-    whole = tmp_path / "whole.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), dtype=np.uint8)).save(whole)
-    files = {
-        "empty": b"",
-        "cut": whole.read_bytes()[:400],
-        "text": b"this is not a picture\n" * 10,
-        "huge": png_header(60_000, 60_000),
-        "thin": None,
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The path of a file by what it holds, as a.png, b.png, ...; each is there as .mp4 too."""
+    folder = tmp_path_factory.mktemp("files")
+    pixels = np.random.default_rng(0).integers(0, 255, (80, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "picture.png")
+    Image.new("RGB", (804, 4)).save(folder / "thin.png")
+    with VideoWriter(folder / "film.mp4", (80, 80), fps=10) as writer:
+        for _ in range(10):
+            writer.write(pixels)
+    picture, thin, film = ((folder / name).read_bytes() for name in ("picture.png", "thin.png", "film.mp4"))
+    contents = {
+        "nothing": b"",
+        "text": b"words in a row\n" * 10,
+        "half a picture": picture[:400],
+        "a huge picture": png_header(60_000, 60_000),
+        "a thin picture": thin,
+        "half a film": film[: len(film) // 2],
+        "a film": film,
+        "a picture": picture,
     }
-    for name, content in files.items():
-        if content is not None:
-            (tmp_path / f"{name}.png").write_bytes(content)
-    Image.new("RGB", (804, 4)).save(tmp_path / "thin.png")
-    (tmp_path / "text.mp4").write_text("this is not a video\n" * 10)
-    return tmp_path
+    found = {holds: folder / f"{letter}.png" for letter, holds in zip("abcdefghi", FILES, strict=True)}
+    for holds, content in contents.items():
+        for ending in (".png", ".mp4"):
+            found[holds].with_suffix(ending).write_bytes(content)
+    return found
 
 
-def assert_sentence(result, *words: str) -> None:
+@pytest.fixture
+def out(tmp_path):
+    """A folder for what a verb writes; at the end no file is in it."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    yield folder
+    assert not [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.fixture
+def changed(checkpoint, tmp_path):
+    """A copy of a model's folder, to be spoiled."""
+    return shutil.copytree(checkpoint, tmp_path / "changed")
+
+
+def line(verb, model, file, out):
+    """The arguments with which a verb reads a model and a file, and writes whatever it can."""
+    return {
+        "ask": ("ask", model, file, "what?"),
+        "caption": ("caption", model, file, "--out", out / "a.srt", "--burn", out / "a.mp4"),
+        "demo": ("demo", "--model", model, "--video", file, "--out", out, "--record", out / "a.json"),
+        "eval": ("eval", model, "--tasks", "stream", "--limit", 1, "--out", out / "a.json"),
+    }[verb]
+
+
+def assert_sentence(result, *words: str, said: str = "") -> None:
     assert result.status == 2
-    assert result.out == ""
+    assert result.out == said
     assert result.err.startswith("casa: ")
     assert result.err.count("\n") == 1
     assert "Traceback" not in result.err
@@ -46,35 +120,55 @@ def assert_sentence(result, *words: str) -> None:
         assert word in result.err
 
 
+@pytest.mark.parametrize("verb", ["ask", "caption", "demo"])
+@pytest.mark.parametrize("holds", FILES)
+def test_files_that_are_not_what_they_seem(casa, files, out, verb, holds):
+    sentence = FILES[holds][verb != "ask"]
+    if sentence is None:
+        sentence = MODELS["nowhere"].format(model="./nowhere")
+    file = files[holds].with_suffix(".png" if verb == "ask" else ".mp4")
+    # no model is there either, which is found out later: a wrong file costs no time
+    result = casa(*line(verb, "./nowhere", file, out))
+    said = "Loading ./nowhere ...\n" if verb == "demo" and "no model" in sentence else ""
+    assert_sentence(result, f"casa: {sentence.format(file=file)}\n", said=said)
+
+
+@pytest.mark.parametrize("verb", ["ask", "caption", "demo", "eval"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_models_that_are_none(casa, files, out, tmp_path, verb, kind):
+    model = {
+        "nowhere": tmp_path / "nowhere",
+        "a name with a slip": "casa-tinny",
+        "a file": files["a film"],
+        "a folder without a model": tmp_path,
+    }[kind]
+    result = casa(*line(verb, model, files["a picture"], out))
+    said = f"Loading {model} ...\n" if verb == "demo" else ""
+    assert_sentence(result, f"casa: {MODELS[kind].format(model=model)}\n", said=said)
+
+
+@pytest.mark.parametrize("holds", ["a film", "a picture"])
+@pytest.mark.parametrize("fps", ["0", "-1", "nan", "inf"])
+def test_rates_that_are_none(casa, files, out, holds, fps):
+    result = casa(*line("caption", "./nowhere", files[holds], out), "--fps", fps)
+    assert_sentence(result, f"casa: fps is {float(fps)}: give a number of frames per second above 0.\n")
+
+
+def test_captions_of_an_unknown_kind(casa, files, out):
+    result = casa("caption", "./nowhere", files["a film"], "--out", out / "a.txt")
+    assert_sentence(result, f"casa: {out / 'a.txt'} has no known ending; use .srt, .vtt, .jsonl.\n")
+
+
 @pytest.mark.parametrize(
-    ("name", "word"),
-    [("none", "no file"), ("empty", "empty"), ("cut", "cut off"), ("text", "text"), ("huge", "60"), ("thin", "200")],
+    ("change", "words"),
+    [
+        ("missing", "1 are missing from it, the first is casa_layers.0.q_proj.weight;"),
+        ("surplus", "1 are in it and not in the model, the first is casa_layers.9.q_proj.weight;"),
+        ("misshapen", "1 have another shape in it, the first is casa_layers.0.q_proj.weight;"),
+    ],
 )
-def test_pictures(casa, checkpoint, bad, name, word):
-    assert_sentence(casa("ask", checkpoint, bad / f"{name}.png", "what?"), word)
-
-
-def test_videos_write_nothing(casa, checkpoint, bad, tmp_path):
-    out = tmp_path / "captions.srt"
-    assert_sentence(casa("caption", checkpoint, bad / "text.mp4", "--out", out), "text")
-    assert_sentence(casa("caption", checkpoint, bad / "none.mp4", "--out", out), "no file")
-    assert_sentence(casa("caption", checkpoint, bad / "whole.png", "--fps", 0, "--out", out), "fps")
-    assert_sentence(casa("caption", checkpoint, bad / "whole.png", "--out", tmp_path / "captions.txt"), ".srt")
-    assert not list(tmp_path.glob("captions*"))
-
-
-def test_models_that_are_not_there(casa, bad):
-    for name in (bad / "nowhere", bad / "text.mp4", bad, "casa-tinny"):
-        assert_sentence(casa("ask", name, bad / "whole.png", "what?"))
-
-
-@pytest.mark.parametrize("change", ["missing", "surplus", "misshapen"])
-def test_checkpoints_with_other_weights(casa, checkpoint, bad, tmp_path, change):
-    folder = tmp_path / "changed"
-    folder.mkdir()
-    for path in checkpoint.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    weights = load_file(folder / "model.safetensors")
+def test_checkpoints_with_other_weights(casa, changed, files, change, words):
+    weights = load_file(changed / "model.safetensors")
     name = "casa_layers.0.q_proj.weight"
     if change == "missing":
         del weights[name]
@@ -82,47 +176,73 @@ def test_checkpoints_with_other_weights(casa, checkpoint, bad, tmp_path, change)
         weights["casa_layers.9.q_proj.weight"] = weights[name].clone()
     else:
         weights[name] = weights[name][:3].clone()
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert_sentence(casa("ask", folder, bad / "whole.png", "what?"), "casa_layers.")
+    save_file(weights, changed / "model.safetensors", {"format": "pt"})
+    result = casa("ask", changed, files["a picture"], "what?")
+    assert_sentence(result, f"the weights in {changed} do not fit this model", words, "use a checkpoint saved with")
 
 
-def test_a_config_of_nonsense(casa, checkpoint, bad, tmp_path):
-    folder = tmp_path / "changed"
-    folder.mkdir()
-    for path in checkpoint.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "config.json").write_text("{not json")
-    assert_sentence(casa("ask", folder, bad / "whole.png", "what?"))
+def test_a_config_of_nonsense(casa, checkpoint, changed, files):
+    (changed / "config.json").write_text("{not json")
+    result = casa("ask", changed, files["a picture"], "what?")
+    assert_sentence(result, f"{changed} cannot be loaded: ", "is not a valid JSON file")
     config = json.loads((checkpoint / "config.json").read_text())
     config["fusion"]["placment"] = "before"
-    (folder / "config.json").write_text(json.dumps(config))
-    assert_sentence(casa("ask", folder, bad / "whole.png", "what?"), "placement")
+    (changed / "config.json").write_text(json.dumps(config))
+    result = casa("ask", changed, files["a picture"], "what?")
+    assert_sentence(result, "unknown fusion key 'placment'. Did you mean 'placement'?")
 
 
-def test_recipes(casa, tmp_path):
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{% if %}", b"\xff"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"]
+)
+def test_a_damaged_processor(casa, changed, files, name, content):
+    assert (changed / name).is_file()
+    (changed / name).write_bytes(content)
+    result = casa("ask", changed, files["a picture"], "what?", "--max-new-tokens", 1)
+    if name == "chat_template.jinja" and content in (b"", b"{", b"[]"):
+        # a template, though one that shows no picture
+        assert_sentence(result, "the text has places for 0 pictures, but 1 were given")
+    else:
+        assert_sentence(result, f"{changed} has no processor that can be read (", "fetch its files again")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("sed: 3\n", "and this has neither; did you mean 'seed'?"),
+        (
+            "!!python/object/apply:os.system ['touch hacked']\n",
+            "holds a YAML tag that could run code (line 1); a recipe may hold plain values only.",
+        ),
+        ("a: [1\n", "is not valid YAML near line 2; mend it there."),
+        (None, "There is no recipe"),
+    ],
+)
+def test_recipes(casa, tmp_path, out, monkeypatch, content, words):
+    monkeypatch.chdir(tmp_path)
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("sed: 3\n")
-    assert_sentence(casa("train", recipe, "--out", tmp_path / "run"), "did you mean")
-    recipe.write_text("!!python/object/apply:os.system ['touch hacked']\n")
-    assert_sentence(casa("train", recipe, "--out", tmp_path / "run"))
-    recipe.write_text("a: [1\n")
-    assert_sentence(casa("train", recipe, "--out", tmp_path / "run"))
-    assert_sentence(casa("train", tmp_path / "none.yaml", "--out", tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-    assert not (tmp_path / "hacked").exists()
+    if content is not None:
+        recipe.write_text(content)
+    assert_sentence(casa("train", recipe, "--out", out / "run"), words, str(recipe))
+    assert {path.name for path in tmp_path.iterdir()} <= {"recipe.yaml", "out"}
+    assert not any(out.iterdir())
 
 
-def test_tasks_devices_and_words(casa, checkpoint, bad):
-    assert_sentence(casa("eval", checkpoint, "--tasks", "pagse"), "pages")
-    assert_sentence(casa("eval", checkpoint, "--limit", 0), "limit")
-    assert_sentence(casa("ask", checkpoint, bad / "whole.png", "what?", "--device", "tpu"), "tpu")
-    assert_sentence(casa("ask", "one"), "ask takes")
-    assert_sentence(casa("bench", "attention", "--impls", "spda"), "spda")
+def test_tasks_devices_and_words(casa, checkpoint, files, out):
+    picture = files["a picture"]
+    scores = ("--out", out / "a.json")
+    assert_sentence(casa("eval", checkpoint, "--tasks", "pagse", *scores), "no task 'pagse'; did you mean 'pages'?")
+    assert_sentence(casa("eval", checkpoint, "--limit", 0, *scores), "The limit is 0; it must be 1 or more.")
+    device = casa("ask", checkpoint, picture, "what?", "--device", "tpu")
+    assert_sentence(device, "device 'tpu' is not known; use auto, cpu or cuda.")
+    assert_sentence(casa("ask", "one"), "ask takes a picture and a question: casa ask")
+    assert_sentence(casa("bench", "attention", "--impls", "spda"), "cannot time 'spda'; known are reference, sdpa,")
 
 
-def test_debug_shows_the_traceback(casa, checkpoint, bad):
-    with pytest.raises(ValueError, match="empty"):
-        casa("ask", checkpoint, bad / "empty.png", "what?", "--debug")
+def test_debug_shows_the_traceback(casa, checkpoint, files):
+    with pytest.raises(ValueError, match="is empty: copy or download the picture again"):
+        casa("ask", checkpoint, files["nothing"], "what?", "--debug")
 
 
 class OutOfMemoryError(RuntimeError):
