@@ -7,13 +7,6 @@ import pytest
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 
 
-@pytest.mark.parametrize("verb", [("export",), ("bench", "train")])
-def test_help_shows_an_example(casa, verb):
-    result = casa(*verb, "--help")
-    assert result.status == 0
-    assert "Example: casa" in result.out
-
-
 def test_a_checkpoint_becomes_a_model(casa, checkpoint, tmp_path):
     taken = tmp_path / "checkpoint-7"
     CasaForConditionalGeneration.from_pretrained(checkpoint).save_pretrained(taken)

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from typer.main import get_command
 
+from casa.cli.main import app
 from casa.media import VideoWriter, probe, read_srt
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.testing import tiny_encoder, tiny_processor, tiny_text_model
@@ -27,25 +29,25 @@ def video(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        (),
-        ("ask",),
-        ("caption",),
-        ("adapt",),
-        ("train",),
-        ("eval",),
-        ("demo",),
-        ("bench", "attention"),
-        ("bench", "soak"),
-        ("bench", "live"),
-    ],
-)
+def verbs(command, path=()):
+    """The words of a command, and of every one below it."""
+    yield path
+    for name, below in getattr(command, "commands", {}).items():
+        yield from verbs(below, (*path, name))
+
+
+VERBS = list(verbs(get_command(app)))
+
+
+def test_verbs_below_others_are_found():
+    assert {("serve",), ("export",), ("data", "check"), ("bench", "train")} < set(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(("casa", *verb)))
 def test_help_shows_an_example(casa, verb):
     result = casa(*verb, "--help")
     assert result.status == 0
-    assert "Example: casa" in result.out
+    assert f"Example: {' '.join(('casa', *verb))}" in result.out
 
 
 def test_ask_prints_the_bare_answer(casa, checkpoint, picture):
@@ -81,11 +83,14 @@ def test_adapt_joins_two_folders(casa, tmp_path):
 
 def test_eval_prints_one_json_object(casa, checkpoint, tmp_path):
     kept = tmp_path / "scores.json"
-    result = casa("eval", checkpoint, "--tasks", "pages,scenes", "--seed", 3, "--limit", 1, "--json", "--out", kept)
+    result = casa(
+        "eval", checkpoint, "--tasks", "pages,scenes,stream", "--seed", 3, "--limit", 1, "--json", "--out", kept
+    )
     assert result.status == 0
     scores = json.loads(result.out)
-    assert set(scores) == {"pages", "scenes"}
+    assert set(scores) == {"pages", "scenes", "stream"}
     assert set(scores["pages"]) == {"digits", "lines", "n"}
+    assert set(scores["stream"]) == {"wer", "n"}
     record = json.loads(kept.read_text())
     assert record["scores"] == scores
     assert {"seed", "commit", "versions"} <= set(record)

@@ -12,7 +12,11 @@ from casa.cli.bench_soak import soak
 from casa.cli.bench_train import train
 from casa.errors import UserError
 
-bench_app = typer.Typer(help="Time things, side by side in one run.", no_args_is_help=True, rich_markup_mode=None)
+bench_app = typer.Typer(
+    help="Time things, side by side in one run.\n\nExample: casa bench attention",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
 @bench_app.command()

@@ -18,7 +18,9 @@ _LISTED = 20
 
 
 data_app = typer.Typer(
-    help="Look at data before training on them, or draw some.", no_args_is_help=True, rich_markup_mode=None
+    help="Look at data before training on them, or draw some.\n\nExample: casa data check pages.jsonl",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 data_app.command("make")(make)
 
