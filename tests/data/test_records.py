@@ -240,6 +240,23 @@ def test_a_source_without_a_good_record_does_not_go_round_for_ever(tmp_path):
     assert list(opened(tmp_path)) == []
 
 
+def test_keys_that_parquet_fills_with_null_are_as_if_absent(tmp_path):
+    """A table has one set of keys for all rows."""
+    asked, spoken = {"from": "human", "value": "1"}, {"role": "user", "content": "2"}
+    turns = [
+        [asked, {"from": "gpt", "value": "yes"}],
+        [spoken, {"role": "assistant", "content": "yes"}],
+        [asked, {"role": "assistant", "content": "yes"}],
+    ]
+    pq.write_table(
+        pa.table({"conversations": [*turns, None, None, None], "messages": [None, None, None, *turns]}),
+        tmp_path / "x.parquet",
+    )
+    records = opened(tmp_path)
+    assert first(records, 9) == ["1", "2", "1", "1", "2", "1"]
+    assert not records.report.counts
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

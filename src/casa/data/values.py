@@ -57,6 +57,11 @@ def role_of(value: Any) -> Role:
     raise BadRecord("wrong-type", f"A turn is by {value!r:.60}, not by a system, user or assistant.")
 
 
+def first_of(row: Mapping[str, Any], *keys: str) -> Any:
+    """What the first of the keys holds that holds anything: tables fill the keys that a row lacks with null."""
+    return next((row[key] for key in keys if row.get(key) is not None), None)
+
+
 def many(value: Any) -> list[Any]:
     """None, one thing or a list of them, as a list: how sets write their image columns."""
     if value is None:

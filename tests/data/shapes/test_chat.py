@@ -76,6 +76,7 @@ def test_a_video_part_is_its_frames(context, told, root):
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}, ANSWER]}, "wrong-type"),
         ({"messages": [{"role": "tool", "content": "Hm?"}, ANSWER]}, "wrong-type"),
         ({"messages": [{"content": "Hm?"}, ANSWER]}, "wrong-type"),
+        ({"messages": [{"role": None, "from": None, "content": "Hm?"}, ANSWER]}, "wrong-type"),
         ({"messages": ["Hm?", ANSWER]}, "wrong-type"),
         ({"messages": "Hm?"}, "wrong-type"),
         ({"messages": [ANSWER, {"role": "system", "content": "Be brief."}]}, "wrong-type"),
@@ -91,3 +92,9 @@ def test_what_cannot_be_learned_from_is_refused(context, row, reason):
 def test_a_chat_by_from_and_value(context, told):
     row = {"messages": [{"from": "human", "value": "Hm?"}, {"from": "gpt", "value": "Yes 🚀 שלום."}]}
     assert told(parse_row(row, context())) == [("user", ["Hm?"]), ("assistant", ["Yes 🚀 שלום."])]
+
+
+def test_keys_that_are_null_are_as_if_absent(context, told):
+    asked = {"role": None, "content": None, "from": "human", "value": "Hm?"}
+    row = {"messages": [asked, {**ANSWER, "from": None, "value": None}]}
+    assert told(parse_row(row, context())) == [("user", ["Hm?"]), ("assistant", ["A cat."])]

@@ -36,6 +36,12 @@ def test_the_flat_form_says_the_same(context, told):
     assert told(parse_row(flat, context()))[0] == ("user", ["Describe what is new."])
 
 
+def test_keys_that_are_null_are_as_if_absent(context, told):
+    words = [{"start": start, "end": end, "word": None, "text": word} for start, end, word in WORDS]
+    flat = {"video": "v.mp4", "video_start": None, "start": 1.0, "video_end": None, "end": 3.0, "words": words}
+    assert told(parse_row(flat, context()))[1] == told(parse_row(nested(WORDS), context()))[1]
+
+
 def test_without_an_end_the_clip_lasts_as_long_as_its_words(context, told):
     read = told(parse_row({"video": "v.mp4", "words": WORDS}, context(fps=1.0)))
     assert read[1] == ("assistant", [0.0, 1.0, ("And she", 1.1, 1.8), 2.0, ("won", 2.2, 2.9)])

@@ -27,6 +27,15 @@ def test_without_a_picture_it_is_text(context, told):
     assert told(parse_row(row("Why?"), context()))[0] == ("user", ["Why?"])
 
 
+def test_keys_that_are_null_are_as_if_absent(context, told):
+    turns = [
+        {"from": None, "value": None, "role": "user", "content": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A cat.", "role": None, "content": None},
+    ]
+    read = told(parse_row({"image": "a.png", "images": None, "conversations": turns}, context()))
+    assert read == told(parse_row(row(image="a.png"), context()))
+
+
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
@@ -41,6 +50,7 @@ def test_without_a_picture_it_is_text(context, told):
         (row(answer="\n", image="a.png"), "empty-answer"),
         (row(answer=None, image="a.png"), "wrong-type"),
         ({"conversations": [7]}, "wrong-type"),
+        ({"conversations": [{"from": None, "role": None, "value": "Hm?"}]}, "wrong-type"),
         ({"conversations": {"from": "human"}}, "wrong-type"),
     ],
 )

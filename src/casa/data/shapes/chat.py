@@ -14,7 +14,7 @@ from typing import Any
 from casa.data.bad import BadRecord
 from casa.data.record import Record, Text
 from casa.data.shapes.context import Context
-from casa.data.values import Parts, Places, Turns, list_of, many, record_of, role_of, seconds_of, text_of
+from casa.data.values import Parts, Places, Turns, first_of, list_of, many, record_of, role_of, seconds_of, text_of
 
 _IMAGE = ("image", "image_url", "input_image")
 _VIDEO = ("video", "video_url", "input_video")
@@ -36,11 +36,10 @@ def chat(row: Mapping[str, Any], context: Context) -> Record:
 def _turn(entry: Any) -> tuple[Any, Any]:
     if not isinstance(entry, Mapping):
         raise BadRecord("wrong-type", "A message is no object with role and content.")
-    if "role" in entry:
-        return entry["role"], entry.get("content")
-    if "from" in entry:
-        return entry["from"], entry.get("value")
-    raise BadRecord("wrong-type", "A message has no role: say who speaks.")
+    who = first_of(entry, "role", "from")
+    if who is None:
+        raise BadRecord("wrong-type", "A message has no role: say who speaks.")
+    return who, first_of(entry, "content", "value")
 
 
 def _parts(content: Any) -> list[Any]:

@@ -19,7 +19,7 @@ from typing import Any
 from casa.data.bad import BadRecord
 from casa.data.record import Picture, Record, Text
 from casa.data.shapes.context import Context
-from casa.data.values import Parts, list_of, record_of, seconds_of, text_of
+from casa.data.values import Parts, first_of, list_of, record_of, seconds_of, text_of
 
 PROMPT = "Describe what is new."
 _TIMED = ("words", "text_stream", "segments")
@@ -80,7 +80,7 @@ def interleaved(frames: list[Picture], words: list[Text]) -> Parts:
 def _clip(row: Mapping[str, Any]) -> _Clip:
     """The parts of a row, wherever its form keeps them."""
     video = speaker = row
-    words = next((row[key] for key in _TIMED if row.get(key) is not None), None)
+    words = first_of(row, *_TIMED)
     if row.get("messages") is not None:
         video, speaker = {}, {}
         for part in _parts(row["messages"]):
@@ -91,7 +91,7 @@ def _clip(row: Mapping[str, Any]) -> _Clip:
                 speaker = part
             elif kind == "text_stream":
                 words = part.get("text_stream")
-    start, end = video.get("video_start", video.get("start")), video.get("video_end", video.get("end"))
+    start, end = first_of(video, "video_start", "start"), first_of(video, "video_end", "end")
     return _Clip(
         video.get("video"),
         words,
@@ -118,7 +118,7 @@ def _asked(speaker: Mapping[str, Any]) -> Iterator[str]:
 
 def _word(entry: Any) -> Text:
     if isinstance(entry, Mapping):
-        entry = [entry.get("start"), entry.get("end"), entry.get("word", entry.get("text"))]
+        entry = [entry.get("start"), entry.get("end"), first_of(entry, "word", "text")]
     if not isinstance(entry, (list, tuple)) or len(entry) != 3:
         raise BadRecord("wrong-type", "A timed word is not [start, end, word].")
     start, end = seconds_of(entry[0]), seconds_of(entry[1])

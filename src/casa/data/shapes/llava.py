@@ -12,7 +12,7 @@ from typing import Any
 from casa.data.bad import BadRecord
 from casa.data.record import Record, Role
 from casa.data.shapes.context import Context
-from casa.data.values import Places, Turns, list_of, many, record_of, role_of, text_of
+from casa.data.values import Places, Turns, first_of, list_of, many, record_of, role_of, text_of
 
 
 def llava(row: Mapping[str, Any], context: Context) -> Record:
@@ -30,6 +30,6 @@ def said(row: Mapping[str, Any]) -> Sequence[tuple[Role, str]]:
     for entry in list_of(row.get("conversations"), "conversations"):
         if not isinstance(entry, Mapping):
             raise BadRecord("wrong-type", "A turn is no object with from and value.")
-        who = entry.get("from", entry.get("role"))
-        turns.append((role_of(who), text_of(entry.get("value", entry.get("content")), "A turn's value")))
+        who, what = first_of(entry, "from", "role"), first_of(entry, "value", "content")
+        turns.append((role_of(who), text_of(what, "A turn's value")))
     return turns
