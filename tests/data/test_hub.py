@@ -94,6 +94,84 @@ def test_files_come_in_another_order_each_epoch(folder):
     assert names(islice(kept, 2 * ROWS)) == [*range(ROWS)] * 2
 
 
+def cut_off(path: Path) -> int:
+    """The file without its end, where parquet says what is in it; how many rows can still be read."""
+    path.write_bytes(path.read_bytes()[:-20])
+    return 0
+
+
+def spoilt(path: Path) -> int:
+    """The file with its third row's page overwritten; how many rows can still be read."""
+    pq.write_table(pq.read_table(path), path, row_group_size=2)
+    column = pq.read_metadata(path).row_group(1).column(0)
+    data, start = bytearray(path.read_bytes()), column.dictionary_page_offset
+    data[start : start + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    return 2
+
+
+@pytest.mark.parametrize("damage", [cut_off, spoilt])
+def test_a_damaged_file_costs_its_rest_and_nothing_else(folder, damage):
+    kept = damage(folder / "data" / "train-00001-of-00003.parquet")
+    before, behind = sum(FILES[:1]), sum(FILES[:2])
+    records = opened(folder, shuffle=0)
+    whole = names(records)
+    assert whole == [*range(before + kept), *range(behind, ROWS)]
+    assert records.report.counts == {"unreadable-file": 1}
+    assert str(records.report.first[0][0]) == f"hub:{folder}#2:{kept + 1}"
+    for stop in range(before - 1, before + kept + 3):
+        records = opened(folder, shuffle=0)
+        seen = names([next(records) for _ in range(stop)])
+        state = json.loads(json.dumps(records.state_dict()))
+        records = opened(folder, shuffle=0)
+        records.load_state_dict(state)
+        assert seen + names(records) == whole
+        assert records.report.counts == {"unreadable-file": 1}
+    with pytest.raises(UserError, match=rf"#2:{kept + 1}: The file cannot be read from here on"):
+        names(opened(folder, shuffle=0, strict=True))
+
+
+def test_a_lost_connection_costs_files_and_a_lack_of_memory_ends_the_run(folder, monkeypatch):
+    import datasets
+
+    def failing(error: BaseException):
+        def iterate(*_: Any, **__: Any):
+            raise error
+            yield
+
+        return iterate
+
+    monkeypatch.setattr(datasets.IterableDataset, "iter", failing(ConnectionError("Server Disconnected")))
+    records = opened(folder)
+    assert list(records) == []
+    assert records.report.counts == {"unreadable-file": len(FILES)}
+    # each reader has a connection of its own, and says what it lost
+    shared = [opened(folder, Shard(rank, 4)) for rank in range(4)]
+    assert [len(list(records)) + records.report.total for records in shared] == [len(FILES)] * 4
+    for error in (MemoryError(), UserError("It is told elsewhere."), KeyboardInterrupt()):
+        monkeypatch.setattr(datasets.IterableDataset, "iter", failing(error))
+        with pytest.raises(type(error)):
+            list(opened(folder))
+
+
+def test_lists_of_json_whose_keys_are_not_known_beforehand(root):
+    """As LLaVA-Video-178K's are."""
+    (root / "set").mkdir()
+    turns = [[{"from": "human", "value": str(k)}, {"from": "gpt", "value": "Yes."}] for k in range(5)]
+    (root / "set" / "train.json").write_text(json.dumps([{"conversations": entry} for entry in turns]))
+
+    def asked(records) -> list[str]:
+        return [record.messages[0].parts[0].text for record in records]
+
+    assert asked(opened(root / "set", shuffle=0)) == [*"01234"]
+    records = opened(root / "set", shuffle=0)
+    seen = asked([next(records) for _ in range(3)])
+    state = json.loads(json.dumps(records.state_dict()))
+    records = opened(root / "set", shuffle=0)
+    records.load_state_dict(state)
+    assert seen + asked(records) == [*"01234"]
+
+
 class Opened:
     """Opens the records in a reader's process."""
 

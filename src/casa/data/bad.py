@@ -46,6 +46,11 @@ class BadRecord(ValueError):  # noqa: N818  it names the record, as users' repor
         return type(self), (self.reason, str(self))
 
 
+def said_by(error: Exception) -> str:
+    """The first line of what an error says, short enough for a sentence."""
+    return str(error).strip().split("\n")[0][:120].rstrip(".") or type(error).__name__
+
+
 class Report:
     """Counts bad records by reason, and writes one line of JSON per record to a file, if one is named.
 

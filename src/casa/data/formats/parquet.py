@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from casa.data.bad import BadRecord
+from casa.data.bad import BadRecord, said_by
 from casa.data.formats.row import Cursor, Piece, Row
 from casa.errors import UserError
 
@@ -51,11 +51,7 @@ def read_parquet_rows(piece: Piece, cursor: Cursor, mine: Callable[[int], bool])
         if isinstance(error, (MemoryError, UserError)):
             raise
         bad = BadRecord(
-            "unreadable-file", f"The file is no parquet from here on, or damaged ({_line(error)}): copy it again."
+            "unreadable-file", f"The file is no parquet from here on, or damaged ({said_by(error)}): copy it again."
         )
         if mine(number):
             yield Row(piece.first + number + 1, bad, 0, (number + 1, 0), last=True)
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:120].rstrip(".") or type(error).__name__
