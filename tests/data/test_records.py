@@ -240,6 +240,19 @@ def test_a_source_without_a_good_record_does_not_go_round_for_ever(tmp_path):
     assert list(opened(tmp_path)) == []
 
 
+def test_a_reader_whose_file_gives_nothing_has_another_in_the_next_epoch(tmp_path):
+    write(tmp_path / "good.jsonl", [str(k) for k in range(4)])
+    write(tmp_path / "damaged.jsonl", ["x"], bad=1)
+    for rank in range(2):
+        records = opened(tmp_path, Shard(rank, 2), shuffle=2, exhausted="repeat")
+        assert set(first(records, 20)) == {"0", "1", "2", "3"}
+        assert records.report.counts["not-json"] > 0
+    fixed = [opened(tmp_path, Shard(rank, 2), shuffle=0, exhausted="repeat") for rank in range(2)]
+    assert first(fixed[1], 20) == ["0", "1", "2", "3"] * 5
+    with pytest.raises(UserError, match="no record that can be read"):
+        next(fixed[0])
+
+
 def test_keys_that_parquet_fills_with_null_are_as_if_absent(tmp_path):
     """A table has one set of keys for all rows."""
     asked, spoken = {"from": "human", "value": "1"}, {"role": "user", "content": "2"}

@@ -22,6 +22,9 @@ from casa.data.shuffling import Shuffled
 from casa.errors import UserError
 
 _DRAWS = 1024  # drawn at once: one generator per draw would cost more than a row
+# A reader's share of one epoch may be a damaged file, and of the next a whole one. A source is given up after so many
+# rows without a good one, the end of an epoch counting as several.
+_BARREN, _END = 1000, 50
 
 
 def open_records(
@@ -161,16 +164,17 @@ class Records(Iterator[Record]):
 
     def _parsed(self, source: "_Source", found: Found) -> Record | None:
         try:
-            record = source.parse(found)
+            return source.parse(found)
         except BadRecord as bad:
             self.report.add(found.origin, bad)
             return None
-        source.gave = True
-        return record
 
 
 class _Source:
-    """One source: its rows in their order, and how they are read. left: it has ended and is not begun again."""
+    """One source: its rows in their order, and how they are read. left: it has ended and is not begun again.
+
+    gave: whether this epoch had a good record. barren: rows since the last one, about.
+    """
 
     def __init__(self, settings: SourceSettings, number: int, shuffle: int, seed: int, shard: Shard) -> None:
         self._settings = settings
@@ -183,6 +187,7 @@ class _Source:
             rows = FileRows(settings.path, shard, own, shuffle > 1)
         self._rows, self._fingerprint = Shuffled(rows, [seed, number, shard.index], shuffle), rows.fingerprint()
         self.left = self.gave = False
+        self.barren = 0
 
     @property
     def epoch(self) -> int:
@@ -193,18 +198,22 @@ class _Source:
 
     def parse(self, found: Found) -> Record:
         """Raises BadRecord."""
+        self.barren += 1
         if isinstance(found.row.value, BadRecord):
             raise found.row.value
         root = found.folder if self._settings.root is None else Path(self._settings.root).expanduser()
         files = Files(root, self._settings.outside, found.row.members)
-        return parse_row(found.row.value, Context(found.origin, files, self._settings))
+        record = parse_row(found.row.value, Context(found.origin, files, self._settings))
+        self.gave, self.barren = True, 0
+        return record
 
     def end(self, repeat: bool) -> None:
         """All rows of the epoch were given. Raises UserError if it would be repeated for nothing."""
         if not repeat:
             self.left = True
             return
-        if not self.gave:
+        self.barren = 0 if self.gave else self.barren + _END
+        if self.barren >= _BARREN:
             raise UserError(
                 f"{self._settings.path} has no record that can be read, or fewer records than readers: "
                 f"`casa data check {self._settings.path}` tells more."
@@ -217,8 +226,15 @@ class _Source:
         self._rows.next_epoch()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"data": self._fingerprint, "left": self.left, "gave": self.gave, **self._rows.state_dict()}
+        return {
+            "data": self._fingerprint,
+            "left": self.left,
+            "gave": self.gave,
+            "barren": self.barren,
+            **self._rows.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.left, self.gave = state["left"], state["gave"]
+        # positions that older versions saved say nothing of the last
+        self.left, self.gave, self.barren = state["left"], state["gave"], state.get("barren", 0)
         self._rows.load_state_dict(state)
