@@ -270,6 +270,18 @@ def test_keys_that_parquet_fills_with_null_are_as_if_absent(tmp_path):
     assert not records.report.counts
 
 
+def test_a_line_that_is_no_record_is_not_counted(tmp_path):
+    """Live-WhisperX's file ends with a list of the bytes where its lines begin."""
+    (tmp_path / "x.jsonl").write_text('"oops"\n[0, 7, 21]\n')
+    named = [{"path": str(tmp_path / "x.jsonl"), "shape": "live-whisperx"}]
+    records = opened(named)
+    assert list(records.rows()) == [None, None]
+    assert records.report.counts == {"wrong-type": 1}
+    unnamed = opened(tmp_path)
+    assert list(unnamed.rows()) == [None, None]
+    assert unnamed.report.counts == {"wrong-type": 2}
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -46,6 +46,10 @@ class BadRecord(ValueError):  # noqa: N818  it names the record, as users' repor
         return type(self), (self.reason, str(self))
 
 
+class NoRecord(Exception):  # noqa: N818  it names the row
+    """A row that holds no record and never did, such as an index behind the records: passed over, and not counted."""
+
+
 def said_by(error: Exception) -> str:
     """The first line of what an error says, short enough for a sentence."""
     return str(error).strip().split("\n")[0][:120].rstrip(".") or type(error).__name__

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from casa.data.bad import BadRecord, Report
+from casa.data.bad import BadRecord, NoRecord, Report
 from casa.data.hub import PREFIX, HubRows
 from casa.data.pictures import Files
 from casa.data.record import Origin, Record
@@ -86,7 +86,7 @@ class Records(Iterator[Record]):
         raise StopIteration
 
     def rows(self) -> Iterator[Record | None]:
-        """Row by row: its record, or None if it was bad (and counted)."""
+        """Row by row: its record, or None if it was bad (and counted) or holds none by its nature."""
         while (row := self._row()) is not None:
             yield self._parsed(*row)
 
@@ -168,6 +168,8 @@ class Records(Iterator[Record]):
         except BadRecord as bad:
             self.report.add(found.origin, bad)
             return None
+        except NoRecord:
+            return None
 
 
 class _Source:
@@ -197,7 +199,7 @@ class _Source:
         return self._rows.next()
 
     def parse(self, found: Found) -> Record:
-        """Raises BadRecord."""
+        """Raises BadRecord, NoRecord."""
         self.barren += 1
         if isinstance(found.row.value, BadRecord):
             raise found.row.value

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from casa.data import BadRecord, Picture, Text, parse_row
+from casa.data.bad import NoRecord
 from casa.data.shapes.live_whisperx import interleaved
 
 WORDS = [[1.1, 1.4, "And"], [1.4, 1.8, " she"], [2.2, 2.9, "won"]]
@@ -40,6 +41,11 @@ def test_keys_that_are_null_are_as_if_absent(context, told):
     words = [{"start": start, "end": end, "word": None, "text": word} for start, end, word in WORDS]
     flat = {"video": "v.mp4", "video_start": None, "start": 1.0, "video_end": None, "end": 3.0, "words": words}
     assert told(parse_row(flat, context()))[1] == told(parse_row(nested(WORDS), context()))[1]
+
+
+def test_the_list_of_offsets_that_ends_a_file_is_no_record(context):
+    with pytest.raises(NoRecord):
+        parse_row([0, 812, 1630], context(shape="live-whisperx"))
 
 
 def test_without_an_end_the_clip_lasts_as_long_as_its_words(context, told):
@@ -76,11 +82,14 @@ def test_no_word_is_lost_moved_or_said_before_its_frame(times, starts):
         (nested([["1", "2", "And"]]), "wrong-type"),
         (nested([[61.0, 61.5, "And"]]), "wrong-type"),
         (nested("And"), "wrong-type"),
+        ({"messages": []}, "missing-picture"),
+        ({"messages": [0, True]}, "missing-picture"),
+        ({"messages": [0, 1.5]}, "missing-picture"),
         ({"video": "missing.mp4", "words": WORDS}, "missing-picture"),
         ({"video": "../v.mp4", "words": WORDS}, "outside"),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused(context, row, reason):
     with pytest.raises(BadRecord) as refused:
-        parse_row(row, context())
+        parse_row(row, context(shape="live-whisperx"))
     assert refused.value.reason == reason

@@ -72,6 +72,14 @@ def test_settings_are_the_papers_and_twins_differ_in_how_they_see_alone(name):
 def test_live_captions_are_two_frames_a_second_of_448_px():
     (source,) = open_recipe(RECIPES / "qwen2_5-vl-3b-livecc.yaml").data.sources
     assert (source.fps, source.frame_side, source.shape) == (2, 448, "live-whisperx")
+    # its lines are lists, which `datasets` cannot stream
+    assert not source.path.startswith("hub:")
+
+
+def test_hub_sources_name_a_subset(shipped):
+    """All hub sets of the recipes have several, and cannot be opened without one."""
+    for source in open_recipe(shipped).data.sources:
+        assert source.subset or not source.path.startswith("hub:")
 
 
 def test_changes_are_typed_by_what_they_change(file):

@@ -24,7 +24,10 @@ SHAPES: Mapping[str, Callable[[Mapping[str, Any], Context], Record]] = {
 
 
 def parse_row(row: Any, context: Context) -> Record:
-    """A record from one row of the shape that the settings name, or that its keys tell. Raises BadRecord."""
+    """A record from one row of the shape that the settings name, or that its keys tell.
+
+    Raises BadRecord, and NoRecord for a row that is none.
+    """
     if isinstance(row, list):
         # a chat without anything around it, as Live-WhisperX's lines are
         row = {"messages": row}

@@ -9,6 +9,8 @@ or, flat, {"video": ..., "words": [...]} with words as lists or as objects (star
 the words that begin before the next one, so that no word is learned before its frame is seen:
 
     frame 12.0   And she      frame 12.5             frame 13.0   won          frame 13.5
+
+The last line of the set's own file is a list of numbers, the bytes where its lines begin: that is no record.
 """
 
 import math
@@ -16,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from casa.data.bad import BadRecord
+from casa.data.bad import BadRecord, NoRecord
 from casa.data.record import Picture, Record, Text
 from casa.data.shapes.context import Context
 from casa.data.values import Parts, first_of, list_of, record_of, seconds_of, text_of
@@ -39,7 +41,9 @@ class _Clip:
 
 
 def live_whisperx(row: Mapping[str, Any], context: Context) -> Record:
-    """Reads one row, and its video once all else is right. Raises BadRecord."""
+    """Reads one row, and its video once all else is right. Raises BadRecord, and NoRecord for a list of offsets."""
+    if _offsets(row.get("messages")):
+        raise NoRecord
     clip = _clip(row)
     path = context.files.path(clip.video, "video")
     words = [_word(entry) for entry in list_of(clip.words, "The timed words")]
@@ -75,6 +79,10 @@ def interleaved(frames: list[Picture], words: list[Text]) -> Parts:
         if said := words[begun:taken]:
             found.append(Text(" ".join(word.text for word in said), said[0].start, said[-1].end))
     return found
+
+
+def _offsets(messages: Any) -> bool:
+    return isinstance(messages, list) and bool(messages) and all(type(entry) is int for entry in messages)
 
 
 def _clip(row: Mapping[str, Any]) -> _Clip:
