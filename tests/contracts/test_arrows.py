@@ -169,7 +169,8 @@ def state():
 def changed(before):
     return [name for name, a, b in zip(("threads", "seeds", "modes", "environment"), before, state()) if a != b]
 
-# what transformers does at import is not casa's doing
+# what transformers and rich do at import is not casa's doing
+import rich.console
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, GenerationMixin, Trainer
 socket.socket = opened
 before = state()
