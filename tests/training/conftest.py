@@ -1,7 +1,10 @@
-"""Records of drawn pictures, for tests of what is made of them."""
+"""Records of drawn pictures, for tests of what is made of them; small runs as recipes, and the models they name."""
 
+import importlib.util
 import io
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,5 +40,45 @@ def chat() -> Callable[..., Record]:
         for role, *parts in turns:
             messages.append(Message(role, tuple(Text(part) if isinstance(part, str) else part for part in parts)))
         return Record(tuple(messages), Origin("drawn.jsonl", line))
+
+    return make
+
+
+def _module():
+    spec = importlib.util.spec_from_file_location("standins", Path(__file__).with_name("own") / "standins.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Paths of what recipes name: text, tower, vlm, checkpoint, insertion; and pages, a file of records of which
+    three are bad. module: standins.py, which makes them."""
+    folder, module = tmp_path_factory.mktemp("standins"), _module()
+    paths = {name: getattr(module, name)(folder / name) for name in ("vlm", "tower", "checkpoint", "insertion")}
+    paths["text"] = module.text_model(folder / "text")
+    return SimpleNamespace(**paths, pages=module.pages(folder / "data", 24, bad=3), module=module)
+
+
+@pytest.fixture
+def values(made):
+    """A small run as plain values, over a checkpoint; changes are given by block."""
+
+    def make(**blocks):
+        base = {
+            "name": "small",
+            "model": {"checkpoint": str(made.checkpoint)},
+            "data": {"sources": [{"path": str(made.pages)}]},
+            "packing": {"budget": {"text": 160, "image": 40}, "buffer": 8},
+            "optimisation": {"steps": 4, "warmup": 1, "decay": 1, "new_rate": 3e-3, "existing_rate": 1e-3},
+            "saving": {"every": 2},
+            "logging": {"every": 1, "to": []},
+            "device": "cpu",
+        }
+        for name, block in blocks.items():
+            replaced = name == "model" or not isinstance(block, dict)
+            base[name] = block if replaced else {**base.get(name, {}), **block}
+        return base
 
     return make

@@ -67,7 +67,7 @@ def train_run(
     callbacks: Sequence[TrainerCallback] = (),
     told: Callable[[str], None] | None = None,
 ) -> Path | None:
-    """Trains, and returns the folder of the finished model, `out/final`; None if SIGTERM ended it before.
+    """Trains, and returns the folder of the finished model, `out/final`; None if SIGTERM ended the run.
 
     resume: go on from the newest checkpoint in `out`; without it, `out` must be new or empty. evaluate: measures a
     model now and then (`recipe.evaluation`). told: is told what is done besides steps. Under torchrun, every process

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from casa.training.packs import PackStream
 from casa.training.seen.measures import Measures
 from casa.training.trainer import CasaTrainer
-from casa.training.trainer.ranks import wait_for_all
+from casa.training.trainer.ranks import any_rank, wait_for_all
 
 Evaluate = Callable[[Any, Any], dict[str, float]]
 """From a model and its processor to scores by name."""
@@ -23,7 +23,8 @@ class Evaluation(TrainerCallback):
     held_out: packs whose answers' mean loss is logged as `eval_loss`; read from their beginning each time, `packs` of
     them. evaluate: gives further scores, logged as `eval_NAME`. Random numbers, modes and gradients are left as they
     were. Give `trainer` before training begins. scores: the last ones, by name. An end is the last step, or that of
-    the data; where SIGTERM breaks a run off, there is no time to measure.
+    the data; where SIGTERM breaks a run off, there is no time to measure: what has begun is finished, nothing more is
+    begun, and scores that are not all there are not noted.
     """
 
     trainer: CasaTrainer
@@ -53,24 +54,32 @@ class Evaluation(TrainerCallback):
             self._note(state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._every and self._measured != state.global_step and not self.trainer.stopped:
+        if self._every and self._measured != state.global_step:
             self._note(state, control)
 
     def _note(self, state: Any, control: Any) -> None:
+        if self.trainer.stopped:
+            return
         self._measured = state.global_step
+        scores: dict[str, float] | None = None
         with self._measures.paused():
             # weights that are spread over processes are gathered by all of them, for the same inputs
             if state.is_world_process_zero or self.trainer.sharded:
-                self.scores = self.measure()
+                scores = self.measure()
             wait_for_all()
+        # a signal that came meanwhile must not wait for another step
+        self.trainer.heed_stop(control)
+        if scores is None:
+            return
+        self.scores = scores
         if state.is_world_process_zero:
             # an entry in the log counts as the one that this step may be about to make
             wanted = control.should_log
-            self.trainer.log({f"eval_{name}": value for name, value in self.scores.items()})
+            self.trainer.log({f"eval_{name}": value for name, value in scores.items()})
             control.should_log = wanted
 
-    def measure(self) -> dict[str, float]:
-        """Scores of the model as it is now."""
+    def measure(self) -> dict[str, float] | None:
+        """Scores of the model as it is now; None if SIGTERM came before all of them were begun."""
         trainer = self.trainer
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
         was_training = model.training
@@ -86,10 +95,17 @@ class Evaluation(TrainerCallback):
                 if self._held_out is not None:
                     found["loss"] = self._loss(model, self._held_out())
                 if self._evaluate is not None:
+                    if self._asked_to_stop():
+                        return None
                     found |= self._evaluate(model, trainer.processor)
             finally:
                 model.train(was_training)
         return found
+
+    def _asked_to_stop(self) -> bool:
+        asked = self.trainer.stopping.asked
+        # where all processes measure, they stop together
+        return any_rank(asked, self.trainer.args.device) if self.trainer.sharded else asked
 
     def _loss(self, model: Any, stream: PackStream) -> float:
         """The mean over answer tokens, which are not the same number in every pack."""

@@ -43,7 +43,7 @@ class CasaTrainer(ShardedTraining, Trainer):
     model: a CasaForConditionalGeneration, or one that peft has put LoRA into (with trained="as given"). It is changed:
     requires_grad and precision are set as the settings say.
     processor: saved with every checkpoint, so that each is a whole model. arguments: further TrainingArguments, such as
-    report_to. After `train`, `stopped` says whether SIGTERM ended it before its last step.
+    report_to. After `train`, `stopped` says whether SIGTERM ended it.
     """
 
     def __init__(
@@ -110,6 +110,11 @@ class CasaTrainer(ShardedTraining, Trainer):
             resume_from_checkpoint = str(resume_from_checkpoint)
         with self.stopping.listening():
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def heed_stop(self, control: Any) -> None:
+        """Ends the run behind the step at hand, with a checkpoint, if SIGTERM has reached any process; all must ask."""
+        if ranks.any_rank(self.stopping.asked, self.args.device):
+            self.stopped = control.should_save = control.should_training_stop = True
 
     # data
 
@@ -281,7 +286,4 @@ class _Steps(TrainerCallback):
         trainer = self._trainer
         if trainer.ema is not None:
             trainer.ema.update()
-        if ranks.any_rank(trainer.stopping.asked, args.device):
-            trainer.stopped = state.global_step < state.max_steps
-            control.should_save = True
-            control.should_training_stop = True
+        trainer.heed_stop(control)
