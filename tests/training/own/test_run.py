@@ -1,5 +1,6 @@
 """A recipe to a finished model: trained, resumed, with adapters; what is told of it, and what is refused."""
 
+import errno
 import json
 import re
 import shutil
@@ -96,6 +97,35 @@ def test_data_that_end_are_measured_at_the_end_and_end_for_good(values, made, tm
     assert measured() == [found]
     again = load_file(final / "model.safetensors")
     assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("fault", "raised", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "No space left"), UserError, "full before final was whole.*checkpoint-1 is kept"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+)
+def test_a_finished_model_stays_until_the_next_is_whole(values, tmp_path, monkeypatch, fault, raised, sentence):
+    recipe, out = parse_run_recipe(values(optimisation={"steps": 1, "warmup": 0, "decay": 0})), tmp_path / "run"
+    final = train_run(recipe, out)
+    (final / "letter.txt").write_text("of the first end")
+    kept = {path.name: path.read_bytes() for path in final.iterdir()}
+
+    def half(model, folder, dtype):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise fault
+
+    with monkeypatch.context() as patched:
+        patched.setattr("casa.training.own.run._save", half)
+        with pytest.raises(raised, match=sentence):
+            train_run(recipe, out, resume=True)
+    assert {path.name: path.read_bytes() for path in final.iterdir()} == kept
+    train_run(recipe, out, resume=True)
+    assert {path.name for path in final.iterdir()} == kept.keys() - {"letter.txt"}
+    assert (final / "model.safetensors").read_bytes() == kept["model.safetensors"]
+    assert not list(out.glob(".*"))
 
 
 def test_adapters_are_trained_resumed_and_merged(values, made, tmp_path):

@@ -92,9 +92,11 @@ def wait_for_steps(small, folder, process, count):
 
 def test_killed_at_any_moment_and_resumed(small, whole, script, tmp_path):
     killed = start(script, tmp_path, "slow=0.3")
-    step = random.randint(1, 7)
-    print(f"killed after step {step}")
+    # past the pause behind a step, so that a checkpoint or another step may be hit
+    step, wait = random.randint(1, 6), random.uniform(0, 0.4)
+    print(f"killed {wait:.2f} s after step {step}")
     wait_for_steps(small, tmp_path, killed, step)
+    time.sleep(wait)
     killed.kill()
     killed.communicate()
     assert not (tmp_path / "checkpoint-8").exists()
@@ -107,7 +109,7 @@ def test_killed_while_checkpointing_and_resumed(small, whole, script, tmp_path):
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     assert [path.name for path in saved_checkpoints(tmp_path)] == ["checkpoint-3"]
-    assert unfinished(tmp_path, 6).exists()
+    assert unfinished(tmp_path, "checkpoint-6").exists()
     CasaForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-3")
     small.trainer(tmp_path).train(resume_from_checkpoint=True)
     same(small.curve(tmp_path), whole)

@@ -31,7 +31,7 @@ def test_killed_while_a_checkpoint_is_written(small, whole, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         run.train()
     assert names(tmp_path) == ["checkpoint-3"]
-    assert checkpoints.unfinished(tmp_path, 6).exists()
+    assert checkpoints.unfinished(tmp_path, "checkpoint-6").exists()
     small.trainer(tmp_path).train(resume_from_checkpoint=True)
     assert small.curve(tmp_path)[8] == pytest.approx(whole[8], rel=1e-6)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -52,6 +52,24 @@ def test_killed_before_the_name_is_whole(small, tmp_path, monkeypatch):
     assert names(tmp_path) == ["checkpoint-3"]
 
 
+def test_data_that_end_on_a_saved_step_leave_its_checkpoint_alone(small, tmp_path, monkeypatch):
+    """It is the only one: were it written anew, there would be a moment without any."""
+    rename, named = os.rename, []
+
+    def killed(source, target):
+        if (name := os.path.basename(target)) in named:
+            raise KeyboardInterrupt
+        named.append(name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", killed)
+    for resumed in (False, True):
+        run = small.trainer(tmp_path, steps=1000, save_every=1, keep=1, data=small.stream(repeat=False, count=20))
+        run.train(resume_from_checkpoint=resumed)
+        assert names(tmp_path) == [f"checkpoint-{run.state.global_step}"]
+    assert run.state.global_step > 1
+
+
 def test_a_full_disk_is_told_before_anything_is_written(small, tmp_path, monkeypatch):
     run = small.trainer(tmp_path, keep=1)
     free = iter([10**12, 10**6])
@@ -59,7 +77,7 @@ def test_a_full_disk_is_told_before_anything_is_written(small, tmp_path, monkeyp
     with pytest.raises(UserError, match=r"step 6 needs 1\d MiB, and .* has 1 MiB free.*checkpoint-3 is kept"):
         run.train()
     assert names(tmp_path) == ["checkpoint-3"]
-    assert not checkpoints.unfinished(tmp_path, 6).exists()
+    assert not checkpoints.unfinished(tmp_path, "checkpoint-6").exists()
 
 
 @pytest.mark.parametrize("kind", ["os", "torch"])
@@ -75,10 +93,10 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_checkpoint_before(small, 
         before(place)
 
     monkeypatch.setattr(run, "_save_rng_state", full)
-    with pytest.raises(UserError, match=r"full before the checkpoint of step 6 .*checkpoint-3 is kept"):
+    with pytest.raises(UserError, match=r"full before checkpoint-6 was whole.*checkpoint-3 is kept"):
         run.train()
     assert names(tmp_path) == ["checkpoint-3"]
-    assert not checkpoints.unfinished(tmp_path, 6).exists()
+    assert not checkpoints.unfinished(tmp_path, "checkpoint-6").exists()
 
 
 def test_other_faults_while_writing_are_not_called_a_full_disk(small, tmp_path, monkeypatch):

@@ -21,7 +21,6 @@ from transformers import PrinterCallback, TrainerCallback
 from casa.atomic import write_text
 from casa.data import DataSettings, Records, Shard, open_records
 from casa.errors import UserError
-from casa.models.shard_files import new_folder
 from casa.training.own.card import Facts, count_bad, write_card
 from casa.training.own.model import Loaded, load_model
 from casa.training.own.rates import RecipeRates
@@ -33,7 +32,7 @@ from casa.training.seen.measures import Measures
 from casa.training.seen.progress import ProgressShown
 from casa.training.seen.reporting import reporters
 from casa.training.sharding import export_checkpoint
-from casa.training.trainer import CasaTrainer, newest_checkpoint, parameter_groups
+from casa.training.trainer import CasaTrainer, checkpoints, newest_checkpoint, parameter_groups
 
 RECIPE = "recipe.yaml"
 FINAL = "final"
@@ -188,8 +187,7 @@ class _HeldOut:
 
 
 def _finish(recipe: RunRecipe, trainer: CasaTrainer, measures: Measures, evaluation: Evaluation, out: Path) -> None:
-    """Writes the finished model, and what is to be known of it."""
-    final = out / FINAL
+    """Writes the finished model, and what is to be known of it; one of an earlier end stays until this one is whole."""
     facts = Facts(
         steps=trainer.state.global_step,
         totals=dict(measures.totals),
@@ -200,17 +198,18 @@ def _finish(recipe: RunRecipe, trainer: CasaTrainer, measures: Measures, evaluat
         parameters=trained_groups(trainer.model, recipe),
         device=str(trainer.args.device),
     )
-    # one of an earlier end of this run is replaced
-    shutil.rmtree(final, ignore_errors=True)
-    narrow = torch.bfloat16 if recipe.optimisation.precision == "bfloat16" else None
-    if trainer.sharded:
-        export_checkpoint(newest_checkpoint(out), final, average=trainer.ema is not None, dtype=narrow)
-    else:
-        with trainer.ema.in_place() if trainer.ema is not None else nullcontext(), new_folder(final) as folder:
-            _save(trainer.accelerator.unwrap_model(trainer.model), folder, narrow)
-            trainer.processor.save_pretrained(folder)
     write_text(out / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
-    write_card(final, recipe, facts)
+    narrow = torch.bfloat16 if recipe.optimisation.precision == "bfloat16" else None
+    written = checkpoints.unfinished(out, FINAL)
+    with checkpoints.reporting_full_disks(out, FINAL):
+        if trainer.sharded:
+            export_checkpoint(newest_checkpoint(out), written, average=trainer.ema is not None, dtype=narrow)
+        else:
+            with trainer.ema.in_place() if trainer.ema is not None else nullcontext():
+                _save(trainer.accelerator.unwrap_model(trainer.model), written, narrow)
+                trainer.processor.save_pretrained(written)
+        write_card(written, recipe, facts)
+    checkpoints.publish(out, FINAL)
 
 
 def _save(model: Any, folder: Path, dtype: torch.dtype | None) -> None:

@@ -3,6 +3,8 @@
 run/.unfinished-checkpoint-200      being written; a run that is killed leaves it, the next one removes it
 run/checkpoint-200                  whole
 run/checkpoint-100                  removed only when checkpoint-200 is whole
+
+The finished model, run/final, is written in the same way.
 """
 
 import errno
@@ -34,9 +36,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(saved_checkpoints(folder)), None)
 
 
-def unfinished(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is written before it is whole."""
-    return folder / f"{_UNFINISHED}checkpoint-{step}"
+def checkpoint_name(step: int) -> str:
+    return f"checkpoint-{step}"
+
+
+def unfinished(folder: Path, name: str) -> Path:
+    """Where a checkpoint (or the finished model) of that name is written before it is whole."""
+    return folder / (_UNFINISHED + name)
 
 
 def free_bytes(folder: Path) -> int:
@@ -54,8 +60,8 @@ def check_room(folder: Path, step: int, needed: int) -> None:
 
 
 @contextmanager
-def reporting_full_disks(folder: Path, step: int) -> Iterator[None]:
-    """Turns a disk that fills up while a checkpoint is written into a sentence, and takes the unfinished one away."""
+def reporting_full_disks(folder: Path, name: str) -> Iterator[None]:
+    """Turns a disk that fills up while `name` is written into a sentence, and takes what is unfinished of it away."""
     try:
         yield
     except Exception as error:
@@ -65,24 +71,25 @@ def reporting_full_disks(folder: Path, step: int) -> Iterator[None]:
             cause = cause.__cause__ or cause.__context__
         if cause is None and "No space left" not in str(error) and "unexpected pos" not in str(error):
             raise
-        shutil.rmtree(unfinished(folder, step), ignore_errors=True)
+        shutil.rmtree(unfinished(folder, name), ignore_errors=True)
         raise UserError(
-            f"The disk of {folder} was full before the checkpoint of step {step} was whole: free some space, then "
-            f"resume ({_kept(folder)})."
+            f"The disk of {folder} was full before {name} was whole: free some space, then resume ({_kept(folder)})."
         ) from error
 
 
-def publish(folder: Path, step: int) -> Path:
-    """Makes an unfinished checkpoint a whole one. Its files are on the disk before its name is."""
-    written = unfinished(folder, step)
+def publish(folder: Path, name: str) -> None:
+    """Makes an unfinished folder a whole one, in the place of one that had its name until then.
+
+    Its files are on the disk before its name is.
+    """
+    written, target = unfinished(folder, name), folder / name
     for path in (*written.rglob("*"), written):
         _sync(path)
-    target = folder / f"checkpoint-{step}"
-    if target.exists():
-        _remove(target)
+    before = _set_aside(target) if target.exists() else None
     os.rename(written, target)
     _sync(folder)
-    return target
+    if before is not None:
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def keep_newest(folder: Path, count: int) -> None:
@@ -105,11 +112,15 @@ def _kept(folder: Path) -> str:
 
 
 def _remove(path: Path) -> None:
-    # under another name first: killed half-way, it must not look whole
+    shutil.rmtree(_set_aside(path), ignore_errors=True)
+
+
+def _set_aside(path: Path) -> Path:
+    """Gives a folder another name before it is removed: killed half-way, it must not look whole."""
     going = path.with_name(_GOING + path.name)
     shutil.rmtree(going, ignore_errors=True)
     os.rename(path, going)
-    shutil.rmtree(going, ignore_errors=True)
+    return going
 
 
 def _sync(path: Path) -> None:

@@ -67,6 +67,7 @@ class CasaTrainer(ShardedTraining, Trainer):
         self.batches: list[Batch] = []
         """Those of the step at hand, as they came."""
         self._position = stream.position
+        self._whole: Path | None = None  # the checkpoint that was last written, or begun from
         self._watch = LossWatch(settings.watch)
         self._losses: list[Tensor] = []
         keeps_cache = getattr(model.config, "use_cache", None)
@@ -105,11 +106,11 @@ class CasaTrainer(ShardedTraining, Trainer):
         if self.args.should_save:
             checkpoints.clear_unfinished(self.folder)
         ranks.wait_for_all()
-        if resume_from_checkpoint:
-            self._load_position(Path(resume_from_checkpoint))
-            resume_from_checkpoint = str(resume_from_checkpoint)
+        self._whole = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self._whole is not None:
+            self._load_position(self._whole)
         with self.stopping.listening():
-            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            return super().train(resume_from_checkpoint=str(self._whole) if self._whole else None, **kwargs)
 
     def heed_stop(self, control: Any) -> None:
         """Ends the run behind the step at hand, with a checkpoint, if SIGTERM has reached any process; all must ask."""
@@ -196,6 +197,10 @@ class CasaTrainer(ShardedTraining, Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes a checkpoint aside, makes it whole, and then lets the oldest go."""
         step = self.state.global_step
+        name = checkpoints.checkpoint_name(step)
+        if self._whole == self.folder / name:
+            # the data end where a checkpoint was made: it is whole, and perhaps the only one
+            return
         self.store_flos()
         fault: UserError | None = None
         if self.args.should_save:
@@ -205,15 +210,16 @@ class CasaTrainer(ShardedTraining, Trainer):
                 fault = error
         if ranks.any_rank(fault is not None, self.args.device):
             raise fault or UserError("The disk of the first process is full: free some space, then resume.")
-        written = checkpoints.unfinished(self.folder, step)
-        with checkpoints.reporting_full_disks(self.folder, step):
+        written = checkpoints.unfinished(self.folder, name)
+        with checkpoints.reporting_full_disks(self.folder, name):
             written.mkdir(parents=True, exist_ok=True)
             self._write_state(written)
         ranks.wait_for_all()
         if self.args.should_save:
-            checkpoints.publish(self.folder, step)
+            checkpoints.publish(self.folder, name)
             checkpoints.keep_newest(self.folder, self.settings.keep)
         ranks.wait_for_all()
+        self._whole = self.folder / name
 
     def _write_state(self, written: Path) -> None:
         name = str(written)
