@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from casa.errors import UserError
+from casa.training.own.lora import with_lora
+from casa.training.own.recipe import LoraSettings
 from casa.training.trainer import WatchSettings, checkpoints, newest_checkpoint, saved_checkpoints
 from casa.training.trainer.watch import LossWatch
 
@@ -78,6 +80,25 @@ def test_a_full_disk_is_told_before_anything_is_written(small, tmp_path, monkeyp
         run.train()
     assert names(tmp_path) == ["checkpoint-3"]
     assert not checkpoints.unfinished(tmp_path, "checkpoint-6").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
+def test_under_lora_the_frozen_weights_need_no_room(small, tmp_path, monkeypatch):
+    model = with_lora(small.model(), LoraSettings(rank=2, targets=("q_proj", "v_proj")))
+    run = small.trainer(tmp_path, steps=1, own_model=model, trained="as given")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    written = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    # with two moments each, and a count of steps
+    needed = 3 * written + 4 * len(trained)
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: checkpoints._BESIDE + needed)
+    run.train()
+    assert names(tmp_path) == ["checkpoint-1"]
+    names_and_shapes = 300 * len(trained)
+    assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").stat().st_size < written + names_and_shapes
+    # one byte less would have been too little
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: checkpoints._BESIDE + needed - 1)
+    with pytest.raises(UserError, match="checkpoint of step 1 needs"):
+        small.trainer(tmp_path / "less", steps=1, own_model=model, trained="as given").train()
 
 
 @pytest.mark.parametrize("kind", ["os", "torch"])

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from casa.errors import UserError
 from casa.models.freezing import ADDED, freeze_backbone
@@ -20,6 +20,15 @@ def is_new(name: str) -> bool:
 def below_lora(model: Any) -> Any:
     """The CasaForConditionalGeneration itself, which peft may have wrapped."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def written_weights(model: Any) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: all of it or, under LoRA, the adapters and what is trained whole."""
+    if below_lora(model) is model:
+        return model.state_dict()
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model)
 
 
 def choose_trained(model: Any, settings: OptimisationSettings) -> None:

@@ -26,7 +26,13 @@ from casa.training.sharding.training import check_kind
 from casa.training.trainer import checkpoints, ranks
 from casa.training.trainer.arguments import training_arguments
 from casa.training.trainer.ema import Ema
-from casa.training.trainer.groups import below_lora, choose_trained, parameter_groups, set_precision
+from casa.training.trainer.groups import (
+    below_lora,
+    choose_trained,
+    parameter_groups,
+    set_precision,
+    written_weights,
+)
 from casa.training.trainer.inspection import save_for_inspection
 from casa.training.trainer.keeping import keep_features
 from casa.training.trainer.settings import TrainerSettings
@@ -271,8 +277,7 @@ class CasaTrainer(ShardedTraining, Trainer):
             self.ema.load_state_dict(load_file(averages))
 
     def _bytes_needed(self) -> int:
-        model: Any = self.model
-        tensors = [*model.state_dict().values()]
+        tensors = [*written_weights(self.model).values()]
         tensors += [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
         tensors += [*self.ema.average.values()] if self.ema is not None else []
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
