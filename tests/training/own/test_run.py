@@ -28,6 +28,11 @@ def curve(folder):
     return {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
 
 
+def learned_from(final):
+    """The rows of a model card that say what the model was trained on."""
+    return (final / "README.md").read_text().split("| trained on |")[1].split("\n\n")[0]
+
+
 def adapted(made, **more):
     return {"backbone": str(made.text), "vision": str(made.tower), **more}
 
@@ -62,6 +67,8 @@ def test_a_run_gives_a_model_and_resuming_gives_the_same(values, made, tmp_path)
     shutil.rmtree(again / "final")
     train_run(plain, again, resume=True)
     assert curve(again) == pytest.approx(curve(out))
+    assert learned_from(again / "final") == learned_from(final)
+    assert "| packs | 4 |" in learned_from(final)
     other = CasaForConditionalGeneration.from_pretrained(again / "final")
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(other.get_parameter(name), parameter)
@@ -90,9 +97,10 @@ def test_data_that_end_are_measured_at_the_end_and_end_for_good(values, made, tm
     (found,) = measured()
     assert f"checkpoint-{found[0]}" == last.name
     # resumed, it has nothing left to learn from: the same model, and the same score
-    weights = load_file(final / "model.safetensors")
+    weights, told = load_file(final / "model.safetensors"), learned_from(final)
     shutil.rmtree(final)
     train_run(recipe, tmp_path / "run", resume=True)
+    assert learned_from(final) == told
     assert newest_checkpoint(tmp_path / "run").name == last.name
     assert measured() == [found]
     again = load_file(final / "model.safetensors")

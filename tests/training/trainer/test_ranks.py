@@ -12,6 +12,7 @@ import torch
 
 from casa import CasaForConditionalGeneration, CasaProcessor
 from casa.training.packs import PackStream
+from casa.training.seen.counts import made_of_records, trained_on
 from casa.training.sharding import export_checkpoint
 from casa.training.sharding.shards import read_keys, stored_keys
 from casa.training.trainer import saved_checkpoints
@@ -70,6 +71,9 @@ def test_two_processes_are_one(small, alone, tmp_path):
         check_export(one, place / "checkpoint-4", tmp_path)
         # before clipping, and before AdamW, which forgets a constant factor
         assert norms(place / "checkpoint-4") == pytest.approx(norms(folder / "checkpoint-4"), rel=1e-6)
+    counts = [trained_on([one.position]), made_of_records([one.position])]
+    assert counts[0]["packs"] == 2 * STEPS
+    assert json.loads((tmp_path / "ddp" / "counts.json").read_text()) == counts
     check_resumed(tmp_path / "fsdp")
     whole = CasaForConditionalGeneration.from_pretrained(tmp_path / "whole")
     check_close(dict(whole.named_parameters()), dict(one.model.named_parameters()))

@@ -2,7 +2,8 @@
 
 FOLDER/ddp, FOLDER/fsdp      a run to its end, then again from the checkpoint in its middle: curve.txt has both;
                              after every step the model is looked at with its average for its weights;
-                             fsdp is resumed once more, when there is nothing left to do
+                             fsdp is resumed once more, when there is nothing left to do;
+                             ddp/counts.json has what both processes have trained on
 FOLDER/accumulated           DDP with two packs to a step, and no clipping
 FOLDER/again                 FSDP2 with blocks that run again in the backward pass, and two packs to a step
 FOLDER/half                  FSDP2 in bf16
@@ -10,6 +11,7 @@ FOLDER/whole                 what save_model gives of a sharded model
 FOLDER/asked                 the second process alone is asked to stop, in its second step
 """
 
+import json
 import os
 import signal
 import sys
@@ -20,6 +22,9 @@ import small_run
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
+
+from casa.training.seen.counts import made_of_records, trained_on
+from casa.training.trainer.ranks import of_all_ranks
 
 STEPS = 4
 CHOICE = {"steps": STEPS, "accumulate": 1, "save_every": 2, "ema": 0.9, "clip": 0.5}
@@ -70,12 +75,18 @@ def interrupted(folder, **choice):
     return run(folder, resume=True, **choice)
 
 
+def count(trainer, path):
+    positions = of_all_ranks(trainer.position)
+    if dist.get_rank() == 0:
+        path.write_text(json.dumps([trained_on(positions), made_of_records(positions)]))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     place = Path(sys.argv[1])
     run(place / "ddp")
-    interrupted(place / "ddp")
+    count(interrupted(place / "ddp"), place / "ddp" / "counts.json")
     run(place / "fsdp", sharding="fsdp")
     last = interrupted(place / "fsdp", sharding="fsdp")
     last.save_model(str(place / "whole"))

@@ -14,9 +14,10 @@ from casa.training.own.recipe import RunRecipe, run_recipe_values
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run knows of itself. totals: see `Measures`. made: records, samples, and what was downscaled, split or
-    refused. bad: records that were passed over, by reason. scores: by name. history: the log, entry by entry.
-    parameters: (group, rate, count) of what was trained; rate None for what was not.
+    """What a run knows of itself, of all its processes. totals: what it was trained on (`trained_on`). made: records,
+    samples, and what was downscaled, split or refused (`made_of_records`). bad: records that were passed over, by
+    reason. scores: by name. history: the log, entry by entry. parameters: (group, rate, count) of what was trained;
+    rate None for what was not.
     """
 
     steps: int

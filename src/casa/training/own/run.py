@@ -25,14 +25,15 @@ from casa.training.own.card import Facts, count_bad, write_card
 from casa.training.own.model import Loaded, load_model
 from casa.training.own.rates import RecipeRates
 from casa.training.own.recipe import RunRecipe, parse_run_recipe, run_recipe_values
-from casa.training.packs import PackStream
+from casa.training.packs import PackStream, StreamPosition
 from casa.training.samples import SampleMaker, fold_of
+from casa.training.seen.counts import made_of_records, trained_on
 from casa.training.seen.evaluating import Evaluate, Evaluation
 from casa.training.seen.measures import Measures
 from casa.training.seen.progress import ProgressShown
 from casa.training.seen.reporting import reporters
 from casa.training.sharding import export_checkpoint
-from casa.training.trainer import CasaTrainer, checkpoints, newest_checkpoint, parameter_groups
+from casa.training.trainer import CasaTrainer, checkpoints, newest_checkpoint, parameter_groups, ranks
 
 RECIPE = "recipe.yaml"
 FINAL = "final"
@@ -113,8 +114,9 @@ def train_run(
     if trainer.stopped:
         say(f"stopped at step {trainer.state.global_step}; --resume goes on from there")
         return None
+    positions = ranks.of_all_ranks(trainer.position)
     if first:
-        _finish(recipe, trainer, measures, evaluation, out)
+        _finish(recipe, trainer, positions, evaluation, out)
     return out / FINAL
 
 
@@ -186,12 +188,17 @@ class _HeldOut:
         return _stream(self.recipe, self.loaded, self.records)
 
 
-def _finish(recipe: RunRecipe, trainer: CasaTrainer, measures: Measures, evaluation: Evaluation, out: Path) -> None:
-    """Writes the finished model, and what is to be known of it; one of an earlier end stays until this one is whole."""
+def _finish(
+    recipe: RunRecipe, trainer: CasaTrainer, positions: list[StreamPosition], evaluation: Evaluation, out: Path
+) -> None:
+    """Writes the finished model, and what is to be known of it; one of an earlier end stays until this one is whole.
+
+    positions: where each process stands in the data.
+    """
     facts = Facts(
         steps=trainer.state.global_step,
-        totals=dict(measures.totals),
-        made=measures.made(),
+        totals=trained_on(positions),
+        made=made_of_records(positions),
         bad=count_bad(out),
         scores=evaluation.scores,
         history=trainer.state.log_history,

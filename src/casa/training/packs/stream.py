@@ -8,6 +8,7 @@ its reader's position; the position of the stream is those of the last batches t
 """
 
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,26 +30,28 @@ OpenRecords = Callable[[Shard], RecordSource]
 class StreamPosition:
     """Which reader is next, and where each stands: what a checkpoint keeps of the data.
 
-    Readers that have not given a batch yet have no entry.
+    Readers that have not given a batch yet have no entry. taken: packs that were used, and their facts added up.
     """
 
     readers: int = 1
     turn: int = 0
     positions: dict[int, str] = field(default_factory=dict)
+    taken: Counter[str] = field(default_factory=Counter)
 
     def take(self, batch: Batch) -> None:
         """Notes that the training loop has used a batch."""
         self.positions[batch.reader] = batch.position
         self.turn = (batch.reader + 1) % self.readers
+        self.taken.update({"packs": 1, **batch.facts})
 
     def to_dict(self) -> dict[str, Any]:
         positions = {str(reader): position for reader, position in self.positions.items()}
-        return {"readers": self.readers, "turn": self.turn, "positions": positions}
+        return {"readers": self.readers, "turn": self.turn, "positions": positions, "taken": dict(self.taken)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "StreamPosition":
         positions = {int(reader): position for reader, position in values["positions"].items()}
-        return cls(values["readers"], values["turn"], positions)
+        return cls(values["readers"], values["turn"], positions, Counter(values.get("taken", {})))
 
 
 class PackStream(IterableDataset):

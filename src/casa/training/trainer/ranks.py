@@ -1,7 +1,11 @@
 """What all processes of a run must agree on. With one process, everything is as it says."""
 
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 def alone() -> bool:
@@ -24,6 +28,15 @@ def mean_over_ranks(value: float, device: torch.device) -> float:
     held = torch.tensor(value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
     dist.all_reduce(held)
     return float(held) / dist.get_world_size()
+
+
+def of_all_ranks(value: T) -> list[T]:
+    """Every process's value, in the order of their ranks; every process must ask. For what is small: it is pickled."""
+    if alone():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def wait_for_all() -> None:

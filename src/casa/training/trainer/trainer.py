@@ -72,7 +72,8 @@ class CasaTrainer(ShardedTraining, Trainer):
         self.last_loss: float | None = None
         self.batches: list[Batch] = []
         """Those of the step at hand, as they came."""
-        self._position = stream.position
+        self.position = stream.position
+        """Where the training loop stands in the data, and what it has taken of them."""
         self._whole: Path | None = None  # the checkpoint that was last written, or begun from
         self._watch = LossWatch(settings.watch)
         self._losses: list[Tensor] = []
@@ -127,10 +128,9 @@ class CasaTrainer(ShardedTraining, Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         # each process reads its own shard: accelerate would have one read for all
-        self.stream.position = self._position
-        self._position = StreamPosition(
-            max(1, self.settings.workers), self._position.turn, dict(self._position.positions)
-        )
+        begun = self.stream.position = self.position
+        readers = max(1, self.settings.workers)
+        self.position = StreamPosition(readers, begun.turn, dict(begun.positions), begun.taken.copy())
         pinned = self.args.device.type == "cuda"
         return open_loader(self.stream, self.settings.workers, self.settings.ahead, pinned)
 
@@ -152,7 +152,7 @@ class CasaTrainer(ShardedTraining, Trainer):
             self.control.should_save = self.state.global_step > 0
             return [], None
         for batch in self.batches:
-            self._position.take(batch)
+            self.position.take(batch)
         inputs = [batch.inputs for batch in self.batches]
         return inputs, self._get_num_items_in_batch(inputs, device)
 
@@ -232,7 +232,7 @@ class CasaTrainer(ShardedTraining, Trainer):
         self.save_model(name, _internal_call=True)
         self._save_optimizer_and_scheduler(name)
         self._save_rng_state(name)
-        position = json.dumps(self._position.to_dict())
+        position = json.dumps(self.position.to_dict())
         (written / _DATA.format(rank=self.args.process_index)).write_text(position, encoding="utf-8")
         if not self.args.should_save:
             return
@@ -271,7 +271,7 @@ class CasaTrainer(ShardedTraining, Trainer):
             raise UserError(fault)
         if not saved.is_file() or (checkpoint / _DATA.format(rank=world)).is_file():
             raise UserError(f"{checkpoint} was not saved by {world} processes with this data: resume with as many.")
-        self._position = StreamPosition.from_dict(json.loads(saved.read_text(encoding="utf-8")))
+        self.position = StreamPosition.from_dict(json.loads(saved.read_text(encoding="utf-8")))
         self._watch.recent.extend(json.loads((checkpoint / _WATCH).read_text(encoding="utf-8")))
         if self.ema is not None and (averages := checkpoint / EMA_FILE).is_file():
             self.ema.load_state_dict(load_file(averages))
