@@ -53,11 +53,12 @@ def _module():
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """Paths of what recipes name: text, tower, vlm, checkpoint, insertion; and pages, a file of records of which
-    three are bad. module: standins.py, which makes them."""
+    """Paths of what recipes name: text, tower, vlm, checkpoint, insertion; adapted, which is made of vlm; and pages, a
+    file of records of which three are bad. module: standins.py, which makes them."""
     folder, module = tmp_path_factory.mktemp("standins"), _module()
     paths = {name: getattr(module, name)(folder / name) for name in ("vlm", "tower", "checkpoint", "insertion")}
     paths["text"] = module.text_model(folder / "text")
+    paths["adapted"] = module.adapted(folder / "adapted", paths["vlm"])
     return SimpleNamespace(**paths, pages=module.pages(folder / "data", 24, bad=3), module=module)
 
 

@@ -13,7 +13,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
+from casa import adapt
 from casa.testing import tiny_backbone, tiny_checkpoint, tiny_encoder, tiny_processor, tiny_text_model
+from casa.training.own.model import load_processor
+from casa.training.own.recipe import ModelSettings
 
 _SPECIAL = ("<pad>", "<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 _TEMPLATE = (
@@ -53,6 +56,13 @@ def vlm(folder: Path) -> Path:
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 784, "max_pixels": 64 * 784}))
+    return folder
+
+
+def adapted(folder: Path, backbone: Path) -> Path:
+    """An insertion VLM with fusion layers, and its processor, as route (b) leaves them."""
+    adapt(str(backbone)).save_pretrained(folder)
+    load_processor(ModelSettings(backbone=str(backbone))).save_pretrained(folder)
     return folder
 
 

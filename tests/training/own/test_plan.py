@@ -10,11 +10,13 @@ from rich.console import Console
 
 from casa.data import SourceSettings
 from casa.errors import UserError
+from casa.models import FusionConfig
 from casa.training.own import open_recipe, parse_run_recipe
 from casa.training.own.first_pack import draw_first_pack
 from casa.training.own.model import load_model, outline
 from casa.training.own.plan import make_plan
 from casa.training.own.plan_table import tables
+from casa.training.own.recipe import ModelSettings
 from casa.training.own.run import trained_groups
 from casa.training.trainer.groups import choose_trained, set_precision
 
@@ -26,7 +28,7 @@ def on_standins(recipe, made):
     """The recipe with tiny models and local records in the place of the hub's."""
     model = recipe.model
     if model.checkpoint is not None:
-        model = replace(model, checkpoint=str(made.checkpoint))
+        model = replace(model, checkpoint=str(made.adapted))
     elif model.vision is not None:
         model = replace(model, backbone=str(made.text), vision=str(made.tower))
     else:
@@ -87,6 +89,30 @@ def test_published_models_are_planned_without_being_fetched(values):
     # 36 layers of 2 x 2048 x 2048 + 2 x 2048 x 256 weights and 2048 + 2 x 256 biases
     assert counts["new"] == 36 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 2048 + 2 * 256)
     assert 3.5e9 < counts["frozen"] + counts["existing"] < 3.9e9
+
+
+def test_insertion_twins_train_the_text_model_and_as_much_of_the_tower():
+    """Where their bases train fusion layers. Names are those of the published model; there are no weights."""
+    base = open_recipe(RECIPES / "qwen2_5-vl-3b-adapt.yaml")
+    published, tower = str(base.model.backbone), "backbone.model.visual."
+    fused, inserted = (
+        outline(replace(base, model=ModelSettings(backbone=published, fusion=FusionConfig(method=method))))
+        for method in ("casa", "insertion")
+    )
+
+    def trained(model, recipe):
+        choose_trained(model, recipe.optimisation)
+        names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        of_tower = {name for name in names if name.startswith(tower)}
+        return of_tower, names - of_tower
+
+    text = {name for name, _ in inserted.named_parameters() if not name.startswith(tower)}
+    for name in ("adapt", "video", "livecc"):
+        seen, new = trained(fused, open_recipe(RECIPES / f"qwen2_5-vl-3b-{name}.yaml"))
+        twin = trained(inserted, open_recipe(RECIPES / "twins" / f"qwen2_5-vl-3b-{name}-insertion.yaml"))
+        assert twin == (seen, text)
+        assert {name.removeprefix(tower).split(".")[1] for name in seen} == {"28", "29", "30", "31"}
+        assert all(name.startswith("casa_layers.") for name in new)
 
 
 def test_a_model_that_is_not_there(values, tmp_path):
