@@ -1,15 +1,13 @@
-"""What a run shows and records: lines on a terminal and in a file, curves, reporters that are not installed."""
+"""What a run shows: lines on a terminal and in a file, and curves."""
 
 import io
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from casa.errors import UserError
-from casa.training.seen import ProgressShown, draw_curve, reporters
+from casa.training.seen import ProgressShown, draw_curve
 from casa.training.seen.progress import figures_told
 
 LOG = {
@@ -67,20 +65,6 @@ def test_other_processes_are_silent():
     shown.on_train_begin(None, other, None)
     shown.on_log(None, other, None, logs=dict(LOG))
     assert held.getvalue() == ""
-
-
-def test_reporters_are_those_asked_for(tmp_path, monkeypatch):
-    assert reporters([], tmp_path) == []
-    monkeypatch.setattr("casa.training.seen.reporting.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"logging\.to names wandb, which is not installed: pip install wandb"):
-        reporters(["wandb"], tmp_path)
-
-
-def test_weights_and_biases_where_it_is_installed(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
-    monkeypatch.setattr("casa.training.seen.reporting.find_spec", lambda name: object())
-    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: True)
-    assert [type(one).__name__ for one in reporters(["wandb"], tmp_path)] == ["WandbCallback"]
 
 
 @pytest.mark.parametrize("count", [1, 30, 100])
