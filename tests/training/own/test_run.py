@@ -111,7 +111,7 @@ def test_data_that_end_are_measured_at_the_end_and_end_for_good(values, made, tm
     ("fault", "raised", "sentence"),
     [
         (OSError(errno.ENOSPC, "No space left"), UserError, "full before final was whole.*checkpoint-1 is kept"),
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
     ],
 )
 def test_a_finished_model_stays_until_the_next_is_whole(values, tmp_path, monkeypatch, fault, raised, sentence):
