@@ -18,7 +18,7 @@ def provenance(device: str = "cpu", model: str | Path | None = None) -> dict[str
     """
     import torch
 
-    found = {
+    facts = {
         "commit": commit(),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
@@ -29,8 +29,8 @@ def provenance(device: str = "cpu", model: str | Path | None = None) -> dict[str
     if model is not None:
         from casa.models.shipped import resolve
 
-        found["weights"] = fingerprint(Path(resolve(model)))
-    return found
+        facts["weights"] = fingerprint(Path(resolve(model)))
+    return facts
 
 
 def fingerprint(folder: Path) -> str | None:

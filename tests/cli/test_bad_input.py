@@ -5,8 +5,6 @@ Bad files have names that say nothing of what is wrong, so that a sentence can o
 
 import json
 import shutil
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from casa.media import VideoWriter
+from casa.testing import claimed_png
 
 NO_PICTURE = "{file} is no picture that can be read, or its beginning is damaged: save it as PNG or JPEG."
 CUT = "{file} is damaged or cut off: copy or download the picture again."
@@ -51,13 +50,6 @@ MODELS = {
 }
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds no pixels."""
-    chunks = (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b""))
-    written = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """The path of a file by what it holds, as a.png, b.png, ...; each is there as .mp4 too."""
@@ -73,7 +65,7 @@ def files(tmp_path_factory):
         "nothing": b"",
         "text": b"words in a row\n" * 10,
         "half a picture": picture[:400],
-        "a huge picture": png_header(60_000, 60_000),
+        "a huge picture": claimed_png(60_000, 60_000),
         "a thin picture": thin,
         "half a film": film[: len(film) // 2],
         "a film": film,

@@ -7,23 +7,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LEFT = ("demo/captions.srt", "runs/x/log.json", "data/tiny/pages.tar", ".venv/installed", ".venv-lowest/installed")
-LEFT += (
+LEFT = (
+    "demo/captions.srt",
+    "runs/x/log.json",
+    "data/tiny/pages.tar",
+    ".venv/installed",
+    ".venv-lowest/installed",
     "src/casa/__pycache__/x.pyc",
     "src/casa_vlm.egg-info/PKG-INFO",
     ".hypothesis/x",
     ".pytest_cache/x",
     ".ruff_cache/x",
 )
+pytestmark = pytest.mark.skipif(
+    shutil.which("git") is None or not (ROOT / ".git").exists(), reason="not a checkout of git's"
+)
 
 
-@pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="not a checkout of git's")
 @pytest.mark.parametrize("name", LEFT)
 def test_it_is_ignored(name):
     assert subprocess.run(["git", "check-ignore", "--quiet", name], cwd=ROOT, check=False).returncode == 0
 
 
-@pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="not a checkout of git's")
 def test_what_is_written_is_not():
     done = subprocess.run(["git", "check-ignore", "src/casa/windows.py", "src/casa/data/x.py"], cwd=ROOT, check=False)
     assert done.returncode == 1

@@ -1,9 +1,7 @@
 """Pictures: every kind becomes upright RGB, every bad file becomes one plain sentence."""
 
 import io
-import struct
 import warnings
-import zlib
 
 import numpy as np
 import pytest
@@ -11,20 +9,13 @@ from PIL import Image
 
 from casa.errors import UserError
 from casa.media.pictures import MAX_PIXELS, check_picture, open_picture, picture_from
+from casa.testing import claimed_png
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
 def noisy(width=64, height=48):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def png_header(width, height):
-    """A PNG that claims a size; its pixels are missing."""
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    end = b"IDAT" + zlib.compress(b"")
-    pack = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (chunk, end)]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(pack)
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "ppm", "gif", "webp", "jpg", "jp2", "avif"])
@@ -125,7 +116,7 @@ def test_huge_pictures_are_refused_from_the_header(tmp_path, size):
     """Beyond our limit, beyond where Pillow warns, and beyond where Pillow raises; never decoded."""
     limit, filters = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
     path = tmp_path / "huge.png"
-    path.write_bytes(png_header(*size))
+    path.write_bytes(claimed_png(*size))
     with pytest.raises(UserError, match=r"more than 64 megapixels.*make it smaller"):
         open_picture(path)
     assert limit == Image.MAX_IMAGE_PIXELS
@@ -134,7 +125,7 @@ def test_huge_pictures_are_refused_from_the_header(tmp_path, size):
 
 def test_the_largest_size_passes_the_header_check(tmp_path):
     path = tmp_path / "large.png"
-    path.write_bytes(png_header(8192, MAX_PIXELS // 8192))
+    path.write_bytes(claimed_png(8192, MAX_PIXELS // 8192))
     with pytest.raises(UserError, match="damaged or cut off"):  # and so gets as far as its missing pixels
         open_picture(path)
 

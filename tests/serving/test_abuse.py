@@ -11,7 +11,6 @@ import struct
 import threading
 import time
 import weakref
-import zlib
 from contextlib import suppress
 
 import pytest
@@ -19,7 +18,7 @@ from websockets.exceptions import ConnectionClosed
 
 from casa.serving import Limits
 from casa.streaming import StreamingSession
-from casa.testing import tiny_processor
+from casa.testing import claimed_png, tiny_processor
 
 LIMITS = Limits(
     frame_bytes=100_000,
@@ -96,17 +95,9 @@ def closed_with(one):
         return events, closed.rcvd.code if closed.rcvd is not None else None
 
 
-def png_bomb(side):
-    """A few bytes that claim to be side x side pixels."""
-
-    def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    size = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(bytes(1000)))
-
-
-@pytest.mark.parametrize("frame", [b"no picture" * 9, png_bomb(60_000), png_bomb(6_000), b"\xff\xd8\xff" + bytes(99)])
+@pytest.mark.parametrize(
+    "frame", [b"no picture" * 9, claimed_png(60_000, 60_000), claimed_png(6_000, 6_000), b"\xff\xd8\xff" + bytes(99)]
+)
 def test_a_frame_that_is_no_picture(busy, client, frames, frame):
     with client(busy) as one:
         one.hello()
@@ -316,7 +307,7 @@ def test_memory_returns_to_where_it_was_after_every_kind_of_abuse(busy, client, 
         with client(busy) as one:
             one.hello(max_new_tokens=1)
             one.show(frames[0])
-            for wrong in (png_bomb(60_000), bytes(LIMITS.frame_bytes + 1), "no json"):
+            for wrong in (claimed_png(60_000, 60_000), bytes(LIMITS.frame_bytes + 1), "no json"):
                 one.socket.send(wrong)
                 one.hear()
             # the head of a frame, and then nothing

@@ -2,10 +2,8 @@
 
 import base64
 import io
-import struct
 import threading
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,6 +13,7 @@ from PIL import Image
 from casa.errors import UserError
 from casa.serving import Limits, pictures
 from casa.serving.pictures import keep_pillow_quiet, read_address, read_picture
+from casa.testing import claimed_png
 
 LIMITS = Limits()
 
@@ -23,16 +22,6 @@ def encoded(kind, size=(40, 30), **settings):
     file = io.BytesIO()
     Image.new("RGB", size, (200, 30, 40)).save(file, kind, **settings)
     return file.getvalue()
-
-
-def png_header(width, height):
-    """A PNG that claims a size and holds hardly any pixels."""
-
-    def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(bytes(100)))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -49,9 +38,9 @@ def test_three_formats(kind):
         (b"hello, this is text", "no JPEG"),
         (encoded("GIF"), "no JPEG"),
         (encoded("BMP"), "no JPEG"),
-        (png_header(60_000, 60_000), "megapixels"),
-        (png_header(7_000, 7_000), "million pixels"),
-        (png_header(40, 40), "damaged"),
+        (claimed_png(60_000, 60_000), "megapixels"),
+        (claimed_png(7_000, 7_000), "million pixels"),
+        (claimed_png(40, 40), "damaged"),
         (encoded("PNG")[:60], "damaged"),
         (encoded("JPEG")[:300], "damaged"),
         (b"\x89PNG\r\n\x1a\n" + bytes(100), "no picture"),

@@ -1,6 +1,7 @@
 """Tiny random models and inputs, offline and in float64, for tests: of casa itself and of what is built on it."""
 
 from casa.testing.backbones import BACKBONES, TEXT_BACKBONES, VLM_BACKBONES, tiny_backbone, tiny_casa_over
+from casa.testing.pictures import claimed_png
 from casa.testing.tiny import (
     VOCABULARY,
     TinySample,
@@ -22,6 +23,7 @@ __all__ = [
     "TinySample",
     "as_batch",
     "as_packed",
+    "claimed_png",
     "tiny_backbone",
     "tiny_casa",
     "tiny_casa_over",
