@@ -1,6 +1,5 @@
 """Pictures and video in, from wherever they come; captions out, as they are said. Knows nothing of any model."""
 
-from casa.media.ahead import Ahead
 from casa.media.backoff import Backoff
 from casa.media.caption_writers import CallbackWriter, CaptionWriter, FileWriter, ManyWriters, open_writer
 from casa.media.drawing import burn_captions, draw_caption
@@ -24,7 +23,6 @@ from casa.media.video import FrameReader, VideoInfo, probe, read_frames
 from casa.media.video_writer import VideoWriter
 
 __all__ = [
-    "Ahead",
     "Backoff",
     "CallbackWriter",
     "Caption",

@@ -51,14 +51,12 @@ class Counts:
     """What has happened in a source so far.
 
     decoded: frames that came out of the decoder (or pictures read), given or not. skipped: damaged packets, frames and
-    picture files passed over. reconnects: connections made after the first. dropped: frames read ahead that made way
-    for newer ones (`Ahead`).
+    picture files passed over. reconnects: connections made after the first.
     """
 
     decoded: int = 0
     skipped: int = 0
     reconnects: int = 0
-    dropped: int = 0
 
 
 class Source(Iterator[Frame]):
