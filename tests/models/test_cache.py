@@ -117,6 +117,36 @@ def test_a_copy_of_a_cache_goes_its_own_way(model):
     assert (cache.num_text, twin.num_text) == (7, 8)
 
 
+def test_what_a_twin_is_fed_leaves_no_trace(model):
+    cache = fed(model)
+    wanted = after(model, cache, 11, 12)
+    twin = cache.twin()
+    with torch.no_grad():
+        for token in range(30, 50):  # more than there is room for behind the window
+            model(input_ids=torch.tensor([[token]]), past_key_values=twin)
+        model(**SAMPLE.inputs(), past_key_values=twin)
+    assert (cache.num_text, twin.num_text) == (7, 34)
+    assert torch.equal(after(model, cache, 11, 12), wanted)
+
+
+def test_a_window_begins_again_at_its_images(fused, close):
+    """What comes next sees the frame as if nothing had been said of it."""
+    cache = fed(fused)
+    if fused.fusion.split == "sample":
+        with pytest.raises(UserError, match="in the middle of this window"):
+            cache.windows.forget_text()
+        return
+    silent = fed(fused, TinySample(SAMPLE.ids[:5], SAMPLE.pictures, SAMPLE.seed))
+    cache.text.crop(-2)
+    cache.num_text -= 2
+    cache.windows.forget_text()
+    assert cache.windows.windows == silent.windows.windows
+    close(after(fused, cache, 11, 12), after(fused, silent, 11, 12))
+    with torch.no_grad():  # and in one call
+        several = [fused(input_ids=torch.tensor([[11, 12]]), past_key_values=c).logits for c in (cache, silent)]
+    close(*several)
+
+
 def test_crop_takes_back_what_was_said(fused, close):
     cache = fed(fused)
     wanted = after(fused, cache, 11, 12, 13)

@@ -11,10 +11,13 @@ Slots past a row's own lengths hold nothing that is ever read. The text part has
 decoding step writes one slot and copies nothing.
 """
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from casa.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,19 @@ class WindowState:
     @property
     def _token_bytes(self) -> int:
         return sum(2 * x.key.shape[1] * x.key.shape[3] * x.key.element_size() for x in self.layers)
+
+    def twin(self) -> "WindowState":
+        """The same windows in lists of their own, over the same buffers (see `CasaCache.twin`)."""
+        return WindowState([list(row) for row in self.windows], [copy.copy(layer) for layer in self.layers])
+
+    def forget_text(self) -> None:
+        """Begins every row's open window again at its images: the text that comes next stands first behind them.
+
+        Raises UserError for a window with images in the middle of its text.
+        """
+        if any(row and row[-1].behind < row[-1].text for row in self.windows):
+            raise UserError("an image stands in the middle of this window; its text cannot be forgotten.")
+        self.windows = [[*row[:-1], WindowExtent(row[-1].images, 0, 0)] if row else row for row in self.windows]
 
     def select(self, rows: Tensor) -> None:
         """Keeps, repeats or reorders rows, as beams ask for; `rows` is int64 (B',)."""

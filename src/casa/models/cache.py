@@ -3,6 +3,7 @@
 Shapes: B rows, S cached text tokens, Hkv key heads, D channels of a head.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -107,6 +108,17 @@ class CasaCache(Cache):
         """All bytes held: text cache, images and text of the visible windows."""
         return self.text_bytes + (self.windows.image_bytes + self.windows.text_bytes if self.windows else 0)
 
+    def twin(self) -> "CasaCache":
+        """A cache to go on with while this one stays as it is, for the case that it is needed again. Copies no tensor.
+
+        Only one of the two may be fed: both would write into the room behind the open window's text.
+        """
+        twin = copy.copy(self)
+        twin.text = copy.copy(self.text)
+        twin.layers = twin.text.layers = [copy.copy(layer) for layer in self.text.layers]
+        twin.windows = self.windows.twin() if self.windows is not None else None
+        return twin
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
@@ -156,7 +168,8 @@ class CasaCache(Cache):
     def drop_text(self, first: int, count: int, turns: Sequence[Callable[[Tensor, int], Tensor]]) -> None:
         """Forgets `count` text tokens from `first` on; later ones move up, their rotary positions with them.
 
-        turns: for each block, moves rotated keys (n, Hkv, D) by a number of positions. Windows keep their own text.
+        turns: for each block, moves rotated keys (n, Hkv, D) by a number of positions. Windows keep their own text
+            (`WindowState.forget_text` is theirs).
         Raises UserError for a cache of inserted images, or of blocks that see a sliding window only.
         """
         if self.stream is not None:
