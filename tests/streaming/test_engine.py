@@ -1,7 +1,5 @@
 """Many sessions on one model: each says what it says alone, whoever joins, leaves or brings no picture."""
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import pytest
 import torch
@@ -46,7 +44,8 @@ def plain():
 
 
 SETTINGS = {"max_new_tokens": 5}
-STREAMS = {"a": (1, {}), "b": (2, {"prompt": "what"}), "c": (3, {"sampling": Sampling(1.2, 20, 0.9), "seed": 4})}
+DRAWN = Sampling(1.2, 20, 0.9, repetition=2.0)
+STREAMS = {"a": (1, {}), "b": (2, {"prompt": "what"}), "c": (3, {"sampling": DRAWN, "seed": 4})}
 
 
 def alone(model, name, count):
@@ -84,9 +83,9 @@ def test_all_who_wait_share_one_pass(plain, monkeypatch):
 
     sizes, run_together = [], module.run_together
 
-    def counted(model, calls, cut=None):
+    def counted(model, calls):
         sizes.append(len(calls))
-        return run_together(model, calls, cut)
+        return run_together(model, calls)
 
     monkeypatch.setattr(module, "run_together", counted)
     engine = StreamingEngine(plain, tiny_processor())
@@ -154,75 +153,6 @@ def test_bounded_sessions_forget_in_company_as_alone(plain):
     assert singles["a"].usage.text_tokens > 20, "the bound was reached"
 
 
-def test_a_bad_frame_is_that_sessions_own_affair(plain):
-    engine = StreamingEngine(plain, tiny_processor())
-    for name in ("a", "b"):
-        engine.open(name, **SETTINGS, **STREAMS[name][1])
-    engine.offer("a", "no picture")
-    engine.offer("b", frames(2, 1)[0])
-    events = {event.session: event for event in engine.step()}
-    assert "picture" in events["a"].error or "frame" in events["a"].error
-    assert events["b"].error is None
-    assert events["b"].text == alone(plain, "b", 1)[0]
-    engine.offer("a", frames(1, 1)[0])
-    assert engine.step()[0].text == alone(plain, "a", 1)[0], "and it goes on as if nothing had been"
-
-
-@dataclass(frozen=True)
-class Failing(Sampling):
-    """A way of picking words that breaks, as memory may."""
-
-    def pick(self, *arguments):
-        raise MemoryError
-
-
-def test_what_fails_in_one_session_is_its_own_affair(plain):
-    """Also of what is drawn at random in the others, nothing is lost or drawn twice."""
-    engine = StreamingEngine(plain, tiny_processor())
-    engine.open("bad", sampling=Failing(), **SETTINGS)
-    for name, (_, settings) in STREAMS.items():
-        engine.open(name, **SETTINGS, **settings)
-    heard = {name: [] for name in STREAMS}
-    for turn in range(3):
-        for name in ("bad", *STREAMS):
-            engine.offer(name, frames(STREAMS.get(name, (9,))[0], 3)[turn])
-        events = {event.session: event for event in engine.step()}
-        assert "MemoryError" in events.pop("bad").error
-        for name, event in events.items():
-            assert event.error is None
-            heard[name].append(event.text)
-    for name in STREAMS:
-        assert heard[name] == alone(plain, name, 3), name
-    assert engine.session("bad").usage.image_tokens == 0, "as it was before"
-
-
-@dataclass(frozen=True)
-class Stumbling(Sampling):
-    """Breaks at the second token, once."""
-
-    stumbled: list[bool] = field(default_factory=list)
-
-    def pick(self, logits, said, *others):
-        if said and not self.stumbled:
-            self.stumbled.append(True)
-            raise MemoryError
-        return super().pick(logits, said, *others)
-
-
-def test_a_session_by_itself_that_fails_is_as_it_was(plain):
-    engine = StreamingEngine(plain, tiny_processor())
-    settings = SETTINGS | STREAMS["a"][1]
-    engine.open("a", sampling=Stumbling(), **settings)
-    first, second = frames(1, 2)
-    engine.offer("a", first)
-    (event,) = engine.step()
-    assert "MemoryError" in event.error
-    assert engine.session("a").usage.image_tokens == 0
-    for frame, wanted in zip((first, second), alone(plain, "a", 2), strict=True):
-        engine.offer("a", frame)
-        assert [event.text for event in engine.step()] == [wanted]
-
-
 def sliding():
     """A model whose blocks keep the newest 16 tokens of text."""
     backbone = tiny_backbone("mistral")
@@ -278,14 +208,37 @@ def test_the_newest_frame_wins_and_the_others_are_counted(plain):
     assert engine.waiting == 0
 
 
-def test_a_paused_session_keeps_its_state_and_takes_no_turn(plain):
+def test_a_paused_session_keeps_its_state_and_watches_nothing(plain):
     engine = StreamingEngine(plain, tiny_processor())
     engine.open("a", **SETTINGS)
+    said = []
+    for turn, frame in enumerate(frames(1, 3)):
+        engine.pause("a", turn == 2)
+        engine.offer("a", frame)
+        said += engine.step()
+    assert (len(said), engine.waiting) == (2, 0)
+    engine.pause("a", False)
+    said += engine.step()
+    assert [event.text for event in said] == alone(plain, "a", 3)
+
+
+def test_a_paused_session_still_answers(plain):
+    session = StreamingSession(plain, tiny_processor(), **SETTINGS)
+    first, second = frames(1, 2)
+    wanted = [session.step(first), session.ask("who"), session.step(second)]
+    engine = StreamingEngine(plain, tiny_processor())
+    engine.open("a", **SETTINGS)
+    engine.offer("a", first)
+    said = engine.step()
     engine.pause("a")
-    engine.offer("a", frames(1, 1)[0])
+    engine.offer("a", second)
+    engine.ask("a", "who")
+    said += engine.step()
+    assert [event.kind for event in said] == ["caption", "answer"]
     assert engine.step() == []
     engine.pause("a", False)
-    assert [event.text for event in engine.step()] == alone(plain, "a", 1)
+    said += engine.step()
+    assert [event.text for event in said] == wanted
 
 
 def test_no_session_waits_for_ever(plain):
@@ -301,18 +254,22 @@ def test_no_session_waits_for_ever(plain):
     assert set().union(*served) == set(STREAMS)
 
 
-def test_forks_and_saved_sessions_go_on_as_the_first_would(plain, tmp_path):
+@pytest.mark.parametrize("first", ["a", "c"])
+def test_forks_and_saved_sessions_go_on_as_the_first_would(plain, tmp_path, first):
+    """Each by itself, also in what it draws, and in what it takes for repetition."""
     engine = StreamingEngine(plain, tiny_processor())
-    engine.open("a", **SETTINGS)
-    one, two = frames(1, 2)
-    engine.offer("a", one)
+    seed, settings = STREAMS[first]
+    engine.open(first, **SETTINGS, **settings)
+    engine.offer(first, frames(seed, 1)[0])
     engine.step()
-    engine.fork("a", "twin")
-    engine.save("a", tmp_path / "a.session")
+    engine.fork(first, "twin")
+    engine.save(first, tmp_path / "a.session")
     engine.load("again", tmp_path / "a.session")
-    for name in ("a", "twin", "again"):
-        engine.offer(name, two)
-    assert len({event.text for event in engine.step()}) == 1
+    for frame, wanted in zip(frames(seed, 4)[1:], alone(plain, first, 4)[1:], strict=True):
+        for name in (first, "twin", "again"):
+            engine.offer(name, frame)
+        said = {event.session: (event.text, event.error) for event in engine.step()}
+        assert said == dict.fromkeys((first, "twin", "again"), (wanted, None))
 
 
 def test_questions_are_answered_in_company_as_alone(plain):
@@ -346,6 +303,21 @@ def test_each_of_several_questions_has_its_answer(plain):
     engine.ask("a", "what is it")
     assert [event.text for _ in range(2) for event in engine.step()] == wanted
     assert engine.step() == []
+
+
+def test_questions_that_wait_are_bounded(plain):
+    engine = StreamingEngine(plain, tiny_processor(), most_questions=2)
+    for name in ("a", "b"):
+        engine.open(name, **SETTINGS)
+    for _ in range(2):
+        engine.ask("a", "who")
+    with pytest.raises(UserError, match="2 questions of session 'a' wait for answers; ask again later"):
+        engine.ask("a", "why")
+    engine.ask("b", "who")
+    assert [event.error for event in engine.step()] == [None, None]
+    engine.ask("a", "why")
+    with pytest.raises(UserError, match="most_questions"):
+        StreamingEngine(plain, tiny_processor(), most_questions=0)
 
 
 def test_a_cut_caption_ends_and_the_next_one_does_not(plain):

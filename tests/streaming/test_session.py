@@ -178,6 +178,39 @@ def test_what_is_no_picture_is_refused_and_changes_nothing(frame):
     assert session.step(FRAMES[1]) == twin.step(FRAMES[1])
 
 
+@pytest.mark.parametrize(
+    ("fusion", "bound"),
+    [({}, 32), ({"placement": "replace", "every": 2}, 32), ({"history": 2}, None), ({"method": "insertion"}, None)],
+    ids=["parallel", "replace", "history", "insertion"],
+)
+def test_what_breaks_off_leaves_the_session_as_it_was(fusion, bound):
+    """After a token was drawn and fed, and text forgotten to make room; a session that nothing happened to says so."""
+    talking = Sampling(1.5, stop_bias=-1e4, repetition=0.5)
+    session = StreamingSession(
+        make_model(**fusion), tiny_processor(), max_text_tokens=bound, max_new_tokens=3, sampling=talking
+    )
+    twin = session.fork()
+    held = []
+    for frame in (*FRAMES, *FRAMES):
+        before = session.usage
+        for act, given in ((session.step, frame), (session.ask, "a")):
+            asked = []
+
+            def breaking(asked=asked):
+                asked.append(1)
+                if len(asked) == 3:
+                    raise MemoryError
+                return False
+
+            with pytest.raises(MemoryError):
+                act(given, cut=breaking)
+            assert (session.usage, session.frames) == (before, twin.frames)
+        assert session.step(frame) == twin.step(frame)
+        held.append(session.usage.text_tokens)
+    assert session.frames == 12
+    assert (held[-1] <= 32) == (bound is not None), "some text was forgotten"
+
+
 def test_pictures_and_arrays_are_the_same_frame():
     model, processor = make_model(), tiny_processor()
     one, other = (StreamingSession(model, processor, max_new_tokens=4) for _ in range(2))

@@ -120,16 +120,19 @@ def _block(told: dict[str, Any]) -> Block:
     return Block(**(told | pairs))
 
 
-def allowed_bytes(session: StreamingSession) -> int | None:
+def allowed_bytes(session: StreamingSession, asked: bool = True) -> int | None:
     """The most that a bounded session may hold: text up to its bound, the frame at hand, and the text of its window.
 
-    None without a bound. Asked after the first frame.
+    None without a bound. To be called after the first frame. asked: whether questions may come; the window's text then
+    grows up to the bound as well, in buffers that double. If none do, it is that of one step.
     """
     usage = session.usage
     if session.max_text_tokens is None:
         return None
     text, image = usage.text_bytes // usage.text_tokens, usage.image_bytes // usage.image_tokens
-    return session.max_text_tokens * text + (usage.image_tokens + session.most_step_tokens) * image
+    bound = session.max_text_tokens
+    window = bound + max(bound, 16) if asked else session.most_step_tokens
+    return bound * text + (usage.image_tokens + window) * image
 
 
 def soak_summary(blocks: list[Block], allowed: int | None) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def soak(
     record = settings | provenance(str(loaded.device), model)
     blocks, allowed = [], None
     for blocks in run(session, film(size, seed), frames, block=block, state=state):
-        allowed = allowed_bytes(session)
+        allowed = allowed_bytes(session, asked=False)
         if out is not None:
             write_soak(out, record, blocks, allowed)
         if plot is not None:

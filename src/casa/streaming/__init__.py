@@ -1,9 +1,10 @@
 """Live sessions at constant memory: one stream, or many in one batch on one model."""
 
+from casa.streaming.bound import forgets
 from casa.streaming.engine import Event, StreamingEngine
 from casa.streaming.pacing import Count, Moment, watch, watch_live
 from casa.streaming.sampling import Sampling
-from casa.streaming.session import StreamingSession, forgets
+from casa.streaming.session import StreamingSession
 from casa.streaming.usage import Usage
 
 __all__ = [

@@ -1,27 +1,29 @@
 """StreamingEngine: many live sessions on one model, one batch per step.
 
 Sessions join and leave at any time, and each says what it would say alone: they share forward passes, not state. A
-frame that is no picture, or a session that has gone, ends in that session's own event and nowhere else.
+frame that is no picture, a failure or a budget that is spent shows in that session's own event and nowhere else.
 
     offer(a, frame)  offer(b, frame)          frames wait, the newest of a session wins
     step()                                    one pass over all sessions with a frame waiting -> events
 """
 
-import copy
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.models.loading import sentence_of
 from casa.streaming.session import StreamingSession
 from casa.streaming.together import Call, Said, run_together
 
 log = logging.getLogger("casa.streaming")
+
+Cut = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,48 @@ class _Seat:
 
     @property
     def waits(self) -> bool:
-        return not self.paused and (self.frame is not None or bool(self.questions))
+        return bool(self.questions) or (self.frame is not None and not self.paused)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What a session is given in one step: a frame, or a question."""
+
+    name: str
+    seat: _Seat
+    kind: str
+    given: Any
+
+    def call(self, cut: Cut | None) -> Call | Event:
+        """What the session feeds; the event at once if it cannot."""
+        prepare = self.seat.session.prepare if self.kind == "caption" else self.seat.session.prepare_question
+        try:
+            return prepare(self.given, cut)
+        except (ValueError, TypeError) as error:  # no picture, or no room for the question: words for the user
+            return Event(self.name, self.kind, error=sentence_of(error))
+        except Exception as error:
+            return self.failed(error)
+
+    def event(self, said: Said | Exception) -> Event:
+        """What the pass came to, taken over by the session."""
+        if isinstance(said, Exception):
+            return self.failed(said)
+        try:
+            return Event(self.name, self.kind, self.seat.session.accept(said), whole=said.whole)
+        except Exception as error:
+            return self.failed(error)
+
+    def failed(self, error: Exception) -> Event:
+        log.error("a turn of session %r failed", self.name, exc_info=error)
+        sentence = f"the model failed at this ({type(error).__name__}); it was left out."
+        return Event(self.name, self.kind, error=sentence)
 
 
 class StreamingEngine:
     """Sessions by name. `offer` and `ask` may be called from any thread while another one steps.
 
     most_sessions: more are refused. most_rows: sessions in one pass; the rest have their turn in the next one.
+    most_questions: of one session that wait for their answers; more are refused.
     """
 
     def __init__(
@@ -64,11 +101,12 @@ class StreamingEngine:
         *,
         most_sessions: int = 64,
         most_rows: int = 16,
+        most_questions: int = 16,
     ) -> None:
-        if most_sessions < 1 or most_rows < 1:
-            raise UserError("most_sessions and most_rows are 1 or more.")
+        if most_sessions < 1 or most_rows < 1 or most_questions < 1:
+            raise UserError("most_sessions, most_rows and most_questions are 1 or more.")
         self.model, self.processor = model, processor
-        self.most_sessions, self.most_rows = most_sessions, most_rows
+        self.most_sessions, self.most_rows, self.most_questions = most_sessions, most_rows, most_questions
         self._seats: dict[str, _Seat] = {}
         self._lock = threading.RLock()
         self._stepping = threading.Lock()
@@ -101,7 +139,7 @@ class StreamingEngine:
             del self._seats[name]
 
     def pause(self, name: str, paused: bool = True) -> None:
-        """A paused session keeps its state and takes no turns; frames offered meanwhile replace one another."""
+        """A paused session watches nothing and still answers; frames offered meanwhile replace one another."""
         with self._lock:
             self._seat(name).paused = paused
 
@@ -122,7 +160,10 @@ class StreamingEngine:
         return self.open(name, StreamingSession.load(path, self.model, self.processor))
 
     def offer(self, name: str, frame: Any) -> bool:
-        """Hands a session its next frame. False if one was waiting still, which is dropped and counted."""
+        """Hands a session its next frame, or what its `look` made of one, in any thread, ahead of its turn.
+
+        False if one was waiting still, which is dropped and counted.
+        """
         with self._lock:
             seat = self._seat(name)
             late = seat.frame is not None
@@ -131,9 +172,15 @@ class StreamingEngine:
             return not late
 
     def ask(self, name: str, question: str) -> None:
-        """Has a question answered before the session's next frame; each takes a turn, in the order asked."""
+        """Has a question answered before the session's next frame; each takes a turn, in the order asked.
+
+        Raises UserError if too many wait already.
+        """
         with self._lock:
-            self._seat(name).questions.append(question)
+            questions = self._seat(name).questions
+            if len(questions) >= self.most_questions:
+                raise UserError(f"{len(questions)} questions of session {name!r} wait for answers; ask again later.")
+            questions.append(question)
 
     def dropped(self, name: str) -> int:
         """Frames that were replaced before they had their turn."""
@@ -146,54 +193,46 @@ class StreamingEngine:
         with self._lock:
             return sum(seat.waits for seat in self._seats.values())
 
-    def step(self, cut: Callable[[], bool] | None = None) -> list[Event]:
-        """One pass over the sessions that have a question or a frame waiting, those that waited longest first."""
+    def step(self, cut: Cut | None = None, cuts: Mapping[str, Cut] | None = None) -> list[Event]:
+        """One pass over the sessions that have a question or a frame waiting, those that waited longest first.
+
+        cut: asked before every token; once it says True, all captions end where they are. cuts: of some sessions, by
+        name, asked in its place; it ends the caption of that session, and the others go on.
+        Whatever fails in a turn is that session's event, and the session then is as it was before.
+        """
         with self._stepping:
             turns = self._take_turns()
-            events: list[Event] = []
-            ready: list[tuple[str, _Seat, str, Call]] = []
-            for name, seat, kind, given in turns:
-                try:
-                    session = seat.session
-                    call = session.prepare(given) if kind == "caption" else session.prepare_question(given)
-                except (ValueError, TypeError) as error:
-                    events.append(Event(name, kind, error=str(error)))
-                else:
-                    ready.append((name, seat, kind, call))
-            for (name, seat, kind, _), one in zip(ready, self._run([call for *_, call in ready], cut), strict=True):
-                if isinstance(one, Exception):
-                    event = Event(
-                        name, kind, error=f"the model failed at this ({type(one).__name__}); it was left out."
-                    )
-                else:
-                    event = Event(name, kind, seat.session.accept(one), whole=one.whole)
-                with self._lock:
-                    if self._seats.get(name) is seat:
-                        events.append(event)
-            return events
+            calls = [turn.call((cuts or {}).get(turn.name, cut)) for turn in turns]
+            said = iter(self._run([call for call in calls if isinstance(call, Call)]))
+            events = [
+                turn.event(next(said)) if isinstance(call, Call) else call
+                for turn, call in zip(turns, calls, strict=True)
+            ]
+            with self._lock:
+                # who has gone meanwhile, or come anew under the same name, is told nothing
+                return [
+                    event for turn, event in zip(turns, events, strict=True) if self._seats.get(turn.name) is turn.seat
+                ]
 
-    def _run(self, calls: list[Call], cut: Callable[[], bool] | None) -> list[Said | Exception]:
+    def _run(self, calls: list[Call]) -> list[Said | Exception]:
         """What each call comes to. If the pass over several fails, each has one of its own, so that the culprit's error
-        is nobody else's. All work on copies of the caches: a session that fails is as it was before.
+        is nobody else's.
         """
-        draws = [call.draws.get_state() for call in calls]
         # rows of different ages do not fit together in a cache of which each keeps the newest only
         if len(calls) > 1 and not any(call.cache.slides for call in calls):
             try:
-                return list(run_together(self.model, calls, cut))
+                return list(run_together(self.model, calls))
             except Exception:
                 log.exception("a pass over %d sessions failed; each has one of its own", len(calls))
         found: list[Said | Exception] = []
-        for call, state in zip(calls, draws, strict=True):
-            call.draws.set_state(state)
+        for call in calls:
             try:
-                found += run_together(self.model, [replace(call, cache=copy.deepcopy(call.cache))], cut)
+                found += run_together(self.model, [call])
             except Exception as error:
-                call.draws.set_state(state)
                 found.append(error)
         return found
 
-    def _take_turns(self) -> list[tuple[str, _Seat, str, Any]]:
+    def _take_turns(self) -> list[_Turn]:
         turns = []
         with self._lock:
             for name, seat in list(self._seats.items()):
@@ -202,9 +241,9 @@ class StreamingEngine:
                 # who had a turn goes to the end of the line
                 self._seats[name] = self._seats.pop(name)
                 if seat.questions:
-                    turns.append((name, seat, "answer", seat.questions.popleft()))
+                    turns.append(_Turn(name, seat, "answer", seat.questions.popleft()))
                 else:
-                    turns.append((name, seat, "caption", seat.frame))
+                    turns.append(_Turn(name, seat, "caption", seat.frame))
                     seat.frame = None
         return turns
 

@@ -2,7 +2,8 @@
 
 Each frame opens a new window: its image tokens replace those of the frame before, and the text model's cache
 grows by the few tokens said about it. With `max_text_tokens`, the oldest text beyond the prompt is forgotten
-and the positions of what stays are closed up, so that a session is constant in memory for ever.
+and the positions of what stays are closed up, so that a session is constant in memory for ever, also while it
+is asked about one frame again and again (see `bound`).
 
 What is fed for one frame, of a model with delimiters around images (`pending` is what the last step left):
 
@@ -28,8 +29,9 @@ from casa.media.pictures import check_picture
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.models.stopping import stop_ids
 from casa.streaming import store
+from casa.streaming.bound import make_room, unforgetting
 from casa.streaming.sampling import Sampling
-from casa.streaming.together import Call, Said, run_together
+from casa.streaming.together import Call, Said, looked_at, run_together
 from casa.streaming.usage import Usage
 
 FEWEST_SINKS = 4  # the first tokens that attention leans on, whatever they say
@@ -44,26 +46,15 @@ class Looked:
     images: dict[str, Tensor]
 
 
-def forgets(model: CasaForConditionalGeneration) -> bool:
-    """Whether a model can have a bound on its text: not under insertion, nor with blocks that forget by themselves."""
-    return _unforgetting(model) is None
-
-
-def _unforgetting(model: CasaForConditionalGeneration) -> str | None:
-    if model.fusion.method == "insertion":
-        return "an insertion model"
-    return "a model with sliding-window attention" if model.new_cache().slides else None
-
-
 class StreamingSession:
     """Captions for a live stream of frames.
 
     prompt: what the user asks for, in the chat template's user turn; None takes the processor's own.
-    max_text_tokens: bound on the cached text; None lets it grow by what is said. The prompt (and at least the
-        first 4 tokens) is never forgotten.
+    max_text_tokens: bound on the cached text, and on that of the open window; None lets both grow by what is said. The
+        prompt (and at least the first 4 tokens) is never forgotten. (A model with history=-1 keeps all images anyway.)
     max_new_tokens: the longest caption. sampling, seed: greedy unless asked.
     `notes` is the caller's own: whatever JSON holds, saved and loaded with the session, as one file.
-    Raises UserError for a bound too small for the prompt, or of a model whose text cannot be forgotten (`forgets`).
+    Raises UserError for a bound too small for the prompt, or of a model whose text cannot be forgotten (`bound`).
     """
 
     def __init__(
@@ -113,41 +104,36 @@ class StreamingSession:
         """Watches a frame (PIL.Image, or uint8 (H, W, 3)) and returns what it says: "" if nothing.
 
         cut: asked before every token; once it says True, the caption ends where it is (a live stream's budget).
-        Raises TypeError or ValueError for anything that is no picture; the session is then as before.
+        Raises TypeError or ValueError for anything that is no picture; whatever is raised, the session is as before.
         """
-        return self.accept(*run_together(self._model, [self.prepare(frame)], cut))
+        return self.accept(*run_together(self._model, [self.prepare(frame, cut)]))
 
     def ask(self, question: str, cut: Callable[[], bool] | None = None) -> str:
         """Answers a question about the frame at hand; captioning goes on with the next frame."""
-        return self.accept(*run_together(self._model, [self.prepare_question(question)], cut))
+        return self.accept(*run_together(self._model, [self.prepare_question(question, cut)]))
 
     @staticmethod
     def check(frame: Any) -> Image.Image:
         """The frame as a picture. Raises TypeError or ValueError for anything that is none; asks no model."""
         return check_picture(frame)
 
-    @torch.no_grad()
     def look(self, frame: Any) -> Looked:
         """Encodes and projects a frame ahead of its turn; `step` takes the result in its place, from any thread."""
         before, after, pixels = self._processor.frame(check_picture(frame))
-        device = self._model.device
-        grid = pixels["image_grid_thw"].to(device)
-        features = self._model.encode_images(pixels["pixel_values"].to(device), grid)
-        if self._model.fusion.method == "insertion":
-            return Looked(before, after, {"image_features": features, "image_grid_thw": grid})
-        projected = self._model.image_keys_values(features, grid)
-        return Looked(before, after, {"image_keys_values": projected, "image_grid_thw": grid})
+        return Looked(before, after, looked_at(self._model, pixels))
 
-    def prepare(self, frame: Any) -> Call:
-        """What this session feeds for a frame; hand it to `run_together`, and what comes back to `accept`."""
+    def prepare(self, frame: Any, cut: Callable[[], bool] | None = None) -> Call:
+        """What this session feeds for a frame; hand it to `run_together`, and what comes back to `accept`.
+
+        The session is as it was until then, whatever becomes of the call.
+        """
         seen = frame if isinstance(frame, Looked) else Looked(*self._processor.frame(check_picture(frame)))
         tokens, after = self._pending + seen.before, seen.after
         if not after:
             tokens, after = tokens[:-1], tokens[-1:]
-        self.frames += 1
-        return self._call(tokens + after, len(tokens), seen.images)
+        return self._call(tokens + after, len(tokens), seen.images, cut)
 
-    def prepare_question(self, question: str) -> Call:
+    def prepare_question(self, question: str, cut: Callable[[], bool] | None = None) -> Call:
         """The same for a question about the frame at hand. Raises UserError for one that the bound has no room for."""
         tokens = self._pending + self._turn_tokens(question)
         needed = self._sinks + len(tokens) + self.max_new_tokens
@@ -156,22 +142,30 @@ class StreamingSession:
                 f"this question, its answer and the prompt need {needed} tokens, and max_text_tokens is "
                 f"{self.max_text_tokens}; ask in fewer words."
             )
-        return self._call(tokens, None, {})
+        return self._call(tokens, None, {}, cut)
 
     def accept(self, said: Said) -> str:
         """Takes over the state that a call has left; its caption."""
+        text = self._processor.tokenizer.decode(said.tokens, skip_special_tokens=True).strip()
         self._cache, self._pending = said.cache, [said.pending]
         self._earlier = [*self._earlier, *said.tokens][-self.sampling.memory :] if self.sampling.memory else []
-        return self._processor.tokenizer.decode(said.tokens, skip_special_tokens=True).strip()
+        self.frames += said.call.place is not None
+        return text
 
     def _pick(self, logits: Tensor, said: list[int]) -> int:
         return self.sampling.pick(logits, said, self._generator, self._stops, self._earlier)
 
-    def _call(self, tokens: list[int], place: int | None, pixels: dict[str, Tensor]) -> Call:
-        # all the room that a caption may need is made first: nothing is forgotten while one is said
-        self._make_room(len(tokens) + self.max_new_tokens)
+    def _call(
+        self, tokens: list[int], place: int | None, pixels: dict[str, Tensor], cut: Callable[[], bool] | None
+    ) -> Call:
+        # what the call does, it does to a twin: a pass that fails leaves nothing behind
+        cache = self._cache.twin()
+        if self.max_text_tokens is not None:
+            # all the room that a caption may need is made first: nothing is forgotten while one is said
+            count, opens = len(tokens) + self.max_new_tokens, place is not None
+            make_room(cache, count, self.max_text_tokens, self._sinks, self._turns, opens)
         return Call(
-            cache=self._cache,
+            cache=cache,
             tokens=tokens,
             place=place,
             pixels=pixels,
@@ -180,6 +174,7 @@ class StreamingSession:
             stop=self._stop,
             most=self.max_new_tokens,
             draws=self._generator,
+            cut=cut,
         )
 
     @property
@@ -209,8 +204,7 @@ class StreamingSession:
         twin._cache = copy.deepcopy(self._cache)
         twin._pending, twin._earlier = list(self._pending), list(self._earlier)
         twin.notes = copy.deepcopy(self.notes)
-        twin._generator = torch.Generator()
-        twin._generator.set_state(self._generator.get_state())
+        twin._generator = _generator(self._generator.get_state())
         return twin
 
     def save(self, path: str | Path) -> None:
@@ -252,9 +246,7 @@ class StreamingSession:
         session.notes = settings.get("notes", {})
         session._sinks = settings["sinks"]
         session._pending, session._earlier = list(settings["pending"]), list(settings["earlier"])
-        session._generator = torch.Generator()
-        session._generator.set_state(generator)
-        session._cache = cache
+        session._generator, session._cache = _generator(generator), cache
         return session
 
     def _prompt_tokens(self, prompt: str) -> list[int]:
@@ -274,7 +266,7 @@ class StreamingSession:
         bound = self.max_text_tokens
         if bound is None:
             return
-        if (kind := _unforgetting(self._model)) is not None:
+        if (kind := unforgetting(self._model)) is not None:
             raise UserError(f"{kind} cannot forget its text; leave max_text_tokens out.")
         needed = self._sinks + self.most_step_tokens
         if bound < needed:
@@ -283,13 +275,8 @@ class StreamingSession:
                 "raise it, or lower max_new_tokens."
             )
 
-    def _make_room(self, count: int) -> None:
-        """Forgets the oldest text beyond the sinks, an eighth of the bound at a time so that it happens rarely."""
-        if self.max_text_tokens is None:
-            return
-        surplus = self._cache.num_text + count - self.max_text_tokens
-        if surplus <= 0:
-            return
-        wanted = max(surplus, (self.max_text_tokens - self._sinks) // 8)
-        most = max(0, self._cache.num_text - self._sinks)
-        self._cache.drop_text(self._sinks, min(wanted, most), self._turns)
+
+def _generator(state: Tensor) -> torch.Generator:
+    generator = torch.Generator()
+    generator.set_state(state)
+    return generator
