@@ -1,11 +1,23 @@
 """Streams: turns of fixed length beside insertion, and how many sessions keep up. No test asserts a time."""
 
+import io
 import itertools
+import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from casa.benchmarks.sessions import bench_sessions, keep_pace, sessions_summary, sessions_table
+from casa.benchmarks import sessions
+from casa.benchmarks.sessions import (
+    Load,
+    bench_sessions,
+    feed,
+    keep_pace,
+    sessions_summary,
+    sessions_table,
+    try_sessions,
+)
 from casa.benchmarks.turns import bench_turns, plot_turns, turns_summary, turns_table
 from casa.errors import UserError
 from casa.testing import tiny_casa, tiny_processor
@@ -52,6 +64,60 @@ def test_sessions_double_until_one_is_too_slow(model):
     assert [load.sessions for load in slow] == [1]
     assert sessions_summary(slow, 1e6)["sustained"] == 0
     assert "too slow" in sessions_table(slow, 1e6)
+
+
+@pytest.mark.parametrize(
+    ("most", "kept", "tried"),
+    [(16, 11, [1, 2, 4, 8, 10, 11, 12, 16]), (16, 16, [1, 2, 4, 8, 16]), (5, 4, [1, 2, 4, 5]), (8, 0, [1])],
+)
+def test_the_bound_is_looked_for_between_what_is_sustained_and_what_is_not(model, monkeypatch, most, kept, tried):
+    monkeypatch.setattr(sessions, "_load", lambda *given: Load(given[2], 1.0, 1.0, 0, (1.0, 1.0), given[2] <= kept, 0))
+    loads = bench_sessions(model, tiny_processor(), most)
+    assert [load.sessions for load in loads] == tried
+    assert sessions_summary(loads, 2.0)["sustained"] == kept
+
+
+def test_frames_come_by_the_clock_each_sessions_at_moments_of_its_own():
+    now, heard = 0.0, []
+
+    def sleep(seconds):
+        nonlocal now
+        now += seconds
+
+    class Engine:
+        def offer(self, name, picture):
+            heard.append((now, name, picture.size))
+
+    file = io.BytesIO()
+    Image.new("RGB", (28, 56)).save(file, "JPEG")
+    frame = file.getvalue()
+    assert feed(Engine(), {"a": [frame] * 2, "b": [frame] * 2}, 2.0, lambda: now, sleep) == 0.75
+    assert heard == [(0.0, "a", (28, 56)), (0.25, "b", (28, 56)), (0.5, "a", (28, 56)), (0.75, "b", (28, 56))]
+
+
+def test_what_comes_by_the_clock_is_watched_or_counted_as_dropped(model, monkeypatch):
+    tried = try_sessions(model, tiny_processor(), 2, fps=20.0, seconds=0.25)
+    assert (tried.sessions, tried.frames) == (2, 10)
+    assert tried.watched + tried.dropped == 10
+    assert tried.watched >= 2
+    # an engine that is not ready until all frames have come
+    ready = threading.Event()
+    ready.set()
+    step = sessions.StreamingEngine.step
+
+    def late(*given):
+        ready.clear()
+        try:
+            return feed(*given)
+        finally:
+            ready.set()
+
+    monkeypatch.setattr(sessions, "feed", late)
+    monkeypatch.setattr(sessions.StreamingEngine, "step", lambda self: ready.wait(60) and step(self))
+    tried = try_sessions(model, tiny_processor(), 2, fps=20.0, seconds=0.25)
+    assert (tried.watched, tried.dropped) == (2, 8)
+    assert "8 of 10 frames dropped" in sessions_table([], 20.0, tried)
+    assert sessions_summary([], 20.0, tried)["by_the_clock"]["dropped"] == 8
 
 
 @pytest.mark.parametrize(

@@ -75,12 +75,15 @@ def stream(
     loaded, processor = load_at_hand(model, device)
     settings: dict[str, Any] = {"model": model, "size": size, "seed": seed}
     if sessions is not None:
-        from casa.benchmarks.sessions import bench_sessions, sessions_summary, sessions_table
+        from casa.benchmarks.sessions import bench_sessions, sessions_summary, sessions_table, sustained, try_sessions
 
         bound = max_text_tokens if max_text_tokens is not None else 128
         settings["max_text_tokens"] = bound
         loads = bench_sessions(loaded, processor, sessions, fps, size, max_text_tokens=bound, seed=seed)
-        found, table = sessions_summary(loads, fps), sessions_table(loads, fps)
+        most, tried = sustained(loads), None
+        if most:
+            tried = try_sessions(loaded, processor, most, fps, size, max_text_tokens=bound, seed=seed)
+        found, table = sessions_summary(loads, fps, tried), sessions_table(loads, fps, tried)
     elif tokens is not None:
         from casa.benchmarks.stream import handwriting
         from casa.benchmarks.turns import bench_turns, plot_turns, turns_summary, turns_table
