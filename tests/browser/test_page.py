@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from casa.demo.clip import shipped_clip
+from casa.demo.film import scene
+from casa.evaluation.metrics import edit_distance
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.serving.app import create_app
 from casa.serving.server import Server
@@ -24,6 +26,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 # where everything is meant to be there, a browser that is not is a failure
 pytestmark = pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="there is no Chromium here")
 PATIENCE_MS = 60_000
+SLOW_FPS = 0.5  # a caption may then take two seconds, and none is cut
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +75,54 @@ def page(browser, server):
     assert elsewhere == []
 
 
+def slow_down(page):
+    """Has the next stream show `SLOW_FPS` frames a second."""
+    # the page has read what the server tells of itself
+    wait(page, "document.getElementById('fps').value !== ''")
+    page.click("details.settings summary")
+    page.fill("#fps", str(SLOW_FPS))
+    page.click("details.settings summary")
+
+
+def seconds(told):
+    """The page writes 62.5 as 01:02.5."""
+    minutes, rest = told.split(":")
+    return 60 * int(minutes) + float(rest)
+
+
 def lines(page):
-    return page.locator("#log li span").all_inner_texts()
+    """What was said until now: (time of the frame in s, text)."""
+    times = page.locator("#log li time").all_inner_texts()
+    # one more may have come meanwhile
+    return list(zip(map(seconds, times), page.locator("#log li span").all_inner_texts(), strict=False))
+
+
+def in_view(film, at):
+    """The numbers on a frame of the film, whose time the page tells to a tenth of a second; two where they change."""
+    near = (film.visible(at + by) for by in (-0.1, 0.0, 0.1, 0.2))
+    return {number.text for number in near if number is not None}
+
+
+def ask(page, question):
+    """The time of the frame at hand, and the answer."""
+    count = page.locator("#answers li").count()
+    page.fill("#question", question)
+    page.keyboard.press("Enter")
+    wait(page, f"document.querySelectorAll('#answers li').length > {count}")
+    about = page.locator("#answers li:first-child q").inner_text()
+    return seconds(about.split()[0]), page.locator("#answers li:first-child span").inner_text()
+
+
+def read_number(page, film):
+    """A number of two digits or more that was in view, and what the model read."""
+    end = time.monotonic() + PATIENCE_MS / 1000
+    while time.monotonic() < end:
+        at, answer = ask(page, "Read line 1.")
+        numbers = in_view(film, at)
+        if len(numbers) == 1 and len(number := numbers.pop()) > 1:
+            return number, answer
+        page.wait_for_timeout(500)
+    raise AssertionError("no number came into view")
 
 
 CUT = "…"  # behind a caption that a slow machine did not finish in time
@@ -94,22 +143,22 @@ def shown(page, count):
 
 def test_a_film_is_captioned_a_question_answered_and_captions_downloaded(page, server):
     clip = shipped_clip()
+    film = scene(clip.seed)
+    slow_down(page)
     page.set_input_files("#file", clip.path)
     shown(page, 3)
     assert page.inner_text("#status") == "live"
     # both at one moment
     last = "document.querySelector('#log li:last-child span').textContent"
     wait(page, f"document.getElementById('caption').textContent === {last}")
-    page.fill("#question", "Read line 1.")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#answers li span")
-    assert page.inner_text("#answers li span").strip()
+    # the model takes one digit in twenty-five for another
+    number, answer = read_number(page, film)
+    assert edit_distance(number, answer) <= 1
     shown(page, 4)
-    # what is on screen is right, but for a digit now and then
-    truth = [text for _, text in clip.captions]
-    said = [text for text in lines(page) if not text.endswith(CUT)]
-    assert sum(text in truth for text in said) >= len(said) - 2
-    assert int(page.inner_text("#dropped")) >= 0
+    said = lines(page)
+    assert len(said) >= 3
+    assert not [text for _, text in said if text.endswith(CUT)]
+    assert len([text for at, text in said if text not in in_view(film, at)]) <= 1, said
     assert page.inner_text("#lag").endswith(("ms", "s"))
     assert "measured" in page.text_content("#how")
     if path := os.environ.get("CASA_SCREENSHOT"):
@@ -126,19 +175,27 @@ def test_a_film_is_captioned_a_question_answered_and_captions_downloaded(page, s
         text = Path(download.value.path()).read_text()
         assert download.value.suggested_filename == f"captions.{kind}"
         assert re.match(head, text)
-        assert all(line in text for line in said[:-1])
+        assert all(line in text for _, line in said[:-1])
 
     page.click("#pause")
     page.wait_for_selector("#status[data-state=paused]")
-    page.fill("#question", "How many digits are in line 1?")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#answers li:nth-child(2)")
+    assert ask(page, "How many digits are in line 1?")[1].strip()
     frames = int(page.inner_text("#frames"))
-    page.wait_for_timeout(1200)
+    page.wait_for_timeout(1250 / SLOW_FPS)
     assert int(page.inner_text("#frames")) == frames
     assert page.evaluate("document.getElementById('video').paused")
     page.click("#pause")
     wait(page, f"Number(document.getElementById('frames').textContent) > {frames + 1}")
+    # a server that is busy watches the newest frame, and the page says how many it did not
+    dropped = int(page.inner_text("#dropped"))
+    busy = threading.Event()
+    server._state.worker.call(busy.wait)
+    try:
+        wait(page, f"Number(document.getElementById('dropped').textContent) > {dropped}")
+    finally:
+        busy.set()
+    frames = int(page.inner_text("#frames"))
+    wait(page, f"Number(document.getElementById('frames').textContent) > {frames}")
 
 
 PIXELS_OF_THE_CURVES = """

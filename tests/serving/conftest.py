@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import struct
 import threading
 import time
 from contextlib import contextmanager
@@ -42,6 +43,11 @@ def encoded(picture, kind="PNG"):
     file = io.BytesIO()
     picture.save(file, kind)
     return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def encode():
+    return encoded
 
 
 @pytest.fixture(scope="session")
@@ -148,3 +154,27 @@ class Client:
 @pytest.fixture(scope="session")
 def client():
     return Client
+
+
+def wire(kind, body, size=None):
+    """A WebSocket message as a client sends it. kind: 1 for text, 2 for bytes. size: what its head claims to follow."""
+    size = len(body) if size is None else size
+    length = bytes([0x80 | size]) if size < 126 else b"\xfe" + struct.pack(">H", size)
+    return bytes([0x80 | kind]) + length + bytes(4) + body
+
+
+class Raw:
+    """What a client sends, byte by byte, for those that do what no client does."""
+
+    upgrade = (
+        b"GET /v1/streams HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    hello = wire(1, b'{"type": "hello"}')
+    # the head of a frame of 60,000 bytes, and a few of them
+    half_a_frame = wire(2, bytes(500), 60_000)
+
+
+@pytest.fixture(scope="session")
+def raw_bytes():
+    return Raw

@@ -1,5 +1,6 @@
 """/v1/streams through a real server: frames in, events out, one stream as if it were alone."""
 
+import io
 import json
 import threading
 import urllib.error
@@ -7,6 +8,7 @@ import urllib.request
 from contextlib import contextmanager
 
 import pytest
+from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from casa.serving import Limits
@@ -70,6 +72,17 @@ def test_captions_are_those_of_a_session_alone(server, client, model, pictures, 
     inserted = [usage["insertion"]["cache_bytes"] for _, usage in heard]
     assert inserted == sorted(inserted)
     assert inserted[-1] - inserted[0] > held[-1] - held[0]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_frames_of_three_formats(server, client, model, pictures, encode, kind):
+    sent = [encode(picture, kind) for picture in pictures[:4]]
+    session = StreamingSession(model, tiny_processor(), max_text_tokens=1024, max_new_tokens=5)
+    with client(server) as one:
+        one.hello(fps=0.01)
+        heard = [one.show(frame)[0] for frame in sent]
+    assert heard == [session.step(Image.open(io.BytesIO(frame)).convert("RGB")) for frame in sent]
+    assert any(heard)
 
 
 def test_captions_as_files_while_it_runs_and_afterwards(server, client, frames):
@@ -239,6 +252,28 @@ def test_silence_ends_it(serving, client):
             with pytest.raises(ConnectionClosed) as closed:
                 one.hear()
             assert closed.value.rcvd.code == 1008
+
+
+def test_more_messages_a_second_than_allowed(serving, client, frames):
+    with serving(limits=Limits(messages_per_second=0.01)) as server, client(server) as one:
+        one.hello()
+        one.say(type="pause")
+        assert one.hear()["type"] == "paused"
+        one.say(type="resume")
+        error = one.hear()
+        assert "0.01 messages a second" in error["message"]
+        assert error["fatal"] is False
+        one.socket.send(frames[0])
+        assert one.hear()["frame"] == 1
+        (stream,) = server._state.worker._streams.values()
+        assert stream.paused
+
+
+def test_a_model_whose_thread_has_ended_is_no_healthy_one(serving):
+    with serving() as server:
+        server._state.worker.stop()
+        status, _, text = get(server, "/health")
+        assert (status, json.loads(text)["status"]) == (503, "failed")
 
 
 def test_metrics_do_not_wait_for_the_model(serving):

@@ -60,15 +60,13 @@ def test_who_does_not_read_is_let_go(impatient, until):
         until(lambda: len(connections) == before)
 
 
-def test_pings_without_end_from_one_who_does_not_read(impatient, client, until):
+def test_pings_without_end_from_one_who_does_not_read(impatient, raw_bytes, until):
     state = impatient._state
     raw = socket.socket()
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     raw.connect(("127.0.0.1", impatient.port))
     raw.settimeout(60)
-    key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
-    head = "GET /v1/streams HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    raw.sendall(f"{head}{key}\r\n".encode())
+    raw.sendall(raw_bytes.upgrade)
     assert raw.recv(12).startswith(b"HTTP/1.1 101")
     until(lambda: state.connections == 1)
     ping = (b"\x89\xfd" + bytes(4) + bytes(125)) * 500
@@ -81,6 +79,36 @@ def test_pings_without_end_from_one_who_does_not_read(impatient, client, until):
         send_for_ever()
     raw.close()
     until(lambda: state.connections == 0)
+
+
+def test_who_is_silent_in_mid_frame_and_answers_no_ping_has_vanished(serving, client, frames, raw_bytes, until):
+    limits = Limits(ping_seconds=0.5, caption_seconds=60.0)
+    with serving(limits=limits) as server, client(server) as good:
+        good.hello()
+        state = server._state
+        with connected(server) as raw:
+            raw.sendall(raw_bytes.upgrade + raw_bytes.hello)
+            until(lambda: state.worker.streams == 2)
+            raw.sendall(raw_bytes.half_a_frame)
+            # the connection stays open, and nobody at its end says a word
+            until(lambda: state.worker.streams == 1 and state.connections == 1)
+        assert good.show(frames[0])[1]["frame"] == 1
+
+
+def test_more_connections_than_there_is_room_for_are_turned_away(serving, until):
+    def health(server):
+        with connected(server) as raw:
+            raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            return raw.recv(12)
+
+    # twice as many as WebSockets
+    with serving(limits=Limits(connections=1)) as server:
+        held = server._server.server_state.connections
+        with connected(server):
+            until(lambda: len(held) == 1)
+            assert health(server) == b"HTTP/1.1 503"
+        until(lambda: not held)
+        assert health(server) == b"HTTP/1.1 200"
 
 
 def test_a_message_in_parts_without_end(impatient, client, until):

@@ -25,8 +25,9 @@ class Limits:
     new_tokens: the longest caption that a stream may ask for. text_tokens: what a stream remembers unless it asks for
     less or more, up to most_text_tokens.
     chats: completions at once. chat_tokens: the longest answer. prompt_tokens, chat_pictures: of one chat.
-    hello_seconds: for a stream's first message. idle_seconds: without any message. send_seconds: for one event to be
-    taken by a reader. body_seconds: for a request to arrive. fetch_seconds: for a picture from elsewhere to arrive.
+    hello_seconds: for a stream's first message. idle_seconds: without any message. ping_seconds: between two pings, and
+    for the answer to one. send_seconds: for one event to be taken by a reader. body_seconds: for a request to arrive.
+    fetch_seconds: for a picture from elsewhere to arrive.
     caption_seconds, answer_seconds: for what a stream says at once; others wait meanwhile.
     outbox: events that wait for a slow reader. captions: remembered of one stream.
     ended_streams, ended_seconds: how many streams that have ended keep their captions for download, and how long.
@@ -54,6 +55,7 @@ class Limits:
     chat_pictures: int = 16
     hello_seconds: float = 10.0
     idle_seconds: float = 300.0
+    ping_seconds: float = 20.0
     send_seconds: float = 20.0
     body_seconds: float = 30.0
     fetch_seconds: float = 10.0

@@ -12,7 +12,6 @@ from casa.errors import UserError
 from casa.serving.state import ServerState
 from casa.serving.transport import protocols
 
-PING_SECONDS = 20.0  # a client that does not answer for so long has vanished
 GRACE_SECONDS = 3
 
 
@@ -38,8 +37,9 @@ class Server:
             ws=websocket,
             # twice, so that a frame that is only somewhat too large gets its sentence
             ws_max_size=2 * max(limits.frame_bytes, limits.message_bytes),
-            ws_ping_interval=PING_SECONDS,
-            ws_ping_timeout=PING_SECONDS,
+            # who does not answer has vanished
+            ws_ping_interval=limits.ping_seconds,
+            ws_ping_timeout=limits.ping_seconds,
             limit_concurrency=2 * limits.connections,
             timeout_keep_alive=10,
             timeout_graceful_shutdown=GRACE_SECONDS,
