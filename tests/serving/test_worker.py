@@ -3,10 +3,9 @@
 import asyncio
 import threading
 import time
+from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from casa.errors import UserError
 from casa.serving import Limits
@@ -15,15 +14,18 @@ from casa.serving.metrics import Metrics
 from casa.serving.outbox import Outbox
 from casa.serving.transcript import Transcript
 from casa.serving.worker import Worker
-from casa.streaming import StreamingEngine, StreamingSession
+from casa.streaming import Sampling, StreamingEngine, StreamingSession
 from casa.testing import tiny_processor
 
 SETTINGS = {"max_new_tokens": 4}
+WORD = 7  # a token that ends nothing
 
 
 @pytest.fixture
-def worker(model):
-    made = Worker(StreamingEngine(model, tiny_processor(), most_sessions=3), Limits(questions=2))
+def worker(model, request):
+    """With as many rows in a step as a test asks for. What one stream says at once may take a minute."""
+    engine = StreamingEngine(model, tiny_processor(), most_sessions=3, most_rows=getattr(request, "param", 16))
+    made = Worker(engine, Limits(questions=2, caption_seconds=60.0, answer_seconds=60.0))
     made.start()
     yield made
     made.stop()
@@ -148,12 +150,11 @@ def test_a_failing_pass_is_told_and_leaves_the_stream_as_it_was(worker, model, p
         await hear(one, "usage")
         before = one.session
 
-        def fail(cut=None):
+        def fail(**_):
             monkeypatch.undo()
             raise MemoryError
 
         monkeypatch.setattr(worker.engine, "step", fail)
-        worker.engine._seats["a"].frame = None
         worker.offer(one, Ticket(2, 0.5, pictures[1]))
         error = (await hear(one, "error"))[-1]
         worker.offer(one, Ticket(3, 1.0, pictures[0]))
@@ -169,23 +170,27 @@ def test_a_failing_pass_is_told_and_leaves_the_stream_as_it_was(worker, model, p
     assert "failed" in caplog.text
 
 
+@dataclass(frozen=True)
+class Failing(Sampling):
+    """Finds no token after so many."""
+
+    after: int = 0
+
+    def pick(self, logits, said, *others):
+        if len(said) >= self.after:
+            raise RuntimeError("no token")
+        return WORD
+
+
 def test_a_stream_alone_whose_model_fails_once_goes_on_with_its_state(worker, model, pictures):
     async def scenario():
         (one,) = await opened(worker, "a")
         session, heard = one.session, []
         for turn in range(3):
-            if turn == 1:
-                # at its second token, when the frame is in the cache already
-                def fail(logits, said):
-                    if said:
-                        raise RuntimeError("no token")
-                    return 7
-
-                session._pick = fail
+            # at its second token, when the frame is in the cache already
+            session.sampling = Failing(after=1) if turn == 1 else Sampling()
             worker.offer(one, Ticket(turn + 1, turn / 2, pictures[turn]))
             heard.append(await hear(one, "usage", "error"))
-            if turn == 1:
-                del session._pick
         return heard, one.session is session
 
     heard, same = run(scenario)
@@ -203,12 +208,7 @@ def test_who_makes_a_shared_pass_fail_fails_alone(worker, model, pictures):
         good, bad = await opened(worker, "good", "bad")
         heard = []
         for turn in range(3):
-            if turn == 1:
-
-                def fail(logits, said):
-                    raise RuntimeError("no token")
-
-                bad.session._pick = fail
+            bad.session.sampling = Failing() if turn == 1 else Sampling()
             hold = threading.Event()
             worker.call(hold.wait)
             for one in (good, bad):
@@ -219,7 +219,6 @@ def test_who_makes_a_shared_pass_fail_fails_alone(worker, model, pictures):
             assert (end["type"], end["frame"]) == ("error" if turn == 1 else "usage", turn + 1)
             if turn == 1:
                 assert "RuntimeError" in end["message"]
-                del bad.session._pick
         return heard
 
     heard = run(scenario)
@@ -303,9 +302,9 @@ def test_streams_have_a_turn_between_the_slices_of_many_chats(worker, pictures, 
         turns, order = [], []
         step = worker.engine.step
 
-        def noted(cut):
+        def noted(**given):
             order.append(len(turns))
-            return step(cut)
+            return step(**given)
 
         worker.engine.step = noted
         hold = threading.Event()
@@ -324,8 +323,8 @@ def test_streams_have_a_turn_between_the_slices_of_many_chats(worker, pictures, 
 
 def test_it_sleeps_when_there_is_nothing_to_do(worker, monkeypatch):
     rounds = []
-    turns = worker._turns
-    monkeypatch.setattr(worker, "_turns", lambda: rounds.append(1) or turns())
+    begin = worker._begin
+    monkeypatch.setattr(worker, "_begin", lambda: rounds.append(1) or begin())
     for _ in range(3):
         worker.call(lambda: 1).result(60)
     time.sleep(0.2)
@@ -351,34 +350,79 @@ def test_stopping_cancels_what_waits(model):
     assert not worker.is_alive
 
 
-def test_a_caption_is_cut_at_the_longest_budget_of_the_pass(worker, monkeypatch):
-    cuts = []
-    step = worker.engine.step
+@dataclass(frozen=True)
+class Endless(Sampling):
+    """Never stops before it is `enough`."""
 
-    def noted(cut):
-        cuts.append(cut())
-        time.sleep(0.03)
-        cuts.append(cut())
-        return step(lambda: True)
+    begun: threading.Event = field(default_factory=threading.Event)
+    enough: threading.Event = field(default_factory=threading.Event)
 
-    monkeypatch.setattr(worker.engine, "step", noted)
+    def pick(self, logits, said, generator, stops=frozenset(), earlier=None):
+        self.begun.set()
+        return min(stops) if self.enough.is_set() else WORD
 
+
+def endless(sampling):
+    return {"sampling": sampling, "max_new_tokens": 10**6}
+
+
+def test_each_caption_is_cut_at_its_own_streams_budget_and_told_at_once(worker, pictures):
     async def scenario():
-        slow, fast = stream("slow", fps=0.01), stream("fast", fps=50)
+        slow, fast, sampling = stream("slow"), stream("fast", fps=20), Endless()
         for one in (slow, fast):
-            await asyncio.wrap_future(worker.open(one, **SETTINGS))
-        picture = Image.fromarray(np.zeros((28, 28, 3), np.uint8))
-        worker.offer(fast, Ticket(1, 0.0, picture))
-        await hear(fast, "usage")
-        alone = list(cuts)
+            await asyncio.wrap_future(worker.open(one, **endless(sampling)))
         hold = threading.Event()
         worker.call(hold.wait)
-        worker.offer(fast, Ticket(2, 0.0, picture))
-        worker.offer(slow, Ticket(1, 0.0, picture))
+        for one in (slow, fast):
+            worker.offer(one, Ticket(1, 0.0, pictures[0]))
         hold.set()
-        await hear(slow, "usage")
-        return alone, cuts[2:]
+        await hear(fast, "usage")
+        # nor does the next frame wait for the slow one
+        worker.offer(fast, Ticket(2, 0.05, pictures[1]))
+        await hear(fast, "usage")
+        assert len(slow.outbox) == 0
+        sampling.enough.set()
+        return await hear(slow, "usage"), [one._metrics.counted("cut") for one in (slow, fast)]
 
-    alone, together = run(scenario)
-    assert alone == [False, True]
-    assert together == [False, False]
+    events, cut = run(scenario)
+    assert cut == [0, 2]
+    assert [(event["type"], event["frame"]) for event in events] == [("caption", 1), ("usage", 1)]
+    assert events[0]["whole"]
+
+
+@pytest.mark.parametrize("worker", [16, 1], indirect=True)
+def test_an_answer_without_end_costs_no_other_stream_its_captions(worker, pictures):
+    async def scenario():
+        asked, other, sampling = stream("asked"), stream("other", fps=4), Endless()
+        await asyncio.wrap_future(worker.open(asked, **endless(sampling)))
+        await asyncio.wrap_future(worker.open(other, **SETTINGS))
+        worker.ask(asked, "what")
+        await asyncio.to_thread(sampling.begun.wait, 60)
+        for number in range(1, 4):
+            worker.offer(other, Ticket(number, number / 4, pictures[number]))
+            assert (await hear(other, "usage"))[-1]["frame"] == number
+            assert len(asked.outbox) == 0
+        sampling.enough.set()
+        return (await hear(asked, "answer"))[-1]
+
+    answer = run(scenario)
+    assert answer["whole"]
+    assert len(answer["text"]) > 3
+
+
+def test_who_leaves_in_the_middle_of_an_answer_is_forgotten(worker, pictures):
+    async def scenario():
+        asked, other, sampling = stream("asked"), stream("other"), Endless()
+        await asyncio.wrap_future(worker.open(asked, **endless(sampling)))
+        worker.ask(asked, "what")
+        await asyncio.to_thread(sampling.begun.wait, 60)
+        # neither coming nor going waits for an answer
+        await asyncio.wrap_future(worker.open(other, **SETTINGS))
+        await asyncio.wrap_future(worker.close(asked))
+        worker.offer(other, Ticket(1, 0.0, pictures[0]))
+        return text_of(await hear(other, "usage")), len(asked.outbox), len(worker.engine)
+
+    text, told, sessions = run(scenario)
+    assert text == StreamingSession(worker.engine.model, tiny_processor(), **SETTINGS).step(pictures[0])
+    assert (told, sessions) == (0, 1)
+    assert not worker._has_work()

@@ -79,15 +79,15 @@ def test_each_session_says_what_it_says_alone(model):
 
 def test_all_who_wait_share_one_pass(plain, monkeypatch):
     """Frames of three sizes, in three sessions: one batch per step, not one pass for each."""
-    from casa.streaming import engine as module
+    from casa.streaming import together
 
-    sizes, run_together = [], module.run_together
+    sizes, run_pass = [], together.run_pass
 
-    def counted(model, calls):
+    def counted(model, calls, halt=None):
         sizes.append(len(calls))
-        return run_together(model, calls)
+        return run_pass(model, calls, halt)
 
-    monkeypatch.setattr(module, "run_together", counted)
+    monkeypatch.setattr(together, "run_pass", counted)
     engine = StreamingEngine(plain, tiny_processor())
     for name, (_, settings) in STREAMS.items():
         engine.open(name, **SETTINGS, **settings)
@@ -180,6 +180,24 @@ def test_sessions_of_a_model_that_forgets_by_itself_are_themselves_in_company():
     assert heard == {"a": alone(model, "a", 6), "b": alone(model, "b", 3)}
     with pytest.raises(UserError, match="sliding-window attention cannot forget"):
         StreamingSession(model, tiny_processor(), max_text_tokens=200)
+
+
+@pytest.mark.parametrize("halt", [None, lambda: True])
+def test_of_such_a_model_too_nobody_waits_for_a_long_caption(halt):
+    """Sessions that cannot share a pass take turns, token by token."""
+    model = sliding()
+    engine = StreamingEngine(model, tiny_processor())
+    talking = Sampling(stop_bias=-1e4)
+    engine.open("long", max_new_tokens=9, sampling=talking)
+    engine.open("short", max_new_tokens=2, sampling=talking)
+    told, wanted = [], {}
+    for name, most in (("long", 9), ("short", 2)):
+        engine.offer(name, frames(1, 1)[0])
+        single = StreamingSession(model, tiny_processor(), max_new_tokens=most, sampling=talking)
+        wanted[name] = single.step(frames(1, 1)[0])
+    while engine.waiting:
+        engine.step(halt=halt, tell=told.append)
+    assert [(event.session, event.text) for event in told] == [("short", wanted["short"]), ("long", wanted["long"])]
 
 
 def test_a_slow_source_keeps_nobody_waiting(plain):

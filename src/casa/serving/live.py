@@ -31,7 +31,7 @@ class Ticket:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a stream is given in one step: a frame or a question."""
+    """What a stream is given at once: a frame or a question."""
 
     kind: str  # as in Event: "caption" or "answer"
     ticket: Ticket | None = None
@@ -54,12 +54,20 @@ class LiveStream:
         self.dropped = 0
         self.cache_bytes = 0
         self._ticket: Ticket | None = None
+        self._came = 0.0  # since when a frame waits, the same one or those that replaced it
         self._questions: deque[tuple[str, float]] = deque()
         self._place = 0.0  # where in the video the last frame stood
 
     @property
     def waits(self) -> bool:
-        return bool(self._questions) or (self._ticket is not None and not self.paused)
+        return self.waits_since is not None
+
+    @property
+    def waits_since(self) -> float | None:
+        """Since when something waits; None if nothing does."""
+        if self._questions:
+            return self._questions[0][1]
+        return self._came if self._ticket is not None and not self.paused else None
 
     @property
     def questions(self) -> int:
@@ -70,6 +78,8 @@ class LiveStream:
             return
         if self._ticket is not None:
             self.drop()
+        else:
+            self._came = ticket.arrived
         self._ticket = ticket
 
     def drop(self) -> None:
@@ -101,8 +111,12 @@ class LiveStream:
         """Seconds that this turn may take."""
         return limits.answer_seconds if turn.kind == "answer" else min(1 / self.fps, limits.caption_seconds)
 
+    def patience(self, limits: Limits) -> float:
+        """Seconds that it waits while others speak: half the time of a caption, so that it is in time for the next."""
+        return min(1 / self.fps, limits.caption_seconds) / 2
+
     def told(self, turn: Turn, event: Event, seconds: float) -> None:
-        """Passes on what a step has given. seconds: how long the step took. On the model's thread, after the step."""
+        """Passes on what a turn came to. seconds: how long it took. On the model's thread, as soon as it is there."""
         lag = monotonic() - turn.arrived
         self.measure()
         if event.error is not None:

@@ -4,8 +4,9 @@
     routes --call--> short jobs ---------------- +--> one thread: jobs, a step over all streams, a slice of one chat
     routes --chat--> completions ----------------+
 
-It sleeps until something waits. A step is cut at its budget, the longest among the streams that take part, so that
-nobody's caption is shortened by a stream that asks for more frames a second. Streams have a turn after every slice.
+It sleeps until something waits. What a stream says is cut at that stream's own budget, and told as soon as it is there.
+A step ends where another stream would wait too long; what is half said by then goes on in the next one, with the frames
+that have come. So nobody waits for a long caption or answer. Streams have a turn after every slice of a chat.
 """
 
 import logging
@@ -13,15 +14,17 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol
 
 from casa.errors import UserError
 from casa.serving.limits import Limits
 from casa.serving.live import LiveStream, Ticket, Turn
-from casa.streaming import StreamingEngine
+from casa.streaming import Event, StreamingEngine
+from casa.streaming.pacing import Budget
 
-CHAT_SECONDS = 0.05  # that one completion may take before streams and other completions have their turn
+SLICE_SECONDS = 0.05  # that one completion, or a step while others want its place, may take
 
 STOPPING = UserError("the server is stopping; try again later.")
 
@@ -38,6 +41,15 @@ class Work(Protocol):
     def fail(self, error: Exception) -> None: ...
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A turn that a stream has, since `start` by the monotonic clock."""
+
+    stream: LiveStream
+    turn: Turn
+    start: float
+
+
 class Worker:
     """Runs an engine. All methods but `run`'s own may be called from any thread."""
 
@@ -46,6 +58,7 @@ class Worker:
         self._wake = threading.Condition()
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._streams: dict[str, LiveStream] = {}
+        self._begun: dict[str, _Begun] = {}  # by the stream's name
         self._chats: deque[Work] = deque()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -119,6 +132,7 @@ class Worker:
         def job() -> None:
             with self._wake:
                 self._streams.pop(stream.name, None)
+            self._begun.pop(stream.name, None)
             if stream.name in self.engine:
                 self.engine.close(stream.name)
             stream.session = None
@@ -158,6 +172,7 @@ class Worker:
             self._stopping
             or bool(self._jobs)
             or bool(self._chats)
+            or bool(self._begun)
             or any(stream.waits for stream in self._streams.values())
         )
 
@@ -171,48 +186,75 @@ class Worker:
                 self._jobs.clear()
             for job, future in jobs:
                 _do(job, future)
-            with self._wake:
-                turns = self._turns()
             try:
-                if turns:
-                    self._step(turns)
+                self._begin()
+                if self._begun:
+                    self._step()
                 self._advance_chat()
             except Exception:  # whatever it was, the other streams go on
                 log.exception("the model's thread met an error")
 
-    def _turns(self) -> dict[str, tuple[LiveStream, Turn]]:
-        """One turn for each stream that waits, as many as fit in a pass; who had one goes to the end of the line."""
-        turns: dict[str, tuple[LiveStream, Turn]] = {}
-        for name, stream in list(self._streams.items()):
-            if len(turns) < self.engine.most_rows and (turn := stream.take()) is not None:
-                self._streams[name] = self._streams.pop(name)
-                turns[name] = (stream, turn)
-        return turns
+    def _begin(self) -> None:
+        """A turn for each stream that waits, as many as the next step has room for beside those that go on.
 
-    def _step(self, turns: dict[str, tuple[LiveStream, Turn]]) -> None:
-        for name, (_, turn) in turns.items():
-            if turn.ticket is not None:
-                self.engine.offer(name, turn.ticket.picture)
-            else:
-                self.engine.ask(name, turn.question)
-        start = monotonic()
-        end = start + max(stream.budget(turn, self._limits) for stream, turn in turns.values())
+        Who is in a step goes to the end of the line, as in the engine, which then chooses the same.
+        """
+        start, room = monotonic(), self.engine.most_rows
+        with self._wake:
+            for name, stream in list(self._streams.items()):
+                if room == 0:
+                    return
+                if name not in self._begun:
+                    if (turn := stream.take()) is None:
+                        continue
+                    if turn.ticket is not None:
+                        self.engine.offer(name, turn.ticket.picture)
+                    else:
+                        self.engine.ask(name, turn.question)
+                    self._begun[name] = _Begun(stream, turn, start)
+                self._streams[name] = self._streams.pop(name)
+                room -= 1
+
+    def _step(self) -> None:
+        cuts = {
+            name: Budget(monotonic, begun.start + begun.stream.budget(begun.turn, self._limits))
+            for name, begun in self._begun.items()
+        }
+        # some that have begun have no place in this step
+        crowded_until = monotonic() + SLICE_SECONDS if len(self._begun) > self.engine.most_rows else None
         try:
-            events = self.engine.step(cut=lambda: monotonic() > end)
+            self.engine.step(cuts=cuts, halt=lambda: self._is_wanted(crowded_until), tell=self._tell)
         except Exception as error:
             # the engine answers for its sessions; whatever this was, their states are as they were
-            log.exception("a step over %d streams failed", len(turns))
-            for stream, turn in turns.values():
-                stream.fail(turn, f"the model failed at this ({type(error).__name__}); it was left out.")
+            log.exception("a step over %d streams failed", len(self._begun))
+            for name, begun in self._begun.items():
+                self.engine.forget(name)
+                begun.stream.fail(begun.turn, f"the model failed at this ({type(error).__name__}); it was left out.")
+            self._begun.clear()
+
+    def _is_wanted(self, crowded_until: float | None) -> bool:
+        """Whether a step is to end here, since somebody who is not in it has waited long enough."""
+        now = monotonic()
+        if crowded_until is not None and now >= crowded_until:
+            return True
+        with self._wake:
+            if self._stopping or self._jobs:
+                return True
+            waiting = [stream for name, stream in self._streams.items() if name not in self._begun]
+            return any(
+                (since := stream.waits_since) is not None and now >= since + stream.patience(self._limits)
+                for stream in waiting
+            )
+
+    def _tell(self, event: Event) -> None:
+        """Tells a stream what its turn came to, in the middle of a step."""
+        if (begun := self._begun.pop(event.session, None)) is None:
             return
-        seconds = monotonic() - start
-        for event in events:
-            stream, turn = turns[event.session]
-            try:
-                stream.told(turn, event, seconds)
-            except Exception as error:  # the others are told theirs
-                log.exception("what a stream said was lost")
-                stream.fail(turn, f"the server failed at this ({type(error).__name__}); it was left out.")
+        try:
+            begun.stream.told(begun.turn, event, monotonic() - begun.start)
+        except Exception as error:  # the others are told theirs
+            log.exception("what a stream said was lost")
+            begun.stream.fail(begun.turn, f"the server failed at this ({type(error).__name__}); it was left out.")
 
     def _advance_chat(self) -> None:
         """A slice of the completion that has waited longest."""
@@ -221,7 +263,7 @@ class Worker:
         if chat is None:
             return
         try:
-            done = chat.advance(monotonic() + CHAT_SECONDS)
+            done = chat.advance(monotonic() + SLICE_SECONDS)
         except Exception as error:
             if not isinstance(error, UserError):
                 log.exception("a completion failed")

@@ -5,13 +5,15 @@ frame that is no picture, a failure or a budget that is spent shows in that sess
 
     offer(a, frame)  offer(b, frame)          frames wait, the newest of a session wins
     step()                                    one pass over all sessions with a frame waiting -> events
+
+A step can be halted: what is half said then goes on in the next one, beside the frames that have come meanwhile.
 """
 
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.models.loading import sentence_of
 from casa.streaming.session import StreamingSession
-from casa.streaming.together import Call, Said, run_together
+from casa.streaming.together import Call, Said, run_each
 
 log = logging.getLogger("casa.streaming")
 
@@ -43,6 +45,7 @@ class Event:
 @dataclass
 class _Seat:
     session: StreamingSession
+    half: "_Turn | None" = None  # what a step that was halted has left
     frame: Any = None
     questions: deque[str] = field(default_factory=deque)
     dropped: int = 0
@@ -50,12 +53,12 @@ class _Seat:
 
     @property
     def waits(self) -> bool:
-        return bool(self.questions) or (self.frame is not None and not self.paused)
+        return self.half is not None or bool(self.questions) or (self.frame is not None and not self.paused)
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """What a session is given in one step: a frame, or a question."""
+    """What a session is given in one step: a frame, a question, or the call by which one of these goes on."""
 
     name: str
     seat: _Seat
@@ -64,6 +67,8 @@ class _Turn:
 
     def call(self, cut: Cut | None) -> Call | Event:
         """What the session feeds; the event at once if it cannot."""
+        if isinstance(self.given, Call):
+            return replace(self.given, cut=cut)
         prepare = self.seat.session.prepare if self.kind == "caption" else self.seat.session.prepare_question
         try:
             return prepare(self.given, cut)
@@ -182,6 +187,13 @@ class StreamingEngine:
                 raise UserError(f"{len(questions)} questions of session {name!r} wait for answers; ask again later.")
             questions.append(question)
 
+    def forget(self, name: str) -> None:
+        """Drops what waits in a session, or is half said; its state is as it was before that."""
+        with self._lock:
+            seat = self._seat(name)
+            seat.half, seat.frame = None, None
+            seat.questions.clear()
+
     def dropped(self, name: str) -> int:
         """Frames that were replaced before they had their turn."""
         with self._lock:
@@ -193,44 +205,50 @@ class StreamingEngine:
         with self._lock:
             return sum(seat.waits for seat in self._seats.values())
 
-    def step(self, cut: Cut | None = None, cuts: Mapping[str, Cut] | None = None) -> list[Event]:
+    def step(
+        self,
+        cut: Cut | None = None,
+        cuts: Mapping[str, Cut] | None = None,
+        halt: Callable[[], bool] | None = None,
+        tell: Callable[[Event], None] | None = None,
+    ) -> list[Event]:
         """One pass over the sessions that have a question or a frame waiting, those that waited longest first.
 
         cut: asked before every token; once it says True, all captions end where they are. cuts: of some sessions, by
         name, asked in its place; it ends the caption of that session, and the others go on.
+        halt: asked after every token; once it says True, the step ends. What is half said goes on in the next one, by
+        that one's cuts; until it is said, its session is as it was before, also for `save` and `fork`.
+        tell: called with each event as soon as it is there, others being half said still.
         Whatever fails in a turn is that session's event, and the session then is as it was before.
         """
         with self._stepping:
             turns = self._take_turns()
-            calls = [turn.call((cuts or {}).get(turn.name, cut)) for turn in turns]
-            said = iter(self._run([call for call in calls if isinstance(call, Call)]))
-            events = [
-                turn.event(next(said)) if isinstance(call, Call) else call
-                for turn, call in zip(turns, calls, strict=True)
-            ]
-            with self._lock:
-                # who has gone meanwhile, or come anew under the same name, is told nothing
-                return [
-                    event for turn, event in zip(turns, events, strict=True) if self._seats.get(turn.name) is turn.seat
-                ]
+            calls: dict[int, Call] = {}
+            events: dict[int, Event] = {}
 
-    def _run(self, calls: list[Call]) -> list[Said | Exception]:
-        """What each call comes to. If the pass over several fails, each has one of its own, so that the culprit's error
-        is nobody else's.
-        """
-        # rows of different ages do not fit together in a cache of which each keeps the newest only
-        if len(calls) > 1 and not any(call.cache.slides for call in calls):
-            try:
-                return list(run_together(self.model, calls))
-            except Exception:
-                log.exception("a pass over %d sessions failed; each has one of its own", len(calls))
-        found: list[Said | Exception] = []
-        for call in calls:
-            try:
-                found += run_together(self.model, [call])
-            except Exception as error:
-                found.append(error)
-        return found
+            def end(at: int, event: Event) -> None:
+                with self._lock:
+                    # who has gone meanwhile, or come anew under the same name, is told nothing
+                    if self._seats.get(turns[at].name) is not turns[at].seat:
+                        return
+                events[at] = event
+                if tell is not None:
+                    tell(event)
+
+            for at, turn in enumerate(turns):
+                call = turn.call((cuts or {}).get(turn.name, cut))
+                if isinstance(call, Call):
+                    calls[at] = call
+                else:
+                    end(at, call)
+            places = list(calls)
+            for row, found in run_each(self.model, list(calls.values()), halt):
+                at = places[row]
+                if isinstance(found, Call):
+                    turns[at].seat.half = replace(turns[at], given=found)
+                else:
+                    end(at, turns[at].event(found))
+            return [events[at] for at in sorted(events)]
 
     def _take_turns(self) -> list[_Turn]:
         turns = []
@@ -240,7 +258,10 @@ class StreamingEngine:
                     continue
                 # who had a turn goes to the end of the line
                 self._seats[name] = self._seats.pop(name)
-                if seat.questions:
+                if seat.half is not None:
+                    turns.append(seat.half)
+                    seat.half = None
+                elif seat.questions:
                     turns.append(_Turn(name, seat, "answer", seat.questions.popleft()))
                 else:
                     turns.append(_Turn(name, seat, "caption", seat.frame))

@@ -43,20 +43,18 @@ def join(caches: Sequence[CasaCache], empty: CasaCache) -> tuple[CasaCache, Tens
     return empty, _mask(lengths, longest)
 
 
-def part(cache: CasaCache, row: int, kept: Tensor, idle: int, empty: CasaCache) -> CasaCache:
+def part(cache: CasaCache, row: int, kept: Tensor, empty: CasaCache) -> CasaCache:
     """Row `row` of a joined cache as a cache of its own, filled into `empty`.
 
-    kept: bool (tokens of text cached,), the slots that are this session's. idle: how many tokens of its open window
-    are not (a row that has finished its caption runs on with the others).
+    kept: bool (tokens of text cached,), the slots that are this session's.
     """
     empty.num_text = int(kept.sum())
     slots = kept
     if (stream := cache.stream) is not None:
-        real = stream.mask[row].nonzero().flatten()
-        slots = real[: len(real) - idle]
+        slots = stream.mask[row].nonzero().flatten()
         empty.stream = StreamState(
-            torch.ones(1, len(slots), dtype=torch.bool, device=real.device),
-            stream.next_position[row : row + 1] - idle,
+            torch.ones(1, len(slots), dtype=torch.bool, device=slots.device),
+            stream.next_position[row : row + 1].clone(),
             stream.images[row : row + 1].clone(),
         )
     for index in range(len(cache.text.layers)):
@@ -64,7 +62,7 @@ def part(cache: CasaCache, row: int, kept: Tensor, idle: int, empty: CasaCache) 
             keys, values = (x[row : row + 1, :, slots.to(x.device)] for x in found)
             empty.text.update(keys, values, index)
     if cache.windows is not None:
-        empty.windows = _part_of_windows(cache.windows, row, idle)
+        empty.windows = _part_of_windows(cache.windows, row)
     return empty
 
 
@@ -120,10 +118,8 @@ def _joined_windows(states: Sequence[WindowState | None]) -> WindowState | None:
     return WindowState(windows, layers)
 
 
-def _part_of_windows(state: WindowState, row: int, idle: int) -> WindowState:
+def _part_of_windows(state: WindowState, row: int) -> WindowState:
     extents = list(state.windows[row])
-    if extents and idle:
-        extents[-1] = extents[-1].longer(-idle)
     own = sum(window.images for window in extents)
     said = extents[-1].text if extents else 0
     layers = []

@@ -147,19 +147,16 @@ class StreamingSession:
     def accept(self, said: Said) -> str:
         """Takes over the state that a call has left; its caption."""
         text = self._processor.tokenizer.decode(said.tokens, skip_special_tokens=True).strip()
-        self._cache, self._pending = said.cache, [said.pending]
+        self._cache, self._pending, self._generator = said.cache, [said.pending], said.call.draws
         self._earlier = [*self._earlier, *said.tokens][-self.sampling.memory :] if self.sampling.memory else []
         self.frames += said.call.place is not None
         return text
-
-    def _pick(self, logits: Tensor, said: list[int]) -> int:
-        return self.sampling.pick(logits, said, self._generator, self._stops, self._earlier)
 
     def _call(
         self, tokens: list[int], place: int | None, pixels: dict[str, Tensor], cut: Callable[[], bool] | None
     ) -> Call:
         # what the call does, it does to a twin: a pass that fails leaves nothing behind
-        cache = self._cache.twin()
+        cache, draws = self._cache.twin(), _generator(self._generator.get_state())
         if self.max_text_tokens is not None:
             # all the room that a caption may need is made first: nothing is forgotten while one is said
             count, opens = len(tokens) + self.max_new_tokens, place is not None
@@ -169,11 +166,11 @@ class StreamingSession:
             tokens=tokens,
             place=place,
             pixels=pixels,
-            pick=self._pick,
+            pick=lambda logits, said: self.sampling.pick(logits, said, draws, self._stops, self._earlier),
             stops=self._stops,
             stop=self._stop,
             most=self.max_new_tokens,
-            draws=self._generator,
+            draws=draws,
             cut=cut,
         )
 

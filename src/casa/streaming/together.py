@@ -3,12 +3,14 @@
 Shapes: n sessions, L tokens of the call per row, S tokens cached so far, V vocabulary.
 
 Every session brings the tokens around its frame; rows are padded on the left, their frames encoded together. Then all
-rows decode in step. A row that has finished runs on, unheard, until the last one has, and is cut back afterwards: that
-costs less than taking rows out of the batch. So does a row whose time is over, while the others go on.
+rows decode in step. What a row has come to is taken out as soon as it has finished, or its time is over. The row itself
+runs on, unheard, until the last one has: that costs less than a smaller batch. A pass can be ended in the middle of
+captions, which then go on in another one, in whatever company.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,16 +19,19 @@ from torch import Tensor
 from casa.models import CasaCache, CasaForConditionalGeneration
 from casa.streaming import rows
 
+log = logging.getLogger("casa.streaming")
+
 
 @dataclass(frozen=True)
 class Call:
     """What one session feeds.
 
-    tokens: text around the frame. place: index of the token before which the frame stands; None if there is no frame,
-    and then no pixels. pixels: as the processor gave them, or what `looked_at` made of them. pick: the next token, from
-    logits (V,) and what has been said so far. stops: tokens that end a caption; stop: the one that stands for a caption
-    that time or `most` cut short. most: tokens of the longest caption. draws: the generator that `pick` draws from.
-    cut: asked before every token; once it says True, this caption ends where it is.
+    tokens: text around the frame. place: index of the token before which the frame stands; None if there is no frame.
+    pixels: as the processor gave them, or what `looked_at` made of them; empty if there is no frame, or it has been fed
+    already. pick: the next token, from logits (V,) and what has been said so far. stops: tokens that end a caption;
+    stop: the one that stands for a caption that time or `most` cut short. most: tokens of the longest caption. draws:
+    the generator that `pick` draws from. cut: asked before every token; once it says True, this caption ends where it
+    is. said: of a caption that goes on, what an earlier pass said of it; its last token is the one to feed.
     """
 
     cache: CasaCache
@@ -39,6 +44,7 @@ class Call:
     most: int
     draws: torch.Generator
     cut: Callable[[], bool] | None = None
+    said: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -66,51 +72,86 @@ def looked_at(model: CasaForConditionalGeneration, pixels: dict[str, Tensor]) ->
 
 
 @torch.no_grad()
-def run_together(model: CasaForConditionalGeneration, calls: Sequence[Call]) -> list[Said]:
-    """Runs one call per session. The cache of a single call is gone on with; those of several are copied.
+def run_pass(
+    model: CasaForConditionalGeneration, calls: Sequence[Call], halt: Callable[[], bool] | None = None
+) -> Iterator[tuple[int, Said | Call]]:
+    """Runs one call per session; yields each call's index and what it came to, as soon as that is known. The cache of a
+    single call is gone on with; those of several are copied.
 
-    Whatever breaks it off, the generators are then as they were.
+    halt: asked after every token; once it says True, the pass ends, and a caption that is half said comes to a call
+    that goes on with it.
     """
-    drawn = [call.draws.get_state() for call in calls]
-    try:
-        return _run(model, calls)
-    except BaseException:
-        for call, state in zip(calls, drawn, strict=True):
-            call.draws.set_state(state)
-        raise
-
-
-def _run(model: CasaForConditionalGeneration, calls: Sequence[Call]) -> list[Said]:
     alone = len(calls) == 1
     if alone:
         cache, before = calls[0].cache, torch.ones(1, calls[0].cache.num_text, dtype=torch.bool)
     else:
         cache, before = rows.join([call.cache for call in calls], model.new_cache())
-    # real: what the model sees of its cache; kept: what is the session's own
+    # what the model sees of its cache; of a row that has not finished, this is the session's own
     real = torch.cat([before, _valid(calls)], dim=1)
     logits = model(**_inputs(model, calls, None if alone else real), past_key_values=cache).logits[:, -1]
-    kept, steps = real, 0
+
+    def own(row: int) -> CasaCache:
+        return cache if alone else rows.part(cache, row, real[row], model.new_cache())
+
     captions = [_Caption(call) for call in calls]
     while True:
-        for caption, row in zip(captions, logits, strict=True):
-            caption.take(row)
-        if not any(caption.is_open for caption in captions):
+        for row, caption in enumerate(captions):
+            if caption.is_open and caption.take(logits[row]):
+                yield row, Said(calls[row], caption.tokens, caption.pending, own(row), caption.whole)
+        still = [row for row, caption in enumerate(captions) if caption.is_open]
+        if not still or (halt is not None and halt()):
             break
-        runs = torch.tensor([[caption.is_open] for caption in captions])
-        real, kept = torch.cat([real, torch.ones_like(runs)], dim=1), torch.cat([kept, runs], dim=1)
-        steps += 1
+        real = torch.cat([real, real.new_ones(len(calls), 1)], dim=1)
         logits = model(
             input_ids=torch.tensor([[caption.last] for caption in captions], device=model.device),
             attention_mask=None if alone else real.long().to(model.device),
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
-    found = []
-    for row, caption in enumerate(captions):
-        idle = steps - int(kept[row, kept.shape[1] - steps :].sum())
-        own = cache if alone else rows.part(cache, row, kept[row], idle, model.new_cache())
-        found.append(Said(calls[row], caption.tokens, caption.pending, own, caption.whole))
-    return found
+    for row in still:
+        tokens = captions[row].tokens
+        yield row, replace(calls[row], cache=own(row), tokens=tokens[-1:], pixels={}, said=tokens)
+
+
+def run_together(model: CasaForConditionalGeneration, calls: Sequence[Call]) -> list[Said]:
+    """What each of the calls comes to, in one pass that nothing halts."""
+    said = {row: found for row, found in run_pass(model, calls) if isinstance(found, Said)}
+    return [said[row] for row in range(len(calls))]
+
+
+def run_each(
+    model: CasaForConditionalGeneration, calls: Sequence[Call], halt: Callable[[], bool] | None = None
+) -> Iterator[tuple[int, Said | Call | Exception]]:
+    """`run_pass` for calls of which one may fail: if a pass over several does, those that are left have passes of their
+    own, so that the culprit's error is nobody else's.
+    """
+    left = dict(enumerate(calls))
+    draws = [call.draws.get_state() for call in calls]
+    # rows of different ages do not fit together in a cache of which each keeps the newest only
+    if len(calls) > 1 and not any(call.cache.slides for call in calls):
+        try:
+            for row, found in run_pass(model, calls, halt):
+                del left[row]
+                yield row, found
+        except Exception:
+            log.exception("a pass over %d sessions failed; each has one of its own", len(calls))
+        for row, call in left.items():
+            call.draws.set_state(draws[row])
+    while left:
+        # a token each in turn: nobody waits for a long caption here either
+        for row, call in list(left.items()):
+            try:
+                ((_, found),) = run_pass(model, [call], halt if len(left) == 1 else lambda: True)
+            except Exception as error:
+                found = error
+            if isinstance(found, Call):
+                left[row] = found
+            else:
+                del left[row]
+                yield row, found
+        if halt is not None and halt():
+            break
+    yield from left.items()
 
 
 class _Caption:
@@ -118,7 +159,7 @@ class _Caption:
 
     def __init__(self, call: Call) -> None:
         self._call = call
-        self.tokens: list[int] = []
+        self.tokens = list(call.said)
         self.pending = -1
         self.whole = True
 
@@ -128,22 +169,21 @@ class _Caption:
 
     @property
     def last(self) -> int:
-        """The token to feed; one that has finished feeds its stop token, which is cut back."""
+        """The token to feed; one that has finished feeds its stop token, which nobody keeps."""
         return self.tokens[-1] if self.is_open else self._call.stop
 
-    def take(self, logits: Tensor) -> None:
-        """Chooses the next token, unless the caption has ended or its time is over."""
-        if not self.is_open:
-            return
+    def take(self, logits: Tensor) -> bool:
+        """Chooses the next token, unless the caption's time is over; True if it has ended."""
         stopped = self._call.cut is not None and self._call.cut()
         if stopped or len(self.tokens) == self._call.most:
             self.pending, self.whole = self._call.stop, not stopped
-            return
+            return True
         token = self._call.pick(logits, self.tokens)
         if token in self._call.stops:
             self.pending = token
         else:
             self.tokens.append(token)
+        return not self.is_open
 
 
 def _valid(calls: Sequence[Call]) -> Tensor:
@@ -157,14 +197,16 @@ def _inputs(model: CasaForConditionalGeneration, calls: Sequence[Call], real: Te
     longest = max(len(call.tokens) for call in calls)
     ids = [[call.stop] * (longest - len(call.tokens)) + call.tokens for call in calls]
     places = [
-        (row, longest - len(call.tokens) + call.place) for row, call in enumerate(calls) if call.place is not None
+        (row, longest - len(call.tokens) + call.place)
+        for row, call in enumerate(calls)
+        if call.place is not None and call.pixels
     ]
     inputs: dict[str, Any] = {"input_ids": torch.tensor(ids), "use_cache": True, "logits_to_keep": 1}
     if real is not None:
         inputs["attention_mask"] = real.long()
     if places:
         inputs["image_positions"] = torch.tensor(places)
-        inputs |= _pixels(model, [call.pixels for call in calls if call.place is not None])
+        inputs |= _pixels(model, [call.pixels for call in calls if call.pixels])
     return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 

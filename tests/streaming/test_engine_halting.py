@@ -1,0 +1,218 @@
+"""A step may end in the middle of captions: they go on in the next one, and nothing of what is said changes."""
+
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from casa.streaming import Sampling, StreamingEngine, StreamingSession
+from casa.testing import tiny_casa, tiny_processor
+
+VARIANTS = {
+    "parallel": {},
+    "replace in sample": {"placement": "replace", "every": 2, "split": "sample"},
+    "history": {"history": 1},
+    "cross": {"method": "cross_attention"},
+    "insertion": {"method": "insertion"},
+}
+SETTINGS = {"max_new_tokens": 6}
+STREAMS = {"a": (1, {}), "b": (2, {"prompt": "what"}), "c": (3, {"sampling": Sampling(1.2, 20, 0.9), "seed": 4})}
+TALKING = {"max_new_tokens": 6, "sampling": Sampling(stop_bias=-1e4)}  # never stops by itself
+
+
+def frames(seed, count):
+    """Pictures of noise of three sizes."""
+    generator, sizes = np.random.default_rng(seed), ((56, 84), (28, 28), (84, 56))
+    return [generator.integers(0, 255, (*sizes[(seed + n) % 3], 3), dtype=np.uint8) for n in range(count)]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def model(request):
+    made = tiny_casa(**VARIANTS[request.param])
+    # captions of different lengths, also empty ones
+    made.backbone.lm_head.weight.data[2] = made.backbone.lm_head.weight.data[3:].mean(0) * 3
+    return made
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return tiny_casa()
+
+
+def opened(model, **settings):
+    """An engine with all streams, and a session of each by itself."""
+    engine, singles = StreamingEngine(model, tiny_processor()), {}
+    for name, (_, own) in STREAMS.items():
+        engine.open(name, **(SETTINGS | own | settings))
+        singles[name] = StreamingSession(model, tiny_processor(), **(SETTINGS | own | settings))
+    return engine, singles
+
+
+def at_once():
+    return True
+
+
+def same_state(one, other):
+    assert (one.usage, one.frames) == (other.usage, other.frames)
+    for mine, theirs in zip(one._cache.text.layers, other._cache.text.layers, strict=True):
+        torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-9, atol=1e-9)
+
+
+def test_halted_after_every_token_each_says_what_it_says_alone(model):
+    engine, singles = opened(model)
+    steps = 0
+    for turn in range(3):
+        wanted = {}
+        for name, (seed, _) in STREAMS.items():
+            picture = frames(seed, 3)[turn]
+            engine.offer(name, picture)
+            wanted[name, "caption"] = singles[name].step(picture)
+        if turn == 1:
+            engine.ask("b", "who")
+            # questions come first
+            again = StreamingSession(model, tiny_processor(), **(SETTINGS | STREAMS["b"][1]))
+            again.step(frames(2, 3)[0])
+            wanted["b", "answer"], wanted["b", "caption"] = again.ask("who"), again.step(frames(2, 3)[1])
+            singles["b"] = again
+        heard = {}
+        while engine.waiting:
+            heard |= {(event.session, event.kind): event.text for event in engine.step(halt=at_once)}
+            steps += 1
+        assert heard == wanted
+    for name, single in singles.items():
+        same_state(engine.session(name), single)
+    assert steps > 4, "the captions were halted"
+
+
+def test_frames_that_come_share_a_step_with_what_is_half_said(model):
+    engine, singles = opened(model)
+    left = {name: frames(seed, 5)[::-1] for name, (seed, _) in STREAMS.items()}
+    wanted = {name: [singles[name].step(picture) for picture in left[name][::-1]] for name in STREAMS}
+    heard, busy, chance = {name: [] for name in STREAMS}, set(), random.Random(1)
+    mixed = False
+    while busy or any(left.values()):
+        come = {name for name in STREAMS if name not in busy and left[name] and chance.random() < 0.5}
+        mixed |= bool(come and busy)
+        for name in come:
+            engine.offer(name, left[name].pop())
+        busy |= come
+        for event in engine.step(halt=lambda: chance.random() < 0.7):
+            heard[event.session].append(event.text)
+            busy.discard(event.session)
+    assert heard == wanted
+    assert mixed
+    for name, single in singles.items():
+        same_state(engine.session(name), single)
+
+
+def test_in_the_middle_of_a_caption_a_session_is_as_before_its_frame(plain, tmp_path):
+    single = StreamingSession(plain, tiny_processor(), **TALKING)
+    engine = StreamingEngine(plain, tiny_processor())
+    engine.open("a", **TALKING)
+    first, second = frames(1, 2)
+    wanted = [single.step(first), single.step(second)]
+    engine.offer("a", first)
+    assert [event.text for event in engine.step()] == wanted[:1]
+    engine.offer("a", second)
+    assert engine.step(halt=at_once) == []
+    assert (engine.session("a").frames, engine.waiting) == (1, 1)
+    engine.fork("a", "twin")
+    engine.save("a", tmp_path / "a.session")
+    engine.load("again", tmp_path / "a.session")
+    assert [event.text for event in engine.step()] == wanted[1:]
+    for name in ("twin", "again"):
+        engine.offer(name, second)
+    assert [event.text for event in engine.step()] == wanted[1:] * 2
+    for name in ("a", "twin", "again"):
+        same_state(engine.session(name), single)
+
+
+@dataclass(frozen=True)
+class Noting(Sampling):
+    """Notes before every token how many events have been told by then."""
+
+    told: list = field(default_factory=list)
+    noted: list[int] = field(default_factory=list)
+
+    def pick(self, *given):
+        self.noted.append(len(self.told))
+        return super().pick(*given)
+
+
+def test_an_event_is_told_as_soon_as_it_is_there(plain):
+    engine = StreamingEngine(plain, tiny_processor())
+    noting = Noting(stop_bias=-1e4)
+    engine.open("short", max_new_tokens=2, sampling=TALKING["sampling"])
+    engine.open("long", max_new_tokens=6, sampling=noting)
+    for name in ("short", "long"):
+        engine.offer(name, frames(1, 1)[0])
+    events = engine.step(tell=noting.told.append)
+    assert noting.noted == [0, 0, 1, 1, 1, 1]
+    assert [event.session for event in noting.told] == [event.session for event in events] == ["short", "long"]
+
+
+def test_what_goes_on_is_cut_by_the_step_that_it_goes_on_in(plain):
+    engine = StreamingEngine(plain, tiny_processor())
+    engine.open("a", **TALKING)
+    engine.offer("a", frames(1, 1)[0])
+    assert engine.step(halt=at_once) == []
+    asked = iter([False])
+    (event,) = engine.step(cuts={"a": lambda: next(asked, True)})
+    asked = iter([False, False])
+    single = StreamingSession(plain, tiny_processor(), **TALKING)
+    assert event.text == single.step(frames(1, 1)[0], lambda: next(asked, True))
+    assert not event.whole
+    same_state(engine.session("a"), single)
+
+
+def test_what_is_half_said_can_be_dropped(plain):
+    single = StreamingSession(plain, tiny_processor(), **TALKING)
+    engine = StreamingEngine(plain, tiny_processor())
+    engine.open("a", **TALKING)
+    first, second = frames(1, 2)
+    engine.offer("a", first)
+    engine.step(halt=at_once)
+    engine.offer("a", first)
+    engine.ask("a", "who")
+    engine.forget("a")
+    assert (engine.waiting, engine.step()) == (0, [])
+    engine.offer("a", second)
+    assert [event.text for event in engine.step()] == [single.step(second)]
+    # and whoever leaves takes it along
+    engine.offer("a", first)
+    engine.step(halt=at_once)
+    engine.close("a")
+    engine.open("a", **TALKING)
+    assert (engine.waiting, engine.step()) == (0, [])
+
+
+@dataclass(frozen=True)
+class Stumbling(Sampling):
+    """Breaks at the third token, once."""
+
+    stumbled: list[bool] = field(default_factory=list)
+
+    def pick(self, logits, said, *others):
+        if len(said) == 2 and not self.stumbled:
+            self.stumbled.append(True)
+            raise MemoryError
+        return super().pick(logits, said, *others)
+
+
+def test_what_fails_when_it_goes_on_leaves_its_session_as_it_was(plain):
+    engine, singles = opened(plain, **TALKING)
+    engine.session("b").sampling = Stumbling(stop_bias=-1e4)
+    for name, (seed, _) in STREAMS.items():
+        engine.offer(name, frames(seed, 1)[0])
+    events = {}
+    while engine.waiting:
+        events |= {event.session: event for event in engine.step(halt=at_once)}
+    assert "MemoryError" in events["b"].error
+    assert engine.session("b").frames == 0
+    engine.offer("b", frames(2, 1)[0])
+    events |= {event.session: event for event in engine.step()}
+    for name, (seed, _) in STREAMS.items():
+        assert (events[name].error, events[name].text) == (None, singles[name].step(frames(seed, 1)[0]))
+        same_state(engine.session(name), singles[name])
