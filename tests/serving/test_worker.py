@@ -103,6 +103,22 @@ def test_the_newest_frame_wins_and_a_pause_takes_none(worker, pictures):
     assert one.dropped == 4
 
 
+def test_a_stream_has_waited_since_the_first_of_the_frames_that_replaced_one_another(pictures):
+    async def scenario():
+        one, since = stream(), []
+        for arrived in (1.0, 5.0):
+            one.offer(Ticket(1, 0.0, pictures[0], arrived))
+            since.append(one.waits_since)
+        one.take()
+        since.append(one.waits_since)
+        one.offer(Ticket(3, 1.0, pictures[0], 9.0))
+        since.append(one.waits_since)
+        one.pause(True)
+        return [*since, one.waits_since]
+
+    assert run(scenario) == [1.0, 1.0, None, 9.0, None]
+
+
 def test_questions_wait_in_line_and_not_too_many(worker):
     async def scenario():
         (one,) = await opened(worker, "a")
