@@ -38,12 +38,12 @@ def last(blocks):
 @pytest.fixture(scope="module")
 def bounded(model, pictures):
     session = watching(model, BOUND)
-    return last(soak(session, pictures, 400, block=80)), allowed_bytes(session, asked=False)
+    return last(soak(session, pictures, 200, block=40)), allowed_bytes(session, asked=False)
 
 
 def test_bytes_are_constant_once_the_bound_is_reached(bounded):
     blocks, allowed = bounded
-    assert [block.frames for block in blocks] == [80, 160, 240, 320, 400]
+    assert [block.frames for block in blocks] == [40, 80, 120, 160, 200]
     assert len({block.cache_bytes for block in blocks[1:]}) == 1, "the same least and most in every block"
     assert len({block.text_tokens for block in blocks[1:]}) == 1
     assert max(block.text_tokens[1] for block in blocks) <= BOUND
@@ -85,7 +85,7 @@ def test_what_is_found_is_written_and_plotted(bounded, tmp_path):
     blocks, allowed = bounded
     write_soak(tmp_path / "a.json", {"bench": "soak"}, blocks, allowed)
     record = json.loads((tmp_path / "a.json").read_text())
-    assert (record["bench"], record["frames"], len(record["blocks"])) == ("soak", 400, 5)
+    assert (record["bench"], record["frames"], len(record["blocks"])) == ("soak", 200, 5)
     assert "never above its bound: True" in soak_table(record)
     plot_soak(blocks, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -369,6 +369,6 @@ def test_memory_returns_to_where_it_was_after_every_kind_of_abuse(
     test_a_slow_reader_delays_nobody_and_is_let_go(busy, client, until)
     until(lambda: held() < 1.05 * before)
     after_one = held()
-    for _ in range(3):
+    for _ in range(2):
         round_of_abuse()
     until(lambda: held() < after_one + FEW_BYTES)

@@ -87,7 +87,9 @@ def test_who_is_silent_in_mid_frame_and_answers_no_ping_has_vanished(serving, cl
         good.hello()
         state = server._state
         with connected(server) as raw:
-            raw.sendall(raw_bytes.upgrade + raw_bytes.hello)
+            raw.sendall(raw_bytes.upgrade)
+            assert raw.recv(12).startswith(b"HTTP/1.1 101")
+            raw.sendall(raw_bytes.hello)
             until(lambda: state.worker.streams == 2)
             raw.sendall(raw_bytes.half_a_frame)
             # the connection stays open, and nobody at its end says a word

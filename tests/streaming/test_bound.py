@@ -50,7 +50,7 @@ def test_questions_about_one_frame_may_go_on_for_ever(model):
         engine.offer("asked", frame)
         engine.step()
     images, allowed, windows = sessions[0].usage.image_tokens, allowed_bytes(sessions[0]), []
-    for turn in range(50):
+    for turn in range(24):
         engine.ask("asked", "who")
         engine.offer("watching", FRAMES[turn % 6])
         answers = {event.session: event for event in engine.step()}
@@ -63,7 +63,7 @@ def test_questions_about_one_frame_may_go_on_for_ever(model):
             assert stored_bytes(session) <= allowed
         windows.append(sessions[0]._cache.windows.text_tokens[0])
     assert max(windows) <= 48
-    assert sum(after < before for before, after in pairwise(windows)) > 5, "it began again and again"
+    assert sum(after < before for before, after in pairwise(windows)) > 2, "it began again and again"
     assert sessions[0].step(FRAMES[0]) is not None
 
 

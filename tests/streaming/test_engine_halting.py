@@ -190,12 +190,12 @@ def test_what_is_half_said_can_be_dropped(plain):
 
 @dataclass(frozen=True)
 class Stumbling(Sampling):
-    """Breaks at the third token, once."""
+    """Breaks at the third token, in company and then alone; not a third time."""
 
     stumbled: list[bool] = field(default_factory=list)
 
     def pick(self, logits, said, *others):
-        if len(said) == 2 and not self.stumbled:
+        if len(said) == 2 and len(self.stumbled) < 2:
             self.stumbled.append(True)
             raise MemoryError
         return super().pick(logits, said, *others)

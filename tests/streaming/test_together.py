@@ -85,9 +85,9 @@ def test_a_pass_ends_when_every_budget_is_spent():
         engine.offer(name, frames(seed, 1)[0])
     passes = []
     handle = model.register_forward_hook(lambda *_: passes.append(1))
-    events = engine.step(cut=lambda: True, cuts={"a": after(2), "c": after(1)})
+    events = engine.step(cut=lambda: True, cuts={"a": after(3), "c": after(2)})
     handle.remove()
-    assert len(passes) == 3, "the frames, and the two tokens of a"
+    assert len(passes) == 4, "the frames, and the three tokens of a"
     assert [(event.session, event.whole, bool(event.text)) for event in events] == [
         ("a", False, True),
         ("b", False, False),
