@@ -18,7 +18,18 @@ def test_chance_only_shortens():
     assert all(2 <= delay <= 4 for delay in delays)
 
 
-@pytest.mark.parametrize("bad", [{"first": 0}, {"first": 9, "most": 1}, {"attempts": -1}, {"jitter": 2}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"first": 0},
+        {"first": 9, "most": 1},
+        {"attempts": -1},
+        {"attempts": float("nan")},
+        {"seconds": -1},
+        {"seconds": float("nan")},
+        {"jitter": 2},
+    ],
+)
 def test_settings_that_make_no_sense(bad):
     with pytest.raises(UserError, match="give"):
         Backoff(**bad)

@@ -22,7 +22,8 @@ QUICK = Backoff(first=0.001, most=0.002, attempts=3)
 
 
 class Server:
-    """Answers each request with the next of `answers`: (data, whether to tell its true length, content type)."""
+    """Answers each request with the next of `answers`: (data, whether to tell its true length, content type), and an
+    event for which the connection is held open, if it is to stall."""
 
     def __init__(self):
         self.answers, self.asked = [], []
@@ -34,7 +35,7 @@ class Server:
                 if not outer.answers:
                     self.send_error(503)
                     return
-                data, length, kind = outer.answers.pop(0)
+                data, length, kind, *stall = outer.answers.pop(0)
                 self.send_response(200)
                 self.send_header("Content-Type", kind)
                 if length:
@@ -42,6 +43,8 @@ class Server:
                 self.send_header("Connection", "close")
                 self.end_headers()
                 self.wfile.write(data)
+                for event in stall:
+                    event.wait(60)
 
             def log_message(self, *args):
                 pass
@@ -105,6 +108,23 @@ def test_a_live_stream_that_breaks_off_comes_back(server, clip):
     assert "broke off and did not come back in 3 attempts" in sentence
     assert source.counts.reconnects == 1
     assert len(server.asked) == 5
+
+
+def test_a_live_stream_that_stalls_comes_back(server, clip):
+    """Connected, and not a byte more: the camera's power is gone, and nobody says so."""
+    data = clip("ts")
+    over = threading.Event()
+    # more than a second of it, since that much is looked into before the first frame is given
+    server.answers = [(data[: -9 * 188], 0, "video/mp2t", over), (data, 0, "video/mp2t")]
+    try:
+        source = open_source(server.url, fps=10, timeout=0.5, backoff=QUICK)
+        seconds, sentence = read(source)
+    finally:
+        over.set()
+    assert seconds == sorted(set(seconds))
+    assert 30 <= len(seconds) < 40  # most of the first, all 20 of the second
+    assert "broke off" in sentence
+    assert source.counts.reconnects == 1
 
 
 def test_damage_in_a_live_stream_is_passed_over_and_counted(server, clip):

@@ -58,7 +58,10 @@ def pictures(monkeypatch):
     monkeypatch.setattr(stream_source, "upright", lambda raw, aspect: (np.zeros((1, 1, 3), np.uint8), 0))
 
 
-def source(connections, clock, fps=1, **settings):
+FOUR = Backoff(first=1, most=4, attempts=4, jitter=0)
+
+
+def source(connections, clock, fps=1, backoff=FOUR, **settings):
     """`connections` are opened in turn; None is one that fails, and so is any after the last."""
     waiting = list(connections)
 
@@ -69,7 +72,6 @@ def source(connections, clock, fps=1, **settings):
         connection.counts = counts
         return connection
 
-    backoff = Backoff(first=1, most=4, attempts=4, jitter=0)
     return StreamSource(opened, "cam", fps, backoff=backoff, clock=clock, sleep=clock.sleep, **settings)
 
 
@@ -100,6 +102,36 @@ def test_connections_that_give_nothing_count_as_failures():
     assert clock.slept == [1, 2, 4, 4]
     assert stream.counts.reconnects == 4
     assert all(connection.closed for connection in empty[:4])
+
+
+def test_a_live_stream_is_waited_for_without_end():
+    clock = Clock()
+    stream = source([Connection(clock, [0]), *[None] * 100, Connection(clock, [0])], clock, backoff=None)
+    assert next(stream).seconds == 0
+    assert next(stream).seconds > 30 * 60, "away for half an hour and more"
+    stream.close()
+
+
+def test_it_is_waited_for_as_long_as_was_asked():
+    """From when it broke off, each time anew; the last attempt is made when that time is up."""
+    clock = Clock()
+    backoff = Backoff(first=1, most=4, attempts=math.inf, jitter=0, seconds=8)
+    stream = source([Connection(clock, [0]), None, None, None, Connection(clock, [0])], clock, backoff=backoff)
+    assert until_it_gives_up(stream) == [0, 8]
+    assert clock.slept == [1, 2, 4, 1] * 2
+
+
+def test_a_file_on_a_server_is_given_up():
+    clock = Clock()
+    stream = source([Connection(clock, [0, 1], duration=9)], clock, backoff=None)
+    with pytest.raises(UserError, match="did not come back in 10 attempts"):
+        list(stream)
+
+
+def test_that_a_stream_broke_off_is_told_once(caplog):
+    clock = Clock()
+    until_it_gives_up(source([Connection(clock, [0]), Connection(clock, [])], clock))
+    assert [record.getMessage() for record in caplog.records] == ["cam broke off: connecting again"]
 
 
 def test_a_live_stream_that_ends_well_is_taken_up_again_too():

@@ -24,7 +24,7 @@ def open_device(
 ) -> StreamSource:
     """Frames of a camera or of the screen, live, sampled at `fps`.
 
-    options: FFmpeg's own, such as {"video_size": "1280x720"}.
+    options: FFmpeg's own, such as {"video_size": "1280x720"}. backoff: as for `StreamSource`.
     Raises UserError if there is no such device, it is in use, or this PyAV was built without devices.
     """
     where, format, given = address(spec, sys.platform)
@@ -40,7 +40,7 @@ def open_device(
         sentence = f"{spec} gives no picture: check that it is plugged in, allowed, and used by nobody else."
         return Decoder(where, spec, sentence, counts, format=format, options=given, live=True)
 
-    return StreamSource(open_decoder, spec, fps, live=True, backoff=backoff or Backoff(attempts=5))
+    return StreamSource(open_decoder, spec, fps, live=True, backoff=backoff)
 
 
 def address(spec: str, platform: str) -> tuple[str, str, dict[str, str]]:

@@ -35,7 +35,7 @@ def open_address(
     """A stream or a file at an address, sampled at `fps`.
 
     timeout: seconds without data after which the connection counts as lost. options: FFmpeg's own, such as
-    {"rtsp_transport": "udp"} or {"headers": "Authorization: Bearer ..."}.
+    {"rtsp_transport": "udp"} or {"headers": "Authorization: Bearer ..."}. backoff: as for `StreamSource`.
     A name and password in the address are used, and shown nowhere.
 
     Raises:

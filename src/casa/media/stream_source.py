@@ -9,6 +9,7 @@ it goes on where it would be had nothing happened.
 A file on a server (it has a length) is taken up again at the second where it broke off.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Generator
@@ -24,14 +25,17 @@ from casa.media.upright import upright
 # A clock that goes back by more than this has been set anew; by less, a frame is out of order.
 BACKWARDS = 1.0
 
+log = logging.getLogger("casa.media")
+
 Open = Callable[[Counts], Decoder]
 
 
 class StreamSource(Source):
     """Frames of a stream that is opened, and opened again when it breaks off, by `open_decoder`.
 
-    name: how sentences and `describe` call it. live: None finds out: what has no length is live. clock, sleep: for
-    tests; sleeping is otherwise cut short by `close`.
+    name: how sentences and `describe` call it. live: None finds out: what has no length is live. backoff: None tries a
+    live stream without end, and anything else as often as `Backoff` does. clock, sleep: for tests; sleeping is
+    otherwise cut short by `close`.
     Raises UserError at once if the first connection fails, and while reading when `backoff` gives up.
     """
 
@@ -49,11 +53,13 @@ class StreamSource(Source):
         check_fps(fps)
         super().__init__(name)
         self._name, self._fps, self._again = name, fps, open_decoder
-        self._backoff = Backoff() if backoff is None else backoff
         self._clock = clock
         self._sleep = sleep if sleep is not None else self._stopping.wait
         self._decoder = open_decoder(self.counts)
         self.is_live = not _has_length(self._decoder) if live is None else live
+        if backoff is None:
+            backoff = Backoff(attempts=math.inf) if self.is_live else Backoff()
+        self._backoff, self._broke_off = backoff, 0.0
         self.describe = f"{name}: {self._decoder.summary}{', live' if self.is_live else ''}"
 
     def _free(self) -> None:
@@ -105,9 +111,13 @@ class StreamSource(Source):
         last: where a file goes on, in seconds.
         """
         self._decoder.close()
-        while failures < self._backoff.attempts:
+        if not failures:
+            self._broke_off = self._clock()
+            log.warning("%s broke off: connecting again", self._name)
+        while failures < self._backoff.attempts and (left := self._left()) > 0:
             failures += 1
-            self._sleep(self._backoff.delay(failures))
+            # the last attempt is made when the time is up, not before
+            self._sleep(min(self._backoff.delay(failures), left))
             if self._stopping.is_set():
                 return failures
             try:
@@ -119,6 +129,10 @@ class StreamSource(Source):
             self.counts.reconnects += 1
             return failures
         raise UserError(f"{self._name} broke off and did not come back in {failures} attempts: check its connection.")
+
+    def _left(self) -> float:
+        """Seconds for which it is still tried."""
+        return self._backoff.seconds - (self._clock() - self._broke_off)
 
 
 class _LiveClock:
