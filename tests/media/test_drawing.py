@@ -119,6 +119,24 @@ def test_a_rotated_video_is_burnt_upright(tmp_path, clips):
     assert len(rows_changed(image.crop((0, 40, 48, 64)), plain=(40, 40, 40))) > 0
 
 
+def test_a_folder_of_pictures_becomes_a_video(tmp_path):
+    """In the size of the first; a picture that is none leaves its moment to the one before."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k, size in enumerate([(96, 64), (48, 32), (96, 64), (96, 64)]):
+        Image.new("RGB", size, GREY).save(folder / f"{k}.png")
+    (folder / "2.png").write_bytes(b"no picture")
+    burn_captions(folder, [Caption(0.25, 0.5, "one")], tmp_path / "a.mp4", fps=4)
+    frames = list(read_frames(tmp_path / "a.mp4", fps=None))
+    assert [f.time for f in frames] == pytest.approx([0, 0.25, 0.75], abs=1e-3)
+    assert [f.picture.shape for f in frames] == [(64, 96, 3)] * 3
+    assert [len(rows_changed(f.image)) > 0 for f in frames] == [False, True, False]
+    for path in folder.iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="no picture that can be read"):
+        burn_captions(folder, [], tmp_path / "b.mp4")
+
+
 def test_the_source_may_be_replaced(tmp_path):
     path = write_grey(tmp_path / "a.mp4", [0, 0.1, 0.2])
     burn_captions(path, [Caption(0, 1, "hello")], path)

@@ -1,4 +1,6 @@
-"""Recording what comes from no file: frames in time, each with its caption, whatever their size."""
+"""Recording what comes only once: frames in time, each with its caption, whatever their size."""
+
+import shutil
 
 import numpy as np
 import pytest
@@ -40,6 +42,36 @@ def test_frames_after_the_end_are_not_recorded(tmp_path):
     recorder.close()
     assert len(list(passing)) == 3
     assert len(list(read_frames(tmp_path / "a.mp4", fps=None))) == 1
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+def test_what_was_recorded_before_a_kill_can_be_read(tmp_path, name):
+    recorder = Recorder(tmp_path / name, 2)
+    assert len(list(recorder.through(frames([(56, 84)] * 20)))) == 20
+    shutil.copy(tmp_path / name, tmp_path / f"killed-{name}")  # the recorder is not closed
+    kept = [frame.time for frame in read_frames(tmp_path / f"killed-{name}", fps=None)]
+    assert len(kept) >= 18
+    assert kept == pytest.approx([k / 2 for k in range(len(kept))], abs=2e-3)
+    recorder.close()
+    assert len(list(read_frames(tmp_path / name, fps=None))) == 20
+
+
+def test_a_recording_never_replaces_another(tmp_path):
+    (tmp_path / "a.mkv").write_bytes(b"recorded yesterday")
+    (tmp_path / "a.2.mkv").mkdir()
+    recorder = Recorder(tmp_path / "a.mkv", 2)
+    assert recorder.place is None
+    assert len(list(recorder.through(frames([(28, 28)] * 3)))) == 3
+    recorder.close()
+    assert recorder.place == tmp_path / "a.3.mkv"
+    assert len(list(read_frames(tmp_path / "a.3.mkv", fps=None))) == 3
+    assert (tmp_path / "a.mkv").read_bytes() == b"recorded yesterday"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    recorder = Recorder(tmp_path / "nowhere" / "a.mkv", 2)
+    with pytest.raises(UserError, match="write to another folder"):
+        list(recorder.through(frames([(28, 28)] * 3)))
 
 
 def test_without_a_frame_there_is_no_file(tmp_path):

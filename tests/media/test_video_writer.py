@@ -1,6 +1,7 @@
 """Video out: what is written can be read, is the same every time, and is there whole or not at all."""
 
 import os
+import shutil
 from contextlib import contextmanager
 
 import av
@@ -95,6 +96,38 @@ def test_an_exception_leaves_nothing(tmp_path, written, error):
     with pytest.raises(error, match="stop"):
         fails()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.mov"])
+def test_as_it_goes_it_can_be_read_at_any_moment(tmp_path, name):
+    times = [k * 0.5 for k in range(12)]
+    with VideoWriter(tmp_path / name, (64, 48), fps=2, as_it_goes=True) as video:
+        for k, time in enumerate(times):
+            video.write(picture(k), time=time)
+            if k in (4, 11):
+                # what a kill at this moment would leave
+                shutil.copy(tmp_path / name, tmp_path / f"{k}{name}")
+    for k in (4, 11):
+        frames = list(read_frames(tmp_path / f"{k}{name}", fps=None))
+        assert k <= len(frames) <= k + 1, "at most the last one is missing"
+        assert [f.time for f in frames] == pytest.approx(times[: len(frames)], abs=1e-3)
+        assert np.abs(frames[k - 1].picture.astype(int) - picture(k - 1)).mean() < 6
+    frames = list(read_frames(tmp_path / name, fps=None))
+    assert [f.time for f in frames] == pytest.approx(times, abs=1e-3)
+    assert probe(tmp_path / name).duration == pytest.approx(6.0, abs=1e-2)
+
+
+def test_as_it_goes_an_exception_leaves_what_was_written(tmp_path):
+    def fails():
+        with VideoWriter(tmp_path / "a.mkv", (64, 48), fps=25, as_it_goes=True) as video:
+            for k in range(10):
+                video.write(picture(k))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fails()
+    assert os.listdir(tmp_path) == ["a.mkv"]
+    assert len(list(read_frames(tmp_path / "a.mkv", fps=None))) == 10
 
 
 def test_an_exception_leaves_the_old_file(tmp_path):

@@ -15,7 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 from casa.errors import UserError
 from casa.media.fonts import dejavu
 from casa.media.pictures import check_picture
+from casa.media.pictures_source import FolderSource
+from casa.media.source import Source
 from casa.media.subtitles import Caption, tidy
+from casa.media.upright import resized
 from casa.media.video import read_frames
 from casa.media.video_writer import VideoWriter
 
@@ -56,6 +59,7 @@ def burn_captions(
     progress: Callable[[int, int | None], None] | None = None,
     font: str | os.PathLike[str] | None = None,
     crf: int = 23,
+    fps: float = 2.0,
 ) -> None:
     """Write the video at `source_path` again, with each caption drawn in at its time, and without sound.
 
@@ -63,24 +67,39 @@ def burn_captions(
     grows by one pixel, and the last frame lasts one average frame. `out_path`
     may be `source_path`: it is replaced when all is done, and stays as it is if anything fails.
     `progress(frames done, frames in all or None)` is called after each frame.
+    Of a folder, all pictures become a video at `fps`, in the size of the first.
 
     Raises:
         UserError: a source that cannot be read, or a destination that cannot be written.
     """
     cues = tidy(captions)
     current = 0
-    frames = read_frames(source_path, fps=None)
-    info = frames.info
-    rate = float(Fraction(info.fps).limit_denominator(1001)) if 0 < info.fps <= 1000 else 25.0
-    with frames, VideoWriter(out_path, (info.width, info.height), rate, crf=crf) as video:
+    frames, size, rate, total = _to_draw_on(source_path, fps)
+    with frames, VideoWriter(out_path, size, rate, crf=crf) as video:
         for frame in frames:
             while current < len(cues) and cues[current].end <= frame.time:
                 current += 1
             shown = current < len(cues) and cues[current].start <= frame.time
-            image = draw_caption(frame.image, cues[current].text, font) if shown else frame.image
+            image = Image.fromarray(resized(frame.picture, *size))
+            if shown:
+                image = draw_caption(image, cues[current].text, font)
             video.write(image, time=max(frame.time, 0.0))
             if progress is not None:
-                progress(frame.index + 1, info.frames)
+                progress(frame.index + 1, total)
+
+
+def _to_draw_on(path: str | os.PathLike[str], fps: float) -> tuple[Source, tuple[int, int], float, int | None]:
+    """The frames of a video file or of a folder's pictures, their (width, height), rate, and how many there are."""
+    if os.path.isdir(path):
+        with FolderSource(path, fps) as pictures:
+            first = next(pictures, None)
+        if first is None:
+            raise UserError(f"{path} holds no picture that can be read: check its files.")
+        return FolderSource(path, fps), first.image.size, fps, len(pictures.paths)
+    frames = read_frames(path, fps=None)
+    info = frames.info
+    rate = float(Fraction(info.fps).limit_denominator(1001)) if 0 < info.fps <= 1000 else 25.0
+    return frames, (info.width, info.height), rate, info.frames
 
 
 @lru_cache(maxsize=8)

@@ -1,4 +1,4 @@
-"""Captions drawn into what comes from no file: a camera, a stream or a pipe is recorded as it is watched.
+"""Captions drawn into what comes only once: a camera, a stream or a pipe is recorded as it is watched.
 
 Shapes: H, W pixels.
 """
@@ -6,9 +6,11 @@ Shapes: H, W pixels.
 import os
 import threading
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
+from casa.errors import UserError
 from casa.media.drawing import draw_caption
 from casa.media.source import Frame
 from casa.media.subtitles import Caption, tidy
@@ -25,15 +27,17 @@ class Recorder:
         recorder.close()
 
     A frame is written when the next one comes, so that what was said of it stands in it. `say` and `close` may be
-    called from another thread than the one that takes frames. The video, which begins with the first frame, appears
-    when it is closed.
+    called from another thread than the one that takes frames. The video, which begins with the first frame, can be
+    played as far as it got, also after a kill; and it never replaces another: beside `seen.mp4` comes `seen.2.mp4`.
     path, fps: as for `VideoWriter`; fps is the rate at which frames are expected, their own times count.
+    place: where the video is; None before its first frame.
     """
 
     def __init__(self, path: str | os.PathLike[str], fps: float) -> None:
         # what cannot be written is refused now, not at the first frame
         VideoWriter(path, (2, 2), fps)
-        self._path, self._fps = path, fps
+        self._path, self._fps = Path(path), fps
+        self.place: Path | None = None
         self._video: VideoWriter | None = None
         self._size = (0, 0)  # W, H
         self._begin = 0.0
@@ -57,7 +61,7 @@ class Recorder:
             self._caption = said[0] if said else self._caption
 
     def close(self, end: float | None = None) -> None:
-        """Writes the last frame and the file; may be called again."""
+        """Writes the last frame and ends the file; may be called again."""
         with self._lock:
             if self._closed:
                 return
@@ -75,10 +79,24 @@ class Recorder:
         if self._video is None:
             height, width = frame.picture.shape[:2]
             self._size, self._begin = (width, height), frame.seconds
-            self._video = VideoWriter(self._path, self._size, self._fps).__enter__()
-        picture, caption = frame.picture, self._caption
-        if picture.shape[:2] != self._size[::-1]:
-            picture = resized(picture, *self._size)
+            self.place = _new_file(self._path)
+            self._video = VideoWriter(self.place, self._size, self._fps, as_it_goes=True).__enter__()
+        picture, caption = resized(frame.picture, *self._size), self._caption
         if caption is not None and caption.start <= frame.seconds + 1e-3 and frame.seconds < caption.end:
             picture = np.asarray(draw_caption(Frame(picture, frame.seconds, 0).image, caption.text))
         self._video.write(picture, time=frame.seconds - self._begin)
+
+
+def _new_file(path: Path) -> Path:
+    """An empty file at `path`, or, where something is there already, beside it, with a number. Raises UserError."""
+    place, number = path, 1
+    while True:
+        try:
+            # O_EXCL: never what somebody else has just put there
+            os.close(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            return place
+        except FileExistsError:
+            number += 1
+            place = path.with_stem(f"{path.stem}.{number}")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}): write to another folder.") from error

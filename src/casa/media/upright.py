@@ -50,5 +50,7 @@ def _matrix(raw: Any) -> Any:
 
 
 def resized(picture: np.ndarray, width: int, height: int) -> np.ndarray:
-    """A picture, uint8 (H, W, 3), in another size: uint8 (height, width, 3)."""
+    """A picture, uint8 (H, W, 3), in another size: uint8 (height, width, 3). Itself, if it has that size."""
+    if picture.shape[:2] == (height, width):
+        return picture
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))

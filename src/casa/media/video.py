@@ -112,7 +112,7 @@ class FrameReader(Source):
 
     @property
     def skipped(self) -> int:
-        """Damaged packets and frames passed over so far."""
+        """Damaged packets and frames so far."""
         return self.counts.skipped
 
     def _read(self) -> Generator[Frame, None, None]:
@@ -138,10 +138,8 @@ class FrameReader(Source):
                 if after is not None and time <= after + TOLERANCE:
                     started = True
                     continue
-                picture, _ = upright(raw, decoder.aspect)
                 # a stream may change its size on the way; whoever reads it should not have to care
-                if picture.shape[:2] != (self.info.height, self.info.width):
-                    picture = resized(picture, self.info.width, self.info.height)
+                picture = resized(upright(raw, decoder.aspect)[0], self.info.width, self.info.height)
                 yield Frame(picture, time, number)
                 del picture, raw  # nothing is kept alive while the next frame is decoded
                 started, number = True, number + 1

@@ -1,7 +1,8 @@
 """Video out: pictures in, one H.264 file out, whole or not at all, the same bytes on every run.
 
-Frames may come at a constant rate or with their own times. Players want even sides, so an odd side
-gets one more row or column, a copy of the last.
+What comes only once, as from a camera, is written as it goes instead: whatever happens, it can be played as far as it
+got. Frames may come at a constant rate or with their own times. Players want even sides, so an odd side gets one more
+row or column, a copy of the last.
 """
 
 import math
@@ -20,6 +21,13 @@ from casa.media.pyav import import_av
 
 _FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 _ENCODERS = {"h264": "libx264", "hevc": "libx265"}
+# Written as it goes, a frame is encoded when it comes, and is on disk, in a piece of its own, when the next one is.
+_AT_ONCE = {
+    "matroska": {"flush_packets": "1", "cluster_time_limit": "0"},
+    # hybrid: an ordinary MP4, once it is closed in good order
+    "mp4": {"flush_packets": "1", "movflags": "+frag_every_frame+empty_moov+default_base_moof+hybrid_fragmented"},
+}
+_AT_ONCE["mov"] = _AT_ONCE["mp4"]
 # Ticks per second: the customary clock of video, a multiple of 24, 25, 30 and 60.
 _CLOCK = 90_000
 
@@ -40,6 +48,8 @@ class VideoWriter:
         codec: "h264" or "hevc".
         crf: quality, from 0 (lossless) to 51; 23 is customary.
         preset: the encoder's effort, "ultrafast" to "veryslow".
+        as_it_goes: write straight to `path`, over what is there; a file that is never closed can be played, and an
+            exception leaves what was written.
 
     Raises:
         UserError: a setting that makes no sense, a path that cannot be written, no PyAV, or, at the end
@@ -54,6 +64,7 @@ class VideoWriter:
         codec: str = "h264",
         crf: int = 23,
         preset: str = "veryfast",
+        as_it_goes: bool = False,
     ) -> None:
         if min(size) < 1:
             raise UserError(f"A video of {size[0]} x {size[1]} pixels: give a width and height above 0.")
@@ -72,7 +83,8 @@ class VideoWriter:
         self._path = path
         self._format = _FORMATS[suffix]
         self._encoder = _ENCODERS[codec]
-        self._options = {"crf": str(crf), "preset": preset}
+        self._options = {"crf": str(crf), "preset": preset} | ({"tune": "zerolatency"} if as_it_goes else {})
+        self._as_it_goes = as_it_goes
         self._stack = ExitStack()
         self._av: Any = None
         self._container: Any = None
@@ -83,11 +95,10 @@ class VideoWriter:
     def __enter__(self) -> "VideoWriter":
         self._av = import_av()
         with ExitStack() as stack:
-            unfinished = stack.enter_context(replacing(self._path))
+            place = self._path if self._as_it_goes else stack.enter_context(replacing(self._path))
             # bit-exact: no version of the library in the file
-            self._container = self._av.open(
-                f"file:{unfinished}", "w", format=self._format, options={"fflags": "+bitexact"}
-            )
+            options = {"fflags": "+bitexact"} | (_AT_ONCE[self._format] if self._as_it_goes else {})
+            self._container = self._av.open(f"file:{os.fspath(place)}", "w", format=self._format, options=options)
             stack.callback(self._container.close)
             try:
                 stream = self._container.add_stream(self._encoder, rate=self._rate, options=self._options)
