@@ -1,7 +1,7 @@
 """The decoder under every source that FFmpeg reads: one opened video stream, its packets and its clock.
 
-Everything that can be refused is refused when it is opened, as one plain sentence. A damaged packet is passed over
-and counted; `lost` says that the stream broke off (a connection, a device) rather than came to its end.
+Everything that can be refused is refused when it is opened, as one plain sentence. What is damaged is passed over and
+counted; `lost` says that the stream broke off (a connection, a device) rather than came to its end.
 """
 
 import math
@@ -170,6 +170,9 @@ class Decoder:
 
     def _decode(self):
         for packet in self._packets():
+            # The mark says that something is missing close by. It may stand at the whole frame before the gap, even at
+            # a key frame; so it is only counted, and the decoder says which frames can be shown.
+            self.counts.skipped += packet.is_corrupt
             try:
                 decoded = packet.decode()
             except self._failure:
