@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from casa.captioning import Question, Request, caption
+from casa.captioning import Question, Request, caption, outputs
+from casa.captioning import run as module
 from casa.captioning.progress import Progress
 from casa.errors import UserError
 from casa.media import read_frames, read_srt
-from casa.streaming import Sampling
+from casa.streaming import Moment, Sampling
 
 KINDS = ("srt", "vtt", "jsonl")
 SETTINGS = {
@@ -66,17 +67,28 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("source", ["file", "part of a file", "folder", "read from its beginning"])
-@pytest.mark.parametrize("stops", [(4, 3), (17,)])
-def test_the_same_as_without_a_stop(source, stops, film, folder_of_pictures, load, stopping, tmp_path, monkeypatch):
-    given, settings = (folder_of_pictures if source == "folder" else film), {}
-    if source == "part of a file":
-        settings = {"start": 0.4, "fps": 3.7}
-    if source == "read from its beginning":
-        from casa.captioning import run as module
+def always_late(session, frames, fps, *, count, in_real_time):
+    """In place of `watch_live`: each caption comes when the next two frames are there already."""
+    for frame in frames:
+        count.frames += 1
+        yield Moment(frame.time, session.step(frame.image), 0.7, 0.0, True)
 
+
+@pytest.mark.parametrize("source", ["file", "part of a file", "folder", "read from its beginning", "live pace"])
+@pytest.mark.parametrize(("stops", "save_every"), [((4, 3), 0.0), ((17,), 0.0), ((4, 3), 1000.0)])
+def test_the_same_as_without_a_stop(
+    source, stops, save_every, film, folder_of_pictures, load, stopping, tmp_path, monkeypatch
+):
+    """With 1,000 s between states, only the first frame of each run is known to the next."""
+    given, settings = (folder_of_pictures if source == "folder" else film), {"save_every": save_every}
+    if source == "part of a file":
+        settings |= {"start": 0.4, "fps": 3.7}
+    if source == "read from its beginning":
         plain = module.open_source
         monkeypatch.setattr(module, "open_source", lambda *a, after, **k: plain(*a, **k))
+    if source == "live pace":
+        settings |= {"live": True, "questions": ()}
+        monkeypatch.setattr(module, "watch_live", always_late)
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
@@ -95,10 +107,8 @@ def test_the_same_as_without_a_stop(source, stops, film, folder_of_pictures, loa
 @pytest.mark.parametrize("burns", [False, True], ids=["files", "and a video"])
 def test_stopped_when_no_frame_is_left(questions, burns, film, load, stopping, tmp_path, monkeypatch):
     """The last answer is written and its state is not; then, twice, the video of the captions is not finished."""
-    from casa.captioning import outputs as module
-
     burnt = []
-    monkeypatch.setattr(module, "burn_captions", lambda source, captions, out: burnt.append(list(captions)))
+    monkeypatch.setattr(outputs, "burn_captions", lambda source, captions, out, fps: burnt.append(list(captions)))
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
@@ -117,6 +127,21 @@ def test_stopped_when_no_frame_is_left(questions, burns, film, load, stopping, t
     assert report.count.frames == 0
     assert files(two) == files(one)
     assert burnt == [read_srt(one / "a.srt")] * 2 if burns else not burnt
+
+
+def test_the_video_of_a_folder_is_the_same_as_without_a_stop(folder_of_pictures, load, stopping, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    caption(request_to(one, folder_of_pictures, burn=one / "a.mp4"), "tiny", load)
+    go_on = stopping(8)
+    with pytest.raises(StoppedError):
+        caption(request_to(two, folder_of_pictures, burn=two / "a.mp4"), "tiny", load)
+    go_on()
+    caption(request_to(two, folder_of_pictures, resume=True, burn=two / "a.mp4"), "tiny", load)
+    assert files(two) == files(one)
+    times = [frame.time for frame in read_frames(two / "a.mp4", fps=None)]
+    assert times == pytest.approx([k / 3 for k in range(18)], abs=1e-3)
 
 
 def test_videos_after_a_resumed_run_hold_all_captions(film, load, stopping, tmp_path):

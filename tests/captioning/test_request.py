@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from casa.captioning import Request
+from casa.captioning import Request, parse_option
 from casa.errors import UserError
 
 
@@ -22,6 +22,10 @@ from casa.errors import UserError
         ({"hold": float("inf")}, "hold"),
         ({"save_every": -1.0}, "save_every"),
         ({"save_every": float("nan")}, "save_every"),
+        ({"cue": "now"}, "frame or said"),
+        ({"source_options": {"rtsp_transport": "udp"}}, "cameras and addresses"),
+        ({"reconnect_for": 60.0}, "cameras and addresses"),
+        ({"reconnect_for": -1.0}, "0 or more"),
     ],
 )
 def test_what_cannot_be(settings, words):
@@ -43,8 +47,17 @@ def test_what_is_a_file(source, is_file):
     assert Request(source).is_file == is_file
 
 
+def test_options_of_a_source():
+    assert parse_option("rtsp_transport=udp") == ("rtsp_transport", "udp")
+    assert parse_option("headers=A: b=c") == ("headers", "A: b=c")
+    for written in ("udp", "=udp", ""):
+        with pytest.raises(UserError, match="rtsp_transport=udp"):
+            parse_option(written)
+
+
 def test_no_password_is_written_into_a_state():
-    told = str(Request("rtsp://me:secret@here/stream?key=secret").identity("tiny"))
+    options = {"headers": "Authorization: secret"}
+    told = str(Request("rtsp://me:secret@here/stream?key=secret", source_options=options).identity("tiny"))
     assert "here/stream" in told
     assert "secret" not in told
 

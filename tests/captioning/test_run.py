@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from casa.captioning import Question, Report, Request, caption
+from casa.captioning import run as module
 from casa.errors import UserError
-from casa.media import probe, read_frames, read_jsonl, read_srt, read_vtt
+from casa.media import Counts, probe, read_frames, read_jsonl, read_srt, read_vtt
 from casa.streaming import Count, Sampling, StreamingSession
 
 
@@ -34,15 +35,19 @@ def test_a_folder_of_pictures(run, film, tmp_path):
     assert run(tmp_path / "pictures")[1] == run(film)[1]
 
 
-def test_a_pipe(run, film, tmp_path, monkeypatch):
-    packed = tmp_path / "film.mkv"
-    with av.open(str(film)) as given, av.open(str(packed), "w") as made:
+def as_matroska(film, path):
+    """The same packets in a container that can be read from a pipe."""
+    with av.open(str(film)) as given, av.open(str(path), "w") as made:
         stream = made.add_stream_from_template(given.streams.video[0])
         for packet in given.demux(video=0):
             if packet.dts is not None:
                 packet.stream = stream
                 made.mux(packet)
-    with packed.open("rb") as file:
+    return path
+
+
+def test_a_pipe(run, film, tmp_path, monkeypatch):
+    with as_matroska(film, tmp_path / "film.mkv").open("rb") as file:
         monkeypatch.setattr("sys.stdin", file)
         assert run("-")[1] == run(film)[1]
 
@@ -79,14 +84,26 @@ def test_a_video_with_captions_drawn_in_and_one_with_a_text_track(run, film, tmp
     assert texts == [one.text for one in read_srt(tmp_path / "a.srt")]
 
 
-def test_what_comes_from_no_file_is_recorded_with_its_captions(run, film, tmp_path):
+def test_a_folder_becomes_a_video_with_its_captions(run, tmp_path):
     (tmp_path / "pictures").mkdir()
     for k in range(4):
         Image.new("RGB", (84, 56), (200, 0, 0)).save(tmp_path / "pictures" / f"{k}.png")
-    _, told = run(tmp_path / "pictures", burn=tmp_path / "seen.mp4")
+    report, told = run(tmp_path / "pictures", burn=tmp_path / "seen.mp4")
     assert told[0][0] == 0.0
+    assert report.recording is None, "it was not recorded as it was watched"
     frames = list(read_frames(tmp_path / "seen.mp4", fps=None))
     assert [frame.time for frame in frames] == pytest.approx([0, 0.5, 1, 1.5], abs=1e-3)
+    assert frames[0].picture[-4:].mean() < frames[0].picture[:4].mean() - 10, "a dark band at the foot"
+
+
+def test_what_comes_only_once_is_recorded_with_its_captions(run, film, tmp_path, monkeypatch):
+    with as_matroska(film, tmp_path / "film.mkv").open("rb") as file:
+        monkeypatch.setattr("sys.stdin", file)
+        report, told = run("-", burn=tmp_path / "seen.mkv")
+    assert told[0][0] == 0.0
+    assert report.recording == tmp_path / "seen.mkv"
+    frames = list(read_frames(report.recording, fps=None))
+    assert [frame.time for frame in frames] == pytest.approx([k / 2 for k in range(12)], abs=2e-3)
     assert frames[0].picture[-4:].mean() < frames[0].picture[:4].mean() - 10, "a dark band at the foot"
 
 
@@ -109,9 +126,24 @@ def test_live_captions_say_by_how_much_they_came_later(run, film, tmp_path):
     assert "lag" not in (tmp_path / "b.jsonl").read_text(), "a film at its own pace has no clock"
 
 
-def test_in_live_pace_an_answer_has_a_budget_too(load, film, tmp_path, monkeypatch):
-    from casa.captioning import run as module
+@pytest.mark.parametrize("cue", [None, "said", "frame"])
+def test_in_live_pace_captions_begin_when_they_were_said(run, film, tmp_path, cue):
+    questions = (Question(0.0, "who"), Question(0.5, "and then"))
+    run(film, tmp_path / "a.jsonl", live=True, fps=20.0, end=1.0, cue=cue, questions=questions)
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert rows
+    frames = [row["start"] - (0 if cue == "frame" else row["lag"]) for row in rows]
+    assert frames == pytest.approx([round(20 * seconds) / 20 for seconds in frames], abs=2e-3), "looked at 20 times/s"
 
+
+def test_without_a_clock_nothing_begins_when_it_was_said(run, film, tmp_path):
+    (tmp_path / "a.srt").write_text("what was there")
+    with pytest.raises(UserError, match="live pace"):
+        run(film, tmp_path / "a.srt", cue="said")
+    assert (tmp_path / "a.srt").read_text() == "what was there"
+
+
+def test_in_live_pace_an_answer_has_a_budget_too(load, film, tmp_path, monkeypatch):
     picks = []
 
     class Dawdling(Sampling):
@@ -154,38 +186,51 @@ def test_damage_is_counted_and_passed_over(run, film, tmp_path):
     assert "damaged" in report.sentence()
 
 
+class Camera:
+    """Live: the first four frames of a film, then an error."""
+
+    is_live, duration = True, None
+
+    def __init__(self, film, error):
+        self.film, self.error = film, error
+        self.counts = Counts()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __iter__(self):
+        yield from list(read_frames(self.film))[:4]
+        raise self.error
+
+
 def test_a_source_that_breaks_leaves_what_was_said_and_a_state(load, tmp_path, monkeypatch, film):
     """A camera that is pulled out, or Ctrl-C."""
-    from casa.captioning import run as module
-
-    class Camera:
-        is_live, duration = True, None
-
-        def __init__(self, error):
-            self.error = error
-            self.counts = type("Counts", (), {"skipped": 0, "reconnects": 0})()
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def __iter__(self):
-            frames = list(read_frames(film))
-            yield from frames[:4]
-            raise self.error
-
     for number, error in enumerate([UserError("the camera is gone."), KeyboardInterrupt()]):
         folder = tmp_path / str(number)
         folder.mkdir()
-        monkeypatch.setattr(module, "open_source", lambda *_, error=error, **__: Camera(error))
+        monkeypatch.setattr(module, "open_source", lambda *_, error=error, **__: Camera(film, error))
         request = Request("camera:0", (folder / "a.srt",), burn=folder / "a.mkv", live=False, max_new_tokens=4)
         with pytest.raises(type(error)):
             caption(request, "tiny", load)
         assert read_srt(folder / "a.srt")
         assert (folder / "a.srt.state").exists()
         assert len(list(read_frames(folder / "a.mkv", fps=None))) == 4, "what was seen until then"
+
+
+def test_no_run_replaces_what_another_recorded(load, tmp_path, monkeypatch, film):
+    """Broken off, gone on with, and begun anew."""
+    monkeypatch.setattr(module, "open_source", lambda *_, **__: Camera(film, UserError("the camera is gone.")))
+    recorded = {}
+    for name, resume in {"a.mkv": False, "a.2.mkv": True, "a.3.mkv": False}.items():
+        settings = {"live": False, "max_new_tokens": 4, "save_every": 0.0, "resume": resume}
+        with pytest.raises(UserError, match="the camera is gone"):
+            caption(Request("camera:0", (tmp_path / "a.srt",), burn=tmp_path / "a.mkv", **settings), "tiny", load)
+        assert len(list(read_frames(tmp_path / name, fps=None))) == 4
+        assert {path: path.read_bytes() for path in recorded} == recorded
+        recorded[tmp_path / name] = (tmp_path / name).read_bytes()
 
 
 def test_a_report_tells_all_it_knows():

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Self
 
 from casa.captioning.request import Request
@@ -31,9 +32,10 @@ class Outputs:
             for writer in writers:
                 writer.close()
             raise
-        self._afterwards = request.is_file and (request.burn is not None or request.track is not None)
+        again = request.can_be_read_again
+        self._afterwards = again and (request.burn is not None or request.track is not None)
         self._recorder = None
-        if request.burn is not None and not request.is_file:
+        if request.burn is not None and not again:
             self._recorder = Recorder(request.burn, request.fps)
         self._all = CallbackWriter(self._keep)
         if resumed and self._afterwards:
@@ -44,6 +46,11 @@ class Outputs:
     def records(self) -> bool:
         """Whether frames are recorded on their way; then they must not run ahead of what is said of them."""
         return self._recorder is not None
+
+    @property
+    def recording(self) -> Path | None:
+        """Where the frames were recorded, if they were."""
+        return None if self._recorder is None else self._recorder.place
 
     def recorded(self, frames: Iterable[Any]) -> Iterator[Any]:
         """The frames on their way to the session."""
@@ -70,7 +77,7 @@ class Outputs:
             self._recorder.close()
         request = self._request
         if self._afterwards and request.burn is not None:
-            burn_captions(request.path, self._said, request.burn)
+            burn_captions(request.path, self._said, request.burn, fps=request.fps)
         if self._afterwards and request.track is not None:
             add_subtitle_track(request.path, self._said, request.track)
 

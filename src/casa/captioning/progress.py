@@ -17,19 +17,30 @@ from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.streaming import StreamingSession
 
+HALF = 0.0005  # s: caption files have whole milliseconds
+
 
 @dataclass
 class Place:
     """seconds: of the last frame that was watched; None before the first. asked: questions asked so far.
 
     began: what the clock on the wall (Unix time) said at second 0, by which a live stream goes on.
-    said: each caption and answer written at that frame, with its lag.
+    said: each caption and answer written of that frame: the second at which it stands, its text, its lag.
+    cue: the second at which the last caption of all stands.
     """
 
     seconds: float | None = None
     asked: int = 0
     began: float | None = None
-    said: list[tuple[str, float | None]] = field(default_factory=list)
+    said: list[tuple[float, str, float | None]] = field(default_factory=list)
+    cue: float | None = None
+
+    @property
+    def until(self) -> float:
+        """Captions on disk from this second on will be said again."""
+        if self.said:
+            return round(self.said[0][0], 3) - HALF
+        return -math.inf if self.cue is None else round(self.cue, 3) + HALF
 
 
 class Progress:
@@ -83,11 +94,16 @@ class Progress:
             return 0.0
         return max(self._wall() - self.place.began, self.place.seconds + 0.001)
 
-    def say(self, seconds: float, text: str, lag: float | None = None) -> None:
-        """Something has been written at that frame, on the clock of the captions."""
+    def at(self, seconds: float) -> float:
+        """Where a caption of that second stands: never before the last one, since a frame may come late."""
+        return seconds if self.place.cue is None else max(seconds, self.place.cue)
+
+    def say(self, seconds: float, at: float, text: str, lag: float | None = None) -> None:
+        """Something has been written of the frame at `seconds`, and stands `at` a second, on the captions' clock."""
         if seconds != self._said_at:
             self._said_at, self._said = seconds, []
-        self._said.append((text, lag))
+        self._said.append((at, text, lag))
+        self.place.cue = at
 
     def reached(self, seconds: float, asked: int, session: StreamingSession) -> None:
         """A frame has been watched and what was said of it written."""

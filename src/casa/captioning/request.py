@@ -21,10 +21,13 @@ VIDEOS = (".mp4", ".m4v", ".mov", ".mkv")
 class Request:
     """One run over one source.
 
-    source: as for `casa.media.open_source`. out: caption files, written as it goes. burn: a video with the captions
-    drawn in. track: the video as it is, with the captions as a text track that players can switch on; of a file only.
+    source: as for `casa.media.open_source`. source_options: FFmpeg's own, and reconnect_for: for how many seconds a
+    stream that broke off is tried again (None: without end if it is live); both for cameras and addresses only.
+    out: caption files, written as it goes. burn: a video with the captions drawn in. track: the video as it is, with
+    the captions as a text track that players can switch on; of a file only.
     fps: frames looked at per second. start, end: seconds, of files and folders. live: keep pace with the clock; None:
-    if the source does. hold: seconds for which a caption stays on screen, unless another comes.
+    if the source does. hold: seconds for which a caption stays on screen, unless another comes. cue: whether captions
+    begin at the time of their "frame", or when they were "said"; None: when they were said in live pace.
     prompt, max_text_tokens, max_new_tokens, sampling, seed: as for StreamingSession. questions: asked in mid-stream.
     resume: go on from the state that an earlier run left beside the first of `out`. save_every: seconds between states;
     0 saves after every frame.
@@ -41,6 +44,7 @@ class Request:
     end: float | None = None
     live: bool | None = None
     hold: float = 3.0
+    cue: str | None = None
     prompt: str | None = None
     max_text_tokens: int | None = None
     max_new_tokens: int = 32
@@ -49,6 +53,8 @@ class Request:
     questions: tuple[Question, ...] = ()
     resume: bool = False
     save_every: float = 5.0
+    source_options: dict[str, str] = field(default_factory=dict)
+    reconnect_for: float | None = None
 
     def __post_init__(self) -> None:
         for path in self.out:
@@ -67,12 +73,29 @@ class Request:
             raise UserError(f"hold is {self.hold}; give a number of seconds above 0.")
         if not self.save_every >= 0:
             raise UserError(f"save_every is {self.save_every}; give 0 or more seconds.")
+        if self.cue not in (None, "frame", "said"):
+            raise UserError(f"cue is {self.cue}; choose frame or said.")
+        if self.reconnect_for is not None and not self.reconnect_for >= 0:
+            raise UserError(f"reconnect_for is {self.reconnect_for}; give 0 or more seconds.")
+        if (self.source_options or self.reconnect_for is not None) and not self.is_stream:
+            raise UserError(
+                "--source-option and --reconnect-for are for cameras and addresses; leave them out for files and pipes."
+            )
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the source is a device or an address."""
+        return is_device(self.path) or is_address(self.path)
 
     @property
     def is_file(self) -> bool:
-        """Whether the source is one file on disk, which can be read a second time."""
-        text = self.path
-        return not (text == "-" or is_pipe(text) or is_device(text) or is_address(text) or os.path.isdir(text))
+        """Whether the source is one file on disk."""
+        return not (self.path == "-" or is_pipe(self.path) or self.is_stream or os.path.isdir(self.path))
+
+    @property
+    def can_be_read_again(self) -> bool:
+        """Whether the source lies on disk: a file, or a folder of pictures."""
+        return self.is_file or os.path.isdir(self.path)
 
     @property
     def path(self) -> str:
@@ -100,6 +123,7 @@ class Request:
             "start": self.start,
             "live": self.live,
             "hold": self.hold,
+            "cue": self.cue,
             "prompt": self.prompt,
             "max_text_tokens": self.max_text_tokens,
             "max_new_tokens": self.max_new_tokens,
@@ -107,6 +131,14 @@ class Request:
             "seed": self.seed,
             "questions": [[question.seconds, question.text] for question in self.questions],
         }
+
+
+def parse_option(written: str) -> tuple[str, str]:
+    """ "rtsp_transport=udp" -> ("rtsp_transport", "udp"). Raises UserError for anything else."""
+    name, mark, value = written.partition("=")
+    if not mark or not name.strip():
+        raise UserError(f'"{written}" is no option of a source; write it as rtsp_transport=udp.')
+    return name.strip(), value
 
 
 def _check_ending(path: Path, endings: tuple[str, ...]) -> None:

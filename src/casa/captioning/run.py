@@ -1,15 +1,18 @@
 """One run: frames from a source, through a session, to captions that are on disk as soon as they are said."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from casa.captioning.outputs import Outputs
 from casa.captioning.progress import Progress
 from casa.captioning.questions import Questions
 from casa.captioning.request import Request
-from casa.media import Source, open_source
+from casa.errors import UserError
+from casa.media import Backoff, Source, open_source
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.streaming import Count, Moment, StreamingSession, watch, watch_live
 from casa.streaming.pacing import Budget
@@ -24,8 +27,8 @@ TOLERANCE = 1e-3  # s: what FFmpeg's clocks may be off
 class Report:
     """What happened in a run. live: whether it kept pace with the clock. lags: of its frames, in s; longest, sum.
 
-    damaged: packets, frames and picture files passed over. reconnects: connections made after the first. stopped: by
-    Ctrl-C, which is how live pace ends; the state is kept.
+    damaged: packets, frames and picture files. reconnects: connections made after the first. stopped: by
+    Ctrl-C, which is how live pace ends; the state is kept. recording: the video of what comes only once, if asked for.
     """
 
     live: bool = False
@@ -37,6 +40,7 @@ class Report:
     damaged: int = 0
     reconnects: int = 0
     stopped: bool = False
+    recording: Path | None = None
 
     @property
     def is_clean(self) -> bool:
@@ -51,7 +55,7 @@ class Report:
             lag = f"lag {self.total_lag / frames:.2f} s on average, {self.longest_lag:.2f} s at most"
             told += [f"{count.dropped} dropped", f"{count.cut} cut short", f"{lag}, {self.last_lag:.2f} s at the end"]
         told += [f"{count.skipped} no pictures"] if count.skipped else []
-        told += [f"{self.damaged} damaged packets or frames passed over"] if self.damaged else []
+        told += [f"{self.damaged} damaged packets or frames"] if self.damaged else []
         told += [f"{self.reconnects} times connected again"] if self.reconnects else []
         return "; ".join(told) + "."
 
@@ -67,39 +71,41 @@ def caption(request: Request, model: str, load: Load, tell: Tell = lambda at, te
     after = progress.place.seconds
     report = Report()
     with _open(request, after) as source:
+        report.live = source.is_live if request.live is None else request.live
+        late = _stands_when_said(request, report.live)
         session = progress.session(*load(model))
         offset = progress.offset(source.is_live)
         # up to where the session has seen what comes now; what comes live has not been there before
         passed = None if source.is_live else after
-        # what was said from that frame on will be said again
-        until = None if passed is None else round(passed, 3) - TOLERANCE / 2
-        report.live = source.is_live if request.live is None else request.live
+        until = None if passed is None else progress.place.until
         questions = Questions(request.questions, progress.place.asked)
         with Outputs(request, progress.resumed, until) as outputs:
             frames = outputs.recorded(_behind(source, passed))
 
             def said(seconds: float, text: str, lag: float | None = None) -> None:
                 report.said += 1
-                outputs.say(offset + seconds, seconds, text, lag)
-                progress.say(offset + seconds, text, lag)
-                tell(offset + seconds, text)
+                at = progress.at(offset + seconds + ((lag or 0.0) if late else 0.0))
+                outputs.say(at, at - offset, text, lag)
+                progress.say(offset + seconds, at, text, lag)
+                tell(at, text)
 
-            seconds = 0.0
+            seconds, shown_at = 0.0, None
             if passed is not None:
                 # where the session stands, also if no frame comes any more
                 seconds = passed
-                for text, lag in progress.place.said:
-                    outputs.say_again(seconds, text, lag)
+                for at, text, lag in progress.place.said:
+                    outputs.say_again(at, text, lag)
             try:
                 for moment in _watched(session, frames, request, source, report, ahead=not outputs.records):
                     seconds = moment.seconds
+                    # a file's own pace has no clock that a caption could lag behind
+                    shown_at = time.monotonic() - moment.lag if report.live else None
                     if moment.text:
-                        # a file's own pace has no clock that a caption could lag behind
                         said(seconds, moment.text, moment.lag if report.live else None)
-                    _answer(session, questions, offset + seconds, seconds, said, report)
+                    _answer(session, questions, offset + seconds, seconds, shown_at, said, report)
                     progress.reached(offset + seconds, questions.asked, session)
                 if session.frames:
-                    _answer(session, questions, float("inf"), seconds, said, report)
+                    _answer(session, questions, math.inf, seconds, shown_at, said, report)
                     progress.reached(offset + seconds, questions.asked, session)
                     progress.save(session)
             except KeyboardInterrupt:
@@ -109,15 +115,31 @@ def caption(request: Request, model: str, load: Load, tell: Tell = lambda at, te
                 report.stopped = True
             report.damaged, report.reconnects = source.counts.skipped, source.counts.reconnects
             outputs.finish(source.duration)
+            report.recording = outputs.recording
         if not report.stopped:
             progress.finish()
     return report
 
 
 def _open(request: Request, after: float | None) -> Source:
+    seconds = request.reconnect_for
     return open_source(
-        request.source, request.fps, start=request.start, end=request.end, after=after, live=request.live
+        request.source,
+        request.fps,
+        start=request.start,
+        end=request.end,
+        after=after,
+        live=request.live,
+        options=request.source_options,
+        backoff=None if seconds is None else Backoff(attempts=math.inf, seconds=seconds),
     )
+
+
+def _stands_when_said(request: Request, live: bool) -> bool:
+    """Whether captions begin when they were said; at the time of their frame otherwise."""
+    if request.cue == "said" and not live:
+        raise UserError("--cue said is for live pace; a video that is watched frame by frame has no clock.")
+    return live if request.cue is None else request.cue == "said"
 
 
 def _behind(frames: Iterable[Any], after: float | None) -> Iterator[Any]:
@@ -143,11 +165,14 @@ def _answer(
     questions: Questions,
     at: float,
     seconds: float,
-    said: Callable[[float, str], None],
+    shown_at: float | None,
+    said: Callable[[float, str, float | None], None],
     report: Report,
 ) -> None:
+    """shown_at: when the frame was there, on the clock of live pace."""
     for question in questions.due(at):
         budget = Budget(time.monotonic, time.monotonic() + ANSWER_SECONDS) if report.live else None
         answer = session.ask(question.text, cut=budget)
         report.count.cut += budget is not None and budget.spent
-        said(seconds, f"{question.text} {answer or '(no answer)'}")
+        lag = None if shown_at is None else time.monotonic() - shown_at
+        said(seconds, f"{question.text} {answer or '(no answer)'}", lag)

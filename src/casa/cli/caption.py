@@ -34,6 +34,15 @@ def caption(
     prompt: Annotated[str | None, typer.Option(help="What to ask for; the model's own prompt if left out.")] = None,
     ask: Annotated[list[str] | None, typer.Option(help='SECOND="question", asked then; may be repeated.')] = None,
     hold: Annotated[float, typer.Option(help="Seconds a caption stays on screen, unless another comes.")] = 3.0,
+    cue: Annotated[
+        str | None, typer.Option(help="frame or said: when captions begin; if left out, said in live pace.")
+    ] = None,
+    source_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for FFmpeg, such as rtsp_transport=udp; may be repeated.")
+    ] = None,
+    reconnect_for: Annotated[
+        float | None, typer.Option(help="Seconds to try a lost stream again; a live one for ever if left out.")
+    ] = None,
     max_text_tokens: Annotated[int | None, typer.Option(help="Bound on the text remembered; none if left out.")] = None,
     max_new_tokens: MaxNewTokens = 32,
     temperature: Temperature = 0.0,
@@ -60,7 +69,7 @@ def caption(
     if len(words) not in (1, 2):
         raise UserError("caption takes one video: casa caption casa-tiny talk.mp4 --out talk.srt")
     name, source = words if len(words) == 2 else ("casa-tiny", words[0])
-    from casa.captioning import Request, parse_question
+    from casa.captioning import Request, parse_option, parse_question
     from casa.captioning import caption as run
     from casa.models.at_hand import load_at_hand
     from casa.streaming import Sampling
@@ -75,6 +84,7 @@ def caption(
         end=end,
         live=live,
         hold=hold,
+        cue=cue,
         prompt=prompt,
         max_text_tokens=max_text_tokens,
         max_new_tokens=max_new_tokens,
@@ -83,6 +93,8 @@ def caption(
         questions=tuple(parse_question(written) for written in ask or ()),
         resume=resume,
         save_every=save_every,
+        source_options=dict(parse_option(written) for written in source_option or ()),
+        reconnect_for=reconnect_for,
     )
     report = run(
         request,
@@ -92,3 +104,5 @@ def caption(
     )
     if report.live or not report.is_clean:
         print(report.sentence(), file=sys.stderr)
+    if report.recording not in (None, burn):
+        print(f"{burn} was there already; this video is {report.recording}.", file=sys.stderr)

@@ -1,0 +1,81 @@
+"""`casa caption`: stopped and gone on with, how it opens a stream, and where it records."""
+
+import math
+
+import numpy as np
+import pytest
+
+from casa.captioning import Report
+from casa.captioning import run as module
+from casa.captioning.progress import Progress
+from casa.errors import UserError
+from casa.media import VideoWriter
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """3 s of noise, 84 x 56 px, 10 frames a second."""
+    path = tmp_path_factory.mktemp("films") / "film.mp4"
+    generator = np.random.default_rng(0)
+    with VideoWriter(path, (84, 56), fps=10) as video:
+        for _ in range(30):
+            video.write(generator.integers(0, 255, (56, 84, 3), dtype=np.uint8))
+    return path
+
+
+def test_stopped_and_resumed(casa, checkpoint, film, tmp_path, monkeypatch):
+    """Ctrl-C, of which a kill is the harder case (tests/captioning/test_kill.py)."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+
+    def words(folder):
+        outs = ("--out", folder / "a.srt", "--out", folder / "a.jsonl")
+        settings = ("--fps", 5, "--max-text-tokens", 60, "--max-new-tokens", 4, "--save-every", 0)
+        return ("caption", checkpoint, film, *outs, *settings)
+
+    whole = casa(*words(one))
+    assert (whole.status, whole.err) == (0, "")
+    reached, left = Progress.reached, [6]
+
+    def stopping(self, *arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        reached(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "reached", stopping)
+        stopped = casa(*words(two))
+    assert (stopped.status, stopped.err) == (130, "casa: stopped.\n")
+    assert (two / "a.srt.state").exists()
+    resumed = casa(*words(two), "--resume")
+    assert (resumed.status, resumed.err) == (0, "")
+    assert float(resumed.out.split()[0]) > 1.0, "it did not begin at the beginning"
+    assert whole.out.endswith(resumed.out)
+    assert {path.name: path.read_bytes() for path in two.iterdir()} == {
+        path.name: path.read_bytes() for path in one.iterdir()
+    }
+
+
+def test_how_a_stream_is_opened(casa, monkeypatch):
+    given = []
+
+    def opened(*arguments, **settings):
+        given.append(settings)
+        raise UserError("nobody there.")
+
+    monkeypatch.setattr(module, "open_source", opened)
+    assert casa("caption", "rtsp://here/a").err == "casa: nobody there.\n"
+    options = ("--source-option", "rtsp_transport=udp", "--source-option", "headers=A: b=c")
+    assert casa("caption", "rtsp://here/a", *options, "--reconnect-for", 60).status == 2
+    assert (given[0]["options"], given[0]["backoff"]) == ({}, None)
+    assert given[1]["options"] == {"rtsp_transport": "udp", "headers": "A: b=c"}
+    assert (given[1]["backoff"].seconds, given[1]["backoff"].attempts) == (60, math.inf)
+
+
+def test_where_it_was_recorded_is_told_if_the_name_was_taken(casa, monkeypatch, tmp_path):
+    taken, free = tmp_path / "a.mkv", tmp_path / "a.2.mkv"
+    for place, told in ((taken, ""), (free, f"{taken} was there already; this video is {free}.\n")):
+        monkeypatch.setattr("casa.captioning.caption", lambda *_, place=place: Report(recording=place))
+        assert casa("caption", "camera:0", "--burn", taken).err == told
