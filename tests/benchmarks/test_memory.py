@@ -1,13 +1,16 @@
 """Host memory of captioning does not grow with the film: six times the frames, measured in processes of their own."""
 
+import numpy as np
 import pytest
 import torch
 
 from casa.benchmarks.apart import measured_apart
 from casa.benchmarks.host_memory import forget_peak, most_bytes, peak_bytes, resident_bytes
-from casa.benchmarks.memory import bench_memory, memory_table
+from casa.benchmarks.memory import bench_memory, draw_film, memory_table
+from casa.benchmarks.soak import film
 from casa.benchmarks.turns_memory import turns_peaks, with_peaks
 from casa.errors import UserError
+from casa.media import probe, read_frames
 from casa.models import adapt
 from casa.testing import tiny_checkpoint, tiny_encoder, tiny_processor, tiny_text_model
 
@@ -20,16 +23,31 @@ def checkpoint(tmp_path_factory):
 
 
 def test_a_longer_film_takes_no_more_than_a_short_one(checkpoint):
-    """If frames were kept, 60 of 448 x 448 px would be 36 MB."""
-    found = bench_memory(str(checkpoint), minutes=0.6, short_minutes=0.1, size=448, max_text_tokens=96)
-    assert [row["frames"] for row in found["films"]] == [12, 72]
+    """If watched frames were kept, 60 of 448 x 448 px would be 36 MB; if all decoded ones were, 72 MB."""
+    settings = {"size": 448, "film_fps": 4.0, "max_text_tokens": 96, "max_new_tokens": 2}
+    found = bench_memory(str(checkpoint), minutes=0.6, short_minutes=0.1, **settings)
+    assert [(row["decoded"], row["frames"]) for row in found["films"]] == [(24, 12), (144, 72)]
     assert found["more_bytes"] < 20e6
     assert memory_table(found).count("\n") == 3
 
 
-@pytest.mark.parametrize("settings", [{"minutes": 1.0, "short_minutes": 1.0}, {"short_minutes": 0.0}])
-def test_lengths_that_cannot_be(settings):
-    with pytest.raises(UserError, match="short"):
+def test_a_film_shows_a_new_picture_each_time_that_it_is_watched(tmp_path):
+    assert draw_film(tmp_path / "a.mp4", 4.0, 112, film_fps=25.0, fps=2.0) == 100
+    assert probe(tmp_path / "a.mp4").frames == 100
+    pictures = [frame.picture.astype(int) for frame in read_frames(tmp_path / "a.mp4", fps=2.0)]
+    wanted = [np.asarray(picture).astype(int) for picture in film(112, 0, 8)]
+    assert len(pictures) == 8
+    apart = np.array([[np.abs(seen - drawn).mean() for drawn in wanted] for seen in pictures])
+    assert np.diag(apart) == pytest.approx(apart.min(axis=1)), "each is that of its own moment"
+    assert apart.max() > 3 * apart.min(), "and not all are alike"
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [({"minutes": 1.0, "short_minutes": 1.0}, "short"), ({"short_minutes": 0.0}, "short"), ({"fps": 30.0}, "film fps")],
+)
+def test_numbers_that_cannot_be(settings, word):
+    with pytest.raises(UserError, match=word):
         bench_memory("casa-tiny", **settings)
 
 
