@@ -7,6 +7,8 @@ import typer
 from casa.cli import adapt, ask, bench, caption, data, demo, evaluate, export, serve, train
 from casa.errors import UserError
 
+STOPPED = 130  # the exit status of Ctrl-C
+
 app = typer.Typer(
     name="casa",
     help="Eyes for language models: cross-attention via self-attention.\n\n"
@@ -45,9 +47,11 @@ def run() -> None:
             raise
         print(f"casa: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("casa: stopped.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        # Typer makes this of Ctrl-C, and says nothing
+        if end.code == STOPPED:
+            print("casa: stopped.", file=sys.stderr)
+        raise
 
 
 def _sentence(error: BaseException) -> str:
