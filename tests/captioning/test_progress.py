@@ -26,7 +26,7 @@ class StoppedError(Exception):
     """Stands for a kill: nothing is done after it."""
 
 
-def killed(*_):
+def killed(*_, **__):
     raise StoppedError
 
 
@@ -119,7 +119,7 @@ def test_stopped_when_no_frame_is_left(questions, burns, film, load, stopping, t
         caption(request_to(two, film, **settings), "tiny", load)
     go_on()
     with monkeypatch.context() as patched:
-        patched.setattr(module, "burn_captions", killed)
+        patched.setattr(outputs, "burn_captions", killed)
         for _ in range(2 if burns else 0):
             with pytest.raises(StoppedError):
                 caption(request_to(two, film, resume=True, **settings), "tiny", load)
