@@ -24,11 +24,14 @@ def draw_film(path: Path, seconds: float, size: int, film_fps: float, fps: float
 
     It is out of a few drawn frames, `fps` of them a second: whoever looks so often sees each.
     """
-    pictures = [np.asarray(picture) for picture in film(size, seed, DRAWN)]
-    frames = round(seconds * film_fps)
+    frames, part = round(seconds * film_fps), fps / film_fps
+    pictures = [np.asarray(picture) for picture in film(size, seed, min(DRAWN, math.ceil(frames * part) + 1))]
     with VideoWriter(path, (size, size), film_fps, preset="ultrafast", crf=30) as video:
-        for number in range(1, frames + 1):
-            video.write(pictures[(math.ceil(number * fps / film_fps) - 1) % DRAWN])
+        for number in range(frames):
+            # changed half-way between two looks, since right after it the encoder still shows much of the one before;
+            # at the latest at the frame that is looked at
+            drawn = max(math.floor(number * part + 0.5), math.ceil((number + 1) * part) - 1)
+            video.write(pictures[drawn % DRAWN])
     return frames
 
 
