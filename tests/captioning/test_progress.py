@@ -74,33 +74,63 @@ def always_late(session, frames, fps, *, count, in_real_time):
         yield Moment(frame.time, session.step(frame.image), 0.7, 0.0, True)
 
 
-@pytest.mark.parametrize("source", ["file", "part of a file", "folder", "read from its beginning", "live pace"])
-@pytest.mark.parametrize(("stops", "save_every"), [((4, 3), 0.0), ((17,), 0.0), ((4, 3), 1000.0)])
-def test_the_same_as_without_a_stop(
-    source, stops, save_every, film, folder_of_pictures, load, stopping, tmp_path, monkeypatch
-):
+SOURCES = ["file", "part of a file", "folder", "read from its beginning", "live pace"]
+
+
+@pytest.fixture
+def setting_of(film, folder_of_pictures, monkeypatch):
+    """What a run is given, and its settings; the run itself finds its source as it should be."""
+
+    def get(source):
+        if source == "read from its beginning":
+            plain = module.open_source
+            monkeypatch.setattr(module, "open_source", lambda *a, after, **k: plain(*a, **k))
+        if source == "live pace":
+            monkeypatch.setattr(module, "watch_live", always_late)
+            return film, {"live": True, "questions": ()}
+        if source == "part of a file":
+            return film, {"start": 0.4, "fps": 3.7}
+        return (folder_of_pictures if source == "folder" else film), {}
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def without_a_stop(load, tmp_path_factory):
+    """The files of each source's run that nobody stopped, made once."""
+    made = {}
+
+    def get(source, given, settings):
+        if source not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            caption(request_to(folder, given, **settings), "tiny", load)
+            made[source] = files(folder)
+        return made[source]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("source", "stops", "save_every"),
+    [
+        *((source, stops, 0.0) for source in SOURCES for stops in ((4, 3), (17,))),
+        ("file", (4, 3), 1000.0),
+        ("live pace", (4, 3), 1000.0),
+    ],
+)
+def test_the_same_as_without_a_stop(source, stops, save_every, setting_of, without_a_stop, load, stopping, tmp_path):
     """With 1,000 s between states, only the first frame of each run is known to the next."""
-    given, settings = (folder_of_pictures if source == "folder" else film), {"save_every": save_every}
-    if source == "part of a file":
-        settings |= {"start": 0.4, "fps": 3.7}
-    if source == "read from its beginning":
-        plain = module.open_source
-        monkeypatch.setattr(module, "open_source", lambda *a, after, **k: plain(*a, **k))
-    if source == "live pace":
-        settings |= {"live": True, "questions": ()}
-        monkeypatch.setattr(module, "watch_live", always_late)
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir()
-    two.mkdir()
-    caption(request_to(one, given, **settings), "tiny", load)
+    given, settings = setting_of(source)
+    whole = without_a_stop(source, given, settings)
+    settings |= {"save_every": save_every}
     for number, frames in enumerate(stops):
         go_on = stopping(frames)
         with pytest.raises(StoppedError):
-            caption(request_to(two, given, resume=number > 0, **settings), "tiny", load)
+            caption(request_to(tmp_path, given, resume=number > 0, **settings), "tiny", load)
         go_on()
-        assert (two / "a.srt.state").exists()
-    caption(request_to(two, given, resume=True, **settings), "tiny", load)
-    assert files(two) == files(one)
+        assert (tmp_path / "a.srt.state").exists()
+    caption(request_to(tmp_path, given, resume=True, **settings), "tiny", load)
+    assert files(tmp_path) == whole
 
 
 @pytest.mark.parametrize("questions", [SETTINGS["questions"], ()], ids=["a question behind the end", "no question"])
