@@ -61,7 +61,7 @@ def pictures(monkeypatch):
 FOUR = Backoff(first=1, most=4, attempts=4, jitter=0)
 
 
-def source(connections, clock, fps=1, backoff=FOUR, **settings):
+def source(connections, clock, fps=1, backoff: Backoff | None = FOUR, **settings):
     """`connections` are opened in turn; None is one that fails, and so is any after the last."""
     waiting = list(connections)
 
