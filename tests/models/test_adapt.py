@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from casa import FusionConfig, adapt
 from casa.errors import UserError
 from casa.testing import TinySample, as_batch, tiny_casa, tiny_encoder, tiny_text_model
+from casa.testing.drawn import SEVERAL
 
 ADDING = [
     {},
@@ -34,6 +37,22 @@ def test_text_only_logits_are_the_text_models_own_bit_for_bit(fusion):
     model = tiny_casa(**fusion)
     assert torch.equal(model(input_ids=ids).logits, wanted)
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, wanted)
+
+
+@pytest.fixture(scope="module")
+def text_model():
+    return tiny_text_model().eval()
+
+
+@pytest.mark.parametrize("name", ["parallel", "before shared", "history 1", "sample", "cross", "insertion"])
+@SEVERAL
+@given(rows=st.integers(1, 9).flatmap(lambda n: st.lists(st.tuples(*[st.integers(3, 60)] * n), min_size=1, max_size=3)))
+def test_logits_of_any_text_alone_are_the_text_models_own_bit_for_bit(casa_of, text_model, name, rows):
+    ids, model = torch.tensor(rows), casa_of(name)
+    with torch.no_grad():
+        wanted = text_model(input_ids=ids).logits
+        assert torch.equal(model(input_ids=ids).logits, wanted)
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, wanted)
 
 
 @torch.no_grad()

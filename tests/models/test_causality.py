@@ -2,10 +2,26 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from casa.testing import TinySample, as_batch, as_packed, tiny_casa
+from casa.testing.drawn import SEVERAL, texts
 
 TEXT = TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 2, 2), (5, 1, 3)), seed=1)
+
+
+def followed(past, future):
+    """One text of both; pictures stand before the same tokens as they did."""
+    later = tuple((len(past.ids) + place, rows, columns) for place, rows, columns in future.pictures)
+    return TinySample(past.ids + future.ids, past.pictures + later, past.seed)
+
+
+def heard(model, inputs, which):
+    """Some of the logits, and how much each patch (P, channels) moves them."""
+    pixels = inputs.pop("pixel_values").requires_grad_()
+    logits = which(model(pixel_values=pixels, **inputs).logits)
+    return logits.detach(), torch.autograd.grad(logits.square().sum(), pixels)[0]
 
 
 @torch.no_grad()
@@ -40,6 +56,37 @@ def test_no_gradient_flows_from_an_earlier_logit_to_a_later_frame(model):
     model.zero_grad()
     assert not pixels.grad[16:].any()
     assert pixels.grad[:16].abs().amin(-1).max() > 0
+
+
+# a picture of the past stands before one of its tokens, which sees it
+@SEVERAL
+@given(past=texts(fewest=1, behind=False), futures=st.tuples(texts(fewest=1), texts(fewest=1)))
+def test_no_future_whatever_changes_what_is_before_it(few, close, past, futures):
+    """Other text and other pictures from a token on, and the gradients of their pixels."""
+    found = []
+    for number, future in enumerate(futures):
+        inputs = followed(past, future).inputs()
+        inputs["pixel_values"][4 * past.image_tokens :] += number
+        logits, gradient = heard(few, inputs, lambda logits: logits[:, : len(past.ids)])
+        seen, unseen = gradient.split([4 * past.image_tokens, 4 * future.image_tokens])
+        assert not unseen.any()
+        assert all(patches.any() for patches in seen.split([4 * r * c for _, r, c in past.pictures]))
+        found.append(logits)
+    close(*found)
+
+
+@SEVERAL
+@given(mine=texts(fewest=1, behind=False), others=st.tuples(texts(fewest=1), texts(fewest=1)), first=st.booleans())
+def test_no_row_touches_another_whatever_it_holds(few, close, mine, others, first):
+    found = []
+    for other in others:
+        rows = [mine, other] if first else [other, mine]
+        logits, gradient = heard(few, as_batch(rows), lambda logits: logits[int(not first), -len(mine.ids) :])
+        parts = gradient.split([4 * row.image_tokens for row in rows])
+        assert parts[int(not first)].any()
+        assert not parts[int(first)].any()
+        found.append(logits)
+    close(*found)
 
 
 @torch.no_grad()

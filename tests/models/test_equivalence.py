@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from casa.testing import TinySample, as_batch, as_packed
-
-SEVERAL = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+from casa.testing.drawn import SEVERAL, texts, texts_in_pieces
 
 
 def in_calls(model, calls, grad=False):
@@ -27,6 +26,17 @@ def gradients(model, loss):
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
+
+
+def the_same(model, found, wanted, close):
+    """Logits of two ways, and for a loss in which each counts differently the gradients of all weights."""
+    close(found, wanted)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(0), dtype=found.dtype)
+    ours, theirs = gradients(model, (found * weights).sum()), gradients(model, (wanted * weights).sum())
+    for name in ours.keys() | theirs.keys():
+        # a part that no text needs is left out by one way, and zero in the other
+        zero = torch.zeros_like(model.get_parameter(name))
+        close(ours.get(name, zero), theirs.get(name, zero))
 
 
 @torch.no_grad()
@@ -101,7 +111,7 @@ def test_token_by_token_with_gradients_is_one_pass(few, samples, close):
     """Gradients keep the step that writes in place away."""
     sample = samples[0]
     calls = sample.calls(range(1, len(sample.ids)))
-    close(in_calls(few, calls, grad=True)[0].detach(), few(**sample.inputs()).logits.detach())
+    the_same(few, in_calls(few, calls, grad=True)[0], few(**sample.inputs()).logits, close)
 
 
 @torch.no_grad()
@@ -113,15 +123,6 @@ def test_prefill_then_tokens_is_one_pass(model, samples, close, late):
             close(in_calls(model, sample.calls(range(prompt, len(sample.ids)), late))[0], whole)
 
 
-@st.composite
-def texts_in_pieces(draw):
-    ids = draw(st.lists(st.integers(3, 60), min_size=1, max_size=12))
-    places = draw(st.lists(st.integers(0, len(ids)), max_size=4))
-    pictures = [(place, draw(st.integers(1, 2)), draw(st.integers(1, 3))) for place in sorted(places)]
-    cuts = draw(st.lists(st.integers(1, len(ids) - 1), unique=True, max_size=6)) if len(ids) > 1 else []
-    return TinySample(tuple(ids), tuple(pictures), draw(st.integers(0, 99))), sorted(cuts), draw(st.booleans())
-
-
 @SEVERAL
 @given(drawn=texts_in_pieces())
 def test_pieces_of_any_size_are_one_pass(few, close, drawn):
@@ -131,19 +132,26 @@ def test_pieces_of_any_size_are_one_pass(few, close, drawn):
 
 
 @SEVERAL
-@given(rows=st.lists(texts_in_pieces(), min_size=1, max_size=3))
-def test_any_texts_packed_are_each_alone(few, close, rows):
-    # a picture behind all text of a sample would be the next one's
-    samples = [TinySample(s.ids, tuple(p for p in s.pictures if p[0] < len(s.ids)), s.seed) for s, _, _ in rows]
+@given(drawn=texts_in_pieces())
+def test_pieces_of_any_size_have_the_gradients_of_one_pass(few, close, drawn):
+    sample, cuts, late = drawn
+    the_same(few, in_calls(few, sample.calls(cuts, late), grad=True)[0], few(**sample.inputs()).logits, close)
+
+
+@SEVERAL
+@given(rows=st.lists(texts(), min_size=2, max_size=3))
+def test_any_left_padded_batch_is_each_row_alone(few, close, rows):
+    logits = few(**as_batch(rows)).logits
+    found = torch.cat([row[-len(sample.ids) :] for row, sample in zip(logits, rows, strict=True)])
+    the_same(few, found, torch.cat([few(**sample.inputs()).logits[0] for sample in rows]), close)
+
+
+# a picture behind all text of a sample would be the next one's
+@SEVERAL
+@given(samples=st.lists(texts(behind=False), min_size=1, max_size=3))
+def test_any_texts_packed_are_each_alone(few, close, samples):
     packed = few(**as_packed(samples)).logits[0]
-    alone = torch.cat([few(**sample.inputs()).logits[0] for sample in samples])
-    close(packed, alone)
-    weights = torch.randn(packed.shape, generator=torch.Generator().manual_seed(0), dtype=packed.dtype)
-    ours, theirs = gradients(few, (packed * weights).sum()), gradients(few, (alone * weights).sum())
-    for name, gradient in ours.items():
-        # a part that no sample has is left out by one, and zero in the other
-        close(gradient, theirs.get(name, torch.zeros_like(gradient)))
-    assert all(not float(gradient.abs().max()) for name, gradient in theirs.items() if name not in ours)
+    the_same(few, packed, torch.cat([few(**sample.inputs()).logits[0] for sample in samples]), close)
 
 
 @torch.no_grad()

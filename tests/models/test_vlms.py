@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from casa import FusionConfig, adapt
 from casa.layers import PackedStep, plan_call, project_images
 from casa.testing import TinySample, as_batch, tiny_backbone, tiny_casa_over, tiny_images
+from casa.testing.drawn import SEVERAL, texts
 
 QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 IMAGE = 58
@@ -53,6 +56,34 @@ def test_insertion_is_the_vlms_own_forward(kind):
     logits = model(**as_batch(SAMPLES)).logits
     for row, sample, own in zip(logits, SAMPLES, wanted, strict=True):
         torch.testing.assert_close(row[-len(sample.ids) :], own, rtol=1e-9, atol=1e-9)
+
+
+@pytest.fixture(scope="module", params=QWENS)
+def twins(request):
+    """A VLM, and one with the same weights that was adapted."""
+    model = adapt(tiny_backbone(request.param), FusionConfig(method="insertion"))
+    return tiny_backbone(request.param), model.eval().requires_grad_(True)
+
+
+@SEVERAL
+@given(rows=st.lists(texts(apart=True), min_size=1, max_size=3))
+def test_insertion_is_the_vlms_own_forward_for_any_texts_and_pictures(twins, rows):
+    """The gradients of its weights too."""
+    vlm, model = twins
+    wanted = torch.cat(own_forward(vlm, rows))
+    logits = model(**as_batch(rows)).logits
+    found = torch.cat([row[-len(sample.ids) :] for row, sample in zip(logits, rows, strict=True)])
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    weights = dict(vlm.named_parameters())
+    mine = {name: model.backbone.get_parameter(name) for name in weights}
+    for name, ours, theirs in zip(weights, gradients(found, mine), gradients(wanted, weights), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=lambda words, name=name: f"{name}: {words}")
+
+
+def gradients(outcome, leaves):
+    """Of all leaves, for a loss in which each number of the outcome counts differently."""
+    upstream = torch.randn(outcome.shape, generator=torch.Generator().manual_seed(0), dtype=outcome.dtype)
+    return torch.autograd.grad(outcome, list(leaves.values()), upstream, materialize_grads=True)
 
 
 @pytest.mark.parametrize("kind", QWENS)
@@ -126,36 +157,51 @@ def insertion_attention(model, image, text, positions):
     return out[0, len(image) :]
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "helium"])
-@torch.no_grad()
-def test_block_0_gives_text_what_insertions_block_0_gives_it(kind):
-    """With the rotary positions that insertion would use: text behind the image's longer side, or all its tokens."""
-    model = tiny_casa_over(kind)
-    decoder, rows, columns, count = model.decoder, 2, 3, 5
-    image, text = torch.randn(2, 6, 32, dtype=torch.float64).unbind()
-    text = text[:count]
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "helium"])
+def of_kind(request):
+    return request.param, tiny_casa_over(request.param)
+
+
+@SEVERAL
+@given(grid=st.tuples(st.integers(1, 4), st.integers(1, 4)), count=st.integers(1, 8), seed=st.integers(0, 99))
+def test_block_0_gives_text_what_insertions_block_0_gives_it(of_kind, grid, count, seed):
+    """With the rotary positions that insertion would use: text behind the image's longer side, or all its tokens.
+
+    The gradients too: of image, text, the norm before both, and every weight of the layer, a copy of the block's.
+    """
+    kind, model = of_kind
+    decoder, (rows, columns), tokens = model.decoder, grid, grid[0] * grid[1]
+    assume(tokens != count)  # by their number, positions of the image and of text are told apart
+    drawn = torch.randn(tokens + count, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    image, text = (part.clone().requires_grad_() for part in drawn.split([tokens, count]))
     rotary = decoder.rotaries([0], torch.device("cpu"), torch.float64)[0]
     if decoder.rotary_axes == 3:
-        grid = torch.stack([torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)])
-        image_at = torch.cat([torch.zeros(1, 6, dtype=torch.int64), grid])
+        places = torch.stack([torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)])
+        image_at = torch.cat([torch.zeros(1, tokens, dtype=torch.int64), places])
         ahead = max(rows, columns)
         at = torch.cat([image_at, ahead + torch.arange(count).expand(3, -1)], dim=1)[:, None]
     else:
-        grid, image_at, ahead = None, torch.arange(6), 6
-        at = torch.arange(6 + count)[None]
-    plan = plan_call(torch.ones(1, count, dtype=torch.bool), [(0, 0)], [6])
-    key, value = project_images(image, [model.casa_layers["0"]], [decoder.image_norm(0)])[0]
+        places, image_at, ahead = None, torch.arange(tokens), tokens
+        at = torch.arange(tokens + count)[None]
+    layer, block = model.casa_layers["0"], decoder.blocks[0]
+    plan = plan_call(torch.ones(1, count, dtype=torch.bool), [(0, 0)], [tokens])
+    key, value = project_images(image, [layer], [decoder.image_norm(0)])[0]
 
     def behind(positions):
         # keys come turned already; asked for the image's place, it leaves them
-        return rotary(torch.zeros_like(positions)) if positions.shape[-1] == 6 else rotary(positions + ahead)
+        return rotary(torch.zeros_like(positions)) if positions.shape[-1] == tokens else rotary(positions + ahead)
 
-    step = PackedStep(plan, [(rotary(image_at)(key), value)], [behind], grid)
-    hidden = decoder.blocks[0].input_layernorm(text)[None]
-    found = model.casa_layers["0"](hidden, step, 0)[0]
+    step = PackedStep(plan, [(rotary(image_at)(key), value)], [behind], places)
+    found = layer(block.input_layernorm(text)[None], step, 0)[0]
+    wanted = insertion_attention(model, image, text, at)
     # Helium multiplies its norm's gain in float32
     worst = 1e-6 if kind == "helium" else 1e-12
-    torch.testing.assert_close(found, insertion_attention(model, image, text, at), rtol=0, atol=worst)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=worst)
+    shared = {"image": image, "text": text, "gain": block.input_layernorm.weight}
+    copied = dict(layer.named_parameters())
+    theirs = {name: block.self_attn.get_parameter(name) for name in copied}
+    for mine, own in zip(gradients(found, shared | copied), gradients(wanted, shared | theirs), strict=True):
+        torch.testing.assert_close(mine, own, rtol=10 * worst, atol=10 * worst)
 
 
 @torch.no_grad()

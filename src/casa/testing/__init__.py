@@ -12,6 +12,7 @@ from casa.testing.tiny import (
     tiny_encoder,
     tiny_images,
     tiny_processor,
+    tiny_speaker,
     tiny_text_model,
 )
 
@@ -31,5 +32,6 @@ __all__ = [
     "tiny_encoder",
     "tiny_images",
     "tiny_processor",
+    "tiny_speaker",
     "tiny_text_model",
 ]
