@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
 from transformers import StaticCache
 
 from casa.errors import UserError
 from casa.layers import turner
 from casa.testing import TinySample, tiny_casa
+from casa.testing.drawn import SEVERAL, texts_in_pieces
 
 # windows: 2 text | 6 image, 3 text | 2 image, 2 text
 SAMPLE = TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 2, 3), (5, 1, 2)), seed=4)
@@ -63,6 +65,40 @@ def test_image_state_is_that_of_the_visible_windows(fused):
     assert cache.windows.text_tokens == [own_text]
     held = 0 if fused.fusion.attend == "image" else own_text
     assert cache.num_bytes - cache.text_bytes - cache.image_bytes == held * len(layers) * 2 * 2 * 8 * 8
+
+
+@pytest.mark.parametrize("name", ["parallel", "replace sample", "history 1", "history all", "cross"])
+@SEVERAL
+@given(drawn=texts_in_pieces())
+def test_of_any_text_the_words_and_the_visible_pictures_are_held_and_nothing_else(casa_of, name, drawn):
+    model, (sample, cuts, late), cache = casa_of(name), drawn, None
+    for call in sample.calls(cuts, late):
+        with torch.no_grad():
+            cache = model(**call, past_key_values=cache, use_cache=True).past_key_values
+    assert lengths(cache) == {cache.num_text} == {len(sample.ids)}
+    # pictures with no text between them are one run, and a run opens a window
+    opened = sorted({place for place, _, _ in sample.pictures})
+    runs = [sum(rows * columns for place, rows, columns in sample.pictures if place == at) for at in opened]
+    together = model.fusion.split == "sample"
+    visible = sum(runs if together or model.fusion.history == -1 else runs[-(model.fusion.history + 1) :])
+    assert cache.image_tokens == visible
+    if cache.windows is None:
+        assert not sample.pictures
+        return
+    assert {layer.images for layer in cache.windows.layers} == {visible}
+    assert cache.windows.text_tokens == [len(sample.ids) - (opened[-1] if opened and not together else 0)]
+
+
+def test_held_bytes_are_those_of_the_memory_itself(casa_of):
+    cache = fed(casa_of("parallel"))
+    layers = cache.windows.layers
+    room = sum(t.numel() * 8 for layer in layers for t in (layer.key, layer.value))
+    assert cache.held_bytes == cache.text_bytes + room > cache.num_bytes
+    held = cache.held_bytes
+    cache.crop(-1)  # what is left is a view of what was there
+    assert cache.held_bytes == held
+    layers[1].key = layers[0].key
+    assert cache.held_bytes == held - layers[0].key.numel() * 8
 
 
 def test_state_does_not_grow_with_frames(casa_of):

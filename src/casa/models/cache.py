@@ -95,8 +95,7 @@ class CasaCache(Cache):
     @property
     def text_bytes(self) -> int:
         """Bytes of the text model's cache."""
-        layers = [layer for layer in self.text.layers if getattr(layer, "keys", None) is not None]
-        return sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))  # type: ignore[union-attr]
+        return sum(t.numel() * t.element_size() for t in self._text_tensors())
 
     @property
     def image_bytes(self) -> int:
@@ -108,6 +107,20 @@ class CasaCache(Cache):
         """All bytes held: text cache, images and text of the visible windows."""
         return self.text_bytes + (self.windows.image_bytes + self.windows.text_bytes if self.windows else 0)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the memory behind the cache: `num_bytes`, room for text to come, and all that nobody reads.
+
+        Memory that several tensors share counts once.
+        """
+        tensors = self._text_tensors()
+        if self.windows is not None:
+            tensors += [t for layer in self.windows.layers for t in (layer.key, layer.value)]
+        if self.stream is not None:
+            tensors += [self.stream.mask, self.stream.next_position, self.stream.images]
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
     def twin(self) -> "CasaCache":
         """A cache to go on with while this one stays as it is, for the case that it is needed again. Copies no tensor.
 
@@ -118,6 +131,10 @@ class CasaCache(Cache):
         twin.layers = twin.text.layers = [copy.copy(layer) for layer in self.text.layers]
         twin.windows = self.windows.twin() if self.windows is not None else None
         return twin
+
+    def _text_tensors(self) -> list[Tensor]:
+        layers: list[Any] = self.text.layers
+        return [t for layer in layers if getattr(layer, "keys", None) is not None for t in (layer.keys, layer.values)]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

@@ -185,6 +185,7 @@ class StreamingSession:
             text_bytes=cache.text_bytes,
             image_bytes=cache.image_bytes,
             window_bytes=cache.num_bytes - cache.text_bytes - cache.image_bytes,
+            held_bytes=cache.held_bytes,
         )
 
     @property

@@ -1,6 +1,6 @@
 """What a live session holds in memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -10,6 +10,8 @@ class Usage:
     cache_bytes: all of it, which is text_bytes (the text model's cache), image_bytes (image keys and values of
     the visible windows; under insertion they are part of text_bytes) and window_bytes (the text of the open window
     in the CASA layers).
+    held_bytes: the memory that this takes: cache_bytes, the room that buffers keep for the text to come, and whatever
+    in them nobody reads. Sessions that remember the same are equal, whatever room they have; 0 if nobody asked.
     """
 
     text_tokens: int
@@ -18,3 +20,4 @@ class Usage:
     text_bytes: int
     image_bytes: int
     window_bytes: int
+    held_bytes: int = field(default=0, compare=False)
