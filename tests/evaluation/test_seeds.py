@@ -9,7 +9,7 @@ from casa.evaluation.seeds import as_generator, generator
 def test_every_task_split_seed_and_substream_has_its_own_numbers():
     names = [
         (task, split, seed, *more)
-        for task in ("pages", "scenes", "stream")
+        for task in ("pages", "scenes", "stream", "sheets")
         for split in ("train", "held_out")
         for seed in (0, 1, -1, 2**40, -(2**70))
         for more in ((), (1,), (2,))
