@@ -1,11 +1,13 @@
 """The attention benchmark: it runs, says what it measured, and leaves the process as it was."""
 
 import json
+import sys
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention as flexible
 
-from casa.attention import casa_attention
+from casa.attention import casa_attention, flex
 from casa.benchmarks import attention as bench
 from casa.benchmarks.attention import BenchRow, bench_attention, bench_record, bench_table
 from casa.benchmarks.attention_shapes import CUDA_SHAPES, SHAPES, BenchShape
@@ -31,7 +33,7 @@ def test_rows_table_and_record():
     record = json.loads(json.dumps(bench_record(rows, seed=3, repeats=2)))
     assert (record["versions"]["torch"], record["seed"], record["threads"]) == (torch.__version__, 3, threads)
     assert len(record["rows"]) == len(rows)
-    assert set(record["rows"][0]) == {"shape", "impl", "forward_ms", "both_ms", "forward_ratio", "both_ratio"}
+    assert set(record["rows"][0]) == {"shape", "impl", "forward_ms", "both_ms", "forward_ratio", "both_ratio", "reason"}
     table = bench_table(rows)
     assert all(word in table for word in ("even", "ragged", "sdpa", "dense mask", "1.0x"))
 
@@ -69,12 +71,72 @@ def test_a_decode_step_is_timed_forward_only():
     assert "none" in bench_table(rows)
 
 
+@pytest.fixture
+def uncompiled(monkeypatch, tmp_path):
+    """flex as it is, but for the compiler: one is at hand, and what it would compile runs uncompiled."""
+
+    def kernel(query, key, value, *, block_mask, **more):
+        mask = flexible.create_mask(block_mask.mask_mod, 1, 1, query.shape[2], key.shape[2], device="cpu")
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, **more)
+
+    (tmp_path / "my-compiler").symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "my-compiler")
+    monkeypatch.setattr(flex, "_compiled", lambda: kernel)
+
+
+def test_flex_on_a_cpu_is_timed_forward_only_and_says_so(uncompiled):
+    assert "flex" in bench.SETUPS["cpu"].impls
+    rows = bench_attention(SMALL, impls=("sdpa", "flex"), repeats=2, width=8)
+    assert [row.impl for row in rows] == 2 * ["dense mask", "sdpa", "flex"]
+    for _, sdpa, flexed in (rows[:3], rows[3:]):
+        assert flexed.forward_ms is not None
+        assert flexed.forward_ratio is not None
+        assert (flexed.both_ms, flexed.both_ratio) == (None, None)
+        assert flexed.reason == "flex has no backward on CPU; use impl='sdpa', or torch.no_grad() for forward only."
+        assert sdpa.both_ms is not None
+        assert sdpa.reason is None
+    record = json.loads(json.dumps(bench_record(rows, seed=0, repeats=2)))["rows"][2]
+    assert (record["both_ms"], record["reason"]) == (None, rows[2].reason)
+    assert bench_table(rows).count(f"flex, forward only: {rows[2].reason}") == 1
+
+
+def test_flex_that_has_no_backward_to_do_without_gives_no_reason(uncompiled):
+    decode = BenchShape("decode", 2, 4, (1, 3), queries=1)
+    *_, flexed = bench_attention([decode], impls=("flex",), repeats=1, width=8)
+    assert flexed.forward_ms is not None
+    assert (flexed.both_ms, flexed.reason) == (None, None)
+
+
+def test_flex_without_a_compiler_is_left_out_and_says_so(uncompiled, monkeypatch):
+    monkeypatch.setenv("CXX", "no-compiler")
+    rows = bench_attention(SMALL[:1], impls=("flex", "sdpa"), repeats=1, width=8)
+    _, flexed, sdpa = rows
+    assert (flexed.forward_ms, flexed.both_ms, flexed.forward_ratio, flexed.both_ratio) == (None, None, None, None)
+    assert "flex needs a C++ compiler on a CPU and there is no 'no-compiler'" in str(flexed.reason)
+    assert sdpa.both_ms is not None
+    table = bench_table(rows)
+    assert f"not timed: {flexed.reason}" in table
+    assert "forward only" not in table
+    assert json.loads(json.dumps(bench_record(rows, seed=0, repeats=1)))["rows"][1]["reason"] == flexed.reason
+
+
+def test_a_compiler_that_fails_does_not_cost_the_others_their_turn(uncompiled, monkeypatch):
+    def broken(*given, **more):
+        raise RuntimeError("Python.h: no such file\nand much more")
+
+    monkeypatch.setattr(flex, "_compiled", lambda: broken)
+    _, flexed, sdpa = bench_attention(SMALL[:1], impls=("flex", "sdpa"), repeats=1, width=8)
+    assert (flexed.forward_ms, flexed.reason) == (None, "RuntimeError: Python.h: no such file")
+    assert sdpa.both_ms is not None
+
+
 def test_table_of_a_gpu_says_what_was_reached_and_what_failed():
     good = BenchRow("packed", "varlen", 0.5, 2.0, 10.0, 8.0, 250.0, 218.75, 1.5, 0.2, 0.0039)
-    bad = BenchRow("packed", "flex", None, None, None, None, failed="RuntimeError: no Triton")
+    bad = BenchRow("packed", "flex", None, None, None, None, reason="RuntimeError: no Triton")
     table = bench_table([good, bad])
     assert all(word in table for word in ("TFLOP/s", "250.0", "218.8", "1.50", "0.200", "0.0039", "8.0x"))
-    assert "failed: RuntimeError: no Triton" in table
+    assert "not timed: RuntimeError: no Triton" in table
 
 
 def test_on_a_gpu_one_that_fails_does_not_cost_the_others_their_turn(monkeypatch):
@@ -85,11 +147,12 @@ def test_on_a_gpu_one_that_fails_does_not_cost_the_others_their_turn(monkeypatch
     clock.cuda = True
     monkeypatch.setattr(clock, "_cuda", clock._host)
     race = bench._Race(layout, [torch.randn(*size, 8) for size in sizes], clock, trained=True)
-    race.run(("dense mask",), ("varlen", "sdpa"), repeats=2)
-    dense, varlen, sdpa = race.rows("even", (2e9, 1e9))
-    assert varlen.failed == "UserError: varlen is a CUDA kernel and the tensors are on cpu; use impl='sdpa'."
-    assert varlen.forward_ms is None
-    assert (dense.difference, dense.failed) == (0.0, None)
+    monkeypatch.setitem(bench.RIVALS, "broken", lambda layout, device: lambda *given: given[99])
+    race.run(("dense mask", "broken"), ("sdpa",), repeats=2)
+    dense, broken, sdpa = race.rows("even", (2e9, 1e9))
+    assert broken.reason == "IndexError: tuple index out of range"
+    assert broken.forward_ms is None
+    assert (dense.difference, dense.reason) == (0.0, None)
     assert sdpa.difference is not None
     assert sdpa.difference < 1e-5
     assert sdpa.forward_ms is not None
@@ -100,7 +163,6 @@ def test_on_a_gpu_one_that_fails_does_not_cost_the_others_their_turn(monkeypatch
 
 def test_rivals_mean_the_same(monkeypatch):
     """On a CPU, torch's variable-length kernel and compiler replaced by plain stand-ins."""
-    import torch.nn.attention.flex_attention as flexible
     import torch.nn.attention.varlen as theirs
 
     def varlen_attn(q, k, v, ends_q, ends_k, max_q, max_k, *, window_size):

@@ -13,10 +13,12 @@ def test_all_contestants_agree_and_are_timed(device):
     rows = bench_attention(SMALL, device=str(device), repeats=2)
     assert [row.shape for row in rows[:: len(rows) // 2]] == ["packed", "decode"]
     for row in rows:
-        assert row.failed is None, row
-        assert row.forward_ms is not None
+        assert row.forward_ms is not None, row
         assert row.forward_ms > 0
-        if row.shape == "packed":
+        # in a rehearsal flex has no backward
+        whole = device.type == "cuda" or row.impl != "flex"
+        assert row.reason is None or not whole, row
+        if row.shape == "packed" and whole:
             assert row.both_ms is not None
             assert row.both_ms > row.forward_ms
         if device.type == "cuda":

@@ -2,13 +2,14 @@
 
 Every repeat runs every contestant once on the same tensors, so that a busy machine slows all alike; medians
 and their ratios are what to read. Times are milliseconds: forward with the graph recorded, and forward +
-backward. On a CPU the shapes are small and float32; on CUDA they are the paper's, in bfloat16, with decode steps
-(one query per window, forward only), and rows say how much of the GPU is used.
+backward. What an implementation refuses is left out, and its row says why: on a CPU flex has no backward, and is timed
+without a graph where there is a compiler. On a CPU the shapes are small and float32; on CUDA they are the paper's, in
+bfloat16, with decode steps (one query per window, forward only), and rows say how much of the GPU is used.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from casa.attention import casa_attention, implementations
+from casa.attention.ask import Ask
+from casa.attention.dispatch import refusal
 from casa.benchmarks.attention_rivals import Rival, concatenated_varlen, dense_mask, flex_attention
 from casa.benchmarks.attention_shapes import CUDA_SHAPES, SHAPES, BenchShape
 from casa.benchmarks.clock import Clock, Times
@@ -24,7 +27,6 @@ from casa.provenance import provenance
 from casa.windows import WindowLayout
 
 DENSE = "dense mask"
-BACKWARD_TOO = ("reference", "sdpa")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class BenchSetup:
 
 RIVALS = {DENSE: dense_mask, "varlen, concatenated": concatenated_varlen, "FlexAttention": flex_attention}
 SETUPS = {
-    "cpu": BenchSetup(SHAPES, BACKWARD_TOO, (DENSE,), torch.float32, 8, 2, 64),
+    "cpu": BenchSetup(SHAPES, ("reference", "sdpa", "flex"), (DENSE,), torch.float32, 8, 2, 64),
     "cuda": BenchSetup(CUDA_SHAPES, ("sdpa", "flex", "varlen"), tuple(RIVALS), torch.bfloat16, 16, 2, 128),
 }
 
@@ -51,7 +53,7 @@ SETUPS = {
 class BenchRow:
     """One contestant on one shape. Ratio: how many times faster than the dense mask (median / median).
 
-    None: no backward here, nothing of the kind on a CPU, or `failed`, which is then the reason (CUDA only).
+    None: a decode step has no backward, nothing of the kind on a CPU, or `reason` says why.
     """
 
     shape: str
@@ -65,10 +67,10 @@ class BenchRow:
     forward_tbps: float | None = None  # 1e12 bytes a second, query, output, seen keys and values once each
     host_ms: float | None = None  # of the forward, until all of it is queued
     difference: float | None = None  # from the dense mask's output, of its largest entry
-    failed: str | None = None
+    reason: str | None = None  # why it was not timed or, where `forward_ms` is there, its backward was not
 
 
-CUDA_ONLY = ("forward_tflops", "both_tflops", "forward_tbps", "host_ms", "difference", "failed")
+CUDA_ONLY = ("forward_tflops", "both_tflops", "forward_tbps", "host_ms", "difference")
 
 
 def bench_attention(
@@ -83,8 +85,9 @@ def bench_attention(
 ) -> list[BenchRow]:
     """Rows for each shape: the rivals first, the dense mask before all, then each implementation.
 
-    What is None is as in SETUPS for the kind of device. Two rounds of warm-up, in which "flex" is compiled; on a CPU
-    it is timed forward only. On CUDA a contestant that fails gets a row that says why, and the rest goes on.
+    What is None is as in SETUPS for the kind of device. Two rounds of warm-up, in which "flex" is compiled. What an
+    implementation refuses, its backward or all of a shape, is not timed and its row says why; so does that of a
+    contestant that fails on CUDA or in compiling, and the rest goes on.
     Raises UserError for an unknown implementation or fewer than one repeat.
     """
     where = torch.device(device)
@@ -116,7 +119,8 @@ class _Race:
         self.layout, self.tensors, self.clock, self.trained = layout, tensors, clock, trained
         self.times: dict[str, list[Times]] = {}
         self.difference: dict[str, float] = {}
-        self.failed: dict[str, str] = {}
+        self.reason: dict[str, str] = {}
+        self.forward_only: set[str] = set()
 
     def run(self, rivals: Sequence[str], impls: Sequence[str], repeats: int) -> None:
         contestants: dict[str, Rival] = {}
@@ -125,10 +129,12 @@ class _Race:
                 contestants[name] = RIVALS[name](self.layout, self.clock.device)
         contestants |= {impl: partial(casa_attention, layout=self.layout, impl=impl) for impl in impls}
         self.times |= {name: [] for name in contestants}
+        for impl in impls:
+            self._hear(impl)
         wanted: Tensor | None = None
         for repeat in range(-2, repeats):
             for name, run in contestants.items():
-                if name in self.failed:
+                if name in self.reason and name not in self.forward_only:
                     continue
                 with self._guard(name):
                     out = self._once(name, run, counts=repeat >= 0)
@@ -137,8 +143,18 @@ class _Race:
                         if wanted is not None:
                             self.difference[name] = float((out - wanted).abs().max() / wanted.abs().max())
 
+    def _hear(self, impl: str) -> None:
+        """Notes what the implementation refuses: its backward, or all of it."""
+        query = self.tensors[0]
+        forward = Ask(self.layout, query.dtype, query.device, query.shape[-1], "both", turning=False, backward=False)
+        if (reason := refusal(impl, forward)) is not None:
+            self.reason[impl] = reason
+        elif self.trained and (reason := refusal(impl, replace(forward, backward=True))) is not None:
+            self.reason[impl] = reason
+            self.forward_only.add(impl)
+
     def _once(self, name: str, run: Rival, counts: bool) -> Tensor:
-        backward = self.trained and not (name == "flex" and not self.clock.cuda)
+        backward = self.trained and name not in self.forward_only
         leaves = [tensor.detach().requires_grad_(backward) for tensor in self.tensors]
         out, times = self.clock.time(run, leaves, torch.ones_like(self.tensors[0]) if backward else None)
         if counts:
@@ -147,14 +163,15 @@ class _Race:
 
     @contextmanager
     def _guard(self, name: str) -> Iterator[None]:
-        """A GPU is seldom at hand: one contestant that fails there does not cost the others their turn."""
+        """A GPU is seldom at hand, and compilers vary: one that fails there does not cost the others their turn."""
         try:
             yield
         except Exception as error:
-            if not self.clock.cuda:
+            if not self.clock.cuda and name != "flex":
                 raise
             said = str(error).strip().splitlines() or [""]
-            self.failed[name] = f"{type(error).__name__}: {said[0]}"
+            self.reason[name] = f"{type(error).__name__}: {said[0]}"
+            self.forward_only.discard(name)
             self.times[name] = []
 
     def rows(self, shape: str, work: tuple[float, float] | None) -> list[BenchRow]:
@@ -163,18 +180,18 @@ class _Race:
         rows = []
         for name, times in self.times.items():
             forward, both = _medians(times)
-            row = BenchRow(shape, name, forward, both, _over(dense_forward, forward), _over(dense_both, both))
+            ratios = _over(dense_forward, forward), _over(dense_both, both)
+            row = BenchRow(shape, name, forward, both, *ratios, reason=self.reason.get(name))
             if work is not None:
                 flops, moved = work
-                row = BenchRow(
-                    *(shape, name, forward, both, row.forward_ratio, row.both_ratio),
+                row = replace(
+                    row,
                     # operations per millisecond, in units of 1e12 a second
                     forward_tflops=_over(flops / 1e9, forward),
                     both_tflops=_over(3.5 * flops / 1e9, both),
                     forward_tbps=_over(moved / 1e9, forward),
                     host_ms=median(t.host for t in times) if times else None,
                     difference=self.difference.get(name),
-                    failed=self.failed.get(name),
                 )
             rows.append(row)
         return rows
@@ -202,8 +219,11 @@ def _work(layout: WindowLayout, Hq: int, Hkv: int, D: int, size: int) -> tuple[f
 
 
 def bench_table(rows: Sequence[BenchRow]) -> str:
-    """The rows as aligned text, one block per shape; on CUDA with what they reach of the GPU."""
-    cuda = any(row.host_ms is not None or row.failed for row in rows)
+    """The rows as aligned text, one block per shape; on CUDA with what they reach of the GPU.
+
+    Below them, why some were timed forward only.
+    """
+    cuda = any(row.host_ms is not None for row in rows)
     lines = [f"{'':28}{'ms':>10}{'ms':>12}{'times faster than dense':>28}"]
     lines.append(f"{'':28}{'forward':>10}{'+ backward':>12}{'forward':>14}{'+ backward':>14}")
     if cuda:
@@ -214,8 +234,8 @@ def bench_table(rows: Sequence[BenchRow]) -> str:
         if row.shape != shape:
             lines.append(f"\n{row.shape}")
             shape = row.shape
-        if row.failed:
-            lines.append(f"  {row.impl:26}failed: {row.failed}")
+        if row.forward_ms is None:
+            lines.append(f"  {row.impl:26}not timed: {row.reason}")
             continue
         digits = 3 if cuda else 1
         line = f"  {row.impl:26}{_cell(row.forward_ms, 10, digits)}{_cell(row.both_ms, 12, digits)}"
@@ -224,6 +244,8 @@ def bench_table(rows: Sequence[BenchRow]) -> str:
             line += f"{_cell(row.forward_tflops, 12, 1)}{_cell(row.both_tflops, 12, 1)}{_cell(row.forward_tbps, 9, 2)}"
             line += f"{_cell(row.host_ms, 9, 3)}{_cell(row.difference, 10, 4)}"
         lines.append(line)
+    halves = dict.fromkeys((row.impl, row.reason) for row in rows if row.forward_ms is not None and row.reason)
+    lines += [f"\n{impl}, forward only: {reason}" for impl, reason in halves]
     return "\n".join(lines)
 
 
