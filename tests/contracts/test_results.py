@@ -67,6 +67,12 @@ def test_attention_is_as_fast_as_promised():
         assert took[shape, "dense mask"] / took[shape, "sdpa"] >= least, shape
 
 
+def test_the_demo_takes_no_longer_than_promised():
+    demo = record("demo-cpu.json")
+    assert (demo["demo"], demo["model"]) == ("the shipped film", "casa-tiny")
+    assert 0 < demo["seconds"] <= 90
+
+
 def test_a_stream_stays_as_it_is():
     found, bounded = record("stream-cpu.json"), record("stream-bounded-cpu.json")
     assert (found["frames"], bounded["frames"]) == (120, 1000)
