@@ -195,4 +195,13 @@ FAULTS = (
         "rotaries = decoder.rotaries(self.fused_blocks, device, dtype)",
         ("models/test_definition.py",),
     ),
+    Fault(
+        "stale pictures stay in slots that nobody reads",
+        "layers/step.py",
+        "keep = self.plan.keep\n        assert keep is not None\n",
+        "keep = self.plan.keep\n        assert keep is not None\n"
+        "        stale = self.state.layers[0].images if self.state is not None and self.state.layers else 0\n"
+        "        keep = type(keep)(F.pad(keep.image_index, (0, stale)), keep.text_index, keep.windows)\n",
+        ("streaming/test_usage.py",),
+    ),
 )

@@ -8,42 +8,16 @@ import pytest
 from casa.benchmarks.soak import allowed_bytes
 from casa.errors import UserError
 from casa.streaming import StreamingEngine, StreamingSession, forgets
-from casa.testing import tiny_casa, tiny_processor
+from casa.testing import tiny_processor, tiny_speaker
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (6, 56, 84, 3), dtype=np.uint8)
-VARIANTS = {
-    "parallel": {},
-    "replace": {"placement": "replace", "every": 2},
-    "history": {"history": 2},
-    "cross-attention": {"method": "cross_attention"},
-}
 SETTINGS = {"max_text_tokens": 48, "max_new_tokens": 3}
 
 
-def make_model(**fusion):
-    model = tiny_casa(**fusion)
-    model.generation_config.eos_token_id = 2
-    return model
-
-
-@pytest.fixture(scope="module", params=VARIANTS)
-def model(request):
-    return make_model(**VARIANTS[request.param])
-
-
-def stored_bytes(session):
-    """What the tensors take, the room that they keep free included."""
-    cache = session._cache
-    tensors = [x for layer in cache.text.layers if layer.is_initialized for x in (layer.keys, layer.values)]
-    tensors += [x for layer in cache.windows.layers for x in (layer.key, layer.value)]
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    return sum(storages.values())
-
-
-def test_questions_about_one_frame_may_go_on_for_ever(model):
+def test_questions_about_one_frame_may_go_on_for_ever(forgetting):
     """In a session of its own, and beside one that watches on; the answers are the same."""
-    engine = StreamingEngine(model, tiny_processor())
-    sessions = [StreamingSession(model, tiny_processor(), **SETTINGS), engine.open("asked", **SETTINGS)]
+    engine = StreamingEngine(forgetting, tiny_processor())
+    sessions = [StreamingSession(forgetting, tiny_processor(), **SETTINGS), engine.open("asked", **SETTINGS)]
     engine.open("watching", **SETTINGS)
     for frame in FRAMES[:3]:
         sessions[0].step(frame)
@@ -59,17 +33,17 @@ def test_questions_about_one_frame_may_go_on_for_ever(model):
         for session in sessions:
             assert session.usage.text_tokens <= 48
             assert session.usage.image_tokens == images, "the frame is still seen"
-            assert session.usage.cache_bytes <= allowed
-            assert stored_bytes(session) <= allowed
+            assert session.usage.cache_bytes <= session.usage.held_bytes <= allowed
         windows.append(sessions[0]._cache.windows.text_tokens[0])
     assert max(windows) <= 48
     assert sum(after < before for before, after in pairwise(windows)) > 2, "it began again and again"
     assert sessions[0].step(FRAMES[0]) is not None
 
 
-def test_a_question_is_asked_of_the_window_at_hand_while_there_is_room(model):
+def test_a_question_is_asked_of_the_window_at_hand_while_there_is_room(forgetting):
     """Up to the bound, a bounded session says what one without says."""
-    wide, free = (StreamingSession(model, tiny_processor(), max_text_tokens=n, max_new_tokens=3) for n in (96, None))
+    model, processor = forgetting, tiny_processor()
+    wide, free = (StreamingSession(model, processor, max_text_tokens=n, max_new_tokens=3) for n in (96, None))
     for session in (wide, free):
         session.step(FRAMES[0])
     for _ in range(7):
@@ -80,8 +54,8 @@ def test_a_question_is_asked_of_the_window_at_hand_while_there_is_room(model):
 
 @pytest.mark.parametrize("fusion", [{"method": "insertion"}, {"split": "sample"}], ids=["insertion", "sample"])
 def test_a_model_that_keeps_all_text_takes_no_bound(fusion):
-    model = make_model(**fusion)
+    model = tiny_speaker(**fusion)
     assert not forgets(model)
     with pytest.raises(UserError, match="cannot forget its text; leave max_text_tokens out"):
         StreamingSession(model, tiny_processor(), max_text_tokens=200)
-    assert forgets(make_model())
+    assert forgets(tiny_speaker())
