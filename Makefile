@@ -69,12 +69,14 @@ results-live: .venv/installed
 	$(BIN)/casa bench memory --minutes 60 --out docs/results/memory-cpu.json
 	$(BIN)/casa bench soak --frames 100000 --max-text-tokens 128 --size 112 --out docs/results/soak-cpu.json --plot docs/images/soak.png
 
-# casa-tiny's last step by the trainer for data of one's own, both routes and the twins (about three hours on two cores).
+# casa-tiny's last step by the trainer for data of one's own, both routes and the twins: many hours on two cores. Broken
+# off, it goes on where it stopped. If it says that a folder in runs/ holds a run of another recipe, move that folder away.
 results-tiny: .venv/installed
 	$(BIN)/casa train recipes/casa-tiny.yaml --out runs/casa-tiny
-	test -d data/tiny || $(BIN)/casa data make data/tiny --pages 3000 --scenes 3000 --clips 600 --seed 1
-	for name in tiny-casa tiny-cross-attention tiny-insertion tiny-adapt; do \
+	test -e data/tiny/clips.jsonl || $(BIN)/casa data make data/tiny --pages 6000 --scenes 8000 --clips 1500 --seed 1
+	for name in tiny-casa tiny-cross-attention tiny-insertion tiny-adapt tiny-adapt-cross-attention; do \
 		$(BIN)/casa train recipes/tiny/$$name.yaml --out runs/$$name --resume || exit 1; \
+		cp runs/$$name/log.json docs/results/$$name-training.json || exit 1; \
 		$(BIN)/casa eval runs/$$name/final --seed 2026 --limit 200 --out docs/results/$$name.json || exit 1; done
 
 clean:

@@ -1,5 +1,6 @@
 """From files to recipes of either kind: bases, changes from the command line, and what is refused in one sentence."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,37 @@ def test_settings_are_the_papers_and_twins_differ_in_how_they_see_alone(name):
             values["optimisation"].pop("trained")
             values["optimisation"].pop("frozen")
         assert one == other
+
+
+TINY = sorted((RECIPES / "tiny").glob("*.yaml"))
+
+
+def test_tiny_twins_differ_in_how_they_see_alone():
+    found = {path.stem: run_recipe_values(open_recipe(path)) for path in TINY}
+    names = {values.pop("name"): values["model"]["fusion"].pop("method") for values in found.values()}
+    assert names == {
+        "tiny-casa": "casa",
+        "tiny-cross-attention": "cross_attention",
+        "tiny-insertion": "insertion",
+        "tiny-adapt": "casa",
+        "tiny-adapt-cross-attention": "cross_attention",
+    }
+    assert found["tiny-casa"] == found["tiny-cross-attention"] == found["tiny-insertion"]
+    assert found["tiny-adapt"] == found["tiny-adapt-cross-attention"]
+    # both routes learn from the same records, and are looked at alike
+    for block in ("seed", "data", "watch", "saving", "evaluation", "device"):
+        assert found["tiny-casa"][block] == found["tiny-adapt"][block]
+    assert found["tiny-adapt"]["evaluation"]["tasks"] == ["pages", "scenes", "stream"]
+    assert found["tiny-adapt"]["optimisation"]["rates"] == {"^vision\\.": 3e-4}
+
+
+def test_make_runs_every_tiny_recipe_on_the_data_that_they_name():
+    target = (RECIPES.parent / "Makefile").read_text(encoding="utf-8").partition("\nresults-tiny:")[2]
+    (names,) = re.findall(r"for name in ([\w -]+);", target)
+    assert sorted(names.split()) == [path.stem for path in TINY]
+    made = re.compile(r"casa data make data/tiny(?: --\w+ \d+)+")
+    (one,), (other,) = made.findall(target), made.findall((RECIPES / "tiny" / "tiny-casa.yaml").read_text())
+    assert one == other
 
 
 def test_live_captions_are_two_frames_a_second_of_448_px():
