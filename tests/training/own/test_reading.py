@@ -104,8 +104,10 @@ def test_make_runs_every_tiny_recipe_on_the_data_that_they_name():
 
 
 def test_live_captions_are_two_frames_a_second_of_448_px():
-    (source,) = open_recipe(RECIPES / "qwen2_5-vl-3b-livecc.yaml").data.sources
+    recipe = open_recipe(RECIPES / "qwen2_5-vl-3b-livecc.yaml")
+    (source,) = recipe.data.sources
     assert (source.fps, source.frame_side, source.shape) == (2, 448, "live-whisperx")
+    assert recipe.packing.oversize.images == "split"
     # its lines are lists, which `datasets` cannot stream
     assert not source.path.startswith("hub:")
 
