@@ -27,6 +27,16 @@ def matrix_weights(module: nn.Module | None) -> int:
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, MATRICES))
 
 
+def matrix_features(module: nn.Module) -> int:
+    """What goes into the linear layers of a module and what comes out, in numbers for each token."""
+    return sum(part.in_features + part.out_features for part in module.modules() if isinstance(part, nn.Linear))
+
+
+def tower_width(config: Any) -> int:
+    """Channels inside an image tower; Qwen2-VL calls what it ends in `hidden_size`."""
+    return getattr(config, "embed_dim", None) or config.hidden_size
+
+
 @dataclass(frozen=True)
 class Block:
     """One block of the text model.

@@ -20,6 +20,7 @@ from casa.analysis.anatomy import (
     connector_weights,
     feature_sets,
     matrix_weights,
+    tower_width,
 )
 from casa.models import CasaForConditionalGeneration
 from casa.models.freezing import encoder_blocks
@@ -46,8 +47,7 @@ def tower_flops(encoder: nn.Module, frame: Frame) -> int:
     late = sum(map(matrix_weights, mergers))
     early = matrix_weights(encoder) - late - matrix_weights(pooling)
     merged = frame.patches // family_of(config).merge(config) ** 2
-    # the tower's own width; Qwen2-VL calls what it ends in `hidden_size`
-    width = getattr(config, "embed_dim", None) or config.hidden_size
+    width = tower_width(config)
     blocks = encoder_blocks(encoder)
     full = getattr(config, "fullatt_block_indexes", None)
     pairs = 0

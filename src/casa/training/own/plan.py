@@ -1,4 +1,4 @@
-"""What a recipe will do, before it does it: sources, steps, parameters and rates, the memory that is certain.
+"""What a recipe will do, before it does it: sources, steps, parameters and rates, the memory that it takes.
 
 Nothing is read but configs: the model is an outline on the meta device.
 """
@@ -13,9 +13,11 @@ from casa.data import SourceSettings
 from casa.data.hub import PREFIX
 from casa.data.places import data_files
 from casa.errors import UserError
+from casa.training.own.activations import kept_by_blocks
 from casa.training.own.model import outline
 from casa.training.own.recipe import RunRecipe
 from casa.training.own.run import trained_groups
+from casa.training.samples import fold_of
 from casa.training.trainer.groups import below_lora
 
 _SIDE = 896  # px of a picture by which image tokens before and after a compressor are compared
@@ -50,7 +52,7 @@ class Plan:
         return self.recipe.optimisation.accumulate * self.processes
 
     @property
-    def certain_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         return sum(self.memory.values())
 
 
@@ -68,7 +70,7 @@ def _source(source: SourceSettings, total: float) -> Source:
 
 
 def _memory(prepared: Any, recipe: RunRecipe) -> dict[str, int]:
-    """Bytes that a step holds for certain; what blocks keep for the backward pass comes on top."""
+    """Bytes that a step holds, for a pack that is full. Work space of kernels, and of a frozen tower, is left out."""
     optimisation, budget = recipe.optimisation, recipe.packing.budget
     model = below_lora(prepared)
     parameters = list(prepared.parameters())
@@ -83,17 +85,24 @@ def _memory(prepared: Any, recipe: RunRecipe) -> dict[str, int]:
     if optimisation.ema is not None:
         found["averaged weights"] = 4 * sum(parameter.numel() for parameter in trained)
     size = 2 if optimisation.precision == "bfloat16" else 4
-    if model.fusion.method != "insertion":
-        try:
-            frame = frame_of(model, _SIDE, _SIDE)
-            kept = frame.tokens / frame.connected
-        except UserError:
-            kept = 1.0
-        tokens = math.ceil(budget.image * kept)
+    try:
+        frame = frame_of(model, _SIDE, _SIDE)
+        tokens = math.ceil(budget.image * frame.tokens / frame.connected)
+    except UserError:
+        tokens = budget.image
+    inserted = model.fusion.method == "insertion"
+    if not inserted:
         # and as much again for their gradients
         found["keys and values of a pack's images, and their gradients"] = (
             2 * tokens * fused_token_bytes(blocks_of(model), size)
         )
+    found |= kept_by_blocks(
+        model,
+        text=budget.text + (tokens if inserted else 0),
+        patches=budget.image * fold_of(model.config) ** 2,
+        size=size,
+        checkpointed=optimisation.checkpoint_blocks,
+    )
     vocabulary = model.config.get_text_config().vocab_size
     found["logits of one chunk, and their gradients"] = 2 * 4 * min(optimisation.loss_chunk, budget.text) * vocabulary
     return found

@@ -57,14 +57,11 @@ def _parameters(plan: Plan) -> Table:
 
 
 def _memory(plan: Plan) -> Table:
-    table = _table(f"Memory of a process that is certain ({plan.recipe.optimisation.precision})", "", "")
+    table = _table(f"Memory of a process, for a full pack ({plan.recipe.optimisation.precision})", "", "")
     for name, size in plan.memory.items():
         table.add_row(name, readable(size, "B", 1024))
-    table.add_row("together", readable(plan.certain_bytes, "B", 1024))
-    kept = (
-        "its input, and one block at a time in full" if plan.recipe.optimisation.checkpoint_blocks else "all it needs"
-    )
-    table.caption = f"what blocks keep for the backward pass comes on top (each keeps {kept})"
+    table.add_row("together, about", readable(plan.memory_bytes, "B", 1024))
+    table.caption = "without sharding; worked out from widths: work space of kernels comes on top"
     return table
 
 
