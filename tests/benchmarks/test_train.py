@@ -6,10 +6,10 @@ import torch
 from casa.benchmarks import train_memory
 from casa.benchmarks.train_memory import bench_train_memory, measure_step, memory_table
 from casa.benchmarks.train_models import Case, fresh_model, most_square, packed_batch
-from casa.benchmarks.train_packing import bench_packing, packing_table
+from casa.benchmarks.train_packing import PROPORTIONED, bench_packing, packing_table
 from casa.benchmarks.train_throughput import batches_of, bench_throughput, packs_of, throughput_table
 from casa.errors import UserError
-from casa.training.packs.efficiency import Length
+from casa.training.packs import Length
 from casa.training.samples import Budget
 
 
@@ -56,11 +56,14 @@ def test_every_sample_is_in_one_pack_and_one_batch():
     assert batches_of(5, 2) == [[0, 1], [2, 3], [4]]
 
 
-def test_every_stage_is_packed():
-    found = bench_packing(samples=600)
-    assert set(found) == {"image", "video", "live"}
-    assert all(0 < row["image_waste"] < row["padded_waste"] for row in found.values())
-    assert packing_table(found).count("\n") == 3
+def test_every_kind_of_samples_is_packed():
+    found = bench_packing(samples=400)
+    assert set(found) == {PROPORTIONED, "image", "video", "live"}
+    assert found[PROPORTIONED]["image_waste"] < found[PROPORTIONED]["padded_waste"]
+    for row in found.values():
+        assert row["least_text"] <= row["text_waste"]
+        assert row["least_image"] <= row["image_waste"]
+    assert packing_table(found).count("\n") == 5
 
 
 @pytest.mark.parametrize(("tokens", "sides"), [(64, (8, 8)), (12, (3, 4)), (7, (1, 7)), (1, (1, 1))])

@@ -42,4 +42,4 @@ def test_packing_alone(casa, tmp_path):
     assert found == json.loads((tmp_path / "train.json").read_text())
     assert found["bench"] == "train"
     assert found["versions"]["torch"]
-    assert {"image", "video", "live"} == set(found["packing"])
+    assert {"in proportion", "image", "video", "live"} == set(found["packing"])

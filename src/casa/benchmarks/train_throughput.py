@@ -19,8 +19,7 @@ from torch import Tensor
 from casa.benchmarks.train_models import TINY, fresh_model, most_square, random_pictures
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration
-from casa.training.packs import IGNORED, Packer, spread_lengths
-from casa.training.packs.efficiency import Length
+from casa.training.packs import IGNORED, Length, Packer, spread_lengths
 from casa.training.samples import Budget
 
 Batch = dict[str, Tensor]

@@ -103,22 +103,22 @@ def test_counts_go_on_too(records):
     assert dict(maker.counts) == whole
 
 
-def test_pictures_in_memory_fill_the_buffer_by_their_bytes(chat, picture, monkeypatch, tmp_path):
+def test_pictures_in_memory_fill_the_buffer_by_their_bytes(chat, picture, tmp_path):
     """Samples of videos hold every frame."""
     held = [chat(("user", picture(56, 28, n), "q"), ("assistant", "a"), line=n) for n in range(12)]
     size = max(len(next(record.pictures()).source) for record in held)
-    monkeypatch.setattr("casa.training.packs.reader.BUFFER_BYTES", 4 * size)
-    batches = list(reader(held, buffer=50)[0])
+    choice = {"buffer": 50, "buffer_megabytes": 4 * size / 2**20}
+    batches = list(reader(held, **choice)[0])
     for number, batch in enumerate(batches):
         assert len(json.loads(batch.position)["waiting"]) <= 5
-        again, *_ = reader(held, buffer=50)
+        again, *_ = reader(held, **choice)
         again.load(batch.position)
         assert [b.origins for b in again] == [b.origins for b in batches[number + 1 :]]
     assert json.loads(batches[0].position)["read"] <= 5
     # those that are files take no memory
     (tmp_path / "a.png").write_bytes(next(held[0].pictures()).source)
     named = [chat(("user", Picture(tmp_path / "a.png"), "q"), ("assistant", "a"), line=n) for n in range(12)]
-    assert json.loads(next(iter(reader(named, buffer=50)[0])).position)["read"] == 12
+    assert json.loads(next(iter(reader(named, **choice)[0])).position)["read"] == 12
 
 
 def test_a_picture_that_cannot_be_decoded_costs_its_sample_only(records, picture):

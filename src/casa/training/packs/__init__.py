@@ -6,8 +6,9 @@ for batch in stream:
 """
 
 from casa.training.packs.collate import IGNORED, Collator
-from casa.training.packs.efficiency import Efficiency, measure_packing, spread_lengths
+from casa.training.packs.efficiency import Efficiency, measure_packing
 from casa.training.packs.knapsack import Packer
+from casa.training.packs.lengths import Length, spread_lengths, stage_lengths
 from casa.training.packs.listed import ListedRecords
 from casa.training.packs.reader import Batch, PackReader, RecordSource
 from casa.training.packs.settings import PackingSettings
@@ -18,6 +19,7 @@ __all__ = [
     "Batch",
     "Collator",
     "Efficiency",
+    "Length",
     "ListedRecords",
     "PackReader",
     "PackStream",
@@ -28,4 +30,5 @@ __all__ = [
     "measure_packing",
     "open_loader",
     "spread_lengths",
+    "stage_lengths",
 ]

@@ -1,96 +1,86 @@
 """How well packs are filled, and what of a batch goes to padding without them.
 
 packed      1 - tokens / (packs * budget), for text and for images
+least       the same for packs without a gap: data with much text for their pictures, or little, fill one budget only
 padded      the same samples in batches of one row each, filled up to the longest
+
+Nothing is computed for what stays empty of a budget: a packed row is as long as its tokens are many.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from casa.training.packs.knapsack import Packer, Sized
 from casa.training.packs.settings import PackingSettings
-from casa.training.samples import Budget
-
-
-@dataclass(frozen=True)
-class Length:
-    """A sample of which only the lengths are known."""
-
-    text_tokens: int
-    image_tokens: int
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """packs: how many. samples: in them. text_waste, image_waste: shares of the budgets that stayed empty.
+    """packs: how many. samples: in them. text_waste, image_waste: shares of the budgets that stayed empty; least_text,
+    least_image: what no packer could have filled, given these samples' tokens.
 
-    longest_wait: packs that a sample waited for, at most. padded_waste: share of text tokens that are padding when the
-    same samples stand in batches of as many rows as a pack holds samples.
+    choice: samples that there were to choose from, on average. longest_wait: packs that a sample waited for, at most.
+    padded_waste: share of text tokens that are padding when the same samples stand in batches of as many rows as a
+    pack holds samples.
     """
 
     packs: int
     samples: int
     text_waste: float
     image_waste: float
+    least_text: float
+    least_image: float
+    choice: float
     longest_wait: int
     padded_waste: float
 
+    @property
+    def gaps(self) -> float:
+        """Share of the budget that these samples run out of, whichever it is, that stayed empty: the packer's part."""
+        return min(self.text_waste, self.image_waste)
+
     def __str__(self) -> str:
         return (
-            f"{self.samples} samples in {self.packs} packs; empty: {self.text_waste:.1%} of the text budget, "
-            f"{self.image_waste:.1%} of the image budget; longest wait {self.longest_wait} packs; padded batches "
+            f"{self.samples} samples in {self.packs} packs; empty: {self.text_waste:.1%} of the text budget "
+            f"({self.least_text:.1%} at least), {self.image_waste:.1%} of the image budget ({self.least_image:.1%} at "
+            f"least); {self.choice:.0f} samples to choose from; longest wait {self.longest_wait} packs; padded batches "
             f"of the same samples waste {self.padded_waste:.1%}"
         )
 
 
 def measure_packing(samples: Iterable[Sized], settings: PackingSettings) -> Efficiency:
-    """Packs samples as a run without end would: the packs that empty the buffer at the end are left out."""
-    packer: Packer = Packer(settings.budget, settings.buffer, settings.patience)
+    """Packs samples as a run without end would, with the buffer that its reader has: full at so many samples, or bytes.
+
+    The packs that empty the buffer at the end are left out.
+    """
+    packer: Packer = Packer(settings.budget, settings.buffer, settings.patience, settings.buffer_bytes)
     packs: list[list[Sized]] = []
     since: dict[int, int] = {}
-    longest = 0
+    longest = waited = 0
     for sample in samples:
         packer.add(sample)
         since[id(sample)] = packer.packs
-        if packer.is_full:
+        while packer.is_full:
+            waited += len(packer)
             pack = packer.pack()
             longest = max(longest, *(packer.packs - 1 - since[id(item)] for item in pack))
             packs.append(pack)
-    text = sum(item.text_tokens for pack in packs for item in pack)
-    image = sum(item.image_tokens for pack in packs for item in pack)
-    count = sum(map(len, packs))
+    packed = [item for pack in packs for item in pack]
+    number, budget = max(1, len(packs)), settings.budget
+    text = sum(item.text_tokens for item in packed) / budget.text
+    image = sum(item.image_tokens for item in packed) / budget.image
+    whole = max(text, image) or 1.0  # packs without a gap
     return Efficiency(
         packs=len(packs),
-        samples=count,
-        text_waste=1 - text / (settings.budget.text * max(1, len(packs))),
-        image_waste=1 - image / (settings.budget.image * max(1, len(packs))),
+        samples=len(packed),
+        text_waste=1 - text / number,
+        image_waste=1 - image / number,
+        least_text=1 - text / whole,
+        least_image=1 - image / whole,
+        choice=waited / number,
         longest_wait=longest,
-        padded_waste=_padded_waste(
-            [item for pack in packs for item in pack], max(1, round(count / max(1, len(packs))))
-        ),
+        padded_waste=_padded_waste(packed, max(1, round(len(packed) / number))),
     )
-
-
-def spread_lengths(
-    count: int, budget: Budget, seed: int = 0, images: float = 640.0, spread: float = 0.7
-) -> list[Length]:
-    """Lengths as the paper's data have them: log-normal, from thumbnails and one-word answers to pages and essays.
-
-    images: median image tokens of a sample. spread: deviation of the logarithms. Text and image tokens are in the
-    proportion of the budget, less a twelfth of the text: image tokens are what a pack runs out of.
-    """
-    generator = np.random.default_rng(seed)
-    factor = math.exp(spread**2 / 2)
-    image = generator.lognormal(math.log(images), spread, count)
-    mean_text = 0.92 * images * factor * budget.text / budget.image
-    text = generator.lognormal(math.log(mean_text / factor), spread, count)
-    return [
-        Length(int(min(max(2, t), budget.text)), int(min(max(1, i), budget.image)))
-        for t, i in zip(text, image, strict=True)
-    ]
 
 
 def _padded_waste(items: Sequence[Sized], rows: int) -> float:

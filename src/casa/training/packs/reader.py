@@ -25,8 +25,6 @@ from casa.training.packs.settings import PackingSettings
 from casa.training.samples import Sample, SampleMaker
 
 NOTE_EVERY = 32  # records between places that are noted
-# The buffer is full here even if it has fewer samples: those of videos hold their frames, encoded.
-BUFFER_BYTES = 256 * 1024 * 1024
 HOPELESS = 1000  # refusals of what was refused before, with no batch between; fewer may be chance in a mixture
 
 
@@ -84,8 +82,8 @@ class _Numbered:
         return [self.record, self.sample.part]
 
     @property
-    def size(self) -> int:
-        """Bytes of pictures that it holds; those that are files take none."""
+    def held_bytes(self) -> int:
+        """Of its pictures: frames of videos, which are kept encoded; those that are files take none."""
         held = (sized.picture.source for sized in self.sample.pictures)
         return sum(len(source) for source in held if isinstance(source, bytes))
 
@@ -100,10 +98,11 @@ class PackReader:
         self, source: RecordSource, maker: SampleMaker, collator: Collator, settings: PackingSettings, number: int = 0
     ) -> None:
         self._source, self._maker, self._collator, self._number = source, maker, collator, number
-        self._packer: Packer[_Numbered] = Packer(settings.budget, settings.buffer, settings.patience)
+        self._packer: Packer[_Numbered] = Packer(
+            settings.budget, settings.buffer, settings.patience, settings.buffer_bytes
+        )
         self._read = 0  # records taken from the source
         self._ended = False  # whether it has no more
-        self._held = 0  # bytes of the samples that wait
         self._noted: deque[tuple[int, dict[str, Any]]] = deque()
         self._saved: dict[str, Any] | None = None
         self._refused: set[Origin] = set()  # since the last batch
@@ -117,20 +116,18 @@ class PackReader:
         records = self._records()
         next(records)  # fills the packer with what waited
         while True:
-            while not (self._ended or self._packer.is_full or self._held >= BUFFER_BYTES):
+            while not (self._ended or self._packer.is_full):
                 samples = next(records, None)
                 if samples is None:
                     self._ended = True
                 else:
                     for sample in samples:
                         self._packer.add(sample)
-                        self._held += sample.size
                     if not samples:
                         self._check_hope()
             if not len(self._packer):
                 return
             pack = self._packer.pack()
-            self._held -= sum(sample.size for sample in pack)
             batch = self._batch(pack)
             if batch is not None:
                 self._refused.clear()
@@ -171,7 +168,6 @@ class PackReader:
         there = [(key, since) for key, since in zip(keys, saved["packer"]["since"], strict=True) if key in found]
         state = {"packs": saved["packer"]["packs"], "since": [since for _, since in there]}
         self._packer.load_state_dict(state, [found[key] for key, _ in there])
-        self._held = sum(entry.size for entry in self._packer.waiting)
         # what was refused now was refused before the position was saved
         self._refused.clear()
         self._again = 0
