@@ -1,44 +1,107 @@
-"""The training benchmark measures what it says: the same batch, the same samples, the same loss."""
+"""The training benchmark measures what it says: the same batch, the same samples, the same loss; and what it claims."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from casa.benchmarks import train_memory
-from casa.benchmarks.train_memory import bench_train_memory, measure_step, memory_table
-from casa.benchmarks.train_models import Case, fresh_model, most_square, packed_batch
+from casa.benchmarks.train_memory import bench_train_memory, kept_bytes, measure_step, memory_table
+from casa.benchmarks.train_models import METHODS, Case, fresh_model, most_square, packed_batch
 from casa.benchmarks.train_packing import PROPORTIONED, bench_packing, packing_table
-from casa.benchmarks.train_throughput import batches_of, bench_throughput, packs_of, throughput_table
+from casa.benchmarks.train_throughput import (
+    BUDGET,
+    Drawn,
+    batches_of,
+    bench_throughput,
+    drawn_lengths,
+    packs_of,
+    text_slots,
+    throughput_table,
+    ways_of,
+)
 from casa.errors import UserError
 from casa.training.packs import Length
 from casa.training.samples import Budget
 
 
-def test_both_methods_train_on_the_same_batch():
-    cases = [Case(method, image_tokens=16, text_tokens=16) for method in ("casa", "insertion")]
-    models = [fresh_model(case.method) for case in cases]
-    batches = [packed_batch(case, model) for case, model in zip(cases, models, strict=True)]
-    assert batches[0].keys() == batches[1].keys()
-    assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
-    # whatever insertion has, CASA has too
-    named = dict(models[0].named_parameters())
-    for name, parameter in models[1].named_parameters():
-        assert parameter.shape == named[name].shape, name
-    found = measure_step(cases[0])
+def test_every_method_trains_on_the_same_batch():
+    cases = [Case(method, image_tokens=16, text_tokens=16) for method in METHODS]
+    models = {case.method: fresh_model(case.method) for case in cases}
+    batches = [packed_batch(case, models[case.method]) for case in cases]
+    for batch in batches:
+        assert batch.keys() == batches[0].keys()
+        assert all(torch.equal(batch[name], batches[0][name]) for name in batch)
+    # whatever insertion has, the others have too
+    for method, model in models.items():
+        assert model.fusion == METHODS[method]
+        named = dict(model.named_parameters())
+        for name, parameter in models["insertion"].named_parameters():
+            assert parameter.shape == named[name].shape, (method, name)
+
+
+def test_a_step_is_measured():
+    found = measure_step(Case("casa", image_tokens=16, text_tokens=16))
     assert found["peak"] >= found["before"] > 0
     assert found["step"] == found["peak"] - found["before"]
+    assert 0 < found["kept"] < found["peak"]
+
+
+def kept(method, image_tokens):
+    case = Case(method, image_tokens, text_tokens=64)
+    model = fresh_model(method)
+    return kept_bytes(model, packed_batch(case, model))
+
+
+def test_less_is_kept_for_the_backward_pass_than_by_insertion_and_grows_slower():
+    """No clock and no allocator: every storage that autograd holds, counted once."""
+    fewer, more = ({method: kept(method, count) for method in METHODS} for count in (64, 256))
+    assert kept("casa", 64) == fewer["casa"]
+    growth = {method: more[method] - fewer[method] for method in METHODS}
+    for method in set(METHODS) - {"insertion"}:
+        assert more[method] < more["insertion"]
+        assert growth[method] < growth["insertion"]
+    assert fewer["casa"] < fewer["insertion"]
+    assert growth["insertion"] > 2 * growth["casa"]
+
+
+def test_what_is_kept_is_counted_by_hand():
+    """A linear layer keeps its input and a square its own; neither weights nor views of the same storage count."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(8, 4)
+
+        def forward(self, x, use_cache):
+            hidden = self.layer(x)
+            return SimpleNamespace(loss=(hidden**2 + hidden[:, :1] * hidden[:, 1:2]).sum())
+
+    assert kept_bytes(Model(), {"x": torch.randn(3, 8)}) == 4 * (3 * 8 + 3 * 4)
 
 
 def test_growth_is_compared(monkeypatch):
     def pretended(case):
-        size = 100 + case.image_tokens * (2 if case.method == "casa" else 10)
-        return {"before": 100, "peak": size, "step": size - 100, "loss": 1.0}
+        size = 100 + case.image_tokens * {"insertion": 10, "casa": 2, "replace": 1}[case.method]
+        return {"before": 100, "peak": size, "step": size - 100, "kept": 2 * size, "loss": 1.0}
 
     monkeypatch.setattr(train_memory, "_apart", pretended)
-    found = bench_train_memory(Case("casa", 16), [64, 16])
-    assert [row["image_tokens"] for row in found["rows"]] == [16, 16, 64, 64]
-    assert found["bytes_per_image_token"] == {"casa": 2, "insertion": 10}
-    assert found["insertion_over_casa"] == {"step": {"16": 5.0, "64": 5.0}, "growth": 5.0}
+    found = bench_train_memory(Case("casa", 16), [64, 16], ["casa", "replace", "insertion"])
+    assert [row["image_tokens"] for row in found["rows"]] == [16] * 3 + [64] * 3
+    assert found["bytes_per_image_token"] == {
+        "peak": {"casa": 2, "replace": 1, "insertion": 10},
+        "kept": {"casa": 4, "replace": 2, "insertion": 20},
+    }
+    assert found["insertion_over"]["casa"] == {
+        "step": {"16": 5.0, "64": 5.0},
+        "kept": {"16": 1.97, "64": 3.25},
+        "growth of peak": 5.0,
+        "growth of kept": 5.0,
+    }
+    assert found["insertion_over"]["replace"]["growth of peak"] == 10
     assert "64" in memory_table(found)
+    alone = bench_train_memory(Case("casa", 16), [64, 16], ["casa"])
+    assert "insertion_over" not in alone
 
 
 def test_packed_and_padded_have_the_same_loss():
@@ -47,6 +110,21 @@ def test_packed_and_padded_have_the_same_loss():
     slots = found["text_slots"]
     assert slots["packed"] == found["settings"]["text_tokens"] < slots["padded"]
     assert "packed over padded" in throughput_table(found)
+
+
+def test_padding_doubles_the_work_at_least():
+    """Of the bench's own samples: so many positions are computed padded, for each one packed."""
+    lengths = drawn_lengths()
+    slots = text_slots(lengths, ways_of(lengths, BUDGET))
+    assert slots["packed"] == sum(length.text_tokens for length in lengths)
+    assert slots["padded"] >= 2 * slots["packed"]
+
+
+def test_slots_are_those_of_the_batches():
+    lengths = drawn_lengths(6, Budget(text=96, image=96))
+    ways, drawn = ways_of(lengths, Budget(text=96, image=96)), Drawn(fresh_model("casa"), lengths)
+    for way, slots in text_slots(lengths, ways).items():
+        assert slots == sum(getattr(drawn, way)(chosen)["input_ids"].numel() for chosen in ways[way])
 
 
 def test_every_sample_is_in_one_pack_and_one_batch():

@@ -7,6 +7,13 @@ import pytest
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 
 
+def test_every_method_is_named_in_the_help(casa):
+    from casa.benchmarks.train_models import METHODS
+
+    told = casa("bench", "train", "--help").out
+    assert all(method in told for method in METHODS)
+
+
 def test_a_checkpoint_becomes_a_model(casa, checkpoint, tmp_path):
     taken = tmp_path / "checkpoint-7"
     CasaForConditionalGeneration.from_pretrained(checkpoint).save_pretrained(taken)
@@ -24,6 +31,7 @@ def test_a_checkpoint_becomes_a_model(casa, checkpoint, tmp_path):
         (("export", "nowhere", "out", "--dtype", "int4"), "give one of"),
         (("bench", "train", "--parts", "memry"), "the parts are"),
         (("bench", "train", "--parts", "memory", "--image-tokens", "many"), "whole numbers"),
+        (("bench", "train", "--parts", "memory", "--methods", "casa,insert"), "method is 'insert'; give one of"),
         (("bench", "train", "--parts", "memory", "--image-tokens", "64,66"), "multiples of 4"),
         (("bench", "train", "--parts", "memory", "--device", "cpu", "--image-tokens", "64"), "two or more"),
     ],

@@ -1,7 +1,10 @@
-"""Peak memory of a training step of CASA beside insertion: the same model, the same packed batch, image tokens growing.
+"""Memory of a training step of CASA beside insertion: the same model, the same packed batch, image tokens growing.
 
-Each case is a fresh process, since a peak is one per process. On a CPU it is the most that the process held (on CUDA,
-that torch had allocated), less what it held before the step: the weights, and on both all that was imported.
+    step    the peak: of the process on a CPU, of what torch had allocated on CUDA; less what was held before the step
+            (the weights, and all that was imported). A fresh process for each case, since a peak is one per process.
+    kept    of that, what the forward pass keeps for the backward one, counted: the same on every machine and device.
+
+A step also holds the gradients of all that is trained and AdamW's moments, of which CASA has more: its own layers'.
 """
 
 import json
@@ -10,17 +13,20 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from casa.benchmarks.apart import measured_apart, told
 from casa.benchmarks.host_memory import forget_peak, held_bytes, most_bytes, peak_bytes
-from casa.benchmarks.train_models import METHODS, Case, fresh_model, packed_batch
+from casa.benchmarks.train_models import Case, fresh_model, packed_batch
 from casa.errors import UserError
+from casa.models import CasaForConditionalGeneration
 
 STEPS = 2  # the second has moments, and meets what the first has left
 
 
 def measure_step(case: Case) -> dict[str, Any]:
-    """Bytes of a training step in this process: `before` it, at its `peak`, and the `step`'s own, the difference."""
+    """Bytes of a training step in this process: `before` it, at its `peak`, and the `step`'s own, the difference; and
+    those that are `kept` for the backward pass."""
     device = torch.device(case.device)
     model = fresh_model(case.method, case.shape, case.device, seed=case.seed)
     if case.frozen_tower:
@@ -40,19 +46,46 @@ def measure_step(case: Case) -> dict[str, Any]:
         optimiser.zero_grad()
         loss = float(output.loss.detach())
     peak = most_bytes(device)
-    return {"before": before, "peak": peak, "step": peak - before, "loss": loss}
+    kept = kept_bytes(model, batch)
+    return {"before": before, "peak": peak, "step": peak - before, "kept": kept, "loss": loss}
 
 
-def bench_train_memory(case: Case, image_tokens: Sequence[int]) -> dict[str, Any]:
+def kept_bytes(model: CasaForConditionalGeneration, batch: dict[str, Tensor]) -> int:
+    """What the forward pass of a batch with labels keeps for the backward one, parameters left out.
+
+    A storage that several operations keep counts once, as a whole.
+    """
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        # an operation that was handed its own result back would keep itself for ever
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        # until the end of the block all of it is held, so no address is used twice
+        output = model(**batch, use_cache=False)
+    del output
+    return sum(kept.values())
+
+
+def bench_train_memory(
+    case: Case, image_tokens: Sequence[int], methods: Sequence[str] = ("casa", "insertion")
+) -> dict[str, Any]:
     """Every method at every number of image tokens, each in a process of its own.
 
-    case: the rest of the settings. Raises UserError if a process fails, of memory perhaps, or for fewer than two
-    numbers of image tokens.
+    case: the rest of the settings. methods: names of `METHODS`. Raises UserError for a name that is none, if a process
+    fails, of memory perhaps, or for fewer than two numbers of image tokens.
     """
     if len(set(image_tokens)) < 2:
         raise UserError("give two or more numbers of image tokens, to see how memory grows.")
     cases = [
-        replace(case, method=method, image_tokens=count) for count in sorted(set(image_tokens)) for method in METHODS
+        replace(case, method=method, image_tokens=count)
+        for count in sorted(set(image_tokens))
+        for method in dict.fromkeys(methods)
     ]
     if case.device == "cpu" and not peak_bytes():
         raise UserError("this system does not tell how much memory a process has held; measure on Linux.")
@@ -61,31 +94,50 @@ def bench_train_memory(case: Case, image_tokens: Sequence[int]) -> dict[str, Any
 
 
 def _compared(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per method, bytes that each further image token takes; and insertion's peak over CASA's at every number."""
-    by_method = {method: [row for row in rows if row["method"] == method] for method in METHODS}
-    growth = {}
-    for method, found in by_method.items():
-        first, last = found[0], found[-1]
-        growth[method] = (last["peak"] - first["peak"]) / (last["image_tokens"] - first["image_tokens"])
-    pairs = list(zip(by_method["casa"], by_method["insertion"], strict=True))
-    return {
-        "bytes_per_image_token": {method: round(value) for method, value in growth.items()},
-        "insertion_over_casa": {
-            "step": {str(casa["image_tokens"]): round(other["step"] / casa["step"], 2) for casa, other in pairs},
-            "growth": round(growth["insertion"] / growth["casa"], 2) if growth["casa"] > 0 else None,
-        },
+    """Per method, bytes that each further image token takes at the peak and of what is kept; and, at every number of
+    image tokens, how many times as much insertion takes as each of the others."""
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row)
+    growth = {size: {method: _growth(found, size) for method, found in by_method.items()} for size in ("peak", "kept")}
+    compared: dict[str, Any] = {
+        "bytes_per_image_token": {size: {m: round(value) for m, value in each.items()} for size, each in growth.items()}
     }
+    inserted = by_method.pop("insertion", None)
+    if inserted is not None:
+        compared["insertion_over"] = {method: _over(inserted, found, growth) for method, found in by_method.items()}
+    return compared
+
+
+def _growth(found: list[dict[str, Any]], size: str) -> float:
+    """From the fewest image tokens to the most."""
+    first, last = found[0], found[-1]
+    return (last[size] - first[size]) / (last["image_tokens"] - first["image_tokens"])
+
+
+def _over(inserted: list[dict[str, Any]], found: list[dict[str, Any]], growth: dict[str, Any]) -> dict[str, Any]:
+    pairs = list(zip(inserted, found, strict=True))
+    ratios: dict[str, Any] = {
+        size: {str(row["image_tokens"]): round(other[size] / row[size], 2) for other, row in pairs}
+        for size in ("step", "kept")
+    }
+    method = found[0]["method"]
+    for size, each in growth.items():
+        ratios[f"growth of {size}"] = round(each["insertion"] / each[method], 2) if each[method] > 0 else None
+    return ratios
 
 
 def memory_table(found: dict[str, Any]) -> str:
     """The cases as aligned lines."""
-    lines = [f"{'image tokens':>12}{'method':>12}{'before':>12}{'peak':>12}{'of the step':>14}"]
+    sizes = {"before": "before", "peak": "peak", "step": "of the step", "kept": "kept for backward"}
+    lines = [f"{'image tokens':>12}{'method':>17}" + "".join(f"{title:>19}" for title in sizes.values())]
     for row in found["rows"]:
-        sizes = (f"{row[key] / 2**20:,.0f} MiB" for key in ("before", "peak", "step"))
-        before, peak, step = sizes
-        lines.append(f"{row['image_tokens']:12,}{row['method']:>12}{before:>12}{peak:>12}{step:>14}")
-    for method, count in found["bytes_per_image_token"].items():
-        lines.append(f"{method}: {count / 1024:,.1f} KiB more for each image token")
+        shown = "".join(f"{f'{row[key] / 2**20:,.1f} MiB':>19}" for key in sizes)
+        lines.append(f"{row['image_tokens']:12,}{row['method']:>17}{shown}")
+    growth = found["bytes_per_image_token"]
+    for method, peak in growth["peak"].items():
+        kept = growth["kept"][method]
+        lines.append(f"{method}: {peak / 1024:,.1f} KiB more for each image token, {kept / 1024:,.1f} KiB of them kept")
     return "\n".join(lines)
 
 

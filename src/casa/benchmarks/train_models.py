@@ -20,14 +20,21 @@ from casa.models.model import new_backbone
 from casa.vision import new_encoder
 
 TINY = "tiny"
-METHODS = ("casa", "insertion")
+METHODS = {
+    "casa": FusionConfig(),
+    "before": FusionConfig(placement="before"),
+    "replace": FusionConfig(placement="replace", every=4),
+    "update_images": FusionConfig(update_images=True),
+    "cross_attention": FusionConfig(method="cross_attention"),
+    "insertion": FusionConfig(method="insertion"),
+}
 LOSS_CHUNK = 1024
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training step to measure. shape: tiny, or a name of `casa.analysis.shapes`. samples: in the row, of one
-    picture each. frozen_tower: its tokens are made without gradients."""
+    """One training step to measure. method: a name of `METHODS`. shape: tiny, or a name of `casa.analysis.shapes`.
+    samples: in the row, of one picture each. frozen_tower: its tokens are made without gradients."""
 
     method: str
     image_tokens: int
@@ -51,7 +58,10 @@ class Case:
 def fresh_model(
     method: str, shape: str = TINY, device: str = "cpu", dtype: torch.dtype | None = None, seed: int = 0
 ) -> CasaForConditionalGeneration:
-    """A model of that shape with random weights, all to be trained. dtype: bf16 for published shapes if left out."""
+    """A model of that shape with random weights, all to be trained. method: a name of `METHODS`.
+
+    dtype: bf16 for published shapes if left out.
+    """
     text, tower = _tiny() if shape == TINY else shapes_of(shape, published=True)
     dtype = dtype if dtype is not None else torch.float32 if shape == TINY else torch.bfloat16
     usual = torch.get_default_dtype()
@@ -61,7 +71,7 @@ def fresh_model(
         with torch.device(device):
             backbone = new_backbone(copy.deepcopy(text))
             encoder = None if tower is None else new_encoder(copy.deepcopy(tower))
-            model = adapt(backbone, FusionConfig(method=method), vision=encoder)
+            model = adapt(backbone, METHODS[method], vision=encoder)
     finally:
         torch.set_default_dtype(usual)
     model.requires_grad_(True)

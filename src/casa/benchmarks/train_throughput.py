@@ -24,6 +24,9 @@ from casa.training.samples import Budget
 
 Batch = dict[str, Tensor]
 
+SAMPLES = 64
+BUDGET = Budget(text=512, image=2560)
+
 
 class Drawn:
     """Samples of one picture each, with random tokens, and the image tokens (N, d_v) of their pictures."""
@@ -102,9 +105,26 @@ def batches_of(count: int, rows: int) -> list[list[int]]:
     return [list(range(start, min(start + rows, count))) for start in range(0, count, rows)]
 
 
+def ways_of(lengths: Sequence[Length], budget: Budget) -> dict[str, list[list[int]]]:
+    """Numbers of the samples of every batch, packed and padded."""
+    packs = packs_of(lengths, budget)
+    return {"packed": packs, "padded": batches_of(len(lengths), max(1, round(len(lengths) / len(packs))))}
+
+
+def text_slots(lengths: Sequence[Length], ways: dict[str, list[list[int]]]) -> dict[str, int]:
+    """Text positions that are computed, packed and padded: what the two cost, whatever the clock says."""
+    padded = (len(rows) * max(lengths[index].text_tokens for index in rows) for rows in ways["padded"])
+    return {"packed": sum(length.text_tokens for length in lengths), "padded": sum(padded)}
+
+
+def drawn_lengths(samples: int = SAMPLES, budget: Budget = BUDGET, seed: int = 0) -> list[Length]:
+    """Those of the samples that go through packed and padded: about 25 of them fill a pack."""
+    return spread_lengths(samples, budget, seed, images=budget.image / 32)
+
+
 def bench_throughput(
-    samples: int = 64,
-    budget: Budget | None = None,
+    samples: int = SAMPLES,
+    budget: Budget = BUDGET,
     rounds: int = 3,
     shape: str = TINY,
     device: str = "cpu",
@@ -117,15 +137,13 @@ def bench_throughput(
     """
     if samples < 2 or rounds < 1:
         raise UserError("give two samples or more, and a round or more.")
-    budget = budget if budget is not None else Budget(text=512, image=2560)
     model = fresh_model("casa", shape, device, seed=seed)
     model.encoder.requires_grad_(False)
-    drawn = Drawn(model, spread_lengths(samples, budget, seed, images=budget.image / 32), seed)
-    packs = packs_of(drawn.lengths, budget)
-    rows = max(1, round(samples / len(packs)))
+    drawn = Drawn(model, drawn_lengths(samples, budget, seed), seed)
+    numbers = ways_of(drawn.lengths, budget)
     ways = {
-        "packed": [drawn.packed(chosen) for chosen in packs],
-        "padded": [drawn.padded(chosen) for chosen in batches_of(samples, rows)],
+        "packed": [drawn.packed(chosen) for chosen in numbers["packed"]],
+        "padded": [drawn.padded(chosen) for chosen in numbers["padded"]],
     }
     learned = sum(length.text_tokens - 1 for length in drawn.lengths)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -144,10 +162,10 @@ def bench_throughput(
             "budget": [budget.text, budget.image],
             "rounds": rounds,
             "shape": shape,
-            "packs": len(packs),
-            "rows_of_a_padded_batch": rows,
+            "packs": len(numbers["packed"]),
+            "rows_of_a_padded_batch": len(numbers["padded"][0]),
         },
-        "text_slots": {way: sum(batch["input_ids"].numel() for batch in batches) for way, batches in ways.items()},
+        "text_slots": text_slots(drawn.lengths, numbers),
         "loss": losses,
         "seconds": {way: round(value, 4) for way, value in usual.items()},
         "samples_per_second": {way: round(samples / value, 2) for way, value in usual.items()},

@@ -16,6 +16,12 @@ def train(
     image_tokens: Annotated[
         str, typer.Option(help="Image tokens of the packed row whose memory is measured, with commas.")
     ] = "256,1024,4096",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Whose memory, with commas: casa, before, replace, update_images, cross_attention, insertion."
+        ),
+    ] = "casa,insertion",
     text_tokens: Annotated[int, typer.Option(help="Text tokens of that row.")] = 256,
     samples: Annotated[int, typer.Option(help="Samples of that row, one picture each.")] = 4,
     checkpoint_blocks: Annotated[
@@ -29,7 +35,7 @@ def train(
     json: Json = False,
     out: Out = None,
 ) -> None:
-    """Peak memory of a training step beside insertion, samples a second packed and padded, how full packs are.
+    """Memory of a training step beside insertion, samples a second packed and padded, how full packs are.
 
     Example: casa bench train --out train.json
 
@@ -49,8 +55,9 @@ def train(
         from casa.benchmarks.train_models import Case
 
         counts = _numbers(image_tokens)
-        case = Case("casa", counts[0], text_tokens, samples, shape, where, checkpoint_blocks, frozen_tower, seed)
-        record["memory"] = bench_train_memory(case, counts)
+        names = [name.strip() for name in methods.split(",")]
+        case = Case(names[0], counts[0], text_tokens, samples, shape, where, checkpoint_blocks, frozen_tower, seed)
+        record["memory"] = bench_train_memory(case, counts, names)
         tables.append(memory_table(record["memory"]))
     if "throughput" in chosen:
         from casa.benchmarks.train_throughput import bench_throughput, throughput_table
