@@ -97,7 +97,7 @@ def test_tiny_twins_differ_in_how_they_see_alone():
 def test_make_runs_every_tiny_recipe_on_the_data_that_they_name():
     target = (RECIPES.parent / "Makefile").read_text(encoding="utf-8").partition("\nresults-tiny:")[2]
     (names,) = re.findall(r"for name in ([\w -]+);", target)
-    assert sorted(names.split()) == [path.stem for path in TINY]
+    assert sorted(names.split()) == sorted(path.stem for path in TINY)
     made = re.compile(r"casa data make data/tiny(?: --\w+ \d+)+")
     (one,), (other,) = made.findall(target), made.findall((RECIPES / "tiny" / "tiny-casa.yaml").read_text())
     assert one == other

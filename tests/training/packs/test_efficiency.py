@@ -21,22 +21,27 @@ def test_little_of_the_budgets_stays_empty():
     assert "empty" in str(found)
 
 
+# measured over three seeds: 1.1 %, 0.2 % and 3.9 % at most
+GAPS = {"image": 0.02, "video": 0.005, "live": 0.05}
+
+
 @pytest.mark.parametrize("stage", BUDGETS)
 def test_few_gaps_are_left_in_any_stage(stage):
     """Of the budget that a stage's samples run out of; how empty the other one stays is theirs to say."""
     found = measured(stage)
-    assert found.gaps < 0.05
-    assert found.padded_waste > 0.2
+    assert found.gaps < GAPS[stage]
+    # a piece of live captions is most often a pack alone, and a row alone needs no padding
+    assert (found.padded_waste > 0.2) == (stage != "live")
 
 
 def test_frames_fill_the_buffer_by_their_bytes():
     """So readers of videos have tens of samples to choose from, and live captions fewer than that."""
     choice = {stage: measured(stage).choice for stage in BUDGETS}
     assert choice["image"] == 256
-    assert choice["live"] < choice["video"] < 40
-    wider = measured("live", buffer_megabytes=1024)
-    assert wider.choice > 2 * choice["live"]
-    assert wider.gaps < measured("live").gaps
+    assert 4 < choice["live"] < choice["video"] < 32
+    narrow = measured("live", buffer_megabytes=64)
+    assert narrow.choice < choice["live"] / 2
+    assert narrow.gaps > measured("live").gaps
 
 
 def test_what_no_packer_could_fill_is_told_apart():

@@ -53,12 +53,12 @@ def test_every_item_is_packed_once_within_both_budgets(items, buffer, patience):
 
 @settings(max_examples=100, deadline=None)
 @given(ITEMS, st.integers(1, 20), st.integers(0, 5))
-def test_an_item_waits_for_as_many_packs_as_items_stand_before_it_at_most(items, buffer, patience):
+def test_an_item_waits_for_as_many_packs_as_items_stand_before_it_and_its_patience_at_most(items, buffer, patience):
     packer = Packer(BUDGET, buffer, patience)
     bound, packed = {}, 0
     for item in items:
         packer.add(item)
-        bound[item.number] = packed + len(packer)
+        bound[item.number] = packed + len(packer) + patience
         if packer.is_full:
             packed += 1
             for out in packer.pack():
@@ -71,6 +71,14 @@ def test_the_oldest_goes_even_if_it_fits_badly():
         packer.add(item)
     assert [item.number for item in packer.pack()] == [0]
     assert [item.number for item in packer.pack()] == [1, 2]
+
+
+def test_full_packs_go_first_until_the_oldest_has_waited_for_too_long():
+    packer = Packer(BUDGET, 9, patience=2)
+    for item in [Item(0, 10, 100), Item(1, 30, 100), Item(2, 5, 400), Item(3, 50, 0), Item(4, 5, 400)]:
+        packer.add(item)
+    packs = [[item.number for item in packer.pack()] for _ in range(4)]
+    assert packs == [[2], [3], [0, 1], [4]]
 
 
 def test_who_has_waited_too_long_goes_before_who_fits_better():

@@ -6,9 +6,11 @@
                             a + d + f + ...             until nobody fits
     instead, perhaps        a + b + e                   if much of both budgets is left: the fullest of the packs
                                                         that begin with the oldest and one of the next
+    before, perhaps         c                           which is a full pack alone, and would only take up the buffer
 
-Each pack takes the oldest sample, so one with k others before it waits for at most k packs; and those that have waited
-for `patience` packs are taken, oldest first, before all others that fit.
+All packs but those full ones take the oldest sample, and so do all once it has waited for `patience` packs: one with k
+others before it waits for at most k + `patience`. Those that have waited for as long are taken, oldest first, before
+all others that fit.
 """
 
 import math
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 
 from casa.training.samples.budget import Budget
 
-ENOUGH = 0.99  # of either budget: a pack as full as this is not improved on
+ENOUGH = 0.99  # of either budget: a pack as full as this is not improved on, or added to
 TRIES = 64  # how many of the next oldest, at most
 
 
@@ -89,6 +91,19 @@ class Packer(Generic[Item]):
             return []
         sizes = np.array([(w.item.text_tokens, w.item.image_tokens) for w in self._waiting], dtype=np.float64)
         sizes /= (self.budget.text, self.budget.image)
+        taken = self._choose(sizes)
+        chosen = [entry.item for entry, goes in zip(self._waiting, taken, strict=True) if goes]
+        self._waiting = [entry for entry, goes in zip(self._waiting, taken, strict=True) if not goes]
+        self._held -= sum(item.held_bytes for item in chosen)
+        self.packs += 1
+        return chosen
+
+    def _choose(self, sizes: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Who goes, of those that wait. sizes: (n, 2), in shares of the budgets."""
+        full = sizes.max(axis=1) >= ENOUGH
+        if full.any() and self.packs - self._waiting[0].since < self.patience:
+            # pieces of long videos, which hold most bytes of the buffer
+            return np.arange(len(sizes)) == full.argmax()
         # sums of sizes and budgets are compared as shares; half a token is above all rounding
         slack = 0.5 / max(self.budget.text, self.budget.image)
         free = np.ones(len(sizes), dtype=bool)
@@ -106,12 +121,7 @@ class Packer(Generic[Item]):
             each = np.repeat(free[None], len(starts), axis=0)
             each[np.arange(len(starts)), starts] = False
             filled, left = _fill(sizes, np.vstack([filled, each]), np.vstack([left, room - sizes[starts]]), slack)
-        taken = ~filled[left.min(axis=1).argmin()]
-        chosen = [entry.item for entry, goes in zip(self._waiting, taken, strict=True) if goes]
-        self._waiting = [entry for entry, goes in zip(self._waiting, taken, strict=True) if not goes]
-        self._held -= sum(item.held_bytes for item in chosen)
-        self.packs += 1
-        return chosen
+        return ~filled[left.min(axis=1).argmin()]
 
     def state_dict(self) -> dict[str, list[int] | int]:
         """Packs made, and since which of them each waiting item waits; the items themselves are the caller's."""
