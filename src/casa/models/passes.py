@@ -11,6 +11,7 @@ from torch import Tensor
 from casa.layers import DecodeStep, PackedStep, Record, plan_call
 from casa.models import insertion
 from casa.models.cache import CasaCache
+from casa.models.diagonal import passed_down
 from casa.models.fusing import STEP, FusedStep
 from casa.models.image_tokens import ImageTokens
 from casa.models.inputs import TextInputs
@@ -54,6 +55,8 @@ class CasaPasses:
         step = self._step(text, places, images, cache, record)
         if step is not None:
             kwargs = {**kwargs, STEP: FusedStep(step, [self._layer(index) for index in self.fused_blocks])}
+        if text.sample_starts is not None:
+            kwargs = {**kwargs, **passed_down(set.intersection(*map(set, text.sample_starts)), text.valid.shape[1])}
         # transformers recognises packed rows by their positions, and only without a mask; padding behind them has
         # positions of its own and is seen by nobody
         output = self.decoder.stack(
@@ -142,6 +145,9 @@ class CasaPasses:
             positions = torch.cat([first[None], positions])
         if images.extra:
             kwargs = {**kwargs, "visual_pos_masks": stream.is_image, "deepstack_visual_embeds": images.extra}
+        if text.packed:
+            starts = stream.starts.all(0)
+            kwargs = {**kwargs, **passed_down(starts.nonzero().flatten().tolist(), len(starts))}
         output = decoder.stack(
             inputs_embeds=stream.embeddings(embeds, images.tokens),
             attention_mask=None if text.packed or bool(after.mask.all()) else after.mask.long(),

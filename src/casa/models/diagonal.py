@@ -1,0 +1,78 @@
+"""Self-attention of packed rows, along the diagonal: samples see nothing of each other, so nothing in between is done.
+
+    a a . . . .     the mask of a row, of which transformers' attention through torch computes everything, and which
+    a a . . . .     torch keeps as floats for the backward pass, in every block of the model
+    . . b b c .
+    . . b b c c     here, a few neighbours at a time, with their own part of the same mask
+
+Shapes: B rows, S tokens, H heads, D channels of a head.
+"""
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+SPANS = "casa_spans"  # the argument that is passed down through the blocks
+SPAN = 256  # tokens up to which neighbours share a call: calls of fewer cost more than what they save
+
+
+def spans_of(starts: Iterable[int], length: int) -> tuple[int, ...] | None:
+    """Lengths of the spans of a row of `length` tokens, for samples that start at `starts`; None if one span is all.
+
+    A span holds whole samples: as many neighbours as fit into `SPAN` tokens, or one that is longer.
+    """
+    bounds = [0, *sorted(start for start in set(starts) if 0 < start < length), length]
+    spans: list[int] = []
+    for begin, end in pairwise(bounds):
+        if spans and spans[-1] + end - begin <= SPAN:
+            spans[-1] += end - begin
+        else:
+            spans.append(end - begin)
+    return tuple(spans) if len(spans) > 1 else None
+
+
+def passed_down(starts: Iterable[int], length: int) -> dict[str, Any]:
+    """The argument for the stack, in which samples start at `starts` in all rows.
+
+    Attention by another way than torch's own takes no notice of it.
+    """
+    spans = None if torch.compiler.is_compiling() else spans_of(starts, length)
+    if spans is None:
+        return {}
+    _install()
+    return {SPANS: spans}
+
+
+def _install() -> None:
+    """Puts it in front of transformers' attention through torch, which has all calls without the argument."""
+    plain: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if hasattr(plain, SPANS):
+        return
+
+    def attention(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        spans = kwargs.pop(SPANS, None)
+        if spans is None or attention_mask is None or attention_mask.shape[-2:] != (sum(spans), sum(spans)):
+            return plain(module, query, key, value, attention_mask, *args, **kwargs)
+        found, start = [], 0
+        # (B, H, S, D) each; one `split` has one concatenation for its backward
+        for q, k, v in zip(*(x.split(spans, dim=2) for x in (query, key, value)), strict=True):
+            stop = start + q.shape[2]
+            mask = attention_mask[..., start:stop, start:stop]
+            found.append(plain(module, q, k, v, mask, *args, **kwargs)[0])
+            start = stop
+        return torch.cat(found, dim=1), None
+
+    setattr(attention, SPANS, True)
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", attention)

@@ -1,0 +1,75 @@
+"""Packed rows are attended to along the diagonal: the same outputs and gradients, and nothing between samples."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from casa.models import diagonal
+from casa.models.diagonal import SPAN, spans_of
+from casa.testing import tiny_casa
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 2 * SPAN), min_size=1, max_size=12))
+def test_spans_hold_whole_samples(lengths):
+    starts = [sum(lengths[:number]) for number in range(len(lengths))]
+    spans = spans_of(starts, sum(lengths))
+    if spans is None:
+        assert sum(lengths) <= SPAN or len(lengths) == 1
+        return
+    assert sum(spans) == sum(lengths)
+    bounds = {sum(spans[:number]) for number in range(len(spans))}
+    assert bounds <= set(starts)
+    assert all(span <= SPAN or span in lengths for span in spans)
+    # as many neighbours as fit: the next one would not have
+    firsts = [samples[0] for samples in samples_of(spans, lengths)]
+    assert all(span + first > SPAN for span, first in zip(spans, firsts[1:], strict=False))
+
+
+def samples_of(spans, lengths):
+    """Lengths of the samples of each span."""
+    left, found = list(lengths), []
+    for span in spans:
+        found.append([])
+        while sum(found[-1]) < span:
+            found[-1].append(left.pop(0))
+    return found
+
+
+def test_padding_in_front_is_no_sample():
+    assert spans_of([3, SPAN], 2 * SPAN) == (SPAN, SPAN)
+    assert spans_of([3], SPAN) is None
+
+
+def packed_gradients(model, lengths):
+    torch.manual_seed(1)
+    model.zero_grad()
+    ids = torch.randint(4, 60, (1, sum(lengths)))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    loss = model(input_ids=ids, labels=ids, position_ids=positions, use_cache=False).loss
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", ["casa", "insertion"])
+def test_it_is_the_attention_of_the_whole_row(monkeypatch, method):
+    model = tiny_casa(method=method)
+    lengths, scores = [3, 7, 2, 9, 4], []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query, key, *args, **kwargs):
+        scores.append(query.shape[-2] * key.shape[-2])
+        return plain(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    whole_loss, whole = packed_gradients(model, lengths)
+    dense = sum(scores)
+    scores.clear()
+    monkeypatch.setattr(diagonal, "SPAN", 10)
+    loss, parts = packed_gradients(model, lengths)
+    assert sum(scores) * 625 == dense * (10**2 + 2**2 + 9**2 + 4**2)
+    assert loss == pytest.approx(whole_loss, rel=1e-12)
+    assert parts.keys() == whole.keys()
+    for name, gradient in whole.items():
+        assert torch.allclose(parts[name], gradient, rtol=1e-9, atol=1e-13), name
