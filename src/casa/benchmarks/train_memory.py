@@ -1,7 +1,8 @@
 """Memory of a training step of CASA beside insertion: the same model, the same packed batch, image tokens growing.
 
     step    the peak: of the process on a CPU, of what torch had allocated on CUDA; less what was held before the step
-            (the weights, and all that was imported). A fresh process for each case, since a peak is one per process.
+            (the weights, and all that was imported, or is set up by the first step of all, which is a small one). A
+            fresh process for each case, since a peak is one per process.
     kept    of that, what the forward pass keeps for the backward one, counted: the same on every machine and device.
 
 A step also holds the gradients of all that is trained and AdamW's moments, of which CASA has more: its own layers'.
@@ -36,6 +37,10 @@ def measure_step(case: Case) -> dict[str, Any]:
     batch = packed_batch(case, model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    # threads, code and work space of torch's kernels: 50 MiB on a CPU, whatever the step
+    warming = packed_batch(replace(case, image_tokens=case.samples, text_tokens=2 * case.samples), model)
+    model(**warming, use_cache=False).loss.backward()
+    optimiser.zero_grad()
     before = held_bytes(device)
     forget_peak(device)  # making the model may have held more than a step does
     loss = float("nan")
