@@ -15,8 +15,8 @@ ALL = "what blocks keep for the backward pass, about"
 
 # of the tiny text model: d 32, keys and values 16, feed-forward 48; of the tower: d_v 16, feed-forward 24
 ATTENTION = (32 + 32) + 2 * (32 + 16) + (32 + 32)
-TEXT_BLOCK = ATTENTION + 2 * (32 + 48) + (48 + 32)
-TOWER_BLOCK = (16 + 3 * 16) + (16 + 16) + 2 * (16 + 24) + (24 + 16)
+TEXT_BLOCK = ATTENTION + 2 * (32 + 48) + (48 + 32) + 48
+TOWER_BLOCK = (16 + 3 * 16) + (16 + 16) + 2 * (16 + 24) + (24 + 16) + 24
 
 
 def test_checkpointed_blocks_by_hand():
@@ -57,7 +57,7 @@ def test_blocks_that_replace_self_attention_keep_no_more_than_it():
 
 @pytest.mark.parametrize("method", ["casa", "insertion"])
 def test_it_is_near_what_autograd_keeps(method):
-    """A quarter more or less; little of what this model keeps is not in its blocks."""
+    """Measured: 2 % less for CASA, 13 % for insertion; little of what this model keeps is not in its blocks."""
     case = Case(method, image_tokens=64, text_tokens=256)
     model = fresh_model(method)
     model.encoder.requires_grad_(False)
@@ -65,7 +65,7 @@ def test_it_is_near_what_autograd_keeps(method):
     whole = kept_bytes(model, batch)
     tokens = case.text_tokens + (case.image_tokens if method == "insertion" else 0)
     found = kept_by_blocks(model, tokens, patches=0, size=4, checkpointed=False)[ALL]
-    assert found == pytest.approx(whole, rel=0.25)
+    assert found == pytest.approx(whole, rel=0.15)
 
 
 def test_a_plan_counts_a_full_pack(values, made):

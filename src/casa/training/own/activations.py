@@ -6,9 +6,9 @@ L blocks of the text model, L_v blocks of the tower from the first that is train
     checkpointed    T d L + P d_v L_v      the input of every block, and one block in full: that which is run again
     otherwise       every block in full
 
-In full, a block keeps about as many numbers as go into its matrices and come out of them: norms, queries, keys, values
-and what the feed-forward network multiplies. Scores of attention are never kept. Frozen matrices keep less than this,
-image tokens that are updated in every block (`update_images`) more.
+In full, a block keeps about as many numbers as go into its matrices and come out of them, and what a gate is multiplied
+by: norms, queries, keys, values and the feed-forward network. Scores of attention are never kept. Frozen matrices keep
+less than this, image tokens that are updated in every block (`update_images`) more.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ def kept_by_blocks(
     embedding: Any = model.get_input_embeddings()
     encoder: Any = model.encoder
     texts = [_text_features(model, index) for index in range(len(model.decoder.blocks))]
-    tower = [matrix_features(block) for block in _trained_on(encoder_blocks(encoder))]
+    tower = [_features(block) for block in _trained_on(encoder_blocks(encoder))]
     if not checkpointed:
         return {"what blocks keep for the backward pass, about": size * (text * sum(texts) + patches * sum(tower))}
     between = text * embedding.embedding_dim * len(texts) * embedding.weight.element_size()
@@ -43,10 +43,15 @@ def kept_by_blocks(
 
 
 def _text_features(model: CasaForConditionalGeneration, index: int) -> int:
-    found = matrix_features(model.decoder.blocks[index])
+    found = _features(model.decoder.blocks[index])
     # a fusion layer is made like the self-attention that it stands beside
     beside = index in model.fused_blocks and model.fusion.placement != "replace"
     return found + beside * matrix_features(model.decoder.attention(index))
+
+
+def _features(block: nn.Module) -> int:
+    gates = [part for name, part in block.named_modules() if name.endswith("gate_proj")]
+    return matrix_features(block) + sum(gate.out_features for gate in gates)  # type: ignore[misc]
 
 
 def _trained_on(blocks: nn.ModuleList) -> list[nn.Module]:

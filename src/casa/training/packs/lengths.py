@@ -59,7 +59,7 @@ def stage_lengths(stage: str, count: int, seed: int = 0) -> list[Length]:
 
 def _image(generator: np.random.Generator, budget: Budget) -> Iterator[Length]:
     """One in ten is text alone, one in ten shows two to six pictures."""
-    pictures = int(generator.choice([0, 1, generator.integers(2, 7)], p=[0.1, 0.8, 0.1]))
+    pictures = int(generator.choice([0, 1, int(generator.integers(2, 7))], p=[0.1, 0.8, 0.1]))
     image = generator.lognormal(math.log(640), 0.7, pictures).sum()
     text = generator.lognormal(math.log(60 if pictures else 300), 0.7)
     yield _within(budget, text, image)
