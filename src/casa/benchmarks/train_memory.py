@@ -38,7 +38,7 @@ def measure_step(case: Case) -> dict[str, Any]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     # threads, code and work space of torch's kernels: 50 MiB on a CPU, whatever the step
-    warming = packed_batch(replace(case, image_tokens=case.samples, text_tokens=2 * case.samples), model)
+    warming = packed_batch(replace(case, image_tokens=16 * case.samples, text_tokens=16 * case.samples), model)
     model(**warming, use_cache=False).loss.backward()
     optimiser.zero_grad()
     before = held_bytes(device)
