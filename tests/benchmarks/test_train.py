@@ -10,7 +10,8 @@ from casa.benchmarks.train_memory import bench_train_memory, kept_bytes, measure
 from casa.benchmarks.train_models import METHODS, Case, fresh_model, most_square, packed_batch
 from casa.benchmarks.train_packing import PROPORTIONED, bench_packing, packing_table
 from casa.benchmarks.train_throughput import (
-    BUDGET,
+    IMAGE_STAGE,
+    KINDS,
     Drawn,
     batches_of,
     bench_throughput,
@@ -105,23 +106,41 @@ def test_growth_is_compared(monkeypatch):
 
 
 def test_packed_and_padded_have_the_same_loss():
-    found = bench_throughput(samples=6, budget=Budget(text=96, image=96), rounds=1)
-    assert found["loss"]["packed"] == pytest.approx(found["loss"]["padded"], rel=1e-5)
-    slots = found["text_slots"]
-    assert slots["packed"] == found["settings"]["text_tokens"] < slots["padded"]
-    assert "packed over padded" in throughput_table(found)
+    budgets = {kind: Budget(text=96, image=960) for kind in KINDS}
+    found = bench_throughput(samples=16, rounds=1, draws=2, budgets=budgets)
+    for kind in KINDS:
+        row = found["kinds"][kind]
+        first, second = row["draws"]
+        assert first["text_tokens"] != second["text_tokens"]
+        assert row["packed_over_padded"] == pytest.approx(
+            (first["packed_over_padded"] + second["packed_over_padded"]) / 2, abs=0.01
+        )
+        for draw in row["draws"]:
+            assert draw["loss"]["packed"] == pytest.approx(draw["loss"]["padded"], rel=1e-5)
+            assert draw["text_slots"]["packed"] == draw["text_tokens"] < draw["text_slots"]["padded"]
+        assert kind in throughput_table(found)
+
+
+def test_the_image_stage_shows_text_alone_too():
+    lengths = drawn_lengths(IMAGE_STAGE, 16, Budget(text=96, image=960))
+    alone = [index for index, length in enumerate(lengths) if not length.image_tokens]
+    assert 0 < len(alone) < 16
+    drawn = Drawn(fresh_model("casa"), lengths)
+    assert "image_positions" not in drawn.packed(alone)
+    assert len(drawn.padded(range(16))["image_positions"]) == 16 - len(alone)
 
 
 def test_padding_doubles_the_work_at_least():
     """Of the bench's own samples: so many positions are computed padded, for each one packed."""
-    lengths = drawn_lengths()
-    slots = text_slots(lengths, ways_of(lengths, BUDGET))
-    assert slots["packed"] == sum(length.text_tokens for length in lengths)
-    assert slots["padded"] >= 2 * slots["packed"]
+    for kind, budget in KINDS.items():
+        lengths = drawn_lengths(kind, budget=budget)
+        slots = text_slots(lengths, ways_of(lengths, budget))
+        assert slots["packed"] == sum(length.text_tokens for length in lengths)
+        assert slots["padded"] >= 2 * slots["packed"]
 
 
 def test_slots_are_those_of_the_batches():
-    lengths = drawn_lengths(6, Budget(text=96, image=96))
+    lengths = drawn_lengths(samples=6, budget=Budget(text=96, image=96))
     ways, drawn = ways_of(lengths, Budget(text=96, image=96)), Drawn(fresh_model("casa"), lengths)
     for way, slots in text_slots(lengths, ways).items():
         assert slots == sum(getattr(drawn, way)(chosen)["input_ids"].numel() for chosen in ways[way])

@@ -5,11 +5,15 @@
                c c . . . . . .
     packed     a a a a b b b b b b b b c c        one row, filled to its budget
 
-Image tokens are made without gradients, and beforehand: the tower sees no padding either way.
+Image tokens are made without gradients, and beforehand: the tower sees no padding either way. What packing gains
+hangs on how lengths are spread, so two kinds of samples are measured, of each several draws:
+
+    in proportion    one picture each, text in the proportion of the budget
+    image stage      the paper's first stage: short questions, pages of text, several pictures, text alone
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -19,17 +23,23 @@ from torch import Tensor
 from casa.benchmarks.train_models import TINY, fresh_model, most_square, random_pictures
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration
-from casa.training.packs import IGNORED, Length, Packer, spread_lengths
-from casa.training.samples import Budget
+from casa.training.packs import IGNORED, Length, Packer, spread_lengths, stage_lengths
+from casa.training.samples import BUDGETS, Budget
 
 Batch = dict[str, Tensor]
 
 SAMPLES = 64
 BUDGET = Budget(text=512, image=2560)
+SCALE = 4  # by which samples of the image stage, and its budget, are made smaller
+PROPORTIONED, IMAGE_STAGE = "in proportion", "image stage"
+KINDS = {
+    PROPORTIONED: BUDGET,
+    IMAGE_STAGE: Budget(text=BUDGETS["image"].text // SCALE, image=BUDGETS["image"].image // SCALE),
+}
 
 
 class Drawn:
-    """Samples of one picture each, with random tokens, and the image tokens (N, d_v) of their pictures."""
+    """Samples of one picture or none, with random tokens, and the image tokens (N, d_v) of their pictures."""
 
     def __init__(self, model: CasaForConditionalGeneration, lengths: Sequence[Length], seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -37,16 +47,18 @@ class Drawn:
         device = model.device
         self.lengths = lengths
         self.ids: list[Tensor] = []
-        self.grids: list[Tensor] = []
-        self.features: list[Tensor] = []
+        self.images: list[dict[str, Tensor]] = []  # empty for text alone
         for length in lengths:
             ids = torch.randint(1, vocabulary, (length.text_tokens,), generator=generator)
-            pictures = random_pictures(model, [most_square(length.image_tokens)], generator)
-            with torch.no_grad():
-                found = model.encode_images(**{name: value.to(device) for name, value in pictures.items()})
             self.ids.append(ids.to(device))
-            self.grids.append(pictures["image_grid_thw"].to(device))
-            self.features.append(found)
+            if not length.image_tokens:
+                self.images.append({})
+                continue
+            pictures = random_pictures(model, [most_square(length.image_tokens)], generator)
+            pictures = {name: value.to(device) for name, value in pictures.items()}
+            with torch.no_grad():
+                found = model.encode_images(**pictures)
+            self.images.append({"image_features": found, "image_grid_thw": pictures["image_grid_thw"]})
 
     def packed(self, chosen: Sequence[int]) -> Batch:
         """Samples in one row."""
@@ -58,8 +70,7 @@ class Drawn:
             "input_ids": torch.cat([self.ids[index] for index in chosen])[None],
             "labels": torch.cat(labels)[None],
             "position_ids": torch.cat([torch.arange(len(each)) for each in labels])[None].to(labels[0].device),
-            "image_positions": torch.tensor([(0, start) for start in starts], device=labels[0].device),
-            **self._images(chosen),
+            **self._images(chosen, [(0, start) for start in starts]),
         }
 
     def padded(self, chosen: Sequence[int]) -> Batch:
@@ -77,15 +88,18 @@ class Drawn:
             "input_ids": torch.stack(rows),
             "attention_mask": torch.stack(masks),
             "labels": torch.stack(labels),
-            "image_positions": torch.tensor(places, device=rows[0].device),
-            **self._images(chosen),
+            **self._images(chosen, places),
         }
 
-    def _images(self, chosen: Sequence[int]) -> Batch:
-        return {
-            "image_features": torch.cat([self.features[index] for index in chosen]),
-            "image_grid_thw": torch.cat([self.grids[index] for index in chosen]),
-        }
+    def _images(self, chosen: Sequence[int], places: Sequence[tuple[int, int]]) -> Batch:
+        """places: row and token before which each sample's picture stands, if it has one."""
+        pairs = zip(chosen, places, strict=True)
+        shown = [(self.images[index], place) for index, place in pairs if self.images[index]]
+        if not shown:
+            return {}
+        joined = {name: torch.cat([images[name] for images, _ in shown]) for name in shown[0][0]}
+        positions = torch.tensor([place for _, place in shown], device=joined["image_features"].device)
+        return {"image_positions": positions, **joined}
 
 
 def packs_of(lengths: Sequence[Length], budget: Budget) -> list[list[int]]:
@@ -117,59 +131,75 @@ def text_slots(lengths: Sequence[Length], ways: dict[str, list[list[int]]]) -> d
     return {"packed": sum(length.text_tokens for length in lengths), "padded": sum(padded)}
 
 
-def drawn_lengths(samples: int = SAMPLES, budget: Budget = BUDGET, seed: int = 0) -> list[Length]:
-    """Those of the samples that go through packed and padded: about 25 of them fill a pack."""
-    return spread_lengths(samples, budget, seed, images=budget.image / 32)
+def drawn_lengths(
+    kind: str = PROPORTIONED, samples: int = SAMPLES, budget: Budget = BUDGET, seed: int = 0
+) -> list[Length]:
+    """Those of the samples that go through packed and padded; some 25 of them fill a pack."""
+    if kind == PROPORTIONED:
+        return spread_lengths(samples, budget, seed, images=budget.image / 32)
+    text, image = BUDGETS["image"].text / budget.text, BUDGETS["image"].image / budget.image
+    found = stage_lengths("image", samples, seed)[:samples]
+    return [Length(max(2, int(length.text_tokens / text)), int(length.image_tokens / image)) for length in found]
 
 
 def bench_throughput(
     samples: int = SAMPLES,
-    budget: Budget = BUDGET,
     rounds: int = 3,
+    draws: int = 3,
     shape: str = TINY,
     device: str = "cpu",
     seed: int = 0,
+    budgets: Mapping[str, Budget] | None = None,
 ) -> dict[str, Any]:
-    """Seconds of one pass over the samples, forward and backward, packed and padded, in turns; medians over rounds.
+    """Seconds of one pass over the samples, forward and backward, packed and padded, in turns; medians over rounds, for
+    each kind of samples and each draw of them.
 
-    budget: of a pack; the samples' lengths are spread as the paper's are, in proportion to it. The losses of both are
-    the same mean over tokens, which is told along. Raises UserError for fewer than two samples, or no rounds.
+    budgets: of a pack, by kind. The losses of both ways are the same mean over tokens, which is told along. Raises
+    UserError for fewer than two samples, no rounds or no draws.
     """
-    if samples < 2 or rounds < 1:
-        raise UserError("give two samples or more, and a round or more.")
+    if samples < 2 or rounds < 1 or draws < 1:
+        raise UserError("give two samples or more, a round or more, and a draw or more.")
     model = fresh_model("casa", shape, device, seed=seed)
     model.encoder.requires_grad_(False)
-    drawn = Drawn(model, drawn_lengths(samples, budget, seed), seed)
-    numbers = ways_of(drawn.lengths, budget)
+    kinds: dict[str, Any] = {}
+    for kind, budget in (budgets or KINDS).items():
+        found = [
+            _draw(model, drawn_lengths(kind, samples, budget, each), budget, rounds, each)
+            for each in range(seed, seed + draws)
+        ]
+        usual = round(median(each["packed_over_padded"] for each in found), 2)
+        kinds[kind] = {"budget": [budget.text, budget.image], "packed_over_padded": usual, "draws": found}
+    return {"settings": {"samples": samples, "rounds": rounds, "shape": shape}, "kinds": kinds}
+
+
+def _draw(
+    model: CasaForConditionalGeneration, lengths: list[Length], budget: Budget, rounds: int, seed: int
+) -> dict[str, Any]:
+    """The same samples packed and padded, in turns."""
+    drawn = Drawn(model, lengths, seed)
+    numbers = ways_of(lengths, budget)
     ways = {
         "packed": [drawn.packed(chosen) for chosen in numbers["packed"]],
         "padded": [drawn.padded(chosen) for chosen in numbers["padded"]],
     }
-    learned = sum(length.text_tokens - 1 for length in drawn.lengths)
+    text = sum(length.text_tokens for length in lengths)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     losses = {}
     for _ in range(rounds):
         for way, batches in ways.items():
-            spent, losses[way] = _pass(model, batches, learned)
+            spent, losses[way] = _pass(model, batches, text - len(lengths))
             seconds[way].append(spent)
-    text = sum(length.text_tokens for length in drawn.lengths)
     usual = {way: median(times) for way, times in seconds.items()}
     return {
-        "settings": {
-            "samples": samples,
-            "text_tokens": text,
-            "image_tokens": sum(length.image_tokens for length in drawn.lengths),
-            "budget": [budget.text, budget.image],
-            "rounds": rounds,
-            "shape": shape,
-            "packs": len(numbers["packed"]),
-            "rows_of_a_padded_batch": len(numbers["padded"][0]),
-        },
-        "text_slots": text_slots(drawn.lengths, numbers),
+        "seed": seed,
+        "text_tokens": text,
+        "image_tokens": sum(length.image_tokens for length in lengths),
+        "packs": len(numbers["packed"]),
+        "rows_of_a_padded_batch": len(numbers["padded"][0]),
+        "text_slots": text_slots(lengths, numbers),
         "loss": losses,
         "seconds": {way: round(value, 4) for way, value in usual.items()},
-        "samples_per_second": {way: round(samples / value, 2) for way, value in usual.items()},
-        "text_tokens_per_second": {way: round(text / value, 1) for way, value in usual.items()},
+        "samples_per_second": {way: round(len(lengths) / value, 2) for way, value in usual.items()},
         "packed_over_padded": round(usual["padded"] / usual["packed"], 2),
     }
 
@@ -198,11 +228,16 @@ def _wait(device: torch.device) -> None:
 
 
 def throughput_table(found: dict[str, Any]) -> str:
-    """Both ways as aligned lines."""
-    lines = [f"{'':8}{'samples/s':>12}{'text tokens/s':>16}{'text slots':>12}{'loss':>10}"]
-    for way in ("packed", "padded"):
-        lines.append(
-            f"{way:8}{found['samples_per_second'][way]:12,.1f}{found['text_tokens_per_second'][way]:16,.0f}"
-            f"{found['text_slots'][way]:12,}{found['loss'][way]:10.4f}"
-        )
-    return "\n".join([*lines, f"packed over padded: {found['packed_over_padded']:.2f}x"])
+    """Both ways as aligned lines: each draw of each kind of samples, and what packing gains in the median of draws."""
+    titles = f"{'samples/s':16}{'draw':>6}{'packed':>10}{'padded':>10}{'gain':>8}{'text slots':>16}{'loss':>20}"
+    lines = [titles]
+    for kind, row in found["kinds"].items():
+        for draw in row["draws"]:
+            pace, slots, loss = draw["samples_per_second"], draw["text_slots"], draw["loss"]
+            lines.append(
+                f"{kind:16}{draw['seed']:6}{pace['packed']:10,.1f}{pace['padded']:10,.1f}"
+                f"{draw['packed_over_padded']:7.2f}x{slots['packed']:8,}{slots['padded']:8,}"
+                f"{loss['packed']:10.4f}{loss['padded']:10.4f}"
+            )
+    usual = [f"{kind} {row['packed_over_padded']:.2f}x" for kind, row in found["kinds"].items()]
+    return "\n".join([*lines, f"packed over padded, medians: {', '.join(usual)}"])

@@ -62,7 +62,7 @@ def train(
     if "throughput" in chosen:
         from casa.benchmarks.train_throughput import bench_throughput, throughput_table
 
-        record["throughput"] = bench_throughput(drawn, rounds=rounds, shape=shape, device=where, seed=seed)
+        record["throughput"] = bench_throughput(drawn, rounds, shape=shape, device=where, seed=seed)
         tables.append(throughput_table(record["throughput"]))
     if "packing" in chosen:
         from casa.benchmarks.train_packing import bench_packing, packing_table
