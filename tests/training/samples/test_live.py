@@ -1,6 +1,7 @@
 """Live captions as tokens: those that a StreamingSession feeds for the same frames and words, one window per frame."""
 
 import io
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 from casa import CasaForConditionalGeneration, StreamingSession, WindowLayout
 from casa.data.bad import BadRecord
 from casa.data.record import Message, Origin, Record, Text
+from casa.streaming import Sampling
 from casa.testing import tiny_casa, tiny_processor
 from casa.training.packs import Collator
 from casa.training.samples import Budget, SampleMaker
@@ -16,17 +18,17 @@ from casa.training.samples import Budget, SampleMaker
 BIG = Budget(10_000, 100_000)
 
 
-class Spoken(StreamingSession):
-    """A session that says what it is told to, by frame and question."""
+@dataclass(frozen=True)
+class Told(Sampling):
+    """Says what it is told to, by frame and question."""
 
-    told: list[list[int]]
+    words: list[list[int]] = field(default_factory=list)
 
-    def _pick(self, logits, said):
-        words = self.told[0]
-        if len(said) < len(words):
-            return words[len(said)]
-        self.told.pop(0)
-        return self._stop
+    def pick(self, logits, said, draws, stops, earlier):
+        if len(said) < len(self.words[0]):
+            return self.words[0][len(said)]
+        self.words.pop(0)
+        return min(stops)
 
 
 class Heard:
@@ -77,8 +79,8 @@ def test_the_tokens_are_those_that_a_session_feeds(model, picture, delimited, pr
     sample = SampleMaker(processor, BIG)(record)[0]
 
     heard = Heard(model)
-    session = Spoken(model, processor, prompt)
-    session.told = [processor.tokenizer.encode(said) for said in words]
+    told = [processor.tokenizer.encode(said) for said in words]
+    session = StreamingSession(model, processor, prompt, sampling=Told(words=told))
     for frame in frames:
         session.step(Image.open(io.BytesIO(frame.source)))
     heard.hook.remove()
@@ -98,8 +100,8 @@ def test_a_question_in_mid_stream_is_what_ask_feeds(model, picture):
     sample = SampleMaker(processor, BIG)(record)[0]
 
     heard = Heard(model)
-    session = Spoken(model, processor, "say it")
-    session.told = [processor.tokenizer.encode(said) for said in ("ab", "", "no", "c")]
+    told = [processor.tokenizer.encode(said) for said in ("ab", "", "no", "c")]
+    session = StreamingSession(model, processor, "say it", sampling=Told(words=told))
     for frame in frames:
         session.step(Image.open(io.BytesIO(frame.source)))
     session.ask("why")
