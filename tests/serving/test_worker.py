@@ -54,6 +54,14 @@ async def hear(one, *kinds):
     return events
 
 
+def held(worker):
+    """Keeps the model's thread, which has come to wait by now, until the event is set."""
+    came, hold = threading.Event(), threading.Event()
+    worker.call(lambda: (came.set(), hold.wait()))
+    assert came.wait(60)
+    return hold
+
+
 def text_of(events):
     return next((event["text"] for event in events if event["type"] == "caption"), "")
 
@@ -79,12 +87,10 @@ def test_streams_say_what_they_say_alone(worker, model, pictures):
 def test_the_newest_frame_wins_and_a_pause_takes_none(worker, pictures):
     async def scenario():
         (one,) = await opened(worker, "a")
-        hold = threading.Event()
-        held = worker.call(hold.wait)
+        hold = held(worker)
         for number in range(5):
             worker.offer(one, Ticket(number + 1, float(number), pictures[number]))
         hold.set()
-        await asyncio.wrap_future(held)
         events = await hear(one, "usage")
         worker.pause(one, True)
         worker.offer(one, Ticket(6, 5.0, pictures[5]))
@@ -122,8 +128,7 @@ def test_a_stream_has_waited_since_the_first_of_the_frames_that_replaced_one_ano
 def test_questions_wait_in_line_and_not_too_many(worker):
     async def scenario():
         (one,) = await opened(worker, "a")
-        hold = threading.Event()
-        worker.call(hold.wait)
+        hold = held(worker)
         worker.ask(one, "one")
         worker.ask(one, "two")
         with pytest.raises(UserError, match="wait"):
@@ -225,8 +230,7 @@ def test_who_makes_a_shared_pass_fail_fails_alone(worker, model, pictures):
         heard = []
         for turn in range(3):
             bad.session.sampling = Failing() if turn == 1 else Sampling()
-            hold = threading.Event()
-            worker.call(hold.wait)
+            hold = held(worker)
             for one in (good, bad):
                 worker.offer(one, Ticket(turn + 1, turn / 2, pictures[turn]))
             hold.set()
@@ -251,8 +255,7 @@ def test_an_event_that_cannot_be_told_is_that_streams_alone(worker, pictures, ca
                 raise ZeroDivisionError
 
         bad.tally = Broken()
-        hold = threading.Event()
-        worker.call(hold.wait)
+        hold = held(worker)
         for one in (bad, good):
             worker.offer(one, Ticket(1, 0.0, pictures[0]))
         hold.set()
@@ -301,8 +304,7 @@ class Slices:
 
 def test_completions_take_turns(worker, until):
     turns = []
-    hold = threading.Event()
-    worker.call(hold.wait)
+    hold = held(worker)
     works = [Slices(3, turns, "a"), Slices(2, turns, "b"), Slices(0, turns, "c")]
     for work in works:
         worker.chat(work)
@@ -323,8 +325,7 @@ def test_streams_have_a_turn_between_the_slices_of_many_chats(worker, pictures, 
             return step(**given)
 
         worker.engine.step = noted
-        hold = threading.Event()
-        worker.call(hold.wait)
+        hold = held(worker)
         for name in "bcd":
             worker.chat(Slices(2, turns, name))
         worker.offer(one, Ticket(1, 0.0, pictures[0]))
@@ -350,9 +351,8 @@ def test_it_sleeps_when_there_is_nothing_to_do(worker, monkeypatch):
 
 def test_stopping_cancels_what_waits(model):
     worker = Worker(StreamingEngine(model, tiny_processor()), Limits())
-    hold = threading.Event()
     worker.start()
-    worker.call(hold.wait)
+    hold = held(worker)
     work = Slices(1, [], "a")
     waiting = worker.call(lambda: 1)
     worker.chat(work)
@@ -387,8 +387,7 @@ def test_each_caption_is_cut_at_its_own_streams_budget_and_told_at_once(worker, 
         slow, fast, sampling = stream("slow"), stream("fast", fps=20), Endless()
         for one in (slow, fast):
             await asyncio.wrap_future(worker.open(one, **endless(sampling)))
-        hold = threading.Event()
-        worker.call(hold.wait)
+        hold = held(worker)
         for one in (slow, fast):
             worker.offer(one, Ticket(1, 0.0, pictures[0]))
         hold.set()
