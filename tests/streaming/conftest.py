@@ -1,8 +1,10 @@
-"""The variants that sessions are tried on, and processors with and without a delimiter behind each frame."""
+"""The variants that sessions are tried on, alone and in company, and what makes two sessions the same."""
 
 import pytest
+import torch
 
 from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.streaming import StreamingSession
 from casa.testing import tiny_processor, tiny_speaker
 
 VARIANTS = {
@@ -12,6 +14,13 @@ VARIANTS = {
     "cross-attention": {"method": "cross_attention"},
     "history": {"history": 2},
     "sample": {"split": "sample"},
+    "insertion": {"method": "insertion"},
+}
+IN_COMPANY = {
+    "parallel": {},
+    "replace in sample": {"placement": "replace", "every": 2, "split": "sample"},
+    "history": {"history": 1},
+    "cross-attention": {"method": "cross_attention"},
     "insertion": {"method": "insertion"},
 }
 FORGETTING = ("parallel", "replace", "cross-attention", "history")
@@ -27,6 +36,24 @@ def model(request) -> CasaForConditionalGeneration:
 def forgetting(request) -> CasaForConditionalGeneration:
     """One of each kind that can have a bound on its text and sees the newest windows only."""
     return tiny_speaker(**VARIANTS[request.param])
+
+
+@pytest.fixture(params=IN_COMPANY, scope="module")
+def shared(request) -> CasaForConditionalGeneration:
+    """A model for several sessions, of every kind whose caches differ."""
+    return tiny_speaker(**IN_COMPANY[request.param])
+
+
+@pytest.fixture(scope="session")
+def same_state():
+    """Holds two sessions to the same state: sizes exactly, keys but for the order of sums."""
+
+    def check(one: StreamingSession, other: StreamingSession) -> None:
+        assert (one.usage, one.frames) == (other.usage, other.frames)
+        for mine, theirs in zip(one._cache.text.layers, other._cache.text.layers, strict=True):
+            torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-9, atol=1e-9)
+
+    return check
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["delimited", "bare"])

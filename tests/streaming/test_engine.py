@@ -1,34 +1,13 @@
 """Many sessions on one model: each says what it says alone, whoever joins, leaves or brings no picture."""
 
-import numpy as np
 import pytest
-import torch
 
 from casa.errors import UserError
 from casa.models import FusionConfig, adapt
 from casa.streaming import Sampling, StreamingEngine, StreamingSession
 from casa.streaming.together import run_together
-from casa.testing import tiny_backbone, tiny_encoder, tiny_processor, tiny_speaker
+from casa.testing import noise_frames, tiny_backbone, tiny_encoder, tiny_processor, tiny_speaker
 from casa.testing.tiny import spread
-
-VARIANTS = {
-    "parallel": {},
-    "replace in sample": {"placement": "replace", "every": 2, "split": "sample"},
-    "history": {"history": 1},
-    "cross": {"method": "cross_attention"},
-    "insertion": {"method": "insertion"},
-}
-
-
-def frames(seed, count, sizes=((56, 84), (28, 28), (84, 56))):
-    """Pictures of noise of several sizes."""
-    generator = np.random.default_rng(seed)
-    return [generator.integers(0, 255, (*sizes[n % len(sizes)], 3), dtype=np.uint8) for n in range(count)]
-
-
-@pytest.fixture(scope="module", params=VARIANTS)
-def model(request):
-    return tiny_speaker(**VARIANTS[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -44,29 +23,22 @@ STREAMS = {"a": (1, {}), "b": (2, {"prompt": "what"}), "c": (3, {"sampling": DRA
 def alone(model, name, count):
     seed, settings = STREAMS[name]
     session = StreamingSession(model, tiny_processor(), **SETTINGS, **settings)
-    return [session.step(frame) for frame in frames(seed, count)]
+    return [session.step(frame) for frame in noise_frames(seed, count)]
 
 
-def same_state(one, other):
-    """The sessions hold the same: sizes exactly, keys but for the order of sums."""
-    assert one.usage == other.usage
-    for mine, theirs in zip(one._cache.text.layers, other._cache.text.layers, strict=True):
-        torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-9, atol=1e-9)
-
-
-def test_each_session_says_what_it_says_alone(model):
-    engine = StreamingEngine(model, tiny_processor())
+def test_each_session_says_what_it_says_alone(shared):
+    engine = StreamingEngine(shared, tiny_processor())
     heard = {name: [] for name in STREAMS}
     for name, (_, settings) in STREAMS.items():
         engine.open(name, **SETTINGS, **settings)
     for turn in range(4):
         for name, (seed, _) in STREAMS.items():
-            assert engine.offer(name, frames(seed, 4)[turn])
+            assert engine.offer(name, noise_frames(seed, 4)[turn])
         for event in engine.step():
             assert event.error is None
             heard[event.session].append(event.text)
     for name in STREAMS:
-        assert heard[name] == alone(model, name, 4), name
+        assert heard[name] == alone(shared, name, 4), name
     assert len({len(text) for texts in heard.values() for text in texts}) > 1, "captions of different lengths"
 
 
@@ -84,7 +56,7 @@ def test_all_who_wait_share_one_pass(plain, monkeypatch):
     engine = StreamingEngine(plain, tiny_processor())
     for name, (_, settings) in STREAMS.items():
         engine.open(name, **SETTINGS, **settings)
-    pictures = frames(9, 12)
+    pictures = noise_frames(9, 12)
     for turn in range(4):
         for place, name in enumerate(STREAMS):
             # every session meets every size, and at each turn the three differ
@@ -93,18 +65,18 @@ def test_all_who_wait_share_one_pass(plain, monkeypatch):
     assert sizes == [3, 3, 3, 3]
 
 
-def test_state_in_company_is_state_alone(model):
-    engine = StreamingEngine(model, tiny_processor())
+def test_state_in_company_is_state_alone(shared, same_state):
+    engine = StreamingEngine(shared, tiny_processor())
     for name in ("a", "b"):
         engine.open(name, **SETTINGS, **STREAMS[name][1])
     for turn in range(3):
         for name in ("a", "b"):
-            engine.offer(name, frames(STREAMS[name][0], 3)[turn])
+            engine.offer(name, noise_frames(STREAMS[name][0], 3)[turn])
         engine.step()
     for name in ("a", "b"):
         seed, settings = STREAMS[name]
-        session = StreamingSession(model, tiny_processor(), **SETTINGS, **settings)
-        for frame in frames(seed, 3):
+        session = StreamingSession(shared, tiny_processor(), **SETTINGS, **settings)
+        for frame in noise_frames(seed, 3):
             session.step(frame)
         same_state(engine.session(name), session)
 
@@ -120,7 +92,7 @@ def test_sessions_join_and_leave_at_any_time(plain):
             if turn == leaves[name]:
                 engine.close(name)
             if joins[name] <= turn < leaves[name]:
-                engine.offer(name, frames(seed, 6)[turn - joins[name]])
+                engine.offer(name, noise_frames(seed, 6)[turn - joins[name]])
         for event in engine.step():
             heard[event.session].append(event.text)
     for name in STREAMS:
@@ -129,7 +101,7 @@ def test_sessions_join_and_leave_at_any_time(plain):
     assert len(engine) == 2
 
 
-def test_bounded_sessions_forget_in_company_as_alone(forgetting):
+def test_bounded_sessions_forget_in_company_as_alone(forgetting, same_state):
     settings = {"max_text_tokens": 32, "max_new_tokens": 5}
     engine = StreamingEngine(forgetting, tiny_processor())
     singles = {}
@@ -139,10 +111,10 @@ def test_bounded_sessions_forget_in_company_as_alone(forgetting):
     most = 0
     for turn in range(9):
         for name, seed in (("a", 1), ("b", 2)):
-            engine.offer(name, frames(seed, 9)[turn])
+            engine.offer(name, noise_frames(seed, 9)[turn])
         said = {event.session: event.text for event in engine.step()}
         for name, seed in (("a", 1), ("b", 2)):
-            assert said[name] == singles[name].step(frames(seed, 9)[turn])
+            assert said[name] == singles[name].step(noise_frames(seed, 9)[turn])
             same_state(engine.session(name), singles[name])
             most = max(most, engine.session(name).usage.text_tokens)
     assert 20 < most <= 32, "the bound was reached"
@@ -167,7 +139,7 @@ def test_sessions_of_a_model_that_forgets_by_itself_are_themselves_in_company():
             if turn == (0, 3)["ab".index(name)]:
                 engine.open(name, **SETTINGS, **STREAMS[name][1])
             if name in engine:
-                engine.offer(name, frames(STREAMS[name][0], 6)[turn - (0, 3)["ab".index(name)]])
+                engine.offer(name, noise_frames(STREAMS[name][0], 6)[turn - (0, 3)["ab".index(name)]])
         for event in engine.step():
             assert event.error is None
             heard[event.session].append(event.text)
@@ -187,9 +159,9 @@ def test_of_such_a_model_too_nobody_waits_for_a_long_caption(halt):
     engine.open("short", max_new_tokens=2, sampling=talking)
     told, wanted = [], {}
     for name, most in (("long", 9), ("short", 2)):
-        engine.offer(name, frames(1, 1)[0])
+        engine.offer(name, noise_frames(1, 1)[0])
         single = StreamingSession(model, tiny_processor(), max_new_tokens=most, sampling=talking)
-        wanted[name] = single.step(frames(1, 1)[0])
+        wanted[name] = single.step(noise_frames(1, 1)[0])
     while engine.waiting:
         engine.step(halt=halt, tell=told.append)
     assert [(event.session, event.text) for event in told] == [("short", wanted["short"]), ("long", wanted["long"])]
@@ -200,18 +172,18 @@ def test_a_slow_source_keeps_nobody_waiting(plain):
     for name in ("a", "b"):
         engine.open(name, **SETTINGS, **STREAMS[name][1])
     said = []
-    for frame in frames(2, 4):
+    for frame in noise_frames(2, 4):
         engine.offer("b", frame)
         said += engine.step()
     assert [event.text for event in said] == alone(plain, "b", 4)
-    engine.offer("a", frames(1, 1)[0])
+    engine.offer("a", noise_frames(1, 1)[0])
     assert [event.text for event in engine.step()] == alone(plain, "a", 1)
 
 
 def test_the_newest_frame_wins_and_the_others_are_counted(plain):
     engine = StreamingEngine(plain, tiny_processor())
     engine.open("a", **SETTINGS)
-    first, second, third = frames(1, 3)
+    first, second, third = noise_frames(1, 3)
     assert engine.offer("a", second)
     assert not engine.offer("a", third)
     assert not engine.offer("a", first)
@@ -225,7 +197,7 @@ def test_a_paused_session_keeps_its_state_and_watches_nothing(plain):
     engine = StreamingEngine(plain, tiny_processor())
     engine.open("a", **SETTINGS)
     said = []
-    for turn, frame in enumerate(frames(1, 3)):
+    for turn, frame in enumerate(noise_frames(1, 3)):
         engine.pause("a", turn == 2)
         engine.offer("a", frame)
         said += engine.step()
@@ -237,7 +209,7 @@ def test_a_paused_session_keeps_its_state_and_watches_nothing(plain):
 
 def test_a_paused_session_still_answers(plain):
     session = StreamingSession(plain, tiny_processor(), **SETTINGS)
-    first, second = frames(1, 2)
+    first, second = noise_frames(1, 2)
     wanted = [session.step(first), session.ask("who"), session.step(second)]
     engine = StreamingEngine(plain, tiny_processor())
     engine.open("a", **SETTINGS)
@@ -261,7 +233,7 @@ def test_no_session_waits_for_ever(plain):
     served = []
     for turn in range(3):
         for name, (seed, _) in STREAMS.items():
-            engine.offer(name, frames(seed, 3)[turn])
+            engine.offer(name, noise_frames(seed, 3)[turn])
         served.append({event.session for event in engine.step()})
     assert all(len(names) == 2 for names in served)
     assert set().union(*served) == set(STREAMS)
@@ -273,12 +245,12 @@ def test_forks_and_saved_sessions_go_on_as_the_first_would(plain, tmp_path, firs
     engine = StreamingEngine(plain, tiny_processor())
     seed, settings = STREAMS[first]
     engine.open(first, **SETTINGS, **settings)
-    engine.offer(first, frames(seed, 1)[0])
+    engine.offer(first, noise_frames(seed, 1)[0])
     engine.step()
     engine.fork(first, "twin")
     engine.save(first, tmp_path / "a.session")
     engine.load("again", tmp_path / "a.session")
-    for frame, wanted in zip(frames(seed, 4)[1:], alone(plain, first, 4)[1:], strict=True):
+    for frame, wanted in zip(noise_frames(seed, 4)[1:], alone(plain, first, 4)[1:], strict=True):
         for name in (first, "twin", "again"):
             engine.offer(name, frame)
         said = {event.session: (event.text, event.error) for event in engine.step()}
@@ -287,17 +259,17 @@ def test_forks_and_saved_sessions_go_on_as_the_first_would(plain, tmp_path, firs
 
 def test_questions_are_answered_in_company_as_alone(plain):
     session = StreamingSession(plain, tiny_processor(), **SETTINGS)
-    session.step(frames(1, 1)[0])
+    session.step(noise_frames(1, 1)[0])
     wanted = session.ask("who")
-    after = session.step(frames(1, 2)[1])
+    after = session.step(noise_frames(1, 2)[1])
     engine = StreamingEngine(plain, tiny_processor())
     for name in ("a", "b"):
         engine.open(name, **SETTINGS)
-        engine.offer(name, frames(1, 1)[0])
+        engine.offer(name, noise_frames(1, 1)[0])
     engine.step()
     engine.ask("a", "who")
-    engine.offer("a", frames(1, 2)[1])
-    engine.offer("b", frames(2, 2)[1])
+    engine.offer("a", noise_frames(1, 2)[1])
+    engine.offer("b", noise_frames(2, 2)[1])
     answers = {(event.session, event.kind): event.text for event in engine.step()}
     assert answers["a", "answer"] == wanted
     assert ("b", "caption") in answers
@@ -306,11 +278,11 @@ def test_questions_are_answered_in_company_as_alone(plain):
 
 def test_each_of_several_questions_has_its_answer(plain):
     session = StreamingSession(plain, tiny_processor(), **SETTINGS)
-    session.step(frames(1, 1)[0])
+    session.step(noise_frames(1, 1)[0])
     wanted = [session.ask("who"), session.ask("what is it")]
     engine = StreamingEngine(plain, tiny_processor())
     engine.open("a", **SETTINGS)
-    engine.offer("a", frames(1, 1)[0])
+    engine.offer("a", noise_frames(1, 1)[0])
     engine.step()
     engine.ask("a", "who")
     engine.ask("a", "what is it")
@@ -333,9 +305,9 @@ def test_questions_that_wait_are_bounded(plain):
         StreamingEngine(plain, tiny_processor(), most_questions=0)
 
 
-def test_a_cut_caption_ends_and_the_next_one_does_not(plain):
+def test_a_cut_caption_ends_and_the_next_one_does_not(plain, same_state):
     """As that of a twin whose captions may be no longer; the next one has its whole length again."""
-    first, second = frames(1, 2)
+    first, second = noise_frames(1, 2)
     session = StreamingSession(plain, tiny_processor(), max_new_tokens=8)
     asked = iter([False, False, True])
     (cut,) = run_together(plain, [session.prepare(first, lambda: next(asked, True))])

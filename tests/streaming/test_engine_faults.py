@@ -8,16 +8,10 @@ import numpy as np
 import pytest
 
 from casa.streaming import Sampling, StreamingEngine, StreamingSession
-from casa.testing import tiny_casa, tiny_processor
+from casa.testing import noise_frames, tiny_casa, tiny_processor
 
 SETTINGS = {"max_new_tokens": 5}
 STREAMS = {"a": (1, {}), "b": (2, {"prompt": "what"}), "c": (3, {"sampling": Sampling(1.2, 20, 0.9), "seed": 4})}
-
-
-def frames(seed, count):
-    """Pictures of noise of two sizes."""
-    generator = np.random.default_rng(seed)
-    return [generator.integers(0, 255, ((56, 28)[n % 2], 84, 3), dtype=np.uint8) for n in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +22,7 @@ def plain():
 def alone(model, name, count):
     seed, settings = STREAMS[name]
     session = StreamingSession(model, tiny_processor(), **SETTINGS, **settings)
-    return [session.step(frame) for frame in frames(seed, count)]
+    return [session.step(frame) for frame in noise_frames(seed, count)]
 
 
 def test_a_bad_frame_is_that_sessions_own_affair(plain):
@@ -36,12 +30,12 @@ def test_a_bad_frame_is_that_sessions_own_affair(plain):
     for name in ("a", "b"):
         engine.open(name, **SETTINGS, **STREAMS[name][1])
     engine.offer("a", "no picture")
-    engine.offer("b", frames(2, 1)[0])
+    engine.offer("b", noise_frames(2, 1)[0])
     events = {event.session: event for event in engine.step()}
     assert "picture" in events["a"].error or "frame" in events["a"].error
     assert events["b"].error is None
     assert events["b"].text == alone(plain, "b", 1)[0]
-    engine.offer("a", frames(1, 1)[0])
+    engine.offer("a", noise_frames(1, 1)[0])
     assert engine.step()[0].text == alone(plain, "a", 1)[0], "and it goes on as if nothing had been"
 
 
@@ -64,14 +58,14 @@ def test_a_frame_that_breaks_the_processor_is_that_sessions_own_affair(plain, mo
     for turn in range(2):
         engine.offer("bad", np.zeros((30, 30, 3), np.uint8))
         for name, (seed, _) in STREAMS.items():
-            engine.offer(name, frames(seed, 2)[turn])
+            engine.offer(name, noise_frames(seed, 2)[turn])
         events = {event.session: event for event in engine.step()}
         assert events.pop("bad").error == f"the model failed at this ({error.__name__}); it was left out."
         for name, event in events.items():
             assert event.error is None
             heard[name].append(event.text)
     assert heard == {name: alone(plain, name, 2) for name in STREAMS}
-    engine.offer("bad", frames(1, 1)[0])
+    engine.offer("bad", noise_frames(1, 1)[0])
     assert [event.text for event in engine.step()] == alone(plain, "a", 1)
     assert engine.session("bad").frames == 1
 
@@ -84,7 +78,7 @@ def test_a_question_or_a_caption_that_breaks_something_is_that_sessions_own_affa
     def broken(*_):
         raise KeyError("a template's own")
 
-    first, second = frames(1, 2)
+    first, second = noise_frames(1, 2)
     for turn, (method, kind) in enumerate((("prepare_question", "answer"), ("accept", "caption"))):
         with monkeypatch.context() as patched:
             patched.setattr(engine.session("a"), method, broken)
@@ -92,7 +86,7 @@ def test_a_question_or_a_caption_that_breaks_something_is_that_sessions_own_affa
                 engine.ask("a", "who")
             else:
                 engine.offer("a", first)
-            engine.offer("b", frames(2, 2)[turn])
+            engine.offer("b", noise_frames(2, 2)[turn])
             events = {event.session: event for event in engine.step()}
         assert (events["a"].kind, events["a"].text) == (kind, "")
         assert events["a"].error == "the model failed at this (KeyError); it was left out."
@@ -119,7 +113,7 @@ def test_what_fails_in_one_session_is_its_own_affair(plain):
     heard = {name: [] for name in STREAMS}
     for turn in range(3):
         for name in ("bad", *STREAMS):
-            engine.offer(name, frames(STREAMS.get(name, (9,))[0], 3)[turn])
+            engine.offer(name, noise_frames(STREAMS.get(name, (9,))[0], 3)[turn])
         events = {event.session: event for event in engine.step()}
         assert "MemoryError" in events.pop("bad").error
         for name, event in events.items():
@@ -147,7 +141,7 @@ def test_a_session_by_itself_that_fails_is_as_it_was(plain):
     engine = StreamingEngine(plain, tiny_processor())
     settings = SETTINGS | STREAMS["a"][1]
     engine.open("a", sampling=Stumbling(), **settings)
-    first, second = frames(1, 2)
+    first, second = noise_frames(1, 2)
     engine.offer("a", first)
     (event,) = engine.step()
     assert "MemoryError" in event.error
@@ -174,7 +168,7 @@ class Meanwhile(Sampling):
 
 def test_what_other_threads_do_in_the_middle_of_a_step(plain):
     engine = StreamingEngine(plain, tiny_processor())
-    pictures = {name: frames(seed, 3) for name, (seed, _) in STREAMS.items()}
+    pictures = {name: noise_frames(seed, 3) for name, (seed, _) in STREAMS.items()}
 
     def act():
         engine.close("b")

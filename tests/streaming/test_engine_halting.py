@@ -3,37 +3,14 @@
 import random
 from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
-import torch
 
 from casa.streaming import Sampling, StreamingEngine, StreamingSession
-from casa.testing import tiny_casa, tiny_processor
+from casa.testing import noise_frames, tiny_casa, tiny_processor
 
-VARIANTS = {
-    "parallel": {},
-    "replace in sample": {"placement": "replace", "every": 2, "split": "sample"},
-    "history": {"history": 1},
-    "cross": {"method": "cross_attention"},
-    "insertion": {"method": "insertion"},
-}
 SETTINGS = {"max_new_tokens": 6}
 STREAMS = {"a": (1, {}), "b": (2, {"prompt": "what"}), "c": (3, {"sampling": Sampling(1.2, 20, 0.9), "seed": 4})}
 TALKING = {"max_new_tokens": 6, "sampling": Sampling(stop_bias=-1e4)}  # never stops by itself
-
-
-def frames(seed, count):
-    """Pictures of noise of three sizes."""
-    generator, sizes = np.random.default_rng(seed), ((56, 84), (28, 28), (84, 56))
-    return [generator.integers(0, 255, (*sizes[(seed + n) % 3], 3), dtype=np.uint8) for n in range(count)]
-
-
-@pytest.fixture(scope="module", params=VARIANTS)
-def model(request):
-    made = tiny_casa(**VARIANTS[request.param])
-    # captions of different lengths, also empty ones
-    made.backbone.lm_head.weight.data[2] = made.backbone.lm_head.weight.data[3:].mean(0) * 3
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -54,27 +31,21 @@ def at_once():
     return True
 
 
-def same_state(one, other):
-    assert (one.usage, one.frames) == (other.usage, other.frames)
-    for mine, theirs in zip(one._cache.text.layers, other._cache.text.layers, strict=True):
-        torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-9, atol=1e-9)
-
-
-def test_halted_after_every_token_each_says_what_it_says_alone(model):
-    engine, singles = opened(model)
+def test_halted_after_every_token_each_says_what_it_says_alone(shared, same_state):
+    engine, singles = opened(shared)
     steps = 0
     for turn in range(3):
         wanted = {}
         for name, (seed, _) in STREAMS.items():
-            picture = frames(seed, 3)[turn]
+            picture = noise_frames(seed, 3)[turn]
             engine.offer(name, picture)
             wanted[name, "caption"] = singles[name].step(picture)
         if turn == 1:
             engine.ask("b", "who")
             # questions come first
-            again = StreamingSession(model, tiny_processor(), **(SETTINGS | STREAMS["b"][1]))
-            again.step(frames(2, 3)[0])
-            wanted["b", "answer"], wanted["b", "caption"] = again.ask("who"), again.step(frames(2, 3)[1])
+            again = StreamingSession(shared, tiny_processor(), **(SETTINGS | STREAMS["b"][1]))
+            again.step(noise_frames(2, 3)[0])
+            wanted["b", "answer"], wanted["b", "caption"] = again.ask("who"), again.step(noise_frames(2, 3)[1])
             singles["b"] = again
         heard = {}
         while engine.waiting:
@@ -86,9 +57,9 @@ def test_halted_after_every_token_each_says_what_it_says_alone(model):
     assert steps > 4, "the captions were halted"
 
 
-def test_frames_that_come_share_a_step_with_what_is_half_said(model):
-    engine, singles = opened(model)
-    left = {name: frames(seed, 5)[::-1] for name, (seed, _) in STREAMS.items()}
+def test_frames_that_come_share_a_step_with_what_is_half_said(shared, same_state):
+    engine, singles = opened(shared)
+    left = {name: noise_frames(seed, 5)[::-1] for name, (seed, _) in STREAMS.items()}
     wanted = {name: [singles[name].step(picture) for picture in left[name][::-1]] for name in STREAMS}
     heard, busy, chance = {name: [] for name in STREAMS}, set(), random.Random(1)
     mixed = False
@@ -107,11 +78,11 @@ def test_frames_that_come_share_a_step_with_what_is_half_said(model):
         same_state(engine.session(name), single)
 
 
-def test_in_the_middle_of_a_caption_a_session_is_as_before_its_frame(plain, tmp_path):
+def test_in_the_middle_of_a_caption_a_session_is_as_before_its_frame(plain, tmp_path, same_state):
     single = StreamingSession(plain, tiny_processor(), **TALKING)
     engine = StreamingEngine(plain, tiny_processor())
     engine.open("a", **TALKING)
-    first, second = frames(1, 2)
+    first, second = noise_frames(1, 2)
     wanted = [single.step(first), single.step(second)]
     engine.offer("a", first)
     assert [event.text for event in engine.step()] == wanted[:1]
@@ -147,22 +118,22 @@ def test_an_event_is_told_as_soon_as_it_is_there(plain):
     engine.open("short", max_new_tokens=2, sampling=TALKING["sampling"])
     engine.open("long", max_new_tokens=6, sampling=noting)
     for name in ("short", "long"):
-        engine.offer(name, frames(1, 1)[0])
+        engine.offer(name, noise_frames(1, 1)[0])
     events = engine.step(tell=noting.told.append)
     assert noting.noted == [0, 0, 1, 1, 1, 1]
     assert [event.session for event in noting.told] == [event.session for event in events] == ["short", "long"]
 
 
-def test_what_goes_on_is_cut_by_the_step_that_it_goes_on_in(plain):
+def test_what_goes_on_is_cut_by_the_step_that_it_goes_on_in(plain, same_state):
     engine = StreamingEngine(plain, tiny_processor())
     engine.open("a", **TALKING)
-    engine.offer("a", frames(1, 1)[0])
+    engine.offer("a", noise_frames(1, 1)[0])
     assert engine.step(halt=at_once) == []
     asked = iter([False])
     (event,) = engine.step(cuts={"a": lambda: next(asked, True)})
     asked = iter([False, False])
     single = StreamingSession(plain, tiny_processor(), **TALKING)
-    assert event.text == single.step(frames(1, 1)[0], lambda: next(asked, True))
+    assert event.text == single.step(noise_frames(1, 1)[0], lambda: next(asked, True))
     assert not event.whole
     same_state(engine.session("a"), single)
 
@@ -171,7 +142,7 @@ def test_what_is_half_said_can_be_dropped(plain):
     single = StreamingSession(plain, tiny_processor(), **TALKING)
     engine = StreamingEngine(plain, tiny_processor())
     engine.open("a", **TALKING)
-    first, second = frames(1, 2)
+    first, second = noise_frames(1, 2)
     engine.offer("a", first)
     engine.step(halt=at_once)
     engine.offer("a", first)
@@ -201,18 +172,18 @@ class Stumbling(Sampling):
         return super().pick(logits, said, *others)
 
 
-def test_what_fails_when_it_goes_on_leaves_its_session_as_it_was(plain):
+def test_what_fails_when_it_goes_on_leaves_its_session_as_it_was(plain, same_state):
     engine, singles = opened(plain, **TALKING)
     engine.session("b").sampling = Stumbling(stop_bias=-1e4)
     for name, (seed, _) in STREAMS.items():
-        engine.offer(name, frames(seed, 1)[0])
+        engine.offer(name, noise_frames(seed, 1)[0])
     events = {}
     while engine.waiting:
         events |= {event.session: event for event in engine.step(halt=at_once)}
     assert "MemoryError" in events["b"].error
     assert engine.session("b").frames == 0
-    engine.offer("b", frames(2, 1)[0])
+    engine.offer("b", noise_frames(2, 1)[0])
     events |= {event.session: event for event in engine.step()}
     for name, (seed, _) in STREAMS.items():
-        assert (events[name].error, events[name].text) == (None, singles[name].step(frames(seed, 1)[0]))
+        assert (events[name].error, events[name].text) == (None, singles[name].step(noise_frames(seed, 1)[0]))
         same_state(engine.session(name), singles[name])

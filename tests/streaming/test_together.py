@@ -1,12 +1,10 @@
 """Rows of one pass: frames looked at ahead beside others, and budgets of their own. Each is as it is alone."""
 
-import numpy as np
 import pytest
-import torch
 
 from casa.streaming import Sampling, StreamingEngine, StreamingSession
 from casa.streaming.together import run_together
-from casa.testing import tiny_casa, tiny_processor
+from casa.testing import noise_frames, tiny_casa, tiny_processor
 
 VARIANTS = {
     "parallel": {},
@@ -17,12 +15,6 @@ VARIANTS = {
     "insertion": {"method": "insertion"},
 }
 TALKING = {"max_new_tokens": 5, "sampling": Sampling(stop_bias=-1e4)}  # never stops by itself
-
-
-def frames(seed, count):
-    """Pictures of noise of three sizes."""
-    generator, sizes = np.random.default_rng(seed), ((56, 84), (28, 28), (84, 56))
-    return [generator.integers(0, 255, (*sizes[(seed + n) % 3], 3), dtype=np.uint8) for n in range(count)]
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -40,16 +32,10 @@ def after(tokens):
     return lambda: next(asked, True)
 
 
-def same_state(one, other):
-    assert (one.usage, one.frames) == (other.usage, other.frames)
-    for mine, theirs in zip(one._cache.text.layers, other._cache.text.layers, strict=True):
-        torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-9, atol=1e-9)
-
-
-def test_frames_looked_at_ahead_stand_beside_those_that_were_not(model):
+def test_frames_looked_at_ahead_stand_beside_those_that_were_not(model, same_state):
     sessions, singles = talking(model, 3), talking(model, 3)
     for turn in range(3):
-        pictures = [frames(seed, 3)[turn] for seed in range(3)]
+        pictures = [noise_frames(seed, 3)[turn] for seed in range(3)]
         calls = []
         for number, (session, picture) in enumerate(zip(sessions, pictures, strict=True)):
             ahead = (number + turn) % 3 == 0
@@ -61,10 +47,10 @@ def test_frames_looked_at_ahead_stand_beside_those_that_were_not(model):
         same_state(session, single)
 
 
-def test_a_budget_that_is_spent_ends_its_own_caption_only(model):
+def test_a_budget_that_is_spent_ends_its_own_caption_only(model, same_state):
     sessions, singles = talking(model, 3), talking(model, 3)
     for turn, budgets in enumerate(((1, None, None), (None, 3, None), (4, None, 0), (None, None, None))):
-        pictures = [frames(seed, 4)[turn] for seed in range(3)]
+        pictures = [noise_frames(seed, 4)[turn] for seed in range(3)]
         pairs = zip(sessions, pictures, budgets, strict=True)
         said = run_together(model, [session.prepare(picture, after(budget)) for session, picture, budget in pairs])
         assert [one.whole for one in said] == [budget is None for budget in budgets]
@@ -82,7 +68,7 @@ def test_a_pass_ends_when_every_budget_is_spent():
     engine = StreamingEngine(model, tiny_processor())
     for seed, name in enumerate("abc"):
         engine.open(name, **TALKING)
-        engine.offer(name, frames(seed, 1)[0])
+        engine.offer(name, noise_frames(seed, 1)[0])
     passes = []
     handle = model.register_forward_hook(lambda *_: passes.append(1))
     events = engine.step(cut=lambda: True, cuts={"a": after(3), "c": after(2)})

@@ -1,7 +1,7 @@
 """Tiny random models and inputs, offline and in float64, for tests: of casa itself and of what is built on it."""
 
 from casa.testing.backbones import BACKBONES, TEXT_BACKBONES, VLM_BACKBONES, tiny_backbone, tiny_casa_over
-from casa.testing.pictures import claimed_png
+from casa.testing.pictures import claimed_png, noise_frames
 from casa.testing.tiny import (
     VOCABULARY,
     TinySample,
@@ -25,6 +25,7 @@ __all__ = [
     "as_batch",
     "as_packed",
     "claimed_png",
+    "noise_frames",
     "tiny_backbone",
     "tiny_casa",
     "tiny_casa_over",

@@ -1,7 +1,17 @@
-"""Pictures that are not what they say, for tests of whatever opens some."""
+"""Pictures of noise, and some that are not what they say, for tests of whatever looks at them."""
 
 import struct
 import zlib
+
+import numpy as np
+
+SIZES = ((56, 84), (28, 28), (84, 56))  # height and width in px, in turn
+
+
+def noise_frames(seed: int, count: int) -> list[np.ndarray]:
+    """`count` frames of noise, uint8 (H, W, 3), of three sizes; which one comes first hangs on the seed."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, 255, (*SIZES[(seed + n) % 3], 3), dtype=np.uint8) for n in range(count)]
 
 
 def claimed_png(width: int, height: int) -> bytes:
