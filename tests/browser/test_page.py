@@ -165,6 +165,7 @@ def test_a_film_is_captioned_a_question_answered_and_captions_downloaded(page, s
         shown(page, 9)
         page.evaluate("document.activeElement.blur()")
         page.locator("#log").evaluate("log => { log.scrollTop = log.scrollHeight }")
+        page.evaluate("window.scrollTo(0, 0)")
         page.screenshot(path=path)
     for kind, head in (
         ("srt", r"1\n00:00:\d\d,\d{3} --> 00:00:"),
