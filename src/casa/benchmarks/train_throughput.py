@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from casa.benchmarks.train_models import TINY, fresh_model, most_square, random_pictures
+from casa.benchmarks.train_packing import PROPORTIONED
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration
 from casa.training.packs import IGNORED, Length, Packer, spread_lengths, stage_lengths
@@ -31,7 +32,7 @@ Batch = dict[str, Tensor]
 SAMPLES = 64
 BUDGET = Budget(text=512, image=2560)
 SCALE = 4  # by which samples of the image stage, and its budget, are made smaller
-PROPORTIONED, IMAGE_STAGE = "in proportion", "image stage"
+IMAGE_STAGE = "image stage"
 KINDS = {
     PROPORTIONED: BUDGET,
     IMAGE_STAGE: Budget(text=BUDGETS["image"].text // SCALE, image=BUDGETS["image"].image // SCALE),
