@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from casa.models import diagonal
 from casa.models.diagonal import SPAN, spans_of
@@ -73,3 +74,39 @@ def test_it_is_the_attention_of_the_whole_row(monkeypatch, method):
     assert parts.keys() == whole.keys()
     for name, gradient in whole.items():
         assert torch.allclose(parts[name], gradient, rtol=1e-9, atol=1e-13), name
+
+
+def test_only_models_that_attend_through_torch_take_this_way(monkeypatch):
+    monkeypatch.setattr(diagonal, "SPAN", 4)
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    model, eager = tiny_casa(), tiny_casa()
+    eager.set_attn_implementation("eager")
+    for each in (model, eager):
+        packed_gradients(each, [3, 3, 3])
+    assert model.config.get_text_config()._attn_implementation == diagonal.NAME
+    assert eager.config.get_text_config()._attn_implementation == "eager"
+    # what other models attend by is transformers' own
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+    assert "casa_diagonal" not in model.config.to_json_string()
+    assert tiny_casa().config.get_text_config()._attn_implementation == "sdpa"
+
+
+def test_a_checkpointed_block_is_computed_again_along_the_diagonal(monkeypatch):
+    monkeypatch.setattr(diagonal, "SPAN", 4)
+    model = tiny_casa().train()
+    plain_loss, plain = packed_gradients(model, [3, 3, 3])
+    plain = {name: gradient.clone() for name, gradient in plain.items()}
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    loss, again = packed_gradients(model, [3, 3, 3])
+    assert loss == plain_loss
+    for name, gradient in plain.items():
+        assert torch.equal(again[name], gradient), name
+
+
+def test_afterwards_the_model_generates_as_before(monkeypatch):
+    monkeypatch.setattr(diagonal, "SPAN", 4)
+    model = tiny_casa().eval()
+    ids = torch.randint(4, 60, (2, 5))
+    before = model.generate(ids, max_new_tokens=6, do_sample=False)
+    packed_gradients(model, [3, 3, 3])
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), before)

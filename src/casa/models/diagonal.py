@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+NAME = "casa_diagonal"  # among transformers' implementations of attention, which a text model's config chooses from
 SPANS = "casa_spans"  # the argument that is passed down through the blocks
 SPAN = 256  # tokens up to which neighbours share a call: calls of fewer cost more than what they save
 
@@ -35,44 +37,48 @@ def spans_of(starts: Iterable[int], length: int) -> tuple[int, ...] | None:
     return tuple(spans) if len(spans) > 1 else None
 
 
-def passed_down(starts: Iterable[int], length: int) -> dict[str, Any]:
-    """The argument for the stack, in which samples start at `starts` in all rows.
+def passed_down(config: Any, starts: Iterable[int], length: int) -> dict[str, Any]:
+    """The argument for a stack, in which samples start at `starts` in all rows; its `config` then names this way.
 
-    Attention by another way than torch's own takes no notice of it.
+    A config that names another way than torch's own stays as it is, and there is no argument. One that names this way
+    is kept so, since a block that is computed again in the backward pass reads it again; without the argument it is
+    torch's own.
     """
-    spans = None if torch.compiler.is_compiling() else spans_of(starts, length)
+    if torch.compiler.is_compiling() or config._attn_implementation not in ("sdpa", NAME):
+        return {}
+    spans = spans_of(starts, length)
     if spans is None:
         return {}
-    _install()
+    config._attn_implementation = NAME
     return {SPANS: spans}
 
 
-def _install() -> None:
-    """Puts it in front of transformers' attention through torch, which has all calls without the argument."""
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention through torch, called once for each span if there are any.
+
+    query, key, value: (B, H, S, D). Gives (B, S, H, D), and no weights.
+    """
     plain: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if hasattr(plain, SPANS):
-        return
+    spans = kwargs.pop(SPANS, None)
+    if spans is None or attention_mask is None or attention_mask.shape[-2:] != (sum(spans), sum(spans)):
+        return plain(module, query, key, value, attention_mask, *args, **kwargs)
+    found, start = [], 0
+    # one `split` has one concatenation for its backward
+    for q, k, v in zip(*(x.split(spans, dim=2) for x in (query, key, value)), strict=True):
+        stop = start + q.shape[2]
+        mask = attention_mask[..., start:stop, start:stop]
+        found.append(plain(module, q, k, v, mask, *args, **kwargs)[0])
+        start = stop
+    return torch.cat(found, dim=1), None
 
-    def attention(
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        spans = kwargs.pop(SPANS, None)
-        if spans is None or attention_mask is None or attention_mask.shape[-2:] != (sum(spans), sum(spans)):
-            return plain(module, query, key, value, attention_mask, *args, **kwargs)
-        found, start = [], 0
-        # (B, H, S, D) each; one `split` has one concatenation for its backward
-        for q, k, v in zip(*(x.split(spans, dim=2) for x in (query, key, value)), strict=True):
-            stop = start + q.shape[2]
-            mask = attention_mask[..., start:stop, start:stop]
-            found.append(plain(module, q, k, v, mask, *args, **kwargs)[0])
-            start = stop
-        return torch.cat(found, dim=1), None
 
-    setattr(attention, SPANS, True)
-    ALL_ATTENTION_FUNCTIONS.register("sdpa", attention)
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -52,17 +52,19 @@ class CasaPasses:
         kwargs: dict[str, Any],
     ) -> tuple[Any, Tensor]:
         """The stack's output, and its last hidden states (B, L, d)."""
+        decoder = self.decoder
         step = self._step(text, places, images, cache, record)
         if step is not None:
             kwargs = {**kwargs, STEP: FusedStep(step, [self._layer(index) for index in self.fused_blocks])}
         if text.sample_starts is not None:
-            kwargs = {**kwargs, **passed_down(set.intersection(*map(set, text.sample_starts)), text.valid.shape[1])}
+            starts = set.intersection(*map(set, text.sample_starts))
+            kwargs = {**kwargs, **passed_down(decoder.stack.config, starts, text.valid.shape[1])}
         # transformers recognises packed rows by their positions, and only without a mask; padding behind them has
         # positions of its own and is seen by nobody
-        output = self.decoder.stack(
+        output = decoder.stack(
             **source,
             attention_mask=None if text.packed else text.mask,
-            position_ids=self.decoder.text_positions(text.position_ids),
+            position_ids=decoder.text_positions(text.position_ids),
             past_key_values=cache.text if cache is not None else None,
             use_cache=cache is not None,
             **kwargs,
@@ -147,7 +149,7 @@ class CasaPasses:
             kwargs = {**kwargs, "visual_pos_masks": stream.is_image, "deepstack_visual_embeds": images.extra}
         if text.packed:
             starts = stream.starts.all(0)
-            kwargs = {**kwargs, **passed_down(starts.nonzero().flatten().tolist(), len(starts))}
+            kwargs = {**kwargs, **passed_down(decoder.stack.config, starts.nonzero().flatten().tolist(), len(starts))}
         output = decoder.stack(
             inputs_embeds=stream.embeddings(embeds, images.tokens),
             attention_mask=None if text.packed or bool(after.mask.all()) else after.mask.long(),
