@@ -155,14 +155,14 @@ FAULTS = (
     ),
     Fault(
         "an empty cache of a replaced block is asked for the mask",
-        "models/cache.py",
+        "models/text_cache.py",
         "if layer_idx not in self.replaced or",
         "if True or",
         ("models/test_cache.py", "models/test_local_attention.py"),
     ),
     Fault(
         "the stand-in of a replaced block is of the other kind",
-        "models/cache.py",
+        "models/text_cache.py",
         "slides[index] == slides[layer_idx]]",
         "slides[index] != slides[layer_idx]]",
         ("models/test_local_attention.py",),

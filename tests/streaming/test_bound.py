@@ -33,7 +33,9 @@ def test_questions_about_one_frame_may_go_on_for_ever(forgetting):
         for session in sessions:
             assert session.usage.text_tokens <= 48
             assert session.usage.image_tokens == images, "the frame is still seen"
-            assert session.usage.cache_bytes <= session.usage.held_bytes <= allowed
+            assert session.usage.cache_bytes <= allowed
+            # and an eighth of the text is free behind it
+            assert session.usage.held_bytes <= allowed + session.usage.text_bytes // 8
         windows.append(sessions[0]._cache.windows.text_tokens[0])
     assert max(windows) <= 48
     assert sum(after < before for before, after in pairwise(windows)) > 2, "it began again and again"

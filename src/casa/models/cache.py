@@ -9,56 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from casa.errors import UserError
 from casa.layers import WindowState
 from casa.models.insertion import StreamState
-
-
-class TextCache(DynamicCache):
-    """Keys and values of the blocks' self-attention. `replaced`: the blocks that have none.
-
-    Masks and positions are made once for all blocks that see the whole text and once for all that see a sliding
-    window, from the cache of the first block of each kind. Where that one is empty for ever, the next of its kind
-    that is not stands in.
-    """
-
-    def __init__(self, config: Any = None, replaced: Iterable[int] = ()) -> None:
-        super().__init__(config=config)
-        self.replaced = frozenset(replaced)
-
-    def _counting(self, layer_idx: int) -> int:
-        """The block that knows what block `layer_idx` would hold."""
-        if layer_idx not in self.replaced or layer_idx >= len(self.layers):
-            return layer_idx
-        kept = [index for index in range(len(self.layers)) if index not in self.replaced]
-        slides = [getattr(layer, "is_sliding", False) for layer in self.layers]
-        alike = [index for index in kept if slides[index] == slides[layer_idx]]
-        # with none of its kind left nobody uses the mask
-        return next(iter([*alike, *kept]), layer_idx)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        layer_idx = self._counting(layer_idx)
-        layers: list[Any] = self.layers
-        return layers[layer_idx].get_seq_length() if layer_idx < len(layers) else 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return super().get_mask_sizes(query_length, self._counting(layer_idx))
-
-    def reset(self) -> None:
-        for layer in self.layers:
-            # transformers before 5.18 fills what is held with zeros and goes on counting them
-            layer.keys = layer.values = None  # type: ignore[union-attr]
-            layer.is_initialized = False  # type: ignore[union-attr]
-            layer.reset()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        for index, layer in enumerate(self.layers):
-            # one that slides cannot be cropped while it is empty
-            if index not in self.replaced:
-                layer.crop(tokens_to_remove)  # type: ignore[union-attr]
+from casa.models.text_cache import TextCache
 
 
 class CasaCache(Cache):

@@ -1,0 +1,133 @@
+"""The text model's cache gives what transformers' own gives, and copies only new tokens."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.cache_utils import DynamicLayer
+
+from casa.models.text_cache import GrowingLayer, TextCache
+from casa.testing import tiny_casa
+
+
+def states(count, rows=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(rows, 3, count, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+
+
+def select(layer):
+    layer.batch_select_indices(torch.arange(layer.keys.shape[0]).flip(0))
+
+
+def repeat(layer):
+    layer.batch_repeat_interleave(2)
+
+
+def first_row(layer):
+    layer.keys, layer.values = layer.keys[:1], layer.values[:1]
+
+
+CHANGES = {
+    "crop": lambda layer: layer.crop(-min(2, layer.get_seq_length())),
+    "select": select,
+    "repeat": repeat,
+    "first row": first_row,
+    "copy": lambda layer: None,
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.one_of(st.integers(1, 30), st.sampled_from(sorted(CHANGES))), max_size=12), st.booleans())
+def test_it_holds_what_transformers_own_layer_holds(calls, inference):
+    """Whatever is done to it in between, and whether autograd is off or not."""
+    ours, theirs = GrowingLayer(), DynamicLayer()
+    with torch.inference_mode(inference):
+        for number, call in enumerate([3, *calls, 1]):
+            if call == "copy":
+                ours = copy.deepcopy(ours)
+            elif isinstance(call, str):
+                for layer in (ours, theirs):
+                    CHANGES[call](layer)
+            else:
+                new = states(call, rows=theirs.keys.shape[0] if number else 2, seed=number)
+                for given_back, wanted in zip(ours.update(*new), theirs.update(*new), strict=True):
+                    assert torch.equal(given_back, wanted)
+            assert torch.equal(ours.keys, theirs.keys)
+            assert torch.equal(ours.values, theirs.values)
+            assert ours.get_seq_length() == theirs.get_seq_length()
+            assert ours.get_mask_sizes(2) == theirs.get_mask_sizes(2)
+
+
+def test_a_new_token_copies_nothing_while_there_is_room():
+    layer = GrowingLayer()
+    layer.update(*states(80))
+    # all are kept, so that no two are at the same place
+    held = [layer.update(*states(1, seed=number)) for number in range(24)]
+    places = [(keys.data_ptr(), values.data_ptr()) for keys, values in held]
+    # 80 have room for 10 more, 91 for 11
+    assert [places.count(place) for place in dict.fromkeys(places)] == [10, 12, 2]
+
+
+def test_what_is_free_is_an_eighth_at_most():
+    layer, held = GrowingLayer(), []
+    for number in range(200):
+        layer.update(*states(1, seed=number))
+        held.append(layer.keys.untyped_storage().nbytes() / layer.keys.nbytes)
+    assert max(held) <= 1.125
+    assert held[0] == 1
+
+
+def test_a_copy_and_what_it_was_copied_from_write_apart():
+    layer = GrowingLayer()
+    layer.update(*states(80))
+    fork = copy.deepcopy(layer)
+    one, other = states(1, seed=1), states(1, seed=2)
+    layer.update(*one)
+    fork.update(*other)
+    assert torch.equal(layer.keys[:, :, -1:], one[0])
+    assert torch.equal(fork.keys[:, :, -1:], other[0])
+
+
+def test_what_inference_mode_made_is_copied_outside_of_it():
+    layer = GrowingLayer()
+    with torch.inference_mode():
+        layer.update(*states(80))
+    keys, _ = layer.update(*states(1))
+    assert keys.shape[2] == 81
+    assert not keys.is_inference()
+
+
+def test_gradients_flow_through_what_is_cached():
+    """Nothing that the backward pass needs is written over."""
+    ours, theirs = GrowingLayer(), DynamicLayer()
+    gradients = []
+    for layer in (ours, theirs):
+        pieces = [tuple(t.requires_grad_() for t in states(n, seed=n)) for n in (80, 1, 1)]
+        total = torch.zeros((), dtype=torch.float64)
+        for piece in pieces:
+            keys, values = layer.update(*piece)
+            total = total + (keys * values).square().sum()
+        gradients.append(torch.autograd.grad(total, [t for piece in pieces for t in piece]))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("config", [False, True], ids=["as it comes", "from a config"])
+def test_a_text_cache_is_made_of_them(config):
+    model = tiny_casa()
+    cache = TextCache(model.config.get_text_config() if config else None)
+    cache.update(*states(3), 0)
+    assert type(cache.layers[0]) is GrowingLayer
+
+
+def test_a_model_decodes_into_the_room():
+    model = tiny_casa().eval()
+    with torch.no_grad():
+        cache = model(torch.randint(4, 60, (1, 64)), use_cache=True).past_key_values
+        before = cache.text.layers[0].keys.data_ptr()
+        for _ in range(8):
+            cache = model(torch.tensor([[5]]), past_key_values=cache, use_cache=True).past_key_values
+        assert cache.text.layers[0].keys.data_ptr() == before
+        assert cache.text.layers[0].keys.shape[2] == 72
