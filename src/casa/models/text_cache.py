@@ -32,25 +32,27 @@ class GrowingLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        held = self.keys.shape[2] if self.keys.dim() == 4 else 0
+        keys: Any = self.keys  # empty, of one dimension, at first
+        values: Any = self.values
+        held = keys.shape[2] if keys.dim() == 4 else 0
         length = held + key_states.shape[2]
-        buffers = self._room(length)
+        buffers = self._room(keys, values, length)
         if buffers is None:
-            buffers = _begun(self.keys, key_states, length), _begun(self.values, value_states, length)
+            buffers = _begun(keys, key_states, length), _begun(values, value_states, length)
         for buffer, new in zip(buffers, (key_states, value_states), strict=True):
             buffer[:, :, held:length] = new
         self._buffers = buffers
         self.keys, self.values = (buffer[:, :, :length] for buffer in buffers)
         return self.keys, self.values
 
-    def _room(self, length: int) -> tuple[Tensor, Tensor] | None:
-        """The buffers, if they hold what `keys` and `values` are, have room for `length`, and may be written."""
+    def _room(self, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor] | None:
+        """The buffers, if they begin with these keys and values, have room for `length`, and may be written."""
         if self._buffers is None or self._buffers[0].shape[2] < length:
             return None
         if self._buffers[0].is_inference() and not torch.is_inference_mode_enabled():
             return None
-        same = (_begins(buffer, held) for buffer, held in zip(self._buffers, (self.keys, self.values), strict=True))
-        return self._buffers if all(same) else None
+        same = _begins(self._buffers[0], keys) and _begins(self._buffers[1], values)
+        return self._buffers if same else None
 
 
 def _begins(buffer: Tensor, held: Tensor) -> bool:
