@@ -26,7 +26,8 @@ class GrowingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Adds (B, Hkv, n, D) each; gives all keys and values, (B, Hkv, S + n, D)."""
         # autograd wants what it saved unchanged, and a compiled graph tensors that it made itself
-        recorded = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        known = (key_states, value_states, self.keys, self.values)
+        recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in known)
         if recorded or torch.compiler.is_compiling():
             self._buffers = None
             return super().update(key_states, value_states, *args, **kwargs)
