@@ -83,7 +83,7 @@ def trainer(folder, *, steps=8, slow=0.0, workers=0, save_every=3, data=None, ow
     watch = choice.pop("watch", WatchSettings())
     keep = choice.pop("keep", 2)
     sharding = choice.pop("sharding", "ddp")
-    kept = choice.pop("keep_gigabytes", 0.0)
+    kept = {name: choice.pop(name) for name in ("keep_gigabytes", "keep_folder") if name in choice}
     edge = min(2, steps // 4)
     values = {"new_rate": 3e-3, "existing_rate": 1e-3, "warmup": edge, "decay": edge, "accumulate": 2} | choice
     settings = TrainerSettings(
@@ -96,7 +96,7 @@ def trainer(folder, *, steps=8, slow=0.0, workers=0, save_every=3, data=None, ow
         workers=workers,
         device="cpu",
         sharding=sharding,
-        keep_gigabytes=kept,
+        **kept,
     )
     curve = Curve(Path(folder), slow)
     found = CasaTrainer(own_model or model(), data or stream(), settings, processor=tiny_processor(), callbacks=[curve])

@@ -33,6 +33,22 @@ def test_going_on_is_the_same_too(small, tmp_path):
     assert small.curve(tmp_path) == pytest.approx(whole, rel=1e-5)
 
 
+def test_a_folder_serves_another_run(small, tmp_path):
+    """The same losses, and not one picture encoded, whether or not memory holds them too."""
+    kept = {**FROZEN, "keep_folder": str(tmp_path / "features")}
+    small.trainer(tmp_path / "first", **kept, keep_gigabytes=0.1).train()
+    for name, room in (("large", 0.1), ("little", 1e-6)):
+        run = small.trainer(tmp_path / name, **kept, keep_gigabytes=room)
+        run.train()
+        assert small.curve(tmp_path / name) == pytest.approx(small.curve(tmp_path / "first"), rel=1e-5)
+        assert run.stream.collator.kept.made <= 16  # the blank ones
+
+
+def test_a_folder_wants_memory_too(small, tmp_path):
+    with pytest.raises(ValueError, match=r"keep_gigabytes is 0\.0; it must be above 0, beside keep_folder"):
+        small.trainer(tmp_path, **FROZEN, keep_folder=str(tmp_path))
+
+
 def test_a_tower_that_is_trained_cannot_be_kept(small, tmp_path):
     with pytest.raises(UserError, match="frozen image tower"):
         small.trainer(tmp_path, keep_gigabytes=0.1)

@@ -128,15 +128,23 @@ class LoadingSettings:
     """workers: processes that read data, per process that trains. ahead: batches that each reads ahead.
 
     keep_gigabytes: host memory for the image tokens of a frozen tower, so that a picture is encoded once and not at
-    every epoch; 0 keeps none. It needs workers: 0, since what was kept is at hand in one process only.
+    every epoch; 0 keeps none. It needs workers: 0, since what was kept is at hand in one process only. keep_folder: a
+    folder that keeps them too, so that a run that goes on, or another with the same tower, encodes no picture again.
     """
 
     workers: int = 0
     ahead: int = 2
     keep_gigabytes: float = 0.0
+    keep_folder: str | None = None
 
     def __post_init__(self) -> None:
         require(self.keep_gigabytes >= 0, "keep_gigabytes", self.keep_gigabytes, "0 or more")
+        require(
+            self.keep_folder is None or self.keep_gigabytes > 0,
+            "keep_gigabytes",
+            self.keep_gigabytes,
+            "above 0, beside keep_folder",
+        )
         require(not (self.keep_gigabytes and self.workers), "workers", self.workers, "0, beside keep_gigabytes")
         require(0 <= self.workers <= 256, "workers", self.workers, "from 0 to 256")
         require(1 <= self.ahead <= 64, "ahead", self.ahead, "from 1 to 64")
@@ -183,6 +191,7 @@ class RunRecipe:
             workers=self.loading.workers,
             ahead=self.loading.ahead,
             keep_gigabytes=self.loading.keep_gigabytes,
+            keep_folder=self.loading.keep_folder,
             seed=self.seed,
             device=self.device,
             sharding=self.sharding,

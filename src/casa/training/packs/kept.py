@@ -1,4 +1,4 @@
-"""Image tokens of a frozen tower, kept in memory: a picture that comes again is neither opened nor encoded.
+"""Image tokens of a frozen tower, kept: a picture that comes again is neither opened nor encoded.
 
 Shapes: P patches and N image tokens of a picture, c channels of a patch, d_v width of the tower's output.
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from casa.training.packs.feature_folder import FeatureFolder
 from casa.training.samples.sample import SizedPicture
 
 Encode = Callable[[Tensor, Tensor], Tensor]
@@ -19,13 +20,14 @@ Encode = Callable[[Tensor, Tensor], Tensor]
 
 
 class KeptFeatures:
-    """encode: the tower. most_bytes: of all tokens kept; once full, further pictures are encoded each time.
+    """encode: the tower. most_bytes: of all tokens kept in memory; once full, further pictures are encoded each time,
+    or read from `folder`, where all of them are kept.
 
     kept: bytes held now. found, made: how often a picture was at hand, and how often it was encoded.
     """
 
-    def __init__(self, encode: Encode, most_bytes: int) -> None:
-        self._encode, self._most = encode, most_bytes
+    def __init__(self, encode: Encode, most_bytes: int, folder: FeatureFolder | None = None) -> None:
+        self._encode, self._most, self._folder = encode, most_bytes, folder
         self._tokens: dict[Any, dict[str, Tensor]] = {}
         self.kept = self.found = self.made = 0
 
@@ -39,7 +41,11 @@ class KeptFeatures:
         if (held := self._tokens.get(key)) is not None:
             self.found += 1
             return held
-        made = self.encoded(pixels())
+        made = self._folder.get(key) if self._folder is not None else None
+        if made is None:
+            made = self.encoded(pixels())
+            if self._folder is not None:
+                self._folder.put(key, made)
         size = sum(tensor.numel() * tensor.element_size() for tensor in made.values())
         if self.kept + size <= self._most:
             self._tokens[key] = made

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from casa.errors import UserError
+from casa.training.packs.feature_folder import FeatureFolder, tower_name
 from casa.training.packs.kept import KeptFeatures
 from casa.training.trainer.groups import below_lora
 
 
-def keep_features(trainer: Any, gigabytes: float) -> KeptFeatures:
-    """Has the trainer's stream keep image tokens, of so many GB at most; what it computes stays the same.
+def keep_features(trainer: Any, gigabytes: float, folder: str | None = None) -> KeptFeatures:
+    """Has the trainer's stream keep image tokens, of so many GB at most in memory; what it computes stays the same.
 
-    trainer: a CasaTrainer before its first step. Raises UserError for a tower that is trained, or spread over ranks.
+    trainer: a CasaTrainer before its first step. folder: where they are kept for other runs too.
+    Raises UserError for a tower that is trained, or spread over ranks.
     """
     model = below_lora(trainer.model)
     if any(parameter.requires_grad for parameter in model.encoder.parameters()):
@@ -27,6 +29,9 @@ def keep_features(trainer: Any, gigabytes: float) -> KeptFeatures:
         with trainer.accelerator.autocast():
             return model.encode_images(pixel_values.to(device), grid.to(device)).cpu()
 
-    kept = KeptFeatures(encode, round(gigabytes * 1e9))
-    trainer.stream.collator.kept = kept
+    collator, there = trainer.stream.collator, None
+    if folder is not None:
+        precision = f"{trainer.args.device.type} {trainer.accelerator.mixed_precision}"
+        there = FeatureFolder(folder, tower_name(model.encoder, collator.processor.image_processor, precision))
+    kept = collator.kept = KeptFeatures(encode, round(gigabytes * 1e9), there)
     return kept

@@ -102,8 +102,8 @@ class TrainerSettings:
     """A run. folder: for its checkpoints and logs. save_every: steps; keep: newest checkpoints that are kept.
 
     workers: processes that read data, per process that trains; ahead: batches that each reads ahead. keep_gigabytes:
-    host memory for the image tokens of a frozen tower (0: none are kept). seed: of what is random in training. device:
-    "cpu" leaves accelerators alone.
+    host memory for the image tokens of a frozen tower (0: none are kept); keep_folder: where other runs find them.
+    seed: of what is random in training. device: "cpu" leaves accelerators alone.
     sharding: with several processes, "ddp" has all weights in each of them; "fsdp" spreads weights, gradients and
     moments over them (FSDP2).
     """
@@ -117,6 +117,7 @@ class TrainerSettings:
     workers: int = 0
     ahead: int = 2
     keep_gigabytes: float = 0.0
+    keep_folder: str | None = None
     seed: int = 0
     device: Literal["auto", "cpu"] = "auto"
     sharding: Literal["ddp", "fsdp"] = "ddp"
@@ -128,4 +129,10 @@ class TrainerSettings:
         require(self.log_every >= 1, "log_every", self.log_every, "1 step or more")
         require(0 <= self.workers <= 256, "workers", self.workers, "from 0 to 256")
         require(self.keep_gigabytes >= 0, "keep_gigabytes", self.keep_gigabytes, "0 or more")
+        require(
+            self.keep_folder is None or self.keep_gigabytes > 0,
+            "keep_gigabytes",
+            self.keep_gigabytes,
+            "above 0, beside keep_folder",
+        )
         require(not (self.keep_gigabytes and self.workers), "workers", self.workers, "0, beside keep_gigabytes")

@@ -100,7 +100,7 @@ class CasaTrainer(ShardedTraining, Trainer):
             enable()
         self.ema = Ema(model, optimisation.ema) if optimisation.ema is not None else None
         if settings.keep_gigabytes:
-            keep_features(self, settings.keep_gigabytes)
+            keep_features(self, settings.keep_gigabytes, settings.keep_folder)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Trains to the last step, or until SIGTERM; returns transformers' TrainOutput.
