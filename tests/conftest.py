@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from time import monotonic
 
+import numpy as np
 import pytest
 import torch
 
+from casa.media import VideoWriter
 from casa.provenance import provenance
 
 torch.set_num_threads(1)
@@ -32,3 +34,18 @@ def pytest_terminal_summary(terminalreporter, config):
         workers = {"workers": config.getoption("numprocesses", None), "seed": None}
         facts = {"suite": "make test", "seconds": round(monotonic() - config.stash[BEGUN]), **counts, **workers}
         path.write_text(json.dumps(facts | provenance(), indent=2) + "\n")
+
+
+@pytest.fixture(scope="session")
+def noise_film(tmp_path_factory):
+    """Called with a number of seconds, gives a film of noise, 84 x 56 px and 10 frames a second."""
+
+    def film(seconds):
+        path = tmp_path_factory.mktemp("films") / "film.mp4"
+        generator = np.random.default_rng(0)
+        with VideoWriter(path, (84, 56), fps=10) as video:
+            for _ in range(10 * seconds):
+                video.write(generator.integers(0, 255, (56, 84, 3), dtype=np.uint8))
+        return path
+
+    return film

@@ -1,11 +1,9 @@
-"""A tiny random model that always has something to say, small films, and a run over them."""
+"""A tiny random model that always has something to say, a small film, and a run over it."""
 
-import numpy as np
 import pytest
 import torch
 
 from casa.captioning import Request, caption
-from casa.media import VideoWriter
 from casa.testing import tiny_casa, tiny_processor
 
 
@@ -22,14 +20,8 @@ def load():
 
 
 @pytest.fixture(scope="session")
-def film(tmp_path_factory):
-    """6 s of noise, 84 x 56 px, 10 frames a second."""
-    path = tmp_path_factory.mktemp("films") / "film.mp4"
-    generator = np.random.default_rng(0)
-    with VideoWriter(path, (84, 56), fps=10) as video:
-        for _ in range(60):
-            video.write(generator.integers(0, 255, (56, 84, 3), dtype=np.uint8))
-    return path
+def film(noise_film):
+    return noise_film(6)
 
 
 @pytest.fixture

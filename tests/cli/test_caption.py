@@ -2,25 +2,17 @@
 
 import math
 
-import numpy as np
 import pytest
 
 from casa.captioning import Report
 from casa.captioning import run as module
 from casa.captioning.progress import Progress
 from casa.errors import UserError
-from casa.media import VideoWriter
 
 
 @pytest.fixture(scope="module")
-def film(tmp_path_factory):
-    """3 s of noise, 84 x 56 px, 10 frames a second."""
-    path = tmp_path_factory.mktemp("films") / "film.mp4"
-    generator = np.random.default_rng(0)
-    with VideoWriter(path, (84, 56), fps=10) as video:
-        for _ in range(30):
-            video.write(generator.integers(0, 255, (56, 84, 3), dtype=np.uint8))
-    return path
+def film(noise_film):
+    return noise_film(3)
 
 
 def test_stopped_and_resumed(casa, checkpoint, film, tmp_path, monkeypatch):
