@@ -1,6 +1,8 @@
 """The text model's cache gives what transformers' own gives, and copies only new tokens."""
 
 import copy
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -36,6 +38,13 @@ CHANGES = {
     "first row": first_row,
     "copy": lambda layer: None,
 }
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    """With gradients on, it is transformers' own layer."""
+    with torch.no_grad():
+        yield
 
 
 @settings(max_examples=150, deadline=None)
@@ -100,6 +109,7 @@ def test_what_inference_mode_made_is_copied_outside_of_it():
 
 
 @pytest.mark.parametrize("learning", [(80, 1, 2), (80,), (1,), (1, 2)], ids=str)
+@torch.enable_grad()
 def test_gradients_flow_through_what_is_cached(learning):
     """Nothing that the backward pass needs is written over, whichever of the pieces have gradients."""
     ours, theirs = GrowingLayer(), DynamicLayer()
@@ -113,6 +123,74 @@ def test_gradients_flow_through_what_is_cached(learning):
         gradients.append(torch.autograd.grad(total, [t for piece in pieces for t in piece if t.requires_grad]))
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
+
+
+@torch.enable_grad()
+def test_queries_that_learn_find_the_keys_as_they_were():
+    """Where nothing else is trained, keys have no gradient, and the queries' gradient still needs them."""
+    gradients = []
+    for growing in (True, False):
+        model = tiny_casa().requires_grad_(False)
+        for block in model.backbone.model.layers:
+            block.self_attn.q_proj.requires_grad_(True)
+        cache = model.new_cache()
+        if not growing:
+            cache.text.layers[:] = [DynamicLayer() for _ in cache.text.layers]
+        losses = [
+            model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits.square().sum()
+            for ids in (range(4, 60), [7, 8])
+        ]
+        sum(losses).backward()
+        gradients.append([block.self_attn.q_proj.weight.grad for block in model.backbone.model.layers])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("change", ["select", "repeat"])
+def test_no_memory_is_held_that_the_tensors_do_not_tell_of(change):
+    layer = GrowingLayer()
+    layer.update(*states(80))
+    old = weakref.ref(layer._buffers[0])
+    CHANGES[change](layer)
+    assert old() is None
+
+
+def test_of_a_layer_and_its_copy_one_has_the_room():
+    """As of a session's cache and its twin: both may be fed, in any order."""
+    layer, (keys, values) = GrowingLayer(), states(80)
+    layer.update(keys, values)
+    one, other, first, second = copy.copy(layer), copy.copy(layer), states(1, seed=1), states(2, seed=2)
+    one.update(*first)
+    other.update(*second)
+    layer.update(*states(1, seed=3))
+    for found, new in ((one, first), (other, second), (layer, states(1, seed=3))):
+        assert torch.equal(found.keys, torch.cat([keys, new[0]], dim=2))
+        assert torch.equal(found.values, torch.cat([values, new[1]], dim=2))
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_another_dtype_is_promoted_as_ever(room):
+    layer = GrowingLayer()
+    layer.update(*states(80 if room else 7))
+    keys, _ = layer.update(*(x.float() for x in states(1)))
+    assert keys.dtype == torch.float64
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_another_number_of_rows_is_refused_as_ever(room):
+    layer = GrowingLayer()
+    layer.update(*states(80 if room else 7, rows=3))
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        layer.update(*states(1, rows=1))
+
+
+def test_what_was_pickled_goes_on():
+    layer = GrowingLayer()
+    layer.update(*states(80))
+    found = pickle.loads(pickle.dumps(layer))
+    for one in (layer, found):
+        one.update(*states(1, seed=1))
+    assert torch.equal(found.keys, layer.keys)
 
 
 @pytest.mark.parametrize("config", [False, True], ids=["as it comes", "from a config"])

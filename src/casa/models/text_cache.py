@@ -17,60 +17,92 @@ class GrowingLayer(DynamicLayer):
 
     transformers' own layer copies all it holds at every call: at 8,000 tokens that is most of the time of a token. This
     one leaves an eighth of the length free behind it, writes there, and copies when that is full. Whoever sets `keys`
-    and `values` to other tensors may: they are taken over, by one copy, at the next call.
+    and `values` to other tensors may: the room is given up, and the next call makes it anew. With gradients on, or
+    compiled, or for tokens of another dtype, device or number of rows, it is transformers' own.
     """
 
-    # (B, Hkv, room, D) each; `keys` and `values` are their first S tokens
+    _keys: Tensor | None = None
+    _values: Tensor | None = None
+    # (B, Hkv, room, D) each, of which `keys` and `values` are the first S tokens; nobody else writes there
     _buffers: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def keys(self) -> Any:
+        return self._keys
+
+    @keys.setter
+    def keys(self, new: Any) -> None:
+        self._keys, self._buffers = new, None
+
+    @property
+    def values(self) -> Any:
+        return self._values
+
+    @values.setter
+    def values(self, new: Any) -> None:
+        self._values, self._buffers = new, None
+
+    def __copy__(self) -> "GrowingLayer":
+        """The same keys and values. The copy takes the room along: of two that go on, one has to copy."""
+        found = object.__new__(type(self))
+        found.__dict__.update(self.__dict__)
+        self._buffers = None
+        return found
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Adds (B, Hkv, n, D) each; gives all keys and values, (B, Hkv, S + n, D)."""
-        # autograd wants what it saved unchanged, and a compiled graph tensors that it made itself
-        known = (key_states, value_states, self.keys, self.values)
-        recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in known)
-        if recorded or torch.compiler.is_compiling():
-            self._buffers = None
-            return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys: Any = self.keys  # empty, of one dimension, at first
-        values: Any = self.values
-        held = keys.shape[2] if keys.dim() == 4 else 0
+        alike = _alike(self.keys, key_states) and _alike(self.values, value_states)
+        # autograd wants what it saved unchanged, and a compiled graph tensors that it made itself
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not alike:
+            return super().update(key_states, value_states, *args, **kwargs)
+        held = _length(self.keys)
         length = held + key_states.shape[2]
-        buffers = self._room(keys, values, length)
+        buffers = self._room(length)
         if buffers is None:
-            buffers = _begun(keys, key_states, length), _begun(values, value_states, length)
+            buffers = _begun(self.keys, key_states, length), _begun(self.values, value_states, length)
         for buffer, new in zip(buffers, (key_states, value_states), strict=True):
             buffer[:, :, held:length] = new
-        self._buffers = buffers
         self.keys, self.values = (buffer[:, :, :length] for buffer in buffers)
+        self._buffers = buffers
         return self.keys, self.values
 
-    def _room(self, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor] | None:
-        """The buffers, if they begin with these keys and values, have room for `length`, and may be written."""
+    def _room(self, length: int) -> tuple[Tensor, Tensor] | None:
+        """The buffers, if they have room for `length` tokens and may be written."""
         if self._buffers is None or self._buffers[0].shape[2] < length:
             return None
         if self._buffers[0].is_inference() and not torch.is_inference_mode_enabled():
             return None
-        same = _begins(self._buffers[0], keys) and _begins(self._buffers[1], values)
+        # what was pickled has lost its buffers, and holds others
+        same = (
+            self.keys.data_ptr() == self._buffers[0].data_ptr()
+            and self.values.data_ptr() == self._buffers[1].data_ptr()
+        )
         return self._buffers if same else None
 
 
-def _begins(buffer: Tensor, held: Tensor) -> bool:
-    """Whether `held` is the first tokens of `buffer`, all its rows."""
-    rows, heads, _, width = buffer.shape
-    return (
-        held.data_ptr() == buffer.data_ptr()
-        and held.stride() == buffer.stride()
-        and (held.shape[0], held.shape[1], held.shape[3]) == (rows, heads, width)
+def _length(held: Tensor) -> int:
+    return held.shape[2] if held.dim() == 4 else 0  # empty, it has one dimension
+
+
+def _alike(held: Tensor, new: Tensor) -> bool:
+    """Whether new tokens can stand behind those held, as they are."""
+    if held.dim() < 4:
+        return True
+    rows, heads, _, width = held.shape
+    return (held.dtype, held.device) == (new.dtype, new.device) and new.shape[:2] + new.shape[3:] == (
+        rows,
+        heads,
+        width,
     )
 
 
-def _begun(held: Tensor, like: Tensor, length: int) -> Tensor:
+def _begun(held: Tensor, new: Tensor, length: int) -> Tensor:
     """A buffer for `length` tokens and an eighth more, which begins with those held."""
-    rows, heads, _, width = like.shape
-    buffer = like.new_empty(rows, heads, length + length // 8, width)
-    if held.dim() == 4:
+    rows, heads, _, width = new.shape
+    buffer = new.new_empty(rows, heads, length + length // 8, width)
+    if _length(held):
         buffer[:, :, : held.shape[2]] = held
     return buffer
 

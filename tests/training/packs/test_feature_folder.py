@@ -2,9 +2,11 @@
 
 import copy
 import logging
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from casa.errors import UserError
 from casa.testing import tiny_casa, tiny_processor
@@ -27,7 +29,9 @@ def test_what_is_kept_is_found_by_another_process_with_the_same_tower(tmp_path):
     assert (again.read, again.written) == (1, 0)
 
 
-@pytest.mark.parametrize("damage", [b"", b"no tensors", None], ids=["empty", "text", "cut off"])
+@pytest.mark.parametrize(
+    "damage", [b"", b"no tensors", None, save({"other": torch.ones(1)})], ids=["empty", "text", "cut off", "other"]
+)
 def test_a_file_that_is_broken_is_as_none_and_is_written_again(tmp_path, damage):
     folder = FeatureFolder(tmp_path, "tower")
     folder.put(KEY, TENSORS)
@@ -63,17 +67,29 @@ def test_a_folder_that_cannot_be_made_is_said_at_once(tmp_path):
 
 def test_a_tower_has_a_name_of_its_own():
     encoder, processor = tiny_casa(dtype=torch.float32).encoder, tiny_processor().image_processor
-    name = tower_name(encoder, processor, "cpu no")
-    assert tower_name(copy.deepcopy(encoder), copy.deepcopy(processor), "cpu no") == name
-    other = copy.deepcopy(encoder)
+    name = tower_name(encoder, processor, "cpu", None)
+    assert tower_name(copy.deepcopy(encoder), copy.deepcopy(processor), "cpu", None) == name
+    other, wider, sized = copy.deepcopy(encoder), copy.deepcopy(encoder), copy.deepcopy(processor)
     next(iter(other.parameters())).data.flatten()[0] += 1e-3
-    sized = copy.deepcopy(processor)
+    wider.config.window_size *= 2
     sized.rescale_factor = sized.rescale_factor * 2
     names = {
-        tower_name(other, processor, "cpu no"),
-        tower_name(encoder.to(torch.bfloat16), processor, "cpu no"),
-        tower_name(encoder.to(torch.float32), sized, "cpu no"),
-        tower_name(encoder.to(torch.float32), processor, "cpu bf16"),
+        tower_name(other, processor, "cpu", None),
+        tower_name(wider, processor, "cpu", None),
+        tower_name(copy.deepcopy(encoder).to(torch.bfloat16), processor, "cpu", None),
+        tower_name(encoder, sized, "cpu", None),
+        tower_name(encoder, processor, "cpu", "bf16"),
     }
-    assert len(names) == 4
+    assert len(names) == 5
     assert name not in names
+
+
+def test_what_is_read_maps_no_file(tmp_path):
+    """A process may have some 65,000 maps, and a run has more pictures."""
+    folder = FeatureFolder(tmp_path, "tower")
+    folder.put(KEY, TENSORS)
+    held = [folder.get(KEY) for _ in range(20)]
+    assert all(same(one, TENSORS) for one in held)
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(tmp_path) not in maps.read_text()

@@ -1,6 +1,7 @@
 """Image tokens that are kept: the same batch to the model, and no picture opened or encoded twice."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from casa.data.bad import BadRecord
 from casa.data.record import Picture
 from casa.testing import tiny_casa, tiny_processor
 from casa.training.packs import Collator
+from casa.training.packs.feature_folder import FeatureFolder
 from casa.training.packs.kept import KeptFeatures
 from casa.training.samples import Budget, SampleMaker
 
@@ -81,3 +83,18 @@ def test_a_file_that_changes_is_another_picture_and_so_is_a_smaller_one(model, c
     smaller = SampleMaker(PROCESSOR, Budget(1000, 20))(chat(("user", Picture(path), "a"), ("assistant", "b")))[0]
     assert kept([smaller])["image_features"].shape[0] <= 20
     assert kept.kept.made == 3
+
+
+def test_in_a_folder_a_file_is_known_by_where_it_really_lies(model, chat, picture, tmp_path, monkeypatch):
+    made = []
+    for number, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        Path("a.png").write_bytes(picture(56, 56, number).source)
+        os.truncate("a.png", 10_000)  # readers stop at the end of the picture; so both are of one size
+        os.utime("a.png", ns=(1, 1))
+        kept = Collator(PROCESSOR)
+        kept.kept = KeptFeatures(model.encode_images, 10**9, lambda: FeatureFolder(tmp_path / "features", "tower"))
+        kept([MAKE(chat(("user", Picture(Path("a.png")), "a"), ("assistant", "b")))[0]])
+        made.append(kept.kept.made)
+    assert made == [1, 1]

@@ -1,6 +1,9 @@
 """A run that keeps its frozen tower's work is the run that does it anew; where nothing can be kept, it says so."""
 
+import copy
+
 import pytest
+import torch
 
 from casa.errors import UserError
 from casa.training.trainer.keeping import keep_features
@@ -45,8 +48,24 @@ def test_a_folder_serves_another_run(small, tmp_path):
 
 
 def test_a_folder_wants_memory_too(small, tmp_path):
-    with pytest.raises(ValueError, match=r"keep_gigabytes is 0\.0; it must be above 0, beside keep_folder"):
+    with pytest.raises(ValueError, match=r"keep_gigabytes is 0\.0; it must be above 0 beside keep_folder"):
         small.trainer(tmp_path, **FROZEN, keep_folder=str(tmp_path))
+
+
+def test_a_run_that_goes_on_keeps_what_its_own_tower_made(small, tmp_path):
+    """Also where the tower that it was begun from has become another one since."""
+    kept = {**FROZEN, "keep_gigabytes": 0.1, "keep_folder": str(tmp_path / "features")}
+    small.trainer(tmp_path / "run", **FROZEN).train()
+    changed = small.model()
+    with torch.no_grad():
+        for parameter in changed.encoder.parameters():
+            parameter.mul_(1.5)
+    before = copy.deepcopy(changed)
+    going_on = small.trainer(tmp_path / "run", **kept, own_model=changed)
+    going_on.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-6")
+    fresh = small.trainer(tmp_path / "fresh", **kept, own_model=before)
+    fresh.train()
+    assert fresh.stream.collator.kept._folder.read == 0
 
 
 def test_a_tower_that_is_trained_cannot_be_kept(small, tmp_path):

@@ -139,11 +139,12 @@ class LoadingSettings:
 
     def __post_init__(self) -> None:
         require(self.keep_gigabytes >= 0, "keep_gigabytes", self.keep_gigabytes, "0 or more")
+        require(self.keep_folder != "", "keep_folder", self.keep_folder, "the name of a folder, or null")
         require(
             self.keep_folder is None or self.keep_gigabytes > 0,
             "keep_gigabytes",
             self.keep_gigabytes,
-            "above 0, beside keep_folder",
+            "above 0 beside keep_folder, which may be null",
         )
         require(not (self.keep_gigabytes and self.workers), "workers", self.workers, "0, beside keep_gigabytes")
         require(0 <= self.workers <= 256, "workers", self.workers, "from 0 to 256")

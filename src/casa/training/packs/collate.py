@@ -40,7 +40,7 @@ class Collator:
     """
 
     def __init__(self, processor: CasaProcessor, *, fold: int | None = None, blank: bool = True) -> None:
-        self.processor, self.blank = processor, blank
+        self.processor, self.fold, self.blank = processor, fold, blank
         self.kept: KeptFeatures | None = None
         self._grids = PictureGrids(processor.image_processor, fold)
 

@@ -2,9 +2,9 @@
 
     FOLDER/<tower>/<two digits>/<picture>.safetensors     image_features (N, d_v), image_grid_thw (1, 3)
 
-<tower> stands for the tower's weights, the image processor and the precision; <picture> for the picture's bytes (or its
-file's path, time and size) and the tokens that it may have. Another tower, or a file written anew, has other names.
-Processes may share a folder: each file appears whole.
+<tower> stands for the tower (its class, config and weights), the image processor and the precision; <picture> for the
+picture's bytes (or its file's path, time and size) and the most tokens that it may have. Processes may share a folder:
+each file appears whole. Nothing is ever removed from it.
 """
 
 import hashlib
@@ -14,17 +14,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load, save_file
+from torch import Tensor
 
 from casa.atomic import replacing
 from casa.errors import UserError
 
 _log = logging.getLogger(__name__)
+_NAMES = {"image_features", "image_grid_thw"}
 
 
 class FeatureFolder:
-    """tower: what the tokens are made with, as `tower_name` gives it. Raises UserError if it cannot be written.
+    """tower: what the tokens are made with, as `tower_name` gives it. Raises UserError if the folder cannot be made.
 
     read, written: pictures so far.
     """
@@ -41,8 +42,11 @@ class FeatureFolder:
     def get(self, key: Any) -> dict[str, Tensor] | None:
         """What `put` kept; None if there is nothing, or nothing that can be read."""
         try:
-            found = load_file(self._path(key))
+            # read whole: a mapped file for each picture would soon be more than a process may have
+            found = load(self._path(key).read_bytes())
         except (OSError, SafetensorError):
+            return None
+        if found.keys() != _NAMES:
             return None
         self.read += 1
         return found
@@ -67,10 +71,14 @@ class FeatureFolder:
         return self._folder / name[:2] / f"{name[2:]}.safetensors"
 
 
-def tower_name(encoder: nn.Module, image_processor: Any, precision: str) -> str:
-    """Sixteen hexadecimal digits for all that image tokens depend on, except the picture."""
+def tower_name(encoder: Any, image_processor: Any, *more: object) -> str:
+    """Sixteen hexadecimal digits for what image tokens depend on, except the picture.
+
+    encoder: a transformers model. more: whatever else matters, such as the precision.
+    """
     digest = hashlib.blake2b(digest_size=8)
-    digest.update(f"{precision} {image_processor.to_json_string()}".encode())
+    settings = encoder.config.to_json_string(use_diff=False), image_processor.to_json_string()
+    digest.update(repr((type(encoder).__name__, *settings, *more)).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         # as bytes, since numpy has no bfloat16

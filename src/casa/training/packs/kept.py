@@ -7,6 +7,7 @@ Shapes: P patches and N image tokens of a picture, c channels of a patch, d_v wi
 """
 
 import hashlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,13 +22,14 @@ Encode = Callable[[Tensor, Tensor], Tensor]
 
 class KeptFeatures:
     """encode: the tower. most_bytes: of all tokens kept in memory; once full, further pictures are encoded each time,
-    or read from `folder`, where all of them are kept.
+    or read from what `folder` gives, where all of them are kept. It is called with the first picture.
 
     kept: bytes held now. found, made: how often a picture was at hand, and how often it was encoded.
     """
 
-    def __init__(self, encode: Encode, most_bytes: int, folder: FeatureFolder | None = None) -> None:
-        self._encode, self._most, self._folder = encode, most_bytes, folder
+    def __init__(self, encode: Encode, most_bytes: int, folder: Callable[[], FeatureFolder] | None = None) -> None:
+        self._encode, self._most, self._open = encode, most_bytes, folder
+        self._folder: FeatureFolder | None = None
         self._tokens: dict[Any, dict[str, Tensor]] = {}
         self.kept = self.found = self.made = 0
 
@@ -41,6 +43,8 @@ class KeptFeatures:
         if (held := self._tokens.get(key)) is not None:
             self.found += 1
             return held
+        if self._folder is None and self._open is not None:
+            self._folder = self._open()
         made = self._folder.get(key) if self._folder is not None else None
         if made is None:
             made = self.encoded(pixels())
@@ -65,4 +69,4 @@ def _key(sized: SizedPicture) -> Any:
         return hashlib.blake2b(source, digest_size=16).digest(), sized.most_tokens
     # a file that was written anew is another picture
     there = source.stat()
-    return str(source), there.st_mtime_ns, there.st_size, sized.most_tokens
+    return os.path.realpath(source), there.st_mtime_ns, there.st_size, sized.most_tokens

@@ -1,5 +1,6 @@
 """What a run with a frozen image tower does once only: its tower's work on a picture that comes again."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,12 +27,18 @@ def keep_features(trainer: Any, gigabytes: float, folder: str | None = None) -> 
     @torch.no_grad()
     def encode(pixel_values: Tensor, grid: Tensor) -> Tensor:
         device = trainer.args.device
+        model.encoder.eval()  # what is kept must not be one draw of a dropout
         with trainer.accelerator.autocast():
             return model.encode_images(pixel_values.to(device), grid.to(device)).cpu()
 
-    collator, there = trainer.stream.collator, None
-    if folder is not None:
-        precision = f"{trainer.args.device.type} {trainer.accelerator.mixed_precision}"
-        there = FeatureFolder(folder, tower_name(model.encoder, collator.processor.image_processor, precision))
-    kept = collator.kept = KeptFeatures(encode, round(gigabytes * 1e9), there)
+    collator = trainer.stream.collator
+
+    def opened() -> FeatureFolder:
+        # only now has a run that goes on the weights of its checkpoint
+        how = trainer.args.device.type, trainer.accelerator.mixed_precision, collator.fold
+        return FeatureFolder(
+            Path(str(folder)).expanduser(), tower_name(model.encoder, collator.processor.image_processor, *how)
+        )
+
+    kept = collator.kept = KeptFeatures(encode, round(gigabytes * 1e9), None if folder is None else opened)
     return kept
