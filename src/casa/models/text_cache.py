@@ -45,7 +45,7 @@ class GrowingLayer(DynamicLayer):
     def __copy__(self) -> "GrowingLayer":
         """The same keys and values. The copy takes the room along: of two that go on, one has to copy."""
         found = object.__new__(type(self))
-        found.__dict__.update(self.__dict__)
+        vars(found).update(vars(self))
         self._buffers = None
         return found
 
