@@ -3,6 +3,7 @@
 `pytest --record FILE` writes how long the whole suite took, with its counts and where it was run.
 """
 
+import gc
 import json
 from pathlib import Path
 from time import monotonic
@@ -16,6 +17,21 @@ from casa.provenance import provenance
 
 torch.set_num_threads(1)
 
+# files of half a minute and more, begun first: one of them at the end would leave the other worker without work
+LONG = (
+    "models/test_compile.py",
+    "cli/test_train_own.py",
+    "models/test_backbones.py",
+    "training/trainer/test_resume.py",
+    "models/test_equivalence.py",
+    "training/trainer/test_ranks.py",
+    "browser/test_page.py",
+    "models/test_local_attention.py",
+    "serving/test_abuse.py",
+    "captioning/test_progress.py",
+    "captioning/test_kill.py",
+    "models/test_casa_tiny.py",
+)
 COUNTED = ("passed", "failed", "error", "skipped")
 BEGUN = pytest.StashKey[float]()
 
@@ -26,6 +42,18 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[BEGUN] = monotonic()
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: number for number, name in enumerate(LONG)}
+    here = Path(__file__).parent
+    items.sort(key=lambda item: order.get(item.path.relative_to(here).as_posix(), len(LONG)))
+
+
+def pytest_collection_finish(session):
+    """What was imported by now stays to the end: the collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter, config):
