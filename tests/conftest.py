@@ -17,7 +17,7 @@ from casa.provenance import provenance
 
 torch.set_num_threads(1)
 
-# files of half a minute and more, begun first: one of them at the end would leave the other worker without work
+# files of twenty seconds and more, begun first: one of them at the end would leave the other worker without work
 LONG = (
     "models/test_compile.py",
     "cli/test_train_own.py",
@@ -31,6 +31,8 @@ LONG = (
     "captioning/test_progress.py",
     "captioning/test_kill.py",
     "models/test_casa_tiny.py",
+    "training/trainer/test_safety.py",
+    "training/own/test_run.py",
 )
 COUNTED = ("passed", "failed", "error", "skipped")
 BEGUN = pytest.StashKey[float]()
