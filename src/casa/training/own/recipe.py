@@ -13,6 +13,7 @@ from casa.models import FusionConfig
 from casa.settings import build, require
 from casa.training.packs import PackingSettings
 from casa.training.trainer import OptimisationSettings, TrainerSettings, WatchSettings
+from casa.training.trainer.settings import require_keeping
 
 Reporter = Literal["tensorboard", "wandb"]
 
@@ -138,15 +139,7 @@ class LoadingSettings:
     keep_folder: str | None = None
 
     def __post_init__(self) -> None:
-        require(self.keep_gigabytes >= 0, "keep_gigabytes", self.keep_gigabytes, "0 or more")
-        require(self.keep_folder != "", "keep_folder", self.keep_folder, "the name of a folder, or null")
-        require(
-            self.keep_folder is None or self.keep_gigabytes > 0,
-            "keep_gigabytes",
-            self.keep_gigabytes,
-            "above 0 beside keep_folder, which may be null",
-        )
-        require(not (self.keep_gigabytes and self.workers), "workers", self.workers, "0, beside keep_gigabytes")
+        require_keeping(self.keep_gigabytes, self.keep_folder, self.workers)
         require(0 <= self.workers <= 256, "workers", self.workers, "from 0 to 256")
         require(1 <= self.ahead <= 64, "ahead", self.ahead, "from 1 to 64")
 

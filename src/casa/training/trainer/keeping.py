@@ -1,5 +1,6 @@
 """What a run with a frozen image tower does once only: its tower's work on a picture that comes again."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,14 @@ def keep_features(trainer: Any, gigabytes: float, folder: str | None = None) -> 
         with trainer.accelerator.autocast():
             return model.encode_images(pixel_values.to(device), grid.to(device)).cpu()
 
-    collator = trainer.stream.collator
-
-    def opened() -> FeatureFolder:
-        # only now has a run that goes on the weights of its checkpoint
-        how = trainer.args.device.type, trainer.accelerator.mixed_precision, collator.fold
-        return FeatureFolder(
-            Path(str(folder)).expanduser(), tower_name(model.encoder, collator.processor.image_processor, *how)
-        )
-
-    kept = collator.kept = KeptFeatures(encode, round(gigabytes * 1e9), None if folder is None else opened)
+    there = None if folder is None else partial(_opened, trainer, folder)
+    kept = trainer.stream.collator.kept = KeptFeatures(encode, round(gigabytes * 1e9), there)
     return kept
+
+
+def _opened(trainer: Any, folder: str) -> FeatureFolder:
+    """To be called with the first picture: only then has a run that goes on the weights of its checkpoint."""
+    collator = trainer.stream.collator
+    how = trainer.args.device.type, trainer.accelerator.mixed_precision, collator.fold
+    tower = tower_name(below_lora(trainer.model).encoder, collator.processor.image_processor, *how)
+    return FeatureFolder(Path(folder).expanduser(), tower)

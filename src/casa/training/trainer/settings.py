@@ -97,6 +97,15 @@ class WatchSettings:
         require(self.window >= 2, "window", self.window, "2 steps or more")
 
 
+def require_keeping(gigabytes: float, folder: str | None, workers: int) -> None:
+    """Raises for `keep_gigabytes` and `keep_folder` that cannot be, or not beside so many `workers`."""
+    require(gigabytes >= 0, "keep_gigabytes", gigabytes, "0 or more")
+    require(folder != "", "keep_folder", folder, "the name of a folder, or null")
+    wanted = "above 0 beside keep_folder, which may be null"
+    require(folder is None or gigabytes > 0, "keep_gigabytes", gigabytes, wanted)
+    require(not (gigabytes and workers), "workers", workers, "0, beside keep_gigabytes")
+
+
 @dataclass(frozen=True)
 class TrainerSettings:
     """A run. folder: for its checkpoints and logs. save_every: steps; keep: newest checkpoints that are kept.
@@ -128,12 +137,4 @@ class TrainerSettings:
         require(self.keep >= 1, "keep", self.keep, "1 or more")
         require(self.log_every >= 1, "log_every", self.log_every, "1 step or more")
         require(0 <= self.workers <= 256, "workers", self.workers, "from 0 to 256")
-        require(self.keep_gigabytes >= 0, "keep_gigabytes", self.keep_gigabytes, "0 or more")
-        require(self.keep_folder != "", "keep_folder", self.keep_folder, "the name of a folder, or null")
-        require(
-            self.keep_folder is None or self.keep_gigabytes > 0,
-            "keep_gigabytes",
-            self.keep_gigabytes,
-            "above 0 beside keep_folder, which may be null",
-        )
-        require(not (self.keep_gigabytes and self.workers), "workers", self.workers, "0, beside keep_gigabytes")
+        require_keeping(self.keep_gigabytes, self.keep_folder, self.workers)
