@@ -14,8 +14,7 @@ from casa.models.config import CasaConfig
 from casa.models.fusion_config import FusionConfig
 from casa.models.loading import UNREADABLE, check_folder, sentence_of
 from casa.models.model import CasaForConditionalGeneration, new_backbone
-from casa.vision import family_of as tower_family_of
-from casa.vision import is_known, new_encoder
+from casa.vision import new_encoder
 
 
 def read_config(path: Any) -> Any:
@@ -26,14 +25,6 @@ def read_config(path: Any) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except UNREADABLE as error:
         raise UserError(f"the config of {path} cannot be read: {sentence_of(error)}") from error
-    return config
-
-
-def tower_config_of(config: Any) -> Any:
-    """The image encoder's config: this one, or the one inside a whole model's. Raises UserError if there is none."""
-    if not is_known(config) and (inner := getattr(config, "vision_config", None)) is not None:
-        config = inner
-    tower_family_of(config)
     return config
 
 

@@ -18,13 +18,13 @@ from transformers import GenerationConfig
 from casa.errors import UserError
 from casa.models.adapt import adapt
 from casa.models.config import CasaConfig
-from casa.models.configs import read_config, skeleton, tower_config_of
+from casa.models.configs import read_config, skeleton
 from casa.models.freezing import ADDED
 from casa.models.fusion_config import FusionConfig
 from casa.models.loading import UNREADABLE, check_folder, sentence_of
 from casa.models.model import CasaForConditionalGeneration
 from casa.models.shard_files import Planned, Stored, new_folder, parse_size, stored_tensors, write_shards
-from casa.vision.encoder import BESIDE_TOWER, TOWER
+from casa.vision.encoder import BESIDE_TOWER, TOWER, tower_config_of
 
 # of what `adapt` adds, the parts that have no weights to start from
 FRESH = tuple(name for name in ADDED if name != "casa_layers")

@@ -7,10 +7,11 @@ from transformers import AutoTokenizer
 from casa.errors import UserError
 from casa.models.assembling import processor_for
 from casa.models.config import CasaConfig
-from casa.models.configs import has_own_tower, read_config, tower_config_of
+from casa.models.configs import has_own_tower, read_config
 from casa.models.loading import reading
 from casa.models.processor import CasaProcessor
 from casa.models.vlm_processor import processor_of
+from casa.vision import tower_config_of
 
 
 def processor_at(backbone: Any, vision: Any = None, gist: int = 0, remedy: str = "give vision") -> CasaProcessor:

@@ -40,18 +40,19 @@ def tiny_text_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes
     return spread(LlamaForCausalLM(LlamaConfig(**(values | changes)))).to(dtype)
 
 
-def tiny_encoder(seed: int = 1, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+def tiny_encoder(seed: int = 1, dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
     """A Qwen2.5-VL image tower of two blocks, 28 px per token."""
-    config = Qwen2_5_VLVisionConfig(
-        depth=2,
-        hidden_size=16,
-        intermediate_size=24,
-        num_heads=2,
-        patch_size=14,
-        temporal_patch_size=1,
-        out_hidden_size=24,
-        fullatt_block_indexes=[1],
-    )
+    values: dict[str, Any] = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "patch_size": 14,
+        "temporal_patch_size": 1,
+        "out_hidden_size": 24,
+        "fullatt_block_indexes": [1],
+    }
+    config = Qwen2_5_VLVisionConfig(**(values | changes))
     torch.manual_seed(seed)
     return spread(Qwen2_5_VisionTransformerPretrainedModel._from_config(config)).to(dtype)
 

@@ -13,6 +13,7 @@ from casa.vision.encoder import (
     new_encoder,
     output_width,
     token_grids,
+    tower_config_of,
 )
 from casa.vision.projector import PLACE_WIDTH, Projector, place_features
 
@@ -33,4 +34,5 @@ __all__ = [
     "parse_compressor",
     "place_features",
     "token_grids",
+    "tower_config_of",
 ]

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 Grids = list[tuple[int, int]]
 """Rows and columns of tokens of each image, whose tokens are in reading order."""
 
-# where whole models keep their tower, and what else is in them
-TOWER = r"^(model\.)?(visual|vision_model|vision_tower)\.(vision_model\.)?"
+# where whole models, casa's own among them, keep their tower, and what else is in them
+TOWER = r"^(backbone\.)?(model\.)?(visual|vision_model|vision_tower|vision)\.(vision_model\.)?"
 BESIDE_TOWER = re.compile(
-    r"(model|text_model|language_model|lm_head|logit_scale|logit_bias|connector|multi_modal_projector|image_newline)\b"
+    r"(model|text_model|language_model|lm_head|logit_scale|logit_bias|connector|multi_modal_projector|image_newline"
+    r"|backbone|casa_layers|projector|compressor|gist)\b"
 )
 
 
@@ -73,7 +74,7 @@ def load_encoder(path: Any, **kwargs: Any) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if is_known(config):
         return encoder_class(config).from_pretrained(path, config=config, **kwargs)
-    vision = getattr(config, "vision_config", None)
+    vision = _inner(config)
     kind = encoder_class(vision if vision is not None else config)
     wanted = kwargs.pop("output_loading_info", False)
     kwargs["key_mapping"] = {TOWER: ""} | (kwargs.get("key_mapping") or {})
@@ -82,6 +83,19 @@ def load_encoder(path: Any, **kwargs: Any) -> Any:
     surplus = info["unexpected_keys"]
     info["unexpected_keys"] = type(surplus)(key for key in surplus if not BESIDE_TOWER.match(key))
     return (encoder, info) if wanted else encoder
+
+
+def tower_config_of(config: Any) -> Any:
+    """The image encoder's config: this one, or the one inside a whole model's. Raises UserError if there is none."""
+    if not is_known(config) and (inner := _inner(config)) is not None:
+        config = inner
+    family_of(config)
+    return config
+
+
+def _inner(config: Any) -> Any:
+    """Config of a whole model's tower; casa's own models say where theirs stands."""
+    return getattr(config, "encoder_config", None) or getattr(config, "vision_config", None)
 
 
 def output_width(config: Any) -> int:

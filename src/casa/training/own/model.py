@@ -9,7 +9,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from casa.errors import UserError
 from casa.models import CasaConfig, CasaForConditionalGeneration, CasaProcessor, FusionConfig, adapt
-from casa.models.configs import has_own_tower, read_config, skeleton, tower_config_of
+from casa.models.configs import has_own_tower, read_config, skeleton
 from casa.models.loading import UNREADABLE, check_folder, sentence_of
 from casa.models.picture_processing import CasaFlexibleImageProcessor
 from casa.models.processor_at import processor_at
@@ -19,6 +19,7 @@ from casa.models.stopping import stop_ids
 from casa.training.own.lora import with_lora
 from casa.training.own.recipe import ModelSettings, RunRecipe
 from casa.training.trainer.groups import choose_trained, set_precision
+from casa.vision import tower_config_of
 
 # published models whose shapes casa.analysis has, by their names on the hub
 PUBLISHED = {
