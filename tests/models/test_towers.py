@@ -166,3 +166,16 @@ def test_settings_of_generation_come_along(tmp_path):
     ):
         found = model.generation_config.to_dict()
         assert {key: found[key] for key in settings} == settings
+
+
+@pytest.mark.parametrize("kind", ["over text", "over a VLM", "insertion"])
+def test_a_fused_model_lends_its_tower(tmp_path, kind):
+    """Another text model sees with it: `vision=` a checkpoint of casa's own, wherever its tower stands."""
+    fusion = FusionConfig(method="insertion") if kind == "insertion" else FusionConfig(gist=1)
+    backbone = tiny_backbone(next(iter(VLM_BACKBONES))) if kind == "over a VLM" else tiny_text_model()
+    lender = adapt(backbone, fusion, vision=None if kind == "over a VLM" else tiny_encoder())
+    lender.save_pretrained(tmp_path)
+    seeing = adapt(tiny_text_model(4), FusionConfig(), vision=tmp_path)
+    lent, own = lender.encoder.state_dict(), seeing.vision.state_dict()
+    assert lent.keys() == own.keys()
+    assert all(torch.equal(lent[name], own[name].to(lent[name].dtype)) for name in lent)

@@ -20,6 +20,7 @@ from casa.layers import CasaAttention, Record
 from casa.models.backbones import Decoder, InsertionVLM, decoder_of, family_of
 from casa.models.cache import CasaCache
 from casa.models.config import CasaConfig
+from casa.models.four_bits import leave_odd_shapes
 from casa.models.fusing import fuse
 from casa.models.generation import CasaGeneration
 from casa.models.image_side import CasaImageSide
@@ -97,7 +98,15 @@ class CasaForConditionalGeneration(
 
         Raises UserError if the folder is missing or its weights are not exactly this model's.
         """
-        return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+        read = super().from_pretrained
+
+        def load(path: Any, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+            if quantization_config is not None:
+                config = kwargs.get("config") or CasaConfig.from_pretrained(path)
+                kwargs["quantization_config"] = leave_odd_shapes(quantization_config, lambda: cls(config))
+            return read(path, *args, **kwargs)
+
+        return load_checked(load, pretrained_model_name_or_path, *args, **kwargs)
 
     @property
     def decoder(self) -> Decoder:
