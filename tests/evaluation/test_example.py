@@ -6,13 +6,21 @@ import pytest
 from casa.evaluation.example import DENSE_CHANNELS, draw_size, empty_dense, own_cells
 
 
-def test_empty_dense_says_none_everywhere():
+def test_empty_dense_shows_nothing():
     dense = empty_dense(112, 168)
     assert set(dense) == set(DENSE_CHANNELS)
     for name, cells in dense.items():
         assert cells.shape == (4, 6)
         assert cells.dtype == np.int64
-        assert (cells == (10 if name == "digit" else 0)).all()
+        if name not in ("across", "down"):
+            assert (cells == (10 if name == "digit" else 0)).all()
+
+
+def test_every_cell_says_where_it_is():
+    dense = empty_dense(504, 84)
+    assert dense["down"].tolist() == [[n] * 3 for n in range(1, 19)]
+    assert dense["across"].tolist() == [[4, 10, 16]] * 18
+    assert empty_dense(672, 672)["across"].max() == DENSE_CHANNELS["across"] - 1 == 18
 
 
 def test_channels_are_separate_arrays():

@@ -61,6 +61,7 @@ def _lists(value: Any) -> Any:
         (("tower", "optimisation", "stepz"), 3, "Unknown key 'stepz' in tower.optimisation; did you mean 'steps'?"),
         (("tower", "sizes", 0, "until"), 2, "tower.sizes[0].until is 2.0; it must be above 0, at most 1."),
         (("tower", "sizes", 0, "smallest"), 100, "tower.sizes[0].smallest is 100; it must be a multiple of 28 px."),
+        (("tower", "sizes", 0, "patches"), 3, "tower.sizes[0].patches is 3; it must be 16 or more."),
         (("tower", "sizes"), [], "tower.sizes is []; it must be one entry or more."),
         (("tower", "mix"), {}, "tower.mix is {}; it must be a block with at least one entry."),
         (("tower", "mix"), {"pages": -1}, "tower.mix.pages is -1.0; it must be above 0."),

@@ -41,7 +41,10 @@ DENSE_CHANNELS: dict[str, int] = {
     "shapes": 5,  # number of shapes
     "centre": 2,  # 1 in the one cell that holds a shape's centre: what counting can count
     "place": 10,  # 1-9, the ninth of the picture that holds the shape's centre, in reading order
+    "across": 19,  # 1-18, where every cell is, from the left: a tower has relative positions only
+    "down": 19,  # 1-18, from the top
 }
+_STRIPS = 18  # into which `across` and `down` divide a picture; a ninth has borders of these
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,18 @@ class Example:
 
 
 def empty_dense(height: int, width: int) -> DenseTargets:
-    """Dense targets of a picture of `height` x `width` px that shows nothing: every channel says none."""
+    """Dense targets of a picture of `height` x `width` px that shows nothing: all say none, but for where a cell is."""
     rows, columns = height // CELL, width // CELL
     targets = {name: np.zeros((rows, columns), dtype=np.int64) for name in DENSE_CHANNELS}
     targets["digit"].fill(NO_DIGIT)
+    targets["across"][:] = _strips(columns)
+    targets["down"][:] = _strips(rows)[:, None]
     return targets
+
+
+def _strips(cells: int) -> NDArray[np.int64]:
+    """The strip, from 1, that holds the middle of each of so many cells."""
+    return 1 + (2 * np.arange(cells, dtype=np.int64) + 1) * _STRIPS // (2 * cells)
 
 
 def own_cells(

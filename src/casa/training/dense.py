@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from casa.errors import UserError
 from casa.training.patches import CELL, PATCH, patchify
-from casa.training.recipe import TowerStage
+from casa.training.recipe import Sizes, TowerStage
 from casa.training.sources import Sources
 
 
@@ -36,8 +36,9 @@ class DenseBatches:
 
     def __call__(self, number: int) -> DenseBatch:
         rng = np.random.default_rng([self.seed, 2, number])
-        size = self._size(number, rng)
-        count = max(1, round(self.stage.patches * PATCH**2 / (size[0] * size[1])))
+        sizes = self._sizes(number)
+        size = _drawn(sizes, rng)
+        count = max(1, round((sizes.patches or self.stage.patches) * PATCH**2 / (size[0] * size[1])))
         names = [name for name in self.stage.mix if self.sources.allows(name, size)]
         if not names:
             raise UserError(
@@ -47,13 +48,16 @@ class DenseBatches:
         chosen = rng.choice(len(names), count, p=shares / shares.sum())
         return stack([self.sources.pictures[names[i]](rng, size) for i in chosen], list(self.stage.channels))
 
-    def _size(self, number: int, rng: np.random.Generator) -> tuple[int, int]:
+    def _sizes(self, number: int) -> Sizes:
         share = number / self.stage.optimisation.steps
-        sizes = next((s for s in self.stage.sizes if share < s.until), self.stage.sizes[-1])
-        # small sides are drawn more often: their pictures are cheap, and batches of them are varied
-        low, high = sizes.smallest / CELL, sizes.largest / CELL + 1
-        height, width = (int(v) * CELL for v in low * (high / low) ** rng.random(2))
-        return height, width
+        return next((s for s in self.stage.sizes if share < s.until), self.stage.sizes[-1])
+
+
+def _drawn(sizes: Sizes, rng: np.random.Generator) -> tuple[int, int]:
+    # small sides are drawn more often: their pictures are cheap, and batches of them are varied
+    low, high = sizes.smallest / CELL, sizes.largest / CELL + 1
+    height, width = (int(v) * CELL for v in low * (high / low) ** rng.random(2))
+    return height, width
 
 
 def stack(examples: Sequence[Any], channels: Sequence[str]) -> DenseBatch:

@@ -66,15 +66,20 @@ class TextStage:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Until `until` (share of the stage's steps), pictures have sides of smallest..largest px."""
+    """Until `until` (share of the stage's steps), pictures have sides of smallest..largest px.
+
+    patches: per step, about; the stage's own number if None. Large pictures are few in a step of few patches.
+    """
 
     until: float
     smallest: int
     largest: int
+    patches: int | None = None
 
     def __post_init__(self) -> None:
         require(0 < self.until <= 1, "until", self.until, "above 0, at most 1")
         _check_sides(self.smallest, self.largest)
+        require(self.patches is None or self.patches >= 16, "patches", self.patches, "16 or more")
 
 
 @dataclass(frozen=True)
