@@ -8,6 +8,8 @@ from PIL import Image
 
 from casa.data import BadRecord, open_records, parse_data_settings
 from casa.data.frames import video_frames
+from casa.data.kept_frames import KeptFrames
+from casa.errors import UserError
 from casa.media import VideoWriter
 
 
@@ -64,3 +66,67 @@ def test_from_the_row_to_the_record(video, tmp_path, written, told):
     talk, live = open_records(parse_data_settings(values))
     assert told(talk) == [("user", [0.0, 1.0, "What?"]), ("assistant", ["It grows light."])]
     assert told(live)[1] == ("assistant", [0.0, ("dark", 0.1, 0.4), 1.0, ("light", 1.6, 1.9)])
+
+
+class TestKept:
+    """Frames in a folder are those of the video, read once."""
+
+    def test_a_video_is_decoded_once(self, video, tmp_path):
+        folder, how = tmp_path / "frames", (2.0, 0.0, None, 32, 480, False)
+        wanted = video_frames(video, *how)
+        first, other = KeptFrames(folder), KeptFrames(folder)
+        assert first(video, *how) == wanted == first(video, *how) == other(video, *how)
+        assert (first.read, first.found, other.read, other.found) == (1, 1, 0, 1)
+        # another span, another size
+        assert first(video, 2.0, 0.5, 1.5, 32, 480, False) == wanted[1:3]
+        assert first(video, 2.0, 0.0, None, 64, 480, False) != wanted
+        assert first.read == 3
+
+    def test_a_video_that_was_written_anew_is_another_one(self, video, tmp_path):
+        how = (2.0, 0.0, None, 32, 480, False)
+        kept = KeptFrames(tmp_path / "frames")
+        before = kept(video, *how)
+        with VideoWriter(video, (64, 32), 10.0) as writer:
+            for k in range(10):
+                writer.write(Image.new("RGB", (64, 32), (0, 20 * k, 0)), time=k / 10)
+        assert kept(video, *how) == video_frames(video, *how) != before
+
+    def test_what_is_wrong_is_not_kept(self, video, tmp_path, caplog):
+        how = (2.0, 0.0, None, 32, 480, False)
+        kept = KeptFrames(tmp_path / "frames")
+        with pytest.raises(BadRecord, match="over before start"):
+            kept(video, 2.0, 5.0, None, 32, 480, False)
+        wanted = kept(video, *how)
+        (file,) = (tmp_path / "frames").rglob("*.npz")
+        whole = file.read_bytes()
+        for damaged in (b"", whole[: len(whole) // 2], b"not a zip"):
+            file.write_bytes(damaged)
+            assert kept(video, *how) == wanted
+            assert file.read_bytes() == whole
+        gone = tmp_path / "gone.mp4"
+        with pytest.raises(BadRecord, match="gone"):
+            kept(gone, *how)
+        assert not caplog.records
+
+    def test_a_full_disk_stops_the_keeping_alone(self, video, tmp_path, monkeypatch, caplog):
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        kept = KeptFrames(tmp_path / "frames")
+        monkeypatch.setattr(np, "savez", full)
+        how = (2.0, 0.0, None, 32, 480, False)
+        assert kept(video, *how) == kept(video, *how) == video_frames(video, *how)
+        assert [record.message for record in caplog.records] == [
+            f"frames are no longer kept in {tmp_path / 'frames'}: [Errno 28] No space left on device"
+        ]
+        assert not list((tmp_path / "frames").rglob("*.npz"))
+        with pytest.raises(UserError, match="name another keep_frames"):
+            KeptFrames(video / "frames")
+
+    def test_records_are_the_same(self, video, tmp_path):
+        (tmp_path / "rows.jsonl").write_text('{"video": "v.mp4", "words": [[0.1, 0.4, "407"]], "video_end": 2.0}\n')
+        settings = parse_data_settings({"sources": [{"path": str(tmp_path / "rows.jsonl")}], "exhausted": "stop"})
+        (wanted,) = open_records(settings)
+        for _ in range(2):
+            assert list(open_records(settings, keep_frames=tmp_path / "frames")) == [wanted]
+        assert len(list((tmp_path / "frames").rglob("*.npz"))) == 1

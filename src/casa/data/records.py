@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 
 from casa.data.bad import BadRecord, NoRecord, Report
+from casa.data.frames import video_frames
 from casa.data.hub import PREFIX, HubRows
+from casa.data.kept_frames import KeptFrames
 from casa.data.pictures import Files
 from casa.data.record import Origin, Record
 from casa.data.rows import FileRows, Found, Rows
 from casa.data.settings import DataSettings, Shard, SourceSettings
 from casa.data.shapes import parse_row
-from casa.data.shapes.context import Context
+from casa.data.shapes.context import Context, FramesOf
 from casa.data.shuffling import Shuffled
 from casa.errors import UserError
 
@@ -33,10 +35,12 @@ def open_records(
     seed: int = 0,
     shard: Shard | None = None,
     report: str | os.PathLike[str] | None = None,
+    keep_frames: str | os.PathLike[str] | None = None,
 ) -> "Records":
     """The records of a run, as one of its readers sees them.
 
     shard: which reader this is; alone if None. report: a folder for the lists of bad records, one file per reader.
+    keep_frames: a folder in which frames of videos are kept, so that none is decoded twice.
 
     Raises:
         UserError: data that are not there, or an extra that is not installed. Bad records raise nothing here.
@@ -46,7 +50,8 @@ def open_records(
     if report is not None:
         name = "bad-records.jsonl" if shard.count == 1 else f"bad-records-{shard.rank}-{shard.worker}.jsonl"
         path = Path(report) / name
-    return Records(settings, seed, shard, Report(path, settings.strict))
+    frames_of = video_frames if keep_frames is None else KeptFrames(keep_frames)
+    return Records(settings, seed, shard, Report(path, settings.strict), frames_of)
 
 
 class Records(Iterator[Record]):
@@ -56,11 +61,14 @@ class Records(Iterator[Record]):
     was passed over. Positions are plain values, so a state can be saved as JSON.
     """
 
-    def __init__(self, settings: DataSettings, seed: int, shard: Shard, report: Report) -> None:
+    def __init__(
+        self, settings: DataSettings, seed: int, shard: Shard, report: Report, frames_of: FramesOf = video_frames
+    ) -> None:
         self.report = report
         self._settings, self._seed, self._shard = settings, seed, shard
         self._sources = [
-            _Source(source, number, settings.shuffle, seed, shard) for number, source in enumerate(settings.sources)
+            _Source(source, number, settings.shuffle, seed, shard, frames_of)
+            for number, source in enumerate(settings.sources)
         ]
         self._weights = np.array([source.weight for source in settings.sources], dtype=np.float64)
         self._draws = 0
@@ -178,8 +186,10 @@ class _Source:
     gave: whether this epoch had a good record. barren: rows since the last one, about.
     """
 
-    def __init__(self, settings: SourceSettings, number: int, shuffle: int, seed: int, shard: Shard) -> None:
-        self._settings = settings
+    def __init__(
+        self, settings: SourceSettings, number: int, shuffle: int, seed: int, shard: Shard, frames_of: FramesOf
+    ) -> None:
+        self._settings, self._frames_of = settings, frames_of
         # all readers must agree on the order of files, and no two sources share an order of rows
         own = seed + number
         rows: Rows
@@ -205,7 +215,7 @@ class _Source:
             raise found.row.value
         root = found.folder if self._settings.root is None else Path(self._settings.root).expanduser()
         files = Files(root, self._settings.outside, found.row.members)
-        record = parse_row(found.row.value, Context(found.origin, files, self._settings))
+        record = parse_row(found.row.value, Context(found.origin, files, self._settings, self._frames_of))
         self.gave, self.barren = True, 0
         return record
 

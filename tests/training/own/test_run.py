@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from casa import CasaForConditionalGeneration, CasaProcessor
+from casa.data.settings import Shard
 from casa.errors import UserError
 from casa.training.own import parse_run_recipe, train_run
-from casa.training.own.model import load_processor
-from casa.training.own.run import RECIPE, claim
+from casa.training.own.model import load_model, load_processor
+from casa.training.own.run import RECIPE, claim, open_stream
 from casa.training.trainer import newest_checkpoint
 
 # PEFT asks by a name that transformers is about to leave behind
@@ -259,3 +260,12 @@ def test_a_reader_in_a_process_of_its_own_says_one_sentence(values, made, tmp_pa
     with pytest.raises(UserError, match=r"^\S*pages.jsonl has no record that can be read") as caught:
         train_run(recipe, tmp_path / "run")
     assert "Traceback" not in str(caught.value)
+
+
+def test_frames_of_videos_are_kept_where_the_recipe_says(values, tmp_path):
+    recipe = parse_run_recipe(values(loading={"keep_frames": str(tmp_path / "frames")}))
+    opened = open_stream(recipe, load_model(recipe)).open_records
+    assert opened(Shard()) is not None
+    assert (tmp_path / "frames").is_dir()
+    with pytest.raises(UserError, match=r"loading\.keep_frames is ''; it must be the name of a folder"):
+        parse_run_recipe(values(loading={"keep_frames": ""}))

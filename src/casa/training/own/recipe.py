@@ -131,15 +131,18 @@ class LoadingSettings:
     keep_gigabytes: host memory for the image tokens of a frozen tower, so that a picture is encoded once and not at
     every epoch; 0 keeps none. It needs workers: 0, since what was kept is at hand in one process only. keep_folder: a
     folder that keeps them too, so that a run that goes on, or another with the same tower, encodes no picture again.
+    keep_frames: a folder in which frames of videos are kept as PNGs, so that no video is decoded twice.
     """
 
     workers: int = 0
     ahead: int = 2
     keep_gigabytes: float = 0.0
     keep_folder: str | None = None
+    keep_frames: str | None = None
 
     def __post_init__(self) -> None:
         require_keeping(self.keep_gigabytes, self.keep_folder, self.workers)
+        require(self.keep_frames != "", "keep_frames", self.keep_frames, "the name of a folder, or null")
         require(0 <= self.workers <= 256, "workers", self.workers, "from 0 to 256")
         require(1 <= self.ahead <= 64, "ahead", self.ahead, "from 1 to 64")
 

@@ -53,9 +53,10 @@ class OpenOwn:
     data: DataSettings
     seed: int
     report: str | None = None
+    keep_frames: str | None = None
 
     def __call__(self, shard: Shard) -> Records:
-        return open_records(self.data, seed=self.seed, shard=shard, report=self.report)
+        return open_records(self.data, seed=self.seed, shard=shard, report=self.report, keep_frames=self.keep_frames)
 
 
 def train_run(
@@ -157,7 +158,7 @@ def _clear(out: Path) -> None:
 def open_stream(recipe: RunRecipe, loaded: Loaded, out: Path | None = None) -> PackStream:
     """The packs of a recipe. out: where bad records are named."""
     report = None if out is None else str(out)
-    return _stream(recipe, loaded, OpenOwn(recipe.data, recipe.seed, report))
+    return _stream(recipe, loaded, OpenOwn(recipe.data, recipe.seed, report, recipe.loading.keep_frames))
 
 
 def _stream(recipe: RunRecipe, loaded: Loaded, records: OpenOwn) -> PackStream:
