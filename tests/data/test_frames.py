@@ -76,11 +76,11 @@ class TestKept:
         wanted = video_frames(video, *how)
         first, other = KeptFrames(folder), KeptFrames(folder)
         assert first(video, *how) == wanted == first(video, *how) == other(video, *how)
-        assert (first.read, first.found, other.read, other.found) == (1, 1, 0, 1)
+        assert (first.decoded, first.found, other.decoded, other.found) == (1, 1, 0, 1)
         # another span, another size
         assert first(video, 2.0, 0.5, 1.5, 32, 480, False) == wanted[1:3]
         assert first(video, 2.0, 0.0, None, 64, 480, False) != wanted
-        assert first.read == 3
+        assert first.decoded == 3
 
     def test_a_video_that_was_written_anew_is_another_one(self, video, tmp_path):
         how = (2.0, 0.0, None, 32, 480, False)
@@ -99,10 +99,13 @@ class TestKept:
         wanted = kept(video, *how)
         (file,) = (tmp_path / "frames").rglob("*.npz")
         whole = file.read_bytes()
-        for damaged in (b"", whole[: len(whole) // 2], b"not a zip"):
+        # the lengths of both, with whom they begin, and how they were packed, as the zip's directory says it
+        at = whole.rindex(b"PK\x01\x02")
+        flipped = [whole[: at + n] + bytes([whole[at + n] ^ 0xFF]) + whole[at + n + 1 :] for n in range(46)]
+        for damaged in (b"", whole[: len(whole) // 2], b"not a zip", *flipped):
             file.write_bytes(damaged)
             assert kept(video, *how) == wanted
-            assert file.read_bytes() == whole
+        assert file.read_bytes() == whole
         gone = tmp_path / "gone.mp4"
         with pytest.raises(BadRecord, match="gone"):
             kept(gone, *how)
@@ -123,10 +126,11 @@ class TestKept:
         with pytest.raises(UserError, match="name another keep_frames"):
             KeptFrames(video / "frames")
 
-    def test_records_are_the_same(self, video, tmp_path):
+    def test_records_are_the_same(self, video, tmp_path, monkeypatch):
         (tmp_path / "rows.jsonl").write_text('{"video": "v.mp4", "words": [[0.1, 0.4, "407"]], "video_end": 2.0}\n')
         settings = parse_data_settings({"sources": [{"path": str(tmp_path / "rows.jsonl")}], "exhausted": "stop"})
         (wanted,) = open_records(settings)
-        for _ in range(2):
-            assert list(open_records(settings, keep_frames=tmp_path / "frames")) == [wanted]
+        assert list(open_records(settings, keep_frames=tmp_path / "frames")) == [wanted]
         assert len(list((tmp_path / "frames").rglob("*.npz"))) == 1
+        monkeypatch.setattr("casa.data.kept_frames.video_frames", None)
+        assert list(open_records(settings, keep_frames=tmp_path / "frames")) == [wanted]

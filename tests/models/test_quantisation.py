@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from casa import CasaForConditionalGeneration, FusionConfig, adapt
+from casa import CasaConfig, CasaForConditionalGeneration, FusionConfig, adapt
 from casa.errors import UserError
 from casa.layers import project_images
-from casa.testing import TinySample, tiny_casa, tiny_encoder, tiny_text_model
+from casa.testing import TinySample, tiny_backbone, tiny_casa, tiny_encoder, tiny_text_model
 from casa.testing.tiny import spread
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -93,8 +93,33 @@ def test_matrices_that_blocks_of_64_do_not_fit_are_left_as_they_are(tmp_path):
             read = bitsandbytes.functional.dequantize_4bit(module.weight.data, state).float()
             wanted = model.get_submodule(name).weight
             assert float((read - wanted).norm() / wanted.norm()) < 0.12, name
-    own = loaded(tmp_path, "4 bit", llm_int8_skip_modules=["vision", "lm_head"])
-    assert isinstance(own.projector.up, bitsandbytes.nn.Linear4bit)
+    own = loaded(tmp_path, "4 bit", llm_int8_skip_modules=["casa_layers"])
+    assert {type(own.projector.up), type(own.casa_layers["0"].k_proj)} == {torch.nn.Linear}
+    assert isinstance(own.backbone.lm_head, bitsandbytes.nn.Linear4bit) == (own.backbone.lm_head.out_features % 32 == 0)
+
+
+@pytest.mark.parametrize("given", ["values", "config", "Auto class"])
+def test_however_it_is_loaded(tmp_path, given):
+    saved(tmp_path)
+    settings = BitsAndBytesConfig(**WAYS["4 bit"])
+    config = CasaConfig.from_pretrained(tmp_path)
+    kind = AutoModelForImageTextToText if given == "Auto class" else CasaForConditionalGeneration
+    more = {"config": config} if given == "config" else {}
+    before = config.to_dict(), settings.to_dict()
+    quantised = settings.to_dict() if given == "values" else settings
+    small = kind.from_pretrained(tmp_path, quantization_config=quantised, **more)
+    assert type(small.projector.up) is torch.nn.Linear
+    assert isinstance(small.backbone.model.layers[0].mlp.up_proj, bitsandbytes.nn.Linear4bit)
+    assert (config.to_dict(), settings.to_dict()) == before
+
+
+def test_a_vlm_in_4_bits(tmp_path):
+    """Its tower's MLPs are 12 x 24 here, in Qwen2.5-VL-3B 3,420 wide: neither is a number of whole blocks."""
+    adapt(tiny_backbone("qwen2_5_vl").float(), FusionConfig()).save_pretrained(tmp_path)
+    small = loaded(tmp_path, "4 bit")
+    wide = [module for module in small.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert all(module.in_features % 64 == 0 for module in wide)
+    assert logits(small).isfinite().all()
 
 
 @torch.no_grad()

@@ -7,11 +7,12 @@ import torch
 from transformers import Siglip2VisionConfig, SiglipVisionConfig
 
 from casa import CasaForConditionalGeneration, FusionConfig, adapt
+from casa.errors import UserError
 from casa.models import freeze_backbone
 from casa.models.converting import convert
 from casa.testing import TEXT_BACKBONES, VLM_BACKBONES, TinySample, tiny_backbone, tiny_encoder, tiny_text_model
 from casa.testing.tiny import spread
-from casa.vision import is_known, kind_of, new_encoder
+from casa.vision import is_known, kind_of, load_encoder, new_encoder
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 2, "patch_size": 14}
 TOWERS = {
@@ -171,11 +172,32 @@ def test_settings_of_generation_come_along(tmp_path):
 @pytest.mark.parametrize("kind", ["over text", "over a VLM", "insertion"])
 def test_a_fused_model_lends_its_tower(tmp_path, kind):
     """Another text model sees with it: `vision=` a checkpoint of casa's own, wherever its tower stands."""
-    fusion = FusionConfig(method="insertion") if kind == "insertion" else FusionConfig(gist=1)
+    fusion = FusionConfig(method="insertion") if kind == "insertion" else FusionConfig(gist=1, compressor="pool:2")
     backbone = tiny_backbone(next(iter(VLM_BACKBONES))) if kind == "over a VLM" else tiny_text_model()
     lender = adapt(backbone, fusion, vision=None if kind == "over a VLM" else tiny_encoder())
     lender.save_pretrained(tmp_path)
-    seeing = adapt(tiny_text_model(4), FusionConfig(), vision=tmp_path)
-    lent, own = lender.encoder.state_dict(), seeing.vision.state_dict()
+    lent, text = lender.encoder.state_dict(), tiny_text_model(4)
+    text.save_pretrained(tmp_path / "text")
+    convert(tmp_path / "text", tmp_path / "seeing", vision=tmp_path)
+    for seeing in (adapt(text, vision=tmp_path), CasaForConditionalGeneration.from_pretrained(tmp_path / "seeing")):
+        own = seeing.vision.state_dict()
+        assert lent.keys() == own.keys()
+        assert all(torch.equal(lent[name], own[name].to(lent[name].dtype)) for name in lent)
+
+
+def test_the_shipped_model_lends_its_tower_by_its_name(tmp_path):
+    tiny_text_model().save_pretrained(tmp_path / "text")
+    convert(tmp_path / "text", tmp_path / "seeing", vision="casa-tiny")
+    seeing = CasaForConditionalGeneration.from_pretrained(tmp_path / "seeing")
+    lent = CasaForConditionalGeneration.from_pretrained("casa-tiny").vision.state_dict()
+    own = seeing.vision.state_dict()
     assert lent.keys() == own.keys()
     assert all(torch.equal(lent[name], own[name].to(lent[name].dtype)) for name in lent)
+
+
+def test_a_quantised_model_lends_no_tower(tmp_path):
+    lender = adapt(tiny_text_model(), FusionConfig(), vision=tiny_encoder())
+    lender.config.quantization_config = {"load_in_4bit": True}
+    lender.config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is quantised; take the tower of the weights it was made from"):
+        load_encoder(tmp_path)

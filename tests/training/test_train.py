@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,6 +138,18 @@ def test_folders_that_are_taken_are_refused(finished: Path, tmp_path: Path) -> N
         train(toy.recipe(), toy.SOURCES, tmp_path, resume=True)
     with pytest.raises(UserError, match="is a file"):
         train(toy.recipe(), toy.SOURCES, tmp_path / "file")
+
+
+def test_a_run_from_before_a_key_was_known_goes_on(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    said = json.loads((out / "recipe.json").read_text())
+    assert all(span.pop("patches") is None for span in said["tower"]["sizes"])
+    (out / "recipe.json").write_text(json.dumps(said))
+    assert train(toy.recipe(), toy.SOURCES, out, resume=True) == out / "final"
+    (out / "recipe.json").write_text(json.dumps(said | {"unknown": 1}))
+    with pytest.raises(UserError, match="another recipe"):
+        train(toy.recipe(), toy.SOURCES, out, resume=True)
 
 
 def test_names_that_do_not_exist_are_refused_before_anything_is_done(tmp_path: Path) -> None:

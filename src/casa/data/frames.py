@@ -15,6 +15,9 @@ from casa.errors import UserError
 from casa.media import read_frames
 from casa.media.pyav import import_av
 
+# of what `video_frames` makes of a file: to be raised with every change of it, since kept_frames.py keeps it
+VERSION = 1
+
 
 def video_frames(
     path: Path, fps: float, start: float, end: float | None, side: int, most: int, thin: bool

@@ -14,11 +14,13 @@ from casa.models.config import CasaConfig
 from casa.models.fusion_config import FusionConfig
 from casa.models.loading import UNREADABLE, check_folder, sentence_of
 from casa.models.model import CasaForConditionalGeneration, new_backbone
+from casa.models.shipped import resolve
 from casa.vision import new_encoder
 
 
 def read_config(path: Any) -> Any:
     """The transformers config in a folder or a JSON file. Raises UserError for one that cannot be read."""
+    path = resolve(path)
     if not Path(str(path)).is_file():
         check_folder(path)
     try:

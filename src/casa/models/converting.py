@@ -24,6 +24,7 @@ from casa.models.fusion_config import FusionConfig
 from casa.models.loading import UNREADABLE, check_folder, sentence_of
 from casa.models.model import CasaForConditionalGeneration
 from casa.models.shard_files import Planned, Stored, new_folder, parse_size, stored_tensors, write_shards
+from casa.models.shipped import resolve
 from casa.vision.encoder import BESIDE_TOWER, TOWER, tower_config_of
 
 # of what `adapt` adds, the parts that have no weights to start from
@@ -119,6 +120,7 @@ def _say(config: Any, dtype: torch.dtype) -> None:
 
 
 def _folder(name: Any) -> Path:
+    name = resolve(name)
     check_folder(name)
     path = Path(str(name))
     if path.is_dir():

@@ -102,8 +102,7 @@ class CasaForConditionalGeneration(
 
         def load(path: Any, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
             if quantization_config is not None:
-                config = kwargs.get("config") or CasaConfig.from_pretrained(path)
-                kwargs["quantization_config"] = leave_odd_shapes(quantization_config, lambda: cls(config))
+                kwargs["quantization_config"] = leave_odd_shapes(quantization_config, cls, path, kwargs)
             return read(path, *args, **kwargs)
 
         return load_checked(load, pretrained_model_name_or_path, *args, **kwargs)

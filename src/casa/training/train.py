@@ -25,7 +25,7 @@ from casa.training.checkpoints import is_done, read_done
 from casa.training.fusion import train_fusion
 from casa.training.loop import Monitor, Report
 from casa.training.patches import CELL, MEAN, MERGE, PATCH, STD
-from casa.training.recipe import Recipe, recipe_values
+from casa.training.recipe import Recipe, parse_recipe, recipe_values
 from casa.training.sources import Sources
 from casa.training.stage_card import write_stage_card
 from casa.training.text import train_text
@@ -137,13 +137,21 @@ def _claim(recipe: Recipe, out: Path, resume: bool) -> None:
     if path.is_file():
         if not resume:
             raise UserError(f"{out} holds a run already; go on with it (resume), or give another folder.")
-        if json.loads(path.read_text(encoding="utf-8")) != values:
+        if _same_form(json.loads(path.read_text(encoding="utf-8"))) != values:
             raise UserError(f"{out} holds a run of another recipe; give the same recipe, or another folder.")
         return
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and holds no run; give an empty or a new folder.")
     out.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def _same_form(values: Any) -> Any:
+    """What a recipe said when a run began, with what recipes have been able to say since then."""
+    try:
+        return json.loads(json.dumps(recipe_values(parse_recipe(values))))
+    except UserError:
+        return None
 
 
 def _facts(recipe: Recipe, out: Path, seconds: float) -> dict[str, Any]:

@@ -76,6 +76,8 @@ def load_encoder(path: Any, **kwargs: Any) -> Any:
         return encoder_class(config).from_pretrained(path, config=config, **kwargs)
     vision = _inner(config)
     kind = encoder_class(vision if vision is not None else config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{path} is quantised; take the tower of the weights it was made from.")
     wanted = kwargs.pop("output_loading_info", False)
     kwargs["key_mapping"] = {TOWER: ""} | (kwargs.get("key_mapping") or {})
     loaded: Any = kind.from_pretrained(path, config=vision, output_loading_info=True, **kwargs)

@@ -249,6 +249,9 @@ def test_a_processor_made_before(values, made, tmp_path):
     said = parse_run_recipe(values(model={**given, "processor": str(made.checkpoint)})).model
     assert load_processor(said).stream_prompt == "say it"
     assert load_processor(parse_run_recipe(values(model=given)).model).stream_prompt != "say it"
+    CasaProcessor.from_pretrained(made.checkpoint).save_pretrained(tmp_path / "alone")
+    for place in (str(tmp_path / "alone"), "casa-tiny"):
+        assert load_processor(parse_run_recipe(values(model={**given, "processor": place})).model).stream_prompt
     gist = parse_run_recipe(values(model={**given, "processor": str(made.checkpoint), "fusion": {"gist": 2}})).model
     with pytest.raises(UserError, match=r"0 gist tokens .* is 2; give the same"):
         load_processor(gist)
@@ -264,8 +267,10 @@ def test_a_reader_in_a_process_of_its_own_says_one_sentence(values, made, tmp_pa
 
 def test_frames_of_videos_are_kept_where_the_recipe_says(values, tmp_path):
     recipe = parse_run_recipe(values(loading={"keep_frames": str(tmp_path / "frames")}))
-    opened = open_stream(recipe, load_model(recipe)).open_records
-    assert opened(Shard()) is not None
+    loaded = load_model(recipe)
+    assert open_stream(recipe, loaded).open_records(Shard()) is not None
+    assert not (tmp_path / "frames").exists(), "a dry run writes nothing"
+    open_stream(recipe, loaded, tmp_path).open_records(Shard())
     assert (tmp_path / "frames").is_dir()
     with pytest.raises(UserError, match=r"loading\.keep_frames is ''; it must be the name of a folder"):
         parse_run_recipe(values(loading={"keep_frames": ""}))

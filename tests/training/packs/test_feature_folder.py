@@ -26,7 +26,7 @@ def test_what_is_kept_is_found_by_another_process_with_the_same_tower(tmp_path):
     assert same(again.get(KEY), TENSORS)
     assert again.get((b"digest", 12)) is None, "made smaller, it is another picture"
     assert FeatureFolder(tmp_path, "other").get(KEY) is None
-    assert (again.read, again.written) == (1, 0)
+    assert (again.found, again.written) == (1, 0)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_a_run_that_goes_on_keeps_what_its_own_tower_made(small, tmp_path):
     going_on.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-6")
     fresh = small.trainer(tmp_path / "fresh", **kept, own_model=before)
     fresh.train()
-    assert fresh.stream.collator.kept._folder.read == 0
+    assert fresh.stream.collator.kept._folder.found == 0
 
 
 def test_a_tower_that_is_trained_cannot_be_kept(small, tmp_path):

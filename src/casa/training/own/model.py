@@ -98,7 +98,7 @@ def load_processor(settings: ModelSettings) -> CasaProcessor:
     """The processor beside the model; nothing else of it is fetched. Raises UserError where there is none."""
     gist = 0 if settings.fusion is None else settings.fusion.gist
     if settings.processor is not None:
-        processor = CasaProcessor.from_pretrained(_fetched(settings.processor))
+        processor = CasaProcessor.from_pretrained(settings.processor)
     elif settings.checkpoint is not None:
         processor = CasaProcessor.from_pretrained(_fetched(settings.checkpoint))
     else:

@@ -157,8 +157,10 @@ def _clear(out: Path) -> None:
 
 def open_stream(recipe: RunRecipe, loaded: Loaded, out: Path | None = None) -> PackStream:
     """The packs of a recipe. out: where bad records are named."""
-    report = None if out is None else str(out)
-    return _stream(recipe, loaded, OpenOwn(recipe.data, recipe.seed, report, recipe.loading.keep_frames))
+    if out is None:
+        # to look at, so nothing is written
+        return _stream(recipe, loaded, OpenOwn(recipe.data, recipe.seed))
+    return _stream(recipe, loaded, OpenOwn(recipe.data, recipe.seed, str(out), recipe.loading.keep_frames))
 
 
 def _stream(recipe: RunRecipe, loaded: Loaded, records: OpenOwn) -> PackStream:
@@ -172,7 +174,8 @@ def _evaluation(recipe: RunRecipe, loaded: Loaded, measures: Measures, evaluate:
     chosen = recipe.evaluation
     held = None
     if chosen.data is not None:
-        records = OpenOwn(replace(chosen.data, exhausted="leave", shuffle=0), recipe.seed)
+        held_out = replace(chosen.data, exhausted="leave", shuffle=0)
+        records = OpenOwn(held_out, recipe.seed, keep_frames=recipe.loading.keep_frames)
         held = _HeldOut(recipe, loaded, records)
     return Evaluation(chosen.every, measures, held, chosen.packs, evaluate)
 

@@ -1,14 +1,12 @@
 """Image tokens of a frozen tower in a folder: a run that goes on, and a twin beside it, encode no picture again.
 
-    FOLDER/<tower>/<two digits>/<picture>.safetensors     image_features (N, d_v), image_grid_thw (1, 3)
+    FOLDER/<tower>/<key>.safetensors     image_features (N, d_v), image_grid_thw (1, 3)
 
-<tower> stands for the tower (its class, config and weights), the image processor and the precision; <picture> for the
-picture's bytes (or its file's path, time and size) and the most tokens that it may have. Processes may share a folder:
-each file appears whole. Nothing is ever removed from it.
+<tower> stands for the tower (its class, config and weights), the image processor and the precision; <key> for the
+picture's bytes (or its file's path, time and size) and the most tokens that it may have.
 """
 
 import hashlib
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +15,49 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from casa.atomic import replacing
-from casa.errors import UserError
+from casa.kept_files import KeptFiles
 
-_log = logging.getLogger(__name__)
 _NAMES = {"image_features", "image_grid_thw"}
 
 
 class FeatureFolder:
     """tower: what the tokens are made with, as `tower_name` gives it. Raises UserError if the folder cannot be made.
 
-    read, written: pictures so far.
+    found: pictures that were at hand so far.
     """
 
     def __init__(self, folder: str | Path, tower: str) -> None:
-        self._folder = Path(folder) / tower
-        self._writes = True
-        self.read = self.written = 0
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be made ({error.strerror}): name another keep_folder.") from error
+        self._files = KeptFiles(Path(folder) / tower, ".safetensors", "image tokens", "keep_folder")
+        self.found = 0
+
+    @property
+    def written(self) -> int:
+        """Pictures that were put in so far."""
+        return self._files.written
 
     def get(self, key: Any) -> dict[str, Tensor] | None:
         """What `put` kept; None if there is nothing, or nothing that can be read."""
         try:
             # read whole: a mapped file for each picture would soon be more than a process may have
-            found = load(self._path(key).read_bytes())
+            found = load(self._files.path(key).read_bytes())
         except (OSError, SafetensorError):
             return None
         if found.keys() != _NAMES:
             return None
-        self.read += 1
+        self.found += 1
         return found
 
     def put(self, key: Any, tensors: dict[str, Tensor]) -> None:
-        """Keeps tensors in host memory. A folder that takes no more, its disk being full, is only read from then on."""
-        if not self._writes:
-            return
-        path = self._path(key)
-        try:
-            path.parent.mkdir(exist_ok=True)
-            with replacing(path) as unfinished:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
-        except (OSError, SafetensorError, UserError) as error:
-            self._writes = False
-            _log.warning("image tokens are no longer kept in %s: %s", self._folder, error)
-        else:
-            self.written += 1
+        """Keeps tensors in host memory."""
 
-    def _path(self, key: Any) -> Path:
-        name = hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest()
-        return self._folder / name[:2] / f"{name[2:]}.safetensors"
+        def write(file: Path) -> None:
+            try:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+            except SafetensorError as error:
+                # a full disk, as safetensors says it
+                raise OSError(str(error)) from error
+
+        self._files.put(key, write)
 
 
 def tower_name(encoder: Any, image_processor: Any, *more: object) -> str:

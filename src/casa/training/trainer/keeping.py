@@ -1,7 +1,6 @@
 """What a run with a frozen image tower does once only: its tower's work on a picture that comes again."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,4 +41,4 @@ def _opened(trainer: Any, folder: str) -> FeatureFolder:
     collator = trainer.stream.collator
     how = trainer.args.device.type, trainer.accelerator.mixed_precision, collator.fold
     tower = tower_name(below_lora(trainer.model).encoder, collator.processor.image_processor, *how)
-    return FeatureFolder(Path(folder).expanduser(), tower)
+    return FeatureFolder(folder, tower)
