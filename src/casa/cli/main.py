@@ -1,5 +1,6 @@
 """`casa`: the verbs, and how an error the user can cause becomes one sentence and exit status 2."""
 
+import logging
 import sys
 
 import typer
@@ -37,6 +38,8 @@ def options(debug: bool = typer.Option(False, "--debug", help="Show the tracebac
 
 def run() -> None:
     """The `casa` program."""
+    # where it is installed, PEFT loads it, and it asks for kernels that nothing here needs
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     debug = "--debug" in sys.argv[1:]
     # the flag is understood anywhere on the line
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
