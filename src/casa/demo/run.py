@@ -22,8 +22,9 @@ from casa.models.at_hand import load_at_hand
 
 FPS = 2.0
 LONGEST_SIDE = 448  # px; what live captioning is trained on
-# a few times what is said in the streams of training; beyond it the oldest text is forgotten
-MOST_TEXT_TOKENS = 256
+# about what the longest clips of training hold: beyond what it has met, the model repeats and overlooks numbers
+# (docs/log.md), so the oldest text is forgotten
+MOST_TEXT_TOKENS = 128
 MOST_NEW_TOKENS = 16
 
 
