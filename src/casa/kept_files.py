@@ -7,6 +7,7 @@ Processes may share a folder: each file appears whole. Nothing is ever removed f
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class KeptFiles:
     Raises UserError if the folder cannot be made.
     """
 
-    def __init__(self, folder: str | Path, ending: str, what: str, setting: str) -> None:
+    def __init__(self, folder: str | os.PathLike[str], ending: str, what: str, setting: str) -> None:
         self._folder, self._ending, self._what = Path(folder).expanduser(), ending, what
         self._writes = True
         self.written = 0

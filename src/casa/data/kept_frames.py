@@ -23,7 +23,7 @@ class KeptFrames:
     found, decoded: how often frames were at hand, and how often they were not.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._files = KeptFiles(folder, ".npz", "frames", "keep_frames")
         self.found = self.decoded = 0
 
