@@ -58,7 +58,7 @@ results: .venv/installed
 
 # How long `make test` takes.
 results-suite: .venv/installed
-	$(BIN)/python -m pytest --record docs/results/suite-cpu.json
+	$(BIN)/python -m pytest --record=docs/results/suite-cpu.json
 
 # The figures of days and hours, which take about two hours: live pace, many sessions, long films, the soak.
 results-live: .venv/installed

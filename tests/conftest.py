@@ -1,6 +1,6 @@
 """Every worker computes on one thread: two of them share the machine, and tiny tensors gain nothing from more.
 
-`pytest --record FILE` writes how long the whole suite took, with its counts and where it was run.
+`pytest --record=FILE` writes how long the whole suite took, with its counts and where it was run.
 """
 
 import gc
