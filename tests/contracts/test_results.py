@@ -116,6 +116,19 @@ def test_the_scores_in_the_readme():
         assert reached, score
 
 
+def test_scores_over_three_seeds_in_the_readme():
+    found = [record(name)["scores"] for name in ("casa-tiny.json", "casa-tiny-seed-7.json", "casa-tiny-seed-8.json")]
+    wanted = [
+        sum(scores[task][score] for scores in found) / 3
+        for task, score in (("pages", "digits"), ("pages", "lines"), ("scenes", "accuracy"), ("stream", "wer"))
+    ]
+    told = re.search(
+        r"over seeds 2026, 7 and 8 together they are ([\d.]+) %, ([\d.]+) %, ([\d.]+) % and ([\d.]+) %", LINES
+    )
+    assert told is not None
+    assert [float(value) for value in told.groups()] == [float(f"{100 * value:.1f}") for value in wanted]
+
+
 def test_casa_tiny_was_trained_within_two_hours():
     found = record("casa-tiny-training.json")
     assert set(found["stages"]) == {"text", "tower", "fusion"}
