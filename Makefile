@@ -69,10 +69,11 @@ results-live: .venv/installed
 	$(BIN)/casa bench memory --minutes 60 --out docs/results/memory-cpu.json
 	$(BIN)/casa bench soak --frames 100000 --max-text-tokens 128 --size 112 --out docs/results/soak-cpu.json --plot docs/images/soak.png
 
-# casa-tiny's last step by the trainer for data of one's own, both routes and the twins: many hours on two cores. Broken
-# off, it goes on where it stopped. If it says that a folder in runs/ holds a run of another recipe, move that folder away.
+# casa-tiny's last step by the trainer for data of one's own, both routes and the twins: four hours on two fast cores.
+# Broken off, it goes on where it stopped, with what data/tiny holds. If it says that a folder in runs/ holds a run of
+# another recipe, move that folder away.
 results-tiny: .venv/installed
-	$(BIN)/casa train recipes/casa-tiny.yaml --out runs/casa-tiny
+	$(BIN)/casa train recipes/casa-tiny.yaml --out runs/casa-tiny --until text
 	test -e data/tiny/clips.jsonl || $(BIN)/casa data make data/tiny --pages 3000 --scenes 4000 --clips 700 --largest 448 --seed 1
 	for name in tiny-casa tiny-cross-attention tiny-insertion tiny-adapt tiny-adapt-cross-attention; do \
 		$(BIN)/casa train recipes/tiny/$$name.yaml --out runs/$$name --resume || exit 1; \

@@ -17,6 +17,8 @@ from PIL import Image
 from casa import CasaForConditionalGeneration
 from casa.training.trainer import newest_checkpoint
 
+CASA_TINY = Path(__file__).parents[2] / "recipes" / "casa-tiny.yaml"
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, checkpoint):
@@ -183,9 +185,14 @@ def test_a_dry_run_trains_nothing(casa, folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_casa_tinys_stages_are_planned(casa):
-    result = casa("train", Path(__file__).parents[2] / "recipes" / "casa-tiny.yaml", "--dry-run")
+def test_casa_tinys_stages_are_planned(casa, tmp_path):
+    result = casa("train", CASA_TINY, "--dry-run")
     assert (result.status, len(result.out.splitlines())) == (0, 3)
+    result = casa("train", CASA_TINY, "--dry-run", "--until", "text")
+    assert (result.status, result.out.split(":")[0], len(result.out.splitlines())) == (0, "text", 1)
+    result = casa("train", CASA_TINY, "--out", tmp_path / "run", "--until", "eyes")
+    assert (result.status, result.out) == (2, "")
+    assert "There is no stage 'eyes'" in result.err
 
 
 @pytest.mark.parametrize(
@@ -194,6 +201,7 @@ def test_casa_tinys_stages_are_planned(casa):
         (("--set", "optimisation.stepz=3"), "did you mean 'steps'?"),
         (("--set", "data.sources.0.path=none.jsonl", "--dry-run"), "There is no none.jsonl"),
         (("--strict",), "pages.jsonl:1: "),
+        (("--until", "text"), "--until is for casa-tiny's recipe"),
         (("--picture", "x.png"), "--picture is for --dry-run"),
         (("--dry-run", "--picture", "none/x.png"), "does not exist"),
         (("--set", "model.checkpoint=./none"), "there is no model at './none'"),

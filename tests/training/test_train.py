@@ -122,6 +122,19 @@ def test_a_finished_run_is_not_repeated(finished: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_run_ends_with_the_stage_that_is_asked_for_and_goes_on_behind_it(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for last, made in (("text", {"text"}), ("tower", {"text", "tower"})):
+        assert train(toy.recipe(), toy.SOURCES, out, until=last) == out / last
+        assert {path.name for path in out.iterdir() if path.is_dir()} == made
+    final = train(toy.recipe(), toy.SOURCES, out, until="fusion")
+    once, again = _weights(finished / "final"), _weights(final)
+    assert all(torch.equal(once[name], again[name]) for name in once)
+    with pytest.raises(UserError, match="no stage 'fusing'; choose text, tower or fusion"):
+        train(toy.recipe(), toy.SOURCES, tmp_path / "other", until="fusing")
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_monitor_sees_every_stage(tmp_path: Path) -> None:
     seen: list[tuple[str, int]] = []
     train(toy.recipe(), toy.SOURCES, tmp_path / "out", monitor=lambda stage, step, model: seen.append((stage, step)))

@@ -21,6 +21,10 @@ def train(
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: optimisation.steps=2000; repeatable."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    until: Annotated[
+        str | None,
+        typer.Option(help="Stop behind a stage of casa-tiny's recipe: text or tower."),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad record, by its line.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and draw the first packed batch; train nothing.")
@@ -41,23 +45,27 @@ def train(
     chosen = open_recipe(recipe, changes)
     folder = out if out is not None else Path("runs") / recipe.stem
     if not isinstance(chosen, RunRecipe):
-        _stages(chosen, folder, dry_run)
+        _stages(chosen, folder, until, dry_run)
+    elif until is not None:
+        raise UserError("--until is for casa-tiny's recipe, which has stages; leave it out.")
     elif dry_run:
         _plan(chosen, picture if picture is not None else Path(f"{recipe.stem}-first-batch.png"))
     else:
         _run(chosen, folder, resume)
 
 
-def _stages(recipe: "Recipe", folder: Path, dry_run: bool) -> None:
+def _stages(recipe: "Recipe", folder: Path, until: str | None, dry_run: bool) -> None:
     from casa.cli.training_sources import training_sources
+    from casa.training import STAGES, stages_until
     from casa.training import train as run
 
+    last = until or STAGES[-1]
     if dry_run:
-        for name, stage in (("text", recipe.text), ("tower", recipe.tower), ("fusion", recipe.fusion)):
-            optimisation = stage.optimisation
+        for name in stages_until(last):
+            optimisation = getattr(recipe, name).optimisation
             print(f"{name}: {optimisation.steps:,} steps, rate {optimisation.rate:g}, muon {optimisation.muon:g}")
         return
-    run(recipe, training_sources(), folder, progress=print)
+    run(recipe, training_sources(), folder, until=last, progress=print)
 
 
 def _plan(recipe: "RunRecipe", picture: Path) -> None:

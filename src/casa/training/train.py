@@ -41,15 +41,19 @@ def train(
     out: str | Path,
     *,
     resume: bool = True,
+    until: str = STAGES[-1],
     progress: Report | None = None,
     monitor: Monitor | None = None,
 ) -> Path:
     """Runs a recipe and returns the folder of the finished checkpoint, `out/final`.
 
-    resume: go on with what `out` holds of the same recipe; without it, `out` must be new or empty. progress: told how
-    it goes (`print` will do). monitor: shown the model of a stage now and then. The same recipe, sources and versions
-    give the same weights on the same machine. UserError if they do not fit, or `out` holds another run.
+    resume: go on with what `out` holds of the same recipe; without it, `out` must be new or empty. until: the last
+    stage to run, of `STAGES`; before the last of all, its own folder is returned, and a later call goes on behind it.
+    progress: told how it goes (`print` will do). monitor: shown the model of a stage now and then. The same recipe,
+    sources and versions give the same weights on the same machine. UserError if they do not fit, or `out` holds
+    another run.
     """
+    stages_until(until)
     _check_names(recipe, sources)
     out = Path(out)
     _claim(recipe, out, resume)
@@ -59,7 +63,11 @@ def train(
     try:
         began = time.monotonic()
         text, tokenizer = _text(recipe, sources, out / "text", progress, monitor)
+        if until == "text":
+            return out / "text"
         tower = _tower(recipe, sources, out / "tower", progress, monitor)
+        if until == "tower":
+            return out / "tower"
         model = _fusion(recipe, sources, text, tokenizer, tower, out / "fusion", progress, monitor)
     finally:
         torch.set_num_threads(threads)
@@ -72,6 +80,13 @@ def train(
     write_text(out / "training.json", json.dumps(facts, indent=1) + "\n")
     write_stage_card(final, facts)
     return final
+
+
+def stages_until(last: str) -> tuple[str, ...]:
+    """The stages up to `last`, which must be one of them."""
+    if last not in STAGES:
+        raise UserError(f"There is no stage {last!r}; choose {', '.join(STAGES[:-1])} or {STAGES[-1]}.")
+    return STAGES[: STAGES.index(last) + 1]
 
 
 def make_processor(tokenizer: PreTrainedTokenizerBase, prompt: str, largest: int) -> CasaProcessor:
