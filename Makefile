@@ -74,7 +74,7 @@ results-live: .venv/installed
 # another recipe, move that folder away.
 results-tiny: .venv/installed
 	$(BIN)/casa train recipes/casa-tiny.yaml --out runs/casa-tiny --until text
-	test -e data/tiny/clips.jsonl || $(BIN)/casa data make data/tiny --pages 3000 --scenes 4000 --clips 700 --largest 448 --seed 1
+	test -e data/tiny/clips.jsonl || $(BIN)/casa data make data/tiny --pages 6000 --scenes 9000 --clips 700 --largest 168 --seed 1
 	for name in tiny-casa tiny-cross-attention tiny-insertion tiny-adapt tiny-adapt-cross-attention; do \
 		$(BIN)/casa train recipes/tiny/$$name.yaml --out runs/$$name --resume || exit 1; \
 		cp runs/$$name/log.json docs/results/$$name-training.json || exit 1; \

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from casa.training.checkpoints import load_state, save_state
+from casa.training.muon import is_inner
 from casa.training.optimisation import Group, Optimiser, Schedule
 from casa.training.recipe import Optimisation
 
@@ -62,7 +63,7 @@ class Loop:
     def __post_init__(self) -> None:
         chosen = self.settings
         # matrices inside blocks and CASA layers; embeddings, heads and the projector stay with AdamW
-        inner = {n: p for n, p in self.parameters.items() if p.ndim == 2 and _is_inner(n)} if chosen.muon else {}
+        inner = {n: p for n, p in self.parameters.items() if is_inner(n, p)} if chosen.muon else {}
         outer = {n: p for n, p in self.parameters.items() if n not in inner}
         groups = [Group(chosen.rate, outer)]
         if inner:
@@ -118,8 +119,3 @@ class Loop:
         tensors |= {f"moment:{name}": value for name, value in self._optimiser.state().items()}
         facts = {"step": step, "seconds": self.seconds, "curve": self.curve}
         save_state(self.folder, tensors, facts)
-
-
-def _is_inner(name: str) -> bool:
-    parts = name.split(".")
-    return any(part in ("layers", "blocks", "casa_layers") for part in parts)

@@ -77,7 +77,14 @@ def test_an_outline_counts_what_is_loaded(values, made, lora):
     parameters = list(loaded.parameters())
     assert plan.memory["weights"] == sum(p.numel() * p.element_size() for p in parameters)
     assert plan.memory["gradients"] == sum(4 * p.numel() for p in parameters if p.requires_grad)
-    assert plan.memory["AdamW's moments"] == 2 * plan.memory["gradients"]
+    assert plan.memory["moments"] == 2 * plan.memory["gradients"]
+
+
+def test_muon_keeps_one_moment_of_its_matrices(values):
+    plan = make_plan(parse_run_recipe(values(optimisation={"muon": 0.01})))
+    ((rate, count),) = [(rate, count) for name, rate, count in plan.groups if name == "muon"]
+    assert rate == 0.01
+    assert plan.memory["moments"] == 2 * plan.memory["gradients"] - 4 * count
 
 
 def test_published_models_are_planned_without_being_fetched(values):

@@ -46,6 +46,22 @@ def test_the_curve_of_a_broken_run_is_the_whole_ones(small, whole, tmp_path):
     assert len(set(whole.values())) == len(whole)
 
 
+def test_so_is_that_of_one_with_muon(small, whole, tmp_path):
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    small.trainer(tmp_path / "whole", muon=0.02).train()
+    first = small.trainer(tmp_path / "broken", muon=0.02)
+    first.add_callback(Break(5))
+    with pytest.raises(InterruptedError):
+        first.train()
+    small.trainer(tmp_path / "broken", muon=0.02).train(resume_from_checkpoint=True)
+    wanted = small.curve(tmp_path / "whole")
+    same(small.curve(tmp_path / "broken"), wanted)
+    assert wanted != whole
+    saved = torch.load(newest_checkpoint(tmp_path / "broken") / "optimizer.pt", weights_only=True)
+    assert any("momentum" in state for state in saved["state"].values())
+
+
 def test_random_numbers_matter_here(small, whole, tmp_path):
     """The test above would see a run that goes on with other random numbers, or other data."""
     first = small.trainer(tmp_path)

@@ -18,7 +18,7 @@ from casa.training.own.model import outline
 from casa.training.own.recipe import RunRecipe
 from casa.training.own.run import trained_groups
 from casa.training.samples import fold_of
-from casa.training.trainer.groups import below_lora
+from casa.training.trainer.groups import below_lora, parameter_groups
 
 _SIDE = 896  # px of a picture by which image tokens before and after a compressor are compared
 
@@ -76,11 +76,13 @@ def _memory(prepared: Any, recipe: RunRecipe) -> dict[str, int]:
     parameters = list(prepared.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     in_trained = _bytes(trained)
+    groups = parameter_groups(prepared, optimisation)
+    by_muon = sum(_bytes(group["params"]) for group in groups if group.get("muon"))
     found = {
         "weights": _bytes(parameters),
         "gradients": in_trained,
-        # AdamW keeps two moments of each weight, as precise as the weight
-        "AdamW's moments": 2 * in_trained,
+        # AdamW keeps two moments of each weight, as precise as the weight, Muon one
+        "moments": 2 * in_trained - by_muon,
     }
     if optimisation.ema is not None:
         found["averaged weights"] = 4 * sum(parameter.numel() for parameter in trained)

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from casa.errors import UserError
 from casa.models.freezing import ADDED, freeze_backbone
+from casa.training.muon import is_inner, parts_of
 from casa.training.trainer.settings import OptimisationSettings
+
+MUON = "muon"  # the group of matrices inside blocks, where `OptimisationSettings.muon` is a rate
 
 
 def is_new(name: str) -> bool:
@@ -62,9 +65,7 @@ def parameter_groups(model: nn.Module, settings: OptimisationSettings) -> list[d
         unused.pop(pattern, None)  # type: ignore[arg-type]
         if not parameter.requires_grad:
             continue
-        new = is_new(name)
-        label = pattern if pattern is not None else "new" if new else "existing"
-        rate = settings.rates[pattern] if pattern is not None else settings.new_rate if new else settings.existing_rate
+        label, rate = _rate_of(name, parameter, pattern, settings)
         decays = parameter.ndim > 1
         group = groups.setdefault(
             (label, decays),
@@ -76,9 +77,21 @@ def parameter_groups(model: nn.Module, settings: OptimisationSettings) -> list[d
             },
         )
         group["params"].append(parameter)
+        if label == MUON:
+            group.setdefault("parts", []).append(parts_of(name))
+            group["muon"] = True
     if unused:
         raise UserError(f"rates names {next(iter(unused))!r}, which fits no parameter; look at --dry-run.")
     return list(groups.values())
+
+
+def _rate_of(name: str, parameter: Tensor, pattern: str | None, settings: OptimisationSettings) -> tuple[str, float]:
+    """A parameter's group, and its rate."""
+    if pattern is not None:
+        return pattern, settings.rates[pattern]
+    if settings.muon and is_inner(name, parameter):
+        return MUON, settings.muon
+    return ("new", settings.new_rate) if is_new(name) else ("existing", settings.existing_rate)
 
 
 def set_precision(model: nn.Module, settings: OptimisationSettings) -> None:

@@ -20,6 +20,7 @@ class OptimisationSettings:
     wherever they stand. warmup, decay: steps. decay_shape: of the falling part. floor: share of the rate at its end.
     new_rate: for what `adapt` added and LoRA; existing_rate: for all else that is trained. rates: further rates, by
     regular expression over parameter names, the first that is found. frozen: parameters that are not trained, likewise.
+    muon: rate of Muon (casa.training.muon) for matrices inside blocks, if `rates` names none of them; 0: AdamW for all.
     trained: "all" (paper, route a), or "added": what `adapt` added and the last `tower_blocks` blocks of the tower
     (route b); "as given" leaves requires_grad as it is.
     weight_decay: for matrices. clip: largest norm of the gradient, 0 for none.
@@ -37,6 +38,7 @@ class OptimisationSettings:
     new_rate: float = 1e-4
     existing_rate: float = 1e-5
     rates: dict[str, float] = field(default_factory=dict)
+    muon: float = 0.0
     trained: Literal["all", "added", "as given"] = "all"
     tower_blocks: int = 4
     frozen: tuple[str, ...] = ()
@@ -58,6 +60,7 @@ class OptimisationSettings:
         require(0 <= self.floor <= 1, "floor", self.floor, "from 0 to 1")
         require(self.new_rate >= 0, "new_rate", self.new_rate, "0 or more")
         require(self.existing_rate >= 0, "existing_rate", self.existing_rate, "0 or more")
+        require(self.muon >= 0, "muon", self.muon, "0 or more")
         for name, patterns in (("rates", self.rates), ("frozen", self.frozen)):
             for pattern in patterns:
                 require(_is_pattern(pattern), name, pattern, "a regular expression over names, such as '.*proj'")
@@ -138,3 +141,5 @@ class TrainerSettings:
         require(self.log_every >= 1, "log_every", self.log_every, "1 step or more")
         require(0 <= self.workers <= 256, "workers", self.workers, "from 0 to 256")
         require_keeping(self.keep_gigabytes, self.keep_folder, self.workers)
+        spread = self.sharding == "fsdp" and self.optimisation.muon
+        require(not spread, "muon", self.optimisation.muon, "0 with sharding fsdp: it needs its matrices whole")

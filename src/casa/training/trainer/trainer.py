@@ -35,6 +35,7 @@ from casa.training.trainer.groups import (
 )
 from casa.training.trainer.inspection import save_for_inspection
 from casa.training.trainer.keeping import keep_features
+from casa.training.trainer.muon_adamw import MuonAdamW
 from casa.training.trainer.settings import TrainerSettings
 from casa.training.trainer.signals import StopAsked
 from casa.training.trainer.watch import LossWatch
@@ -163,7 +164,8 @@ class CasaTrainer(ShardedTraining, Trainer):
             chosen = self.settings.optimisation
             target: Any = self.model if model is None else model
             groups = parameter_groups(target, chosen)
-            self.optimizer = torch.optim.AdamW(groups, betas=(chosen.beta1, chosen.beta2), fused=True)
+            method = MuonAdamW if chosen.muon else torch.optim.AdamW
+            self.optimizer = method(groups, betas=(chosen.beta1, chosen.beta2), fused=True)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Any = None) -> Tensor:

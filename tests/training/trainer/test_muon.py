@@ -1,0 +1,104 @@
+"""Muon in the trainer: its matrices, its steps and its state. Runs that go on with it are in test_resume.py."""
+
+import pytest
+import torch
+from torch import nn
+
+from casa.errors import UserError
+from casa.testing import tiny_casa
+from casa.training.optimisation import Group, Optimiser, Schedule
+from casa.training.trainer import OptimisationSettings, TrainerSettings, parameter_groups
+from casa.training.trainer.muon_adamw import MuonAdamW
+
+
+def groups_of(**choice):
+    model = tiny_casa()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, OptimisationSettings(steps=1, muon=0.02, **choice))
+    return {group["name"]: (group, [names[id(parameter)] for parameter in group["params"]]) for group in groups}
+
+
+def test_it_gets_the_matrices_inside_blocks():
+    groups = groups_of(rates={"^vision.*mlp": 0.5})
+    group, names = groups["muon"]
+    assert (group["lr"], group["muon"], group["weight_decay"]) == (0.02, True, 0.05)
+    assert all(parameter.ndim == 2 for parameter in group["params"])
+    for name in ("backbone.model.layers.0.mlp.up_proj.weight", "casa_layers.2.k_proj.weight"):
+        assert name in names
+    # what `rates` names goes by that rate, and by AdamW
+    assert not any("vision" in name and "mlp" in name for name in names)
+    assert dict(zip(names, group["parts"], strict=True))["vision.blocks.1.attn.qkv.weight"] == 3
+    assert sum(group["parts"]) == len(names) + 2 * 2
+    others = {name for label, (_, found) in groups.items() if label != "muon" for name in found}
+    for name in ("backbone.model.embed_tokens.weight", "backbone.lm_head.weight", "projector.up.weight"):
+        assert name in others
+    assert not any("muon" in groups[label][0] for label in groups if label != "muon")
+
+
+def test_without_a_rate_there_is_none():
+    assert "muon" not in {group["name"] for group in parameter_groups(tiny_casa(), OptimisationSettings(steps=1))}
+
+
+def small_net():
+    torch.manual_seed(3)
+    return nn.ModuleDict({"qkv": nn.Linear(5, 12), "out": nn.Linear(12, 5, bias=False)})
+
+
+def learn(net, step, steps):
+    for number in steps:
+        seen = torch.randn(16, 5, generator=torch.Generator().manual_seed(number))
+        (net["out"](net["qkv"](seen).tanh()) - seen.flip(1)).square().mean().backward()
+        step(number)
+        net.zero_grad()
+
+
+def optimiser_of(net):
+    matrices = {"params": [net["qkv"].weight, net["out"].weight], "lr": 0.02, "weight_decay": 0.05}
+    rest = {"params": [net["qkv"].bias], "lr": 0.01, "weight_decay": 0.0}
+    return MuonAdamW([matrices | {"muon": True, "parts": [3, 1]}, rest], betas=(0.9, 0.98), fused=True)
+
+
+def test_its_steps_are_those_of_casa_tinys_stages():
+    one, other = small_net(), small_net()
+    found = optimiser_of(one)
+    learn(one, lambda _: found.step(), range(6))
+    matrices = {"qkv.weight": other["qkv"].weight, "out.weight": other["out"].weight}
+    groups = [Group(0.01, {"bias": other["qkv"].bias}), Group(0.02, matrices, muon=True)]
+    wanted = Optimiser(groups, Schedule(6, 0, 0.0), clip=1e9)
+    learn(other, wanted.step, range(6))
+    for (name, parameter), same in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(parameter, same), name
+    assert not torch.equal(one["out"].weight, small_net()["out"].weight)
+
+
+def test_its_state_is_saved_and_loaded():
+    whole, first = small_net(), small_net()
+    found = optimiser_of(whole)
+    learn(whole, lambda _: found.step(), range(6))
+    begun = optimiser_of(first)
+    learn(first, lambda _: begun.step(), range(3))
+    second = small_net()
+    second.load_state_dict(first.state_dict())
+    resumed = optimiser_of(second)
+    resumed.load_state_dict(begun.state_dict())
+    learn(second, lambda _: resumed.step(), range(3, 6))
+    for parameter, same in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(parameter, same)
+
+
+def test_a_parameter_without_a_gradient_stays():
+    net = small_net()
+    found = optimiser_of(net)
+    before = net["out"].weight.detach().clone()
+    net["qkv"](torch.ones(1, 5)).sum().backward()
+    found.step()
+    assert torch.equal(net["out"].weight, before)
+    assert net["out"].weight not in found.state
+
+
+def test_spread_weights_are_refused():
+    chosen = OptimisationSettings(steps=1, muon=0.01)
+    with pytest.raises(UserError, match=r"muon is 0\.01; it must be 0 with sharding fsdp"):
+        TrainerSettings(folder="x", optimisation=chosen, sharding="fsdp")
+    with pytest.raises(UserError, match=r"muon is -1\.0; it must be 0 or more"):
+        OptimisationSettings(steps=1, muon=-1.0)
