@@ -78,7 +78,7 @@ results-tiny: .venv/installed
 	for name in tiny-casa tiny-cross-attention tiny-insertion tiny-adapt tiny-adapt-cross-attention; do \
 		$(BIN)/casa train recipes/tiny/$$name.yaml --out runs/$$name --resume || exit 1; \
 		cp runs/$$name/log.json docs/results/$$name-training.json || exit 1; \
-		$(BIN)/casa eval runs/$$name/final --seed 2026 --limit 200 --out docs/results/$$name.json || exit 1; done
+		$(BIN)/casa eval runs/$$name/final --seed 2026 --limit 200 --largest 168 --out docs/results/$$name.json || exit 1; done
 
 clean:
 	rm -rf .venv .venv-lowest demo runs build dist

@@ -84,6 +84,35 @@ def test_every_page_brings_one_question_of_each_kind():
         assert [turn.kind for turn in example.turns] == ["line", "digit"]
 
 
+def test_pictures_can_be_smaller():
+    seen = {"pages": [], "scenes": [], "stream": []}
+
+    class Watching(Silent):
+        def step(self, frame):
+            seen["stream"].append(frame.size)
+            return ""
+
+    for task in ("pages", "scenes"):
+
+        def noted(images, questions, task=task):
+            seen[task] += [image.size for image in images]
+            return silent(images, questions)
+
+        evaluate([task], noted, Silent, limit=40, largest=168)
+    evaluate(["stream"], silent, Watching, limit=3, largest=168)
+    for task in ("pages", "scenes"):
+        assert (min(map(min, seen[task])), max(map(max, seen[task]))) == (112, 168)
+    # a frame has at least 224 px
+    assert set(seen["stream"]) == {(224, 224)}
+    assert max(max(page.image.size) for page in held_out_pages(SEED, 40)) > 448
+    # what is larger than any picture of a task changes nothing
+    for drawn in (held_out_pages, held_out_scenes):
+        pair = zip(drawn(SEED, 4, 9000), drawn(SEED, 4), strict=True)
+        assert all(one.image.tobytes() == other.image.tobytes() for one, other in pair)
+    with pytest.raises(UserError, match="The largest picture is 96 px; it must be 112 or more"):
+        evaluate(["pages"], silent, Silent, largest=96)
+
+
 def test_evaluations_with_other_seeds_share_no_page():
     pages = [page.image.tobytes() for seed in (0, 1, -1) for page in held_out_pages(seed, 4)]
     assert len(set(pages)) == len(pages)

@@ -15,6 +15,7 @@ def evaluate(
     ] = "pages,scenes,stream",
     seed: Annotated[int, typer.Option(help="Another seed draws other pictures.")] = 0,
     limit: Annotated[int, typer.Option(help="Pages, scenes, and numbers shown in streams.")] = 200,
+    largest: Annotated[int | None, typer.Option(help="Longest side of a picture, in px.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the scores here, with commit, versions and seed.")] = None,
@@ -46,10 +47,11 @@ def evaluate(
         lambda: StreamingSession(loaded, processor),
         seed=seed,
         limit=limit,
+        largest=largest,
         progress=progress,
     )
     if out is not None:
-        given = {"eval": model, "seed": seed, "limit": limit}
+        given = {"eval": model, "seed": seed, "limit": limit, **({"largest": largest} if largest is not None else {})}
         record = {**given, **provenance(str(loaded.device), model), "scores": scores}
         write_text(out, json_module.dumps(record, indent=2) + "\n")
     if json:

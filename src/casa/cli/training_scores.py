@@ -19,7 +19,11 @@ def scores_of(settings: EvaluationSettings) -> Evaluate:
 
     def scores(model: Any, processor: Any) -> dict[str, float]:
         found = evaluate(
-            names, answerer(model, processor), lambda: StreamingSession(model, processor), limit=settings.limit
+            names,
+            answerer(model, processor),
+            lambda: StreamingSession(model, processor),
+            limit=settings.limit,
+            largest=settings.largest,
         )
         return {
             f"{task}_{name}": value for task, values in found.items() for name, value in values.items() if name != "n"

@@ -14,13 +14,12 @@ from typing import Any, Protocol
 from PIL import Image
 
 from casa.errors import UserError
+from casa.evaluation import pages, scenes
 from casa.evaluation.example import Example, Turn
 from casa.evaluation.metrics import exact_match, word_error_rate, words
-from casa.evaluation.pages import EVALUATION_TURNS as PAGE_TURNS
-from casa.evaluation.pages import page
-from casa.evaluation.scenes import EVALUATION_TURNS as SCENE_TURNS
-from casa.evaluation.scenes import scene
 from casa.evaluation.seeds import generator
+from casa.evaluation.stream import MAX_SIDE as MOST_OF_STREAM
+from casa.evaluation.stream import MIN_SIDE as LEAST_OF_STREAM
 from casa.evaluation.stream import stream
 
 Answerer = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[str]]
@@ -37,14 +36,18 @@ BATCH = 16  # questions per call of `answer`
 STREAM_SECONDS = 20.0
 
 
-def held_out_pages(seed: int, limit: int) -> Iterable[Example]:
+def held_out_pages(seed: int, limit: int, largest: int | None = None) -> Iterable[Example]:
     """The `limit` pages of an evaluation, one question for a line and one for a digit on each."""
-    return (page(generator("pages", "held_out", seed, i + 1), "held_out", turns=PAGE_TURNS) for i in range(limit))
+    sides = {"max_side": min(largest or pages.MAX_SIDE, pages.MAX_SIDE)}
+    rngs = (generator("pages", "held_out", seed, i + 1) for i in range(limit))
+    return (pages.page(rng, "held_out", turns=pages.EVALUATION_TURNS, **sides) for rng in rngs)
 
 
-def held_out_scenes(seed: int, limit: int) -> Iterable[Example]:
+def held_out_scenes(seed: int, limit: int, largest: int | None = None) -> Iterable[Example]:
     """The `limit` scenes of an evaluation, four questions on each."""
-    return (scene(generator("scenes", "held_out", seed, i + 1), "held_out", turns=SCENE_TURNS) for i in range(limit))
+    sides = {"max_side": min(largest or scenes.MAX_SIDE, scenes.MAX_SIDE)}
+    rngs = (generator("scenes", "held_out", seed, i + 1) for i in range(limit))
+    return (scenes.scene(rng, "held_out", turns=scenes.EVALUATION_TURNS, **sides) for rng in rngs)
 
 
 def _answers(
@@ -71,24 +74,34 @@ def _match(answered: Iterable[tuple[Turn, str]], kind: str | None = None) -> flo
     return exact_match([text for _, text in chosen], [truth for truth, _ in chosen])
 
 
-def _pages(seed: int, limit: int, answer: Answerer, _: Any, progress: Progress | None) -> dict[str, float]:
-    answered = _answers("pages", held_out_pages(seed, limit), limit, answer, progress)
+def _pages(
+    seed: int, limit: int, largest: int | None, answer: Answerer, _: Any, progress: Progress | None
+) -> dict[str, float]:
+    answered = _answers("pages", held_out_pages(seed, limit, largest), limit, answer, progress)
     return {"digits": _match(answered, "digit"), "lines": _match(answered, "line"), "n": limit}
 
 
-def _scenes(seed: int, limit: int, answer: Answerer, _: Any, progress: Progress | None) -> dict[str, float]:
-    answered = _answers("scenes", held_out_scenes(seed, limit), limit, answer, progress)
+def _scenes(
+    seed: int, limit: int, largest: int | None, answer: Answerer, _: Any, progress: Progress | None
+) -> dict[str, float]:
+    answered = _answers("scenes", held_out_scenes(seed, limit, largest), limit, answer, progress)
     return {"accuracy": _match(answered), "n": limit}
 
 
 def _stream(
-    seed: int, limit: int, _: Any, make_session: Callable[[], Session], progress: Progress | None
+    seed: int,
+    limit: int,
+    largest: int | None,
+    _: Any,
+    make_session: Callable[[], Session],
+    progress: Progress | None,
 ) -> dict[str, float]:
+    most = min(max(largest or MOST_OF_STREAM, LEAST_OF_STREAM), MOST_OF_STREAM)
     pairs: list[tuple[list[str], list[str]]] = []
     done = 0
     while done < limit:
         rng = generator("stream", "held_out", seed, len(pairs) + 1)
-        example = stream(rng, "held_out", seconds=STREAM_SECONDS)
+        example = stream(rng, "held_out", seconds=STREAM_SECONDS, max_side=most)
         truth = _cut(example.captions(), limit - done)
         session = make_session()
         given = [session.step(frame) for frame, _ in zip(example.frames(), truth, strict=False)]
@@ -128,16 +141,21 @@ def evaluate(
     *,
     seed: int = 0,
     limit: int = 200,
+    largest: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, float]]:
     """Score a model on tasks by name; the same seed and limit give the same pictures.
 
     limit: how many pages (one line question and one digit question each), scenes (four questions each) and
-    numbers shown in streams (of up to 20 s at 2 fps). progress(task, done, limit) is called as it goes.
+    numbers shown in streams (of up to 20 s at 2 fps). largest: longest side of a picture in px, where a task has larger
+    ones; frames of a stream have at least 224. progress(task, done, limit) is called as it goes.
     Returns {"pages": {"digits", "lines", "n"}, "scenes": {"accuracy", "n"}, "stream": {"wer", "n"}}, shares
-    from 0 to 1, for the tasks named. UserError for an unknown task or a limit below 1.
+    from 0 to 1, for the tasks named. UserError for an unknown task, a limit below 1, or pictures that small.
     """
     names = check_tasks(tasks)
     if limit < 1:
         raise UserError(f"The limit is {limit}; it must be 1 or more.")
-    return {name: TASKS[name](seed, limit, answer, make_session, progress) for name in names}
+    least = max(pages.MIN_SIDE, scenes.MIN_SIDE)
+    if largest is not None and largest < least:
+        raise UserError(f"The largest picture is {largest} px; it must be {least} or more.")
+    return {name: TASKS[name](seed, limit, largest, answer, make_session, progress) for name in names}

@@ -107,7 +107,8 @@ class EvaluationSettings:
     """What is measured every so many steps, and at the end; 0 measures nothing.
 
     data: records held out from training, read from their beginning: the loss on the first `packs` packs.
-    tasks: the offline tasks, `limit` examples each: of use to models that read digits, such as casa-tiny.
+    tasks: the offline tasks, `limit` examples each: of use to models that read digits, such as casa-tiny. largest:
+    longest side of their pictures in px, 112 or more; the tasks' own if left out.
     """
 
     every: int = 0
@@ -115,8 +116,10 @@ class EvaluationSettings:
     packs: int = 8
     tasks: tuple[Literal["pages", "scenes", "stream"], ...] = ()
     limit: int = 50
+    largest: int | None = None
 
     def __post_init__(self) -> None:
+        require(self.largest is None or self.largest >= 112, "largest", self.largest, "112 px or more, or null")
         require(self.every >= 0, "every", self.every, "0 steps or more")
         require(self.packs >= 1, "packs", self.packs, "1 or more")
         require(self.limit >= 1, "limit", self.limit, "1 or more")
