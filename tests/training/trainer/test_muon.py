@@ -39,45 +39,52 @@ def test_without_a_rate_there_is_none():
     assert "muon" not in {group["name"] for group in parameter_groups(tiny_casa(), OptimisationSettings(steps=1))}
 
 
-def small_net():
-    torch.manual_seed(3)
-    return nn.ModuleDict({"qkv": nn.Linear(5, 12), "out": nn.Linear(12, 5, bias=False)})
+class SmallNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.qkv = nn.Linear(5, 12)
+        self.out = nn.Linear(12, 5, bias=False)
+
+    def forward(self, seen):
+        return self.out(self.qkv(seen).tanh())
 
 
 def learn(net, step, steps):
     for number in steps:
         seen = torch.randn(16, 5, generator=torch.Generator().manual_seed(number))
-        (net["out"](net["qkv"](seen).tanh()) - seen.flip(1)).square().mean().backward()
+        (net(seen) - seen.flip(1)).square().mean().backward()
         step(number)
         net.zero_grad()
 
 
 def optimiser_of(net):
-    matrices = {"params": [net["qkv"].weight, net["out"].weight], "lr": 0.02, "weight_decay": 0.05}
-    rest = {"params": [net["qkv"].bias], "lr": 0.01, "weight_decay": 0.0}
+    matrices = {"params": [net.qkv.weight, net.out.weight], "lr": 0.02, "weight_decay": 0.05}
+    rest = {"params": [net.qkv.bias], "lr": 0.01, "weight_decay": 0.0}
     return MuonAdamW([matrices | {"muon": True, "parts": [3, 1]}, rest], betas=(0.9, 0.98), fused=True)
 
 
 def test_its_steps_are_those_of_casa_tinys_stages():
-    one, other = small_net(), small_net()
+    one, other = SmallNet(), SmallNet()
     found = optimiser_of(one)
     learn(one, lambda _: found.step(), range(6))
-    matrices = {"qkv.weight": other["qkv"].weight, "out.weight": other["out"].weight}
-    groups = [Group(0.01, {"bias": other["qkv"].bias}), Group(0.02, matrices, muon=True)]
+    matrices = dict(other.named_parameters())
+    bias = {"bias": matrices.pop("qkv.bias")}
+    groups = [Group(0.01, bias), Group(0.02, matrices, muon=True)]
     wanted = Optimiser(groups, Schedule(6, 0, 0.0), clip=1e9)
     learn(other, wanted.step, range(6))
     for (name, parameter), same in zip(one.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(parameter, same), name
-    assert not torch.equal(one["out"].weight, small_net()["out"].weight)
+    assert not torch.equal(one.out.weight, SmallNet().out.weight)
 
 
 def test_its_state_is_saved_and_loaded():
-    whole, first = small_net(), small_net()
+    whole, first = SmallNet(), SmallNet()
     found = optimiser_of(whole)
     learn(whole, lambda _: found.step(), range(6))
     begun = optimiser_of(first)
     learn(first, lambda _: begun.step(), range(3))
-    second = small_net()
+    second = SmallNet()
     second.load_state_dict(first.state_dict())
     resumed = optimiser_of(second)
     resumed.load_state_dict(begun.state_dict())
@@ -87,13 +94,13 @@ def test_its_state_is_saved_and_loaded():
 
 
 def test_a_parameter_without_a_gradient_stays():
-    net = small_net()
+    net = SmallNet()
     found = optimiser_of(net)
-    before = net["out"].weight.detach().clone()
-    net["qkv"](torch.ones(1, 5)).sum().backward()
+    before = net.out.weight.detach().clone()
+    net.qkv(torch.ones(1, 5)).sum().backward()
     found.step()
-    assert torch.equal(net["out"].weight, before)
-    assert net["out"].weight not in found.state
+    assert torch.equal(net.out.weight, before)
+    assert net.out.weight not in found.state
 
 
 def test_spread_weights_are_refused():
