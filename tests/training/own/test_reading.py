@@ -118,6 +118,13 @@ def test_hub_sources_name_a_subset(shipped):
         assert source.subset or not source.path.startswith("hub:")
 
 
+def test_muon_and_spread_weights_are_refused_together(file):
+    changes = ["optimisation.muon=0.01", "sharding=fsdp"]
+    with pytest.raises(UserError, match=r"optimisation\.muon is 0\.01; it must be 0 with sharding: fsdp"):
+        open_recipe(file(), changes)
+    assert open_recipe(file(), changes[:1]).optimisation.muon == 0.01
+
+
 def test_changes_are_typed_by_what_they_change(file):
     changes = [
         "optimisation.steps=7",
@@ -151,6 +158,8 @@ def test_changes_are_typed_by_what_they_change(file):
         ("optimisation.rates={head: -1}", "optimisation.rates.head is -1.0; it must be 0 or more."),
         ("optimisation.beta1=1.5", "optimisation.beta1 is 1.5; it must be from 0 to below 1."),
         ("optimisation.beta2=-0.1", "optimisation.beta2 is -0.1; it must be from 0 to below 1."),
+        ("optimisation.muon=-1", "optimisation.muon is -1.0; it must be 0 or more."),
+        ("evaluation.largest=100", "evaluation.largest is 100; it must be 112 px or more, or null."),
         ("optimisation.weight_decay=-1", "optimisation.weight_decay is -1.0; it must be 0 or more."),
         ("optimisation.tower_blocks=-1", "optimisation.tower_blocks is -1; it must be 0 or more."),
         ("packing.oversize.least_tokens=0", "packing.oversize.least_tokens is 0; it must be 1 or more."),

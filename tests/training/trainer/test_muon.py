@@ -105,7 +105,7 @@ def test_a_parameter_without_a_gradient_stays():
 
 def test_spread_weights_are_refused():
     chosen = OptimisationSettings(steps=1, muon=0.01)
-    with pytest.raises(UserError, match=r"muon is 0\.01; it must be 0 with sharding fsdp"):
+    with pytest.raises(UserError, match=r"optimisation\.muon is 0\.01; it must be 0 with sharding: fsdp"):
         TrainerSettings(folder="x", optimisation=chosen, sharding="fsdp")
     with pytest.raises(UserError, match=r"muon is -1\.0; it must be 0 or more"):
         OptimisationSettings(steps=1, muon=-1.0)

@@ -13,7 +13,7 @@ from casa.models import FusionConfig
 from casa.settings import build, require
 from casa.training.packs import PackingSettings
 from casa.training.trainer import OptimisationSettings, TrainerSettings, WatchSettings
-from casa.training.trainer.settings import require_keeping
+from casa.training.trainer.settings import require_keeping, require_whole_matrices
 
 Reporter = Literal["tensorboard", "wandb"]
 
@@ -175,6 +175,7 @@ class RunRecipe:
     def __post_init__(self) -> None:
         require(bool(self.name.strip()), "name", self.name, "a name for the model")
         require(0 <= self.seed < 2**31, "seed", self.seed, "from 0 to 2147483647")
+        require_whole_matrices(self.optimisation, self.sharding)
         if self.model.lora is not None:
             trained = self.optimisation.trained
             require(trained == "as given", "optimisation.trained", trained, "as given, beside model.lora")

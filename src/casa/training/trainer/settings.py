@@ -109,6 +109,14 @@ def require_keeping(gigabytes: float, folder: str | None, workers: int) -> None:
     require(not (gigabytes and workers), "workers", workers, "0, beside keep_gigabytes")
 
 
+def require_whole_matrices(optimisation: OptimisationSettings, sharding: str) -> None:
+    """Raises where Muon would get its matrices in parts."""
+    muon = optimisation.muon
+    require(
+        not muon or sharding != "fsdp", "optimisation.muon", muon, "0 with sharding: fsdp, which splits matrices"
+    )
+
+
 @dataclass(frozen=True)
 class TrainerSettings:
     """A run. folder: for its checkpoints and logs. save_every: steps; keep: newest checkpoints that are kept.
@@ -141,5 +149,4 @@ class TrainerSettings:
         require(self.log_every >= 1, "log_every", self.log_every, "1 step or more")
         require(0 <= self.workers <= 256, "workers", self.workers, "from 0 to 256")
         require_keeping(self.keep_gigabytes, self.keep_folder, self.workers)
-        spread = self.sharding == "fsdp" and self.optimisation.muon
-        require(not spread, "muon", self.optimisation.muon, "0 with sharding fsdp: it needs its matrices whole")
+        require_whole_matrices(self.optimisation, self.sharding)
