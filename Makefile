@@ -69,7 +69,7 @@ results-live: .venv/installed
 	$(BIN)/casa bench memory --minutes 60 --out docs/results/memory-cpu.json
 	$(BIN)/casa bench soak --frames 100000 --max-text-tokens 128 --size 112 --out docs/results/soak-cpu.json --plot docs/images/soak.png
 
-# casa-tiny's last step by the trainer for data of one's own, both routes and the twins: four hours on two fast cores.
+# casa-tiny's last step by the trainer for data of one's own, both routes and the twins: about two hours on two fast cores.
 # Broken off, it goes on where it stopped, with what data/tiny holds. If it says that a folder in runs/ holds a run of
 # another recipe, move that folder away.
 results-tiny: .venv/installed
