@@ -70,15 +70,19 @@ results-live: .venv/installed
 	$(BIN)/casa bench soak --frames 100000 --max-text-tokens 128 --size 112 --out docs/results/soak-cpu.json --plot docs/images/soak.png
 
 # casa-tiny's last step by the trainer for data of one's own, both routes and the twins: about two hours on two fast cores.
-# Broken off, it goes on where it stopped, with what data/tiny holds. If it says that a folder in runs/ holds a run of
-# another recipe, move that folder away.
+# Broken off, it goes on where it stopped. A data/tiny that is there is taken as it is, and a folder in runs/ that holds a
+# run of another recipe is refused: move older ones away.
 results-tiny: .venv/installed
 	$(BIN)/casa train recipes/casa-tiny.yaml --out runs/casa-tiny --until text
-	test -e data/tiny/clips.jsonl || $(BIN)/casa data make data/tiny --pages 6000 --scenes 9000 --clips 700 --largest 168 --seed 1
+	test -e data/tiny || { rm -rf data/tiny.part; \
+		$(BIN)/casa data make data/tiny.part --pages 6000 --scenes 9000 --clips 700 --largest 168 --seed 1 && \
+		mv data/tiny.part data/tiny; }
 	for name in tiny-casa tiny-cross-attention tiny-insertion tiny-adapt tiny-adapt-cross-attention; do \
 		$(BIN)/casa train recipes/tiny/$$name.yaml --out runs/$$name --resume || exit 1; \
 		cp runs/$$name/log.json docs/results/$$name-training.json || exit 1; \
 		$(BIN)/casa eval runs/$$name/final --seed 2026 --limit 200 --largest 168 --out docs/results/$$name.json || exit 1; done
+	$(BIN)/casa eval runs/tiny-casa/final --seed 2026 --limit 200 --out docs/results/tiny-casa-all-sizes.json
+	$(BIN)/casa eval casa-tiny --seed 2026 --limit 200 --largest 168 --out docs/results/casa-tiny-168.json
 
 clean:
 	rm -rf .venv .venv-lowest demo runs build dist

@@ -190,6 +190,7 @@ def test_casa_tinys_stages_are_planned(casa, tmp_path):
     assert (result.status, len(result.out.splitlines())) == (0, 3)
     result = casa("train", CASA_TINY, "--dry-run", "--until", "text")
     assert (result.status, result.out.split(":")[0], len(result.out.splitlines())) == (0, "text", 1)
+    assert casa("train", CASA_TINY, "--dry-run", "--until", "").status == 2
     result = casa("train", CASA_TINY, "--out", tmp_path / "run", "--until", "eyes")
     assert (result.status, result.out) == (2, "")
     assert "There is no stage 'eyes'" in result.err

@@ -15,7 +15,10 @@ def evaluate(
     ] = "pages,scenes,stream",
     seed: Annotated[int, typer.Option(help="Another seed draws other pictures.")] = 0,
     limit: Annotated[int, typer.Option(help="Pages, scenes, and numbers shown in streams.")] = 200,
-    largest: Annotated[int | None, typer.Option(help="Longest side of a picture, in px.")] = None,
+    largest: Annotated[
+        int | None,
+        typer.Option(min=112, help="Longest side of a picture, in px; of a stream at least 224."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the scores here, with commit, versions and seed.")] = None,

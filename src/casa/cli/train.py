@@ -23,7 +23,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
     until: Annotated[
         str | None,
-        typer.Option(help="Stop behind a stage of casa-tiny's recipe: text or tower."),
+        typer.Option(help="Last stage of casa-tiny's recipe to run: text, tower or fusion."),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad record, by its line.")] = False,
     dry_run: Annotated[
@@ -56,16 +56,17 @@ def train(
 
 def _stages(recipe: "Recipe", folder: Path, until: str | None, dry_run: bool) -> None:
     from casa.cli.training_sources import training_sources
-    from casa.training import STAGES, stages_until
+    from casa.training import STAGES, check_stage
     from casa.training import train as run
 
-    last = until or STAGES[-1]
+    last = STAGES[-1] if until is None else until
+    check_stage(last)
     if dry_run:
-        for name in stages_until(last):
+        for name in STAGES[: STAGES.index(last) + 1]:
             optimisation = getattr(recipe, name).optimisation
             print(f"{name}: {optimisation.steps:,} steps, rate {optimisation.rate:g}, muon {optimisation.muon:g}")
         return
-    run(recipe, training_sources(), folder, until=last, progress=print)
+    print(run(recipe, training_sources(), folder, until=last, progress=print))
 
 
 def _plan(recipe: "RunRecipe", picture: Path) -> None:

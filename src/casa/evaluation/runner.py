@@ -37,17 +37,17 @@ STREAM_SECONDS = 20.0
 
 
 def held_out_pages(seed: int, limit: int, largest: int | None = None) -> Iterable[Example]:
-    """The `limit` pages of an evaluation, one question for a line and one for a digit on each."""
-    sides = {"max_side": min(largest or pages.MAX_SIDE, pages.MAX_SIDE)}
+    """The `limit` pages of an evaluation, one question for a line and one for a digit on each. largest: px."""
+    most = min(largest or pages.MAX_SIDE, pages.MAX_SIDE)
     rngs = (generator("pages", "held_out", seed, i + 1) for i in range(limit))
-    return (pages.page(rng, "held_out", turns=pages.EVALUATION_TURNS, **sides) for rng in rngs)
+    return (pages.page(rng, "held_out", turns=pages.EVALUATION_TURNS, max_side=most) for rng in rngs)
 
 
 def held_out_scenes(seed: int, limit: int, largest: int | None = None) -> Iterable[Example]:
-    """The `limit` scenes of an evaluation, four questions on each."""
-    sides = {"max_side": min(largest or scenes.MAX_SIDE, scenes.MAX_SIDE)}
+    """The `limit` scenes of an evaluation, four questions on each. largest: px."""
+    most = min(largest or scenes.MAX_SIDE, scenes.MAX_SIDE)
     rngs = (generator("scenes", "held_out", seed, i + 1) for i in range(limit))
-    return (scenes.scene(rng, "held_out", turns=scenes.EVALUATION_TURNS, **sides) for rng in rngs)
+    return (scenes.scene(rng, "held_out", turns=scenes.EVALUATION_TURNS, max_side=most) for rng in rngs)
 
 
 def _answers(
@@ -144,13 +144,13 @@ def evaluate(
     largest: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Score a model on tasks by name; the same seed and limit give the same pictures.
+    """Score a model on tasks by name; the same seed, limit and largest give the same pictures.
 
     limit: how many pages (one line question and one digit question each), scenes (four questions each) and
     numbers shown in streams (of up to 20 s at 2 fps). largest: longest side of a picture in px, where a task has larger
     ones; frames of a stream have at least 224. progress(task, done, limit) is called as it goes.
     Returns {"pages": {"digits", "lines", "n"}, "scenes": {"accuracy", "n"}, "stream": {"wer", "n"}}, shares
-    from 0 to 1, for the tasks named. UserError for an unknown task, a limit below 1, or pictures that small.
+    from 0 to 1, for the tasks named. UserError for an unknown task, a limit below 1, or a `largest` below 112.
     """
     names = check_tasks(tasks)
     if limit < 1:

@@ -3,6 +3,6 @@
 from casa.training.loop import Progress
 from casa.training.recipe import Recipe, load_recipe, parse_recipe
 from casa.training.sources import Sources
-from casa.training.train import STAGES, stages_until, train
+from casa.training.train import STAGES, check_stage, train
 
-__all__ = ["STAGES", "Progress", "Recipe", "Sources", "load_recipe", "parse_recipe", "stages_until", "train"]
+__all__ = ["STAGES", "Progress", "Recipe", "Sources", "check_stage", "load_recipe", "parse_recipe", "train"]

@@ -9,7 +9,7 @@ Liu et al., arXiv 2502.16982 (scale 0.2 sqrt(max side), which lets it share Adam
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 MOMENTUM = 0.95
+STACK = 2**26  # numbers of the matrices that are made orthogonal together, at most: some copies of them exist at once
+_JOINED = {"qkv.weight": 3, "key_value.weight": 2}
 
 
 def orthogonalise(stack: Tensor) -> Tensor:
@@ -29,21 +31,11 @@ def orthogonalise(stack: Tensor) -> Tensor:
     return x
 
 
-def directed_step(members: Iterable[tuple[Tensor, Tensor]], rate: float, weight_decay: float) -> None:
-    """Moves matrices against their directions, made orthogonal, by `rate`. members: pairs (r, c), (r, c)."""
-    stacks: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-    for target, direction in members:
-        if target.shape[0] > target.shape[1]:
-            target, direction = target.T, direction.T
-        stacks.setdefault((target.shape[0], target.shape[1]), []).append((target, direction))
-    for (_, longer), stack in stacks.items():
-        steps = orthogonalise(torch.stack([direction for _, direction in stack]))
-        for (target, _), step in zip(stack, steps, strict=True):
-            target.mul_(1 - rate * weight_decay).add_(step, alpha=-rate * 0.2 * math.sqrt(longer))
-
-
 def is_inner(name: str, parameter: Tensor) -> bool:
-    """Whether it is a matrix inside a block or a fusion layer; embeddings, heads, projector and LoRA are AdamW's."""
+    """Whether it is a matrix inside a block of the text model, the tower or the compressor, or inside a fusion layer.
+
+    Embeddings, heads, the projector and LoRA are AdamW's, and so are experts that are kept as one (E, r, c).
+    """
     parts = name.split(".")
     inside = any(part in ("layers", "blocks", "casa_layers") for part in parts)
     return parameter.ndim == 2 and inside and not any(part.startswith("lora_") for part in parts)
@@ -51,27 +43,53 @@ def is_inner(name: str, parameter: Tensor) -> bool:
 
 def parts_of(name: str) -> int:
     """How many matrices a parameter of that name is, one above the other: `...qkv.weight` is three."""
-    return 3 if name.endswith("qkv.weight") else 1
+    return next((count for ending, count in _JOINED.items() if name.endswith(ending)), 1)
+
+
+def split(parameter: Tensor, momentum: Tensor, parts: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The matrices of a parameter with their gradients and momenta, as `muon_step` takes them."""
+    assert parameter.grad is not None
+    return zip(parameter.data.chunk(parts), parameter.grad.chunk(parts), momentum.chunk(parts), strict=True)
+
+
+@torch.no_grad()
+def muon_step(members: Iterable[tuple[Tensor, Tensor, Tensor]], rate: float, weight_decay: float) -> None:
+    """Moves matrices in place, by `rate`. members: (matrix, gradient, momentum), each (r, c); momentum is updated too.
+
+    A matrix whose gradient is zero stays, but for its decay: nothing of the step's data has reached it, and made
+    orthogonal, what is left of its momentum would be a whole step.
+    """
+    shapes: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for matrix, gradient, momentum in members:
+        if matrix.shape[0] > matrix.shape[1]:
+            matrix, gradient, momentum = matrix.T, gradient.T, momentum.T
+        shapes.setdefault((matrix.shape[0], matrix.shape[1]), []).append((matrix, gradient, momentum))
+    for (shorter, longer), same in shapes.items():
+        most = max(1, STACK // (shorter * longer))
+        for start in range(0, len(same), most):
+            stack = same[start : start + most]
+            steps = orthogonalise(torch.stack([_direction(gradient, momentum) for _, gradient, momentum in stack]))
+            for (matrix, _, _), step in zip(stack, steps, strict=True):
+                matrix.mul_(1 - rate * weight_decay).add_(step, alpha=-rate * 0.2 * math.sqrt(longer))
+
+
+def _direction(gradient: Tensor, momentum: Tensor) -> Tensor:
+    momentum.mul_(MOMENTUM).add_(gradient)
+    # a factor, and no question: the device is not waited for
+    return gradient.add(momentum, alpha=MOMENTUM) * (gradient != 0).any()
 
 
 class Muon:
     """Muon over named matrices."""
 
-    def __init__(
-        self, named: Mapping[str, nn.Parameter], rate: float, weight_decay: float, momentum: float = MOMENTUM
-    ) -> None:
-        self.named, self.rate, self.weight_decay, self.momentum = dict(named), rate, weight_decay, momentum
+    def __init__(self, named: Mapping[str, nn.Parameter], rate: float, weight_decay: float) -> None:
+        self.named, self.rate, self.weight_decay = dict(named), rate, weight_decay
         self.buffers = {name: torch.zeros_like(p) for name, p in self.named.items()}
 
-    @torch.no_grad()
     def step(self, factor: float) -> None:
         """Updates the parameters with `factor` times the learning rate."""
-        members: list[tuple[Tensor, Tensor]] = []
+        members: list[tuple[Tensor, Tensor, Tensor]] = []
         for name, parameter in self.named.items():
-            if parameter.grad is None:
-                continue
-            buffer = self.buffers[name].mul_(self.momentum).add_(parameter.grad)
-            update = parameter.grad.add(buffer, alpha=self.momentum)
-            parts = parts_of(name)
-            members += zip(parameter.data.chunk(parts), update.chunk(parts), strict=True)
-        directed_step(members, self.rate * factor, self.weight_decay)
+            if parameter.grad is not None:
+                members += split(parameter, self.buffers[name], parts_of(name))
+        muon_step(members, self.rate * factor, self.weight_decay)

@@ -53,7 +53,7 @@ def train(
     sources and versions give the same weights on the same machine. UserError if they do not fit, or `out` holds
     another run.
     """
-    stages_until(until)
+    check_stage(until)
     _check_names(recipe, sources)
     out = Path(out)
     _claim(recipe, out, resume)
@@ -82,11 +82,10 @@ def train(
     return final
 
 
-def stages_until(last: str) -> tuple[str, ...]:
-    """The stages up to `last`, which must be one of them."""
-    if last not in STAGES:
-        raise UserError(f"There is no stage {last!r}; choose {', '.join(STAGES[:-1])} or {STAGES[-1]}.")
-    return STAGES[: STAGES.index(last) + 1]
+def check_stage(name: str) -> None:
+    """UserError unless there is such a stage."""
+    if name not in STAGES:
+        raise UserError(f"There is no stage {name!r}; choose {', '.join(STAGES[:-1])} or {STAGES[-1]}.")
 
 
 def make_processor(tokenizer: PreTrainedTokenizerBase, prompt: str, largest: int) -> CasaProcessor:

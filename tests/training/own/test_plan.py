@@ -85,6 +85,7 @@ def test_muon_keeps_one_moment_of_its_matrices(values):
     ((rate, count),) = [(rate, count) for name, rate, count in plan.groups if name == "muon"]
     assert rate == 0.01
     assert plan.memory["moments"] == 2 * plan.memory["gradients"] - 4 * count
+    assert plan.memory["work space of Muon"] == 4 * 4 * count
 
 
 def test_published_models_are_planned_without_being_fetched(values):

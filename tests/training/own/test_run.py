@@ -230,6 +230,18 @@ def test_a_run_goes_on_with_the_recipes_rates(values, tmp_path):
     assert [found["existing"] for found in rates.found] == pytest.approx([1e-3, 1e-3])
 
 
+def test_the_rate_of_muon_may_change_and_muon_may_not(values, tmp_path):
+    started = parse_run_recipe(values(optimisation={"steps": 2, "decay": 0, "muon": 0.01}))
+    train_run(started, tmp_path / "run")
+    slower = parse_run_recipe(values(optimisation={"steps": 4, "decay": 0, "muon": 0.004}))
+    rates = Rates()
+    train_run(slower, tmp_path / "run", resume=True, callbacks=[rates])
+    assert [found["muon"] for found in rates.found] == pytest.approx([0.004, 0.004])
+    without = parse_run_recipe(values(optimisation={"steps": 6, "decay": 0}))
+    with pytest.raises(UserError, match=r"a run with another optimisation\.muon"):
+        train_run(without, tmp_path / "run", resume=True)
+
+
 def test_an_insertion_model_is_frozen_and_gets_layers(values, made, tmp_path):
     """Route (b) over a model of casa's own; its pictures are those of its own processor."""
     optimisation = {"trained": "added", "tower_blocks": 1, "frozen": [r"^projector\."]}

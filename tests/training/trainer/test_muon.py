@@ -35,6 +35,21 @@ def test_it_gets_the_matrices_inside_blocks():
     assert not any("muon" in groups[label][0] for label in groups if label != "muon")
 
 
+def test_a_rate_that_reaches_nothing_is_refused():
+    every = {"layers|blocks": 1e-3}
+    with pytest.raises(UserError, match=r"muon is 0\.02, but no matrix inside a block is trained by it"):
+        parameter_groups(tiny_casa(), OptimisationSettings(steps=1, muon=0.02, rates=every))
+
+
+def test_a_compressors_blocks_are_blocks():
+    names = {}
+    model = tiny_casa(compressor="q_former:3")
+    for group in parameter_groups(model, OptimisationSettings(steps=1, muon=0.02)):
+        names |= {id(parameter): group["name"] for parameter in group["params"]}
+    found = {name: names[id(parameter)] for name, parameter in model.named_parameters() if "compressor" in name}
+    assert {label for name, label in found.items() if name.endswith("key_value.weight")} == {"muon"}
+
+
 def test_without_a_rate_there_is_none():
     assert "muon" not in {group["name"] for group in parameter_groups(tiny_casa(), OptimisationSettings(steps=1))}
 

@@ -44,7 +44,7 @@ def write_card(folder: Path, recipe: RunRecipe, facts: Facts) -> None:
     base = {"base_model": source} if source.count("/") == 1 and not Path(source).exists() else {}
     drawn = curve(folder, facts.history, recipe.name, "The loss over steps")
     parts = [front(**base), f"# {recipe.name}", _summary(recipe), _use(recipe)]
-    parts += ["## Losses and scores", drawn, _scores(facts)]
+    parts += ["## Losses and scores", drawn, _scores(recipe, facts)]
     parts += ["## Data", _data(recipe, facts), "## What was trained", _trained(facts)]
     parts += ["## Recipe", recipe_block(run_recipe_values(recipe)), "## Made with", _made_with(facts)]
     write_parts(folder, parts)
@@ -79,13 +79,16 @@ def _use(recipe: RunRecipe) -> str:
     )
 
 
-def _scores(facts: Facts) -> str:
+def _scores(recipe: RunRecipe, facts: Facts) -> str:
     losses = [entry["loss"] for entry in facts.history if "loss" in entry]
     rows = [("steps", f"{facts.steps:,}")]
     if losses:
         rows.append(("loss per answer token, first and last in the log", f"{losses[0]:.4g}, {losses[-1]:.4g}"))
     names = {"loss": "held-out loss per answer token"}
     rows += [(names.get(name, name), f"{value:.4g}") for name, value in facts.scores.items()]
+    largest = recipe.evaluation.largest
+    if recipe.evaluation.tasks and largest is not None:
+        rows.append(("pictures of these tasks", f"at most {largest} px"))
     rates = [entry["text_tokens_per_second"] for entry in facts.history if "text_tokens_per_second" in entry]
     if rates:
         rows.append(("text tokens per second, median", f"{sorted(rates)[len(rates) // 2]:,.0f}"))

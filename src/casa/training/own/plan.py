@@ -13,6 +13,7 @@ from casa.data import SourceSettings
 from casa.data.hub import PREFIX
 from casa.data.places import data_files
 from casa.errors import UserError
+from casa.training.muon import STACK
 from casa.training.own.activations import kept_by_blocks
 from casa.training.own.model import outline
 from casa.training.own.recipe import RunRecipe
@@ -20,6 +21,7 @@ from casa.training.own.run import trained_groups
 from casa.training.samples import fold_of
 from casa.training.trainer.groups import below_lora, parameter_groups
 
+_MUON_COPIES = 4  # of a stack of matrices, while they are made orthogonal
 _SIDE = 896  # px of a picture by which image tokens before and after a compressor are compared
 
 
@@ -84,6 +86,8 @@ def _memory(prepared: Any, recipe: RunRecipe) -> dict[str, int]:
         # AdamW keeps two moments of each weight, as precise as the weight, Muon one
         "moments": 2 * in_trained - by_muon,
     }
+    if by_muon:
+        found["work space of Muon"] = _MUON_COPIES * min(by_muon, 4 * STACK)
     if optimisation.ema is not None:
         found["averaged weights"] = 4 * sum(parameter.numel() for parameter in trained)
     size = 2 if optimisation.precision == "bfloat16" else 4

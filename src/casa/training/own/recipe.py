@@ -108,7 +108,7 @@ class EvaluationSettings:
 
     data: records held out from training, read from their beginning: the loss on the first `packs` packs.
     tasks: the offline tasks, `limit` examples each: of use to models that read digits, such as casa-tiny. largest:
-    longest side of their pictures in px, 112 or more; the tasks' own if left out.
+    longest side of their pictures in px, 112 or more, of a stream's frames at least 224; the tasks' own if left out.
     """
 
     every: int = 0

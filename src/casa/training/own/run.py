@@ -135,7 +135,9 @@ def claim(recipe: RunRecipe, out: Path, resume: bool) -> None:
         now = run_recipe_values(recipe)
         changed = [key for key in now if key not in (*_MAY_CHANGE, "optimisation") and before[key] != now[key]]
         one, other = before["optimisation"], now["optimisation"]
-        changed += [f"optimisation.{key}" for key in other if key not in _MAY_VARY and one[key] != other[key]]
+        # Muon has its own moments: its rate may vary, but not whether there is one
+        may_vary = (*_MAY_VARY, "muon") if one["muon"] and other["muon"] else _MAY_VARY
+        changed += [f"optimisation.{key}" for key in other if key not in may_vary and one[key] != other[key]]
         if begun and changed:
             raise UserError(
                 f"{out} holds a run with another {', '.join(changed)}: resume it with the same, or give another folder."

@@ -56,7 +56,8 @@ def choose_trained(model: Any, settings: OptimisationSettings) -> None:
 def parameter_groups(model: nn.Module, settings: OptimisationSettings) -> list[dict[str, Any]]:
     """Groups for a torch optimiser, with their `name`, `lr` and `weight_decay`; frozen parameters are in none.
 
-    Raises UserError for a pattern in `rates` that fits no parameter.
+    Muon's has `muon` and `parts` too, as MuonAdamW takes them. Raises UserError for a pattern in `rates` that fits no
+    parameter, and for `muon` where no matrix is left to it.
     """
     unused = dict.fromkeys(settings.rates)
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
@@ -82,6 +83,8 @@ def parameter_groups(model: nn.Module, settings: OptimisationSettings) -> list[d
             group["muon"] = True
     if unused:
         raise UserError(f"rates names {next(iter(unused))!r}, which fits no parameter; look at --dry-run.")
+    if settings.muon and (MUON, True) not in groups:
+        raise UserError(f"muon is {settings.muon:g}, but no matrix inside a block is trained by it: leave muon out.")
     return list(groups.values())
 
 

@@ -1,7 +1,7 @@
 """One torch optimiser of two methods: Muon for the matrices inside blocks, AdamW for all else.
 
-It is an AdamW, so whatever saves, loads and schedules one does so with it; a group with `muon` is passed over by AdamW,
-and its parameters have a `momentum` instead of two moments.
+It is an AdamW, so transformers saves, loads and schedules it as one; a group with `muon` is passed over by AdamW, and
+its parameters have a `momentum` instead of two moments. Sharded checkpoints know AdamW's moments alone.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from casa.training.muon import MOMENTUM, directed_step
+from casa.training.muon import muon_step, split
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -33,7 +33,7 @@ class MuonAdamW(torch.optim.AdamW):
         return loss
 
     def _orthogonal_step(self, group: dict[str, Any]) -> None:
-        members: list[tuple[Tensor, Tensor]] = []
+        members: list[tuple[Tensor, Tensor, Tensor]] = []
         for parameter, parts in zip(group["params"], group["parts"], strict=True):
             if parameter.grad is None:
                 continue
@@ -42,7 +42,5 @@ class MuonAdamW(torch.optim.AdamW):
                 state["momentum"] = torch.zeros_like(parameter)
                 state["step"] = torch.zeros(())  # what an AdamW looks for in any state that it loads
             state["step"] += 1
-            momentum = state["momentum"].mul_(MOMENTUM).add_(parameter.grad)
-            direction = parameter.grad.add(momentum, alpha=MOMENTUM)
-            members += zip(parameter.data.chunk(parts), direction.chunk(parts), strict=True)
-        directed_step(members, float(group["lr"]), group["weight_decay"])
+            members += split(parameter, state["momentum"], parts)
+        muon_step(members, float(group["lr"]), group["weight_decay"])

@@ -9,7 +9,7 @@ from casa.settings import require
 
 @dataclass(frozen=True)
 class OptimisationSettings:
-    """AdamW over groups of parameters, with a rate that rises, stays and falls (paper, section 4).
+    """AdamW, or Muon beside it, over groups of parameters whose rates rise, stay and fall (paper, section 4).
 
         rate      ______________
                  /              \\
@@ -20,10 +20,11 @@ class OptimisationSettings:
     wherever they stand. warmup, decay: steps. decay_shape: of the falling part. floor: share of the rate at its end.
     new_rate: for what `adapt` added and LoRA; existing_rate: for all else that is trained. rates: further rates, by
     regular expression over parameter names, the first that is found. frozen: parameters that are not trained, likewise.
-    muon: rate of Muon (casa.training.muon) for matrices inside blocks, if `rates` names none of them; 0: AdamW for all.
+    muon: rate of Muon (casa.training.muon) for matrices inside blocks and fusion layers, new or not, that `rates` does
+    not name; on the scale of AdamW's rates. 0 has AdamW train all.
     trained: "all" (paper, route a), or "added": what `adapt` added and the last `tower_blocks` blocks of the tower
     (route b); "as given" leaves requires_grad as it is.
-    weight_decay: for matrices. clip: largest norm of the gradient, 0 for none.
+    weight_decay: for matrices. beta1, beta2: AdamW's. clip: largest norm of the gradient, 0 for none.
     precision: "bfloat16" computes in bf16. master: keep trained weights in float32 then (recommended); otherwise
     weights and moments are bf16 as well. checkpoint_blocks: run blocks again in the backward pass, for memory.
     loss_chunk: tokens whose logits exist at once. ema: decay of a running average of the weights; None for none.
@@ -112,9 +113,7 @@ def require_keeping(gigabytes: float, folder: str | None, workers: int) -> None:
 def require_whole_matrices(optimisation: OptimisationSettings, sharding: str) -> None:
     """Raises where Muon would get its matrices in parts."""
     muon = optimisation.muon
-    require(
-        not muon or sharding != "fsdp", "optimisation.muon", muon, "0 with sharding: fsdp, which splits matrices"
-    )
+    require(not muon or sharding != "fsdp", "optimisation.muon", muon, "0 with sharding: fsdp, which splits matrices")
 
 
 @dataclass(frozen=True)
