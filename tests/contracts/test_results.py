@@ -129,6 +129,24 @@ def test_scores_over_three_seeds_in_the_readme():
     assert [float(value) for value in told.groups()] == [float(f"{100 * value:.1f}") for value in wanted]
 
 
+def test_the_tiny_models_in_training_md():
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    table = rows("pictures of at most 168 px", page)
+    names = [re.search(r"`([\w-]+)`", cells[0]) for cells in table]
+    assert [name and name.group(1) for name in names] == [
+        *("tiny-casa", "tiny-cross-attention", "tiny-insertion", "tiny-adapt", "tiny-adapt-cross-attention"),
+        "casa-tiny",
+    ]
+    for name, (_, *cells) in zip(names, table, strict=True):
+        assert name is not None
+        label = name.group(1)
+        found = record("casa-tiny-168.json" if label == "casa-tiny" else f"{label}.json")
+        assert (found["seed"], found["limit"], found["largest"]) == (2026, 200, 168)
+        pages, scenes, stream = (found["scores"][task] for task in ("pages", "scenes", "stream"))
+        shares = [pages["digits"], pages["lines"], scenes["accuracy"], stream["wer"]]
+        assert cells[-4:] == [f"{100 * share:.1f} %" for share in shares], label
+
+
 def test_casa_tiny_was_trained_within_two_hours():
     found = record("casa-tiny-training.json")
     assert set(found["stages"]) == {"text", "tower", "fusion"}
