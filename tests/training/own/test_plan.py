@@ -50,10 +50,12 @@ def test_every_recipe_has_a_plan_and_a_first_batch(shipped, made, tmp_path):
     assert sum(source.share for source in plan.sources) == pytest.approx(1)
     rates = {name: rate for name, rate, _ in plan.groups}
     assert rates.get("frozen") is None
+    assert rates.get("muon", 0) == recipe.optimisation.muon
     if "new" in rates:
         assert rates["new"] == recipe.optimisation.new_rate
     else:
-        assert "insertion" in recipe.name
+        # all that is new are CASA's matrices, or nothing is
+        assert "muon" in rates or "insertion" in recipe.name
     assert ("frozen" in rates) == (recipe.optimisation.trained != "all" or bool(recipe.optimisation.frozen))
     picture = tmp_path / "batch.png"
     batch = draw_first_pack(recipe, outline(recipe), picture)
