@@ -1,5 +1,8 @@
 """The processor: chats with pictures to tokens without placeholders, and the places of the pictures."""
 
+import base64
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,9 +12,11 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from casa import CasaProcessor
+from casa import CasaProcessor, StreamingSession
+from casa.data.pictures import open_one
+from casa.data.record import Picture
 from casa.errors import UserError
-from casa.testing import tiny_casa
+from casa.testing import claimed_png, tiny_casa
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "user:", "model:", "what", "is", "this", "and", "that", "nothing"]
 TEMPLATE = (
@@ -147,3 +152,88 @@ def test_a_frame_comes_with_its_delimiters(processor):
     before, after, pixels = processor.frame(picture())
     assert ([WORDS[t] for t in before], [WORDS[t] for t in after]) == (["this"], ["and", "that"])
     assert pixels["image_grid_thw"].tolist() == [[1, 2, 4]]
+
+
+def scene():
+    """A picture whose every corner is known, as (H, W, 3)."""
+    shades = np.zeros((40, 72, 3), np.uint8)
+    shades[:, 36:] = 200
+    shades[:20, :36, 0] = shades[20:, 36:, 2] = 255
+    return shades
+
+
+def stored(how, folder):
+    """A file that holds the scene in some way, and the scene as the file has it (grey, where it knows no colour)."""
+    shades, exif, path = scene(), Image.Exif(), folder / f"{how}.png"
+    upright = Image.fromarray(shades)
+    grey = np.asarray(upright.convert("L"))
+    if how == "phone":
+        exif[0x0112] = 6
+        upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+        return path, shades
+    if how == "ink":  # black on nothing
+        ink = np.zeros((*grey.shape, 4), np.uint8)
+        ink[..., 3] = 255 - grey
+        Image.fromarray(ink).save(path)
+        return path, np.repeat(grey[..., None], 3, axis=2)
+    if how == "scan":
+        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+        return path, np.repeat(grey[..., None], 3, axis=2)
+    upright.save(path)
+    return path, shades
+
+
+KNOWS_TEXT_ONLY = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}model: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("how", ["plain", "phone", "ink", "scan"])
+def test_a_picture_is_the_same_by_every_way_in(processor, how, tmp_path):
+    path, shades = stored(how, tmp_path)
+    wanted = processor.image_processor(images=[Image.fromarray(shades)], return_tensors="pt")
+    data = path.read_bytes()
+    address = "data:image/png;base64," + base64.b64encode(data).decode()
+    text_only = CasaProcessor(processor.image_processor, processor.tokenizer, chat_template=KNOWS_TEXT_ONLY)
+
+    def asked(of, **part):
+        messages = [{"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": " what"}]}]
+        return of.apply_chat_template(messages, **HOW)
+
+    ways = {}
+    for name, given in {"path": str(path), "Path": path, "bytes": data, "data:": address}.items():
+        ways[f"call {name}"] = processor(images=given, text="<image> what")
+        ways[f"frame {name}"] = processor.frame(given)[2]
+    with Image.open(path) as opened:
+        ways["call PIL"] = processor(images=[[opened.copy()]], text=["<image> what"])
+        ways["frame PIL"] = processor.frame(opened.copy())[2]
+        ways["session"] = processor.frame(StreamingSession.check(opened.copy()))[2]
+        for kind, of in (("chat", processor), ("text-only chat", text_only)):
+            ways[f"{kind} PIL"] = asked(of, image=opened.copy())
+            ways[f"{kind} path"] = asked(of, path=str(path))
+            ways[f"{kind} url"] = asked(of, url=address)
+            ways[f"{kind} array"] = asked(of, image=shades / 255)
+    ways["data"] = processor.frame(open_one(Picture(path)))[2]
+    for way, found in ways.items():
+        assert found["image_grid_thw"].equal(wanted["image_grid_thw"]), way
+        assert found["pixel_values"].equal(wanted["pixel_values"]), way
+
+
+def test_arrays_of_every_scale_are_the_same_picture(processor):
+    shades = scene()
+    wanted = processor.image_processor(images=[Image.fromarray(shades)], return_tensors="pt")["pixel_values"]
+    for given in (shades, shades / 255, shades.astype(np.float32), torch.from_numpy(shades).permute(2, 0, 1) / 255):
+        assert processor(images=[given], text="<image>")["pixel_values"].equal(wanted)
+        assert processor.frame(given)[2]["pixel_values"].equal(wanted)
+    batch = torch.from_numpy(np.stack([shades, shades])).permute(0, 3, 1, 2)
+    assert processor(images=batch, text="<image> <image>")["pixel_values"].equal(torch.cat([wanted, wanted]))
+
+
+def test_a_picture_that_cannot_be_read_is_told_by_its_number(processor):
+    with pytest.raises(UserError, match=r"Picture 2 has values from 0 to 1\.5, which may mean anything"):
+        processor(images=[picture(), np.linspace(0, 1.5, 60).reshape(6, 10)], text="<image> <image>")
+    with pytest.raises(UserError, match=r"There is no file gone\.png"):
+        processor(images="gone.png", text="<image>")
+    with pytest.raises(UserError, match="megapixels"):
+        processor(images=claimed_png(60_000, 60_000), text="<image>")

@@ -3,8 +3,6 @@
 A row is foreign text: its paths never lead out of the root unless the settings allow it, and nothing is downloaded.
 """
 
-import base64
-import binascii
 import io
 import os
 import re
@@ -21,6 +19,7 @@ from casa.data.bad import BadRecord
 from casa.data.record import Picture, Record
 from casa.errors import UserError
 from casa.media import open_picture
+from casa.media.pictures import data_bytes
 
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
@@ -72,7 +71,10 @@ class Files:
             return _of_bytes(bytes(value))
         if isinstance(value, str):
             if value[:5].lower() == "data:":
-                return _of_bytes(_decoded(value))
+                try:
+                    return _of_bytes(data_bytes(value))
+                except UserError as error:
+                    raise BadRecord("unreadable-picture", str(error)) from error
             if value in self.members:
                 return _of_bytes(self.members[value])
             return Picture(self.path(value, "picture"))
@@ -133,19 +135,6 @@ def _of_bytes(data: bytes) -> Picture:
     if not data:
         raise BadRecord("unreadable-picture", "A picture is empty: copy or download it again.")
     return Picture(data)
-
-
-def _decoded(uri: str) -> bytes:
-    """The bytes of a data: URI."""
-    head, comma, body = uri.partition(",")
-    if not comma:
-        raise BadRecord("unreadable-picture", "A data: URI has no comma: write data:image/png;base64,...")
-    if not head.lower().endswith(";base64"):
-        return unquote_to_bytes(body)
-    try:
-        return base64.b64decode("".join(body.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise BadRecord("unreadable-picture", "A data: URI holds no valid base64: encode the picture again.") from error
 
 
 def _short(value: Any) -> str:

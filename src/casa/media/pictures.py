@@ -1,31 +1,108 @@
-"""Pictures in: any file Pillow reads becomes one upright RGB picture, or one plain sentence saying why not.
+"""Pictures in, by one door: whatever a caller has becomes an upright RGB picture, or one plain sentence saying why not.
+
+    path, bytes, open file, address  ->  decoded  -.
+    PIL picture of any mode          --------------+->  upright  ->  8 bits  ->  over white  ->  RGB
+    array or tensor, HWC or CHW      --------------'
 
 Sizes are read from the header and refused before anything is decoded.
 """
 
+import base64
+import binascii
+import http.client
 import os
+import urllib.request
 import warnings
-from typing import BinaryIO
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from typing import Any, BinaryIO, Literal
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from casa.errors import UserError
-from casa.media.sniff import looks_like_text, read_head
+from casa.media.sniff import HEAD_BYTES, looks_like_text, read_head
 
 # 8192 x 8192. Below half of Pillow's own limit, so that ours is always the one that speaks.
 MAX_PIXELS = 64 * 1024 * 1024
 # Vision towers of the Qwen-VL family refuse pictures more elongated than this.
 MAX_ASPECT = 200
+# Of a picture fetched from the web.
+MAX_BYTES = 128 * 1024 * 1024
+FETCH_SECONDS = 60.0
 # Named one by one: Pillow also opens EPS, for which it would run Ghostscript on the file.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+# What stands behind "ftyp" in a file of the HEIF family, where it is none of AVIF's.
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+# Of floats, a quarter of one of 255 steps: as far as arithmetic may lead beyond black and white.
+ROUNDING = 1e-3
+
+_HEIC = ("HEIF",)
+# What makes a picture of an EXIF orientation upright; from 5 on, width and height change places.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TAGS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where Pillow keeps an orientation
+_BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK", "AAAA")  # how pictures in base64 begin
+
+Channels = Literal["first", "last"]
+
+
+def as_picture(given: Any, name: str = "The picture", channels: Channels | None = None) -> Image.Image:
+    """The one door: any form of picture as a PIL image of mode RGB, upright. One that is so already comes back itself.
+
+    Takes
+    - a PIL image of any mode, a path, an open binary file, the bytes of a file, a data: address, an http(s) address
+      (which is fetched), or the bare base64 of a file;
+    - an array or tensor (H, W), (H, W, C) or (C, H, W), with C 1, 3 or 4, or last 2 for grey with transparency. Where
+      both could be meant, channels decides; left out, they are last in NumPy's and first in torch's. Values are bool;
+      uint8; uint16 from 0 to 65535; other whole numbers from 0 to 255, or from 0 to 65535 if one is above 255; floats
+      from 0 to 1 if none is above 1, else from 0 to 255.
+
+    EXIF orientation is applied, transparency laid over white, and what has more bits scaled to 8. Of an animation the
+    first frame is taken; of one that was opened, the frame at hand.
+
+    Raises:
+        UserError: no such file, damaged, no picture, too large (`open_picture`), an array of another shape, or values
+            that could mean two things: not finite, negative, or floats that end between 1 and 2.
+        TypeError: anything else.
+    """
+    if isinstance(given, Image.Image):
+        _check_size(given.size, name)
+        try:
+            return _upright_rgb(given, name)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # an opened file is decoded only now
+            raise UserError(_damaged(name)) from error
+    if isinstance(given, str):
+        given = _located(given)
+    if isinstance(given, (bytes, bytearray, memoryview)):
+        given = BytesIO(given)
+    if isinstance(given, (str, os.PathLike)) or hasattr(given, "read"):
+        return picture_from(given, name)
+    usual: Channels = "last"
+    if hasattr(given, "detach"):  # torch's: bfloat16 has no NumPy twin, and a GPU's memory is not NumPy's
+        given = given.detach().cpu()
+        given = (given.float() if given.is_floating_point() else given).numpy()
+        usual = "first"
+    if hasattr(given, "__array__"):
+        return _of_array(np.asarray(given), name, channels, usual)
+    raise TypeError(f"{name} is a {type(given).__name__}: give a PIL image, an array, a path or the bytes of a file.")
 
 
 def open_picture(path_or_file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
     """Read a picture from a path or an open binary file: PIL image, mode RGB, upright, fully decoded.
 
-    EXIF orientation is applied, transparency is laid over white, grey, 16-bit, palette and CMYK become
-    8-bit RGB, and of an animation the first frame is taken. The content counts, not the file's name.
+    The content counts, not the file's name; all else as `as_picture` says.
 
     Raises:
         UserError: no such file, a directory, empty, cut off, not a picture, more than `MAX_PIXELS`
@@ -39,43 +116,30 @@ def open_picture(path_or_file: str | os.PathLike[str] | BinaryIO) -> Image.Image
         return picture_from(path_or_file)
 
 
-def picture_from(path_or_file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
+def picture_from(path_or_file: str | os.PathLike[str] | BinaryIO, name: str = "The picture") -> Image.Image:
     """`open_picture`, with Python's warnings left alone: they are of the whole process, so that of several threads that
-    each turn them off and on, none knows what it turns them on to.
+    each turn them off and on, none knows what it turns them on to. name: how sentences call a file without one.
     """
-    if isinstance(path_or_file, (str, os.PathLike)):
-        head = read_head(path_or_file, "picture")
-        name = str(path_or_file)
-    elif hasattr(path_or_file, "read"):
-        head = b""
-        given = getattr(path_or_file, "name", None)
-        name = given if isinstance(given, str) else "The picture"
-    else:
-        raise TypeError(f"open_picture takes a path or a binary file, not {type(path_or_file).__name__}")
+    with _opened(path_or_file, name) as (image, name):
+        found = _upright_rgb(image, name)
+        # what Pillow's reader of the format knows is left behind with the file
+        return found.copy() if found is image else found
 
-    try:
-        with Image.open(path_or_file, formats=FORMATS) as image:
-            _check_size(image.size, name)
-            return _decode(image, name)
-    except (UserError, MemoryError):
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(_too_many_pixels(name)) from error
-    except UnidentifiedImageError as error:
-        if head and looks_like_text(head):
-            raise UserError(f"{name} is a text file, not a picture: name a picture file.") from error
-        if not head and _is_empty(path_or_file):
-            raise UserError(f"{name} is empty: copy or download the picture again.") from error
-        raise UserError(
-            f"{name} is no picture that can be read, or its beginning is damaged: save it as PNG or JPEG."
-        ) from error
-    # a damaged header can make a decoder raise nearly anything
-    except Exception as error:
-        raise UserError(_damaged(name)) from error
+
+def picture_size(path_or_file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int]:
+    """Width and height in px of what `open_picture` would give, from the file's header alone.
+
+    Raises what `open_picture` raises, as far as the header tells.
+    """
+    with _opened(path_or_file, "The picture") as (image, _):
+        width, height = image.size
+        # a TIFF's size is turned already; a PNG without tags in its header would be decoded to look for them behind
+        has_tags = image.format != "TIFF" and (image.format != "PNG" or any(tag in image.info for tag in _TAGS))
+        return (height, width) if has_tags and _orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
 def check_picture(image: Image.Image | np.ndarray, name: str = "The picture") -> Image.Image:
-    """A picture handed over by a caller, as a PIL image of mode RGB, upright.
+    """A frame handed over by a caller, through the same door: a PIL image of mode RGB, upright, never the caller's own.
 
     Takes a PIL image of any mode, or a uint8 array (H, W, 3) with channels red, green, blue.
 
@@ -88,52 +152,187 @@ def check_picture(image: Image.Image | np.ndarray, name: str = "The picture") ->
             raise UserError(f"{name} is an array of {image.dtype}: give uint8 values from 0 to 255.")
         if image.ndim != 3 or image.shape[2] != 3:
             raise UserError(f"{name} is an array of shape {image.shape}: give (height, width, 3).")
-        _check_size((image.shape[1], image.shape[0]), name)
-        return Image.fromarray(np.ascontiguousarray(image))
-    if isinstance(image, Image.Image):
-        _check_size(image.size, name)
-        try:
-            return _decode(image, name)
-        except (UserError, MemoryError):
-            raise
-        except Exception as error:  # an opened file is decoded only now
-            raise UserError(_damaged(name)) from error
-    raise TypeError(
-        f"{name} is a {type(image).__name__}: give a PIL image or a uint8 array (H, W, 3)"
-        + (", or read the file with open_picture." if isinstance(image, (str, os.PathLike)) else ".")
-    )
+    elif not isinstance(image, Image.Image):
+        raise TypeError(
+            f"{name} is a {type(image).__name__}: give a PIL image or a uint8 array (H, W, 3)"
+            + (", or read the file with open_picture." if isinstance(image, (str, os.PathLike)) else ".")
+        )
+    found = as_picture(image, name, "last")
+    return found.copy() if found is image else found
 
 
 def over_white(image: Image.Image) -> Image.Image:
     """A picture with transparency, of any mode, laid over white; mode RGB."""
-    rgba = image.convert("RGBA")
+    # Pillow leads no other way out of the mode La
+    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
+def data_bytes(address: str) -> bytes:
+    """What a data: address holds, in base64 (broken into lines or not) or percent-encoded. Raises UserError."""
+    head, comma, body = address.partition(",")
+    if not comma:
+        raise UserError("A data: URI has no comma: write data:image/png;base64,...")
+    if not head.lower().endswith(";base64"):
+        return unquote_to_bytes(body)
+    try:
+        return base64.b64decode("".join(body.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UserError("A data: URI holds no valid base64: encode the picture again.") from error
+
+
+def _located(given: str) -> str | bytes:
+    """The path that a text names, or the bytes that it stands for."""
+    start = given[:8].lower()
+    if start.startswith("data:"):
+        return data_bytes(given)
+    if start.startswith(("http://", "https://")):
+        return _fetched(given)
+    if start.startswith("file://"):
+        return os.fsdecode(unquote_to_bytes(given[7:]))
+    if given.startswith(_BASE64) and not os.path.exists(given):
+        with suppress(binascii.Error, ValueError):
+            return base64.b64decode("".join(given.split()), validate=True)
+    return given
+
+
+def _fetched(address: str) -> bytes:
+    try:
+        request = urllib.request.Request(address, headers={"Accept": "image/*", "User-Agent": "casa"})
+        with urllib.request.urlopen(request, timeout=FETCH_SECONDS) as answer:
+            data = answer.read(MAX_BYTES + 1)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(f"{address} cannot be fetched ({error}): check it, or download the picture.") from error
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{address} has more than {MAX_BYTES // 2**20} MiB: make the picture smaller first.")
+    return data
+
+
+@contextmanager
+def _opened(path_or_file: Any, name: str) -> Iterator[tuple[Image.Image, str]]:
+    """A file whose header was read, and its name; what goes wrong inside becomes a sentence."""
+    is_path = isinstance(path_or_file, (str, os.PathLike))
+    if is_path:
+        head = read_head(path_or_file, "picture")
+        name = str(path_or_file)
+    elif hasattr(path_or_file, "read"):
+        head = _head(path_or_file)
+        given = getattr(path_or_file, "name", None)
+        name = given if isinstance(given, str) else name
+    else:
+        raise TypeError(f"open_picture takes a path or a binary file, not {type(path_or_file).__name__}")
+
+    heic = _HEIC if _is_heic(head) and _reads_heic(name) else ()
+    try:
+        with Image.open(path_or_file, formats=FORMATS + heic) as image:
+            _check_size(image.size, name)
+            yield image, name
+    except (UserError, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(_too_many_pixels(name)) from error
+    except UnidentifiedImageError as error:
+        if is_path and looks_like_text(head):
+            raise UserError(f"{name} is a text file, not a picture: name a picture file.") from error
+        if not head:
+            raise UserError(f"{name} is empty: copy or download the picture again.") from error
+        raise UserError(
+            f"{name} is no picture that can be read, or its beginning is damaged: save it as PNG or JPEG."
+        ) from error
+    # a damaged header can make a decoder raise nearly anything
+    except Exception as error:
+        raise UserError(_damaged(name)) from error
+
+
+def _head(file: Any) -> bytes:
+    """The first bytes of an open file, which stays where it was; none of one that cannot go back."""
+    try:
+        file.seek(0)  # where Pillow begins to read, too
+        head = file.read(HEAD_BYTES)
+        file.seek(0)
+    except (OSError, AttributeError):
+        return b"?"
+    return head
+
+
+def _is_heic(head: bytes) -> bool:
+    # AVIF is of the same family, and may only say so among the brands behind the first
+    return head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS and b"avif" not in head[16 : head[3]]
+
+
+def _reads_heic(name: str) -> bool:
+    """Has Pillow read HEIC from now on."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError as error:
+        raise UserError(f"{name} is a HEIC picture: install casa-vlm[heic], or save it as JPEG.") from error
+    register_heif_opener()
+    return True
+
+
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     image.load()
     # formats such as JPEG 2000 and GIF may only now tell their real size
     _check_size(image.size, name)
+    if (turn := _TURNS.get(_orientation(image))) is not None:
+        image = image.transpose(turn)
+        for tag in _TAGS:  # so that nothing is turned twice
+            image.info.pop(tag, None)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = Image.fromarray(_eight_bits(np.asarray(image), name))
+    if image.has_transparency_data:
+        return over_white(image)
+    if image.mode == "LAB":
+        raise UserError(f"{name} has colours of the mode LAB: save it as RGB.")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
     try:
-        upright = ImageOps.exif_transpose(image)
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # unreadable EXIF data says nothing about the picture, which is whole
-        upright = image
-    if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
-        return _eight_bits(upright).convert("RGB")
-    if upright.has_transparency_data:
-        return over_white(upright)
-    return upright.copy() if upright.mode == "RGB" else upright.convert("RGB")
+        return 1
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits (integer or float), scaled to 0..255; Pillow would clip it to white."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    peak = values.max()
-    full = max(65535.0, peak)
-    if image.mode == "F":
-        # floats have no agreed white: 1.0 and 255 are the two in use
-        full = 1.0 if peak <= 1.0 else max(255.0, peak)
-    return Image.fromarray(np.rint(values.clip(0, full) * (255.0 / full)).astype(np.uint8))
+def _of_array(values: np.ndarray, name: str, channels: Channels | None, usual: Channels) -> Image.Image:
+    shape = values.shape
+    first = len(shape) == 3 and shape[0] in (1, 3, 4) and channels != "last"
+    last = len(shape) == 3 and shape[2] in (1, 2, 3, 4) and channels != "first"
+    if not (first or last or len(shape) == 2):
+        raise UserError(f"{name} is an array of shape {shape}: give (height, width, 3) or (3, height, width).")
+    if first and not (last and usual == "last"):
+        values = values.transpose(1, 2, 0)
+    _check_size((values.shape[1], values.shape[0]), name)
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[:, :, 0]
+    return _upright_rgb(Image.fromarray(np.ascontiguousarray(_eight_bits(values, name))), name)
+
+
+def _eight_bits(values: np.ndarray, name: str) -> np.ndarray:
+    """Values in any of the scales that `as_picture` takes, as uint8."""
+    kind = values.dtype.kind
+    if values.dtype == np.uint8:
+        return values
+    if kind == "b":
+        return values.astype(np.uint8) * np.uint8(255)
+    if kind not in "iuf":
+        raise UserError(f"{name} is an array of {values.dtype}: give numbers, best uint8 from 0 to 255.")
+    low, high = values.min(), values.max()
+    if kind == "f":
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise UserError(f"{name} has values that are not finite: give floats from 0 to 1, or uint8 from 0 to 255.")
+        full = 1.0 if high <= 1 + ROUNDING else 255.0
+        # what overshoots white a little would be nearly black on the other scale
+        fits = full == 1.0 or high >= 2
+        wanted = "floats from 0 to 1 or from 0 to 255"
+    else:
+        full = 65535.0 if (kind == "u" and values.itemsize == 2) or high > 255 else 255.0
+        fits = True
+        wanted = "uint8 from 0 to 255 or uint16 from 0 to 65535"
+    slack = full * ROUNDING if kind == "f" else 0
+    if not fits or low < -slack or high > full + slack:
+        raise UserError(f"{name} has values from {low:g} to {high:g}, which may mean anything: give {wanted}.")
+    return np.rint(values.astype(np.float64).clip(0, full) * (255.0 / full)).astype(np.uint8)
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:
@@ -152,11 +351,3 @@ def _too_many_pixels(name: str, size: str = "") -> str:
 
 def _damaged(name: str) -> str:
     return f"{name} is damaged or cut off: copy or download the picture again."
-
-
-def _is_empty(file: object) -> bool:
-    try:
-        file.seek(0)  # pyright: ignore[reportAttributeAccessIssue]
-        return not file.read(1)  # pyright: ignore[reportAttributeAccessIssue]
-    except (OSError, AttributeError):
-        return False

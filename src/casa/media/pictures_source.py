@@ -15,7 +15,10 @@ from casa.media.pictures import check_picture, open_picture
 from casa.media.sampling import TOLERANCE, as_they_come
 from casa.media.source import Frame, Source, check_fps, check_span
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm", ".pnm")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".mpo", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"),
+    *(".jp2", ".ppm", ".pgm", ".pnm"),
+)
 
 
 class FolderSource(Source):

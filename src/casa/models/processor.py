@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
 from transformers.utils import PROCESSOR_NAME
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from casa.errors import UserError
+from casa.media.pictures import as_picture
 from casa.models.loading import check_folder, reading, refuse_code
 from casa.models.places import Places
 from casa.models.shipped import resolve
@@ -76,8 +76,9 @@ class CasaProcessor(ProcessorMixin):
         """Tokens (B, L) with `attention_mask`, and with images their patches, grids and `image_positions` (n, 2).
 
         images: one picture, a list for a single text, or a list of lists, one per text; every text holds the
-        image token once per picture. Rows are padded on the left. Raises UserError if pictures and places
-        differ in number, or for a video, which is read frame by frame.
+        image token once per picture. A picture is whatever `casa.media.pictures.as_picture` takes, and read as it
+        says. Rows are padded on the left. Raises UserError if pictures and places differ in number, or for a video,
+        which is read frame by frame.
         """
         if videos is not None:
             raise UserError("a video is read frame by frame; give its frames as images.")
@@ -112,15 +113,23 @@ class CasaProcessor(ProcessorMixin):
             positions += [(number, left + place) for place in places]
         data: dict[str, Any] = {"input_ids": torch.tensor(input_ids), "attention_mask": torch.tensor(mask)}
         if flat:
-            data |= self.image_processor(images=flat, return_tensors="pt")
+            named = [f"Picture {number}" if len(flat) > 1 else "The picture" for number in range(1, len(flat) + 1)]
+            pictures = [as_picture(*given) for given in zip(flat, named, strict=True)]
+            data |= self.image_processor(images=pictures, return_tensors="pt")
             data["image_positions"] = Places.of(positions)
         return BatchFeature(data)
 
     def frame(self, image: Any) -> tuple[list[int], list[int], dict[str, Any]]:
-        """A streamed frame: token ids before it, token ids after it, and its pixels and grid."""
+        """A streamed frame, in any form that `casa.media.pictures.as_picture` takes: token ids before it, token ids
+        after it, and its pixels and grid.
+        """
         before = self.tokenizer.encode(self.frame_prefix, add_special_tokens=False) if self.frame_prefix else []
         after = self.tokenizer.encode(self.frame_suffix, add_special_tokens=False) if self.frame_suffix else []
-        return before, self.gist_ids + after, dict(self.image_processor(images=[image], return_tensors="pt"))
+        return (
+            before,
+            self.gist_ids + after,
+            dict(self.image_processor(images=[as_picture(image)], return_tensors="pt")),
+        )
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """As in transformers, and for templates that know only text: pictures stand in it as the image token.
@@ -147,7 +156,7 @@ class CasaProcessor(ProcessorMixin):
     ) -> Any:
         place = self.frame_prefix + self.image_token + self.frame_suffix
         images = [
-            load_image(part.get("image") or part.get("url") or part.get("path") or "")
+            next((part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None), None)
             for part in _parts(conversation)
             if part.get("type") == "image"
         ]
@@ -186,9 +195,9 @@ def _compile(template: Any) -> None:
 def _flat(images: Any) -> list[Any]:
     if images is None:
         return []
-    if not isinstance(images, (list, tuple)):
-        return [images]
-    return [picture for entry in images for picture in (_flat(entry) if isinstance(entry, (list, tuple)) else [entry])]
+    if isinstance(images, (list, tuple)):
+        return [picture for entry in images for picture in _flat(entry)]
+    return list(images) if getattr(images, "ndim", 0) == 4 else [images]
 
 
 def _per_text(images: Any) -> list[int] | None:

@@ -7,39 +7,28 @@ give.
 """
 
 import io
+import os
 from typing import Any
 
-from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
 
 from casa.data.bad import BadRecord
 from casa.data.record import Picture
 from casa.errors import UserError
+from casa.media import pictures as media
 from casa.models.picture_processing import CasaFlexibleImageProcessor, CasaSquareImageProcessor
 from casa.vision import family_of
-
-_ORIENTATION = 0x0112
-_TURNED = (5, 6, 7, 8)  # values of the orientation tag under which width and height change places
 
 
 def picture_size(picture: Picture) -> tuple[int, int]:
     """Width and height in px, upright, from the file's header. Raises BadRecord if there is no readable header."""
     source = io.BytesIO(picture.source) if isinstance(picture.source, bytes) else picture.source
-    name = "The picture" if isinstance(picture.source, bytes) else str(picture.source)
     try:
-        with Image.open(source) as image:
-            width, height = image.size
-            # a PNG without the tag in its header would be decoded to look for it behind the pixels
-            has_tags = image.format != "PNG" or "exif" in image.info
-            if has_tags and image.getexif().get(_ORIENTATION) in _TURNED:
-                width, height = height, width
-    except FileNotFoundError as error:
-        raise BadRecord("missing-picture", f"There is no file {name}: check the path.") from error
-    # a damaged header can make a decoder raise nearly anything
-    except Exception as error:
-        raise BadRecord("unreadable-picture", f"{name} is no picture that can be read: {error}") from error
-    return width, height
+        return media.picture_size(source)
+    except UserError as error:
+        gone = not isinstance(picture.source, bytes) and not os.path.lexists(picture.source)
+        raise BadRecord("missing-picture" if gone else "unreadable-picture", str(error)) from error
 
 
 def fold_of(config: Any) -> int:
