@@ -1,10 +1,12 @@
 """The app: its settings, and a page whose files and no others can be had."""
 
+import http.client
 import json
 import re
 import threading
 import urllib.error
 import urllib.request
+from contextlib import closing
 
 import pytest
 import torch
@@ -57,6 +59,23 @@ def test_the_page_and_its_files(server):
     about = json.loads(get(server, "/about.json")[2])
     assert (about["model"], about["prompt"], about["needs_token"]) == ("tiny", "say it", False)
     assert (about["text_tokens"], about["most_text_tokens"]) == (1024, 8192)
+
+
+def test_whatever_can_be_had_can_be_asked_about(server, client):
+    """HEAD gives the head that GET gives, and no body."""
+    with client(server) as socket:
+        name = socket.hello()["stream"]
+        paths = ["/", "/app.js", "/film.mp4", "/about.json", "/health", "/metrics", "/v1/models", "/v1/models/tiny"]
+        for path in [*paths, f"/v1/streams/{name}/captions.srt", "/v1/models/none", "/nothing"]:
+            status, headers, _ = get(server, path)
+            line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+            with closing(line):
+                line.request("HEAD", path)
+                answer = line.getresponse()
+                assert (answer.status, answer.read()) == (status, b""), path
+                assert answer.headers["Content-Type"] == headers["Content-Type"], path
+                if path != "/metrics":
+                    assert answer.headers["Content-Length"] == headers["Content-Length"], path
 
 
 def test_the_page_needs_nothing_from_elsewhere(server):

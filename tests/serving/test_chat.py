@@ -169,11 +169,24 @@ def test_chats_beyond_the_limit_are_told_to_wait(serving, until):
         with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0) as ai:
             asked = {"model": "tiny", "messages": [{"role": "user", "content": "tell"}], "temperature": 2.0}
             state.chats += 1
-            with pytest.raises(openai.RateLimitError):
+            with pytest.raises(openai.RateLimitError) as told:
                 ai.chat.completions.create(**asked, max_tokens=2)
+            assert int(told.value.response.headers["Retry-After"]) >= 1
             state.chats -= 1
             assert ai.chat.completions.create(**asked, max_tokens=2).choices
             until(lambda: state.chats == 0)
+
+
+def test_a_server_that_stops_says_so(serving):
+    with (
+        serving() as server,
+        openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0) as ai,
+    ):
+        server._state.worker.stop()
+        with pytest.raises(openai.InternalServerError) as told:
+            ai.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "tell"}])
+        assert told.value.status_code == 503
+        assert int(told.value.response.headers["Retry-After"]) >= 1
 
 
 def test_bodies_are_read_off_the_event_loop(chatting, monkeypatch):

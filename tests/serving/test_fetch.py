@@ -1,6 +1,7 @@
 """Pictures from elsewhere: of the public internet only, from the address that was checked, within bounds."""
 
 import io
+import ipaddress
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -14,38 +15,72 @@ from casa.serving.pictures import read_address
 LIMITS = Limits()
 
 
-@pytest.mark.parametrize(
-    "host",
-    [
-        "127.0.0.1",
-        "localhost",
-        "10.1.2.3",
-        "192.168.0.1",
-        "169.254.169.254",
-        "0.0.0.0",
-        "224.0.0.1",
-        "100.64.0.1",
-        "2130706433",
-        "0x7f.1",
-        "::1",
-        "fe80::1",
-        "fd00::1",
-        "::ffff:127.0.0.1",
-        "2002:7f00:1::",
-        "64:ff9b::10.0.0.1",
-        "",
-        "a" * 300,
+LOCAL = {
+    "version 4": ["127.0.0.1", "127.8.9.10", "10.1.2.3", "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1"],
+    "version 4, of no host": ["0.0.0.0", "0.1.2.3", "224.0.0.1", "240.0.0.1", "255.255.255.255", "198.18.0.1"],
+    "version 4, for documents and relays": ["192.0.2.1", "203.0.113.9", "192.88.99.1"],
+    "version 4 as programs of old wrote it": [
+        "2130706433", "0x7f000001", "0x7f.1", "0177.0.0.1", "017700000001", "127.1", "10.1", "0xa9.254.0xa9fe",
     ],
-)
-def test_addresses_of_this_network_are_never_fetched(host):
+    "version 4 in other letters": ["\uff11\uff12\uff17.0.0.1", "127\u30020\u30020\u30021", "\u2460\u2461\u2466.0.0.1"],
+    "names": ["localhost", "LOCALHOST", "localhost.", "", "a" * 300, "-.-"],
+    "version 6": ["::", "::1", "0:0:0:0:0:0:0:1", "fe80::1", "fe80::1%1", "::1%1", "fc00::1", "fd00::1", "fec0::1"],
+    "version 6, of no host": ["ff02::1", "ff0e::1", "100::1", "2001:db8::1", "3fff::1", "5f00::1", "4000::1", "::2"],
+    "mapped": ["::ffff:127.0.0.1", "::ffff:7f00:1", "0:0:0:0:0:ffff:10.0.0.1", "::ffff:169.254.169.254"],
+    "compatible": ["::127.0.0.1", "::7f00:1", "::10.0.0.1", "::8.8.8.8"],
+    "translated": ["::ffff:0:127.0.0.1", "::ffff:0:7f00:1", "::ffff:0:10.0.0.1"],
+    "6to4": ["2002:7f00:1::", "2002:a00:1::1", "2002:a9fe:a9fe::1"],
+    "NAT64": ["64:ff9b::10.0.0.1", "64:ff9b::7f00:1", "64:ff9b:1::7f00:1", "64:ff9b:1::8.8.8.8"],
+    "Teredo": ["2001:0:4136:e378:8000:63bf:80ff:fffe", "2001:0:7f00:1::1"],
+    "ISATAP": ["2001:4860::5efe:7f00:1", "2001:4860::200:5efe:10.0.0.1", "fe80::5efe:8.8.8.8"],
+}  # fmt: skip
+PUBLIC = [
+    "8.8.8.8",
+    "1.1.1.1",
+    "2001:4860:4860::8888",
+    "2a00:1450:4001::1",
+    "::ffff:8.8.8.8",
+    "64:ff9b::8.8.8.8",
+    "2002:808:808::1",
+    "2001:4860::5efe:8.8.8.8",
+]
+
+
+@pytest.mark.parametrize("host", [host for hosts in LOCAL.values() for host in hosts])
+def test_addresses_of_this_network_are_never_fetched(host, monkeypatch):
+    """Whatever the resolver makes of them: those that it does not know are judged as they are written."""
+    monkeypatch.setattr(fetch.socket, "create_connection", lambda *_, **__: pytest.fail("connected"))
     assert fetch.public_address(host) is None
     with pytest.raises(UserError, match="public internet"):
         read_address(f"http://[{host}]/a.png" if ":" in host else f"http://{host}/a.png", LIMITS, True)
+    if ":" in host:
+        # a name may lead there too, on machines without version 6 as well
+        found = [(10, 1, 6, "", (host, 0, 0, 0))]
+        monkeypatch.setattr(fetch.socket, "getaddrinfo", lambda *_, **__: found)
+        assert fetch.public_address("name.example") is None
 
 
-@pytest.mark.parametrize("host", ["8.8.8.8", "2001:4860:4860::8888", "::ffff:8.8.8.8"])
+@pytest.mark.parametrize("host", PUBLIC)
 def test_addresses_of_the_public_internet(host):
-    assert fetch.public_address(host) == host
+    found = fetch.public_address(host)
+    assert found is not None
+    assert ipaddress.ip_address(found) == ipaddress.ip_address(host)
+
+
+def test_the_name_is_looked_up_once_and_the_address_judged_is_connected_to(monkeypatch):
+    """A name that leads somewhere else at its second look-up gets nowhere."""
+    answers = iter([[(2, 1, 6, "", ("8.8.8.8", 0))], [(2, 1, 6, "", ("127.0.0.1", 0))]])
+    monkeypatch.setattr(fetch.socket, "getaddrinfo", lambda *_, **__: next(answers))
+    asked = []
+
+    def connect(address, *_, **__):
+        asked.append(address)
+        raise OSError("nobody")
+
+    monkeypatch.setattr(fetch.socket, "create_connection", connect)
+    with pytest.raises(UserError, match="cannot be fetched"):
+        read_address("http://turns.example:81/a.png", LIMITS, True)
+    assert asked == [("8.8.8.8", 81)]
 
 
 def test_a_name_with_one_private_address_is_not_public(monkeypatch):

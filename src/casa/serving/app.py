@@ -8,6 +8,7 @@ from dataclasses import replace
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, CasaProcessor
@@ -89,6 +90,10 @@ def create_app(
     )
     app.state.casa = state
     for part in (routes_streams, routes_chat, routes_health, routes_page):
+        for route in part.router.routes:
+            # whatever can be had can be asked about; the transport leaves the body out
+            if isinstance(route, Route) and route.methods is not None and "GET" in route.methods:
+                route.methods.add("HEAD")
         app.include_router(part.router)
     app.add_middleware(Guard, state=state)  # type: ignore[arg-type]
 

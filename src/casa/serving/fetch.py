@@ -99,14 +99,23 @@ def public_address(host: str) -> str | None:
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Version 6 can carry an address of version 4, which is then the one that counts."""
-    if isinstance(address, ipaddress.IPv6Address):
-        inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
-        if inner is not None:
-            return _is_public(inner)
-        if address in NAT64:
-            return _is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-    return address.is_global and not address.is_multicast
+    """Version 6 can carry an address of version 4 in several ways, and that one then counts as well."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_global and not address.is_multicast and address not in RELAYS
+    last = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    if address.ipv4_mapped is not None or address in NAT64:
+        return _is_public(last)
+    if address not in GIVEN_OUT or address in EXAMPLES or not address.is_global:
+        return False
+    if address.sixtofour is not None and not _is_public(address.sixtofour):
+        return False
+    return (int(address) >> 32) & 0xFFFFFFFF not in ISATAP or _is_public(last)
 
 
+# All of version 6 that is the public internet's. What lies outside is local, reserved, or version 4 in one more form
+# (::127.0.0.1, ::ffff:0:127.0.0.1), and the standard library calls much of it global.
+GIVEN_OUT = ipaddress.ip_network("2000::/3")
+EXAMPLES = ipaddress.ip_network("3fff::/20")  # for documents; newer than Python 3.11's own list
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+RELAYS = ipaddress.ip_network("192.88.99.0/24")  # of 6to4: whoever is nearest, this network's own included
+ISATAP = (0x00005EFE, 0x02005EFE)  # before the address of version 4 that stands at the end

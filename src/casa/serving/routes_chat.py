@@ -17,6 +17,7 @@ from casa.serving.chat_request import ChatRequest, RequestError, parse_body, rea
 from casa.serving.completion import Completion, Piece
 from casa.serving.errors import error_response
 from casa.serving.state import ServerState
+from casa.serving.worker import STOPPING
 
 LOOK_AFTER = 0.5  # seconds between looks at whether the client is still there
 
@@ -59,7 +60,7 @@ async def chat(request: Request) -> Response:
         return error_response(error.status, str(error), error.param, error.code, close=error.status in (408, 413))
     except UserError as error:
         state.metrics.count("errors")
-        return error_response(400, str(error))
+        return error_response(503 if error is STOPPING else 400, str(error))
     except ClientDisconnect:
         return Response(status_code=499)  # nobody reads it
     except Exception as error:
