@@ -19,9 +19,8 @@ from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.models.loading import sentence_of
 from casa.models.stopping import stop_ids
 from casa.serving.chat_request import ChatRequest, RequestError, for_template
+from casa.serving.detokenizer import Detokenizer, begun
 from casa.vision import token_grids
-
-UNFINISHED = "\ufffd"  # how a tokenizer shows a character of which not all bytes are there yet
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Completion:
         self._most_prompt, self._tell = most_prompt, tell
         self._generator = torch.Generator().manual_seed(request.seed)
         self._stops = frozenset(stop_ids(model, processor.tokenizer))
+        self._text = Detokenizer(processor.tokenizer)
         self._inputs: dict[str, Any] | None = None
         self._patches: list[Tensor] = []  # of the pictures that are not encoded yet
         self._features: list[Tensor] = []
@@ -134,26 +134,15 @@ class Completion:
         ended = token in self._stops
         if not ended:
             self._tokens.append(token)
-        text = self._processor.tokenizer.decode(self._tokens, skip_special_tokens=True).lstrip()
+        full = len(self._tokens) == self._request.max_tokens
+        last = ended or full
+        text = self._text.whole(self._tokens) if last else self._text.settled(self._tokens)
         cut = min((at for stop in self._request.stop if (at := text.find(stop)) >= 0), default=None)
         if cut is not None:
-            text, ended = text[:cut], True
-        full = len(self._tokens) == self._request.max_tokens
-        if ended or full:
-            self._tell(Piece(text[self._given :], "stop" if ended else "length"))
-            return True
-        ready = len(text) - self._held_back(text)
-        if ready > self._given:
-            self._tell(Piece(text[self._given : ready]))
+            text, ended, last = text[:cut], True, True
+        ready = len(text) if last else len(text) - max((begun(text, stop) for stop in self._request.stop), default=0)
+        if last or ready > self._given:
+            finish = ("stop" if ended else "length") if last else None
+            self._tell(Piece(text[self._given : ready], finish))
             self._given = ready
-        return False
-
-    def _held_back(self, text: str) -> int:
-        """Characters at the end that may yet change: half a character, or the beginning of a stop string."""
-        held = len(text) - len(text.rstrip(UNFINISHED))
-        for stop in self._request.stop:
-            for length in range(min(len(stop) - 1, len(text)), held, -1):
-                if text.endswith(stop[:length]):
-                    held = length
-                    break
-        return held
+        return last
