@@ -199,6 +199,9 @@ class Camera:
         return self
 
     def __exit__(self, *_):
+        self.close()
+
+    def close(self):
         pass
 
     def __iter__(self):

@@ -68,13 +68,16 @@ class Outputs:
         if self._afterwards:
             self._all.say(at, at + self._hold, text)
 
-    def finish(self, duration: float | None) -> None:
-        """Closes the files, then writes the videos that need all captions."""
+    def close(self, duration: float | None) -> None:
+        """Closes the files. duration: seconds of the whole, where it has an end."""
         end = duration if duration is not None and math.isfinite(duration) else None
         self._writers.close(end)
         self._all.close(end)
         if self._recorder is not None:
             self._recorder.close()
+
+    def make_videos(self) -> None:
+        """Writes the videos that need all captions."""
         request = self._request
         if self._afterwards and request.burn is not None:
             burn_captions(request.path, self._said, request.burn, fps=request.fps)

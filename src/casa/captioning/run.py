@@ -2,11 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from casa.captioning.ending import Ending
 from casa.captioning.outputs import Outputs
 from casa.captioning.progress import Progress
 from casa.captioning.questions import Questions
@@ -29,6 +31,7 @@ class Report:
 
     damaged: packets, frames and picture files. reconnects: connections made after the first. stopped: by
     Ctrl-C, which is how live pace ends; the state is kept. recording: the video of what comes only once, if asked for.
+    began: whether it came to watching at all.
     """
 
     live: bool = False
@@ -41,6 +44,7 @@ class Report:
     reconnects: int = 0
     stopped: bool = False
     recording: Path | None = None
+    began: bool = False
 
     @property
     def is_clean(self) -> bool:
@@ -60,16 +64,28 @@ class Report:
         return "; ".join(told) + "."
 
 
-def caption(request: Request, model: str, load: Load, tell: Tell = lambda at, text: None) -> Report:
+def caption(
+    request: Request,
+    model: str,
+    load: Load,
+    tell: Tell = lambda at, text: None,
+    *,
+    report: Report | None = None,
+    ending: Ending | None = None,
+) -> Report:
     """Captions a source to its end; in live pace, to its end or Ctrl-C.
 
     model, load: `load(model)` gives the model and its processor; called once the source has been opened. tell: called
-    with each caption and answer, and its second, as it is said.
+    with each caption and answer, and its second, as it is said. report: the one to fill, which then tells of a run that
+    ended in an error, too. ending: an `Ending` that is listening; it waits while something is written.
+    However it ends, its threads have ended, and the files are whole and can be gone on with.
     Raises UserError for a source, a model or an output that cannot be, and for a state of another run.
+    KeyboardInterrupt is raised where every frame is watched.
     """
+    report = report if report is not None else Report()
+    held = ending.held if ending is not None else nullcontext
     progress = Progress(request, model)
     after = progress.place.seconds
-    report = Report()
     with _open(request, after) as source:
         report.live = source.is_live if request.live is None else request.live
         late = _stands_when_said(request, report.live)
@@ -79,46 +95,69 @@ def caption(request: Request, model: str, load: Load, tell: Tell = lambda at, te
         passed = None if source.is_live else after
         until = None if passed is None else progress.place.until
         questions = Questions(request.questions, progress.place.asked)
-        with Outputs(request, progress.resumed, until) as outputs:
-            frames = outputs.recorded(_behind(source, passed))
+        with held():
+            outputs = Outputs(request, progress.resumed, until)
+        with outputs:
+            frames = _Frames(outputs.recorded(_behind(source, passed)), source.close)
 
             def said(seconds: float, text: str, lag: float | None = None) -> None:
                 report.said += 1
                 at = progress.at(offset + seconds + ((lag or 0.0) if late else 0.0))
-                outputs.say(at, at - offset, text, lag)
-                progress.say(offset + seconds, at, text, lag)
+                with held():
+                    outputs.say(at, at - offset, text, lag)
+                    progress.say(offset + seconds, at, text, lag)
                 tell(at, text)
 
             seconds, shown_at = 0.0, None
             if passed is not None:
                 # where the session stands, also if no frame comes any more
                 seconds = passed
-                for at, text, lag in progress.place.said:
-                    outputs.say_again(at, text, lag)
+                with held():
+                    for at, text, lag in progress.place.said:
+                        outputs.say_again(at, text, lag)
             try:
-                for moment in _watched(session, frames, request, source, report, ahead=not outputs.records):
-                    seconds = moment.seconds
-                    # a file's own pace has no clock that a caption could lag behind
-                    shown_at = time.monotonic() - moment.lag if report.live else None
-                    if moment.text:
-                        said(seconds, moment.text, moment.lag if report.live else None)
-                    _answer(session, questions, offset + seconds, seconds, shown_at, said, report)
-                    progress.reached(offset + seconds, questions.asked, session)
+                report.began = True
+                with closing(_watched(session, frames, request, source, report, not outputs.records)) as moments:
+                    for moment in moments:
+                        seconds = moment.seconds
+                        # a file's own pace has no clock that a caption could lag behind
+                        shown_at = time.monotonic() - moment.lag if report.live else None
+                        if moment.text:
+                            said(seconds, moment.text, moment.lag if report.live else None)
+                        _answer(session, questions, offset + seconds, seconds, shown_at, said, report)
+                        with held():
+                            progress.reached(offset + seconds, questions.asked, session)
                 if session.frames:
                     _answer(session, questions, math.inf, seconds, shown_at, said, report)
-                    progress.reached(offset + seconds, questions.asked, session)
-                    progress.save(session)
+                    with held():
+                        progress.reached(offset + seconds, questions.asked, session)
+                        progress.save(session)
             except KeyboardInterrupt:
                 # the session may be in the middle of a caption: the state saved before it is the one to go on from
+                report.stopped = True
                 if not report.live:
                     raise
-                report.stopped = True
-            report.damaged, report.reconnects = source.counts.skipped, source.counts.reconnects
-            outputs.finish(source.duration)
-            report.recording = outputs.recording
+            finally:
+                report.damaged, report.reconnects = source.counts.skipped, source.counts.reconnects
+                report.recording = outputs.recording
+            with held():
+                outputs.close(source.duration)
+            if not report.stopped:
+                outputs.make_videos()
         if not report.stopped:
             progress.finish()
     return report
+
+
+@dataclass
+class _Frames:
+    """Frames on their way from a source, and its `close`, which any thread may call."""
+
+    frames: Iterator[Any]
+    close: Callable[[], None]
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.frames
 
 
 def _open(request: Request, after: float | None) -> Source:
@@ -148,16 +187,17 @@ def _behind(frames: Iterable[Any], after: float | None) -> Iterator[Any]:
 
 
 def _watched(
-    session: StreamingSession, frames: Iterator[Any], request: Request, source: Source, report: Report, ahead: bool
-) -> Iterator[Moment]:
+    session: StreamingSession, frames: Iterable[Any], request: Request, source: Source, report: Report, ahead: bool
+) -> Generator[Moment, None, None]:
     if not report.live:
-        moments = watch(session, frames, report.count, ahead=ahead)
+        watched = watch(session, frames, report.count, ahead=ahead)
     else:
-        moments = watch_live(session, frames, request.fps, count=report.count, in_real_time=not source.is_live)
-    for moment in moments:
-        report.longest_lag, report.last_lag = max(report.longest_lag, moment.lag), moment.lag
-        report.total_lag += moment.lag
-        yield moment
+        watched = watch_live(session, frames, request.fps, count=report.count, in_real_time=not source.is_live)
+    with closing(watched) as moments:
+        for moment in moments:
+            report.longest_lag, report.last_lag = max(report.longest_lag, moment.lag), moment.lag
+            report.total_lag += moment.lag
+            yield moment
 
 
 def _answer(

@@ -69,7 +69,7 @@ def caption(
     if len(words) not in (1, 2):
         raise UserError("caption takes one video: casa caption casa-tiny talk.mp4 --out talk.srt")
     name, source = words if len(words) == 2 else ("casa-tiny", words[0])
-    from casa.captioning import Request, parse_option, parse_question
+    from casa.captioning import Ending, Report, Request, parse_option, parse_question
     from casa.captioning import caption as run
     from casa.models.at_hand import load_at_hand
     from casa.streaming import Sampling
@@ -96,13 +96,24 @@ def caption(
         source_options=dict(parse_option(written) for written in source_option or ()),
         reconnect_for=reconnect_for,
     )
-    report = run(
-        request,
-        name,
-        lambda known: load_at_hand(known, device),
-        lambda at, text: print(f"{at:8.2f} s  {text}", flush=True),
-    )
-    if report.live or not report.is_clean:
-        print(report.sentence(), file=sys.stderr)
+    report, whole = Report(), False
+    with Ending() as ending:
+        try:
+            report = run(
+                request,
+                name,
+                lambda known: load_at_hand(known, device),
+                lambda at, text: print(f"{at:8.2f} s  {text}", flush=True),
+                report=report,
+                ending=ending,
+            )
+            whole = not report.stopped
+        except KeyboardInterrupt:
+            report.stopped = True
+        finally:
+            if report.began and (report.live or not (whole and report.is_clean)):
+                print(report.sentence(), file=sys.stderr)
     if report.recording not in (None, burn):
         print(f"{burn} was there already; this video is {report.recording}.", file=sys.stderr)
+    if report.stopped:
+        raise typer.Exit(ending.status)

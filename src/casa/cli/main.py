@@ -8,7 +8,7 @@ import typer
 from casa.cli import adapt, ask, bench, caption, data, demo, evaluate, export, serve, train
 from casa.errors import UserError
 
-STOPPED = 130  # the exit status of Ctrl-C
+STOPPED = (129, 130, 143)  # the exit status of a closed terminal, of Ctrl-C, of SIGTERM
 
 app = typer.Typer(
     name="casa",
@@ -51,8 +51,8 @@ def run() -> None:
         print(f"casa: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
-        # Typer makes this of Ctrl-C, and says nothing
-        if end.code == STOPPED:
+        # Typer makes 130 of Ctrl-C, and says nothing
+        if end.code in STOPPED:
             print("casa: stopped.", file=sys.stderr)
         raise
 

@@ -6,17 +6,21 @@ The next frame is decoded, encoded and projected while words are still being fou
 runs ahead). Each box holds one frame. Of a file, whoever puts one waits until there is room. Live, a newer frame
 replaces it, and what is replaced is counted as dropped: nothing queues up, and lag cannot accumulate. A caption is cut
 at its budget, the time between two frames.
+
+However a watch ends, its threads have ended before it does: a process that goes while one of them computes is aborted.
 """
 
+import inspect
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from casa.errors import UserError
 
-PATIENCE = 5.0  # s that the end of a watch waits for its thread, which may be in the middle of a frame
+PATIENCE = 5.0  # s that the end of a watch waits for a source that neither gives nor ends
 Clock = Callable[[], float]
 Item = TypeVar("Item")
 
@@ -103,6 +107,36 @@ class Box(Generic[Item]):
             self._changed.notify_all()
 
 
+class _Reading:
+    """A source as its thread reads it: whether that waits for a frame, and how to let it go.
+
+    A `close` that it has (a `Source`'s) is one that any thread may call; a generator's is not.
+    """
+
+    def __init__(self, frames: Iterable[Any]) -> None:
+        self._source, self._frames = frames, iter(frames)
+        self.waits = False
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        self.waits = True
+        try:
+            return next(self._frames)
+        finally:
+            self.waits = False
+
+    def end(self, thread: threading.Thread) -> None:
+        """Waits for the thread: while it computes, as long as that takes; for a source that hangs, not for ever."""
+        close = None if inspect.isgenerator(self._source) else getattr(self._source, "close", None)
+        if close is not None and thread.is_alive():
+            close()
+        began = time.monotonic()
+        while thread.is_alive() and not (self.waits and time.monotonic() - began > PATIENCE):
+            thread.join(0.1)
+
+
 def watch(
     session: Watcher,
     frames: Iterable[Any],
@@ -110,20 +144,22 @@ def watch(
     *,
     ahead: bool = True,
     clock: Clock = time.monotonic,
-) -> Iterator[Moment]:
-    """Every frame in turn, as fast as it goes. frames: objects with `image` and `time` (seconds).
+) -> Generator[Moment, None, None]:
+    """Every frame in turn, as fast as it goes. frames: objects with `image` and `time` (seconds). Where the watch ends
+    before they do, a `close` that they have is called: it may come while another thread waits for the next.
 
     ahead: read and encode the next two frames, in another thread, while words are found for this one. What is said is
     the same. Raises whatever the source or the session raises, after the captions of the frames before.
     """
     count = count if count is not None else Count()
-    pictures = _pictures(session, frames, count)
-    for frame, seen in _looked_ahead(session, pictures) if ahead else pictures:
-        began = clock()
-        text = session.step(seen)
-        count.frames += 1
-        took = clock() - began
-        yield Moment(frame.time, text, took, took, True)
+    seen = _looked_ahead(session, frames, count) if ahead else _pictures(session, frames, count)
+    with closing(seen):
+        for frame, picture in seen:
+            began = clock()
+            text = session.step(picture)
+            count.frames += 1
+            took = clock() - began
+            yield Moment(frame.time, text, took, took, True)
 
 
 def _picture(session: Watcher, frame: Any, count: Count) -> Any:
@@ -135,7 +171,7 @@ def _picture(session: Watcher, frame: Any, count: Count) -> Any:
         return None
 
 
-def _pictures(session: Watcher, frames: Iterable[Any], count: Count) -> Iterator[tuple[Any, Any]]:
+def _pictures(session: Watcher, frames: Iterable[Any], count: Count) -> Generator[tuple[Any, Any], None, None]:
     """Frames with their pictures, those without one left out."""
     for frame in frames:
         picture = _picture(session, frame, count)
@@ -143,14 +179,15 @@ def _pictures(session: Watcher, frames: Iterable[Any], count: Count) -> Iterator
             yield frame, picture
 
 
-def _looked_ahead(session: Watcher, pictures: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+def _looked_ahead(session: Watcher, frames: Iterable[Any], count: Count) -> Generator[tuple[Any, Any], None, None]:
     """Frames with what the session saw in them: one waits in the box while the next is being looked at."""
+    reading = _Reading(frames)
     box: Box[tuple[Any, Any]] = Box()
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            for frame, picture in pictures:
+            for frame, picture in _pictures(session, reading, count):
                 if not box.hand((frame, session.look(picture))):
                     break
         except BaseException as error:  # handed to the thread that watches
@@ -166,7 +203,7 @@ def _looked_ahead(session: Watcher, pictures: Iterable[tuple[Any, Any]]) -> Iter
             yield found
     finally:
         box.close()
-        thread.join(PATIENCE)
+        reading.end(thread)
     if errors:
         raise errors[0]
 
@@ -179,13 +216,14 @@ def watch_live(
     count: Count | None = None,
     in_real_time: bool = False,
     clock: Clock = time.monotonic,
-    sleep: Callable[[float], Any] = time.sleep,
-) -> Iterator[Moment]:
-    """The newest frame, always, until the stream ends; the last frame is never dropped.
+    sleep: Callable[[float], Any] | None = None,
+) -> Generator[Moment, None, None]:
+    """The newest frame, always, until the stream ends; the last frame is never dropped. frames: as for `watch`.
 
     fps: frames per second that are looked at; 1 / fps is the budget of a caption. in_real_time: `frames` comes from a
-    file, and a frame is held back until its time. Raises UserError for an fps that is not above 0, and whatever the
-    source or the session raises, after the captions of the frames before.
+    file, and a frame is held back until its time. sleep: for tests; otherwise it is cut short by the end.
+    Raises UserError for an fps that is not above 0, and whatever the source or the session raises, after the captions
+    of the frames before.
     """
     if not fps > 0:
         raise UserError(f"fps is {fps}; give a number above 0.")
@@ -229,26 +267,32 @@ class _Live:
         count: Count,
         in_real_time: bool,
         clock: Clock,
-        sleep: Callable[[float], Any],
+        sleep: Callable[[float], Any] | None,
     ) -> None:
-        self._session, self._frames, self._count = session, frames, count
-        self._in_real_time, self._clock, self._sleep = in_real_time, clock, sleep
+        self._session, self._frames, self._count = session, _Reading(frames), count
+        self._stopped = threading.Event()
+        self._in_real_time, self._clock = in_real_time, clock
+        self._sleep = sleep if sleep is not None else self._stopped.wait
         self._read: Box[tuple[Any, float]] = Box()
         self.looked: Box[tuple[Any, Any, float]] = Box()
         self.error: BaseException | None = None
-        self._stopped = threading.Event()
         self._counting = threading.Lock()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._reading, self._looking)]
+        self._threads = [
+            threading.Thread(target=work, name="casa-look", daemon=True) for work in (self._reading, self._looking)
+        ]
 
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """Ends both threads; the reader once its source gives or ends."""
+        """Ends both threads."""
         self._stopped.set()
         self._read.close()
         self.looked.close()
+        reader, looker = self._threads
+        self._frames.end(reader)
+        looker.join()
 
     def _drop(self, frames: int) -> None:
         # both threads count here
@@ -267,6 +311,8 @@ class _Live:
                     # when it was due, not when it was read: a reader that falls behind must show in the lag
                     arrived = began + frame.time
                     self._sleep(max(0.0, arrived - self._clock()))
+                    if self._stopped.is_set():
+                        break
                 self._drop(self._read.put((frame, arrived)))
         except BaseException as error:  # handed to the thread that watches
             self.error = error
@@ -275,7 +321,7 @@ class _Live:
 
     def _looking(self) -> None:
         try:
-            while (found := self._read.take()) is not None:
+            while (found := self._read.take()) is not None and not self._stopped.is_set():
                 frame, arrived = found
                 picture = _picture(self._session, frame, self._count)
                 if picture is not None:
