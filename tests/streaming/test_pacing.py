@@ -113,6 +113,7 @@ def test_a_caption_is_cut_at_its_budget():
     class Talker(Slow):
         def step(self, frame, cut=None):
             words = []
+            now[0] += 30.0  # of looking at it, which is no time of the caption's
             while not cut():
                 words.append("word")
                 now[0] += 0.2
@@ -122,8 +123,25 @@ def test_a_caption_is_cut_at_its_budget():
     (moment,) = watch_live(Talker(), [Frame(0, 0.0)], fps=2, count=count, clock=lambda: now[0])
     assert moment.text == "word word word"
     assert not moment.whole
-    assert moment.took == pytest.approx(0.6)
+    assert moment.took == pytest.approx(30.6)
     assert count.cut == 1
+
+
+def test_a_machine_too_slow_for_any_word_says_one_of_every_frame_that_it_watches():
+    model, now = tiny_casa(), [0.0]
+
+    def computed(*_):
+        now[0] += 10.0
+
+    handle = model.register_forward_hook(computed)
+    session = StreamingSession(model, tiny_processor(), max_new_tokens=5, sampling=Sampling(stop_bias=-1e4))
+    count = Count()
+    moments = list(watch_live(session, noise(0, 4), fps=20, count=count, clock=lambda: now[0]))
+    handle.remove()
+    assert moments
+    assert all(moment.text and not moment.whole for moment in moments)
+    assert count.frames == count.cut == session.usage.cut == len(moments)
+    assert count.frames + count.dropped == 4
 
 
 def test_in_real_time_frames_of_a_file_come_at_their_time():

@@ -1,5 +1,7 @@
 """Rows of one pass: frames looked at ahead beside others, and budgets of their own. Each is as it is alone."""
 
+from dataclasses import dataclass
+
 import pytest
 
 from casa.streaming import Sampling, StreamingEngine, StreamingSession
@@ -14,7 +16,16 @@ VARIANTS = {
     "compressed": {"compressor": "pool:2"},
     "insertion": {"method": "insertion"},
 }
-TALKING = {"max_new_tokens": 5, "sampling": Sampling(stop_bias=-1e4)}  # never stops by itself
+
+
+class Talking(Sampling):
+    """Never stops by itself, and every token is a letter."""
+
+    def pick(self, logits, *others):
+        return 20 + int(logits[20:43].argmax())
+
+
+TALKING = {"max_new_tokens": 5, "sampling": Talking()}
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -54,7 +65,8 @@ def test_a_budget_that_is_spent_ends_its_own_caption_only(model, same_state):
         pairs = zip(sessions, pictures, budgets, strict=True)
         said = run_together(model, [session.prepare(picture, after(budget)) for session, picture, budget in pairs])
         assert [one.whole for one in said] == [budget is None for budget in budgets]
-        assert [len(one.tokens) for one in said] == [5 if budget is None else budget for budget in budgets]
+        # the first word is said, also of a budget that was never there
+        assert [len(one.tokens) for one in said] == [5 if budget is None else max(1, budget) for budget in budgets]
         heard = [session.accept(one) for session, one in zip(sessions, said, strict=True)]
         pairs = zip(singles, pictures, budgets, strict=True)
         assert heard == [single.step(picture, after(budget)) for single, picture, budget in pairs]
@@ -76,6 +88,40 @@ def test_a_pass_ends_when_every_budget_is_spent():
     assert len(passes) == 4, "the frames, and the three tokens of a"
     assert [(event.session, event.whole, bool(event.text)) for event in events] == [
         ("a", False, True),
-        ("b", False, False),
+        ("b", False, True),
         ("c", False, True),
     ]
+
+
+@dataclass(frozen=True)
+class Spelling(Sampling):
+    """Says these tokens, and then stops."""
+
+    tokens: tuple[int, ...] = ()
+
+    def pick(self, logits, said, *others):
+        return (*self.tokens, 2)[len(said)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said", "whole"),
+    [
+        ((), 0, True),  # the model's own silence is none of time's doing
+        ((20,), 1, False),
+        ((20, 21, 22), 1, False),
+        ((1, 0, 20, 21), 3, False),  # tokens that show nothing are no word yet
+        ((1, 1), 2, True),
+    ],
+)
+@pytest.mark.parametrize("halted", [False, True])
+def test_time_cuts_no_caption_before_a_word_of_it_can_be_read(tokens, said, whole, halted):
+    engine = StreamingEngine(tiny_casa(), tiny_processor())
+    session = engine.open("a", sampling=Spelling(tokens=tokens))
+    engine.offer("a", noise_frames(0, 1)[0])
+    events = []
+    while engine.waiting:
+        events += engine.step(cut=lambda: True, halt=lambda: halted)
+    (event,) = events
+    assert (event.whole, bool(event.text)) == (whole, said > sum(token < 2 for token in tokens))
+    assert session.usage.cut == (not whole)
+    assert session.fork().usage.cut == (not whole)

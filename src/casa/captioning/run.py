@@ -21,7 +21,7 @@ from casa.streaming.pacing import Budget
 
 Load = Callable[[str], tuple[CasaForConditionalGeneration, CasaProcessor]]
 Tell = Callable[[float, str], object]
-ANSWER_SECONDS = 5.0  # in live pace, the longest that an answer may keep the stream waiting
+ANSWER_SECONDS = 5.0  # in live pace, the longest that an answer may take from its first word on
 TOLERANCE = 1e-3  # s: what FFmpeg's clocks may be off
 
 
@@ -211,7 +211,7 @@ def _answer(
 ) -> None:
     """shown_at: when the frame was there, on the clock of live pace."""
     for question in questions.due(at):
-        budget = Budget(time.monotonic, time.monotonic() + ANSWER_SECONDS) if report.live else None
+        budget = Budget(time.monotonic, ANSWER_SECONDS) if report.live else None
         answer = session.ask(question.text, cut=budget)
         report.count.cut += budget is not None and budget.spent
         lag = None if shown_at is None else time.monotonic() - shown_at

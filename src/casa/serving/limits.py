@@ -28,7 +28,7 @@ class Limits:
     hello_seconds: for a stream's first message. idle_seconds: without any message. ping_seconds: between two pings, and
     for the answer to one. send_seconds: for one event to be taken by a reader. body_seconds: for a request to arrive.
     fetch_seconds: for a picture from elsewhere to arrive.
-    caption_seconds, answer_seconds: the most that one caption or answer of a stream may take.
+    caption_seconds, answer_seconds: the most that one caption or answer of a stream may take from its first token on.
     outbox: events that wait for a slow reader. captions: remembered of one stream.
     ended_streams, ended_seconds: how many streams that have ended keep their captions for download, and how long.
     """

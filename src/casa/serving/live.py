@@ -17,6 +17,7 @@ from casa.serving.metrics import Metrics
 from casa.serving.outbox import Outbox
 from casa.serving.transcript import Transcript
 from casa.streaming import Event, StreamingSession
+from casa.streaming.pacing import Clock
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,27 @@ class Turn:
 
 
 class LiveStream:
-    """fps: frames a second that it means to send; a caption is cut after 1 / fps seconds.
+    """fps: frames a second that it means to send; a caption is cut 1 / fps seconds after its first token.
 
-    cache_bytes: what its session held after its last turn.
+    dropped, cut: frames that were not watched, and captions and answers that time cut, so far. cache_bytes: what its
+    session held after its last turn.
     """
 
-    def __init__(self, name: str, fps: float, outbox: Outbox, transcript: Transcript, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        name: str,
+        fps: float,
+        outbox: Outbox,
+        transcript: Transcript,
+        metrics: Metrics,
+        clock: Clock = monotonic,
+    ) -> None:
         self.name, self.fps, self.outbox, self.transcript = name, fps, outbox, transcript
-        self._metrics = metrics
+        self._metrics, self._clock = metrics, clock
         self.session: StreamingSession | None = None
         self.tally: InsertionTally | None = None
         self.paused = False
-        self.dropped = 0
+        self.dropped = self.cut = 0
         self.cache_bytes = 0
         self._ticket: Ticket | None = None
         self._came = 0.0  # since when a frame waits, the same one or those that replaced it
@@ -95,7 +105,7 @@ class LiveStream:
             self._ticket = None
 
     def ask(self, question: str) -> None:
-        self._questions.append((question, monotonic()))
+        self._questions.append((question, self._clock()))
 
     def take(self) -> Turn | None:
         """The next turn, if anything waits."""
@@ -108,7 +118,7 @@ class LiveStream:
         return None
 
     def budget(self, turn: Turn, limits: Limits) -> float:
-        """Seconds that this turn may take."""
+        """Seconds that this turn's words may take, from the first one on."""
         return limits.answer_seconds if turn.kind == "answer" else min(1 / self.fps, limits.caption_seconds)
 
     def patience(self, limits: Limits) -> float:
@@ -117,8 +127,11 @@ class LiveStream:
 
     def told(self, turn: Turn, event: Event, seconds: float) -> None:
         """Passes on what a turn came to. seconds: how long it took. On the model's thread, as soon as it is there."""
-        lag = monotonic() - turn.arrived
+        lag = self._clock() - turn.arrived
         self.measure()
+        if not event.whole:
+            self.cut += 1
+            self._metrics.count("cut")
         if event.error is not None:
             self.fail(turn, event.error)
         elif turn.ticket is not None:
@@ -153,13 +166,12 @@ class LiveStream:
         self._metrics.count("frames")
         self._metrics.observe(lag)
         about = {"frame": ticket.number, "time": ticket.time, "lag": round(lag, 4)}
-        if not event.whole:
-            self._metrics.count("cut")
         if event.text:
             self._metrics.count("captions")
             self.transcript.add(ticket.time, event.text, lag)
             self.outbox.put({"type": "caption", **about, "text": event.text, "whole": event.whole})
-        self.outbox.put({"type": "usage", **about, **self._usage(event, seconds), "dropped": self.dropped})
+        counts = {"whole": event.whole, "dropped": self.dropped, "cut": self.cut}
+        self.outbox.put({"type": "usage", **about, **self._usage(event, seconds), **counts})
 
     def _usage(self, event: Event, seconds: float) -> dict[str, Any]:
         if self.session is None:

@@ -9,7 +9,7 @@ COUNTERS = {
     "answers": "Questions answered in streams.",
     "dropped": "Frames replaced by a newer one, or refused, before they were watched.",
     "missed": "Captions that slow readers lost.",
-    "cut": "Captions cut at their budget.",
+    "cut": "Captions and answers cut at their budget.",
     "errors": "Messages, frames and requests that were refused.",
     "streams": "Streams opened.",
     "chats": "Chat completions begun.",

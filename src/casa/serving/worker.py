@@ -4,9 +4,10 @@
     routes --call--> short jobs ---------------- +--> one thread: jobs, a step over all streams, a slice of one chat
     routes --chat--> completions ----------------+
 
-It sleeps until something waits. What a stream says is cut at that stream's own budget, and told as soon as it is there.
-A step ends where another stream would wait too long; what is half said by then goes on in the next one, with the frames
-that have come. So nobody waits for a long caption or answer. Streams have a turn after every slice of a chat.
+It sleeps until something waits. What a stream says is cut at that stream's own budget, which begins with the first
+token, and told as soon as it is there. A step ends where another stream would wait too long; what is half said by then
+goes on in the next one, with the frames that have come. So nobody waits for a long caption or answer. Streams have a
+turn after every slice of a chat.
 """
 
 import logging
@@ -22,7 +23,7 @@ from casa.errors import UserError
 from casa.serving.limits import Limits
 from casa.serving.live import LiveStream, Ticket, Turn
 from casa.streaming import Event, StreamingEngine
-from casa.streaming.pacing import Budget
+from casa.streaming.pacing import Budget, Clock
 
 SLICE_SECONDS = 0.05  # that one completion, or a step while others want its place, may take
 
@@ -43,18 +44,19 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class _Begun:
-    """A turn that a stream has, since `start` by the monotonic clock."""
+    """A turn that a stream has, since `start` by the monotonic clock. budget: of its words, over all steps it takes."""
 
     stream: LiveStream
     turn: Turn
     start: float
+    budget: Budget
 
 
 class Worker:
     """Runs an engine. All methods but `run`'s own may be called from any thread."""
 
-    def __init__(self, engine: StreamingEngine, limits: Limits) -> None:
-        self.engine, self._limits = engine, limits
+    def __init__(self, engine: StreamingEngine, limits: Limits, clock: Clock = monotonic) -> None:
+        self.engine, self._limits, self._clock = engine, limits, clock
         self._wake = threading.Condition()
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._streams: dict[str, LiveStream] = {}
@@ -182,24 +184,29 @@ class Worker:
                 self._wake.wait_for(self._has_work)
                 if self._stopping:
                     return
-                jobs = list(self._jobs)
-                self._jobs.clear()
-            for job, future in jobs:
-                _do(job, future)
-            try:
-                self._begin()
-                if self._begun:
-                    self._step()
-                self._advance_chat()
-            except Exception:  # whatever it was, the other streams go on
-                log.exception("the model's thread met an error")
+            self.work()
+
+    def work(self) -> None:
+        """One round, on this worker's thread: the jobs that wait, a step over the streams, a slice of one chat."""
+        with self._wake:
+            jobs = list(self._jobs)
+            self._jobs.clear()
+        for job, future in jobs:
+            _do(job, future)
+        try:
+            self._begin()
+            if self._begun:
+                self._step()
+            self._advance_chat()
+        except Exception:  # whatever it was, the other streams go on
+            log.exception("the model's thread met an error")
 
     def _begin(self) -> None:
         """A turn for each stream that waits, as many as the next step has room for beside those that go on.
 
         Who is in a step goes to the end of the line, as in the engine, which then chooses the same.
         """
-        start, room = monotonic(), self.engine.most_rows
+        start, room = self._clock(), self.engine.most_rows
         with self._wake:
             for name, stream in list(self._streams.items()):
                 if room == 0:
@@ -211,17 +218,15 @@ class Worker:
                         self.engine.offer(name, turn.ticket.picture)
                     else:
                         self.engine.ask(name, turn.question)
-                    self._begun[name] = _Begun(stream, turn, start)
+                    budget = Budget(self._clock, stream.budget(turn, self._limits))
+                    self._begun[name] = _Begun(stream, turn, start, budget)
                 self._streams[name] = self._streams.pop(name)
                 room -= 1
 
     def _step(self) -> None:
-        cuts = {
-            name: Budget(monotonic, begun.start + begun.stream.budget(begun.turn, self._limits))
-            for name, begun in self._begun.items()
-        }
+        cuts = {name: begun.budget for name, begun in self._begun.items()}
         # some that have begun have no place in this step
-        crowded_until = monotonic() + SLICE_SECONDS if len(self._begun) > self.engine.most_rows else None
+        crowded_until = self._clock() + SLICE_SECONDS if len(self._begun) > self.engine.most_rows else None
         try:
             self.engine.step(cuts=cuts, halt=lambda: self._is_wanted(crowded_until), tell=self._tell)
         except Exception as error:
@@ -234,7 +239,7 @@ class Worker:
 
     def _is_wanted(self, crowded_until: float | None) -> bool:
         """Whether a step is to end here, since somebody who is not in it has waited long enough."""
-        now = monotonic()
+        now = self._clock()
         if crowded_until is not None and now >= crowded_until:
             return True
         with self._wake:
@@ -251,7 +256,7 @@ class Worker:
         if (begun := self._begun.pop(event.session, None)) is None:
             return
         try:
-            begun.stream.told(begun.turn, event, monotonic() - begun.start)
+            begun.stream.told(begun.turn, event, self._clock() - begun.start)
         except Exception as error:  # the others are told theirs
             log.exception("what a stream said was lost")
             begun.stream.fail(begun.turn, f"the server failed at this ({type(error).__name__}); it was left out.")

@@ -5,12 +5,14 @@
 The next frame is decoded, encoded and projected while words are still being found for the last (DESIGN: the image side
 runs ahead). Each box holds one frame. Of a file, whoever puts one waits until there is room. Live, a newer frame
 replaces it, and what is replaced is counted as dropped: nothing queues up, and lag cannot accumulate. A caption is cut
-at its budget, the time between two frames.
+at its budget, the time between two frames, which begins with its first token: a machine that is too slow watches fewer
+frames and says less of them, but something of each.
 
 However a watch ends, its threads have ended before it does: a process that goes while one of them computes is aborted.
 """
 
 import inspect
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -220,10 +222,10 @@ def watch_live(
 ) -> Generator[Moment, None, None]:
     """The newest frame, always, until the stream ends; the last frame is never dropped. frames: as for `watch`.
 
-    fps: frames per second that are looked at; 1 / fps is the budget of a caption. in_real_time: `frames` comes from a
-    file, and a frame is held back until its time. sleep: for tests; otherwise it is cut short by the end.
-    Raises UserError for an fps that is not above 0, and whatever the source or the session raises, after the captions
-    of the frames before.
+    fps: frames per second that are looked at; 1 / fps is the budget of a caption, from its first token on.
+    in_real_time: `frames` comes from a file, and a frame is held back until its time. sleep: for tests; otherwise it is
+    cut short by the end. Raises UserError for an fps that is not above 0, and whatever the source or the session
+    raises, after the captions of the frames before.
     """
     if not fps > 0:
         raise UserError(f"fps is {fps}; give a number above 0.")
@@ -234,7 +236,7 @@ def watch_live(
         while (found := live.looked.take()) is not None:
             frame, seen, arrived = found
             began = clock()
-            budget = Budget(clock, began + 1 / fps)
+            budget = Budget(clock, 1 / fps)
             text = session.step(seen, cut=budget)
             count.frames += 1
             count.cut += budget.spent
@@ -247,13 +249,19 @@ def watch_live(
 
 
 class Budget:
-    """Says True from its deadline on, and remembers that it did."""
+    """Says True once `seconds` have passed since it was first asked: when the first token was about to be chosen.
 
-    def __init__(self, clock: Clock, deadline: float) -> None:
-        self._clock, self._deadline, self.spent = clock, deadline, False
+    spent: whether it has said so.
+    """
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self._clock, self._seconds, self._deadline, self.spent = clock, seconds, math.inf, False
 
     def __call__(self) -> bool:
-        self.spent = self.spent or self._clock() >= self._deadline
+        now = self._clock()
+        if self._deadline == math.inf:
+            self._deadline = now + self._seconds
+        self.spent = self.spent or now >= self._deadline
         return self.spent
 
 

@@ -14,7 +14,7 @@ A model without a suffix takes the last pending token behind the image, so that 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ class StreamingSession:
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling if sampling is not None else Sampling()
         self.frames = 0
+        self._cut = 0
         self.notes: dict[str, Any] = {}
         self._generator = torch.Generator().manual_seed(seed)
         self._earlier: list[int] = []  # what was said, for repetition control
@@ -103,7 +104,8 @@ class StreamingSession:
     def step(self, frame: Any, cut: Callable[[], bool] | None = None) -> str:
         """Watches a frame (PIL.Image, or uint8 (H, W, 3)) and returns what it says: "" if nothing.
 
-        cut: asked before every token; once it says True, the caption ends where it is (a live stream's budget).
+        cut: asked before every token; once it says True, the caption ends where it is (a live stream's budget), but
+        not before a word of it can be read. Only a model that stops by itself says nothing; `usage.cut` counts.
         Raises TypeError or ValueError for anything that is no picture; whatever is raised, the session is as before.
         """
         return self.accept(*run_together(self._model, [self.prepare(frame, cut)]))
@@ -146,7 +148,8 @@ class StreamingSession:
 
     def accept(self, said: Said) -> str:
         """Takes over the state that a call has left; its caption."""
-        text = self._processor.tokenizer.decode(said.tokens, skip_special_tokens=True).strip()
+        text = self._reads(said.tokens)
+        self._cut += not said.whole
         self._cache, self._pending, self._generator = said.cache, [said.pending], said.call.draws
         self._earlier = [*self._earlier, *said.tokens][-self.sampling.memory :] if self.sampling.memory else []
         self.frames += said.call.place is not None
@@ -171,8 +174,12 @@ class StreamingSession:
             stop=self._stop,
             most=self.max_new_tokens,
             draws=draws,
+            reads=self._reads,
             cut=cut,
         )
+
+    def _reads(self, tokens: Sequence[int]) -> str:
+        return self._processor.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
 
     @property
     def usage(self) -> Usage:
@@ -186,6 +193,7 @@ class StreamingSession:
             image_bytes=cache.image_bytes,
             window_bytes=cache.num_bytes - cache.text_bytes - cache.image_bytes,
             held_bytes=cache.held_bytes,
+            cut=self._cut,
         )
 
     @property
@@ -213,6 +221,7 @@ class StreamingSession:
             "max_new_tokens": self.max_new_tokens,
             "sampling": self.sampling.to_dict(),
             "frames": self.frames,
+            "cut": self._cut,
             "sinks": self._sinks,
             "pending": self._pending,
             "earlier": self._earlier,
@@ -241,6 +250,7 @@ class StreamingSession:
         session.max_new_tokens = settings["max_new_tokens"]
         session.sampling = Sampling(**settings["sampling"])
         session.frames = settings["frames"]
+        session._cut = settings.get("cut", 0)
         session.notes = settings.get("notes", {})
         session._sinks = settings["sinks"]
         session._pending, session._earlier = list(settings["pending"]), list(settings["earlier"])

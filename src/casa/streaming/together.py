@@ -19,6 +19,8 @@ from torch import Tensor
 from casa.models import CasaCache, CasaForConditionalGeneration
 from casa.streaming import rows
 
+UNFINISHED = "\ufffd"  # how a tokenizer shows a character of which not all bytes are there yet
+
 log = logging.getLogger("casa.streaming")
 
 
@@ -30,8 +32,10 @@ class Call:
     pixels: as the processor gave them, or what `looked_at` made of them; empty if there is no frame, or it has been fed
     already. pick: the next token, from logits (V,) and what has been said so far. stops: tokens that end a caption;
     stop: the one that stands for a caption that time or `most` cut short. most: tokens of the longest caption. draws:
-    the generator that `pick` draws from. cut: asked before every token; once it says True, this caption ends where it
-    is. said: of a caption that goes on, what an earlier pass said of it; its last token is the one to feed.
+    the generator that `pick` draws from. reads: the text of tokens. cut: asked before every token; once it says True,
+    this caption ends where it is, but never before a word of it can be read: a machine that is too slow says little,
+    not nothing, and only the model's own stop token is silence. said: of a caption that goes on, what an earlier pass
+    said of it; its last token is the one to feed.
     """
 
     cache: CasaCache
@@ -43,6 +47,7 @@ class Call:
     stop: int
     most: int
     draws: torch.Generator
+    reads: Callable[[Sequence[int]], str]
     cut: Callable[[], bool] | None = None
     said: Sequence[int] = ()
 
@@ -174,12 +179,17 @@ class _Caption:
 
     def take(self, logits: Tensor) -> bool:
         """Chooses the next token, unless the caption's time is over; True if it has ended."""
-        stopped = self._call.cut is not None and self._call.cut()
-        if stopped or len(self.tokens) == self._call.most:
-            self.pending, self.whole = self._call.stop, not stopped
+        call = self._call
+        if len(self.tokens) == call.most:
+            self.pending = call.stop
             return True
-        token = self._call.pick(logits, self.tokens)
-        if token in self._call.stops:
+        # asked for the first token too: that is when a budget begins
+        over = call.cut is not None and call.cut()
+        if over and call.reads(self.tokens).rstrip(UNFINISHED):
+            self.pending, self.whole = call.stop, False
+            return True
+        token = call.pick(logits, self.tokens)
+        if token in call.stops:
             self.pending = token
         else:
             self.tokens.append(token)

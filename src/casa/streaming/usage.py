@@ -1,4 +1,4 @@
-"""What a live session holds in memory."""
+"""What a live session holds in memory, and how much of what it had to say it was not let say."""
 
 from dataclasses import dataclass, field
 
@@ -12,6 +12,7 @@ class Usage:
     in the CASA layers).
     held_bytes: the memory that this takes: cache_bytes, the room that buffers keep for the text to come, and whatever
     in them nobody reads. Sessions that remember the same are equal, whatever room they have; 0 if nobody asked.
+    cut: captions and answers so far that time cut short, in which case something was said, if not all.
     """
 
     text_tokens: int
@@ -21,3 +22,4 @@ class Usage:
     image_bytes: int
     window_bytes: int
     held_bytes: int = field(default=0, compare=False)
+    cut: int = field(default=0, compare=False)
