@@ -36,6 +36,27 @@ def test_strict_exits_with_2_and_the_first_line(casa, rows):
     assert casa("data", "check", rows, "--strict").status == 0
 
 
+@pytest.mark.parametrize("text", ["", "\n\n", json.dumps(BAD) + "\noops\n"])
+@pytest.mark.parametrize("options", [(), ("--json",), ("--strict",), ("--limit", 1)])
+def test_data_without_a_good_record_fail(casa, rows, text, options):
+    rows.write_text(text)
+    result = casa("data", "check", rows, *options)
+    assert result.status == 2
+    assert "0 good records" in result.out or json.loads(result.out)["records"] == 0
+    assert f"{rows} has no record to learn from: " in result.err
+    assert ("it holds no rows." if not text.strip() else "There is no picture") in result.err
+    assert len(result.err.strip().splitlines()) == 1
+
+
+def test_the_help_names_every_shape():
+    from typing import get_args
+
+    from casa.cli.data import SHAPES
+    from casa.data.settings import ShapeName
+
+    assert get_args(ShapeName) == SHAPES
+
+
 def test_json_with_a_models_tokens(casa, rows, checkpoint):
     result = casa("data", "check", rows, "--json", "--model", checkpoint)
     found = json.loads(result.out)

@@ -95,6 +95,16 @@ def test_windows_are_cut_at_runs_of_pictures_and_at_frames():
     assert [window.pictures for window in windows_of(live)] == [[], [0], [1], [2]]
 
 
+def test_an_answer_that_is_not_learned_is_not_counted_and_is_marked(root, written):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "four", "weight": 0}]
+    turns += [{"role": "user", "content": "b"}, {"role": "assistant", "content": "three"}]
+    settings = parse_data_settings({"sources": [{"path": str(written(root / "x.jsonl", [{"messages": turns}]))}]})
+    found = check_data(settings)
+    assert found.statistics()["answer"]["total"] == len("three")
+    said = windows_of(found.samples[0].record)[0].said
+    assert [who for who, _ in said] == ["user", "assistant, not learned", "user", "assistant"]
+
+
 def test_a_sheet_shows_the_pictures_beside_their_text(settings, tmp_path):
     found = check_data(settings)
     draw_sheet(found.samples, tmp_path / "sheet.png", "rows.jsonl", "3 good records")

@@ -1,7 +1,11 @@
 """Streams of records: dealt out without overlap or loss, mixed by weight, and resumed exactly from any position."""
 
+import bz2
+import gzip
+import hashlib
 import io
 import json
+import lzma
 import pickle
 import subprocess
 import sys
@@ -15,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from casa.data import BadRecord, Origin, Records, Shard, open_records, parse_data_settings
+from casa.data import BadRecord, Origin, Records, Shard, open_pictures, open_records, parse_data_settings
 from casa.errors import UserError
 
 
@@ -223,6 +228,115 @@ def test_bad_rows_are_counted_named_and_passed_over(tmp_path):
     )
     with pytest.raises(UserError, match=r"x\.jsonl:1: The line is no JSON"):
         next(strict)
+
+
+def test_every_bad_row_of_a_list_on_one_line_is_named(tmp_path):
+    rows: list[Any] = [row(str(k)) for k in range(5)] + [{"no": "shape"}] * 20
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    wanted = parse_data_settings({"sources": [{"path": str(tmp_path / "x.json")}], "exhausted": "leave"})
+    records = open_records(wanted, report=tmp_path)
+    assert len(list(records)) == 5
+    assert records.report.total == 20
+    lines = [json.loads(line)["origin"] for line in (tmp_path / "bad-records.jsonl").read_text().splitlines()]
+    assert sorted(lines) == sorted(f"{tmp_path}/x.json:1, row {k}" for k in range(6, 26))
+
+
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
+def test_compressed_shards_lie_beside_plain_ones(tmp_path, compression):
+    from backports import zstd
+
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd.compress}[compression]
+    write(tmp_path / "a.jsonl", ["a0", "a1"])
+    write(tmp_path / "b.jsonl", ["b0", "b1"])
+    (tmp_path / f"b.jsonl{compression}").write_bytes(compress((tmp_path / "b.jsonl").read_bytes()))
+    (tmp_path / "b.jsonl").unlink()
+    assert [name(record) for record in opened(tmp_path)] == ["a0", "a1", "b0", "b1"]
+    assert [name(record) for record in opened(tmp_path / "*.jsonl*")] == ["a0", "a1", "b0", "b1"]
+    assert [name(record) for record in opened(tmp_path / f"b.jsonl{compression}")] == ["b0", "b1"]
+
+
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_compressed_file_that_is_cut_off_costs_its_rest(tmp_path, compression):
+    from backports import zstd
+
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd.compress}[compression]
+    noise = [hashlib.sha512(str(k).encode()).hexdigest() for k in range(4000)]
+    write(tmp_path / "a.jsonl", noise)
+    path = tmp_path / f"a.jsonl{compression}"
+    path.write_bytes(compress((tmp_path / "a.jsonl").read_bytes()))
+    whole = path.read_bytes()
+    (tmp_path / "a.jsonl").unlink()
+    write(tmp_path / "b.jsonl", ["b"])
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    records = opened(tmp_path)
+    found = [name(record) for record in records]
+    assert found == [*noise[: len(found) - 1], "b"]
+    assert records.report.counts == {"unreadable-file": 1}
+    origin, _ = records.report.first[0]
+    assert (origin.path, origin.line) == (str(path), len(found))
+    path.write_bytes(b"nonsense" * 100)
+    records = opened(tmp_path)
+    assert [name(record) for record in records] == ["b"]
+    assert records.report.counts == {"unreadable-file": 1}
+    path.write_bytes(whole)
+    assert len(list(opened(tmp_path))) == 4001
+
+
+def test_what_datasets_has_saved_is_read_and_nothing_beside_it(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [row(str(k)) for k in range(5)]
+    datasets.Dataset.from_list(rows[:3]).save_to_disk(tmp_path / "one", num_shards=2)
+    split = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(rows[3:4]), "test": datasets.Dataset.from_list(rows[4:])}
+    )
+    split.save_to_disk(tmp_path / "several")
+    # what `map` keeps beside the tables is no part of them
+    (tmp_path / "one" / "cache-1.arrow").write_bytes((tmp_path / "one" / "data-00000-of-00002.arrow").read_bytes())
+    assert [name(record) for record in opened(tmp_path / "one")] == ["0", "1", "2"]
+    assert [name(record) for record in opened(tmp_path)] == ["0", "1", "2", "3"]
+    test = [{"path": str(tmp_path / "several"), "split": "test"}]
+    assert [name(record) for record in opened(test)] == ["4"]
+    with pytest.raises(UserError, match="has no split 'valid': set split to one of train, test"):
+        opened([{"path": str(tmp_path / "several"), "split": "valid"}])
+    (tmp_path / "one" / "data-00000-of-00002.arrow").unlink()
+    with pytest.raises(UserError, match="lacks data-00000-of-00002"):
+        opened(tmp_path / "one")
+
+
+def test_pictures_that_datasets_has_saved_are_opened(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "question": datasets.Value("string"),
+                                  "answers": datasets.List(datasets.Value("string"))})  # fmt: skip
+    picture = Image.new("RGB", (8, 6), "red")
+    rows = {"image": [picture], "question": ["What?"], "answers": [["A cat.", "cat"]]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "one")
+    (record,) = opened(tmp_path / "one")
+    assert open_pictures(record)[0].getpixel((0, 0)) == (255, 0, 0)
+    assert record.references == ("A cat.", "cat")
+
+
+@pytest.mark.parametrize("odd", ["b.jsonl.zip", "b.tar.lz4", "b.parquet.gz", "b.tfrecord", "b.feather", "b.pkl"])
+def test_files_of_rows_that_are_not_read_are_refused_by_name(tmp_path, odd):
+    write(tmp_path / "a.jsonl", ["a"])
+    (tmp_path / odd).write_bytes(b"x")
+    (tmp_path / "images.zip").write_bytes(b"x")
+    (tmp_path / "README.md").write_bytes(b"x")
+    for path in (tmp_path, tmp_path / "*"):
+        with pytest.raises(UserError, match=f"{odd} looks like a file of records that is not read"):
+            opened(path)
+    assert [name(record) for record in opened(tmp_path / "*.jsonl")] == ["a"]
+    (tmp_path / odd).unlink()
+    assert [name(record) for record in opened(tmp_path)] == ["a"]
+
+
+def test_folders_behind_links_are_searched_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "elsewhere" / "b.jsonl", ["b"])
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "a.jsonl", ["a"])
+    (tmp_path / "set" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "loop").symlink_to(tmp_path / "set")
+    assert [name(record) for record in opened(tmp_path / "set")] == ["a", "b"]
 
 
 def test_each_reader_has_a_report_of_its_own(tmp_path):

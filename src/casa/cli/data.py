@@ -13,6 +13,11 @@ from casa.errors import UserError
 if TYPE_CHECKING:
     from casa.data.check import Checked
 
+# as casa.data.settings has them, which is not loaded for a help text
+SHAPES = (
+    *("auto", "chat", "llava", "finevision", "llava-video", "live-whisperx", "vqa", "prompt-completion"),
+    "caption",
+)
 # bad records that are printed one by one
 _LISTED = 20
 
@@ -33,14 +38,12 @@ def data() -> None:
 @data_app.command("check")
 def check(
     path: Annotated[str, typer.Argument(help="A file, a folder, a glob in quotes, or hub:owner/name.")],
-    shape: Annotated[str, typer.Option(help="auto, chat, llava, finevision, llava-video, live-whisperx, caption.")] = (
-        "auto"
-    ),
+    shape: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}.")] = SHAPES[0],
     root: Annotated[str | None, typer.Option(help="Where relative picture paths start.")] = None,
     outside: Annotated[bool, typer.Option("--outside", help="Paths may lead out of the root.")] = False,
     column: Annotated[list[str] | None, typer.Option(help="Its name here and in the data: image=photo.")] = None,
     fps: Annotated[float, typer.Option(help="Frames of a video looked at per second.")] = 2.0,
-    split: Annotated[str, typer.Option(help="Of a hub data set.")] = "train",
+    split: Annotated[str, typer.Option(help="Of a hub data set, or of a saved DatasetDict.")] = "train",
     subset: Annotated[str | None, typer.Option(help="Of a hub data set.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Look at so many records only.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit status 2 if any record is bad.")] = False,
@@ -89,10 +92,18 @@ def check(
         _show(found, path)
     if found.report.unwritten is not None:
         raise UserError(f"{found.report.unwritten}: write the report elsewhere.")
+    if not found.records:
+        raise UserError(f"{path} has no record to learn from: {_first_bad(found)}")
     if strict and found.report.total:
-        origin, bad = found.report.first[0]
-        more = f" ({found.report.total - 1:,} more)" if found.report.total > 1 else ""
-        raise UserError(f"{origin}: {bad}{more}")
+        raise UserError(_first_bad(found))
+
+
+def _first_bad(found: "Checked") -> str:
+    if not found.report.total:
+        return "it holds no rows."
+    origin, bad = found.report.first[0]
+    more = f" ({found.report.total - 1:,} more)" if found.report.total > 1 else ""
+    return f"{origin}: {bad}{more}"
 
 
 def _pair(column: str) -> tuple[str, str]:

@@ -15,6 +15,7 @@ REASONS = {
     "not-json": "a line that is no JSON, or a file that ends within a row",
     "wrong-type": "a value of another kind than its shape says",
     "unknown-shape": "keys that fit no shape, or several",
+    "unfollowed-field": "a field that changes what is learned, and cannot be followed",
     "missing-picture": "a picture or video that is not there",
     "unreadable-picture": "a picture that is empty, damaged, cut off or too large",
     "unreadable-video": "a video that cannot be read",

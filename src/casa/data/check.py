@@ -35,11 +35,12 @@ _MOST_THUMBNAILS = 24
 
 @dataclass
 class Sample:
-    """A record to look at, and its first pictures, made small. tokens: of its images."""
+    """A record to look at, and its first pictures, made small. tokens: of its images. number: among the good ones."""
 
     record: Record
     thumbnails: list[Image.Image]
     tokens: int
+    number: int = 0
 
 
 @dataclass
@@ -124,9 +125,9 @@ def check_data(
         # every record has the same chance to be seen
         place = len(found.samples) if len(found.samples) < samples else chance.randrange(found.records)
         if place < samples:
-            sample = Sample(record, [_small(image) for image in thumbnails], tokens)
+            sample = Sample(record, [_small(image) for image in thumbnails], tokens, found.records)
             found.samples[place : place + 1] = [sample]
-    found.samples.sort(key=lambda sample: (sample.record.origin.path, sample.record.origin.line))
+    found.samples.sort(key=lambda sample: sample.number)
     return found
 
 
@@ -152,12 +153,15 @@ def _count(
     count_image: Callable[[int, int], int],
 ) -> int:
     said = [
-        (message.role, part.text) for message in record.messages for part in message.parts if isinstance(part, Text)
+        (message.role == "assistant" and message.learn, part.text)
+        for message in record.messages
+        for part in message.parts
+        if isinstance(part, Text)
     ]
     tokens = sum(count_image(width, height) for width, height in sizes)
     found.values["turns"].append(len(record.messages))
     found.values["characters"].append(sum(len(text) for _, text in said))
-    found.values["answer"].append(sum(len(text) for role, text in said if role == "assistant"))
+    found.values["answer"].append(sum(len(text) for learned, text in said if learned))
     found.values["pictures"].append(len(sizes))
     found.values["image_tokens"].append(tokens)
     found.values["width"].extend(width for width, _ in sizes)

@@ -15,13 +15,18 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a record was read: the file, and its line or row there, counted from 1."""
+    """Where a record was read: the file, and its line or row there, counted from 1.
+
+    entry: which of a line's entries it is, or its own name, where the number alone does not tell: "row 17" of a JSON
+    list that may stand on one line, the key of a WebDataset sample.
+    """
 
     path: str
     line: int
+    entry: str = ""
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}"
+        return f"{self.path}:{self.line}" + (f", {self.entry}" if self.entry else "")
 
 
 @dataclass(frozen=True)
@@ -43,18 +48,25 @@ class Picture:
 
 @dataclass(frozen=True)
 class Message:
-    """What one side says, in order. The model learns what assistants say."""
+    """What one side says, in order. The model learns what assistants say, but for messages that are not to be
+    learned (`learn`): an earlier answer that is only read."""
 
     role: Role
     parts: tuple[Text | Picture, ...]
+    learn: bool = True
 
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation, or one video with its words."""
+    """One conversation, or one video with its words.
+
+    references: every answer that the data accept, where they give several for one question; the first is the one that
+    is learned, all of them are there for whoever measures.
+    """
 
     messages: tuple[Message, ...]
     origin: Origin
+    references: tuple[str, ...] = ()
 
     def pictures(self) -> Iterator[Picture]:
         """All pictures in the order in which the model meets them."""

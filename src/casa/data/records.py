@@ -196,7 +196,7 @@ class _Source:
         if settings.path.startswith(PREFIX):
             rows = HubRows(settings, shard, own, shuffle > 1)
         else:
-            rows = FileRows(settings.path, shard, own, shuffle > 1)
+            rows = FileRows(settings.path, shard, own, shuffle > 1, settings.split)
         self._rows, self._fingerprint = Shuffled(rows, [seed, number, shard.index], shuffle), rows.fingerprint()
         self.left = self.gave = False
         self.barren = 0

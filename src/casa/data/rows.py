@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from casa.data.bad import BadRecord
+from casa.data.bad import BadRecord, said_by
 from casa.data.formats import pieces_of, reader_of
-from casa.data.formats.row import START, Piece, Row
+from casa.data.formats.row import START, Piece, Row, damage
 from casa.data.places import data_files
 from casa.data.record import Origin
 from casa.data.settings import Shard
@@ -65,8 +65,8 @@ def dealt(pieces: int, shard: Shard, order: list[int] | None) -> list[tuple[int,
 class FileRows:
     """Rows of local files. shuffled: pieces come in another order each epoch."""
 
-    def __init__(self, path: str, shard: Shard, seed: int, shuffled: bool) -> None:
-        self._files = data_files(path)
+    def __init__(self, path: str, shard: Shard, seed: int, shuffled: bool, split: str = "train") -> None:
+        self._files = data_files(path, split)
         self._shard, self._seed, self._shuffled = shard, seed, shuffled
         self._pieces: list[Piece] | None = None
         self._at: tuple[int, int, int] = (0, *START)
@@ -81,7 +81,7 @@ class FileRows:
             piece = self._pieces[chosen]
             for row in self._read(piece, (self._at[1], self._at[2]), mine):
                 self._at = (number + 1, *START) if row.last else (number, *row.after)
-                yield Found(row, Origin(str(piece.path), row.line), piece.path.parent)
+                yield Found(row, Origin(str(piece.path), row.line, row.entry), piece.path.parent)
             self._at = (number + 1, *START)
 
     def position(self) -> list[int]:
@@ -94,9 +94,13 @@ class FileRows:
 
     @staticmethod
     def _read(piece: Piece, cursor: tuple[int, int], mine: Any) -> Iterator[Row]:
+        line, after = cursor[0], cursor
         try:
-            yield from reader_of(piece.path)(piece, cursor, mine)
-        except OSError as error:
-            bad = BadRecord("unreadable-file", f"The file cannot be read ({error.strerror or error}): check it.")
-            if mine(cursor[0]):
-                yield Row(cursor[0] + 1, bad, 0, cursor, last=True)
+            for row in reader_of(piece.path)(piece, cursor, mine):
+                line, after = row.line, row.after
+                yield row
+        except damage() as error:
+            why = getattr(error, "strerror", None) or said_by(error)
+            bad = BadRecord("unreadable-file", f"The file cannot be read from here on ({why}): copy it again.")
+            # told by each of its readers: where others stand, none of them knows
+            yield Row(line + 1, bad, 0, after, last=True)

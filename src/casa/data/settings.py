@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from casa.settings import build, require
 
-ShapeName = Literal["auto", "chat", "llava", "finevision", "llava-video", "live-whisperx", "caption"]
+ShapeName = Literal[
+    "auto", "chat", "llava", "finevision", "llava-video", "live-whisperx", "vqa", "prompt-completion", "caption"
+]
 Exhausted = Literal["repeat", "leave", "stop"]
 
 
@@ -19,7 +21,8 @@ Exhausted = Literal["repeat", "leave", "stop"]
 class SourceSettings:
     """One set of records.
 
-    path: a .jsonl, .json, .parquet, .csv or WebDataset .tar file, a folder of them, a glob, or hub:owner/name.
+    path: a .jsonl, .json, .parquet, .csv or WebDataset .tar file, compressed or not, a folder of them, a glob, a folder
+    that `save_to_disk` wrote, or hub:owner/name.
     shape: of its rows; "auto" looks at the keys of each.
     weight: how often it is drawn from, relative to the other sources.
     root: the folder that relative picture paths start from; the data file's own if None.
@@ -29,7 +32,7 @@ class SourceSettings:
     belong to their frames.
     columns: names in the data for the names that a shape knows, such as {image: photo, caption: title}.
     prompt: what the user asks where the data do not say (captions); None leaves it to the shape.
-    split, subset: of a hub data set.
+    split: of a hub data set, or of a saved DatasetDict. subset: of a hub data set.
     """
 
     path: str

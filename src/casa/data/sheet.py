@@ -13,7 +13,7 @@ import os
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -97,7 +97,7 @@ def _card(sample: Sample) -> Image.Image:
     pictures = len(times)
     right = f"{counted(pictures, 'picture')}, {counted(sample.tokens, 'image token')}" if pictures else "text only"
     room = CARD - 2 * PAD - round(letters(SMALL).getlength(right)) - 16
-    origin = f"{Path(record.origin.path).name}:{record.origin.line}"
+    origin = str(replace(record.origin, path=Path(record.origin.path).name))
     draw.text((PAD, PAD - 4), shortened(origin, letters(SMALL, True), room), fill=INK, font=letters(SMALL, True))
     draw.text((CARD - PAD, PAD - 4), right, fill=FAINT, font=letters(SMALL), anchor="ra")
     top = PAD + 30

@@ -1,7 +1,8 @@
 """Values of rows, checked: text that tokenizers can read, lists that are lists, and pictures at their tags."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from casa.data.bad import BadRecord
@@ -20,7 +21,6 @@ ROLES: Mapping[str, Role] = {
 TAG = "<image>"
 
 Parts = list[Text | Picture]
-Turns = list[tuple[Role, Parts]]
 
 
 def text_of(value: Any, what: str) -> str:
@@ -69,6 +69,50 @@ def many(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def column_of(row: Mapping[str, Any], names: Sequence[str], what: str) -> Any:
+    """What the one column of those names holds. what: its name in settings. Raises BadRecord for none or several."""
+    found = [name for name in names if row.get(name) is not None]
+    if not found:
+        raise BadRecord("wrong-type", f"The row has no {what}: name its column, columns: {{{what}: ...}}.")
+    if len(found) > 1:
+        raise BadRecord(
+            "unknown-shape",
+            f"The row has {' and '.join(found)}: say which is the {what}, columns: {{{what}: {found[0]}}}.",
+        )
+    return row[found[0]]
+
+
+def row_pictures(row: Mapping[str, Any], picture: Callable[[Any], Picture]) -> list[Picture]:
+    """The pictures of a row's column `image` or `images`. Raises BadRecord if it has both."""
+    one, several = many(row.get("image")), many(row.get("images"))
+    if one and several and one != several:
+        raise BadRecord("unknown-shape", "The row has image and images: say which, columns: {images: image}.")
+    return [picture(value) for value in several or one]
+
+
+def pictures_before(messages: Sequence[Message], pictures: Sequence[Picture]) -> list[Message]:
+    """Messages of text with their pictures: at <image> tags where there are any, otherwise before a user's first words.
+
+    Raises BadRecord if tags and pictures differ in number.
+    """
+    texts = [part for message in messages for part in message.parts if isinstance(part, Text)]
+    if any(TAG in part.text for part in texts):
+        places = Places(pictures)
+        placed = [replace(message, parts=tuple(places.split(text_in(message)))) for message in messages]
+        places.check()
+        return placed
+    first = next((number for number, message in enumerate(messages) if message.role == "user"), None)
+    return [
+        replace(message, parts=(*pictures, *message.parts)) if number == first else message
+        for number, message in enumerate(messages)
+    ]
+
+
+def text_in(message: Message) -> str:
+    """All text of a message."""
+    return "".join(part.text for part in message.parts if isinstance(part, Text))
+
+
 class Places:
     """Deals pictures out to their places in the text, in order, and sees to it that the two agree.
 
@@ -88,13 +132,23 @@ class Places:
         return list(taken)
 
     def split(self, text: str) -> Parts:
-        """Text cut at its tags, with a picture at each. Line ends and blanks around a tag belong to the tag."""
+        r"""Text cut at its tags, with a picture at each.
+
+        A line end beside a tag, and blanks around that, belong to the tag, as does what is blank between two tags; a
+        blank within a line is text: "See <image>\nand <image> there." is "See ", a picture, "and ", another, " there.".
+        """
         if self._tag is None or self._tag not in text:
-            return [Text(text)] if text.strip() else []
-        first, *between, last = text.split(self._tag)
+            return [Text(text)] if text else []
+        pieces = text.split(self._tag)
         parts: Parts = []
-        for number, piece in enumerate([first.rstrip(), *(piece.strip() for piece in between), last.lstrip()]):
-            parts += self.next() if number else []
+        for number, piece in enumerate(pieces):
+            if number:
+                parts += self.next()
+                behind = piece.lstrip()
+                piece = behind if "\n" in piece[: len(piece) - len(behind)] else piece
+            if number < len(pieces) - 1:
+                before = piece.rstrip()
+                piece = before if "\n" in piece[len(before) :] else piece
             parts += [Text(piece)] if piece.strip() else []
         return parts
 
@@ -115,26 +169,27 @@ class Places:
             )
 
 
-def record_of(turns: Sequence[tuple[Role, Sequence[Text | Picture]]], origin: Origin) -> Record:
+def record_of(messages: Sequence[Message], origin: Origin, references: Iterable[str] = ()) -> Record:
     """A record, if it holds something to learn: every answer has words, and every question words or pictures.
 
-    Raises BadRecord.
+    references: as in `Record`. Raises BadRecord.
     """
-    messages = tuple(Message(role, tuple(parts)) for role, parts in turns)
     answered = False
     for number, message in enumerate(messages, start=1):
         spoken = any(isinstance(part, Text) and part.text.strip() for part in message.parts)
         if message.role == "assistant":
-            answered = True
+            answered |= message.learn
             if not spoken:
                 raise BadRecord("empty-answer", f"Turn {number}, an assistant's, is empty: leave the record out.")
-        elif message.role == "user" and not message.parts:
+        elif message.role == "user" and not spoken and not any(isinstance(part, Picture) for part in message.parts):
             raise BadRecord("empty-question", f"Turn {number}, a user's, is empty: leave the record out.")
         elif message.role == "system" and number > 1:
             raise BadRecord("wrong-type", f"Turn {number} is a system's: put it first.")
     if not answered:
-        raise BadRecord("empty-answer", "No turn is an assistant's: there is nothing to learn.")
-    return Record(messages, origin)
+        some = any(message.role == "assistant" for message in messages)
+        why = "No assistant's turn is to be learned" if some else "No turn is an assistant's"
+        raise BadRecord("empty-answer", f"{why}: there is nothing to learn.")
+    return Record(tuple(messages), origin, tuple(references))
 
 
 def _kind(value: Any) -> str:

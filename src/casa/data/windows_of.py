@@ -8,15 +8,20 @@ assistant  [0.0 s] One [0.5 s] two    every frame opens one of its own, where fr
 
 from dataclasses import dataclass, field
 
-from casa.data.record import Picture, Record, Role
+from casa.data.record import Picture, Record
+
+UNLEARNED = "assistant, not learned"
 
 
 @dataclass
 class Window:
-    """pictures: numbers of the record's pictures, from 0. said: (who, words), in order. Both may be empty."""
+    """pictures: numbers of the record's pictures, from 0. said: (who, words), in order. Both may be empty.
+
+    An assistant whose words are read but not learned is `UNLEARNED`.
+    """
 
     pictures: list[int] = field(default_factory=list)
-    said: list[tuple[Role, str]] = field(default_factory=list)
+    said: list[tuple[str, str]] = field(default_factory=list)
 
 
 def windows_of(record: Record) -> list[Window]:
@@ -26,6 +31,7 @@ def windows_of(record: Record) -> list[Window]:
     for message in record.messages:
         # pictures of two messages have the messages' border between them
         in_run = False
+        who = message.role if message.learn or message.role != "assistant" else UNLEARNED
         for part in message.parts:
             if isinstance(part, Picture):
                 if not in_run or message.role == "assistant":
@@ -34,6 +40,6 @@ def windows_of(record: Record) -> list[Window]:
                 number += 1
                 in_run = True
             else:
-                windows[-1].said.append((message.role, part.text))
+                windows[-1].said.append((who, part.text))
                 in_run = False
     return [window for window in windows if window.pictures or window.said]

@@ -1,8 +1,11 @@
 """Files of rows: every format gives what was written, from any row on, and names what it cannot read."""
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casa.data import BadRecord
-from casa.data.formats import READERS, json_array, jsonl, pieces_of, reader_of
+from casa.data.formats import COMPRESSED, COMPRESSIONS, READERS, json_array, jsonl, pieces_of, reader_of
 from casa.data.formats.row import START
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -39,14 +43,27 @@ def write(path: Path, rows: list[dict[str, str]]) -> Path:
         with path.open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file, quoting=csv.QUOTE_ALL)
             table.writerows([["image", "caption"], *([row["image"], row["caption"]] for row in rows)])
-    elif kind == ".parquet":
+    elif kind in (".parquet", ".arrow"):
         names = {name: pa.array([row[name] for row in rows], pa.string()) for name in ("image", "caption")}
-        pq.write_table(pa.table(names), path, row_group_size=3)
+        if kind == ".parquet":
+            pq.write_table(pa.table(names), path, row_group_size=3)
+        else:
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, pa.table(names).schema) as stream:
+                stream.write_table(pa.table(names), max_chunksize=3)
     elif kind == ".tar":
         with tarfile.open(path, "w") as tar:
             for number, row in enumerate(rows):
                 add(tar, f"{number:04}.json", json.dumps(row).encode())
     return path
+
+
+def packed(path: Path, compression: str) -> Path:
+    """The file compressed, in the place of the plain one."""
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd.compress}
+    found = path.with_name(path.name + compression)
+    found.write_bytes(compress[compression](path.read_bytes()))
+    path.unlink()
+    return found
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -55,7 +72,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet", ".tar"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet", ".arrow", ".tar"])
 @settings(max_examples=25, deadline=None)
 @given(rows=ROWS)
 def test_what_was_written_is_read_from_any_row_on(tmp_path_factory, kind, rows):
@@ -71,7 +88,7 @@ def test_what_was_written_is_read_from_any_row_on(tmp_path_factory, kind, rows):
             assert again == whole[number + 1 :]
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet", ".tar"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet", ".arrow", ".tar"])
 def test_rows_of_other_readers_are_passed_over(tmp_path, kind):
     rows = [{"image": f"{k}.png", "caption": "x"} for k in range(3)]
     path = write(tmp_path / f"rows{kind}", rows)
@@ -82,12 +99,49 @@ def test_rows_of_other_readers_are_passed_over(tmp_path, kind):
     ]
 
 
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("kind", sorted(COMPRESSED - {".ndjson", ".tsv"}))
+def test_a_compressed_file_is_read_as_what_it_holds(tmp_path, kind, compression):
+    rows = [{"image": f"{k}.png", "caption": "x\n" * k} for k in range(7)]
+    plain = write(tmp_path / f"rows{kind}", rows)
+    wanted = read(plain)
+    path = packed(plain, compression)
+    found = read(path)
+    assert [row.value for row in found] == rows
+    assert found == wanted
+    for row in found:
+        assert read(path, row.after) == wanted[row.line - wanted[0].line + 1 :] or kind in (".csv", ".json")
+        assert [again.value for again in read(path, row.after)] == rows[rows.index(row.value) + 1 :]
+    assert [row.value for row in read(path, mine=lambda row: row % 2 == 1)] == rows[1::2]
+
+
+def test_a_compressed_tar_is_never_gone_back_in(tmp_path, monkeypatch):
+    """Each step back would mean to decompress it once more from its beginning."""
+    rows = [{"image": "x" * 40_000, "caption": str(k)} for k in range(20)]
+    path = packed(write(tmp_path / "rows.tar", rows), ".gz")
+    back = []
+    rewind = gzip._GzipReader._rewind
+    monkeypatch.setattr(gzip._GzipReader, "_rewind", lambda self: (back.append(1), rewind(self)))
+    assert [row.value for row in read(path, mine=lambda row: row % 3 == 0)] == rows[::3]
+    assert not back
+
+
+def test_entries_of_one_line_have_origins_of_their_own(tmp_path):
+    """A list on one line: the line alone would name all of them alike."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"a": k} for k in range(20)]))
+    found = read(path)
+    assert {(row.line, row.entry) for row in found} == {(1, f"row {k}") for k in range(1, 21)}
+    path.write_text("".join(json.dumps({"a": k}) for k in range(3)))
+    assert [(row.line, row.entry) for row in read(path)] == [(1, "row 1"), (1, "row 2"), (1, "row 3")]
+
+
 @pytest.mark.parametrize("kind", READERS)
 def test_an_empty_file_has_no_rows_or_says_so(tmp_path, kind):
     path = tmp_path / f"rows{kind}"
     path.write_bytes(b"")
     found = read(path)
-    if kind in (".tar", ".parquet"):
+    if kind in (".tar", ".parquet", ".arrow"):
         assert [row.value.reason for row in found] == ["unreadable-file"]
     else:
         assert found == []
@@ -238,6 +292,7 @@ def test_a_tar_sample_is_its_members(tmp_path):
         {"messages": [{"role": "user"}]},
     ]
     assert found[0].members["x/1.jpg"] == b"one"
+    assert [(row.line, row.entry) for row in found] == [(1, "x/1"), (2, "y/1"), (3, "2"), (4, "3"), (5, "4")]
 
 
 @pytest.mark.parametrize(("keep", "whole"), [(700, 0), (1536, 1), (1600, 1), (2600, 1), (2700, 2), (4608, 3)])

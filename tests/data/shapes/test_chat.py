@@ -40,10 +40,27 @@ def test_places_are_filled_from_the_column_in_order(context, told):
     assert [parts for role, parts in read if role == "user"] == [["a.png", "One two", "b.png"], ["c.png"]]
 
 
-def test_tags_in_strings_are_places(context, told):
-    row = {"messages": [{"role": "user", "content": "See <image>\nand <image> there."}, ANSWER]}
-    read = told(parse_row({**row, "images": ["a.png", "b.png"]}, context()))
-    assert read[0] == ("user", ["See", "a.png", "and", "b.png", "there."])
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("See <image>\nand <image> there.", ["See ", "a.png", "and ", "b.png", " there."]),
+        ("Compare <image> and <image>.", ["Compare ", "a.png", " and ", "b.png", "."]),
+        ("<image>\n<image>\nWhich?", ["a.png", "b.png", "Which?"]),
+        ("<image> <image> \r\n Which?", ["a.png", "b.png", "Which?"]),
+        ("Which? \n\n <image>\n \n<image>", ["Which?", "a.png", "b.png"]),
+        ("<image> or <image>", ["a.png", " or ", "b.png"]),
+    ],
+)
+def test_tags_in_strings_are_places(context, told, content, parts):
+    """Line ends beside a tag are the tag's, blanks within a line are the text's."""
+    row = {"messages": [{"role": "user", "content": content}, ANSWER], "images": ["a.png", "b.png"]}
+    assert told(parse_row(row, context()))[0] == ("user", parts)
+
+
+def test_blank_parts_stay_where_they_are(context, told):
+    content = [{"type": "image"}, {"type": "text", "text": " "}, {"type": "image"}, {"type": "text", "text": "\nHm?"}]
+    row = {"messages": [{"role": "user", "content": content}, ANSWER], "images": ["a.png", "b.png"]}
+    assert told(parse_row(row, context()))[0] == ("user", ["a.png", " ", "b.png", "\nHm?"])
 
 
 def test_beside_image_parts_a_tag_is_text(context, told):

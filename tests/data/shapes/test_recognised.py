@@ -20,6 +20,10 @@ STREAM = [{"role": "assistant", "content": [{"type": "text_stream", "text_stream
         ({"texts": [], "images": [], "source": "x"}, "finevision"),
         ({"image": "a.png", "caption": "x"}, "caption"),
         ({"messages": [], "image": "a.png", "text": "kept from before"}, "chat"),
+        ({"messages": [], "prompt": "x", "prompt_id": "y"}, "chat"),
+        ({"question": "x", "answers": ["y"], "image": None}, "vqa"),
+        ({"query": "x", "label": ["y"], "image": "a.png"}, "vqa"),
+        ({"prompt": [], "completion": []}, "prompt-completion"),
     ],
 )
 def test_keys_tell_the_shape(row, shape):
@@ -32,7 +36,7 @@ def test_keys_tell_the_shape(row, shape):
     [
         ({"messages": [], "conversations": []}, "could be chat or llava: name the shape"),
         ({"conversations": [], "image": "a", "video": "b"}, "could be llava-video or llava: name the shape"),
-        ({"question": "x", "answer": "y"}, r"keys \(answer, question\) fit no shape"),
+        ({"question": "x", "reply": "y"}, r"keys \(question, reply\) fit no shape"),
         ({}, r"keys \(none\)"),
         ({"image": "a.png"}, "fit no shape"),
     ],

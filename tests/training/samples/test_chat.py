@@ -1,6 +1,7 @@
 """Conversations as tokens: those that the processor feeds, with answers alone to be learned."""
 
 import pytest
+from PIL import Image
 
 from casa import CasaProcessor
 from casa.data.bad import BadRecord
@@ -13,8 +14,6 @@ SHIPPED = CasaProcessor.from_pretrained("casa-tiny")
 
 def fed(processor, record):
     """What the processor makes of the same conversation, with blank pictures."""
-    from PIL import Image
-
     from casa.data.record import Picture
 
     chat = [
@@ -127,3 +126,47 @@ def test_any_script_is_learned_whole(chat, answer):
     assert all(sample.learn[first:])
     wanted = SHIPPED.tokenizer.encode(answer + "<end>", add_special_tokens=False)
     assert list(sample.ids[first:]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("Compare <image> and <image>.", ["Compare ", None, " and ", None, "."]),
+        ("<image>\n<image>\nWhich one?", [None, None, "Which one?"]),
+        ("Here: <image>, there: <image>", ["Here: ", None, ", there: ", None]),
+    ],
+)
+@pytest.mark.parametrize("processor", [SHIPPED, tiny_processor()], ids=["shipped", "tiny"])
+def test_a_row_is_trained_as_the_same_chat_is_asked(tmp_path, picture, processor, content, parts):
+    from casa.data import SourceSettings, parse_row
+    from casa.data.pictures import Files
+    from casa.data.record import Origin
+    from casa.data.shapes.context import Context
+
+    shown = [picture().source, picture().source]
+    context = Context(Origin("x", 1), Files(tmp_path), SourceSettings("x"))
+    row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "7"}], "images": shown}
+    sample = SampleMaker(processor, BIG)(parse_row(row, context))[0]
+    asked = [
+        {"type": "text", "text": p} if p else {"type": "image", "image": Image.new("RGB", (56, 56))} for p in parts
+    ]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": asked}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    ids = inputs["input_ids"][0].tolist()
+    assert list(sample.ids[: len(ids)]) == ids
+    assert list(sample.places) == inputs["image_positions"][:, 1].tolist()
+    assert not any(sample.learn[: len(ids)])
+
+
+def test_an_answer_that_is_not_to_be_learned_is_read(chat):
+    from dataclasses import replace
+
+    record = chat(("user", "a"), ("assistant", "12"), ("user", "b"), ("assistant", "34"))
+    whole = SampleMaker(SHIPPED, BIG)(record)[0]
+    first, second = (n for n, message in enumerate(record.messages) if message.role == "assistant")
+    for left_out, said in ((first, "34<end>"), (second, "12<end>")):
+        messages = [replace(m, learn=n != left_out) for n, m in enumerate(record.messages)]
+        sample = SampleMaker(SHIPPED, BIG)(replace(record, messages=tuple(messages)))[0]
+        assert learned(sample, SHIPPED) == said
+        assert sample.ids == whole.ids[: len(sample.ids)]

@@ -9,12 +9,12 @@ from typing import BinaryIO
 
 from casa.data.bad import BadRecord
 from casa.data.formats.jsonl import BOM
-from casa.data.formats.row import LONGEST, Cursor, Piece, Row
+from casa.data.formats.row import LONGEST, Cursor, Piece, Row, open_file
 
 
 def read_csv_rows(piece: Piece, cursor: Cursor, mine: Callable[[int], bool]) -> Iterator[Row]:
     """The rows from `cursor` on, as dicts of text."""
-    with piece.path.open("rb") as file:
+    with open_file(piece.path) as file:
         lines = _Lines(file)
         first = next(lines, "")
         delimiter = max(",;\t", key=first.count)

@@ -10,26 +10,28 @@ from collections.abc import Callable, Iterator
 
 from casa.data.bad import BadRecord
 from casa.data.formats.jsonl import BOM, parsed, read_jsonl_rows
-from casa.data.formats.row import LONGEST, Cursor, Piece, Row
+from casa.data.formats.row import LONGEST, Cursor, Piece, Row, open_file
 
 _CHUNK = 1 << 20  # characters
 _BLANK = " \t\r\n"
 
 
 def read_json_rows(piece: Piece, cursor: Cursor, mine: Callable[[int], bool]) -> Iterator[Row]:
-    """The rows from `cursor` on; a row's line is the one where it begins."""
-    with piece.path.open("rb") as file:
+    """The rows from `cursor` on; a row's line is the one where it begins, and its number in the list its entry."""
+    with open_file(piece.path) as file:
         first = file.readline(_CHUNK).removeprefix(BOM)
     if first.lstrip()[:1] != b"[" and first.strip() and not isinstance(parsed(first), BadRecord):
         yield from read_jsonl_rows(piece, cursor, mine)
         return
-    with piece.path.open("rb") as binary:
+    with open_file(piece.path) as binary:
         # bytes that are no UTF-8 become halves of characters, which the shapes refuse by row
         text = io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
         for number, (line, value, size) in enumerate(_values(_Text(text)), start=1):
             if number > cursor[0] and mine(number - 1):
                 # a bad value is always the last: see `_values`
-                yield Row(line, value, size, (number, 0), last=isinstance(value, BadRecord))
+                bad = isinstance(value, BadRecord)
+                # a whole list may stand on one line
+                yield Row(line, value, size, (number, 0), last=bad, entry=f"row {number}")
 
 
 class _Text:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from casa.data.bad import BadRecord
-from casa.data.formats.row import LONGEST, Cursor, Piece, Row
+from casa.data.formats.row import LONGEST, Cursor, Piece, Row, open_file
 
 BOM = b"\xef\xbb\xbf"
 
@@ -13,7 +13,7 @@ BOM = b"\xef\xbb\xbf"
 def read_jsonl_rows(piece: Piece, cursor: Cursor, mine: Callable[[int], bool]) -> Iterator[Row]:
     """The rows from `cursor` on; blank lines count as lines, and are no rows."""
     number, offset = cursor
-    with piece.path.open("rb") as file:
+    with open_file(piece.path) as file:
         file.seek(offset)
         for line in _lines(file):
             number += 1

@@ -1,4 +1,8 @@
-"""Parquet, one row group at a time. A row group is a piece: readers can share a file without reading all of it."""
+"""Tables of Arrow: parquet, one row group at a time, and the .arrow files of `save_to_disk`.
+
+A row group is a piece: readers can share a file without reading all of it. An .arrow file is mapped, not read, so that
+passing over rows costs nothing.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,8 +54,46 @@ def read_parquet_rows(piece: Piece, cursor: Cursor, mine: Callable[[int], bool])
     except Exception as error:
         if isinstance(error, (MemoryError, UserError)):
             raise
-        bad = BadRecord(
-            "unreadable-file", f"The file is no parquet from here on, or damaged ({said_by(error)}): copy it again."
-        )
         if mine(number):
-            yield Row(piece.first + number + 1, bad, 0, (number + 1, 0), last=True)
+            yield _broken_off("parquet", piece.first + number + 1, number + 1, error)
+
+
+def read_arrow_rows(piece: Piece, cursor: Cursor, mine: Callable[[int], bool]) -> Iterator[Row]:
+    """The rows of a stream of record batches, as `datasets` saves them, or of a file of them, from `cursor` on."""
+    import_parquet()
+    import pyarrow
+
+    number = 0
+    try:
+        with pyarrow.memory_map(str(piece.path)) as held:
+            for batch in _batches(pyarrow.ipc, held):
+                if number + batch.num_rows <= cursor[0]:
+                    number += batch.num_rows
+                    continue
+                size = batch.nbytes // max(1, batch.num_rows)
+                for at in range(batch.num_rows):
+                    number += 1
+                    if number > cursor[0] and mine(number - 1):
+                        yield Row(number, batch.slice(at, 1).to_pylist()[0], size, (number, 0))
+    except Exception as error:
+        if isinstance(error, (MemoryError, UserError)):
+            raise
+        if mine(number):
+            yield _broken_off("Arrow", number + 1, number + 1, error)
+
+
+def _batches(ipc: Any, held: Any) -> Iterator[Any]:
+    file = held.read(6) == b"ARROW1"
+    held.seek(0)
+    if file:
+        reader = ipc.open_file(held)
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+    else:
+        yield from ipc.open_stream(held)
+
+
+def _broken_off(kind: str, line: int, number: int, error: Exception) -> Row:
+    bad = BadRecord(
+        "unreadable-file", f"The file is no {kind} from here on, or damaged ({said_by(error)}): copy it again."
+    )
+    return Row(line, bad, 0, (number, 0), last=True)

@@ -8,10 +8,13 @@ from casa.data.record import Record
 from casa.data.shapes.caption import CAPTION, IMAGE, caption
 from casa.data.shapes.chat import chat
 from casa.data.shapes.context import Context
+from casa.data.shapes.fields import ROW, refuse, with_system
 from casa.data.shapes.finevision import finevision
 from casa.data.shapes.live_whisperx import live_whisperx
 from casa.data.shapes.llava import llava
 from casa.data.shapes.llava_video import llava_video
+from casa.data.shapes.prompt_completion import prompt_completion
+from casa.data.shapes.vqa import ANSWER, QUESTION, vqa
 
 SHAPES: Mapping[str, Callable[[Mapping[str, Any], Context], Record]] = {
     "chat": chat,
@@ -19,6 +22,8 @@ SHAPES: Mapping[str, Callable[[Mapping[str, Any], Context], Record]] = {
     "finevision": finevision,
     "llava-video": llava_video,
     "live-whisperx": live_whisperx,
+    "vqa": vqa,
+    "prompt-completion": prompt_completion,
     "caption": caption,
 }
 
@@ -37,8 +42,9 @@ def parse_row(row: Any, context: Context) -> Record:
         if actual not in row:
             raise BadRecord("wrong-type", f"The row has no column {actual!r}: mend columns in the settings.")
         row = {**{key: value for key, value in row.items() if key != actual}, known: row[actual]}
+    refuse(row, ROW, "The row")
     shape = context.settings.shape
-    return SHAPES[recognised(row) if shape == "auto" else shape](row, context)
+    return with_system(SHAPES[recognised(row) if shape == "auto" else shape](row, context), row)
 
 
 def recognised(row: Mapping[str, Any]) -> str:
@@ -54,8 +60,12 @@ def recognised(row: Mapping[str, Any]) -> str:
         fits += [name for name, key in (("llava-video", "video"), ("llava", "image")) if key in has] or ["llava"]
     if "video" in has and timed:
         fits.append("live-whisperx")
-    if not fits and has & set(IMAGE) and has & set(CAPTION):
-        fits.append("caption")
+    if {"prompt", "completion"} <= has:
+        fits.append("prompt-completion")
+    # columns of a chat's row that such tables have too are notes beside it
+    if not fits:
+        columns = {"vqa": (QUESTION, ANSWER), "caption": (IMAGE, CAPTION)}
+        fits += [name for name, pair in columns.items() if all(has & set(names) for names in pair)]
     if len(fits) == 1:
         return fits[0]
     if fits:

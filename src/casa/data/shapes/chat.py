@@ -8,38 +8,69 @@ Content is a string, or parts: text; image_url with a path or a data: URI; image
 `images` column fills. In a chat without image parts, <image> in a string is such a place.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from casa.data.bad import BadRecord
-from casa.data.record import Record, Text
+from casa.data.record import Message, Record, Role, Text
 from casa.data.shapes.context import Context
-from casa.data.values import Parts, Places, Turns, first_of, list_of, many, record_of, role_of, seconds_of, text_of
+from casa.data.shapes.fields import is_learned, refuse
+from casa.data.values import (
+    TAG,
+    Parts,
+    Places,
+    first_of,
+    list_of,
+    pictures_before,
+    record_of,
+    role_of,
+    row_pictures,
+    seconds_of,
+    text_of,
+)
 
 _IMAGE = ("image", "image_url", "input_image")
 _VIDEO = ("video", "video_url", "input_video")
+_FILMS = ("video", "videos")
 _TEXT = ("text", "input_text", "output_text")
 
 
 def chat(row: Mapping[str, Any], context: Context) -> Record:
     """Reads one row. Raises BadRecord."""
-    turns = [_turn(entry) for entry in list_of(row.get("messages"), "messages")]
-    column = many(row.get("images")) or many(row.get("image"))
+    return record_of(messages_of(list_of(row.get("messages"), "messages"), row, context), context.origin)
+
+
+def messages_of(
+    entries: Sequence[Any], row: Mapping[str, Any], context: Context, *, read: int = 0, placed: bool = True
+) -> list[Message]:
+    """Messages with the pictures of their row.
+
+    read: so many of the first are not learned, whoever speaks. placed: pictures for which the text has no place are an
+    error; otherwise they stand before a user's first words. Raises BadRecord.
+    """
+    refuse(row, dict.fromkeys(_FILMS, "write it as a part of the content, {type: video, video: ...}"), "The row")
+    turns = [_turn(entry) for entry in entries]
     # where pictures stand as parts of their own, <image> in a text is only text
-    parted = any(_type(part) in (*_IMAGE, *_VIDEO) for _, content in turns for part in _parts(content))
-    places = Places(map(context.files.picture, column), None if parted else "<image>")
-    read: Turns = [(role_of(role), _content(content, places, context)) for role, content in turns]
+    parted = any(_type(part) in (*_IMAGE, *_VIDEO) for _, content, _ in turns for part in _parts(content))
+    pictures = row_pictures(row, context.files.picture)
+    bare = not placed and not parted
+    places = Places([] if bare else pictures, None if parted or bare else TAG)
+    found = [
+        Message(role, tuple(_content(content, places, context)), learn and number >= read)
+        for number, (role, content, learn) in enumerate(turns)
+    ]
     places.check()
-    return record_of(read, context.origin)
+    return pictures_before(found, pictures) if bare else found
 
 
-def _turn(entry: Any) -> tuple[Any, Any]:
+def _turn(entry: Any) -> tuple[Role, Any, bool]:
     if not isinstance(entry, Mapping):
         raise BadRecord("wrong-type", "A message is no object with role and content.")
     who = first_of(entry, "role", "from")
     if who is None:
         raise BadRecord("wrong-type", "A message has no role: say who speaks.")
-    return who, first_of(entry, "content", "value")
+    role = role_of(who)
+    return role, first_of(entry, "content", "value"), is_learned(entry, role)
 
 
 def _parts(content: Any) -> list[Any]:

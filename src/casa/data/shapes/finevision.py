@@ -9,24 +9,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from casa.data.bad import BadRecord
-from casa.data.record import Record, Role
+from casa.data.record import Message, Record, Text
 from casa.data.shapes.context import Context
-from casa.data.values import TAG, Places, Turns, list_of, many, record_of, text_of
+from casa.data.shapes.fields import is_learned
+from casa.data.values import list_of, pictures_before, record_of, row_pictures, text_of
 
 
 def finevision(row: Mapping[str, Any], context: Context) -> Record:
     """Reads one row. Raises BadRecord."""
-    said: list[tuple[Role, str]] = []
+    messages: list[Message] = []
     for entry in list_of(row.get("texts"), "texts"):
         if not isinstance(entry, Mapping):
             raise BadRecord("wrong-type", "An entry of texts is no object with user and assistant.")
-        said.append(("user", text_of(entry.get("user"), "user")))
-        said.append(("assistant", text_of(entry.get("assistant"), "assistant")))
-    pictures = [context.files.picture(value) for value in many(row.get("images"))]
-    tagged = any(TAG in text for _, text in said)
-    places = Places(pictures if tagged else [])
-    turns: Turns = [(role, places.split(text)) for role, text in said]
-    places.check()
-    if turns and not tagged:
-        turns[0] = (turns[0][0], [*pictures, *turns[0][1]])
-    return record_of(turns, context.origin)
+        learn = is_learned(entry, "assistant")
+        asked, said = (text_of(entry.get(side), side) for side in ("user", "assistant"))
+        messages.append(Message("user", (Text(asked),) if asked.strip() else ()))
+        messages.append(Message("assistant", (Text(said),) if said.strip() else (), learn))
+    pictures = row_pictures(row, context.files.picture)
+    return record_of(pictures_before(messages, pictures), context.origin)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from casa.data.bad import BadRecord, NoRecord
-from casa.data.record import Picture, Record, Text
+from casa.data.record import Message, Picture, Record, Text
 from casa.data.shapes.context import Context
 from casa.data.values import Parts, first_of, list_of, record_of, seconds_of, text_of
 
@@ -60,7 +60,8 @@ def live_whisperx(row: Mapping[str, Any], context: Context) -> Record:
         )
     frames = context.frames(path, clip.start, end, thin=False)
     asked = [Text(text) for text in clip.asked] or [Text(context.settings.prompt or PROMPT)]
-    return record_of([("user", list(asked)), ("assistant", interleaved(frames, words))], context.origin)
+    said = Message("assistant", tuple(interleaved(frames, words)))
+    return record_of([Message("user", tuple(asked)), said], context.origin)
 
 
 def interleaved(frames: list[Picture], words: list[Text]) -> Parts:

@@ -10,17 +10,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from casa.data.record import Picture, Record
+from casa.data.record import Message, Picture, Record
 from casa.data.shapes.context import Context
 from casa.data.shapes.llava import said
-from casa.data.values import TAG, Places, Turns, record_of
+from casa.data.values import TAG, Places, record_of
 
 
 def llava_video(row: Mapping[str, Any], context: Context) -> Record:
     """Reads one row, and its video once all else is right. Raises BadRecord."""
     video = Picture(context.files.path(row.get("video"), "video"))
     places = Places([video])
-    turns: Turns = [(role, places.split(text.replace("<video>", TAG))) for role, text in said(row)]
+    turns = [Message(role, tuple(places.split(text.replace("<video>", TAG))), learn) for role, text, learn in said(row)]
     places.check()
     record = record_of(turns, context.origin)
     assert not isinstance(video.source, bytes)

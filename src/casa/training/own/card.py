@@ -31,11 +31,14 @@ class Facts:
 
 
 def count_bad(folder: Path) -> Counter[str]:
-    """Bad records by reason, from the reports of all readers of a run."""
-    found: Counter[str] = Counter()
+    """Bad records by reason, from the reports of all readers of a run.
+
+    A record is one, however many readers met it: files go to another of them each epoch.
+    """
+    reasons: dict[str, str] = {}
     for path in sorted(folder.glob("bad-records*.jsonl")):
-        found.update(reason for _, reason in reported(path.read_bytes()))
-    return found
+        reasons.update(reported(path.read_bytes()))
+    return Counter(reasons.values())
 
 
 def write_card(folder: Path, recipe: RunRecipe, facts: Facts) -> None:

@@ -15,7 +15,7 @@ Drawn with Pillow alone, in the manner of `casa data check`'s sheet.
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,7 @@ def _drawn(row: Row, scale: Scale, tokenizer: Any) -> Image.Image:
     )
     draw.text((WIDTH - PAD, 4), facts, fill=FAINT, font=letters(SMALL), anchor="ra")
     room = WIDTH - 2 * PAD - 40 - round(letters(SMALL).getlength(facts))
-    where = f"{row.number}   {Path(sample.origin.path).name}:{sample.origin.line}"
+    where = f"{row.number}   {replace(sample.origin, path=Path(sample.origin.path).name)}"
     draw.text((PAD + 14, 4), shortened(where, letters(SMALL, True), room), fill=INK, font=letters(SMALL, True))
     top = 34
     for line in lines:

@@ -67,7 +67,7 @@ def make_plan(recipe: RunRecipe, processes: int = 1) -> Plan:
 
 
 def _source(source: SourceSettings, total: float) -> Source:
-    files = None if source.path.startswith(PREFIX) else len(data_files(source.path))
+    files = None if source.path.startswith(PREFIX) else len(data_files(source.path, source.split))
     return Source(source.path, source.subset, source.weight / total, files)
 
 

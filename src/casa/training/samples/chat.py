@@ -109,7 +109,7 @@ def _rendered(messages: Sequence[Message], processor: CasaProcessor) -> tuple[st
                 continue
             if _OPENS in part.text or _CLOSES in part.text:
                 raise BadRecord("broken-text", "A text holds characters that Unicode keeps for private use.")
-            learned = message.role == "assistant" and part.text.strip()
+            learned = message.role == "assistant" and message.learn and part.text.strip()
             text = f"{_OPENS}{part.text.strip()}{_CLOSES}" if learned else part.text
             content.append({"type": "text", "text": text})
         chat.append({"role": message.role, "content": content})
