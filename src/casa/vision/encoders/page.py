@@ -1,0 +1,271 @@
+"""The page encoder: a small residual ConvNet that sees characters, for pages, receipts, charts and screens of any size.
+
+Shapes: n pictures, H x W pixels, cells of 8 x 4 px (rows R = H / 8, columns C = W / 4), d width of a cell's features,
+K classes: 0 where no character is, then the characters of the config in order; N image tokens.
+
+It is trained on dense targets (which character stands at each cell), so that its features say what is written where.
+A token is a block of cells, side by side. Pictures keep their size: they are padded to whole tokens, and made
+smaller or larger only where they leave the bounds of the config.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, BatchFeature, PreTrainedConfig, PreTrainedModel
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import PILImageResampling, SizeDict
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.processing_utils import ImagesKwargs
+
+from casa.errors import UserError
+from casa.vision.encoders.family import Family
+
+CELL = (8, 4)
+ASCII = "".join(map(chr, range(32, 127)))
+WAVES = 7  # of places, from 32 px up, each twice as long
+
+
+class PageEncoderConfig(PreTrainedConfig):
+    """Configuration of a `PageEncoder`.
+
+    characters: what it tells apart; its classes are 0, "no character", and these.
+    stem_sizes: widths of the two layers that bring the picture to a quarter of its size.
+    hidden_size: d. dilations: one residual block each, that wide steps from side to side.
+    token_size: height and width of a token in pixels, whole cells.
+    token_parts: what a token is made of: "features" (d per cell), "classes" (K probabilities per cell),
+        "places" (where in the picture it stands, in waves of pixels).
+    batch_norm: whether convolutions are followed by BatchNorm, as they are in training (see `PageEncoder.folded`).
+    image_mean, image_std: per channel. min_pixels, max_pixels: bounds for the area of a picture.
+    """
+
+    model_type = "casa_page_encoder"
+
+    characters: str = ASCII
+    stem_sizes: tuple[int, int] | list[int] = (32, 64)
+    hidden_size: int = 112
+    dilations: tuple[int, ...] | list[int] = (1, 2, 1, 2, 1, 2)
+    token_size: tuple[int, int] | list[int] = (16, 32)
+    token_parts: tuple[str, ...] | list[str] = ("features", "classes")
+    batch_norm: bool = False
+    image_mean: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5)
+    min_pixels: int = 64 * 64
+    max_pixels: int = 896 * 896
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if any(side < 1 or side % cell for side, cell in zip(self.token_size, CELL, strict=True)):
+            raise UserError(f"token_size is {self.token_size}; give multiples of {CELL[0]} rows and {CELL[1]} columns.")
+        if not self.token_parts or (unknown := [part for part in self.token_parts if part not in PARTS]):
+            named = ", ".join(map(repr, self.token_parts and unknown)) or "empty"
+            raise UserError(f"token_parts is or has {named}; the parts are {', '.join(PARTS)}.")
+        super().__post_init__(**kwargs)
+
+    @property
+    def classes(self) -> int:
+        """K."""
+        return 1 + len(self.characters)
+
+
+PARTS = {
+    "features": lambda config: _cells_per_token(config) * config.hidden_size,
+    "classes": lambda config: _cells_per_token(config) * config.classes,
+    "places": lambda config: 4 * WAVES,
+}
+
+
+def _cells_per_token(config: Any) -> int:
+    return config.token_size[0] // CELL[0] * (config.token_size[1] // CELL[1])
+
+
+def _layer(size: tuple[int, int], kernel: int, batch_norm: bool, **kwargs: Any) -> nn.Sequential:
+    conv = nn.Conv2d(*size, kernel, bias=not batch_norm, **kwargs)
+    return nn.Sequential(conv, nn.BatchNorm2d(size[1])) if batch_norm else nn.Sequential(conv)
+
+
+class ResidualBlock(nn.Module):
+    """A 3x3 convolution, which may reach further from side to side, and a 1x1 one, added to what came in."""
+
+    def __init__(self, width: int, dilation: int, batch_norm: bool) -> None:
+        super().__init__()
+        self.look = _layer((width, width), 3, batch_norm, padding=(1, dilation), dilation=(1, dilation))
+        self.mix = _layer((width, width), 1, batch_norm)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        return torch.relu(cells + self.mix(torch.relu(self.look(cells))))
+
+
+class PageEncoder(PreTrainedModel):
+    """Pictures (n, 3, H, W), sides in whole cells, to features (n, d, R, C) and the classes of their cells."""
+
+    config_class = PageEncoderConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: PageEncoderConfig) -> None:
+        super().__init__(config)
+        first, second = config.stem_sizes
+        norm, width = config.batch_norm, config.hidden_size
+        self.first = _layer((3, first), 3, norm, stride=2, padding=1)
+        self.second = _layer((first, second), 3, norm, stride=2, padding=1)
+        self.quarter = ResidualBlock(second, 1, norm)
+        self.third = _layer((second, width), 3, norm, stride=(2, 1), padding=1)
+        self.blocks = nn.ModuleList(ResidualBlock(width, dilation, norm) for dilation in config.dilations)
+        self.classifier = nn.Conv2d(width, config.classes, 1)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(n, d, R, C): features of cells."""
+        cells = torch.relu(self.first(pixel_values))
+        cells = self.quarter(torch.relu(self.second(cells)))
+        cells = torch.relu(self.third(cells))
+        for block in self.blocks:
+            cells = block(cells)
+        return cells
+
+    def tokens(self, pixel_values: Tensor) -> Tensor:
+        """(n, rows * columns, width): the parts of each token side by side, tokens in reading order."""
+        cells = self(pixel_values)
+        return torch.cat([getattr(self, f"_{part}")(cells) for part in self.config.token_parts], dim=-1)
+
+    def folded(self) -> "PageEncoder":
+        """The same encoder with every BatchNorm worked into the convolution before it, as it is in `eval` mode."""
+        config = PageEncoderConfig.from_dict(self.config.to_dict() | {"batch_norm": False})
+        found = PageEncoder(config)
+        with torch.no_grad():
+            for name, module in self.named_modules():
+                if isinstance(module, nn.Sequential) and len(module) == 2:
+                    whole: Any = nn.utils.fuse_conv_bn_eval(*module.eval())  # type: ignore[arg-type]
+                    found.get_submodule(name)[0].load_state_dict(whole.state_dict())  # type: ignore[index]
+            found.classifier.load_state_dict(self.classifier.state_dict())
+        return found.to(self.dtype).eval()
+
+    def _features(self, cells: Tensor) -> Tensor:
+        high, wide = (side // cell for side, cell in zip(self.config.token_size, CELL, strict=True))
+        blocks = cells.unflatten(2, (-1, high)).unflatten(4, (-1, wide))  # (n, d, rows, high, columns, wide)
+        return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+    def _classes(self, cells: Tensor) -> Tensor:
+        return self._features(self.classifier(cells).softmax(dim=1))
+
+    def _places(self, cells: Tensor) -> Tensor:
+        rows, columns = (
+            cells.shape[2 + axis] * CELL[axis] // self.config.token_size[axis] for axis in (0, 1)
+        )
+        waves = []
+        for axis, count in ((0, rows), (1, columns)):
+            middle = (torch.arange(count, device=cells.device) + 0.5) * self.config.token_size[axis]
+            angle = middle[:, None] * (2 * torch.pi / 32) / 2.0 ** torch.arange(WAVES, device=cells.device)
+            waves.append(torch.cat([angle.sin(), angle.cos()], dim=-1))
+        y, x = waves
+        both = torch.cat([y[:, None].expand(-1, columns, -1), x[None].expand(rows, -1, -1)], dim=-1).flatten(0, 1)
+        return both.to(cells.dtype).expand(len(cells), -1, -1)
+
+
+class PagePicturesKwargs(ImagesKwargs, total=False):
+    """token_size: height and width of a token. min_pixels, max_pixels: bounds for the area of a picture."""
+
+    token_size: list[int]
+    min_pixels: int
+    max_pixels: int
+
+
+class CasaPageImageProcessor(PilBackend):
+    """Pictures at their own size, padded below and at the right with their last pixels, as blocks of one token each.
+
+    `pixel_values` (N, 3 * height * width of a token), in reading order; `image_grid_thw` int64 (n, 3), in tokens.
+    """
+
+    valid_kwargs = PagePicturesKwargs
+    do_convert_rgb = True
+    do_rescale = True
+    do_normalize = True
+    resample = PILImageResampling.BICUBIC
+    image_mean = [0.5, 0.5, 0.5]  # noqa: RUF012
+    image_std = [0.5, 0.5, 0.5]  # noqa: RUF012
+    token_size = [16, 32]  # noqa: RUF012
+    min_pixels = 64 * 64
+    max_pixels = 896 * 896
+    model_input_names = ["pixel_values", "image_grid_thw"]  # noqa: RUF012
+
+    def _preprocess(
+        self,
+        images: list[np.ndarray],
+        token_size: list[int],
+        min_pixels: int,
+        max_pixels: int,
+        resample: Any,
+        rescale_factor: float,
+        image_mean: Any,
+        image_std: Any,
+        return_tensors: Any,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        blocks, grids = [], []
+        for image in images:
+            sides = page_size(image.shape[-2], image.shape[-1], min_pixels, max_pixels)
+            if sides != image.shape[-2:]:
+                image = self.resize(image, SizeDict(height=sides[0], width=sides[1]), resample=resample)
+            lacking = [-side % token for side, token in zip(sides, token_size, strict=True)]
+            image = np.pad(image, ((0, 0), (0, lacking[0]), (0, lacking[1])), mode="edge")
+            image = self.normalize(self.rescale(image, rescale_factor), image_mean, image_std)
+            rows, columns = image.shape[1] // token_size[0], image.shape[2] // token_size[1]
+            cut = image.reshape(3, rows, token_size[0], columns, token_size[1])
+            blocks.append(cut.transpose(1, 3, 0, 2, 4).reshape(rows * columns, -1).astype(np.float32))
+            grids.append((1, rows, columns))
+        data = {"pixel_values": np.concatenate(blocks), "image_grid_thw": np.array(grids, dtype=np.int64)}
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+def page_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width that a picture is seen at: its own, or scaled into the bounds with its proportions kept."""
+    area = height * width
+    scale = (max_pixels / area) ** 0.5 if area > max_pixels else max(1.0, (min_pixels / area) ** 0.5)
+    return max(1, int(height * scale)), max(1, int(width * scale))
+
+
+def image_processor(config: Any, max_pixels: int | None = None) -> CasaPageImageProcessor:
+    """The processor with an encoder's own picture settings."""
+    return CasaPageImageProcessor(
+        token_size=list(config.token_size),
+        min_pixels=config.min_pixels,
+        max_pixels=max_pixels if max_pixels is not None else config.max_pixels,
+        image_mean=list(config.image_mean),
+        image_std=list(config.image_std),
+    )
+
+
+def _run(encoder: PageEncoder, pixel_values: Tensor, grid: Tensor) -> Tensor:
+    """(N, width). Pictures of one size go through together."""
+    high, wide = encoder.config.token_size
+    shapes = [(rows, columns) for _, rows, columns in grid.tolist()]
+    pictures = pixel_values.to(encoder.dtype).split([rows * columns for rows, columns in shapes])
+    found: list[Any] = [None] * len(shapes)
+    for rows, columns in dict.fromkeys(shapes):
+        which = [number for number, shape in enumerate(shapes) if shape == (rows, columns)]
+        blocks = torch.stack([pictures[number] for number in which]).view(len(which), rows, columns, 3, high, wide)
+        whole = blocks.permute(0, 3, 1, 4, 2, 5).reshape(len(which), 3, rows * high, columns * wide)
+        tokens = encoder.tokens(whole.contiguous(memory_format=torch.channels_last))
+        for number, own in zip(which, tokens, strict=True):
+            found[number] = own
+    return torch.cat(found)
+
+
+PAGE_ENCODERS = {
+    PageEncoderConfig.model_type: Family(
+        model=PageEncoder,
+        pictures="own",
+        run=_run,
+        width=lambda config: sum(PARTS[part](config) for part in config.token_parts),
+        image_processor=image_processor,
+    )
+}
+
+AutoConfig.register(PageEncoderConfig.model_type, PageEncoderConfig, exist_ok=True)
+AutoModel.register(PageEncoderConfig, PageEncoder, exist_ok=True)
+AutoImageProcessor.register(
+    PageEncoderConfig,
+    image_processor_classes={"pil": CasaPageImageProcessor, "torchvision": CasaPageImageProcessor},
+    exist_ok=True,
+)
