@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from projects.casa_smol.fonts import CHARACTERS, Face
 
 CLASS_OF = {character: number for number, character in enumerate(CHARACTERS, start=1)}
-COLOURS = "black white grey red orange yellow green turquoise blue purple pink brown".split()
+COLOURS = ["black", "white", "grey", "red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink", "brown"]
 RGB = tuple[int, int, int]
 
 
@@ -22,7 +22,8 @@ class Glyphs:
     """All characters of a page, one row each.
 
     boxes: float (G, 4), left, top, right, bottom: the advance, from the x-height to the baseline.
-    lines: float (G, 2), top and bottom of the character's line of writing. classes: by `CLASS_OF`; " " between words is one.
+    lines: float (G, 2), top and bottom of the character's line of writing.
+    classes: by `CLASS_OF`; the space between words has one too.
     words, inks: number of the word (-1 for a space) and of the ink among `COLOURS`.
     """
 
@@ -57,7 +58,7 @@ class Canvas:
         self.ground.paste(picture, at)
 
     def text(self, x: float, baseline: float, text: str, face: Face, size: int, ink: RGB) -> float:
-        """Writes one line from x on, on a baseline, and returns where it ends. Characters the face lacks are left out."""
+        """Writes one line from x on, on a baseline; returns where it ends. Characters the face lacks are left out."""
         text = "".join(character for character in text if character in CLASS_OF and character not in face.missing)
         font = face.at(size)
         # whole pixels, as the font is hinted for; otherwise Pillow draws between them
@@ -115,11 +116,12 @@ def colours_of(image: np.ndarray) -> np.ndarray:
     spread = high - low
     red, green, blue = values[..., 0], values[..., 1], values[..., 2]
     safe = np.maximum(spread, 1e-6)
-    hue = np.where(
-        high == red, (green - blue) / safe % 6, np.where(high == green, (blue - red) / safe + 2, (red - green) / safe + 4)
-    ) * 60  # fmt: skip
+    cooler = np.where(high == green, (blue - red) / safe + 2, (red - green) / safe + 4)
+    hue = np.where(high == red, (green - blue) / safe % 6, cooler) * 60
     found = np.select(
-        [hue < 15, hue < 42, hue < 68, hue < 160, hue < 195, hue < 258, hue < 292, hue < 338], [3, 4, 5, 6, 7, 8, 9, 10], 3
+        [hue < 15, hue < 42, hue < 68, hue < 160, hue < 195, hue < 258, hue < 292, hue < 338],
+        [3, 4, 5, 6, 7, 8, 9, 10],
+        3,
     )
     found = np.where((found == 4) & (high < 0.68) | (found == 3) & (high < 0.6) & (hue > 5) & (hue < 42), 11, found)
     found = np.where((found == 3) & (low > 0.5), 10, found)

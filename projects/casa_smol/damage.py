@@ -9,7 +9,9 @@ from PIL import Image, ImageFilter
 from projects.casa_smol.canvas import Canvas, Glyphs
 
 
-def placed(canvas: Canvas, size: tuple[int, int], rng: Generator, turned: float = 0.3) -> tuple[Image.Image, Image.Image, Glyphs]:
+def placed(
+    canvas: Canvas, size: tuple[int, int], rng: Generator, turned: float = 0.3
+) -> tuple[Image.Image, Image.Image, Glyphs]:
     """A part of a page, of `size` (width, height): picture, ground, and characters where they now stand.
 
     turned: the share of pages that are turned by up to four degrees, sheared or scaled; the others are only cut out.

@@ -34,8 +34,9 @@ LOSS_WEIGHTS = {"classes": 1.0, "middles": 0.5, "inks": 0.1, "grounds": 0.1}
 
 @dataclass(frozen=True)
 class Settings:
-    """What makes a run. shapes: (pages, width, height) of a batch, taken in turn. dilations, hidden_size: the encoder's.
+    """What makes a run.
 
+    shapes: (pages, width, height) of a batch, taken in turn. hidden_size, dilations, stem_sizes: the encoder's.
     decay: the last share of the steps, over which the rate falls to nothing. ema: of the weights that are kept.
     """
 
@@ -94,7 +95,9 @@ class Learner(nn.Module):
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
         """uint8 (n, H, W, 3) to logits (n, classes, R, C) by the names of the targets."""
         config = self.encoder.config
-        mean, std = (pictures.new_tensor(list(values), dtype=torch.float32) for values in (config.image_mean, config.image_std))
+        mean, std = (
+            pictures.new_tensor(list(values), dtype=torch.float32) for values in (config.image_mean, config.image_std)
+        )
         seen = ((pictures / 255 - mean) / std).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
         cells = self.encoder(seen)
         found = {"classes": self.encoder.classifier(cells)}
@@ -109,7 +112,9 @@ def losses(found: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
     middle = nn.functional.binary_cross_entropy_with_logits(
         found["middles"].float()[:, 0], batch["middles"].float(), reduction="none", pos_weight=torch.tensor(3.0)
     )
-    inks = nn.functional.cross_entropy(found["inks"].float(), batch["inks"].long(), ignore_index=NO_INK, reduction="sum")
+    inks = nn.functional.cross_entropy(
+        found["inks"].float(), batch["inks"].long(), ignore_index=NO_INK, reduction="sum"
+    )
     return {
         "classes": (each * weights).sum() / weights.sum(),
         "middles": (middle * seen).sum() / seen.sum(),
@@ -170,7 +175,9 @@ def scores(learner: Learner, settings: Settings, split: str, worn_by: float) -> 
 
 
 def _fold(character: str) -> str:
-    return {"i": "l", "1": "l", "|": "l", "0": "o", "–": "-", "×": "x", "•": "."}.get(character.lower(), character.lower())
+    return {"i": "l", "1": "l", "|": "l", "0": "o", "–": "-", "×": "x", "•": "."}.get(
+        character.lower(), character.lower()
+    )
 
 
 FOLDED = np.array([0, *(1 + "".join(map(_fold, CHARACTERS)).index(_fold(c)) for c in CHARACTERS)])
@@ -252,22 +259,23 @@ def _told(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in json.loads(json.dumps(asdict(settings))).items() if name not in free}
 
 
-def batches(settings: Settings, start: int, workers: int) -> Iterator[Batch]:
-    """Training batches from a step on, made ahead by processes of their own."""
+def batches(settings: Settings, start: int, stop: int, workers: int) -> Iterator[Batch]:
+    """Training batches of the steps from `start` to `stop`, made ahead by processes of their own."""
     ahead: dict[str, Any] = {"prefetch_factor": 8} if workers else {}
-    order = range(start, settings.steps)
+    order = range(start, stop)
     return iter(DataLoader(Pages(settings), batch_size=None, sampler=order, num_workers=workers, **ahead))
 
 
-def train(folder: Path, settings: Settings, workers: int = 1, score: bool = True) -> Run:
-    """Trains to the settings' last step, going on from what is in the folder."""
+def train(folder: Path, settings: Settings, workers: int = 1, score: bool = True, stop: int | None = None) -> Run:
+    """Trains to the settings' last step, or to `stop` before it, going on from what is in the folder."""
+    stop = settings.steps if stop is None else min(stop, settings.steps)
     folder.mkdir(parents=True, exist_ok=True)
     run, sums, began = Run.at(folder, settings), {}, time.process_time()
     since = run.step
-    for batch in batches(settings, run.step, workers):
+    for batch in batches(settings, run.step, stop, workers):
         for name, loss in run.learn(batch).items():
             sums[name] = sums.get(name, 0.0) + loss
-        last = run.step == settings.steps
+        last = run.step == stop
         if run.step % settings.keep_every == 0 or last:
             now = time.process_time()
             run.seconds, began = round(run.seconds + now - began, 1), now
@@ -290,16 +298,23 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Trains the page encoder on pages drawn by seed.")
     parser.add_argument("out", type=Path, help="folder of the run; one that was broken off goes on")
     parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--stop", type=int, help="the step to stop at for now, before the last")
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--tiny", action="store_true", help="a setting of seconds, to try the command")
     given = parser.parse_args(arguments)
     settings = Settings(seed=given.seed, steps=given.steps)
     if given.tiny:
         settings = replace(
-            settings, shapes=((1, 64, 64),), hidden_size=8, stem_sizes=(4, 4), dilations=(1,), keep_every=2, score_pages=2
+            settings,
+            shapes=((1, 64, 64),),
+            hidden_size=8,
+            stem_sizes=(4, 4),
+            dilations=(1,),
+            keep_every=2,
+            score_pages=2,
         )
     try:
-        train(given.out, settings, workers=0 if given.tiny else 1, score=not given.tiny)
+        train(given.out, settings, workers=0 if given.tiny else 1, score=not given.tiny, stop=given.stop)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -41,7 +41,7 @@ def wanted(kind: str) -> list[str]:
 
 
 def fetch(kind: str, package: str) -> Path:
-    """The folder of a package, fetched if it is not there. Raises RuntimeError with the last words of a failed client."""
+    """The folder of a package, fetched if it is not there. Raises RuntimeError with a failed client's last words."""
     target = folder_of(kind, package)
     if target.exists():
         return target

@@ -68,7 +68,9 @@ class Brush:
             return self.words.styled(self.rng)
         return self.words.piece(self.rng) if kind < 0.92 else self.words.symbols(self.rng, CHARACTERS)
 
-    def write(self, x: float, baseline: float, text: str, face: Face, size: int, ink: RGB, align: str = "left") -> float:
+    def write(
+        self, x: float, baseline: float, text: str, face: Face, size: int, ink: RGB, align: str = "left"
+    ) -> float:
         """Writes a line that begins, has its middle, or ends at x; returns where it ends."""
         if align != "left":
             x -= width_of(text, face, size) * (0.5 if align == "middle" else 1.0)
@@ -139,10 +141,14 @@ def paragraphs(brush: Brush, box: Box, high: int = 40) -> None:
                 queue = []
             end = brush.write(x, y, line, face, size, ink, align)
             if align == "left" and brush.chance(0.04):
-                brush.canvas.shape("line", (left, y + size * 0.15, end, y + size * 0.15), fill=ink, width=1 + size // 20)
+                brush.canvas.shape(
+                    "line", (left, y + size * 0.15, end, y + size * 0.15), fill=ink, width=1 + size // 20
+                )
         y += size * brush.rng.uniform(0.2, 1.0)
         if brush.chance(0.12):
-            brush.canvas.shape("line", (left, y, right, y), fill=brush.theme.accent, width=int(brush.rng.integers(1, 4)))
+            brush.canvas.shape(
+                "line", (left, y, right, y), fill=brush.theme.accent, width=int(brush.rng.integers(1, 4))
+            )
             y += 4
 
 
@@ -152,7 +158,14 @@ def columns(brush: Brush, box: Box) -> None:
     if brush.chance(0.6):
         face, size = brush.face(), brush.size(16, 40)
         top += size * 1.2
-        brush.write(left, top, brush.fitted(brush.words.phrase(brush.rng, 2, 5), face, size, right - left), face, size, brush.theme.ink)
+        brush.write(
+            left,
+            top,
+            brush.fitted(brush.words.phrase(brush.rng, 2, 5), face, size, right - left),
+            face,
+            size,
+            brush.theme.ink,
+        )
         top += size * 0.3
     count, gap = int(brush.rng.integers(2, 4)), brush.rng.uniform(8, 22)
     width = (right - left - gap * (count - 1)) / count
@@ -280,9 +293,9 @@ def screen(brush: Brush, box: Box) -> None:
     title = brush.fitted(brush.words.phrase(rng), face, size, (right - left) * 0.7)
     brush.write(left + 8, top + bar / 2 + size * 0.35, title, face, size, brush.ink_on(colours.accent, 0.0))
     for number in range(3):
-        x = right - 12 - number * (size + 2)
-        canvas.shape("ellipse", (x - size * 0.3, top + bar / 2 - size * 0.3, x + size * 0.3, top + bar / 2 + size * 0.3),
-                     fill=brush.ink_on(colours.accent))  # fmt: skip
+        x, middle, half = right - 12 - number * (size + 2), top + bar / 2, size * 0.3
+        spot = (x - half, middle - half, x + half, middle + half)
+        canvas.shape("ellipse", spot, fill=brush.ink_on(colours.accent))
     y = top + bar + size * 0.6
     while y < bottom - size * 1.5:
         x, tall = left + rng.uniform(0, 12), size * rng.uniform(1.6, 2.6)
@@ -295,7 +308,9 @@ def screen(brush: Brush, box: Box) -> None:
                 ground = pick(rng, (colours.accent, colours.panel, tuple(int(v) for v in rng.integers(0, 256, 3))))
                 canvas.shape("rounded_rectangle", where, radius=int(rng.integers(0, 9)), fill=ground)
             elif kind < 0.6:
-                canvas.shape("rounded_rectangle", where, radius=int(rng.integers(0, 5)), outline=colours.accent, width=1)
+                canvas.shape(
+                    "rounded_rectangle", where, radius=int(rng.integers(0, 5)), outline=colours.accent, width=1
+                )
             elif kind < 0.75:
                 mark = (x - size * 0.2, y + tall / 2 - size * 0.35, x + size * 0.5, y + tall / 2 + size * 0.35)
                 canvas.shape(pick(rng, ("rectangle", "ellipse")), mark, outline=colours.ink, width=1)

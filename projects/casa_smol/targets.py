@@ -70,9 +70,7 @@ def targets_of(glyphs: Glyphs, ground: np.ndarray) -> Targets:
     middles[row, column] = True
     inks[row, column] = glyphs.inks[labelled]
     spots = ground[CELL[0] // 2 :: CELL[0], CELL[1] // 2 :: CELL[1]]
-    centres = np.concatenate(
-        [centre[labelled], glyphs.classes[labelled, None], glyphs.words[labelled, None]], axis=1
-    )
+    centres = np.concatenate([centre[labelled], glyphs.classes[labelled, None], glyphs.words[labelled, None]], axis=1)
     return Targets(classes, weights, middles, inks, colours_of(spots), centres)
 
 
@@ -83,7 +81,9 @@ def _span(low: np.ndarray, high: np.ndarray, cell: int, count: int, inset: float
     return np.clip(np.stack([first, last], axis=1), 0, count).astype(np.int64)
 
 
-def page(seed: tuple[int, ...], size: tuple[int, int], split: str = "train", worn_by: float = 1.0) -> tuple[np.ndarray, Targets]:
+def page(
+    seed: tuple[int, ...], size: tuple[int, int], split: str = "train", worn_by: float = 1.0
+) -> tuple[np.ndarray, Targets]:
     """uint8 (H, W, 3) of `size` (width, height), and its targets; the same for the same seed."""
     rng = np.random.default_rng(seed)
     room = (size[0] + int(rng.integers(0, 65)), size[1] + int(rng.integers(0, 49)))

@@ -13,7 +13,7 @@ from numpy.random import Generator
 
 from projects.casa_smol.fetch import folder_of
 
-COMMON = (
+_COMMON = (
     "the of and to in is you that it he was for on are as with his they at be this have from or one had by word but "
     "not what all were we when your can said there use an each which she do how their if will up other about out many "
     "then them these so some her would make like him into time has look two more write go see number no way could "
@@ -24,11 +24,13 @@ COMMON = (
     "went men read need land different home us move try kind hand picture again change off play spell air away animal "
     "house point page letter mother answer found study still learn should America world total price amount date order "
     "item open save close cancel search settings account email phone address city street invoice receipt table report"
-).split()
+)
+COMMON = _COMMON.split()
 HELD_OUT_PERCENT = 10
-MONTHS = "January February March April May June July August September October November December".split()
+_MONTHS = "January February March April May June July August September October November December"
+MONTHS = _MONTHS.split()
 UNITS = ("%", "°", " kg", " km", "°C", " mm", "x", " × 2", " GB", "k", "h", "%", " ©", " •")
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
 def is_held_out(word: str) -> bool:
@@ -135,7 +137,9 @@ class Words:
 
     def code(self, rng: Generator) -> str:
         """Letters and digits as in order numbers and keys."""
-        signs = pick(rng, ("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", "0123456789abcdef", "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"))
+        signs = pick(
+            rng, ("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", "0123456789abcdef", "ABCDEFGHJKLMNPQRSTUVWXYZ23456789")
+        )
         text = "".join(pick(rng, signs) for _ in range(rng.integers(3, 11)))
         if rng.random() < 0.4:
             middle = int(rng.integers(1, len(text)))
@@ -148,7 +152,9 @@ class Words:
         end = pick(rng, ("com", "org", "net", "io", "de", "co.uk"))
         phone = f"+{rng.integers(1, 99)} {rng.integers(100, 999)} {rng.integers(1000, 9999)}-{rng.integers(100, 999)}"
         file = f"{one}_{two}.{pick(rng, ('py', 'txt', 'pdf', 'json', 'md', 'csv'))}"
-        return pick(rng, (f"{one}.{two}@{two}.{end}", f"www.{one}{two}.{end}", f"https://{one}.{end}/{two}", phone, file))
+        return pick(
+            rng, (f"{one}.{two}@{two}.{end}", f"www.{one}{two}.{end}", f"https://{one}.{end}/{two}", phone, file)
+        )
 
     def symbols(self, rng: Generator, characters: str) -> str:
         """Any characters, so that rare ones are met."""

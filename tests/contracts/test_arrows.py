@@ -77,6 +77,8 @@ def violations(root: Path) -> list[str]:
 
 def _why_not(room: str, file: str, name: str) -> list[str]:
     top, *rest = name.split(".")
+    if top == "projects":
+        return ["casa imports no project"]
     if top != "casa":
         stdlib = top in sys.stdlib_module_names
         return ["torch only"] if room in TORCH_ONLY and not stdlib and top != "torch" else []
@@ -124,6 +126,7 @@ def test_every_import_follows_the_arrows():
         ("evaluation/x.py", "from casa.cli import main", "against the arrows"),
         ("models/x.py", "from casa.testing import tiny_casa", "only tests"),
         ("novel/x.py", "import torch", "not in the list"),
+        ("models/x.py", "from projects.casa_smol import pages", "no project"),
     ],
 )
 def test_the_check_can_fail(tmp_path, file, line, why):

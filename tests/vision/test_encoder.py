@@ -36,6 +36,7 @@ from casa.vision import (
     token_grids,
 )
 from casa.vision.encoders import FAMILIES
+from casa.vision.encoders.page import PageEncoderConfig
 
 QWEN: dict[str, Any] = {"num_heads": 2, "patch_size": 4, "temporal_patch_size": 2}
 VIT: dict[str, Any] = {
@@ -70,8 +71,11 @@ CONFIGS = {
     "siglip2_vision_model": lambda: Siglip2VisionConfig(num_patches=16, **VIT),
     "smolvlm_vision": lambda: SmolVLMVisionConfig(image_size=16, **VIT),
     "idefics3_vision": lambda: Idefics3VisionConfig(image_size=16, **VIT),
+    "casa_page_encoder": lambda: PageEncoderConfig(
+        characters="ab", stem_sizes=(4, 6), hidden_size=8, dilations=(1, 2), token_size=(8, 8)
+    ),
 }
-WIDTHS = {name: 20 if name.startswith("qwen") else 16 for name in CONFIGS}
+WIDTHS = {name: 20 if name.startswith("qwen") else 16 for name in CONFIGS} | {"casa_page_encoder": 2 * (8 + 3)}
 
 
 def tiny_tower(name: str) -> Any:
@@ -119,6 +123,8 @@ def pictures_for(config: Any) -> list[tuple[Tensor, Tensor]]:
     for rows, columns in grids:
         if kind == "squares":
             shape = (1, 3, rows * 4, columns * 4)
+        elif kind == "own":
+            shape = (rows * columns, 3 * 8 * 8)
         else:
             shape = (rows * columns, 3 * 4 * 4 * (2 if kind == "patches" else 1))
         pixels = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -140,6 +146,13 @@ def as_transformers_does(tower: Any, pixels: Tensor, grid: Tensor) -> Tensor:
         padded[0, :count] = pixels
         mask = (torch.arange(count + 3) < count)[None].int()
         return tower(padded, pixel_attention_mask=mask, spatial_shapes=grid[:, 1:]).last_hidden_state[0, :count]
+    if kind == "own":
+        _, rows, columns = grid[0].tolist()
+        blocks = pixels.view(rows, columns, 3, 8, 8).permute(2, 0, 3, 1, 4).reshape(1, 3, rows * 8, columns * 8)
+        cells = tower(blocks)
+        known = tower.classifier(cells).softmax(1)
+        return torch.cat([part.unflatten(3, (-1, 2)).permute(0, 2, 3, 4, 1).flatten(0, 2).flatten(1)
+                          for part in (cells, known)], dim=1)  # fmt: skip
     if tower.config.model_type == "siglip_vision_model":
         return tower(pixel_values=pixels).last_hidden_state[0]
     mask = torch.ones(1, 4, 4, dtype=torch.bool)

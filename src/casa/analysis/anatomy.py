@@ -122,7 +122,10 @@ def frame_of(model: CasaForConditionalGeneration, height: int, width: int) -> Fr
 
 
 def _patches(config: Any, height: int, width: int) -> tuple[int, int]:
-    family, patch = family_of(config), config.patch_size
+    family = family_of(config)
+    if family.image_processor is not None:
+        return family.image_processor(config, None).patch_grid(height, width)
+    patch = config.patch_size
     if family.pictures == "squares":
         return (config.image_size // patch,) * 2
     if family.pictures == "flexible":

@@ -39,9 +39,12 @@ def tower_flops(encoder: nn.Module, frame: Frame) -> int:
 
     Attention of a block: 4 * width * sum of n * n over the windows of n patches that it looks at: all P at once, or
     (Qwen2.5-VL, but for its full blocks) squares of `window_size` pixels, smaller at the edges. Pooling heads of
-    SigLIP, which casa does not run, are left out, and so is the position table.
+    SigLIP, which casa does not run, are left out, and so is the position table. An encoder that is no transformer
+    counts for itself.
     """
     config: Any = encoder.config
+    if (own := family_of(config).flops) is not None:
+        return own(encoder, frame.rows, frame.columns)
     mergers = [part for name, part in encoder.named_children() if "merger" in name]
     pooling = getattr(encoder, "head", None) or getattr(getattr(encoder, "vision_model", None), "head", None)
     late = sum(map(matrix_weights, mergers))

@@ -54,9 +54,12 @@ def image_processor_for(vision_config: Any, max_pixels: int | None = None) -> An
     SigLIP2 naflex: own proportions, at most `max_pixels` (as many patches as the tower has places if left out).
     SigLIP, SmolVLM, Idefics3: one square per picture, proportions not kept. SmolVLM's own models cut a large
     picture into tiles; here each tile would be an image with a window of its own, so a picture is one tile.
+    Encoders with an image processor of their own bring it, with their own settings.
     Raises UserError for an encoder that is not known, or for `max_pixels` where the size is fixed.
     """
     family = family_of(vision_config)
+    if family.image_processor is not None:
+        return family.image_processor(vision_config, max_pixels)
     patch = vision_config.patch_size
     settings: dict[str, Any] = {
         "patch_size": patch,

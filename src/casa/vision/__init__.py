@@ -15,10 +15,12 @@ from casa.vision.encoder import (
     token_grids,
     tower_config_of,
 )
+from casa.vision.encoders import Family, register_encoder
 from casa.vision.projector import PLACE_WIDTH, Projector, place_features
 
 __all__ = [
     "PLACE_WIDTH",
+    "Family",
     "Grids",
     "Projector",
     "encode",
@@ -33,6 +35,7 @@ __all__ = [
     "output_width",
     "parse_compressor",
     "place_features",
+    "register_encoder",
     "token_grids",
     "tower_config_of",
 ]

@@ -48,7 +48,10 @@ def family_of(config: Any) -> Family:
     name = kind or type(config).__name__
     if is_known(inner := getattr(config, "vision_config", None)):
         raise UserError(f"{name!r} is a whole model; give its image encoder, a {kind_of(inner)!r}.")
-    raise UserError(f"{name!r} is no image encoder that casa knows; the known ones are: {', '.join(FAMILIES)}.")
+    raise UserError(
+        f"{name!r} is no image encoder that casa knows; the known ones are: {', '.join(FAMILIES)}; "
+        "docs/adding-an-encoder.md shows how to add one."
+    )
 
 
 def encoder_class(config: Any) -> "type[PreTrainedModel]":

@@ -10,13 +10,16 @@ from PIL import Image
 from casa.data.bad import BadRecord
 from casa.data.record import Picture
 from casa.errors import UserError
+from casa.models.assembling import image_processor_for
 from casa.models.picture_processing import CasaFlexibleImageProcessor, CasaSquareImageProcessor
 from casa.testing import tiny_casa_over, tiny_processor
 from casa.training.samples.grids import PictureGrids, fold_of, picture_size
+from casa.vision.encoders.page import PageEncoderConfig
 
 KINDS = {
     "qwen": tiny_processor().image_processor,
     "flexible": CasaFlexibleImageProcessor(patch_size=16, max_num_patches=64),
+    "page": image_processor_for(PageEncoderConfig(min_pixels=32 * 32, max_pixels=128 * 128)),
     "square": CasaSquareImageProcessor(patch_size=14, size={"height": 56, "width": 56}),
 }
 
@@ -37,6 +40,10 @@ def test_a_bound_is_kept_where_the_size_can_change():
     grids = PictureGrids(KINDS["qwen"])
     assert grids.tokens(grids.grid(280, 280)) == 64
     assert grids.tokens(grids.grid(280, 280, 20)) == 16
+    page = PictureGrids(KINDS["page"])
+    assert page.shrinks
+    assert page.tokens(page.grid(280, 280)) == 8 * 4
+    assert page.tokens(page.grid(280, 280, 20)) == 6 * 3
     square = PictureGrids(KINDS["square"])
     assert not square.shrinks
     assert square.tokens(square.grid(280, 280, 1)) == 16

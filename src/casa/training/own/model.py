@@ -120,6 +120,8 @@ def _bound(images: Any, most: int) -> None:
         images.size = {"shortest_edge": least, "longest_edge": most}
     elif isinstance(images, CasaFlexibleImageProcessor):
         images.max_num_patches = most // images.patch_size**2
+    elif hasattr(images, "patch_grid"):
+        images.max_pixels = most
     else:
         raise UserError("model.max_pixels: this image encoder sees squares of one size; leave max_pixels out.")
 

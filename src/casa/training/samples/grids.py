@@ -2,8 +2,8 @@
 
     header 1000 x 700 px  ->  resized 1008 x 700  ->  50 x 72 patches  ->  25 x 36 = 900 tokens
 
-The rules are transformers' own, chosen by the kind of image processor; a test holds them equal to what the processors
-give.
+The rules are transformers' own, chosen by the kind of image processor, or told by the processor of an encoder that
+brings one (`casa.vision.Family`); a test holds them equal to what the processors give.
 """
 
 import io
@@ -48,7 +48,8 @@ class PictureGrids:
         self._processor = image_processor
         self.fold = fold if fold is not None else getattr(image_processor, "merge_size", 1)
         kinds = (Qwen2VLImageProcessorPil, CasaFlexibleImageProcessor, CasaSquareImageProcessor)
-        if not isinstance(image_processor, kinds):
+        self._tells = hasattr(image_processor, "patch_grid")
+        if not (self._tells or isinstance(image_processor, kinds)):
             raise UserError(
                 f"casa cannot tell the size that {type(image_processor).__name__} gives a picture; make the processor "
                 "with casa's processor_for or processor_of."
@@ -62,6 +63,8 @@ class PictureGrids:
     def grid(self, width: int, height: int, most_tokens: int | None = None) -> tuple[int, int]:
         """Rows and columns of patches of a picture of that size in px. Raises BadRecord for one too elongated."""
         processor, kwargs = self._processor, self.arguments(most_tokens)
+        if self._tells:
+            return processor.patch_grid(height, width, **kwargs)
         patch = processor.patch_size
         if isinstance(processor, Qwen2VLImageProcessorPil):
             size = kwargs.get("size", processor.size)
@@ -87,6 +90,8 @@ class PictureGrids:
         if most_tokens is None or not self.shrinks:
             return {}
         processor, patches = self._processor, most_tokens * self.fold**2
+        if self._tells:
+            return processor.at_most(patches)
         if isinstance(processor, CasaFlexibleImageProcessor):
             return {"max_num_patches": min(patches, processor.max_num_patches)}
         longest = min(patches * processor.patch_size**2, processor.size["longest_edge"])

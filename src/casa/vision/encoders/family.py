@@ -24,8 +24,11 @@ class Family:
     width: d_v. merge: patches per side of one token. depths: k.
     resample: the filter its pictures were resized with, by its PIL name. clip_colours: whether colours were
         normalised by CLIP's means and deviations; else they run from -1 to 1.
-    image_processor: config and a bound for a picture's area (None: the encoder's own) to the image processor that
-        makes `pixel_values` and `image_grid_thw`. Left out for the ways of "patches", "flexible" and "squares".
+    image_processor: for "own", config and a bound for a picture's area (None: the encoder's own) to a transformers
+        image processor. It makes `pixel_values` and `image_grid_thw`, int64 (n, 3), (1, rows, columns) in patches, and
+        says more, so that a picture's cost is known before it is opened: `max_pixels`; `patch_grid(height, width,
+        **bound)`, its rows and columns; `at_most(patches)`, the `bound` under which no picture has more patches.
+    flops: encoder, rows and columns of patches to its operations for one picture; left out, those of a transformer.
     """
 
     model: Any
@@ -38,6 +41,7 @@ class Family:
     resample: str = "bicubic"
     clip_colours: bool = False
     image_processor: Callable[[Any, int | None], Any] | None = None
+    flops: Callable[[Any, int, int], int] | None = None
 
     @property
     def model_class(self) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, BatchFeature, PreTrainedConfig, PreTrainedModel
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -132,12 +132,12 @@ class PageEncoder(PreTrainedModel):
     def folded(self) -> "PageEncoder":
         """The same encoder with every BatchNorm worked into the convolution before it, as it is in `eval` mode."""
         config = PageEncoderConfig.from_dict(self.config.to_dict() | {"batch_norm": False})
-        found = PageEncoder(config)
+        found: Any = PageEncoder(config)
         with torch.no_grad():
             for name, module in self.named_modules():
                 if isinstance(module, nn.Sequential) and len(module) == 2:
                     whole: Any = nn.utils.fuse_conv_bn_eval(*module.eval())  # type: ignore[arg-type]
-                    found.get_submodule(name)[0].load_state_dict(whole.state_dict())  # type: ignore[index]
+                    found.get_submodule(name)[0].load_state_dict(whole.state_dict())
             found.classifier.load_state_dict(self.classifier.state_dict())
         return found.to(self.dtype).eval()
 
@@ -150,9 +150,7 @@ class PageEncoder(PreTrainedModel):
         return self._features(self.classifier(cells).softmax(dim=1))
 
     def _places(self, cells: Tensor) -> Tensor:
-        rows, columns = (
-            cells.shape[2 + axis] * CELL[axis] // self.config.token_size[axis] for axis in (0, 1)
-        )
+        rows, columns = (cells.shape[2 + axis] * CELL[axis] // self.config.token_size[axis] for axis in (0, 1))
         waves = []
         for axis, count in ((0, rows), (1, columns)):
             middle = (torch.arange(count, device=cells.device) + 0.5) * self.config.token_size[axis]
@@ -182,17 +180,37 @@ class CasaPageImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
     resample = PILImageResampling.BICUBIC
-    image_mean = [0.5, 0.5, 0.5]  # noqa: RUF012
-    image_std = [0.5, 0.5, 0.5]  # noqa: RUF012
-    token_size = [16, 32]  # noqa: RUF012
+    image_mean = (0.5, 0.5, 0.5)
+    image_std = (0.5, 0.5, 0.5)
+    token_size = (16, 32)
     min_pixels = 64 * 64
     max_pixels = 896 * 896
-    model_input_names = ["pixel_values", "image_grid_thw"]  # noqa: RUF012
+    model_input_names = ("pixel_values", "image_grid_thw")
+
+    def patch_grid(self, height: int, width: int, max_pixels: int | None = None) -> tuple[int, int]:
+        """Rows and columns of tokens of a picture of `height` x `width` pixels."""
+        return self._sizes(height, width, self.min_pixels, max_pixels or self.max_pixels, self.token_size)[1]
+
+    def at_most(self, patches: int) -> dict[str, int]:
+        """The bound under which no picture has more tokens than `patches`."""
+        return {"max_pixels": min(patches * self.token_size[0] * self.token_size[1], self.max_pixels)}
+
+    @staticmethod
+    def _sizes(height: int, width: int, least: int, most: int, token: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Height and width in pixels that a picture is seen at, and its grid of tokens: proportions are kept."""
+        scale = max(1.0, (least / (height * width)) ** 0.5)
+        while True:
+            sides = max(1, round(height * scale)), max(1, round(width * scale))
+            grid = -(-sides[0] // token[0]), -(-sides[1] // token[1])
+            area = grid[0] * token[0] * grid[1] * token[1]
+            if area <= most or grid == (1, 1) or sides == (1, 1):
+                return sides, grid
+            scale *= min(0.99, (most / area) ** 0.5)
 
     def _preprocess(
         self,
         images: list[np.ndarray],
-        token_size: list[int],
+        token_size: Any,
         min_pixels: int,
         max_pixels: int,
         resample: Any,
@@ -204,36 +222,40 @@ class CasaPageImageProcessor(PilBackend):
     ) -> BatchFeature:
         blocks, grids = [], []
         for image in images:
-            sides = page_size(image.shape[-2], image.shape[-1], min_pixels, max_pixels)
+            sides, grid = self._sizes(image.shape[-2], image.shape[-1], min_pixels, max_pixels, token_size)
             if sides != image.shape[-2:]:
                 image = self.resize(image, SizeDict(height=sides[0], width=sides[1]), resample=resample)
-            lacking = [-side % token for side, token in zip(sides, token_size, strict=True)]
+            lacking = [count * side - own for count, side, own in zip(grid, token_size, sides, strict=True)]
             image = np.pad(image, ((0, 0), (0, lacking[0]), (0, lacking[1])), mode="edge")
             image = self.normalize(self.rescale(image, rescale_factor), image_mean, image_std)
-            rows, columns = image.shape[1] // token_size[0], image.shape[2] // token_size[1]
-            cut = image.reshape(3, rows, token_size[0], columns, token_size[1])
-            blocks.append(cut.transpose(1, 3, 0, 2, 4).reshape(rows * columns, -1).astype(np.float32))
-            grids.append((1, rows, columns))
+            cut = image.reshape(3, grid[0], token_size[0], grid[1], token_size[1])
+            blocks.append(cut.transpose(1, 3, 0, 2, 4).reshape(grid[0] * grid[1], -1).astype(np.float32))
+            grids.append((1, *grid))
         data = {"pixel_values": np.concatenate(blocks), "image_grid_thw": np.array(grids, dtype=np.int64)}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
 
-def page_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width that a picture is seen at: its own, or scaled into the bounds with its proportions kept."""
-    area = height * width
-    scale = (max_pixels / area) ** 0.5 if area > max_pixels else max(1.0, (min_pixels / area) ** 0.5)
-    return max(1, int(height * scale)), max(1, int(width * scale))
-
-
 def image_processor(config: Any, max_pixels: int | None = None) -> CasaPageImageProcessor:
     """The processor with an encoder's own picture settings."""
-    return CasaPageImageProcessor(
-        token_size=list(config.token_size),
-        min_pixels=config.min_pixels,
-        max_pixels=max_pixels if max_pixels is not None else config.max_pixels,
-        image_mean=list(config.image_mean),
-        image_std=list(config.image_std),
-    )
+    settings: dict[str, Any] = {
+        "token_size": list(config.token_size),
+        "min_pixels": config.min_pixels,
+        "max_pixels": max_pixels if max_pixels is not None else config.max_pixels,
+        "image_mean": list(config.image_mean),
+        "image_std": list(config.image_std),
+    }
+    return CasaPageImageProcessor(**settings)
+
+
+def _flops(encoder: PageEncoder, rows: int, columns: int) -> int:
+    """2 * weights of each convolution * the places it is at."""
+    high, wide = encoder.config.token_size
+    area, total = rows * high * columns * wide, 0
+    shares = {"first": 4, "second": 16, "quarter": 16}  # all others: cells
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.Conv2d) and (name != "classifier" or "classes" in encoder.config.token_parts):
+            total += 2 * module.weight.numel() * area // shares.get(name.partition(".")[0], CELL[0] * CELL[1])
+    return total
 
 
 def _run(encoder: PageEncoder, pixel_values: Tensor, grid: Tensor) -> Tensor:
@@ -259,11 +281,10 @@ PAGE_ENCODERS = {
         run=_run,
         width=lambda config: sum(PARTS[part](config) for part in config.token_parts),
         image_processor=image_processor,
+        flops=_flops,
     )
 }
 
-AutoConfig.register(PageEncoderConfig.model_type, PageEncoderConfig, exist_ok=True)
-AutoModel.register(PageEncoderConfig, PageEncoder, exist_ok=True)
 AutoImageProcessor.register(
     PageEncoderConfig,
     image_processor_classes={"pil": CasaPageImageProcessor, "torchvision": CasaPageImageProcessor},
