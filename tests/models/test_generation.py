@@ -120,13 +120,13 @@ def test_text_only_generation_is_the_backbones(casa_of):
 
 
 def test_generation_goes_on_from_a_cache_with_a_new_image(model):
-    """All ids so far are given, as in transformers; image_positions count from the new tokens."""
+    """All ids so far are given, as in transformers, and image_positions count in them (see test_second_turn)."""
     whole = TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 1, 2), (5, 2, 2)), seed=21)
     first, second = whole.calls([4])
     with torch.no_grad():
         cache = model(**first, use_cache=True).past_key_values
-    inputs = {**second, "input_ids": whole.inputs()["input_ids"]}
-    assert inputs["image_positions"].tolist() == [[0, 1]]
+    assert second["image_positions"].tolist() == [[0, 1]]
+    inputs = {**second, "input_ids": whole.inputs()["input_ids"], "image_positions": torch.tensor([[0, 5]])}
     found = generate(model, inputs, past_key_values=cache)
     assert found[0].tolist() == by_hand(model, whole)
     assert cache.num_text == 7 + NEW - 1

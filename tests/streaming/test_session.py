@@ -54,6 +54,37 @@ def test_save_load_and_fork_go_on_alike(model, processor, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["session"]
 
 
+def test_a_session_goes_on_as_a_chat(model, processor, tmp_path):
+    """What generate says from a session's cache is what the session says: to a question, and to the next frame."""
+    session = StreamingSession(model, processor, max_new_tokens=4)
+    for frame in FRAMES[:3]:
+        session.step(frame)
+    session.save(tmp_path / "session")
+    loaded = StreamingSession.load(tmp_path / "session", model, processor)
+    how = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+
+    def said_from(cache, ids, **images):
+        mask = torch.ones(1, cache.num_text + len(ids), dtype=torch.long)
+        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": mask, **images}
+        new = model.generate(**inputs, past_key_values=cache, **how)[0, len(ids) :]
+        return processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+    before, after, pixels = processor.frame(Image.fromarray(FRAMES[3]))
+    tokens = session.pending + before
+    if not after:
+        tokens, after = tokens[:-1], tokens[-1:]
+    pixels = {name: value.double() if value.is_floating_point() else value for name, value in pixels.items()}
+    pixels["image_positions"] = torch.tensor([[0, len(tokens)]])
+    question = session.pending + session._turn_tokens("who is it")
+    for one in (session, loaded):
+        held = one.cache.num_text
+        assert said_from(one.cache, question) == one.fork().ask("who is it")
+        assert said_from(one.cache, tokens + after, **pixels) == one.fork().step(FRAMES[3])
+        assert one.usage.text_tokens == held
+        assert one.cache.seen == session.cache.seen
+        assert one.cache.seen[0].images == 3
+
+
 def test_a_question_the_bound_has_no_room_for_is_refused(forgetting):
     session = StreamingSession(forgetting, tiny_processor(), max_text_tokens=48, max_new_tokens=3)
     short, long = "who", "who is it that we see in this picture here"

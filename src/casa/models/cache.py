@@ -5,16 +5,33 @@ Shapes: B rows, S cached text tokens, Hkv key heads, D channels of a head.
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from casa.errors import UserError
 from casa.layers import WindowState
-from casa.models.insertion import StreamState
+from casa.models.insertion import StreamState, last_real
 from casa.models.text_cache import TextCache
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The images that a row has seen: how many, those of its last run, and how many cached text tokens stand before it
+    (padding included).
+    """
+
+    images: int = 0
+    run: int = 0
+    column: int = 0
+
+    def moved(self, columns: int) -> "Seen":
+        """The same where `columns` more tokens of text stand before it."""
+        return replace(self, column=self.column + columns)
 
 
 class CasaCache(Cache):
@@ -23,6 +40,10 @@ class CasaCache(Cache):
     text: the cache that the text model fills; under insertion it holds image tokens too.
     windows: the CASA layers' state, or None while no image has been seen.
     stream: insertion only, what is cached of the merged stream of text and images.
+    mask: bool (B, S), which cached text tokens are real; None if all are.
+    seen: what each row has seen; empty while no row has seen an image.
+    ids: int64 (B, S), the text that is cached, where `generate` knows it.
+    searched: whether beams have filled it, whose rows are not those of the answer.
     """
 
     def __init__(self, config: Any = None, replaced: Iterable[int] = ()) -> None:
@@ -31,10 +52,32 @@ class CasaCache(Cache):
         self.windows: WindowState | None = None
         self.stream: StreamState | None = None
         self.num_text = 0
+        self.mask: Tensor | None = None
+        self.seen: list[Seen] = []
+        self.ids: Tensor | None = None
+        self.searched = False
+
+    def take_over(self, given: DynamicCache) -> "CasaCache":
+        """Makes an empty cache of transformers one of this model's, as it stands in its owner's hands."""
+        vars(given).clear()
+        given.__class__ = CasaCache  # type: ignore[assignment]
+        vars(given).update(vars(self))
+        return given  # type: ignore[return-value]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Text tokens cached, padding included: what `attention_mask` and positions count."""
         return self.num_text
+
+    @property
+    def num_rows(self) -> int:
+        """B; 0 while it is empty."""
+        layers: list[Any] = self.text.layers
+        return next((len(layer.keys) for layer in layers if layer.is_initialized), 0)
+
+    @property
+    def known(self) -> Tensor:
+        """bool (B, S), which cached text tokens are real."""
+        return torch.ones(self.num_rows, self.num_text, dtype=torch.bool) if self.mask is None else self.mask
 
     @property
     def slides(self) -> bool:
@@ -77,6 +120,92 @@ class CasaCache(Cache):
         storages = [tensor.untyped_storage() for tensor in tensors]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
+    def covering(self, mask: Tensor | None, length: int) -> Tensor | None:
+        """The `attention_mask` of a call of `length` tokens that gives none: of a cache that holds padding."""
+        if mask is not None or self.mask is None:
+            return mask
+        return torch.cat([self.mask, self.mask.new_ones(len(self.mask), length)], dim=1).long()
+
+    def check_mask(self, mask: Tensor) -> None:
+        """Compares what a call's mask (B, S and more) says of the cached text with what is known of it.
+
+        The last tokens of a row may be hidden; they are forgotten (see `forget_last`). Raises UserError for anything
+        else: windows have seen what is cached, and padding was seen by nobody.
+        """
+        said = mask[:, : self.num_text].bool()
+        if self.mask is None and bool(said.all()):
+            return
+        known = self.known.to(said.device)
+        if torch.equal(said, known):
+            return
+        if bool((said & ~known).any()):
+            row = int((said & ~known).any(1).nonzero()[0])
+            raise UserError(
+                f"attention_mask shows tokens of row {row} that are padding in the cache (before its text, or behind "
+                "the end of its answer); it must be 0 there."
+            )
+        counts = self.hidden_last(said)
+        if counts is None:
+            raise UserError(
+                "attention_mask hides cached text that later text stands behind, which has seen it; begin a new cache."
+            )
+        self.forget_last(counts)
+
+    def hidden_last(self, said: Tensor) -> Tensor | None:
+        """int64 (B,), how many of each row's last tokens a mask (B, S) hides; None if it differs elsewhere too."""
+        known = self.known.to(said.device)
+        counts = (known & ~said).sum(1)
+        return counts if torch.equal(said, known & ~last_real(known, counts)) else None
+
+    def forget_last(self, counts: Tensor) -> None:
+        """Makes the last real tokens of each row padding: int64 (B,), how many. None stays where a new one would be.
+
+        Raises UserError if an image stands among them.
+        """
+        if not bool(counts.any()):
+            return
+        known = self.known.to(counts.device)
+        hidden = last_real(known, counts)
+        for row, count in enumerate(counts.tolist()):
+            behind = known[row, self.seen[row].column :].sum() if self.seen else known[row].sum()
+            if count > behind:
+                raise UserError(f"cannot forget the last {count} tokens of row {row}: an image stands among them.")
+        self._shorten(counts.tolist())
+        if self.stream is not None:
+            self.stream = self.stream.without_last(counts)
+        self.mask = known & ~hidden
+
+    def _shorten(self, counts: list[int]) -> None:
+        """Takes the last tokens of each row out of its open window."""
+        if self.windows is not None:
+            self.windows.windows = [
+                [*row[:-1], row[-1].longer(-count)] if row else row
+                for row, count in zip(self.windows.windows, counts, strict=True)
+            ]
+
+    @torch.compiler.disable(reason="looks at the values of masks and places")
+    def count(self, mask: Tensor | None, places: Sequence[tuple[int, int]], rows: int, length: int) -> None:
+        """Notes a call's text and images, once all layers have run.
+
+        mask: (B, S + length), None if all is real. places: (row, index in this call's text before which it stands).
+        """
+        before = self.num_text
+        self.num_text += length
+        self.mask = None if mask is None or bool(mask.all()) else mask.bool()
+        if places and not self.seen:
+            self.seen = [Seen() for _ in range(rows)]
+        for row, index in places:
+            last, column = self.seen[row], before + index
+            between = column - last.column if self.mask is None else int(self.mask[row, last.column : column].sum())
+            self.seen[row] = Seen(last.images + 1, 1 if between else last.run + 1, column)
+
+    def at_end(self, row: int) -> int:
+        """How many images a row has seen that no text stands behind yet."""
+        if not self.seen:
+            return 0
+        last = self.seen[row]
+        return 0 if bool(self.known[row, last.column :].any()) else last.run
+
     def twin(self) -> "CasaCache":
         """A cache to go on with while this one stays as it is, for the case that it is needed again. Copies no tensor.
 
@@ -86,6 +215,7 @@ class CasaCache(Cache):
         twin.text = copy.copy(self.text)
         twin.layers = twin.text.layers = [copy.copy(layer) for layer in self.text.layers]
         twin.windows = self.windows.twin() if self.windows is not None else None
+        twin.seen = list(self.seen)
         return twin
 
     def _text_tensors(self) -> list[Tensor]:
@@ -100,10 +230,8 @@ class CasaCache(Cache):
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = self.num_rows
         self.text.batch_repeat_interleave(repeats)
-        rows = self.windows.num_rows if self.windows is not None else 0
-        if self.stream is not None:
-            rows = len(self.stream.images)
         self._select(torch.arange(rows).repeat_interleave(repeats))
 
     def _select(self, rows: Tensor) -> None:
@@ -111,6 +239,11 @@ class CasaCache(Cache):
             self.windows.select(rows)
         if self.stream is not None:
             self.stream = self.stream.select(rows)
+        if self.seen:
+            self.seen = [self.seen[row] for row in rows.tolist()]
+        for name in ("mask", "ids"):
+            if (held := getattr(self, name)) is not None:
+                setattr(self, name, held[rows.to(held.device)])
 
     @property
     def is_croppable(self) -> bool:
@@ -124,19 +257,23 @@ class CasaCache(Cache):
             raise UserError("crop takes the number of tokens to remove, as a negative number.")
         if count > self.num_text:
             raise UserError(f"cannot take back {count} tokens of {self.num_text}.")
-        if self.windows is not None and any(row and row[-1].behind < count for row in self.windows.windows):
+        kept = self.num_text - count
+        real = self.known[:, kept:].sum(1).tolist()
+        windows = self.windows.windows if self.windows is not None else []
+        if any(row and row[-1].behind < own for row, own in zip(windows, real, strict=False)):
             raise UserError(f"cannot take back {count} tokens: an image stands among them.")
         if self.stream is not None and count:
             raise UserError("a cache of inserted images cannot be cropped; start a new one.")
         self.text.crop(tokens_to_remove)
-        self.num_text -= count
-        if self.windows is not None:
-            self.windows.windows = [[*row[:-1], row[-1].longer(-count)] if row else row for row in self.windows.windows]
+        self._shorten(real)
+        self.num_text = kept
+        self.mask = None if self.mask is None else self.mask[:, :kept]
+        self.ids = None if self.ids is None else self.ids[:, :kept]
 
     def reset(self) -> None:
         self.text.reset()
-        self.windows = self.stream = None
-        self.num_text = 0
+        self.windows = self.stream = self.mask = self.ids = None
+        self.num_text, self.seen, self.searched = 0, [], False
 
     def drop_text(self, first: int, count: int, turns: Sequence[Callable[[Tensor, int], Tensor]]) -> None:
         """Forgets `count` text tokens from `first` on; later ones move up, their rotary positions with them.
@@ -162,3 +299,8 @@ class CasaCache(Cache):
             layer.keys = torch.cat([keys[:, :, :first], moved], dim=2)
             layer.values = torch.cat([values[:, :, :first], values[:, :, first + count :]], dim=2)
         self.num_text -= count
+        gone = slice(first, first + count)
+        self.seen = [row.moved(-len(range(row.column)[gone])) for row in self.seen]
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask[:, :first], self.mask[:, first + count :]], dim=1)
+        self.ids = None

@@ -1,5 +1,6 @@
 """What `generate` asks of a model that has images beside its tokens."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from casa.errors import UserError
-from casa.vision import token_grids
+from casa.models.cache import CasaCache
+from casa.models.inputs import read_image_places
 
 # how candidates would be drafted, and why that cannot be
 NO_DRAFTS = {
@@ -40,14 +42,172 @@ class TextScores(LogitsProcessor):
         return self.inner(input_ids.gather(1, torch.maximum(before, first)), scores)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """A text whose beginning is cached: its last `length` columns are new.
+
+    mask: bool (B, S + length), over cache and new text. first: per row, the new column before which an image is an old
+    one; an image between that and `real`, the row's first new token, stands where the cache ends.
+    """
+
+    length: int
+    mask: Tensor
+    first: list[int]
+    real: list[int]
+
+
+def continuation(cache: CasaCache, length: int, mask: Tensor) -> Continuation | None:
+    """How a text of `length` columns with `mask` goes on from a cache; None if all of it is new.
+
+    mask: (B, length) for the whole text, whose columns may stand elsewhere than they do in the cache if it was padded
+    anew; (B, S + length) for new text alone. Raises UserError for anything else.
+
+        cached        a a a a a     turn of both, padded anew    . . a a a a a x    what is fed    . . x
+                      . . b b b                                  b b b y y y y y                   ...
+    """
+    cached, known = cache.num_text, cache.known.to(mask.device)
+    rows, width = mask.shape
+    if width == cached + length:
+        return None
+    if width != length:
+        raise UserError(
+            f"attention_mask has {width} columns; give {length}, as many as input_ids, for a whole chat, or "
+            f"{cached + length} for new text alone behind the {cached} tokens that are cached."
+        )
+    said = mask[:, :cached]
+    if length > cached and torch.equal(said, known):
+        return Continuation(length - cached, mask, [0] * rows, _first_real(mask[:, cached:]))
+    count = mask.sum(1) - known.sum(1)
+    padded = int(mask.long().diff(dim=1).min()) >= 0 and bool(mask.all(1).any())
+    if padded and int(count.min()) > 0 and not cache.slides:
+        new = torch.arange(int(count.max()), device=mask.device) >= count.max() - count[:, None]
+        begins = _first_real(new)
+        return Continuation(new.shape[1], torch.cat([known, new], dim=1), begins, begins)
+    if length <= cached:
+        raise UserError(
+            f"the cache holds {cached} tokens and input_ids {length}: give the whole chat, with at least one token "
+            "that is new (cache.crop(-1) takes the last one back), or new text alone with an attention_mask over both."
+        )
+    if cache.hidden_last(said) is None:
+        raise UserError(
+            "attention_mask does not show the padding that is in the cache; give new text alone, padded on the left, "
+            "with an attention_mask over cache and new text."
+        )
+    return Continuation(length - cached, mask, [0] * rows, _first_real(mask[:, cached:]))
+
+
+def _first_real(mask: Tensor) -> list[int]:
+    return mask.int().argmax(1).tolist()
+
+
 class CasaGeneration:
     """Mixed into CasaForConditionalGeneration, before transformers' own GenerationMixin."""
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, from a filled cache too: another turn of a chat, of which only what is new is computed.
+
+        past_key_values: what an earlier turn left. Then `input_ids`, and `image_positions` in them, are
+            those of the whole chat, and pictures that the cache has seen are not looked at again; or, with an
+            `attention_mask` over cache and new text, they are those of the new text alone.
+        Beams and several answers leave a filled cache that they are given as it is.
+        Raises UserError for a text that does not go on from the cache.
+        """
+        given = kwargs.get("past_key_values")
+        if given is not None:
+            kwargs["past_key_values"] = cache = self.own_cache(given)  # type: ignore[attr-defined]
+            if cache.num_text:
+                kwargs |= self._continued(cache, inputs, generation_config, kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
+
+    def _continued(
+        self, cache: CasaCache, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The mask and the images of what is new, from the arguments of `generate` and a filled cache."""
+        embeds = kwargs.get("inputs_embeds")
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        text = embeds if embeds is not None else ids
+        if text is None:
+            raise UserError(
+                "a filled cache is gone on from with input_ids: the whole chat's, or those of its new text."
+            )
+        if kwargs.get("use_cache") is False:
+            raise UserError("a filled cache is gone on from with use_cache=True.")
+        if cache.searched:
+            raise UserError(
+                "this cache holds the beams of a search, not its answer; give the whole chat without past_key_values."
+            )
+        rows, length = text.shape[:2]
+        if rows != cache.num_rows:
+            raise UserError(f"the cache holds {cache.num_rows} rows and input_ids {rows}; give one row for each.")
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = _mask_of(cache, length, ids if embeds is None else None, generation_config or self.generation_config)  # type: ignore[attr-defined]
+        found = continuation(cache, length, mask.bool())
+        if found is None:
+            if embeds is not None:
+                raise UserError("inputs_embeds beside a filled cache are those of the whole chat.")
+            return {}
+        if embeds is None:
+            assert ids is not None
+            _check_beginning(cache, ids, mask.bool())
+        images = {name: kwargs.get(name) for name in IMAGE_INPUTS}
+        return {"attention_mask": found.mask.long()} | self._new_images(cache, images, found, length)
+
+    def _new_images(self, cache: CasaCache, images: dict[str, Any], found: Continuation, length: int) -> dict[str, Any]:
+        """The images that the cache has not seen, with their places in the new text."""
+        places = images["image_positions"]
+        if places is None:
+            return {}
+        grid = images["image_grid_thw"]
+        old = [0] * len(found.first)
+        ends = [cache.at_end(row) for row in range(len(old))]
+        order, shifted = [], []
+        for number, (row, index) in enumerate(read_image_places(places, 0 if grid is None else len(grid))):
+            column = index - (length - found.length)
+            if not 0 <= row < len(old):
+                raise UserError(f"image {number} stands in row {row}, but the batch has rows 0..{len(old) - 1}.")
+            # at the very end of what is cached stand those that were given last, and then new ones
+            ends[row] -= (at_end := found.first[row] <= column <= found.real[row] and ends[row] > 0)
+            if column < found.first[row] or at_end:
+                old[row] += 1
+            else:
+                order.append(number)
+                shifted.append((row, column))
+        for row, count in enumerate(old):
+            if count not in (0, known := cache.seen[row].images if cache.seen else 0):
+                raise UserError(
+                    f"{count} images stand before the new text of row {row}, and the cache has seen {known} there; "
+                    "give all images of the chat or the new ones alone, or begin a new cache."
+                )
+        picked = self.picked(images, order)  # type: ignore[attr-defined]
+        if order:
+            picked["image_positions"] = torch.tensor(shifted, device=places.device)
+        return dict.fromkeys(IMAGE_INPUTS) | picked
+
+    def _sample(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; afterwards the cache knows its text, and of no row more than it said."""
+        cache = kwargs.get("past_key_values")
+        before = cache.num_text if isinstance(cache, CasaCache) else 0
+        found = super()._sample(input_ids, *args, **kwargs)  # type: ignore[misc]
+        if isinstance(cache, CasaCache):
+            said = (found if isinstance(found, Tensor) else found.sequences)[:, input_ids.shape[1] :]
+            _settle(cache, before, input_ids, said, kwargs["generation_config"])
+        return found
+
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._beam_search(*args, **kwargs)  # type: ignore[misc]
+        if (cache := kwargs.get("past_key_values")) is not None:
+            cache.searched = True
+        return found
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Images go in with the prompt only; with a cache, later steps find them in its state."""
         first = kwargs.get("is_first_iteration", False)
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if first and cache is not None and mask is not None:
+            kwargs["next_sequence_length"] = mask.shape[1] - cache.num_text
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -69,13 +229,26 @@ class CasaGeneration:
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise UserError(f"cache_implementation {kind!r} is not supported; leave it out for a growing cache.")
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
+        cache = model_kwargs.get("past_key_values")
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("image_positions") is not None:
+            raise UserError("pictures go in with the whole of their text; leave prefill_chunk_size out.")
+        if cache is not None:
+            cache._is_user_defined = True
+            times = max(generation_config.num_beams, generation_config.num_return_sequences)
+            if cache.num_text and times > 1:
+                # the rows that were asked about stay as they are, to be asked about again
+                model_kwargs["past_key_values"] = several = cache.twin()
+                several.batch_repeat_interleave(times)
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()  # type: ignore[attr-defined]
 
     def _get_candidate_generator(self, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         """Assisted decoding: whoever drafts sees the text alone; this model, which decides, sees the pictures too."""
+        if (cache := model_kwargs.get("past_key_values")) is not None and cache.num_text:
+            raise UserError(
+                "assisted decoding begins with an empty cache (transformers would feed it what it holds already); "
+                "leave past_key_values out, or the assistance."
+            )
         if self.fusion.method == "insertion":  # type: ignore[attr-defined]
             raise UserError(
                 "assisted decoding takes tokens back, which a cache of inserted images cannot; leave it out."
@@ -124,28 +297,70 @@ class CasaGeneration:
         return input_ids, kwargs
 
     def _repeat_images(self, images: dict[str, Any], times: int) -> dict[str, Any]:
-        positions, grid, features = (
-            images["image_positions"],
-            images["image_grid_thw"],
-            images["image_features"],
-        )
-        if images["image_keys_values"] is not None:
-            raise UserError("beams and several answers take image_features, not image_keys_values.")
-        if features is None:
+        positions = images["image_positions"]
+        if images["image_features"] is None and images["image_keys_values"] is None:
             with torch.no_grad():
-                features = self.encode_images(images["pixel_values"], grid)  # type: ignore[attr-defined]
-        grids = token_grids(self.config.encoder_config, grid)  # type: ignore[attr-defined]
-        tokens = features.split([rows * columns for rows, columns in grids])
+                images["image_features"] = self.encode_images(images["pixel_values"], images["image_grid_thw"])  # type: ignore[attr-defined]
         order, rows = [], []
         for row in positions[:, 0].unique().tolist():
             mine = (positions[:, 0] == row).nonzero().flatten().tolist()
             for copy in range(times):
                 order += mine
                 rows += [row * times + copy] * len(mine)
-        index = torch.tensor(order, device=positions.device)
-        repeated = torch.stack([torch.tensor(rows, device=positions.device), positions[index, 1]], dim=1)
-        return {
-            "image_positions": repeated,
-            "image_grid_thw": grid[index],
-            "image_features": torch.cat([tokens[number] for number in order]),
-        }
+        repeated = self.picked(images | {"pixel_values": None}, order)  # type: ignore[attr-defined]
+        repeated["image_positions"][:, 0] = torch.tensor(rows, device=positions.device)
+        return repeated
+
+
+def _mask_of(cache: CasaCache, length: int, ids: Tensor | None, config: Any) -> Tensor:
+    """bool (B, length), where no attention_mask is given: the cached text as it is known, and of the new text all but
+    padding, where transformers too would take it for such.
+    """
+    known = cache.known[:, :length]
+    new = known.new_ones(len(known), max(0, length - cache.num_text))
+    stops, pad = _as_list(config.eos_token_id), config.pad_token_id
+    if ids is not None and pad is not None and pad not in stops:
+        new = ids[:, cache.num_text :] != pad
+    return torch.cat([known.to(new.device), new], dim=1)
+
+
+def _check_beginning(cache: CasaCache, ids: Tensor, mask: Tensor) -> None:
+    """UserError if a whole chat (B, L) does not begin with the text that is cached."""
+    if cache.ids is None or cache.ids.shape[1] != cache.num_text:
+        return
+    known = cache.known
+    for row, (cached, real) in enumerate(zip(cache.ids.tolist(), known.tolist(), strict=True)):
+        wanted = [token for token, is_real in zip(cached, real, strict=True) if is_real]
+        given = ids[row][mask[row].to(ids.device)][: len(wanted)].tolist()
+        if given != wanted:
+            at = next(n for n, pair in enumerate(zip(given, wanted, strict=False)) if pair[0] != pair[1])
+            raise UserError(
+                f"the chat in row {row} has another token than the cache at place {at} ({given[at]}, not "
+                f"{wanted[at]}): an answer that is decoded and encoded again may become other tokens. Give the ids "
+                "that generate returned, with the new ones behind, or leave past_key_values out."
+            )
+
+
+def _settle(cache: CasaCache, before: int, ids: Tensor, said: Tensor, config: Any) -> None:
+    """Notes what text a cache holds, and forgets what rows were padded with after their end.
+
+    before: tokens it held. ids: (B, L) as given. said: (B, n) the answers; the last token of each is not cached.
+    """
+    fed = said[:, : max(0, said.shape[1] - 1)]
+    new = cache.num_text - before - fed.shape[1]
+    old = cache.ids if cache.ids is not None and cache.ids.shape[1] == before else ids[:, : ids.shape[1] - new]
+    text = torch.cat([old.to(ids.device), ids[:, ids.shape[1] - new :], fed], dim=1) if new <= ids.shape[1] else ids
+    cache.ids = text if text.shape[1] == cache.num_text else None
+    stops, pad = config._eos_token_tensor, config._pad_token_tensor
+    if stops is None or not fed.shape[1]:
+        return
+    index = torch.arange(said.shape[1], device=said.device)
+    is_stop = torch.isin(said, stops.to(said.device))
+    kept = torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, said.shape[1])
+    if pad is not None and not torch.isin(pad, stops):
+        kept = torch.minimum(kept, ((said != pad.to(said.device)) * (index + 1)).amax(1))
+    cache.forget_last((fed.shape[1] - kept).clamp(min=0))
+
+
+def _as_list(given: Any) -> list[int]:
+    return [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]

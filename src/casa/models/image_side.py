@@ -6,6 +6,7 @@ Shapes: N image tokens of all images, d_v width of the encoder's output, d of th
 of a head, K keys and values of all fusion layers side by side.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from casa.layers.image_kv import PROJECTIONS
 from casa.models.backbones import InsertionVLM
 from casa.models.image_tokens import ImageTokens, by_depth, count_tokens
 from casa.models.placement import check_one_device, fetched
-from casa.vision import Grids, encode, extra_depths, token_grids
+from casa.vision import Grids, encode, extra_depths, family_of, token_grids
 
 
 class CasaImageSide:
@@ -92,6 +93,27 @@ class CasaImageSide:
             part.unflatten(-1, (-1, layers[n // 2].head_dim)) for n, part in enumerate(projected.split(widths, -1))
         ]
         return ImageTokens(projected[:, :0], [], grids, list(zip(parts[::2], parts[1::2], strict=True)))
+
+    def picked(self, images: dict[str, Any], order: Sequence[int]) -> dict[str, Any]:
+        """Of a call's image inputs, those of the images numbered `order`; nothing if there are none."""
+        if not order:
+            return {}
+        grid = images["image_grid_thw"]
+        grids = token_grids(self.config.encoder_config, grid)
+        squares = family_of(self.config.encoder_config).pictures == "squares"
+        rows_of = {
+            "pixel_values": [1] * len(grids) if squares else grid.prod(-1).tolist(),
+            "image_features": [rows * columns for rows, columns in grids],
+            "image_keys_values": [rows * columns for rows, columns in self.final_grids(grids)],
+        }
+        found = {name: images[name][list(order)] for name in ("image_grid_thw", "image_positions")}
+        for name, lengths in rows_of.items():
+            if (given := images.get(name)) is not None:
+                if len(given) != sum(lengths):
+                    raise UserError(f"image_grid_thw does not describe {name} of shape {tuple(given.shape)}.")
+                each = given.split(lengths)
+                found[name] = torch.cat([each[number] for number in order])
+        return found
 
     def joined_grids(self, grids: Grids) -> Grids:
         """The tower's grids behind the VLM's own connector, if it has one."""

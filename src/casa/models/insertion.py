@@ -19,6 +19,11 @@ from torch import Tensor
 from casa.layers import images_by_row
 
 
+def last_real(mask: Tensor, counts: Tensor) -> Tensor:
+    """bool (B, S): of the tokens that are real in `mask` (B, S), the last `counts` (B,) of each row."""
+    return mask & (mask.flip(1).cumsum(1).flip(1) <= counts[:, None])
+
+
 @dataclass(frozen=True)
 class StreamState:
     """What later calls need to know of the stream so far.
@@ -35,6 +40,10 @@ class StreamState:
         """Keeps, repeats or reorders rows; int64 (B',)."""
         rows = rows.to(self.mask.device)
         return StreamState(self.mask[rows], self.next_position[rows], self.images[rows])
+
+    def without_last(self, counts: Tensor) -> "StreamState":
+        """The last tokens of each row, int64 (B,), made padding; they are text, each of which took one position."""
+        return StreamState(self.mask & ~last_real(self.mask, counts), self.next_position - counts[:, None], self.images)
 
 
 @dataclass(frozen=True)

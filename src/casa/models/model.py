@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -24,7 +30,7 @@ from casa.models.four_bits import leave_odd_shapes
 from casa.models.fusing import fuse
 from casa.models.generation import CasaGeneration
 from casa.models.image_side import CasaImageSide
-from casa.models.inputs import read_image_places, read_text_inputs
+from casa.models.inputs import TextInputs, read_image_places, read_text_inputs
 from casa.models.loading import load_checked
 from casa.models.losses import CasaLosses
 from casa.models.passes import CasaPasses
@@ -149,6 +155,21 @@ class CasaForConditionalGeneration(
         replaced = self.fused_blocks if self.fusion.placement == "replace" else ()
         return CasaCache(self.config.get_text_config(decoder=True), replaced)
 
+    def own_cache(self, given: Any) -> CasaCache:
+        """The cache given, or an empty one of transformers' own kind made this model's, in place.
+
+        Raises UserError for any other: of another kind, or filled by another model.
+        """
+        if isinstance(given, CasaCache):
+            return given
+        plain = type(given) is DynamicCache and not given.offloading
+        if not plain or given.get_seq_length() > 0:
+            raise UserError(
+                "past_key_values must come from an earlier call of this model or from model.new_cache(), or be an "
+                "empty DynamicCache; or leave it out."
+            )
+        return self.new_cache().take_over(given)
+
     @can_return_tuple
     def forward(
         self,
@@ -183,14 +204,7 @@ class CasaForConditionalGeneration(
         like = input_ids if input_ids is not None else inputs_embeds
         assert like is not None
         cache = self._cache_for(past_key_values, use_cache)
-        text = read_text_inputs(
-            like.shape[0],
-            like.shape[1],
-            cache.num_text if cache is not None else 0,
-            attention_mask,
-            position_ids,
-            like.device,
-        )
+        text = self._text_inputs(like, cache, attention_mask, position_ids)
         if text.packed:
             if past_key_values is not None or use_cache:
                 raise UserError("packed rows cannot use a cache; pass use_cache=False or one sample per row.")
@@ -205,7 +219,7 @@ class CasaForConditionalGeneration(
         else:
             output, hidden = self._run_fused(source, text, places, images, cache, record, passed)
         if cache is not None:
-            cache.num_text += like.shape[1]
+            cache.count(text.mask, places, like.shape[0], like.shape[1])
         logits = loss = None
         if labels is not None and self.loss_chunk is not None:
             loss = self._chunked_loss(hidden, labels, text, kwargs.get("num_items_in_batch"))
@@ -223,12 +237,25 @@ class CasaForConditionalGeneration(
         )
 
     @torch.compiler.disable(reason="makes a cache of lists that grow")
-    def _cache_for(self, given: Cache | None, use_cache: bool | None) -> CasaCache | None:
-        if isinstance(given, CasaCache):
-            return given
-        if given is not None and (given.is_compileable or given.get_seq_length() > 0):
-            raise UserError("past_key_values must come from an earlier call of this model, or be left out.")
+    def _cache_for(self, given: Any, use_cache: bool | None) -> CasaCache | None:
+        if given is not None:
+            return self.own_cache(given)
         if use_cache and self.training and self.checkpoints_blocks:
             raise UserError("gradient checkpointing runs blocks twice and keeps no cache; pass use_cache=False.")
         wanted = use_cache if use_cache is not None else self.config.use_cache and not self.training
         return self.new_cache() if wanted else None
+
+    @torch.compiler.disable(reason="looks at the values of masks")
+    def _text_inputs(
+        self, like: Tensor, cache: CasaCache | None, mask: Tensor | None, position_ids: Tensor | None
+    ) -> TextInputs:
+        rows, length = like.shape[:2]
+        if cache is None:
+            return read_text_inputs(rows, length, 0, mask, position_ids, like.device)
+        if cache.num_text and cache.num_rows != rows:
+            raise UserError(f"the cache holds {cache.num_rows} rows and this call has {rows}; give one row for each.")
+        mask = cache.covering(mask, length)
+        text = read_text_inputs(rows, length, cache.num_text, mask, position_ids, like.device)
+        if text.mask is not None:
+            cache.check_mask(text.mask)
+        return text

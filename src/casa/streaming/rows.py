@@ -16,6 +16,7 @@ from torch import Tensor
 
 from casa.layers import LayerWindow, WindowState
 from casa.models import CasaCache
+from casa.models.cache import Seen
 from casa.models.insertion import StreamState
 
 ROOM = 16  # text slots kept free behind a window, so that the first tokens of a caption copy nothing
@@ -28,7 +29,11 @@ def join(caches: Sequence[CasaCache], empty: CasaCache) -> tuple[CasaCache, Tens
     """
     lengths = [cache.num_text for cache in caches]
     longest = max(lengths)
-    empty.num_text = longest
+    mask = _mask(lengths, longest)
+    empty.num_text, empty.mask = longest, None if mask.all() else mask
+    if any(cache.seen for cache in caches):
+        seen = [cache.seen[0] if cache.seen else Seen() for cache in caches]
+        empty.seen = [one.moved(longest - length) for one, length in zip(seen, lengths, strict=True)]
     for index in range(max(len(cache.text.layers) for cache in caches)):
         rows = [_keys_and_values(cache, index) for cache in caches]
         if any(row is not None for row in rows):
@@ -40,7 +45,7 @@ def join(caches: Sequence[CasaCache], empty: CasaCache) -> tuple[CasaCache, Tens
     if all(cache.stream is not None for cache in caches):
         empty.stream = _joined_streams([cache.stream for cache in caches if cache.stream is not None])
     empty.windows = _joined_windows([cache.windows for cache in caches])
-    return empty, _mask(lengths, longest)
+    return empty, mask
 
 
 def part(cache: CasaCache, row: int, kept: Tensor, empty: CasaCache) -> CasaCache:
@@ -49,6 +54,8 @@ def part(cache: CasaCache, row: int, kept: Tensor, empty: CasaCache) -> CasaCach
     kept: bool (tokens of text cached,), the slots that are this session's.
     """
     empty.num_text = int(kept.sum())
+    if cache.seen:
+        empty.seen = [cache.seen[row].moved(-int((~kept[: cache.seen[row].column]).sum()))]
     slots = kept
     if (stream := cache.stream) is not None:
         slots = stream.mask[row].nonzero().flatten()

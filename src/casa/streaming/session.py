@@ -26,7 +26,7 @@ from torch import Tensor
 from casa.errors import UserError
 from casa.layers import turner
 from casa.media.pictures import check_picture
-from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.models import CasaCache, CasaForConditionalGeneration, CasaProcessor
 from casa.models.stopping import stop_ids
 from casa.streaming import store
 from casa.streaming.bound import make_room, unforgetting
@@ -180,6 +180,18 @@ class StreamingSession:
 
     def _reads(self, tokens: Sequence[int]) -> str:
         return self._processor.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+
+    @property
+    def cache(self) -> CasaCache:
+        """A copy of what is held, to go on from as a chat: `model.generate(..., past_key_values=session.cache)`, with the
+        ids of the new text alone and an `attention_mask` over both. The new text begins with `pending`.
+        """
+        return copy.deepcopy(self._cache)
+
+    @property
+    def pending(self) -> list[int]:
+        """Ids of the tokens that were said and wait to be cached."""
+        return list(self._pending)
 
     @property
     def usage(self) -> Usage:

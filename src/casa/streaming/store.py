@@ -1,6 +1,7 @@
 """A session's state as one safetensors file: tensors, and what describes them as JSON in its header."""
 
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from casa.atomic import replacing
 from casa.errors import UserError
 from casa.layers import LayerWindow, WindowExtent, WindowState
 from casa.models import CasaCache, CasaForConditionalGeneration
+from casa.models.cache import Seen
 from casa.models.insertion import StreamState
 
 FORMAT = "casa session 3"
@@ -24,6 +26,7 @@ def save(path: str | Path, cache: CasaCache, settings: dict[str, Any], generator
         if getattr(layer, "keys", None) is not None:
             tensors[f"text.{index}.key"], tensors[f"text.{index}.value"] = layer.keys, layer.values  # type: ignore[assignment]
     described: dict[str, Any] = {"format": FORMAT, "settings": settings, "num_text": cache.num_text}
+    described["seen"] = [astuple(row) for row in cache.seen]
     if (stream := cache.stream) is not None:
         tensors |= {"stream.mask": stream.mask, "stream.next": stream.next_position, "stream.images": stream.images}
     if cache.windows is not None:
@@ -51,6 +54,7 @@ def load(path: str | Path, model: CasaForConditionalGeneration) -> tuple[CasaCac
         if f"text.{index}.key" in tensors:
             cache.text.update(tensors[f"text.{index}.key"], tensors[f"text.{index}.value"], index)
     cache.num_text = described["num_text"]
+    cache.seen = [Seen(*row) for row in described.get("seen", ())]
     if "stream.mask" in tensors:
         cache.stream = StreamState(*(tensors[f"stream.{name}"] for name in ("mask", "next", "images")))
     if "windows" in described:
