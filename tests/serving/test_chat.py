@@ -1,9 +1,11 @@
 """/v1/chat/completions: OpenAI's own client works unchanged, whole and in pieces; errors are in OpenAI's form."""
 
+import http.client
 import json
 import threading
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -164,17 +166,45 @@ def test_paths_and_methods_of_something_else(chatting):
 
 
 def test_chats_beyond_the_limit_are_told_to_wait(serving, until):
-    with serving(limits=Limits(chats=1, chat_tokens=1024)) as server:
+    with serving(limits=Limits(chats=1, waiting_chats=1, chat_tokens=1024)) as server:
         state = server._state
         with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0) as ai:
             asked = {"model": "tiny", "messages": [{"role": "user", "content": "tell"}], "temperature": 2.0}
-            state.chats += 1
+            inside = [state.line.join(), state.line.join()]
             with pytest.raises(openai.RateLimitError) as told:
                 ai.chat.completions.create(**asked, max_tokens=2)
             assert int(told.value.response.headers["Retry-After"]) >= 1
-            state.chats -= 1
+            inside.pop().leave()
             assert ai.chat.completions.create(**asked, max_tokens=2).choices
+            inside.pop().leave()
             until(lambda: state.chats == 0)
+
+
+def test_chats_wait_for_their_turn_and_who_goes_is_forgotten(serving, until):
+    with serving(limits=Limits(chats=1, waiting_chats=3)) as server, ThreadPoolExecutor(4) as threads:
+        state, hold = server._state, threading.Event()
+        state.worker.call(hold.wait)
+        url = f"http://127.0.0.1:{server.port}/v1"
+        asked = {"model": "tiny", "messages": [{"role": "user", "content": "tell"}], "max_tokens": 2}
+
+        def ask(stream):
+            with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as ai:
+                answer = ai.chat.completions.create(**asked, stream=stream)
+                return len([*answer]) if stream else len(answer.choices)
+
+        answers = [threads.submit(ask, False)]
+        until(lambda: state.line.served == 1)
+        gone = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        gone.request("POST", "/v1/chat/completions", json.dumps(asked))
+        until(lambda: state.line.waiting == 1)
+        answers += [threads.submit(ask, True), threads.submit(ask, False)]
+        until(lambda: state.line.waiting == 3)
+        gone.close()
+        until(lambda: state.line.waiting == 2)
+        assert not any(answer.done() for answer in answers)
+        hold.set()
+        assert all(answer.result(60) > 0 for answer in answers)
+        until(lambda: state.chats == 0 and state.line.served == 0)
 
 
 def test_a_server_that_stops_says_so(serving):

@@ -1,10 +1,12 @@
-"""Limits are positive numbers, and rates let bursts pass."""
+"""Limits are positive numbers, rates let bursts pass, and a line serves who came first."""
+
+import asyncio
 
 import pytest
 
 from casa.errors import UserError
 from casa.serving import Limits
-from casa.serving.rate import Rate
+from casa.serving.rate import Line, Rate
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
@@ -45,3 +47,59 @@ def test_limits_from_texts():
     ]:
         with pytest.raises(UserError, match=word):
             Limits.parse([wrong])
+
+
+def test_a_line_serves_who_came_first_and_says_how_long_it_may_take():
+    now, order = [0.0], []
+
+    async def stays():
+        return False
+
+    async def served(line, name, seconds):
+        guest = line.join()
+        assert await guest.turn(stays)
+        order.append(name)
+        now[0] += seconds
+        await asyncio.sleep(0)
+        guest.leave()
+
+    async def scenario():
+        line = Line(1, 3, lambda: now[0])
+        assert line.expected_seconds() == 1
+        await asyncio.gather(*(served(line, name, 7.0) for name in "abcd"))
+        assert (line.here, line.served, line.waiting) == (0, 0, 0)
+        assert line.expected_seconds() == 7
+        guests = [line.join() for _ in range(4)]
+        assert line.join() is None
+        assert await guests[0].turn(stays)
+        waits = [asyncio.create_task(guest.turn(stays)) for guest in guests[1:]]
+        await asyncio.sleep(0)
+        assert (line.served, line.waiting, line.expected_seconds()) == (1, 3, 28)
+        # one that leaves in the line makes no place, one that is called in the same moment passes it on
+        guests[2].leave()
+        guests[0].leave()
+        guests[1].leave()
+        assert await waits[2]
+        waits[1].cancel()
+        guests[3].leave()
+        return line.here, line.served, line.waiting
+
+    assert asyncio.run(scenario()) == (0, 0, 0)
+    assert order == list("abcd")
+
+
+def test_who_has_gone_is_told_nothing_in_the_line(monkeypatch):
+    monkeypatch.setattr("casa.serving.rate.LOOK_AFTER", 0.0)
+
+    async def gone():
+        return True
+
+    async def scenario():
+        line = Line(1, 1)
+        first, second = line.join(), line.join()
+        assert await first.turn(gone)
+        assert not await second.turn(gone)
+        second.leave()
+        return line.here, line.waiting
+
+    assert asyncio.run(scenario()) == (1, 0)

@@ -1,6 +1,8 @@
 """Peers that do not ask, or do not read, are let go; others are not."""
 
 import socket
+import threading
+from contextlib import ExitStack
 
 import pytest
 from websockets.exceptions import ConnectionClosed
@@ -97,20 +99,47 @@ def test_who_is_silent_in_mid_frame_and_answers_no_ping_has_vanished(serving, cl
         assert good.show(frames[0])[1]["frame"] == 1
 
 
-def test_more_connections_than_there_is_room_for_are_turned_away(serving, until):
-    def health(server):
-        with connected(server) as raw:
-            raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            return raw.recv(12)
+def asked(server, path):
+    """The first line's status, and all that is answered."""
+    with connected(server) as raw:
+        raw.sendall(b"GET %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n" % path)
+        answer = b""
+        while part := raw.recv(65536):
+            answer += part
+        return int(answer[9:12]), answer
 
-    # twice as many as WebSockets
-    with serving(limits=Limits(connections=1)) as server:
-        held = server._server.server_state.connections
-        with connected(server):
-            until(lambda: len(held) == 1)
-            assert health(server) == b"HTTP/1.1 503"
-        until(lambda: not held)
-        assert health(server) == b"HTTP/1.1 200"
+
+def test_requests_beyond_the_room_are_turned_away_and_health_is_not(serving, raw_bytes, until):
+    begun = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
+    # twice as many requests as WebSockets
+    with serving(limits=Limits(connections=1)) as server, ExitStack() as held:
+        state = server._state
+        for count in (1, 2):
+            held.enter_context(connected(server)).sendall(begun)
+            until(lambda count=count: state.requests == count)
+        socket = held.enter_context(connected(server))
+        socket.sendall(raw_bytes.upgrade)
+        until(lambda: state.connections == 1)
+        # the model, too, does something else
+        hold = threading.Event()
+        state.worker.call(hold.wait)
+        status, answer = asked(server, b"/app.js")
+        assert (status, b"retry-after: " in answer.lower()) == (503, True)
+        assert asked(server, b"/health")[0] == 200
+        hold.set()
+        held.close()
+        until(lambda: state.requests == 0)
+        assert asked(server, b"/app.js")[0] == 200
+
+
+def test_those_who_say_nothing_make_room_for_those_who_ask(serving, until):
+    with serving(limits=Limits(connections=2)) as server, ExitStack() as held:
+        raws = [held.enter_context(connected(server)) for _ in range(9)]
+        assert asked(server, b"/health")[0] == 200
+        # the newest four may stay, one of whom has asked meanwhile
+        assert all(is_cut(raw) for raw in raws[:5])
+        raws[-1].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert raws[-1].recv(65536).startswith(b"HTTP/1.1 200")
 
 
 def test_a_message_in_parts_without_end(impatient, client, until):

@@ -8,7 +8,13 @@ RETRY_SECONDS = 1  # a place among the chats is free again within an answer
 
 
 def error_response(
-    status: int, message: str, param: str | None = None, code: str | None = None, *, close: bool = False
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    *,
+    close: bool = False,
+    retry_seconds: int = RETRY_SECONDS,
 ) -> JSONResponse:
     """close: ends the connection, since a body that was not read is still on its way.
 
@@ -18,7 +24,7 @@ def error_response(
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     headers = {"Connection": "close"} if close else {}
     if status in (429, 503):
-        headers["Retry-After"] = str(RETRY_SECONDS)
+        headers["Retry-After"] = str(retry_seconds)
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(body, status, headers)

@@ -1,4 +1,5 @@
-"""In front of every route: pages of other sites are turned away, and the token is asked for where one is set.
+"""In front of every route: pages of other sites are turned away, the token is asked for where one is set, and requests
+beyond what there is room for are told to come later. Whether the server lives may be asked however full it is.
 
 A browser says from which page a request comes (Origin) and for which host it is meant (Host). The two must agree. But a
 page of another site may have its own name lead to this machine, and then they do: so without a token, Host must be an
@@ -17,6 +18,7 @@ Scope = dict[str, Any]
 App = Callable[[Scope, Callable[..., Any], Callable[..., Any]], Awaitable[None]]
 
 GUARDED = ("/v1/", "/metrics")
+HEALTH = "/health"
 # nothing from elsewhere, nothing inline; pictures and videos of the user's own choice are blobs
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
@@ -69,7 +71,18 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), *HEADERS]
             await send(message)
 
-        await self._app(scope, receive, send_with_headers)
+        if path == HEALTH:
+            await self._app(scope, receive, send_with_headers)
+            return
+        if self._state.requests >= (most := 2 * self._state.limits.connections):
+            full = error_response(503, f"{most} requests are under way; try again later.", code="busy", close=True)
+            await full(scope, receive, send)  # type: ignore[arg-type]
+            return
+        self._state.requests += 1
+        try:
+            await self._app(scope, receive, send_with_headers)
+        finally:
+            self._state.requests -= 1
 
 
 def is_foreign(origin: str | None, host: str) -> bool:

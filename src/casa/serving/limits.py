@@ -24,7 +24,8 @@ class Limits:
     questions: of one stream that may wait. prompt_chars: of a prompt or question.
     new_tokens: the longest caption that a stream may ask for. text_tokens: what a stream remembers unless it asks for
     less or more, up to most_text_tokens.
-    chats: completions at once. chat_tokens: the longest answer. prompt_tokens, chat_pictures: of one chat.
+    chats: completions at once. waiting_chats: more that may wait for their turn, each with its body in memory.
+    chat_tokens: the longest answer. prompt_tokens, chat_pictures: of one chat.
     hello_seconds: for a stream's first message. idle_seconds: without any message. ping_seconds: between two pings, and
     for the answer to one. send_seconds: for one event to be taken by a reader. body_seconds: for a request to arrive.
     fetch_seconds: for a picture from elsewhere to arrive.
@@ -50,6 +51,7 @@ class Limits:
     text_tokens: int = 1024
     most_text_tokens: int = 8192
     chats: int = 8
+    waiting_chats: int = 16
     chat_tokens: int = 1024
     prompt_tokens: int = 8192
     chat_pictures: int = 16

@@ -18,6 +18,7 @@ GAUGES = {
     "sessions": "Live streams.",
     "connections": "Open WebSockets.",
     "running_chats": "Chat completions under way.",
+    "waiting_chats": "Chats that wait for their turn.",
     "cache_bytes": "Bytes that the live streams' caches hold.",
 }
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)

@@ -16,10 +16,9 @@ from casa.errors import UserError
 from casa.serving.chat_request import ChatRequest, RequestError, parse_body, read_chat
 from casa.serving.completion import Completion, Piece
 from casa.serving.errors import error_response
+from casa.serving.rate import LOOK_AFTER, Guest
 from casa.serving.state import ServerState
 from casa.serving.worker import STOPPING
-
-LOOK_AFTER = 0.5  # seconds between looks at whether the client is still there
 
 router = APIRouter()
 
@@ -40,14 +39,17 @@ async def model(request: Request, name: str) -> Response:
 @router.post("/v1/chat/completions")
 async def chat(request: Request) -> Response:
     state: ServerState = request.app.state.casa
-    if state.chats >= state.limits.chats:
-        return error_response(429, f"{state.chats} chats are under way; try again later.", code="busy", close=True)
-    state.chats += 1
+    line = state.line
+    if (guest := line.join()) is None:
+        waits = f"{line.served} chats are under way and {line.here - line.served} wait; try again later."
+        return error_response(429, waits, code="busy", close=True, retry_seconds=line.expected_seconds())
     begun = False
     try:
         body = await _body(request, state.limits.body_bytes, state.limits.body_seconds)
+        if not await guest.turn(request.is_disconnected):
+            raise ClientDisconnect
         wanted = await asyncio.get_running_loop().run_in_executor(state.chat_threads, _read, body, state)
-        answer = _Answer(state, wanted)
+        answer = _Answer(state, wanted, guest)
         state.metrics.count("chats")
         # errors of the prompt come before the first piece, and then as an error of their own
         first = await answer.next(request)
@@ -68,7 +70,7 @@ async def chat(request: Request) -> Response:
         return error_response(500, f"the model failed at this ({type(error).__name__}).")
     finally:
         if not begun:
-            state.chats -= 1
+            guest.leave()
 
 
 def _model(state: ServerState) -> dict[str, Any]:
@@ -117,8 +119,8 @@ class _Events(StreamingResponse):
 class _Answer:
     """A completion under way, as its route sees it."""
 
-    def __init__(self, state: ServerState, wanted: ChatRequest) -> None:
-        self._state, self._wanted = state, wanted
+    def __init__(self, state: ServerState, wanted: ChatRequest, guest: Guest) -> None:
+        self._state, self._wanted, self._guest = state, wanted, guest
         self._id, self._created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -178,7 +180,7 @@ class _Answer:
     def end(self) -> None:
         """Nobody listens any more; its place among the chats is free again."""
         self._work.cancelled = True
-        self._state.chats -= 1
+        self._guest.leave()
 
     def _event(self, delta: dict[str, Any], finish: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}

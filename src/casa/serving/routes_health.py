@@ -25,7 +25,8 @@ async def metrics(request: Request) -> Response:
     gauges = {
         "sessions": state.worker.streams,
         "connections": state.connections,
-        "running_chats": state.chats,
+        "running_chats": state.line.served,
+        "waiting_chats": state.line.waiting,
         "cache_bytes": state.worker.cache_bytes(),
     }
     return Response(state.metrics.text(gauges), media_type=TEXT)

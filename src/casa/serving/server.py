@@ -40,7 +40,6 @@ class Server:
             # who does not answer has vanished
             ws_ping_interval=limits.ping_seconds,
             ws_ping_timeout=limits.ping_seconds,
-            limit_concurrency=2 * limits.connections,
             timeout_keep_alive=10,
             timeout_graceful_shutdown=GRACE_SECONDS,
             server_header=False,

@@ -12,6 +12,7 @@ from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.serving.baseline import InsertionCosts
 from casa.serving.limits import Limits
 from casa.serving.metrics import Metrics
+from casa.serving.rate import Line
 from casa.serving.transcript import Shelf
 from casa.serving.worker import Worker
 
@@ -21,7 +22,7 @@ READERS = 2  # requests of chats read at once; one may wait for a picture from e
 @dataclass
 class ServerState:
     """hosts: names that the server goes by. costs: None for a model that is the insertion baseline itself.
-    connections, chats: how many there are now.
+    connections, requests: WebSockets and HTTP requests that there are now. line: of the chats.
     """
 
     name: str
@@ -37,9 +38,18 @@ class ServerState:
     costs: InsertionCosts | None
     metrics: Metrics = field(default_factory=Metrics)
     connections: int = 0
-    chats: int = 0
+    requests: int = 0
+    line: Line = field(init=False)
     frame_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "casa-frames"))
     chat_threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(READERS, "casa-chats"))
+
+    def __post_init__(self) -> None:
+        self.line = Line(self.limits.chats, self.limits.waiting_chats)
+
+    @property
+    def chats(self) -> int:
+        """Chats under way, waiting, or on their way in."""
+        return self.line.here
 
     def close(self) -> None:
         """Ends the threads, once all streams and chats have ended."""

@@ -1,9 +1,10 @@
 """uvicorn's connections, with two clocks of their own: a peer that does not read, or does not ask, is let go.
 
-    silent   connected, and no whole request has come       cut after `body_seconds`
+    silent   connected, and no whole request has come       cut after `body_seconds`, or for a newer one if many are
     stalled  what was written to it stays unread            cut after `send_seconds`
 
-Both are cut off without another word: a polite end would wait for what the peer does not read.
+Both are cut off without another word: a polite end would wait for what the peer does not read. Who asks is not cut for
+those who do not, so that the server answers (`/health` above all) however many connect and say nothing.
 """
 
 import asyncio
@@ -20,8 +21,23 @@ MOST_PARTS = 1024  # of one message
 def protocols(limits: Limits) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol]]:
     """uvicorn's classes for HTTP and for WebSockets, with these limits."""
 
+    silent: dict[Any, None] = {}  # those of the server at hand, in the order in which they fell silent
+    most_silent = 2 * limits.connections
+
     class Http(_Impatient, H11Protocol):
         silent_seconds, stalled_seconds = limits.body_seconds, limits.send_seconds
+
+        def expect_request(self) -> None:
+            super().expect_request()
+            silent[self] = None
+            if len(silent) > most_silent:
+                oldest = next(iter(silent))
+                oldest.expect_nothing()
+                oldest._cut()
+
+        def expect_nothing(self) -> None:
+            super().expect_nothing()
+            silent.pop(self, None)
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
