@@ -124,6 +124,7 @@ def test_a_template_that_knows_only_text_takes_the_same_settings():
 
 
 def test_settings_that_would_be_ignored_are_refused():
-    with pytest.raises(UserError, match="does not know max_length, truncation; leave that out"):
-        tiny_processor()(text="abc", truncation=True, max_length=2)
+    with pytest.raises(UserError, match="does not know truncate; did you mean 'truncation'"):
+        tiny_processor()(text="abc", truncate=True, max_length=2)
     assert tiny_processor()(text="abc", truncation=False)["input_ids"].shape == (1, 3)
+    assert tiny_processor()(text="abc", truncation=True, max_length=2)["input_ids"].shape == (1, 2)

@@ -1,6 +1,7 @@
 """The processor: chats with pictures to tokens without placeholders, and the places of the pictures."""
 
 import base64
+import warnings
 
 import numpy as np
 import pytest
@@ -9,14 +10,19 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers.image_utils import PILImageResampling
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from casa import CasaProcessor, StreamingSession
 from casa.data.pictures import open_one
 from casa.data.record import Picture
 from casa.errors import UserError
-from casa.testing import claimed_png, tiny_casa
+from casa.models.assembling import image_processor_for
+from casa.models.picture_processing import CasaFlexibleImageProcessor, CasaSquareImageProcessor
+from casa.testing import claimed_png, tiny_casa, tiny_processor
+from casa.vision.encoders.page import PageEncoderConfig
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "user:", "model:", "what", "is", "this", "and", "that", "nothing"]
 TEMPLATE = (
@@ -105,7 +111,8 @@ def test_text_alone_has_no_image_inputs(processor):
         ),
         ({"text": "what", "videos": [picture()]}, "frame by frame"),
         ({"images": [picture()]}, "give text"),
-        ({"text": "what", "return_tensors": "np"}, "only 'pt'"),
+        ({"text": "what", "return_tensors": "tf"}, "return_tensors is 'tf'; give 'pt', 'np' or None"),
+        ({"text": "what", "audio": [0.0]}, "leave audio out"),
         ({"text": ["what", "what is"], "padding": False}, "need padding=True"),
     ],
 )
@@ -237,3 +244,220 @@ def test_a_picture_that_cannot_be_read_is_told_by_its_number(processor):
         processor(images="gone.png", text="<image>")
     with pytest.raises(UserError, match="megapixels"):
         processor(images=claimed_png(60_000, 60_000), text="<image>")
+
+
+def rows_of(given, name="input_ids"):
+    return [list(map(int, row)) for row in given[name]]
+
+
+@pytest.fixture
+def english():
+    """The words of `processor` with a tokenizer that puts <s> and </s> around a text."""
+    words = Tokenizer(WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    words.post_processor = TemplateProcessing("<s> $A </s>", None, [("<s>", 1), ("</s>", 2)])  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {},
+        {"add_special_tokens": True},
+        {"text_kwargs": {"add_special_tokens": True, "padding_side": "right"}},
+        {"padding": "max_length", "max_length": 8},
+        {"padding": "max_length", "max_length": 3},
+        {"padding": "max_length"},
+        {"padding": "longest", "pad_to_multiple_of": 4},
+        {"padding": "max_length", "max_length": 5, "pad_to_multiple_of": 4},
+        {"truncation": True, "max_length": 3},
+        {"truncation": "longest_first", "max_length": 3, "padding": False},
+        {"max_length": 3, "padding": False},
+        {"truncation": "only_first", "max_length": 4, "add_special_tokens": True},
+        {"truncation": True, "max_length": 4, "padding": "max_length", "pad_to_multiple_of": 2},
+        {"truncation": True, "max_length": 2, "add_special_tokens": True},
+        {"truncation": True},
+        {"return_attention_mask": False},
+        {"return_token_type_ids": True, "return_length": True},
+        {"common_kwargs": {"return_tensors": None, "padding": False}},
+    ],
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_a_text_is_told_means_what_it_means_to_the_tokenizer(processor, english, told, side):
+    """Of texts without pictures, the tokenizer itself gives the same."""
+    english.truncation_side, english.model_max_length = side, 6
+    processor.tokenizer = english
+    english.padding_side = "left"
+    texts = ["what is this and that", "nothing", "what is"]
+    flat = told.get("common_kwargs", told.get("text_kwargs", told))
+    rows = {"return_tensors": None, "padding": True, "add_special_tokens": False} | flat
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tokenizer's, about a length that cuts nothing
+        wanted = english(texts, **{**rows, "return_tensors": None})
+    wanted.pop("token_type_ids", None) if not rows.get("return_token_type_ids") else None
+    even = len({len(row) for row in wanted["input_ids"]}) == 1
+    found = processor(text=texts, **(told if even else told | {"return_tensors": None}))
+    assert set(found) == set(wanted)
+    assert all(rows_of(found, name) == wanted[name] for name in set(wanted) - {"length"})
+    if "length" in wanted:
+        assert list(found["length"]) == list(wanted["length"])
+
+
+def test_every_form_of_the_result(processor):
+    given = {"images": [picture(), picture(28, 56)], "text": ["what <image> is", "<image>"]}
+    tensors = processor(**given, return_mm_token_type_ids=True)
+    arrays = processor(**given, common_kwargs={"return_tensors": "np"}, return_mm_token_type_ids=True)
+    lists = processor(**given, return_tensors=None, text_kwargs={"return_mm_token_type_ids": True})
+    assert set(tensors) == set(arrays) == set(lists) == {*processor.model_input_names, "mm_token_type_ids"}
+    for name, tensor in tensors.items():
+        assert isinstance(arrays[name], np.ndarray)
+        assert arrays[name].dtype == tensor.numpy().dtype
+        assert np.array_equal(arrays[name], tensor.numpy())
+        assert np.array_equal(np.asarray(lists[name]), tensor.numpy())
+    assert isinstance(lists["input_ids"][0][0], int)
+    assert lists["image_positions"] == [[0, 1], [1, 2]]
+    assert not tensors["mm_token_type_ids"].any()
+    assert processor(text="").input_ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"size": {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}},
+        {"images_kwargs": {"size": {"shortest_edge": 112 * 112, "longest_edge": 112 * 112 * 2}}},
+        {"do_normalize": False},
+        {"common_kwargs": {"image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 1.0, 1.0]}},
+        {"do_rescale": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"do_resize": False},
+        {"resample": PILImageResampling.NEAREST},
+        {"rescale_factor": 1 / 127.5, "image_mean": 1.0, "image_std": 1.0},
+        {"patch_size": 7},
+    ],
+)
+def test_what_pictures_are_told_means_what_it_means_to_the_image_processor(processor, told):
+    flat = told.get("images_kwargs", told.get("common_kwargs", told))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (84, 140, 3), dtype=np.uint8))
+    wanted = processor.image_processor(images=[image], return_tensors="pt", **flat)
+    found = processor(images=image, text="<image>", **told)
+    assert found["image_grid_thw"].equal(wanted["image_grid_thw"])
+    assert found["pixel_values"].equal(wanted["pixel_values"])
+    messages = chat(image, "what")
+    for asked in (
+        processor.apply_chat_template(messages, processor_kwargs=dict(told), **HOW),
+        processor.apply_chat_template(messages, chat_template=KNOWS_TEXT_ONLY, processor_kwargs=dict(told), **HOW),
+        processor.apply_chat_template(messages, **told, **HOW),
+    ):
+        assert asked["pixel_values"].equal(wanted["pixel_values"])
+
+
+def test_bounds_on_pixels_and_floats_that_are_scaled_already(processor):
+    image = Image.fromarray(scene()).resize((720, 400))
+    size = {"shortest_edge": 28 * 28, "longest_edge": 100 * 100}
+    wanted = processor(images=image, text="<image>", size=size)
+    found = processor(images=image, text="<image>", max_pixels=100 * 100, images_kwargs={"min_pixels": 28 * 28})
+    assert found["pixel_values"].equal(wanted["pixel_values"])
+    assert found["image_grid_thw"].prod() <= 100 * 100 / 14**2
+    least = processor(images=picture(28, 28), text="<image>", min_pixels=112 * 112)
+    assert least["image_grid_thw"].tolist() == [[1, 8, 8]]
+    floats = scene().astype(np.float32) / 255
+    own = processor.image_processor(images=[floats], do_rescale=False, return_tensors="pt")
+    ours = processor(images=[floats], text="<image>", do_rescale=False)
+    torch.testing.assert_close(ours["pixel_values"], own["pixel_values"], rtol=0, atol=0.02)
+    turned = processor(images=scene().transpose(2, 0, 1)[:, :3], text="<image>", input_data_format="channels_first")
+    assert turned["image_grid_thw"].equal(processor(images=scene()[:3], text="<image>")["image_grid_thw"])
+
+
+@pytest.mark.parametrize(("side", "kept"), [("right", "what <image> is"), ("left", "<image> is this")])
+def test_truncation_keeps_pictures_or_is_refused(processor, english, side, kept):
+    processor.tokenizer = english
+    english.truncation_side, english.padding_side = side, "left"
+    text = {"right": "what <image> is this and", "left": "and what <image> is this"}[side]
+    found = processor(images=picture(), text=text, truncation=True, max_length=2)
+    wanted = processor(images=picture(), text=kept)
+    assert found["input_ids"].tolist() == wanted["input_ids"].tolist()
+    assert found["image_positions"].tolist() == wanted["image_positions"].tolist()
+    around = processor(images=picture(), text=text, truncation=True, max_length=4, add_special_tokens=True)
+    assert around["input_ids"].tolist() == [[1, *wanted["input_ids"][0].tolist(), 2]]
+    assert around["image_positions"].tolist() == [[0, 1 + wanted["image_positions"][0, 1]]]
+    processor.gist_ids = [11, 12]
+    for told in ({"max_length": 1}, {"max_length": 3, "add_special_tokens": True}):
+        with pytest.raises(UserError, match="would lose the places of 1 pictures; give a larger max_length"):
+            processor(images=picture(), text=text, truncation=True, **told)
+    # where the words behind a picture are all cut, none would see it
+    behind = {"text": "what is this and <image> that", "images": picture(), "truncation": True, "max_length": 4}
+    if side == "right":
+        with pytest.raises(UserError, match="cut to 4 would lose the places of 1 pictures"):
+            processor(**behind)
+    else:
+        processor.gist_ids = []
+        assert processor(**behind)["image_positions"].tolist() == [[0, 3]]
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        ({"max_pixel": 9}, "does not know max_pixel; did you mean 'max_pixels'"),
+        ({"images_kwargs": {"do_resise": False}}, "does not know do_resise in images_kwargs; did you mean 'do_resize'"),
+        ({"text_kwargs": {"do_resize": False}}, "does not know do_resize in text_kwargs; it knows: add_special_tokens"),
+        ({"novel": None}, "does not know novel; it knows"),
+        ({"images_kwargs": [1]}, r"images_kwargs is \[1\]; give a dictionary"),
+        ({"videos_kwargs": {"fps": 2}}, "videos_kwargs: a video is read frame by frame"),
+        ({"do_resize": True, "images_kwargs": {"do_resize": False}}, "do_resize is given twice, in images_kwargs"),
+        ({"text_pair": "this"}, "takes no text_pair: texts are chats with pictures"),
+        ({"return_offsets_mapping": True}, "takes no return_offsets_mapping"),
+        ({"do_center_crop": True}, "Qwen2VLImageProcessorPil makes no use of do_center_crop; leave that out"),
+        ({"min_pixels": 100, "max_pixels": 50}, "no picture has from 100 to 50 pixels"),
+        ({"size": "large"}, "cannot be prepared with this size: "),
+        ({"images_kwargs": {"do_resize": False}}, "cannot be prepared with this do_resize: "),
+        ({"padding": "left"}, "left is not a valid PaddingStrategy, please select"),
+        ({"truncation": "sometimes"}, "sometimes is not a valid TruncationStrategy"),
+        ({"truncation": "only_second"}, "is for pairs of texts"),
+        ({"max_length": "5", "truncation": True}, "max_length is '5'; give a whole number from 1 on"),
+        ({"max_length": 6, "truncation": True, "pad_to_multiple_of": 4}, "no multiple of pad_to_multiple_of 4"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused_by_name(processor, told, sentence):
+    with pytest.raises(UserError, match=sentence):
+        processor(images=picture(50, 30), text="<image> what", **told)
+
+
+def test_arguments_that_ask_for_nothing_pass(processor):
+    plain = processor(images=picture(), text="<image> what")
+    nothing = {
+        "text_pair": None,
+        "stride": 0,
+        "videos_kwargs": {},
+        "text_kwargs": {"stride": 0},
+        "do_center_crop": False,
+    }
+    assert processor(images=picture(), text="<image> what", **nothing)["pixel_values"].equal(plain["pixel_values"])
+    with pytest.warns(UserWarning, match="max_length does nothing without truncation=True"):
+        processor(images=picture(), text="<image> what", max_length=1)
+
+
+def test_other_kinds_of_image_processors_are_told_in_their_own_words():
+    tokenizer = tiny_processor().tokenizer
+    place = tiny_processor().image_token
+    flexible = CasaProcessor(CasaFlexibleImageProcessor(patch_size=8, max_num_patches=36), tokenizer)
+    grid = flexible(images=picture(), text=place, max_pixels=64 * 9)["image_grid_thw"]
+    assert grid.equal(flexible(images=picture(), text=place, max_num_patches=9)["image_grid_thw"])
+    square = CasaProcessor(CasaSquareImageProcessor(patch_size=8, size={"height": 32, "width": 32}), tokenizer)
+    assert square(images=picture(), text=place, size={"height": 16, "width": 24})["image_grid_thw"].tolist() == [
+        [1, 2, 3]
+    ]
+    page = CasaProcessor(image_processor_for(PageEncoderConfig()), tokenizer)
+    wide = page(images=picture(280, 140), text=place)["image_grid_thw"].prod()
+    assert page(images=picture(280, 140), text=place, max_pixels=140 * 140)["image_grid_thw"].prod() < wide
+    for of, told, sentence in (
+        (page, {"do_normalize": False}, "CasaPageImageProcessor makes no use of do_normalize"),
+        (flexible, {"min_pixels": 64}, "leave out min_pixels"),
+        (flexible, {"max_pixels": 63}, "less than one patch; give 64 or more"),
+        (flexible, {"size": {"height": 8, "width": 8}}, "makes no use of size"),
+        (square, {"max_pixels": 64}, "squares of one size; leave out max_pixels"),
+        (square, {"max_num_patches": 64}, "does not know max_num_patches"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            of(images=picture(), text=place, **told)

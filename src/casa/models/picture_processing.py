@@ -13,12 +13,15 @@ from transformers import BatchFeature, PreTrainedConfig
 
 # from here, because transformers 5.17 hides it at the top when torchvision is missing
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import (
     Siglip2ImageProcessorKwargs,
     Siglip2ImageProcessorPil,
 )
 from transformers.processing_utils import ImagesKwargs
+
+from casa.errors import UserError
 
 OUTPUTS = ["pixel_values", "image_grid_thw"]
 
@@ -60,6 +63,33 @@ class CasaFlexibleImageProcessor(Siglip2ImageProcessorPil):
         grids = [(1, h, w) for h, w in shapes]
         data = {"pixel_values": np.concatenate(real), "image_grid_thw": np.array(grids, dtype=np.int64)}
         return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+def bounds(image_processor: Any, min_pixels: int | None = None, max_pixels: int | None = None) -> dict[str, Any]:
+    """What keeps a picture between so many pixels, in the words of one kind of image processor; what is left out stays.
+
+    Raises UserError where the size of a picture is fixed, or for bounds that nothing fits into.
+    """
+    if min_pixels is None and max_pixels is None:
+        return {}
+    if hasattr(image_processor, "patch_grid"):  # an encoder's own, which knows these words (casa.vision's Family)
+        given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        return {name: value for name, value in given.items() if value is not None}
+    if isinstance(image_processor, Qwen2VLImageProcessorPil):
+        most = image_processor.size["longest_edge"] if max_pixels is None else max_pixels
+        least = min(image_processor.size["shortest_edge"], most) if min_pixels is None else min_pixels
+        if not 1 <= least <= most:
+            raise UserError(f"no picture has from {least} to {most} pixels; give other min_pixels or max_pixels.")
+        return {"size": {"shortest_edge": least, "longest_edge": most}}
+    if not isinstance(image_processor, CasaFlexibleImageProcessor):
+        left = "max_pixels" if min_pixels is None else "min_pixels"
+        raise UserError(f"this image encoder sees squares of one size; leave out {left}.")
+    if min_pixels is not None or max_pixels is None:
+        raise UserError("this image encoder is given as many patches as it may have; leave out min_pixels.")
+    patch = image_processor.patch_size**2
+    if max_pixels < patch:
+        raise UserError(f"max_pixels is {max_pixels}, less than one patch; give {patch} or more.")
+    return {"max_num_patches": max_pixels // patch}
 
 
 # transformers keeps image processors by config; these two belong to no model of their own

@@ -3,16 +3,24 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import BatchFeature, ProcessorMixin
-from transformers.utils import PROCESSOR_NAME
+from transformers.utils import PROCESSOR_NAME, TensorType
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from casa.errors import UserError
-from casa.media.pictures import as_picture
-from casa.models.loading import check_folder, reading, refuse_code
+from casa.media.pictures import ROUNDING, Channels, as_picture
+from casa.models.loading import check_folder, reading, refuse_code, sentence_of
 from casa.models.places import Places
+from casa.models.processor_arguments import Lengths, arguments
 from casa.models.shipped import resolve
+
+Row = tuple[list[int], list[int]]
+"""Of one text: token ids without image tokens, and the indices before which pictures stand."""
+
+_CHANNELS: dict[Any, Channels] = {"channels_first": "first", "channels_last": "last"}
 
 
 class CasaProcessor(ProcessorMixin):
@@ -67,29 +75,30 @@ class CasaProcessor(ProcessorMixin):
         images: Any = None,
         text: str | list[str] | None = None,
         videos: Any = None,
-        return_tensors: str | None = "pt",
-        padding: bool | str = True,
-        padding_side: str = "left",
-        add_special_tokens: bool = False,
+        audio: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Tokens (B, L) with `attention_mask`, and with images their patches, grids and `image_positions` (n, 2).
 
         images: one picture, a list for a single text, or a list of lists, one per text; every text holds the
         image token once per picture. A picture is whatever `casa.media.pictures.as_picture` takes, and read as it
-        says. Rows are padded on the left. Raises UserError if pictures and places differ in number, or for a video,
-        which is read frame by frame.
+        says. Other arguments are those of transformers' processors, flat or in text_kwargs, images_kwargs and
+        common_kwargs (`processor_arguments`). Left out, rows are padded to the longest on the tokenizer's side, which
+        is the left, the tokenizer adds no special tokens, and all comes as tensors of torch.
+
+        Raises UserError if pictures and places differ in number, for an argument that is not known, for a video, which
+        is read frame by frame, and where truncation would cut a picture's place away.
         """
         if videos is not None:
             raise UserError("a video is read frame by frame; give its frames as images.")
+        if audio is not None:
+            raise UserError("casa models see and do not hear; leave audio out.")
         if text is None:
             raise UserError("give text; a picture alone asks nothing.")
-        if unknown := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
-            raise UserError(f"the processor does not know {', '.join(unknown)}; leave that out.")
-        if return_tensors not in ("pt", None):
-            raise UserError(f"return_tensors is {return_tensors!r}; only 'pt' is supported.")
+        of_text, of_images = arguments(self.image_processor, kwargs)
+        lengths = Lengths.of(of_text, self.tokenizer)
         texts = [text] if isinstance(text, str) else list(text)
-        rows = [self._row(entry, add_special_tokens) for entry in texts]
+        rows = [self._row(entry, of_text["add_special_tokens"], lengths.most) for entry in texts]
         flat = _flat(images)
         wanted = sum(len(places) for _, places in rows)
         if len(flat) != wanted:
@@ -100,24 +109,40 @@ class CasaProcessor(ProcessorMixin):
         by_text = [len(places) for _, places in rows]
         if len(rows) > 1 and (given := _per_text(images)) not in (None, by_text):
             raise UserError(f"the texts have places for {by_text} pictures, but were given {given}; give each its own.")
-        length = max((len(ids) for ids, _ in rows), default=0) if padding else None
-        if length is None and len({len(ids) for ids, _ in rows}) > 1:
-            raise UserError("texts of different lengths need padding=True.")
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        input_ids, mask, positions = [], [], []
-        for number, (ids, places) in enumerate(rows):
-            empty = (length or len(ids)) - len(ids)
-            left = empty if padding_side == "left" else 0
-            input_ids.append([pad] * left + ids + [pad] * (empty - left))
-            mask.append([0] * left + [1] * len(ids) + [0] * (empty - left))
-            positions += [(number, left + place) for place in places]
-        data: dict[str, Any] = {"input_ids": torch.tensor(input_ids), "attention_mask": torch.tensor(mask)}
+        data = self._padded(rows, lengths, of_text)
         if flat:
-            named = [f"Picture {number}" if len(flat) > 1 else "The picture" for number in range(1, len(flat) + 1)]
-            pictures = [as_picture(*given) for given in zip(flat, named, strict=True)]
-            data |= self.image_processor(images=pictures, return_tensors="pt")
-            data["image_positions"] = Places.of(positions)
+            data |= self._pixels(flat, of_images)
         return BatchFeature(data)
+
+    def _padded(self, rows: list[Row], lengths: Lengths, told: dict[str, Any]) -> dict[str, Any]:
+        """Rows of tokens side by side, with what else is asked for about them, in the form that is asked for."""
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        side = told.get("padding_side") or self.tokenizer.padding_side
+        data: dict[str, Any] = {"input_ids": [], "attention_mask": []}
+        positions = []
+        for number, ((ids, places), length) in enumerate(
+            zip(rows, lengths.padded([len(r[0]) for r in rows]), strict=True)
+        ):
+            empty = length - len(ids)
+            left = empty if side == "left" else 0
+            data["input_ids"].append([pad] * left + ids + [pad] * (empty - left))
+            data["attention_mask"].append([0] * left + [1] * len(ids) + [0] * (empty - left))
+            positions += [(number, left + place) for place in places]
+        if len({len(row) for row in data["input_ids"]}) > 1 and told["return_tensors"] is not None:
+            raise UserError("texts of different lengths need padding=True.")
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if told.get(f"return_{name}"):  # all is text: no picture has a token
+                data[name] = [[0] * len(row) for row in data["input_ids"]]
+        if told.get("return_length"):
+            data["length"] = [len(row) for row in data["input_ids"]]
+        if told.get("return_attention_mask") is False:
+            del data["attention_mask"]
+        found = _as(told["return_tensors"], data)
+        if positions:
+            as_torch = told["return_tensors"] in ("pt", TensorType.PYTORCH)
+            places = {"image_positions": [list(place) for place in positions]}
+            found |= {"image_positions": Places.of(positions)} if as_torch else _as(told["return_tensors"], places)
+        return found
 
     def frame(self, image: Any) -> tuple[list[int], list[int], dict[str, Any]]:
         """A streamed frame, in any form that `casa.media.pictures.as_picture` takes: token ids before it, token ids
@@ -125,11 +150,7 @@ class CasaProcessor(ProcessorMixin):
         """
         before = self.tokenizer.encode(self.frame_prefix, add_special_tokens=False) if self.frame_prefix else []
         after = self.tokenizer.encode(self.frame_suffix, add_special_tokens=False) if self.frame_suffix else []
-        return (
-            before,
-            self.gist_ids + after,
-            dict(self.image_processor(images=[as_picture(image)], return_tensors="pt")),
-        )
+        return before, self.gist_ids + after, self._pixels([image], {"return_tensors": "pt"})
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """As in transformers, and for templates that know only text: pictures stand in it as the image token.
@@ -170,8 +191,27 @@ class CasaProcessor(ProcessorMixin):
         inputs = self(images=images or None, text=text, return_tensors=return_tensors, **settings)
         return inputs if return_dict else inputs["input_ids"]
 
-    def _row(self, text: str, add_special_tokens: bool) -> tuple[list[int], list[int]]:
-        """Token ids without image tokens, and the indices before which pictures stand."""
+    def _row(self, text: str, add_special_tokens: bool, most: int | None) -> Row:
+        """Token ids without image tokens, and the indices before which pictures stand. Raises UserError if a picture's
+        place is not among the ids that are left when there are more than `most`.
+        """
+        ids, places = self._encoded(text, add_special_tokens)
+        if most is None or len(ids) <= most:
+            return ids, places
+        # of what the tokenizer itself puts around a text nothing is cut
+        inner, places = self._encoded(text, False)
+        around = len(ids) - len(inner)
+        before = next(at for at in range(around + 1) if ids[at : at + len(inner)] == inner)
+        start = len(inner) - max(0, most - around) if self.tokenizer.truncation_side == "left" else 0
+        end = start + max(0, most - around)
+        if lost := [at for at in places if at < start or at + max(1, len(self.gist_ids)) > end]:
+            raise UserError(
+                f"a text of {len(ids)} tokens cut to {most} would lose the places of {len(lost)} pictures; "
+                "give a larger max_length, or shorter texts."
+            )
+        return ids[:before] + inner[start:end] + ids[before + len(inner) :], [before + at - start for at in places]
+
+    def _encoded(self, text: str, add_special_tokens: bool) -> Row:
         ids, places = [], []
         for token in self.tokenizer.encode(text, add_special_tokens=add_special_tokens):
             if token == self.image_token_id:
@@ -181,9 +221,46 @@ class CasaProcessor(ProcessorMixin):
                 ids.append(token)
         return ids, places
 
+    def _pixels(self, given: list[Any], told: dict[str, Any]) -> dict[str, Any]:
+        """What the image processor makes of pictures in any form."""
+        told = dict(told)
+        layout = told.pop("input_data_format", None)
+        channels_at = None if layout is None else _CHANNELS.get(getattr(layout, "value", layout))
+        names = [f"Picture {number}" if len(given) > 1 else "The picture" for number in range(1, len(given) + 1)]
+        pictures = [as_picture(one, name, channels_at) for one, name in zip(given, names, strict=True)]
+        if told.get("do_rescale") is False and any(scaled := [_is_scaled(one) for one in given]):
+            # as in transformers: they come scaled to 0..1, and the image processor leaves them there
+            if not all(scaled):
+                raise UserError(
+                    "do_rescale=False needs pictures of one scale; give all as floats from 0 to 1, or none."
+                )
+            told |= {"do_rescale": True, "rescale_factor": 1 / 255}
+        try:
+            return dict(self.image_processor(images=pictures, **told))
+        except (TypeError, ValueError, StrictDataclassError) as error:
+            if asked := ", ".join(sorted(told.keys() - {"return_tensors"})):
+                raise UserError(f"pictures cannot be prepared with this {asked}: {sentence_of(error)}") from error
+            raise
+
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "image_grid_thw", "image_positions"]
+
+
+def _as(kind: Any, data: dict[str, Any]) -> dict[str, Any]:
+    """Lists of whole numbers in the form that `return_tensors` names. Raises UserError for one that is not known."""
+    if kind is None:
+        return data
+    if kind in ("pt", TensorType.PYTORCH):
+        return {name: torch.tensor(rows, dtype=torch.int64) for name, rows in data.items()}
+    if kind in ("np", TensorType.NUMPY):
+        return {name: np.array(rows, dtype=np.int64) for name, rows in data.items()}
+    raise UserError(f"return_tensors is {kind!r}; give 'pt', 'np' or None.")
+
+
+def _is_scaled(picture: Any) -> bool:
+    """Whether an array or tensor holds floats from 0 to 1."""
+    return "float" in str(getattr(picture, "dtype", "")) and float(picture.max()) <= 1 + ROUNDING
 
 
 def _compile(template: Any) -> None:

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from casa.errors import UserError
 from casa.models import CasaConfig, CasaForConditionalGeneration, CasaProcessor, FusionConfig, adapt
 from casa.models.configs import has_own_tower, read_config, skeleton
 from casa.models.loading import UNREADABLE, check_folder, sentence_of
-from casa.models.picture_processing import CasaFlexibleImageProcessor
+from casa.models.picture_processing import bounds
 from casa.models.processor_at import processor_at
 from casa.models.quiet import quietly
 from casa.models.shipped import resolve
@@ -110,20 +109,9 @@ def load_processor(settings: ModelSettings) -> CasaProcessor:
             f"{gist}; give the same, or leave model.processor out."
         )
     if settings.max_pixels is not None:
-        _bound(processor.image_processor, settings.max_pixels)
+        for name, value in bounds(processor.image_processor, max_pixels=settings.max_pixels).items():
+            setattr(processor.image_processor, name, value)
     return processor
-
-
-def _bound(images: Any, most: int) -> None:
-    if isinstance(images, Qwen2VLImageProcessorPil):
-        least = min(images.size["shortest_edge"], most)
-        images.size = {"shortest_edge": least, "longest_edge": most}
-    elif isinstance(images, CasaFlexibleImageProcessor):
-        images.max_num_patches = most // images.patch_size**2
-    elif hasattr(images, "patch_grid"):
-        images.max_pixels = most
-    else:
-        raise UserError("model.max_pixels: this image encoder sees squares of one size; leave max_pixels out.")
 
 
 def _config(name: Any) -> Any:

@@ -17,7 +17,7 @@ from casa.data.bad import BadRecord
 from casa.data.record import Picture
 from casa.errors import UserError
 from casa.media import pictures as media
-from casa.models.picture_processing import CasaFlexibleImageProcessor, CasaSquareImageProcessor
+from casa.models.picture_processing import CasaFlexibleImageProcessor, CasaSquareImageProcessor, bounds
 from casa.vision import family_of
 
 
@@ -92,7 +92,7 @@ class PictureGrids:
         processor, patches = self._processor, most_tokens * self.fold**2
         if self._tells:
             return processor.at_most(patches)
-        if isinstance(processor, CasaFlexibleImageProcessor):
-            return {"max_num_patches": min(patches, processor.max_num_patches)}
-        longest = min(patches * processor.patch_size**2, processor.size["longest_edge"])
-        return {"size": {"shortest_edge": min(processor.size["shortest_edge"], longest), "longest_edge": longest}}
+        patch = processor.patch_size**2
+        flexible = isinstance(processor, CasaFlexibleImageProcessor)
+        own = processor.max_num_patches * patch if flexible else processor.size["longest_edge"]
+        return bounds(processor, max_pixels=min(patches * patch, own))
