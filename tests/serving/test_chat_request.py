@@ -1,11 +1,11 @@
-"""OpenAI's chat request: what is understood, what is refused by name, and system turns for templates without them."""
+"""OpenAI's chat request: what is understood, and what is refused by name."""
 
 import json
 
 import pytest
 
 from casa.serving import Limits
-from casa.serving.chat_request import RequestError, for_template, parse_body, read_chat
+from casa.serving.chat_request import RequestError, parse_body, read_chat
 from casa.streaming import Sampling
 
 LIMITS = Limits()
@@ -132,20 +132,6 @@ def test_json_of_more_values_than_any_chat_has_is_not_read(monkeypatch):
 def test_a_body_of_something_else():
     with pytest.raises(RequestError, match="object"):
         read_chat([1], "tiny", LIMITS, False)
-
-
-def test_system_turns_join_the_users():
-    chat_of = [
-        {"role": "system", "content": [{"type": "text", "text": "be brief"}]},
-        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "yes"}]},
-        {"role": "user", "content": [{"type": "text", "text": "why"}]},
-    ]
-    joined = for_template(chat_of, "{{ messages }}")
-    assert [message["role"] for message in joined] == ["user", "assistant", "user"]
-    assert "".join(part["text"] for part in joined[0]["content"]) == "be brief\nhi"
-    assert joined[2] == chat_of[3]
-    assert for_template(chat_of, "{% if message.role == 'system' %}") == chat_of
 
 
 def test_halves_of_characters_become_question_marks():

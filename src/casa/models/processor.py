@@ -1,6 +1,5 @@
 """CasaProcessor: chats with pictures to tokens without placeholders, patches, and where each picture stands."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,14 +7,16 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME, TensorType
-from transformers.utils.chat_template_utils import _compile_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, _get_template_variables
 
 from casa.errors import UserError
 from casa.media.pictures import ROUNDING, Channels, as_picture
+from casa.models.chat_template import TemplateForm, named_template, read_chat, render, template_form
 from casa.models.loading import check_folder, reading, refuse_code, sentence_of
 from casa.models.places import Places
 from casa.models.processor_arguments import Lengths, arguments
 from casa.models.shipped import resolve
+from casa.models.typed_text import TypedText
 
 Row = tuple[list[int], list[int]]
 """Of one text: token ids without image tokens, and the indices before which pictures stand."""
@@ -82,7 +83,8 @@ class CasaProcessor(ProcessorMixin):
 
         images: one picture, a list for a single text, or a list of lists, one per text; every text holds the
         image token once per picture. A picture is whatever `casa.media.pictures.as_picture` takes, and read as it
-        says. Other arguments are those of transformers' processors, flat or in text_kwargs, images_kwargs and
+        says. In a plain string all special tokens are tokens; in what `apply_chat_template` gives, only those that the
+        template wrote. Other arguments are those of transformers' processors, flat or in text_kwargs, images_kwargs and
         common_kwargs (`processor_arguments`). Left out, rows are padded to the longest on the tokenizer's side, which
         is the left, the tokenizer adds no special tokens, and all comes as tensors of torch.
 
@@ -152,44 +154,89 @@ class CasaProcessor(ProcessorMixin):
         after = self.tokenizer.encode(self.frame_suffix, add_special_tokens=False) if self.frame_suffix else []
         return before, self.gist_ids + after, self._pixels([image], {"return_tensors": "pt"})
 
-    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
-        """As in transformers, and for templates that know only text: pictures stand in it as the image token.
-
-        Raises UserError for video content: give its frames as images.
-        """
-        for part in _parts(conversation):
-            if part.get("type") == "video":
-                raise UserError("a video is read frame by frame; give its frames as image parts.")
-        template: Any = chat_template or self.chat_template or self.tokenizer.chat_template or ""
-        if "image" in template:
-            return super().apply_chat_template(conversation, chat_template, **kwargs)
-        return self._text_only_template(conversation, template, **kwargs)
-
-    def _text_only_template(
+    def apply_chat_template(
         self,
         conversation: Any,
-        template: str,
+        chat_template: str | None = None,
+        tools: list[Any] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        return_assistant_tokens_mask: bool = False,
         tokenize: bool = False,
-        return_dict: bool = False,
         return_tensors: str | None = "pt",
+        return_dict: bool = False,
         processor_kwargs: dict[str, Any] | None = None,
+        sanitize_control_tokens: bool = True,
         **kwargs: Any,
     ) -> Any:
-        place = self.frame_prefix + self.image_token + self.frame_suffix
-        images = [
-            next((part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None), None)
-            for part in _parts(conversation)
-            if part.get("type") == "image"
-        ]
-        settings = {name: kwargs.pop(name) for name in ("padding", "padding_side") if name in kwargs}
-        text = self.tokenizer.apply_chat_template(
-            _flattened(conversation, place), chat_template=template, tokenize=False, **kwargs
-        )
+        """A chat, or a list of chats, as text or, with `tokenize=True`, as the model's inputs.
+
+        As in transformers, with any template: one that knows only text, or writes something else for a picture, gets
+        pictures as the image token within the text, and what a system says opens the user's turn if the template has
+        no turn for it. Parts of messages are text and pictures (`read_chat`); a picture may stand beside the chat, in
+        `images`, for an image part that holds none. Other keywords are the template's variables, or `__call__`'s.
+
+        chat_template: the name of one of several, or a text. sanitize_control_tokens: words of people that look like
+        special tokens are text; with False they are tokens. The text that comes without `tokenize` knows which of its
+        words are such (`ChatText`): give it to the processor as it is.
+        Raises UserError for parts that are neither text nor pictures, for a template that is not there or loses the
+        places of pictures; what the template itself raises, it raises.
+        """
+        if return_assistant_tokens_mask:
+            raise UserError("return_assistant_tokens_mask is not supported; leave it out.")
+        template = named_template(chat_template, (self.chat_template, self.tokenizer.chat_template), bool(tools))
+        batched = isinstance(conversation, (list, tuple)) and bool(conversation)
+        batched = batched and isinstance(conversation[0], (list, tuple))
+        read = [read_chat(chat) for chat in (conversation if batched else [conversation])]
+        known = _get_template_variables(template)
+        settings = {name: kwargs.pop(name) for name in list(kwargs) if name not in known} | (processor_kwargs or {})
+        beside = settings.pop("images", None)
+        variables = {**self.tokenizer.special_tokens_map, **kwargs}
+        form = self.template_form(template)
+        texts = []
+        for messages, pictures in read:
+            chat, held = messages, (tools, documents)
+            marks = self.typed_text.marks(messages, *held) if sanitize_control_tokens else None
+            if marks is not None:
+                chat, held = marks.mark(messages), marks.mark(held)
+            text = render(
+                template,
+                form.fit(chat, self.frame_prefix + self.image_token + self.frame_suffix),
+                tools=held[0],
+                documents=held[1],
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **variables,
+            )
+            texts.append(text if marks is None else marks.read(text))
+            if (places := self.typed_text.count(texts[-1], self.image_token)) != len(pictures):
+                raise UserError(
+                    f"the chat template wrote {places} places for {len(pictures)} pictures; give another template, or "
+                    "show pictures where it has places for them, in turns of the user."
+                )
         if not tokenize:
-            return text
-        settings |= processor_kwargs or {}
-        inputs = self(images=images or None, text=text, return_tensors=return_tensors, **settings)
+            return texts if batched else texts[0]
+        images = _filled([pictures for _, pictures in read], beside)
+        inputs = self(
+            text=texts if batched else texts[0],
+            images=None if not any(images) else images if batched else images[0],
+            return_tensors=return_tensors,
+            **settings,
+        )
         return inputs if return_dict else inputs["input_ids"]
+
+    @property
+    def typed_text(self) -> TypedText:
+        """What tells this tokenizer's special tokens from the same words typed by people."""
+        return TypedText.of(self.tokenizer, (self.image_token,))
+
+    def template_form(self, template: str | None = None) -> TemplateForm:
+        """What a chat template takes. template: its text; the default one if left out."""
+        if template is None:
+            template = named_template(None, (self.chat_template, self.tokenizer.chat_template))
+        known = self.tokenizer.special_tokens_map.items()
+        return template_form(template, self.image_token, tuple((name, it) for name, it in known if isinstance(it, str)))
 
     def _row(self, text: str, add_special_tokens: bool, most: int | None) -> Row:
         """Token ids without image tokens, and the indices before which pictures stand. Raises UserError if a picture's
@@ -213,7 +260,7 @@ class CasaProcessor(ProcessorMixin):
 
     def _encoded(self, text: str, add_special_tokens: bool) -> Row:
         ids, places = [], []
-        for token in self.tokenizer.encode(text, add_special_tokens=add_special_tokens):
+        for token in self.typed_text.encode(self.tokenizer, text, add_special_tokens):
             if token == self.image_token_id:
                 places.append(len(ids))
                 ids += self.gist_ids
@@ -284,24 +331,13 @@ def _per_text(images: Any) -> list[int] | None:
     return [len(_flat(entry)) for entry in images]
 
 
-def _parts(conversation: Any) -> Iterator[dict[str, Any]]:
-    """All content parts of a chat, or of a list of chats, in order."""
-    for entry in conversation or ():
-        if isinstance(entry, (list, tuple)):
-            yield from _parts(entry)
-        elif isinstance(content := entry.get("content"), list):
-            yield from (part for part in content if isinstance(part, dict))
-
-
-def _flattened(conversation: Any, place: str) -> Any:
-    """The same chats with text for content, pictures being `place`."""
-    found = []
-    for entry in conversation:
-        if isinstance(entry, (list, tuple)):
-            found.append(_flattened(entry, place))
-        elif isinstance(entry.get("content"), list):
-            texts = [place if part.get("type") == "image" else part.get("text", "") for part in entry["content"]]
-            found.append({**entry, "content": "".join(texts)})
-        else:
-            found.append(entry)
-    return found
+def _filled(pictures: list[list[Any]], beside: Any) -> list[list[Any]]:
+    """Each chat's pictures. beside: those of image parts that hold none, in order. Raises UserError."""
+    given = _flat(beside)
+    missing = sum(picture is None for held in pictures for picture in held)
+    if len(given) != missing and beside is None:
+        raise UserError("an image part holds no picture; give it there (image, url, path or base64), or as images.")
+    if len(given) != missing:
+        raise UserError(f"{len(given)} images were given for {missing} image parts that hold none; give one for each.")
+    left = iter(given)
+    return [[next(left) if picture is None else picture for picture in held] for held in pictures]

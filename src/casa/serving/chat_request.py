@@ -183,20 +183,3 @@ def _part(part: dict[str, Any], where: str, limits: Limits, allow_fetch: bool) -
     except UserError as error:
         raise RequestError(str(error), where, "invalid_image") from error
     return {"type": "image", "image": image}
-
-
-def for_template(messages: list[dict[str, Any]], template: str) -> list[dict[str, Any]]:
-    """The same chat for a template that has no system turn: what it says opens the user's next turn."""
-    if "system" in template:
-        return messages
-    found: list[dict[str, Any]] = []
-    told: list[dict[str, Any]] = []
-    for message in messages:
-        if message["role"] == "system":
-            told += [*message["content"], {"type": "text", "text": "\n"}]
-        elif message["role"] == "user":
-            found.append({**message, "content": told + message["content"]})
-            told = []
-        else:
-            found.append(message)
-    return found

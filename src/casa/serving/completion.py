@@ -18,7 +18,7 @@ from torch import Tensor
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.models.loading import sentence_of
 from casa.models.stopping import stop_ids
-from casa.serving.chat_request import ChatRequest, RequestError, for_template
+from casa.serving.chat_request import ChatRequest, RequestError
 from casa.serving.detokenizer import Detokenizer, begun
 from casa.vision import token_grids
 
@@ -80,10 +80,9 @@ class Completion:
 
     def _tokenized(self) -> dict[str, Any]:
         """The model's inputs, without the pixels: they go into `_patches`, one picture each."""
-        template = str(self._processor.chat_template or self._processor.tokenizer.chat_template or "")
         try:
             written = self._processor.apply_chat_template(
-                for_template(self._request.messages, template),
+                self._request.messages,
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,

@@ -1,6 +1,7 @@
 """Tiny random models and inputs, offline and in float64, for tests: of casa itself and of what is built on it."""
 
 from casa.testing.backbones import BACKBONES, TEXT_BACKBONES, VLM_BACKBONES, tiny_backbone, tiny_casa_over
+from casa.testing.chats import SPECIAL_TOKENS, TEMPLATES, TOKENIZERS, tiny_chat_processor, tiny_tokenizer
 from casa.testing.pictures import claimed_png, noise_frames
 from casa.testing.tiny import (
     VOCABULARY,
@@ -18,7 +19,10 @@ from casa.testing.tiny import (
 
 __all__ = [
     "BACKBONES",
+    "SPECIAL_TOKENS",
+    "TEMPLATES",
     "TEXT_BACKBONES",
+    "TOKENIZERS",
     "VLM_BACKBONES",
     "VOCABULARY",
     "TinySample",
@@ -29,10 +33,12 @@ __all__ = [
     "tiny_backbone",
     "tiny_casa",
     "tiny_casa_over",
+    "tiny_chat_processor",
     "tiny_checkpoint",
     "tiny_encoder",
     "tiny_images",
     "tiny_processor",
     "tiny_speaker",
     "tiny_text_model",
+    "tiny_tokenizer",
 ]
