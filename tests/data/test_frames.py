@@ -2,6 +2,7 @@
 
 import io
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -53,6 +54,49 @@ def test_a_video_that_cannot_be_read_is_a_bad_record(video, damage):
     with pytest.raises(BadRecord) as refused:
         video_frames(video, 2.0, 50.0 if damage == "late" else 0.0, None, 448, 480, True)
     assert refused.value.reason == "unreadable-video"
+
+
+def cut_off(path, part):
+    """A film with its index in front, of which a part is there."""
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as made:
+        stream = made.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuvj420p"
+        for picture in np.random.default_rng(0).integers(0, 256, (20, 32, 64, 3), dtype=np.uint8):
+            made.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        made.mux(stream.encode())
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
+
+
+def test_of_a_clip_no_great_part_may_be_missing(tmp_path, caplog):
+    how = (10.0, 0.0, None, 448, 480, False)
+    cut_off(tmp_path / "half.mp4", 0.5)
+    with pytest.raises(BadRecord, match=r"half\.mp4 is damaged or cut off \(\d+ packets or frames") as refused:
+        video_frames(tmp_path / "half.mp4", *how)
+    assert refused.value.reason == "damaged-video"
+    # the part that is asked for is whole
+    assert len(video_frames(tmp_path / "half.mp4", 10.0, 0.0, 0.3, 448, 480, False)) == 3
+    assert not caplog.records
+    cut_off(tmp_path / "most.mp4", 0.97)
+    assert len(video_frames(tmp_path / "most.mp4", *how)) >= 18
+    assert "most.mp4: " in caplog.text
+
+
+def test_a_clip_whose_frames_carry_exif_is_a_clip(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    held = io.BytesIO()
+    Image.new("RGB", (64, 32)).save(held, "JPEG", exif=exif)
+    (tmp_path / "a.mjpeg").write_bytes(10 * held.getvalue())
+    frames = video_frames(tmp_path / "a.mjpeg", 25.0, 0.0, None, 448, 480, False)
+    assert [Image.open(io.BytesIO(frame.source)).size for frame in frames] == [(32, 64)] * 10
+
+
+def test_a_clip_that_does_not_say_how_long_it_is(tmp_path):
+    pictures = [Image.new("RGB", (64, 32), (20 * k, 0, 0)) for k in range(6)]
+    pictures[0].save(tmp_path / "a.png", save_all=True, append_images=pictures[1:], duration=100)
+    assert len(video_frames(tmp_path / "a.png", 10.0, 0.0, None, 448, 480, False)) == 6
+    with pytest.raises(BadRecord, match="more than 4 frames"):
+        video_frames(tmp_path / "a.png", 10.0, 0.0, None, 448, 4, False)
 
 
 def test_from_the_row_to_the_record(video, tmp_path, written, told):

@@ -272,21 +272,6 @@ def test_cut_off_files(steady, tmp_path, part):
     refuse(tmp_path / "a.mp4", "cut off")
 
 
-def test_cut_off_with_the_index_in_front(tmp_path):
-    """The index alone would let such a file be opened; that its packets lie beyond its end shows first."""
-    path = tmp_path / "a.mp4"
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for k in range(10):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 * k, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    assert len(list(read_frames(path, fps=None))) == 10
-    path.write_bytes(path.read_bytes()[:-20])
-    refuse(path, "is cut off: copy or download it again")
-
-
 def test_without_pyav(steady, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match=r"install casa-vlm\[video\]"):

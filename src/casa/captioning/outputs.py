@@ -36,7 +36,8 @@ class Outputs:
         self._afterwards = again and (request.burn is not None or request.track is not None)
         self._recorder = None
         if request.burn is not None and not again:
-            self._recorder = Recorder(request.burn, request.fps)
+            # in time with the caption files, which a run that is gone on with had begun before
+            self._recorder = Recorder(request.burn, request.fps, begin=None if resumed else 0.0)
         self._all = CallbackWriter(self._keep)
         if resumed and self._afterwards:
             for known in _READERS[request.out[0].suffix.lower()](request.out[0]):

@@ -19,6 +19,7 @@ REASONS = {
     "missing-picture": "a picture or video that is not there",
     "unreadable-picture": "a picture that is empty, damaged, cut off or too large",
     "unreadable-video": "a video that cannot be read",
+    "damaged-video": "a video of which more than a tenth is damaged or cut off",
     "outside": "a path that leads out of the root",
     "picture-without-tag": "more pictures than places for them in the text",
     "tag-without-picture": "a place for a picture, and no picture",

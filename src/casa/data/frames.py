@@ -4,6 +4,7 @@ seconds   0.0   0.5   1.0   1.5 ...      at 2 frames per second
 """
 
 import io
+import logging
 import math
 from pathlib import Path
 
@@ -16,7 +17,11 @@ from casa.media import read_frames
 from casa.media.pyav import import_av
 
 # of what `video_frames` makes of a file: to be raised with every change of it, since kept_frames.py keeps it
-VERSION = 1
+VERSION = 2
+# More of a clip than this may not be damaged: what is said of the whole would be learned from a part.
+MOST_DAMAGE = 0.1
+
+log = logging.getLogger("casa.data")
 
 
 def video_frames(
@@ -27,7 +32,8 @@ def video_frames(
     most: frames at most. thin: a longer video is looked at less often, evenly; otherwise it is refused.
 
     Raises:
-        BadRecord: no readable video, no frame in that span, or too many of them.
+        BadRecord: no readable video, one that is damaged or cut off in more than a tenth, no frame in that span, or too
+            many of them. Smaller damage is logged.
         UserError: PyAV is not installed, which is no fault of the data.
     """
     import_av()
@@ -35,8 +41,9 @@ def video_frames(
         with read_frames(path, fps, start, end) as reader:
             seconds = reader.info.duration if end is None else min(end, reader.info.duration)
         wanted = (seconds - start) * fps
-        if wanted > most:
-            if not thin or math.isinf(wanted):
+        # what does not say how long it is shows that it is too long when it is read
+        if math.isfinite(wanted) and wanted > most:
+            if not thin:
                 raise _too_long(path, most, fps)
             fps *= most / wanted
         pictures = []
@@ -46,8 +53,16 @@ def video_frames(
                 if len(pictures) > most:
                     raise _too_long(path, most, fps)
                 pictures.append(Picture(_png(frame.image, side), frame.seconds))
+        counts = reader.counts
     except UserError as error:
         raise BadRecord("unreadable-video", str(error)) from error
+    if counts.skipped > MOST_DAMAGE * (counts.skipped + counts.decoded):
+        raise BadRecord(
+            "damaged-video",
+            f"{path} is damaged or cut off ({counts.skipped} packets or frames cannot be read): copy it again.",
+        )
+    if counts.skipped:
+        log.warning("%s: %d damaged packets or frames were passed over", path, counts.skipped)
     if not pictures:
         raise BadRecord("unreadable-video", f"{path} has no frame between {start} and {end} s: mend the times.")
     return pictures[:most]

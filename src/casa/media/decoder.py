@@ -6,6 +6,7 @@ counted; `lost` says that the stream broke off (a connection, a device) rather t
 
 import math
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from typing import Any
 from casa.errors import UserError
 from casa.media.pictures import MAX_PIXELS
 from casa.media.pyav import import_av
-from casa.media.sniff import looks_like_text, read_head
+from casa.media.sampling import TOLERANCE
 from casa.media.source import Counts
 
-# File kinds that Pillow reads, as a video of one frame.
-STILLS = ("png", "jpeg", "webp", "bmp", "tiff", "avif")
 # Bare pictures in a row: such a stream carries no times, only a rate that FFmpeg makes up.
 UNTIMED = ("mjpeg", "mpjpeg", "image2pipe", "jpeg_pipe", "png_pipe", "webp_pipe", "bmp_pipe")
+# Formats without times that FFmpeg says of themselves, by a flag of its own; and one that loses count when it seeks.
+_NO_TIMES = 0x80
+_LOSES_COUNT = ("apng",)
+# By how many seconds the place to read from is sought earlier, where the first try went too far.
+LEADS = (0.0, 10.0, 60.0)
 # A live stream is looked into for one second only before its first frame is given (FFmpeg's custom is five), and its
 # rate is not measured: its times are what counts.
 HASTE = {"analyzeduration": "1000000", "fpsprobesize": "0"}
@@ -27,24 +31,8 @@ HASTE = {"analyzeduration": "1000000", "fpsprobesize": "0"}
 PATIENCE = 64
 
 
-def sniff(path: str | os.PathLike[str]) -> str:
-    """The kind of still picture the file is, or "video"; refuses what cannot be either."""
-    head = read_head(path, "video")
-    if looks_like_text(head):
-        raise UserError(f"{path} is a text file, not a video: name a video file.")
-    kinds = {
-        "png": head.startswith(b"\x89PNG"),
-        "jpeg": head.startswith(b"\xff\xd8\xff"),
-        "webp": head[:4] == b"RIFF" and head[8:12] == b"WEBP",
-        "bmp": head.startswith(b"BM"),
-        "tiff": head.startswith((b"II*\0", b"MM\0*")),
-        "avif": head[4:12] == b"ftypavif",
-    }
-    return next((kind for kind, found in kinds.items() if found), "video")
-
-
 class Decoder:
-    """An opened video stream; times are in seconds from its beginning.
+    """An opened video stream; times are in seconds from where the whole begins, sound included.
 
     where: what PyAV opens: an address, or an object with `read`. name: how sentences call it. unreadable: the sentence
     for what is no video. format, options: FFmpeg's. timeout: seconds to wait for a connection or for data; None for
@@ -67,6 +55,8 @@ class Decoder:
         self.name = name
         self.counts = counts if counts is not None else Counts()
         self.lost = self._flushing = False
+        self._missing = 0
+        self._sought: float | None = None
         self._failure, self._damage = av.error.FFmpegError, av.error.InvalidDataError
         given = (HASTE if live else {}) | (options or {})
         # nothing here refers to `self`: in a circle, the codec's frames would wait for Python's collector, tens of MB
@@ -81,7 +71,8 @@ class Decoder:
             self._container.close()
             raise
         begin = self._container.start_time
-        self._begin = begin / av.time_base if begin is not None else 0.0
+        # None: whoever knows no beginning begins with the first frame
+        self._begin = begin / av.time_base if begin is not None else None
         rate = self.stream.average_rate or self.stream.guessed_rate or self.stream.base_rate
         self.rate = float(rate) if rate else 25.0
         aspect = self.stream.sample_aspect_ratio
@@ -89,35 +80,55 @@ class Decoder:
         self.aspect = float(aspect) if aspect and 0.1 <= aspect <= 10 else 1.0
         if self.stream.duration is not None and self.stream.time_base:
             last = (self.stream.start_time or 0) + self.stream.duration
-            self.duration = float(last * self.stream.time_base) - self._begin
+            self.duration = float(last * self.stream.time_base) - (self._begin or 0.0)
         elif self._container.duration is not None:
             self.duration = self._container.duration / av.time_base
         else:
             self.duration = self.stream.frames / self.rate if self.stream.frames else math.inf
 
     @classmethod
-    def of_file(cls, path: str | os.PathLike[str], counts: Counts | None = None) -> "Decoder":
-        """A video file. Raises UserError for what is none, and for a file that is cut off."""
+    def of_file(
+        cls, path: str | os.PathLike[str], counts: Counts | None = None, format: str | None = None
+    ) -> "Decoder":
+        """A video file. format: FFmpeg's name, where its own guess is not to be trusted. Raises UserError for what is
+        none.
+        """
         # "file:" and the whitelist: a name such as "http:x", or a playlist, must never reach the network
         decoder = cls(
             "file:" + os.path.abspath(path),
             str(path),
             f"{path} is no video that can be read, or is damaged or cut off: copy it again or convert it.",
             counts,
+            format=format,
             options={"protocol_whitelist": "file"},
         )
         if "mp4" in decoder.format:
-            # MP4 tells where every packet lies, so a copy that ended early shows before it is read
+            # MP4 tells where every packet lies, so how many a copy that ended early lacks shows before it is read
+            there = Path(path).stat().st_size
             entries = getattr(decoder.stream, "index_entries", None) or ()
-            if max((entry.pos + entry.size for entry in entries), default=0) > Path(path).stat().st_size:
-                decoder.close()
-                raise UserError(f"{path} is cut off: copy or download it again.")
+            decoder._missing = sum(entry.pos + entry.size > there for entry in entries)
         return decoder
 
     @property
     def format(self) -> str:
         """FFmpeg's names of the container, with commas."""
         return self._container.format.name
+
+    @property
+    def codec(self) -> str:
+        """FFmpeg's name of how pictures are coded."""
+        return self.stream.codec_context.name
+
+    @property
+    def count(self) -> int | None:
+        """Frames, as the file says; None if it does not."""
+        return self.stream.frames or None
+
+    @property
+    def _has_places(self) -> bool:
+        """Whether it can be read from the middle on, and says where that is."""
+        kept_count = self.format not in (*UNTIMED, *_LOSES_COUNT)
+        return kept_count and not int(self._container.format.flags) & _NO_TIMES
 
     @property
     def timed(self) -> bool:
@@ -145,30 +156,66 @@ class Decoder:
         self._container.close()
 
     def seek(self, time: float) -> None:
-        """Go to the last key frame at or before `time`; without an index, stay at the beginning.
+        """Go to the last key frame at or before `time`; where no such place is found, stay at the beginning.
 
         Raises UserError if the beginning cannot be read again, as of a server that is gone.
         """
-        target = int((time + self._begin) / float(self.stream.time_base))
+        self._sought = None
+        if self._has_places and time > 0:
+            self._sought = time
+            self._seek(time)
+
+    def _seek(self, time: float) -> None:
+        target = int((time + (self._begin or 0.0)) / float(self.stream.time_base))
         try:
             self._container.seek(target, stream=self.stream, backward=True)
         except self._failure:
-            # a failed seek may leave the reader anywhere
-            index = self.stream.index
-            self._container.close()
-            self._container = self._open()
-            self.stream = self._container.streams[index]
+            self._begin_again()
+
+    def _begin_again(self) -> None:
+        # a failed seek may leave the reader anywhere
+        index = self.stream.index
+        self._container.close()
+        self._container = self._open()
+        self.stream = self._container.streams[index]
+        self._sought = None
 
     def frames(self):
         """(time, raw frame, how long it is shown if it is the last), damaged packets passed over."""
+        for lead in LEADS:
+            if (sought := self._sought) is None:
+                break
+            before = replace(self.counts)
+            if lead:
+                self._seek(max(0.0, sought - lead))
+            timed = self._timed()
+            first = next(timed, None)
+            if first is not None and first[0] <= sought + TOLERANCE:
+                yield first
+                del first
+                yield from timed
+                return
+            # some containers without an index go too far: past the last key frame, or to the end
+            timed.close()
+            del first
+            self.counts.decoded, self.counts.skipped = before.decoded, before.skipped
+            self._flushing = self.lost = False
+        if self._sought is not None:
+            self._begin_again()
+        yield from self._timed()
+
+    def _timed(self):
         for count, raw in enumerate(self._decode()):
             # frames flushed after a failure come without a clock: it is the stream's
             tick = raw.time_base or self.stream.time_base
-            time = count / self.rate if raw.pts is None or not tick else float(raw.pts * tick) - self._begin
+            if self._begin is None and raw.pts is not None and tick:
+                self._begin = float(raw.pts * tick)
+            time = count / self.rate if raw.pts is None or not tick else float(raw.pts * tick) - (self._begin or 0.0)
             length = float(raw.duration * tick) if raw.duration and tick else 1 / self.rate
             yield time, raw, length
 
     def _decode(self):
+        before = self.counts.skipped
         for packet in self._packets():
             # The mark says that something is missing close by. It may stand at the whole frame before the gap, even at
             # a key frame; so it is only counted, and the decoder says which frames can be shown.
@@ -187,6 +234,8 @@ class Decoder:
                     yield raw
         if self._flushing:
             yield from self._flush()
+        # what lies beyond the end of the file, part of which may have been met
+        self.counts.skipped += max(0, self._missing - (self.counts.skipped - before))
 
     def _packets(self):
         """Packets to the end. Past a damaged place the container is asked again, a few times."""
@@ -222,7 +271,8 @@ class Decoder:
         # the cover of a song is a "video" stream too
         streams = [s for s in self._container.streams.video if not s.disposition & attached_picture]
         if streams:
-            return streams[0]
+            # an AVIF sequence begins with one picture of it
+            return streams[0] if streams[0].frames != 1 else max(streams, key=lambda stream: stream.frames)
         if self._container.streams.audio:
             raise UserError(f"{self.name} holds sound but no video: name a video file.")
         raise UserError(f"{self.name} holds no video: name a video file.")

@@ -83,7 +83,11 @@ def burn_captions(
             image = Image.fromarray(resized(frame.picture, *size))
             if shown:
                 image = draw_caption(image, cues[current].text, font)
-            video.write(image, time=max(frame.time, 0.0))
+            time = max(frame.time, 0.0)
+            if not frame.index and time > 0:
+                # the first picture is there from the beginning, or players would take its time for the beginning
+                video.write(Image.fromarray(resized(frame.picture, *size)), time=0.0)
+            video.write(image, time=time)
             if progress is not None:
                 progress(frame.index + 1, total)
 

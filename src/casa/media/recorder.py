@@ -29,18 +29,19 @@ class Recorder:
     A frame is written when the next one comes, so that what was said of it stands in it. `say` and `close` may be
     called from another thread than the one that takes frames. The video, which begins with the first frame, can be
     played as far as it got, also after a kill; and it never replaces another: beside `seen.mp4` comes `seen.2.mp4`.
-    path, fps: as for `VideoWriter`; fps is the rate at which frames are expected, their own times count.
+    path, fps: as for `VideoWriter`; fps is the rate at which frames are expected, their own times count. begin: the
+    second at which the video begins, None for that of its first frame, which is otherwise on screen from there on.
     place: where the video is; None before its first frame.
     """
 
-    def __init__(self, path: str | os.PathLike[str], fps: float) -> None:
+    def __init__(self, path: str | os.PathLike[str], fps: float, begin: float | None = None) -> None:
         # what cannot be written is refused now, not at the first frame
         VideoWriter(path, (2, 2), fps)
         self._path, self._fps = Path(path), fps
         self.place: Path | None = None
         self._video: VideoWriter | None = None
         self._size = (0, 0)  # W, H
-        self._begin = 0.0
+        self._begin = begin
         self._held: Frame | None = None
         self._caption: Caption | None = None
         self._closed = False
@@ -78,13 +79,16 @@ class Recorder:
             return
         if self._video is None:
             height, width = frame.picture.shape[:2]
-            self._size, self._begin = (width, height), frame.seconds
+            self._size = (width, height)
+            self._begin = frame.seconds if self._begin is None else self._begin
             self.place = _new_file(self._path)
             self._video = VideoWriter(self.place, self._size, self._fps, as_it_goes=True).__enter__()
+            if frame.seconds > self._begin:
+                self._video.write(frame.picture, time=0.0)
         picture, caption = resized(frame.picture, *self._size), self._caption
         if caption is not None and caption.start <= frame.seconds + 1e-3 and frame.seconds < caption.end:
             picture = np.asarray(draw_caption(Frame(picture, frame.seconds, 0).image, caption.text))
-        self._video.write(picture, time=frame.seconds - self._begin)
+        self._video.write(picture, time=frame.seconds - (self._begin or 0.0))
 
 
 def _new_file(path: Path) -> Path:

@@ -50,14 +50,17 @@ def on_screen(
 ) -> Iterator[tuple[float, Any]]:
     """(time, raw frame): what is on screen at start, start + 1/fps, ...; none is given twice.
 
-    first: the number of the moment to begin with.
+    Where nothing is on screen yet, the first frame is given when it appears. first: the moment to begin with.
     """
     k = first
-    for _, until, raw in frames:
-        time = start + k / fps
+    for number, (begin, until, raw) in enumerate(frames):
+        if not number and begin > start + k / fps + TOLERANCE:
+            k = math.floor((begin - start) * fps)
+            time = begin
+        else:
+            time = start + k / fps
         if time >= end - TOLERANCE:
             return
-        # What is on screen before the first frame is the first frame: `begin` is not asked for.
         if time < until - TOLERANCE:
             yield time, raw
             # the first moment at which this frame is gone

@@ -14,8 +14,9 @@ from typing import Any
 
 from casa.atomic import replacing
 from casa.errors import UserError
-from casa.media.decoder import Decoder, sniff
+from casa.media.decoder import Decoder
 from casa.media.pyav import import_av
+from casa.media.sniff import sniff
 from casa.media.subtitles import Caption, tidy
 
 _MILLISECONDS = Fraction(1, 1000)

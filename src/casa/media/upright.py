@@ -5,14 +5,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from casa.media.pictures import over_white
+from casa.media.pictures import as_picture, over_white
+from casa.media.pyav import import_av
+
+# As many kinds of side data as FFmpeg may have learned since PyAV named them.
+UNNAMED = 8
 
 
 def upright(raw: Any, aspect: float) -> tuple[np.ndarray, int]:
-    """A decoded frame as uint8 (H, W, 3) with square pixels, upright; and the degrees clockwise it was turned.
+    """A decoded frame (PyAV's, or a PIL image) as uint8 (H, W, 3) with square pixels, upright; and the degrees
+    clockwise it was turned, as far as its container says.
 
     `aspect` is the width of one stored pixel over its height.
     """
+    if isinstance(raw, Image.Image):
+        return np.array(as_picture(raw)), 0
     # what is not tagged follows custom: BT.709 from 720 lines on, BT.601 below
     unmarked_hd = raw.colorspace == 2 and raw.height >= 720 and raw.format.name.startswith("yuv")
     if any(component.is_alpha for component in raw.format.components):
@@ -46,7 +53,24 @@ def _matrix(raw: Any) -> Any:
     pixels would wait for Python's collector. So a frame of a few pixels is asked, which carries the same data.
     """
     # POINT reads only the pixels that it keeps
-    return raw.reformat(16, 16, "gray", interpolation="POINT").side_data.get("DISPLAYMATRIX")
+    small = raw.reformat(16, 16, "gray", interpolation="POINT")
+    try:
+        return small.side_data.get("DISPLAYMATRIX")
+    except ValueError:
+        # FFmpeg makes a matrix of an EXIF orientation, and hands over the EXIF data too, of which PyAV has no name
+        return _without_unnamed(small).side_data.get("DISPLAYMATRIX")
+
+
+def _without_unnamed(small: Any) -> Any:
+    """A 16 x 16 grey frame without the kinds of side data that PyAV does not know: one of them hides all the others."""
+    av = import_av()
+    first = max(kind.value for kind in av.sidedata.sidedata.Type) + 1
+    graph = av.filter.Graph()
+    steps = [graph.add_buffer(width=16, height=16, format="gray", time_base=1)]
+    steps += [graph.add("sidedata", mode="delete", type=str(kind)) for kind in range(first, first + UNNAMED)]
+    graph.link_nodes(*steps, graph.add("buffersink")).configure()
+    graph.push(small)
+    return graph.pull()
 
 
 def resized(picture: np.ndarray, width: int, height: int) -> np.ndarray:

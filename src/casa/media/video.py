@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from casa.errors import UserError
-from casa.media.decoder import STILLS, Decoder, sniff
+from casa.media.decoder import Decoder
+from casa.media.pages import Pages
 from casa.media.pictures import open_picture
 from casa.media.sampling import TOLERANCE, every, on_screen, spans
-from casa.media.source import Frame, Source, check_fps, check_span
+from casa.media.sniff import Kind, sniff
+from casa.media.source import Counts, Frame, Source, check_fps, check_span
 from casa.media.upright import resized, upright
 from casa.media.video_writer import VideoWriter
 
@@ -52,7 +54,8 @@ def read_frames(
 
     With `fps`, the video is looked at every 1/fps seconds from `start` on, and the frame on screen at
     that moment is given; one that was given already (a slow or still source) is not given again. With
-    None, every frame that appears in start <= time < end is given. A still picture is one frame.
+    None, every frame that appears in start <= time < end is given. A still picture is one frame. Time 0 is where the
+    file begins, sound included: a film whose picture comes later has its first frame at its own time.
 
     after: the time of a frame that these settings give; reading begins with the one that they give next.
 
@@ -69,24 +72,24 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     Raises:
         UserError: no such file, a directory, empty, text, sound only, cut off or damaged, too large.
     """
-    kind = sniff(path)
-    if kind in STILLS:
+    return _probed(path, sniff(path))
+
+
+def _probed(path: str | os.PathLike[str], kind: Kind) -> VideoInfo:
+    if kind.frames == "one":
         image = open_picture(path)
-        return VideoInfo(image.width, image.height, 1.0, 1.0, 1, 0, kind)
-    with Decoder.of_file(path) as decoder:
+        return VideoInfo(image.width, image.height, 1.0, 1.0, 1, 0, kind.name)
+    with _opened(path, kind) as decoder:
         first = next(decoder.frames(), None)
         if first is None:
             raise UserError(f"{path} holds no readable frame: it is damaged or cut off, so copy it again.")
         picture, rotation = upright(first[1], decoder.aspect)
-        return VideoInfo(
-            picture.shape[1],
-            picture.shape[0],
-            decoder.duration,
-            decoder.rate,
-            decoder.stream.frames or None,
-            rotation,
-            decoder.stream.codec_context.name,
-        )
+        height, width = picture.shape[:2]
+        return VideoInfo(width, height, decoder.duration, decoder.rate, decoder.count, rotation, decoder.codec)
+
+
+def _opened(path: str | os.PathLike[str], kind: Kind, counts: Counts | None = None) -> Decoder | Pages:
+    return Pages(path, counts) if kind.frames == "pages" else Decoder.of_file(path, counts, kind.format)
 
 
 class FrameReader(Source):
@@ -103,7 +106,8 @@ class FrameReader(Source):
         if fps is not None:
             check_fps(fps)
         check_span(start, end, after)
-        self.info = probe(path)
+        self._kind = sniff(path)
+        self.info = _probed(path, self._kind)
         self._path = path
         self._fps, self._start, self._end = fps, start, math.inf if end is None else end
         self._after = after
@@ -117,12 +121,12 @@ class FrameReader(Source):
 
     def _read(self) -> Generator[Frame, None, None]:
         after = self._after
-        if self.info.codec in STILLS:
+        if self._kind.frames == "one":
             if after is not None:
                 return
             yield Frame(np.array(open_picture(self._path)), self._start, 0)
             return
-        with Decoder.of_file(self._path, self.counts) as decoder:
+        with _opened(self._path, self._kind, self.counts) as decoder:
             begin = self._start if after is None else after
             if begin > 0:
                 decoder.seek(begin)
