@@ -63,7 +63,7 @@ results-suite: .venv/installed
 # The figures of days and hours, which take about two hours: live pace, many sessions, long films, the soak.
 results-live: .venv/installed
 	$(BIN)/casa bench live --minutes 10 --size 448 --fps 2 --out docs/results/live-cpu.json
-	$(BIN)/casa bench stream --sessions 16 --size 224 --fps 2 --out docs/results/sessions-cpu.json
+	$(BIN)/casa bench stream --sessions 16 --size 224 --fps 2 --max-text-tokens 128 --out docs/results/sessions-cpu.json
 	for turns in 256 512; do $(BIN)/casa bench stream --frames $$turns --tokens 16 --size 224 \
 		--out docs/results/turns-$$turns-cpu.json --plot docs/images/turns-$$turns.png || exit 1; done
 	$(BIN)/casa bench memory --minutes 60 --out docs/results/memory-cpu.json

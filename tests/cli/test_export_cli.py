@@ -24,6 +24,17 @@ def test_a_checkpoint_becomes_a_model(casa, checkpoint, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_a_target_that_is_there_is_refused_before_anything_is_read(casa, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    taken = tmp_path / "checkpoint-7"
+    taken.mkdir()
+    (taken / "trainer_state.json").write_text("{}")  # nothing else: reading it would fail
+    result = casa("export", taken, tmp_path / "out")
+    assert (result.status, result.err) == (2, f"casa: {tmp_path / 'out'} exists already; name a new folder.\n")
+    assert casa("export", "nowhere", tmp_path / "out").err == result.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

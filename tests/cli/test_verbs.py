@@ -1,13 +1,17 @@
 """Every verb does what its help says, on a tiny random checkpoint."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.main import get_command
 
 from casa.cli.main import app
+from casa.errors import UserError
 from casa.media import VideoWriter, probe, read_srt
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.testing import tiny_encoder, tiny_processor, tiny_text_model
@@ -57,12 +61,73 @@ def test_ask_prints_the_bare_answer(casa, checkpoint, picture):
     assert plain.out == json.loads(as_json.out)["answer"] + "\n"
 
 
+def test_ask_takes_several_pictures_and_draws_words(casa, checkpoint, picture, tmp_path, monkeypatch):
+    Image.new("RGB", (56, 84), "green").save(tmp_path / "other.png")
+    one, other = str(picture), str(tmp_path / "other.png")
+
+    def ask(*words):
+        result = casa("ask", checkpoint, *words, "--max-new-tokens", 6)
+        assert (result.status, result.err) == (0, "")
+        return result.out
+
+    apart = {pictures: ask(*pictures, "which?") for pictures in ((one,), (other,), (one, other), (other, one))}
+    from casa.evaluation import answering
+    from casa.models.at_hand import load_at_hand
+
+    answer = answering.answerer(*load_at_hand(str(checkpoint), "cpu"), 6)
+    images = [Image.open(one).convert("RGB"), Image.open(other)]
+    assert apart[one, other] == answer([images], ["which?"])[0] + "\n"
+    assert apart[other, one] == answer([images[::-1]], ["which?"])[0] + "\n"
+    warm = ("which?", "--temperature", 3, "--top-p", 0.95, "--top-k", 40)
+    asked = {seed: ask(one, *warm, "--seed", seed) for seed in range(4)}
+    assert asked == {seed: ask(one, *warm, "--seed", seed) for seed in range(4)}
+    assert len(set(asked.values())) > 1
+    # without a seed, every answer is drawn anew, and the numbers of the process stay as they were
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert len({ask(one, *warm) for _ in range(6)}) > 1
+    assert torch.equal(torch.get_rng_state(), before)
+    # a file that comes first is no model
+    monkeypatch.setattr("casa.models.at_hand.load_at_hand", lambda name, _: (_ for _ in ()).throw(UserError(name)))
+    assert casa("ask", one, other, "which?").err == "casa: casa-tiny\n"
+    assert casa("ask", "some-model", other, "which?").err == "casa: some-model\n"
+    assert "top_p" in casa("ask", one, "which?", "--top-p", 0).err
+
+
+def test_the_version_is_told_by_the_program_and_the_module(casa):
+    import casa as package
+
+    told = f"casa {package.__version__}\n"
+    assert casa("--version").out == told
+    run = subprocess.run([sys.executable, "-m", "casa", "--version"], capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == (told, "")
+
+
+def test_a_bound_on_text_means_the_same_for_every_verb():
+    """Tokens that are remembered, 0 being none, and one default within a verb."""
+    found = {}
+    for verb in VERBS:
+        command = get_command(app)
+        for word in verb:
+            command = command.commands[word]
+        for option in command.params:
+            if "--max-text-tokens" in option.opts:
+                found[" ".join(verb)] = (option.help, option.min, option.default)
+    assert {"caption", "bench stream", "bench soak", "bench live", "bench memory"} == set(found)
+    assert {(told, least) for told, least, _ in found.values()} == {
+        ("Bound on the text remembered, in tokens; 0: none.", 0)
+    }
+    assert all(isinstance(default, int) for _, _, default in found.values())
+
+
 def test_caption_prints_and_writes(casa, checkpoint, video, tmp_path):
     files = [tmp_path / f"captions.{kind}" for kind in ("srt", "vtt", "jsonl")]
     burned = tmp_path / "captioned.mp4"
     outs = [part for path in files for part in ("--out", path)]
     result = casa("caption", checkpoint, video, "--fps", 5, *outs, "--burn", burned, "--max-text-tokens", 60)
     assert (result.status, result.err) == (0, "")
+    unbounded = casa("caption", checkpoint, video, "--fps", 5, "--max-text-tokens", 0)
+    assert (unbounded.status, unbounded.err) == (0, "")
     captions = read_srt(files[0])
     assert [caption.text for caption in captions]
     assert all(path.read_text() for path in files)

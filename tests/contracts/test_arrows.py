@@ -39,6 +39,7 @@ ALLOWED = {
     "demo": BELOW_MIDDLE | MIDDLE,
     "serving": BELOW_MIDDLE | MIDDLE,
     "cli": BELOW_MIDDLE | MIDDLE | {"captioning", "data", "demo", "serving"},
+    "__main__": {"cli"},
     "testing": FOUNDATION | {"models"},
     "assets": set(),
     "__init__": FOUNDATION | {"attention", "models", "streaming"},

@@ -95,11 +95,11 @@ def _convert(
     from casa.models.converting import convert
     from casa.models.freezing import ADDED
     from casa.models.processor_at import processor_at
+    from casa.models.shard_files import check_new
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists already; name a new folder.")
+    check_new(out)
     fusion = FusionConfig.from_dict(choices)
     # first, so that a folder without a tokenizer is refused before gigabytes are copied
     processor = processor_at(backbone, vision, fusion.gist, "add --vision with its folder")

@@ -10,6 +10,7 @@ from casa.cli.bench_memory import memory
 from casa.cli.bench_options import Device, Json, Model, Out, Seed, report
 from casa.cli.bench_soak import soak
 from casa.cli.bench_train import train
+from casa.cli.sampling_options import MaxTextTokens
 from casa.errors import UserError
 
 bench_app = typer.Typer(
@@ -53,7 +54,7 @@ def stream(
         int | None, typer.Option(help="How many live streams this machine keeps, up to so many.")
     ] = None,
     fps: Annotated[float, typer.Option(help="Frames per second of each of the sessions.")] = 2.0,
-    max_text_tokens: Annotated[int | None, typer.Option(help="Bound on CASA's text; none if left out.")] = None,
+    max_text_tokens: MaxTextTokens = 0,
     seed: Seed = 0,
     device: Device = "auto",
     plot: Annotated[Path | None, typer.Option(help="With --tokens: latency and memory as a PNG.")] = None,
@@ -73,12 +74,13 @@ def stream(
     if tokens is not None and sessions is not None:
         raise UserError("--tokens and --sessions are two measurements; give one of them.")
     loaded, processor = load_at_hand(model, device)
+    bound = max_text_tokens or None
     settings: dict[str, Any] = {"model": model, "size": size, "seed": seed}
+    if tokens is None:
+        settings["max_text_tokens"] = bound
     if sessions is not None:
         from casa.benchmarks.sessions import bench_sessions, sessions_summary, sessions_table, sustained, try_sessions
 
-        bound = max_text_tokens if max_text_tokens is not None else 128
-        settings["max_text_tokens"] = bound
         loads = bench_sessions(loaded, processor, sessions, fps, size, max_text_tokens=bound, seed=seed)
         most, tried = sustained(loads), None
         if most:
@@ -100,8 +102,7 @@ def stream(
     else:
         from casa.benchmarks.stream import bench_stream, stream_table, summary
 
-        settings["max_text_tokens"] = max_text_tokens
-        rows = bench_stream(loaded, processor, frames, size, seed, max_text_tokens)
+        rows = bench_stream(loaded, processor, frames, size, seed, bound)
         found = summary(rows)
         table = stream_table(found)
     record = {"bench": "stream", **settings, **provenance(str(loaded.device), model), **found}

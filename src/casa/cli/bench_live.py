@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from casa.cli.bench_options import Device, Json, Model, Out, Seed, report
+from casa.cli.sampling_options import MaxTextTokens
 
 
 def live(
@@ -12,7 +13,7 @@ def live(
     minutes: Annotated[float, typer.Option(help="How long to watch; it takes that long.")] = 10.0,
     size: Annotated[int, typer.Option(help="Sides of a frame in px, a multiple of 28 from 224 to 448.")] = 448,
     fps: Annotated[float, typer.Option(help="Frames per second that are looked at.")] = 2.0,
-    max_text_tokens: Annotated[int, typer.Option(help="Bound on the text; 0 for none.")] = 256,
+    max_text_tokens: MaxTextTokens = 256,
     seed: Seed = 0,
     device: Device = "auto",
     json: Json = False,

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from casa.cli.bench_options import Json, Model, Out, Seed, report
+from casa.cli.sampling_options import MaxTextTokens
 
 
 def memory(
@@ -14,7 +15,7 @@ def memory(
     size: Annotated[int, typer.Option(help="Sides of a frame in px.")] = 112,
     fps: Annotated[float, typer.Option(help="Frames per second that are watched.")] = 2.0,
     film_fps: Annotated[float, typer.Option(help="Frames per second of both films, all of them decoded.")] = 25.0,
-    max_text_tokens: Annotated[int | None, typer.Option(help="Bound on the text; none if left out.")] = None,
+    max_text_tokens: MaxTextTokens = 0,
     seed: Seed = 0,
     json: Json = False,
     out: Out = None,
@@ -28,7 +29,8 @@ def memory(
     from casa.benchmarks.memory import bench_memory, memory_table
     from casa.provenance import provenance
 
-    found = bench_memory(model, minutes, short, size, fps, film_fps, max_text_tokens, seed=seed)
+    bound = max_text_tokens or None
+    found = bench_memory(model, minutes, short, size, fps, film_fps, bound, seed=seed)
     settings = {"bench": "memory", "model": model, "size": size, "fps": fps, "film_fps": film_fps}
-    settings |= {"max_text_tokens": max_text_tokens, "seed": seed}
+    settings |= {"max_text_tokens": bound, "seed": seed}
     report(settings | provenance(model=model) | found, memory_table(found), json, out)

@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from casa.cli.bench_options import Device, Json, Model, Out, Seed, report
+from casa.cli.sampling_options import MaxTextTokens
 
 
 def soak(
     model: Model = "casa-tiny",
     frames: Annotated[int, typer.Option(help="Frames to watch.")] = 100_000,
-    max_text_tokens: Annotated[int, typer.Option(help="Bound on the text; 0 for none.")] = 128,
+    max_text_tokens: MaxTextTokens = 128,
     size: Annotated[int, typer.Option(help="Sides of a frame in px.")] = 112,
     block: Annotated[int, typer.Option(help="Frames in a row of the result.")] = 1000,
     seed: Seed = 0,

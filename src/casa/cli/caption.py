@@ -9,6 +9,7 @@ import typer
 from casa.cli.sampling_options import (
     Decay,
     MaxNewTokens,
+    MaxTextTokens,
     NoRepeat,
     Repetition,
     Seed,
@@ -43,7 +44,7 @@ def caption(
     reconnect_for: Annotated[
         float | None, typer.Option(help="Seconds to try a lost stream again; a live one for ever if left out.")
     ] = None,
-    max_text_tokens: Annotated[int | None, typer.Option(help="Bound on the text remembered; none if left out.")] = None,
+    max_text_tokens: MaxTextTokens = 0,
     max_new_tokens: MaxNewTokens = 32,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -86,7 +87,7 @@ def caption(
         hold=hold,
         cue=cue,
         prompt=prompt,
-        max_text_tokens=max_text_tokens,
+        max_text_tokens=max_text_tokens or None,
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_k, top_p, stop_bias, repetition, decay, no_repeat),
         seed=seed,

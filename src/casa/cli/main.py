@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+import casa
 from casa.cli import adapt, ask, bench, caption, data, demo, evaluate, export, serve, train
 from casa.errors import UserError
 
@@ -31,8 +32,17 @@ app.add_typer(bench.bench_app, name="bench")
 app.add_typer(data.data_app, name="data")
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(f"casa {casa.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
+def options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    version: bool = typer.Option(False, "--version", help="Show the version.", callback=_tell_version, is_eager=True),
+) -> None:
     """Read by `run`, before any verb."""
 
 

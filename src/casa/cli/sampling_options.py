@@ -1,4 +1,7 @@
-"""Options of how words are picked, the same for every verb that speaks; see `casa.streaming.Sampling`."""
+"""Options of how words are picked and how long they are remembered, the same for every verb that speaks.
+
+See `casa.streaming.Sampling` and `casa.streaming.StreamingSession`.
+"""
 
 from typing import Annotated
 
@@ -13,3 +16,4 @@ Decay = Annotated[float, typer.Option(help="How much of a saying counts one toke
 NoRepeat = Annotated[int, typer.Option(help="No run of so many tokens is said twice; 0: allowed.")]
 StopBias = Annotated[float, typer.Option(help="Added to the stop token's score; above 0 says less.")]
 Seed = Annotated[int, typer.Option(help="Of the draws.")]
+MaxTextTokens = Annotated[int, typer.Option(min=0, help="Bound on the text remembered, in tokens; 0: none.")]

@@ -170,15 +170,21 @@ def _write(file: BinaryIO, tensors: Sequence[Planned]) -> None:
         file.write(memoryview(made.contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
 
+def check_new(path: str | os.PathLike[str]) -> None:
+    """Raises UserError if `path` exists and is no empty folder."""
+    target = Path(path)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} exists already; name a new folder.")
+
+
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A fresh folder beside `path`, which becomes `path` if the block ends well and is removed if it does not.
 
     Raises UserError if `path` exists and is no empty folder, or cannot be made.
     """
+    check_new(path)
     target = Path(path)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target} exists already; name a new folder.")
     unfinished = target.absolute().parent / f".casa-{secrets.token_hex(8)}.part"
     try:
         unfinished.mkdir(parents=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from casa.errors import UserError
 from casa.models import CasaConfig, CasaForConditionalGeneration, CasaProcessor
-from casa.models.shard_files import new_folder
+from casa.models.shard_files import check_new, new_folder
 from casa.training.sharding.shards import has_shards, read_whole
 
 EMA_FILE = "ema.safetensors"
@@ -25,6 +25,8 @@ def export_checkpoint(checkpoint: Any, out: Any, *, average: bool = False, dtype
     Raises UserError for what is no whole checkpoint, or holds no average, and if `out` exists.
     """
     source = Path(checkpoint)
+    # before anything is read: the largest models take minutes
+    check_new(out)
     _check(source)
     model = _from_shards(source, average) if has_shards(source) else _from_model(source, average)
     if dtype is not None:
