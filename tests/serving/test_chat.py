@@ -1,5 +1,6 @@
 """/v1/chat/completions: OpenAI's own client works unchanged, whole and in pieces; errors are in OpenAI's form."""
 
+import base64
 import http.client
 import json
 import threading
@@ -10,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
+from PIL import Image
 
+from casa.media import VideoWriter
 from casa.serving import Limits, routes_chat
 from casa.testing import tiny_processor
 
@@ -108,6 +111,86 @@ def test_seeds_and_lengths(ai):
     assert one.usage.completion_tokens <= 1
 
 
+def test_without_a_seed_no_two_answers_are_the_same(ai):
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "tell"}], "max_tokens": 16, "temperature": 2.0}
+    assert len({ai.chat.completions.create(**asked).choices[0].message.content for _ in range(5)}) > 2
+    # greedy is greedy
+    assert (
+        len({ai.chat.completions.create(**asked | {"temperature": 0}).choices[0].message.content for _ in range(3)})
+        == 1
+    )
+
+
+def test_several_answers_whole_and_in_pieces(ai, data_urls):
+    asked = {
+        "model": "tiny",
+        "messages": [user(image(data_urls[3]), text("say"))],
+        "max_tokens": 10,
+        "temperature": 1.5,
+    }
+    asked |= {"n": 3, "seed": 1, "logprobs": True, "top_logprobs": 2}
+    whole = ai.chat.completions.create(**asked)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    assert len({choice.message.content for choice in whole.choices}) > 1
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    told = [len(choice.logprobs.content) for choice in whole.choices]
+    assert whole.usage.completion_tokens == sum(told)
+    first = ai.chat.completions.create(**asked | {"n": 1}).choices[0]
+    assert first.message == whole.choices[0].message
+    options = {"include_usage": True, "include_obfuscation": True}
+    with ai.chat.completions.create(**asked, stream=True, stream_options=options) as stream:
+        chunks = list(stream)
+    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+    assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert all(set(chunk.obfuscation) <= set("0123456789abcdef") for chunk in chunks[:-1])
+    for choice in whole.choices:
+        mine = [chunk.choices[0] for chunk in chunks[:-1] if chunk.choices[0].index == choice.index]
+        assert mine[0].delta.role == "assistant"
+        assert "".join(one.delta.content or "" for one in mine) == choice.message.content
+        assert [one.finish_reason for one in mine][-1] == choice.finish_reason
+        assert [one.finish_reason for one in mine][:-1] == [None] * (len(mine) - 1)
+        tokens = [entry for one in mine if one.logprobs for entry in one.logprobs.content]
+        assert [entry.model_dump() for entry in tokens] == [entry.model_dump() for entry in choice.logprobs.content]
+        assert all(len(entry.top_logprobs) == 2 for entry in tokens)
+    # without being asked for, there are none
+    assert ai.chat.completions.create(**asked | {"logprobs": False, "top_logprobs": 0}).choices[0].logprobs is None
+
+
+def test_settings_of_the_draw(ai):
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "tell"}], "max_tokens": 16}
+
+    def said(**settings):
+        return ai.chat.completions.create(**asked, seed=2, **settings).choices[0].message.content
+
+    greedy = said()
+    # of one token there is no choice, however hot it is
+    assert said(temperature=2, extra_body={"top_k": 1}) == greedy
+    assert said(temperature=2) != greedy
+    # the heaviest penalties leave no letter twice, as long as there are others
+    never = said(presence_penalty=2, frequency_penalty=2)
+    assert len(set(never)) > len(set(greedy))
+
+
+def test_a_video_is_some_of_its_frames(ai, tmp_path, data_urls):
+    with VideoWriter(tmp_path / "a.mp4", (84, 56), fps=10) as video:
+        for shade in range(0, 200, 10):
+            video.write(Image.new("RGB", (84, 56), (shade, shade, shade)))
+    data = "data:video/mp4;base64," + base64.b64encode((tmp_path / "a.mp4").read_bytes()).decode()
+    words = text("say")
+    asked = {"model": "tiny", "max_tokens": 4}
+    watched = ai.chat.completions.create(
+        **asked, messages=[user({"type": "video_url", "video_url": {"url": data}}, words)]
+    )
+    # two seconds, two frames a second
+    four = ai.chat.completions.create(**asked, messages=[user(*[image(data_urls[0])] * 4, words)])
+    assert watched.usage.prompt_tokens == four.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="no MP4") as refused:
+        ai.chat.completions.create(
+            **asked, messages=[user({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,aGVsbG8="}})]
+        )
+    assert refused.value.param == "messages.0.content"
+
+
 def test_models(ai):
     assert [model.id for model in ai.models.list()] == ["tiny"]
     assert ai.models.retrieve("tiny").id == "tiny"
@@ -126,7 +209,9 @@ def test_errors_are_the_clients_own_kinds(ai, data_urls):
         ({"messages": [user(image("data:image/png;base64,aGVsbG8="))]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": "a" * 300}]}, "messages"),
         ({"temperature": 9}, "temperature"),
-        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": [{**user(text("hi")), "name": "alice"}]}, "messages.0.name"),
     ]:
         with pytest.raises(openai.BadRequestError) as refused:
             ai.chat.completions.create(**(asked | wrong))

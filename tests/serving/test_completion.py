@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from casa.serving import Limits
+from casa.serving import Limits, completion
 from casa.serving.chat_request import RequestError, read_chat
 from casa.serving.completion import Completion
-from casa.testing import tiny_processor
+from casa.testing import tiny_casa, tiny_processor
 
 
 @pytest.fixture
@@ -70,6 +70,80 @@ def test_a_temperature_next_to_nothing_is_greedy(model, asked):
         assert greedy.advance(float("inf"))
         assert cold.advance(float("inf"))
     assert [piece.text for piece in plain] == [piece.text for piece in icy]
+
+
+def told(pieces, index):
+    return "".join(piece.text for piece in pieces if piece.index == index)
+
+
+@pytest.mark.parametrize("fusion", [{}, {"placement": "before", "history": 1}, {"method": "insertion"}])
+def test_several_answers_are_those_of_single_requests(asked, fusion):
+    """Whatever the batch they are said in: the first has the request's seed, the others seeds drawn from it."""
+    model = tiny_casa(dtype=torch.float32, **fusion)
+    model.backbone.lm_head.weight.data[2] = model.backbone.lm_head.weight.data[3:].mean(0) * 3
+    model.generation_config.eos_token_id = 2
+    many, pieces = begun(model, asked(temperature=1.5, seed=5, n=4, max_tokens=12))
+    while not many.advance(0):
+        pass
+    texts = [told(pieces, index) for index in range(4)]
+    assert len(set(texts)) > 1
+    finishes = {piece.index: piece.finish for piece in pieces if piece.finish is not None}
+    assert sorted(finishes) == [0, 1, 2, 3]
+    seeds = completion._seeds(5, 4)
+    assert seeds[0] == 5
+    spent = 0
+    for text, seed in zip(texts, seeds, strict=True):
+        one, alone = begun(model, asked(temperature=1.5, seed=seed, max_tokens=12))
+        assert one.advance(float("inf"))
+        assert told(alone, 0) == text
+        spent += one.completion_tokens
+    assert many.completion_tokens == spent
+    assert many.prompt_tokens == one.prompt_tokens
+
+
+def test_logprobs_are_the_models_own(model, asked):
+    """Whatever is sampled from: of the logits as the model gave them."""
+    settings = {"temperature": 0.7, "top_k": 5, "presence_penalty": 1, "seed": 3, "max_tokens": 9}
+    plain, quiet = begun(model, asked(**settings))
+    assert plain.advance(float("inf"))
+    assert quiet[-1].logprobs is None
+    work, pieces = begun(model, asked(**settings, logprobs=True, top_logprobs=4))
+    assert work.advance(float("inf"))
+    assert told(pieces, 0) == told(quiet, 0)
+    entries = [entry for piece in pieces for entry in piece.logprobs]
+    ids = work._choices[0].tokens
+    assert len(entries) == len(ids) == work.completion_tokens
+    processor = tiny_processor()
+    prompt = begun(model, asked())[0]._tokenized()
+    features = begun(model, asked())[0]
+    features._inputs = features._tokenized()
+    images = torch.cat(
+        [model.encode_images(patch, prompt["image_grid_thw"][k : k + 1]) for k, patch in enumerate(features._patches)]
+    )
+    tokens = torch.cat([prompt["input_ids"], torch.tensor([ids])], dim=1)
+    with torch.no_grad():
+        logits = model(**(prompt | {"input_ids": tokens}), image_features=images).logits[0].float().log_softmax(-1)
+    start = prompt["input_ids"].shape[1] - 1
+    for place, (entry, token) in enumerate(zip(entries, ids, strict=True)):
+        scores = logits[start + place]
+        assert entry["logprob"] == pytest.approx(float(scores[token]), abs=1e-4)
+        assert bytes(entry["bytes"]).decode() == entry["token"]
+        best = entry["top_logprobs"]
+        assert [one["logprob"] for one in best] == pytest.approx(scores.topk(4).values.tolist(), abs=1e-4)
+        assert best[0]["token"] == processor.tokenizer.convert_ids_to_tokens(int(scores.argmax()))
+    assert "".join(entry["token"] for entry in entries).strip() == told(pieces, 0).strip()
+
+
+def test_logprobs_of_what_a_stop_string_cuts_off_are_not_told(model, asked):
+    whole, pieces = begun(model, asked(max_tokens=12, logprobs=True))
+    assert whole.advance(float("inf"))
+    text = told(pieces, 0)
+    stop = text[4:7]
+    cut, shorter = begun(model, asked(max_tokens=12, logprobs=True, stop=stop))
+    assert cut.advance(float("inf"))
+    assert told(shorter, 0) == text[: text.index(stop)]
+    entries = [entry["token"] for piece in shorter for entry in piece.logprobs]
+    assert "".join(entries) == told(shorter, 0)  # a letter is a token here
 
 
 def test_a_chat_that_the_template_refuses_is_the_clients_error(model, asked):

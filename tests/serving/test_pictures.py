@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from casa.errors import UserError
+from casa.media import VideoWriter
 from casa.serving import Limits, pictures
-from casa.serving.pictures import keep_pillow_quiet, read_address, read_picture
+from casa.serving.pictures import keep_pillow_quiet, read_address, read_picture, read_video
 from casa.testing import claimed_png
 
 LIMITS = Limits()
@@ -64,9 +65,9 @@ def test_data_addresses():
     assert read_address(f"data:image/png;base64,{body}", LIMITS, False).size == (40, 30)
     assert read_address(f"DATA:image/png;BASE64,{body}", LIMITS, False).size == (40, 30)
     for wrong, word in [
-        (f"data:image/png,{body}", "written"),
-        ("data:image/png;base64", "written"),
-        ("data:image/png;base64,@@@", "damaged"),
+        (f"data:image/png,{body}", "no JPEG"),
+        ("data:image/png;base64", "data:image/png;base64,..."),
+        ("data:image/png;base64,@@@", "no valid base64"),
         ("data:image/png;base64,", "no JPEG"),
         ("file:///etc/passwd", "data: address"),
         ("/etc/passwd", "data: address"),
@@ -75,6 +76,83 @@ def test_data_addresses():
     ]:
         with pytest.raises(UserError, match=word):
             read_address(wrong, LIMITS, False)
+
+
+@pytest.fixture
+def film(tmp_path):
+    """The data: address of a film whose k-th frame has the shade 10 k."""
+
+    def make(count, fps=10, kind="mp4", size=(64, 48)):
+        path = tmp_path / f"film.{kind}"
+        with VideoWriter(path, size, fps=fps, crf=5) as video:
+            for k in range(count):
+                video.write(Image.new("RGB", size, (10 * k % 250,) * 3))
+        return as_data(path.read_bytes())
+
+    return make
+
+
+def as_data(data):
+    return "data:video/mp4;base64," + base64.b64encode(data).decode()
+
+
+def shades(frames):
+    return [round(float(np.asarray(frame).mean()) / 10) for frame in frames]
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mov", "mkv"])
+def test_a_video_becomes_frames_evenly_spaced(film, kind):
+    # two a second
+    assert shades(read_video(film(20, kind=kind), LIMITS, False, 16)) == [0, 5, 10, 15]
+    # of a longer one, as many as there may be, from beginning to end
+    assert shades(read_video(film(24, fps=1, kind=kind), Limits(video_frames=6), False, 16)) == [0, 4, 8, 12, 16, 20]
+    assert shades(read_video(film(24, fps=1, kind=kind), LIMITS, False, 3)) == [0, 8, 16]
+    assert shades(read_video(film(1, kind=kind), LIMITS, False, 3)) == [0]
+
+
+def test_the_frames_of_a_video_share_their_pixels(film):
+    frames = read_video(film(24, fps=1, size=(640, 480)), Limits(picture_pixels=100_000), False, 16)
+    assert len(frames) == 8
+    assert 380_000 < sum(frame.width * frame.height for frame in frames) <= 400_000
+
+
+def test_videos_that_are_none_or_too_much(film, tmp_path):
+    whole = base64.b64decode(film(20).partition(",")[2])
+    secret = tmp_path / "secret.mp4"
+    secret.write_bytes(whole)
+    playlist = f"#EXTM3U\n#\0\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nfile://{secret}\n#EXT-X-ENDLIST\n".encode()
+    listed = f"ffconcat version 1.0\n#\0\nfile {secret}\n".encode()
+    for data, limits, word in [
+        (b"", LIMITS, "no MP4"),
+        (b"hello", LIMITS, "no MP4"),
+        (encoded("PNG"), LIMITS, "no MP4"),
+        (playlist, LIMITS, "no MP4"),
+        (listed, LIMITS, "no MP4"),
+        (b"G" + playlist, LIMITS, "cannot be read"),
+        (b"RIFF" + bytes(200), LIMITS, "cannot be read"),
+        (whole[:24] + bytes(500), LIMITS, "cannot be read"),
+        (whole, Limits(decoded_pixels=3000), "64 x 48"),
+        (whole, Limits(video_seconds=1e-9), "longer than|cannot be read"),
+    ]:
+        with pytest.raises(UserError, match=word) as caught:
+            read_video(as_data(data), limits, False, 8)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="does not fetch videos"):
+        read_video("https://example.org/a.mp4", LIMITS, False, 8)
+    with pytest.raises(UserError, match="public internet; send the video"):
+        read_video("http://[::127.0.0.1]/a.mp4", LIMITS, True, 8)
+    with pytest.raises(UserError, match="data:video/mp4"):
+        read_video(str(secret), LIMITS, False, 8)
+
+
+def test_whatever_demuxer_is_behind_the_first_bytes_no_playlist_is_read(film, tmp_path, monkeypatch):
+    """What FFmpeg may read is listed; were it not, a list of files would lead to this machine's own."""
+    secret = tmp_path / "secret.mp4"
+    secret.write_bytes(base64.b64decode(film(20).partition(",")[2]))
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nfile://{secret}\n#EXT-X-ENDLIST\n".encode()
+    monkeypatch.setattr(pictures, "is_video", lambda _: True)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_video(as_data(playlist), LIMITS, False, 8)
 
 
 def test_pictures_are_decoded_side_by_side(monkeypatch):

@@ -17,9 +17,11 @@ def hello(**values):
 
 
 def test_a_hello_says_nothing_or_all():
-    plain = hello()
+    plain = hello(seed=0)
     assert (plain.fps, plain.token) == (2.0, "")
     assert plain.settings == {"max_text_tokens": 1024, "max_new_tokens": 32, "seed": 0, "sampling": Sampling()}
+    # who draws without a seed hears something else each time
+    assert len({hello().settings["seed"] for _ in range(8)}) == 8
     full = hello(
         prompt="what?",
         fps=5,
@@ -27,7 +29,7 @@ def test_a_hello_says_nothing_or_all():
         max_new_tokens=9,
         seed=3,
         token="t",
-        sampling={"temperature": 0.5, "top_k": 3, "no_repeat": 4},
+        sampling={"temperature": 0.5, "top_k": 3, "no_repeat": 4, "presence_penalty": 1},
     )
     assert (full.fps, full.token) == (5, "t")
     assert full.settings == {
@@ -35,7 +37,7 @@ def test_a_hello_says_nothing_or_all():
         "max_text_tokens": 200,
         "max_new_tokens": 9,
         "seed": 3,
-        "sampling": Sampling(temperature=0.5, top_k=3, no_repeat=4),
+        "sampling": Sampling(temperature=0.5, top_k=3, no_repeat=4, presence_penalty=1.0),
     }
 
 

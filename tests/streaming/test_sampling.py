@@ -76,6 +76,24 @@ def test_each_saying_costs_less_the_older_it_is():
     assert all(found[token] == pytest.approx(100, abs=30) for token in (1, 2, 4))
 
 
+@pytest.mark.parametrize(("presence", "frequency"), [(0.5, 0.0), (0.0, 0.3), (1.0, 0.25), (-0.5, -0.1)])
+def test_penalties_are_openais(presence, frequency):
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence, with counts of what this caption has said, all of it."""
+    said = [1, 2, 1, 1, 4] + [1] * 100
+    counts = torch.tensor([float(said.count(token)) for token in range(len(LOGITS))])
+    wanted = LOGITS - counts * frequency - (counts > 0) * presence
+    sampling = Sampling(temperature=1.0, presence_penalty=presence, frequency_penalty=frequency)
+    seen = []
+    generator = torch.Generator()
+    for seed in range(40):
+        token = sampling.pick(LOGITS, said, generator.manual_seed(seed), earlier=[0, 0, 0])
+        plain = Sampling(temperature=1.0).pick(wanted, [], generator.manual_seed(seed))
+        seen.append((token, plain))
+    assert all(token == plain for token, plain in seen)
+    greedy = Sampling(presence_penalty=presence, frequency_penalty=frequency)
+    assert picked(greedy, said=said) == int(wanted.argmax())
+
+
 def test_stopping_is_no_repetition():
     logits = torch.tensor([0.0, 0.0, 0.0, 0.1, 0.0, 0.0])
     assert picked(Sampling(repetition=5.0), logits, [3, 3, 3], stops=STOPS) == 3

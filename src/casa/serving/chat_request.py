@@ -1,9 +1,10 @@
 """A chat completion as the OpenAI interface writes it: read, checked, and turned into this model's messages.
 
-What this server cannot do is refused by name, never left out in silence.
+Every field is obeyed, or taken because what it says asks for nothing, or refused by name; none is left out in silence.
 """
 
 import json
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,27 +12,45 @@ from PIL import Image
 
 from casa.errors import UserError
 from casa.serving.limits import Limits
-from casa.serving.pictures import read_address
-from casa.serving.stream_messages import readable
+from casa.serving.pictures import read_address, read_video
+from casa.serving.stream_messages import number, readable
 from casa.streaming import Sampling
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-# of no consequence to what is answered
-IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"}
 CHARS_PER_TOKEN = 8  # more than that on average is no text that a tokenizer has met
 MARKS_PER_CHAR = 8  # commas and opening brackets of JSON: a letter in a part of its own, in a message of its own
-KNOWN = {
-    "model",
-    "messages",
-    "max_tokens",
-    "max_completion_tokens",
-    "temperature",
-    "top_p",
-    "seed",
-    "stop",
-    "stream",
-    "stream_options",
-    "n",
+DETAILS = {"auto": None, "high": None, "original": None, "low": 512}  # of a picture: its longest side in px
+KINDS = ("text", "image_url", "video_url")  # of the parts of a message
+EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
+
+MOST_TOKENS = ("max_tokens", "max_completion_tokens")  # of both the smaller counts
+OBEYED = {
+    *("model", "messages", *MOST_TOKENS, "temperature", "top_p", "top_k", "seed", "stop"),
+    *("presence_penalty", "frequency_penalty", "n", "logprobs", "top_logprobs", "stream", "stream_options"),
+}
+# Who asks, and how OpenAI may charge and cache it: of no consequence to what is answered.
+ASIDE = {
+    **dict.fromkeys(("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"), str),
+    **dict.fromkeys(("metadata", "prompt_cache_options"), dict),
+}
+# What asks for nothing, of fields that are refused otherwise: OpenAI's own defaults, written out. null always does.
+NOTHING: dict[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "logit_bias": ({},),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "reasoning_effort": ("none", "medium"),
+    "verbosity": ("medium",),
+    "audio": (),
+    "prediction": (),
+    "moderation": (),
+    "web_search_options": (),  # even without a word in them they ask for a search
 }
 
 
@@ -45,7 +64,12 @@ class RequestError(UserError):
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """messages: for the processor's chat template, pictures opened. pictures: how many there are."""
+    """messages: for the processor's chat template, pictures opened. pictures: how many there are.
+
+    choices: answers wanted. top_logprobs: how many of the likeliest tokens are told beside each token and its
+    log-probability; None: tell none at all. obfuscate: whether a stream's events get random characters, so that their
+    sizes tell nobody what is in them.
+    """
 
     messages: list[dict[str, Any]]
     pictures: int
@@ -55,6 +79,9 @@ class ChatRequest:
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
+    choices: int = 1
+    top_logprobs: int | None = None
+    obfuscate: bool = False
 
 
 def parse_body(body: bytes, limits: Limits) -> Any:
@@ -71,50 +98,95 @@ def parse_body(body: bytes, limits: Limits) -> Any:
 
 
 def read_chat(body: Any, name: str, limits: Limits, allow_fetch: bool) -> ChatRequest:
-    """A request from its JSON. Raises RequestError. Opens pictures, so it is no work for an event loop."""
+    """A request from its JSON. Raises RequestError. Opens pictures, so it is no work for an event loop.
+
+    Without a seed, a fresh one is drawn.
+    """
     if not isinstance(body, dict):
         raise RequestError("the body is no JSON object; send model and messages.")
     for key, value in body.items():
-        if key not in KNOWN | IGNORED and value not in (None, False, 0, [], {}):
-            shown = readable(key[:80])
-            raise RequestError(f"{shown} is not supported; leave it out.", shown, "unsupported_parameter")
+        _check_field(key, value)
     if body.get("model") != name:
         given = str(body.get("model"))[:80]
         raise RequestError(f"there is no model {given!r} here, only {name!r}.", "model", "model_not_found", 404)
-    if body.get("n") not in (None, 1):
-        raise RequestError("n is 1 here; ask again for another answer.", "n", "unsupported_value")
-    stream = body.get("stream") or False
-    options = body.get("stream_options") or {}
-    if not isinstance(stream, bool) or not isinstance(options, dict):
-        raise RequestError("stream is true or false, and stream_options an object.", "stream")
-    messages, pictures = _messages(body.get("messages"), limits, allow_fetch)
-    limit = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
-    return ChatRequest(
-        messages=messages,
-        pictures=pictures,
-        max_tokens=min(
-            limits.chat_tokens, int(_number(body.get(limit), limit, 1, 1_000_000, limits.chat_tokens, True))
-        ),
-        sampling=Sampling(
-            temperature=_number(body.get("temperature"), "temperature", 0, 2, 0.0),
+    stream, options = _flag(body, "stream"), body.get("stream_options") or {}
+    if not isinstance(options, dict):
+        raise RequestError("stream_options is an object.", "stream_options")
+    _check_rest(options, {"include_usage", "include_obfuscation"}, "stream_options")
+    logprobs, top = _flag(body, "logprobs"), body.get("top_logprobs")
+    if top and not logprobs:
+        raise RequestError("top_logprobs needs logprobs to be true.", "top_logprobs", "invalid_value")
+    # the cheap parts first: pictures are opened last
+    found: dict[str, Any] = {
+        "max_tokens": min(limits.chat_tokens, *(_whole(body, limit, 1, 10**6, 10**6) for limit in MOST_TOKENS)),
+        "sampling": Sampling(
+            temperature=_number(body, "temperature", 0, 2, 0.0),
             # 0 keeps the likeliest token, which is what the smallest positive number does
-            top_p=max(1e-6, _number(body.get("top_p"), "top_p", 0, 1, 1.0)),
+            top_p=max(1e-6, _number(body, "top_p", 0, 1, 1.0)),
+            # vLLM's -1 is all of them, too
+            top_k=max(0, _whole(body, "top_k", -1, 1_000_000, 0)),
+            presence_penalty=_number(body, "presence_penalty", -2, 2, 0.0),
+            frequency_penalty=_number(body, "frequency_penalty", -2, 2, 0.0),
         ),
-        seed=int(_number(body.get("seed"), "seed", -(2**63), 2**63 - 1, 0, True)),
-        stop=_stop(body.get("stop")),
-        stream=stream,
-        include_usage=bool(options.get("include_usage")),
-    )
+        "seed": _whole(body, "seed", -(2**63), 2**63 - 1, secrets.randbits(62)),
+        "stop": _stop(body.get("stop")),
+        "stream": stream,
+        "include_usage": _flag(options, "include_usage", "stream_options."),
+        "choices": _whole(body, "n", 1, limits.chat_choices, 1),
+        "top_logprobs": _whole(body, "top_logprobs", 0, 20, 0) if logprobs else None,
+        "obfuscate": _flag(options, "include_obfuscation", "stream_options."),
+    }
+    messages, pictures = _messages(body.get("messages"), limits, allow_fetch)
+    return ChatRequest(messages=messages, pictures=pictures, **found)
 
 
-def _number(value: Any, name: str, low: float, high: float, default: float, whole: bool = False) -> float:
-    if value is None:
-        return default
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        kind = "a whole number" if whole else "a number"
-        raise RequestError(f"{name} is {kind} from {low:g} to {high:g}.", name, "invalid_value")
-    return value
+def _check_field(key: str, value: Any) -> None:
+    """Raises RequestError for a field that asks for what this server does not do."""
+    if key in OBEYED or value is None:
+        return
+    shown = readable(key[:80])
+    if key in ASIDE:
+        if not isinstance(value, ASIDE[key]):
+            kind = "a text" if ASIDE[key] is str else "an object"
+            raise RequestError(f"{key} is {kind}.", key, "invalid_type")
+    elif key in NOTHING:
+        # the types count: 0 is not False
+        if not any(type(value) is type(known) and value == known for known in NOTHING[key]):
+            known = [json.dumps(known) for known in NOTHING[key] if known or known is False]
+            only = f", but for {' or '.join(known)}" if known else ""
+            raise RequestError(f"{key} is not supported here{only}; leave it out.", key, "unsupported_parameter")
+    elif value not in EMPTY:
+        raise RequestError(f"{shown} is not supported; leave it out.", shown, "unsupported_parameter")
+
+
+def _check_rest(given: dict[str, Any], known: set[str], where: str) -> None:
+    """Raises RequestError for what an object of the request says besides `known`; null and the like say nothing."""
+    for key, value in given.items():
+        if key not in known and value not in EMPTY:
+            shown = readable(key[:80])
+            raise RequestError(
+                f"{where} has {shown}, which is not supported; leave it out.",
+                f"{where}.{shown}",
+                "unsupported_parameter",
+            )
+
+
+def _flag(given: dict[str, Any], name: str, where: str = "") -> bool:
+    value = given.get(name)
+    if not isinstance(value, bool | None):
+        raise RequestError(f"{where}{name} is true or false.", where + name, "invalid_type")
+    return bool(value)
+
+
+def _number(body: dict[str, Any], name: str, low: float, high: float, default: float, whole: bool = False) -> float:
+    try:
+        return number(body, name, low, high, default, whole=whole)
+    except UserError as error:
+        raise RequestError(str(error), name, "invalid_value") from error
+
+
+def _whole(body: dict[str, Any], name: str, low: int, high: int, default: int) -> int:
+    return int(_number(body, name, low, high, default, whole=True))
 
 
 def _stop(value: Any) -> tuple[str, ...]:
@@ -131,20 +203,27 @@ def _messages(given: Any, limits: Limits, allow_fetch: bool) -> tuple[list[dict[
     if len(given) > limits.prompt_tokens:
         raise _too_long("messages")
     messages, pictures, chars = [], 0, 0
-    for number, message in enumerate(given):
-        where = f"messages.{number}"
+    for place, message in enumerate(given):
+        where = f"messages.{place}"
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or role not in ROLES:
             raise RequestError(f"a message has a role: {', '.join(ROLES)}.", where)
-        parts = _parts(message.get("content"), where)
-        pictures += sum(part["type"] == "image_url" for part in parts)
-        if pictures > limits.chat_pictures:
+        _check_rest(message, {"role", "content", "refusal"}, where)
+        parts = _parts(message, role, where)
+        waiting = sum(part["type"] != "text" for part in parts)
+        if pictures + waiting > limits.chat_pictures:
             raise RequestError(f"a chat has at most {limits.chat_pictures} pictures here.", where)
         # an empty part is work too
         chars += sum(max(1, len(part["text"])) if isinstance(part.get("text"), str) else 1 for part in parts)
         if chars > _most_chars(limits):
             raise _too_long(where)
-        content = [_part(part, f"{where}.content", limits, allow_fetch) for part in parts]
+        content: list[dict[str, Any]] = []
+        for part in parts:
+            waiting -= part["type"] != "text"
+            room = limits.chat_pictures - pictures - waiting
+            read = _part(part, f"{where}.content", room, limits, allow_fetch)
+            pictures += sum(one["type"] == "image" for one in read)
+            content += read
         messages.append({"role": ROLES[role], "content": content})
     if messages[-1]["role"] != "user":
         raise RequestError("the last message is the user's, which is answered.", "messages")
@@ -159,27 +238,55 @@ def _too_long(where: str) -> RequestError:
     return RequestError("the chat is too long for this server; shorten it.", where, "context_length_exceeded")
 
 
-def _parts(content: Any, where: str) -> list[dict[str, Any]]:
+def _parts(message: dict[str, Any], role: str, where: str) -> list[dict[str, Any]]:
+    """What a message holds, as a list of parts whose types are known."""
+    content, refusal = message.get("content"), message.get("refusal")
+    if content is None and role == "assistant":
+        # it said nothing, or why it would not
+        content = refusal or ""
+    elif refusal:
+        raise RequestError("a message has a content or a refusal, and only an assistant refuses.", f"{where}.refusal")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
         raise RequestError("content is a text, or a list of parts.", f"{where}.content")
+    # a refusal is what the assistant said
+    parts = [
+        {**part, "type": "text", "text": part.get("refusal"), "refusal": None}
+        if part.get("type") == "refusal"
+        else part
+        for part in parts
+    ]
     for part in parts:
-        if part.get("type") not in ("text", "image_url"):
-            raise RequestError("a part of a message is of type text or image_url.", f"{where}.content")
+        if part.get("type") not in KINDS:
+            raise RequestError(f"a part of a message is of type {', '.join(KINDS)}.", f"{where}.content")
+        # where OpenAI may cache a prompt is of no consequence to what is answered
+        _check_rest(part, {"type", part["type"], "prompt_cache_breakpoint"}, f"{where}.content")
     return parts
 
 
-def _part(part: dict[str, Any], where: str, limits: Limits, allow_fetch: bool) -> dict[str, Any]:
-    if part["type"] == "text":
+def _part(part: dict[str, Any], where: str, room: int, limits: Limits, allow_fetch: bool) -> list[dict[str, Any]]:
+    """The part as the chat template takes it; a video becomes its frames, as pictures, at most `room`."""
+    kind = part["type"]
+    if kind == "text":
         if not isinstance(part.get("text"), str):
             raise RequestError("a text part has a text.", where)
-        return {"type": "text", "text": readable(part["text"])}
-    picture = part.get("image_url")
-    address = picture.get("url") if isinstance(picture, dict) else picture
-    if not isinstance(address, str):
-        raise RequestError("an image_url part has an image_url with a url.", where)
+        return [{"type": "text", "text": readable(part["text"])}]
+    source = part.get(kind)
+    source = {"url": source} if isinstance(source, str) else source
+    if not isinstance(source, dict) or not isinstance(source.get("url"), str):
+        raise RequestError(f"a part of type {kind} has {kind} with a url.", where)
+    _check_rest(source, {"url", "detail"} if kind == "image_url" else {"url"}, f"{where}.{kind}")
+    detail = source.get("detail") or "auto"
+    if not isinstance(detail, str) or detail not in DETAILS:
+        raise RequestError(f"detail is one of {', '.join(DETAILS)}.", f"{where}.{kind}.detail", "invalid_value")
     try:
-        image: Image.Image = read_address(address, limits, allow_fetch)
+        if kind == "video_url":
+            found = read_video(source["url"], limits, allow_fetch, room)
+        else:
+            found = [read_address(source["url"], limits, allow_fetch)]
     except UserError as error:
         raise RequestError(str(error), where, "invalid_image") from error
-    return {"type": "image", "image": image}
+    if (side := DETAILS[detail]) is not None:
+        for picture in found:
+            picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return [{"type": "image", "image": picture} for picture in found]

@@ -22,18 +22,41 @@ from casa.serving.chat_request import ChatRequest, RequestError
 from casa.serving.detokenizer import Detokenizer, begun
 from casa.vision import token_grids
 
+LEAST = -9999.0  # what the OpenAI interface says for a log-probability too small to tell
+
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new. finish: "stop" or "length" in the last one. error: in place of all else."""
+    """What is new in one of the answers. finish: "stop" or "length" in its last one. error: in place of all else.
+
+    logprobs: the tokens of this text as the OpenAI interface tells them, where they were asked for.
+    """
 
     text: str = ""
     finish: str | None = None
     error: Exception | None = None
+    index: int = 0
+    logprobs: list[dict[str, Any]] | None = None
+
+
+class _Choice:
+    """One of the answers to a request. given: characters told so far. untold: (where its text begins, token) of each
+    token whose log-probabilities are still to be told.
+    """
+
+    def __init__(self, index: int, seed: int) -> None:
+        self.index = index
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tokens: list[int] = []
+        self.given = self.settled = 0
+        self.untold: list[tuple[int, dict[str, Any]]] = []
 
 
 class Completion:
-    """tell: called with every piece, from the model's thread. cancelled: to be set when nobody listens any more."""
+    """tell: called with every piece, from the model's thread. cancelled: to be set when nobody listens any more.
+
+    Several answers are said in one batch, a token each at a time; what one says depends on no other.
+    """
 
     def __init__(
         self,
@@ -45,21 +68,21 @@ class Completion:
     ) -> None:
         self._model, self._processor, self._request = model, processor, request
         self._most_prompt, self._tell = most_prompt, tell
-        self._generator = torch.Generator().manual_seed(request.seed)
         self._stops = frozenset(stop_ids(model, processor.tokenizer))
         self._text = Detokenizer(processor.tokenizer)
         self._inputs: dict[str, Any] | None = None
         self._patches: list[Tensor] = []  # of the pictures that are not encoded yet
         self._features: list[Tensor] = []
         self._cache: Any = None
-        self._tokens: list[int] = []
-        self._given = 0  # characters
+        self._choices = [_Choice(index, seed) for index, seed in enumerate(_seeds(request.seed, request.choices))]
+        self._open = list(self._choices)  # those that go on, one row of the cache each
         self.prompt_tokens = 0
         self.cancelled = False
 
     @property
     def completion_tokens(self) -> int:
-        return len(self._tokens)
+        """Of all answers together."""
+        return sum(len(choice.tokens) for choice in self._choices)
 
     @torch.no_grad()
     def advance(self, until: float) -> bool:
@@ -117,31 +140,73 @@ class Completion:
         self._features.append(self._model.encode_images(self._patches.pop(0), grids[which : which + 1]))
 
     def _say(self, inputs: dict[str, Any]) -> bool:
-        """Chooses the next token, and tells it; True if it was the last one."""
+        """Chooses the next token of every answer, and tells it; True if these were the last ones."""
         if self._cache is None:
             self._cache = self._model.new_cache()
             if self._features:
                 inputs = inputs | {"image_features": torch.cat(self._features)}
                 self._features.clear()
         else:
-            inputs = {"input_ids": torch.tensor([[self._tokens[-1]]], device=self._model.device)}
-        logits = self._model(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-        return self._take(self._request.sampling.pick(logits, self._tokens, self._generator, self._stops))
+            inputs = {"input_ids": torch.tensor([[choice.tokens[-1]] for choice in self._open]).to(self._model.device)}
+        logits = self._model(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        if len(logits) < len(self._open):
+            # the prompt is read once for all of them
+            self._cache.batch_repeat_interleave(len(self._open))
+            logits = logits.expand(len(self._open), -1)
+        still = []
+        for row, choice in enumerate(self._open):
+            token = self._request.sampling.pick(logits[row], choice.tokens, choice.generator, self._stops)
+            if self._request.top_logprobs is not None and token not in self._stops:
+                choice.untold.append((choice.settled, self._logprobs(logits[row], token, self._request.top_logprobs)))
+            if not self._take(token, choice.index):
+                still.append(row)
+        if still and len(still) < len(self._open):
+            self._cache.batch_select_indices(torch.tensor(still, device=self._model.device))
+        self._open = [self._open[row] for row in still]
+        return not still
 
-    def _take(self, token: int) -> bool:
-        """Tells what a token adds; True if it was the last one."""
+    def _take(self, token: int, index: int = 0) -> bool:
+        """Tells what a token adds to an answer; True if it was the last one."""
+        choice = self._choices[index]
         ended = token in self._stops
         if not ended:
-            self._tokens.append(token)
-        full = len(self._tokens) == self._request.max_tokens
-        last = ended or full
-        text = self._text.whole(self._tokens) if last else self._text.settled(self._tokens)
+            choice.tokens.append(token)
+        last = ended or len(choice.tokens) == self._request.max_tokens
+        text = self._text.whole(choice.tokens) if last else self._text.settled(choice.tokens)
+        choice.settled = len(text)
         cut = min((at for stop in self._request.stop if (at := text.find(stop)) >= 0), default=None)
         if cut is not None:
             text, ended, last = text[:cut], True, True
+            choice.untold = [(start, told) for start, told in choice.untold if start < cut]
         ready = len(text) if last else len(text) - max((begun(text, stop) for stop in self._request.stop), default=0)
-        if last or ready > self._given:
-            finish = ("stop" if ended else "length") if last else None
-            self._tell(Piece(text[self._given : ready], finish))
-            self._given = ready
+        if last or ready > choice.given:
+            told = [entry for start, entry in choice.untold if last or start < ready]
+            del choice.untold[: len(told)]
+            self._tell(
+                Piece(
+                    text[choice.given : ready],
+                    ("stop" if ended else "length") if last else None,
+                    index=index,
+                    logprobs=told if self._request.top_logprobs is not None else None,
+                )
+            )
+            choice.given = ready
         return last
+
+    def _logprobs(self, logits: Tensor, token: int, most: int) -> dict[str, Any]:
+        """A token as the OpenAI interface tells it, with the model's own log-probabilities. logits: (V,)."""
+        scores = logits.float().log_softmax(-1)
+        best = scores.topk(min(most, len(scores)))
+
+        def entry(token: int, score: float) -> dict[str, Any]:
+            written, data = self._text.spelling(token)
+            return {"token": written, "logprob": max(score, LEAST), "bytes": list(data)}
+
+        likeliest = [entry(*pair) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        return {**entry(token, float(scores[token])), "top_logprobs": likeliest}
+
+
+def _seeds(seed: int, count: int) -> list[int]:
+    """A seed for each answer: the first has the request's own, so that more answers change none."""
+    draws = torch.Generator().manual_seed(seed)
+    return [seed, *torch.randint(2**62, (count - 1,), generator=draws).tolist()]

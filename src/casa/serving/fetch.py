@@ -1,4 +1,4 @@
-"""A picture from the public internet, for servers that allow it: nothing of this machine's own network is ever asked.
+"""A picture or video from the public internet, for servers that allow it: nothing of their own network is ever asked.
 
 The address that was checked is the one that is connected to (a name may lead elsewhere at every look-up), redirects are
 not followed, no proxy is used, and all of it together has a limit of time and of bytes.
@@ -17,40 +17,42 @@ from casa.errors import UserError
 from casa.serving.limits import Limits
 
 CHUNK = 2**16
+ACCEPTED = {"picture": "image/*", "video": "video/*"}
 
 
-def fetch(address: str, limits: Limits) -> bytes:
+def fetch(address: str, limits: Limits, kind: str = "picture") -> bytes:
     """What lies at an http(s) address: at most `limits.body_bytes`, within `limits.fetch_seconds`.
 
-    Raises UserError otherwise, and for anything that is not on the public internet.
+    kind: "picture" or "video", which is asked for. Raises UserError otherwise, and for anything that is not on the
+    public internet.
     """
     try:
         parts = urlsplit(address)
         host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError as error:
-        raise UserError("the picture's address cannot be read; send the picture as a data: address.") from error
+        raise UserError(f"the {kind}'s address cannot be read; send the {kind} as a data: address.") from error
     checked = public_address(host)
     if checked is None:
-        raise UserError(f"{host or 'this address'} is not on the public internet; send the picture as a data: address.")
+        raise UserError(f"{host or 'this address'} is not on the public internet; send the {kind} as a data: address.")
     line = _Line(host, port, checked, parts.scheme == "https", limits.fetch_seconds)
     alarm = threading.Timer(limits.fetch_seconds, line.cut)
     alarm.start()
     try:
         with closing(line):
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-            line.request("GET", target, headers={"Accept": "image/*", "User-Agent": "casa"})
+            line.request("GET", target, headers={"Accept": ACCEPTED[kind], "User-Agent": "casa"})
             with line.getresponse() as answer:
                 if answer.status != 200:
                     raise OSError(answer.status)
                 data = _read(answer, limits.body_bytes)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"the picture cannot be fetched from {host}; send it as a data: address.") from error
+        raise UserError(f"the {kind} cannot be fetched from {host}; send it as a data: address.") from error
     finally:
         alarm.cancel()
     if line.is_cut:
-        raise UserError(f"{host} did not send the picture in time; send it as a data: address.")
+        raise UserError(f"{host} did not send the {kind} in time; send it as a data: address.")
     if len(data) > limits.body_bytes:
-        raise UserError(f"the picture has more than {limits.body_bytes} bytes; send a smaller one.")
+        raise UserError(f"the {kind} has more than {limits.body_bytes} bytes; send a smaller one.")
     return data
 
 

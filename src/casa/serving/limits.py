@@ -26,6 +26,8 @@ class Limits:
     less or more, up to most_text_tokens.
     chats: completions at once. waiting_chats: more that may wait for their turn, each with its body in memory.
     chat_tokens: the longest answer. prompt_tokens, chat_pictures: of one chat.
+    chat_choices: answers that one request may ask for. video_frames, video_fps: frames of a video in a chat, in all and
+    per second. video_seconds: for decoding them.
     hello_seconds: for a stream's first message. idle_seconds: without any message. ping_seconds: between two pings, and
     for the answer to one. send_seconds: for one event to be taken by a reader. body_seconds: for a request to arrive.
     fetch_seconds: for a picture from elsewhere to arrive.
@@ -55,6 +57,10 @@ class Limits:
     chat_tokens: int = 1024
     prompt_tokens: int = 8192
     chat_pictures: int = 16
+    chat_choices: int = 8
+    video_frames: int = 8
+    video_fps: float = 2.0
+    video_seconds: float = 10.0
     hello_seconds: float = 10.0
     idle_seconds: float = 300.0
     ping_seconds: float = 20.0

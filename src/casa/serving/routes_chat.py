@@ -20,6 +20,8 @@ from casa.serving.rate import LOOK_AFTER, Guest
 from casa.serving.state import ServerState
 from casa.serving.worker import STOPPING
 
+OBFUSCATED = 64  # characters: the sizes of obfuscated events are multiples of it, the head apart
+
 router = APIRouter()
 
 
@@ -151,25 +153,38 @@ class _Answer:
             raise
 
     async def whole(self, piece: Piece, request: Request) -> dict[str, Any]:
-        texts = [piece.text]
-        while piece.finish is None:
+        said: list[list[Piece]] = [[] for _ in range(self._wanted.choices)]
+        while True:
+            said[piece.index].append(piece)
+            if all(pieces and pieces[-1].finish is not None for pieces in said):
+                break
             piece = await self.next(request)
-            texts.append(piece.text)
-        message = {"role": "assistant", "content": "".join(texts), "refusal": None}
-        choice = {"index": 0, "message": message, "finish_reason": piece.finish, "logprobs": None}
-        return {**self._head("chat.completion"), "choices": [choice], "usage": self._usage()}
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": "".join(one.text for one in pieces), "refusal": None},
+                "finish_reason": pieces[-1].finish,
+                "logprobs": self._logprobs([entry for one in pieces for entry in one.logprobs or ()]),
+            }
+            for index, pieces in enumerate(said)
+        ]
+        return {**self._head("chat.completion"), "choices": choices, "usage": self._usage()}
 
     async def events(self, piece: Piece) -> AsyncIterator[str]:
-        """The answer as server-sent events."""
+        """The answers as server-sent events."""
         try:
-            yield self._event({"role": "assistant", "content": ""})
+            for index in range(self._wanted.choices):
+                yield self._event(index, {"role": "assistant", "content": ""})
+            left = self._wanted.choices
             while True:
-                if piece.text:
-                    yield self._event({"content": piece.text})
+                if piece.text or piece.logprobs:
+                    yield self._event(piece.index, {"content": piece.text}, logprobs=piece.logprobs)
                 if piece.finish is not None:
+                    yield self._event(piece.index, {}, piece.finish)
+                    left -= 1
+                if not left:
                     break
                 piece = await self.next()
-            yield self._event({}, piece.finish)
             if self._wanted.include_usage:
                 yield _data({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()})
             yield "data: [DONE]\n\n"
@@ -182,9 +197,20 @@ class _Answer:
         self._work.cancelled = True
         self._guest.leave()
 
-    def _event(self, delta: dict[str, Any], finish: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
-        return _data({**self._head("chat.completion.chunk"), "choices": [choice]})
+    def _event(
+        self, index: int, delta: dict[str, Any], finish: str | None = None, logprobs: list[dict[str, Any]] | None = None
+    ) -> str:
+        told = self._logprobs(logprobs) if logprobs else None
+        choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": told}
+        event = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        if self._wanted.include_usage:
+            event["usage"] = None  # it comes in an event of its own
+        if self._wanted.obfuscate:
+            event["obfuscation"] = secrets.token_hex(OBFUSCATED)[: -len(_data(choice).encode()) % OBFUSCATED]
+        return _data(event)
+
+    def _logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+        return None if self._wanted.top_logprobs is None else {"content": entries, "refusal": None}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._state.name}

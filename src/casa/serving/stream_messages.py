@@ -9,6 +9,7 @@ then            {"type": "frame", "time": 1.5}     where the next binary message
 
 import json
 import math
+import secrets
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -55,6 +56,7 @@ def read_message(text: str, limits: Limits) -> dict[str, Any]:
 
 def read_hello(message: dict[str, Any], limits: Limits, fps: float, bounded: bool = True) -> Hello:
     """The first message. fps: unless the client says otherwise. bounded: whether text has a bound unless it says so.
+    Without a seed, a fresh one is drawn.
 
     Raises UserError for values out of bounds.
     """
@@ -66,7 +68,7 @@ def read_hello(message: dict[str, Any], limits: Limits, fps: float, bounded: boo
         "max_new_tokens": int(
             number(message, "max_new_tokens", 1, limits.new_tokens, min(32, limits.new_tokens), whole=True)
         ),
-        "seed": int(number(message, "seed", 0, 2**63 - 1, 0, whole=True)),
+        "seed": int(number(message, "seed", 0, 2**63 - 1, secrets.randbits(62), whole=True)),
         "sampling": _sampling(message.get("sampling")),
     }
     if message.get("prompt") is not None:

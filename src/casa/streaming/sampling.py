@@ -3,6 +3,7 @@
 Shapes: V vocabulary.
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -29,6 +30,8 @@ class Sampling:
     stop_bias: added to the logits of the stop tokens; above 0 says less, below 0 more.
     repetition: taken from a token's logit for each time that it was said, a saying counting `decay` as much at every
         token after it. 0 leaves repetition alone.
+    presence_penalty, frequency_penalty: taken from a token's logit if it was said in this caption, and for each time
+        that it was; below 0 they are added. 0 leaves it alone. As OpenAI's and vLLM's.
     no_repeat: no run of so many tokens is said twice within what is remembered; 0 allows it.
     temperature: 0 is greedy. top_k 0 and top_p 1 keep the whole vocabulary.
     memory: tokens of what was said before that `repetition` and `no_repeat` look at.
@@ -42,6 +45,8 @@ class Sampling:
     decay: float = 0.9
     no_repeat: int = 0
     memory: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -52,6 +57,8 @@ class Sampling:
             raise UserError(f"decay is {self.decay}; give a number from 0 up to, but not including, 1.")
         if self.repetition < 0 or self.no_repeat < 0 or self.memory < 0:
             raise UserError("repetition, no_repeat and memory are 0 or more.")
+        if not (math.isfinite(self.presence_penalty) and math.isfinite(self.frequency_penalty)):
+            raise UserError("presence_penalty and frequency_penalty are numbers, best from -2 to 2.")
         if not all(isinstance(number, int) for number in (self.top_k, self.no_repeat, self.memory)):
             raise UserError("top_k, no_repeat and memory are whole numbers.")
 
@@ -71,6 +78,9 @@ class Sampling:
         before = [*(earlier or ()), *said][-self.memory :] if self.memory else []
         if self.repetition and before:
             scores = scores - self.repetition * self._counts(before, scores.shape[-1], stops)
+        if said and (self.presence_penalty or self.frequency_penalty):
+            counts = torch.bincount(torch.tensor(said), minlength=scores.shape[-1]).to(scores.dtype)
+            scores = scores - self.frequency_penalty * counts - self.presence_penalty * counts.clamp(max=1)
         greedy = self.temperature < COLDEST
         processors = LogitsProcessorList()
         if self.stop_bias and stops:
