@@ -60,12 +60,14 @@ results: .venv/installed
 results-suite: .venv/installed
 	$(BIN)/python -m pytest --record=docs/results/suite-cpu.json
 
-# The figures of days and hours, which take about two hours: live pace, many sessions, long films, the soak.
+# The figures of days and hours, which take about two hours: live pace, many sessions, a busy neighbour, long films, the
+# soak.
 results-live: .venv/installed
 	$(BIN)/casa bench live --minutes 10 --size 448 --fps 2 --out docs/results/live-cpu.json
 	$(BIN)/casa bench stream --sessions 16 --size 224 --fps 2 --max-text-tokens 128 --out docs/results/sessions-cpu.json
 	for turns in 256 512; do $(BIN)/casa bench stream --frames $$turns --tokens 16 --size 224 \
 		--out docs/results/turns-$$turns-cpu.json --plot docs/images/turns-$$turns.png || exit 1; done
+	$(BIN)/casa bench neighbour --out docs/results/neighbour-cpu.json
 	$(BIN)/casa bench memory --minutes 60 --out docs/results/memory-cpu.json
 	$(BIN)/casa bench soak --frames 100000 --max-text-tokens 128 --size 112 --out docs/results/soak-cpu.json --plot docs/images/soak.png
 

@@ -1,12 +1,18 @@
-"""Every worker computes on one thread: two of them share the machine, and tiny tensors gain nothing from more.
+"""Every worker computes on one thread, and so does what it starts: they share the machine, and tiny tensors gain
+nothing from more. What the user has set in the environment stays.
 
 `pytest --record=FILE` writes how long the whole suite took, with its counts and where it was run.
 """
 
 import gc
 import json
+import os
 from pathlib import Path
 from time import monotonic
+
+# before torch is loaded: its threads read this once, and spin while they wait unless told otherwise
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import pytest

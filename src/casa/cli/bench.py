@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from casa.cli.bench_live import live
+from casa.cli.bench_live import live, neighbour
 from casa.cli.bench_memory import memory
 from casa.cli.bench_options import Device, Json, Model, Out, Seed, report
 from casa.cli.bench_soak import soak
@@ -109,5 +109,5 @@ def stream(
     report(record, table, json, out)
 
 
-for verb in (live, memory, soak, train):
+for verb in (live, memory, neighbour, soak, train):
     bench_app.command()(verb)

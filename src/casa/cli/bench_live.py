@@ -1,4 +1,4 @@
-"""`casa bench live`: does a session keep pace with a stream, by the real clock?"""
+"""`casa bench live` and `casa bench neighbour`: a session by the real clock, and beside a process that computes."""
 
 from typing import Annotated
 
@@ -33,3 +33,24 @@ def live(
     settings = {"bench": "live", "model": model, "size": size, "seed": seed, "max_text_tokens": bound}
     record = settings | provenance(str(loaded.device), model) | live_summary(found, fps)
     report(record, f"{live_table(found)}\nkeeps pace: {record['keeps_pace']}", json, out)
+
+
+def neighbour(
+    model: Model = "casa-tiny",
+    size: Annotated[int, typer.Option(help="Sides of a frame in px, a multiple of 28 from 224 to 448.")] = 336,
+    rounds: Annotated[int, typer.Option(help="Turns of every way of choosing threads, quiet and busy.")] = 5,
+    seconds: Annotated[float, typer.Option(help="Of each turn.")] = 3.0,
+    seed: Seed = 0,
+    json: Json = False,
+    out: Out = None,
+) -> None:
+    """Watch frames on a quiet machine and beside a process that computes, by how threads are chosen.
+
+    Takes about three minutes. Example: casa bench neighbour --out neighbour.json
+    """
+    from casa.benchmarks.neighbour import bench_neighbour, neighbour_summary, neighbour_table
+    from casa.provenance import provenance
+
+    found = neighbour_summary(bench_neighbour(model, size, rounds, seconds, seed))
+    settings = {"bench": "neighbour", "model": model, "size": size, "rounds": rounds, "seconds": seconds, "seed": seed}
+    report(settings | provenance("cpu", model) | found, neighbour_table(found), json, out)

@@ -8,6 +8,7 @@ import typer
 import casa
 from casa.cli import adapt, ask, bench, caption, data, demo, evaluate, export, serve, train
 from casa.errors import UserError
+from casa.threads import share_cores
 
 STOPPED = (129, 130, 143)  # the exit status of a closed terminal, of Ctrl-C, of SIGTERM
 
@@ -48,6 +49,7 @@ def options(
 
 def run() -> None:
     """The `casa` program."""
+    share_cores()
     # where it is installed, PEFT loads it, and it asks for kernels that nothing here needs
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     debug = "--debug" in sys.argv[1:]

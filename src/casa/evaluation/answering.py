@@ -8,6 +8,7 @@ from PIL import Image
 
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.streaming import Sampling
+from casa.threads import settle
 
 
 def answerer(
@@ -31,6 +32,7 @@ def answerer(
 
     @torch.no_grad()
     def answer(pictures: Sequence[Image.Image | Sequence[Image.Image]], questions: Sequence[str]) -> list[str]:
+        settle()
         chats = [
             [
                 {

@@ -24,6 +24,7 @@ from casa.serving.limits import Limits
 from casa.serving.live import LiveStream, Ticket, Turn
 from casa.streaming import Event, StreamingEngine
 from casa.streaming.pacing import Budget, Clock
+from casa.threads import settle
 
 SLICE_SECONDS = 0.05  # that one completion, or a step while others want its place, may take
 
@@ -268,6 +269,7 @@ class Worker:
         if chat is None:
             return
         try:
+            settle()
             done = chat.advance(monotonic() + SLICE_SECONDS)
         except Exception as error:
             if not isinstance(error, UserError):

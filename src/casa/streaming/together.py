@@ -18,6 +18,7 @@ from torch import Tensor
 
 from casa.models import CasaCache, CasaForConditionalGeneration
 from casa.streaming import rows
+from casa.threads import settle
 
 UNFINISHED = "\ufffd"  # how a tokenizer shows a character of which not all bytes are there yet
 
@@ -69,6 +70,7 @@ class Said:
 @torch.no_grad()
 def looked_at(model: CasaForConditionalGeneration, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the model makes of a frame before it reads any text; stands for the frame's pixels in a call."""
+    settle()
     grid = pixels["image_grid_thw"].to(model.device)
     features = model.encode_images(pixels["pixel_values"].to(model.device), grid)
     if model.fusion.method == "insertion":
@@ -86,6 +88,7 @@ def run_pass(
     halt: asked after every token; once it says True, the pass ends, and a caption that is half said comes to a call
     that goes on with it.
     """
+    settle()
     alone = len(calls) == 1
     if alone:
         cache, before = calls[0].cache, torch.ones(1, calls[0].cache.num_text, dtype=torch.bool)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from casa.threads import settle
 from casa.training.checkpoints import load_state, save_state
 from casa.training.muon import is_inner
 from casa.training.optimisation import Group, Optimiser, Schedule
@@ -91,6 +92,7 @@ class Loop:
         began = saved = reported = time.monotonic()
         before, losses = self.seconds, []
         for step, batch in zip(range(start, steps), batches, strict=False):
+            settle()
             loss = loss_of(batch, step)
             loss.backward()
             self._optimiser.step(step)

@@ -19,6 +19,7 @@ from transformers.trainer_callback import ExportableState
 
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration
+from casa.threads import settle
 from casa.training.packs import Batch, PackStream, StreamPosition, open_loader
 from casa.training.sharding import ShardedTraining, shard_model
 from casa.training.sharding.export import EMA_FILE
@@ -169,6 +170,7 @@ class CasaTrainer(ShardedTraining, Trainer):
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
+        settle()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses.append(loss)
         if len(self._losses) == len(self.batches):
