@@ -1,10 +1,13 @@
 """The variants that every promise is tried on, as tiny float64 models, and what the tests compare with."""
 
+import shutil
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from casa.testing import TinySample, tiny_casa
 
@@ -57,6 +60,23 @@ def offline() -> Iterator[None]:
         patched.setattr(socket, "getaddrinfo", ask)
         yield
     assert not asked, f"asked for {sorted(set(asked))}"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Callable[..., str]:
+    """Puts a folder into a hub's cache as the hub's client keeps it, and gives its name there. No way to the hub."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def put(folder: Path, revision: str = "main") -> str:
+        repository = tmp_path / "cache" / "models--someone--model"
+        commit = {"main": "a" * 40, "v2": "b" * 40}[revision]
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        return "someone/model"
+
+    return put
 
 
 @pytest.fixture(scope="session")

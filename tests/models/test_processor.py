@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 from transformers.image_utils import PILImageResampling
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from casa import CasaProcessor, StreamingSession
 from casa.data.pictures import open_one
@@ -131,6 +132,37 @@ def test_video_content_is_refused_not_dropped(processor):
 def test_a_tokenizer_without_the_image_token_is_refused(processor):
     with pytest.raises(UserError, match="no token '<picture>'"):
         CasaProcessor(processor.image_processor, processor.tokenizer, image_token="<picture>")
+
+
+def test_a_processor_brings_the_image_token_or_takes_the_tokenizers(processor):
+    """Two arguments are enough, whatever the tokenizer has."""
+    images, words = processor.image_processor, {"a": 0, "b": 1, "<|image_pad|>": 2}
+
+    def tokenizer(*special, vocabulary=words):
+        held = Tokenizer(WordLevel(dict(vocabulary), unk_token="a"))
+        held.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+        fast = PreTrainedTokenizerFast(tokenizer_object=held, unk_token="a", pad_token="a")
+        fast.add_special_tokens({"additional_special_tokens": list(special)})
+        return fast
+
+    bare = tokenizer("<tool>", vocabulary={"a": 0, "b": 1})
+    made = CasaProcessor(images, bare)
+    assert made.image_token == "<image>"
+    assert {"<tool>", "<image>"} <= set(bare.all_special_tokens)
+    assert made(images=picture(), text="b <image>b")["image_positions"].tolist() == [[0, 1]]
+    assert CasaProcessor(images, tokenizer("<|image_pad|>")).image_token == "<|image_pad|>"
+    in_words = CasaProcessor(images, tokenizer())
+    assert in_words(images=picture(), text="b<|image_pad|>b")["image_positions"].tolist() == [[0, 1]]
+    both = tokenizer("<image>", "<|image_pad|>")
+    assert CasaProcessor(images, both).image_token == "<image>"
+    assert CasaProcessor(images, both, chat_template="<|image_pad|>").image_token == "<|image_pad|>"
+    both.image_token = "b"
+    assert CasaProcessor(images, both).image_token == "b"
+
+
+def test_an_image_processor_that_counts_no_patches_is_refused(processor):
+    with pytest.raises(UserError, match="SiglipImageProcessorPil does not say how many patches"):
+        CasaProcessor(SiglipImageProcessorPil(), processor.tokenizer)
 
 
 def test_saved_is_loaded_also_by_the_auto_class(processor, tmp_path):

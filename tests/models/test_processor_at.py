@@ -1,10 +1,15 @@
 """The processor of a text-only model and a tower, from their folders; what is damaged there is told in a sentence."""
 
+from dataclasses import replace
+
 import pytest
 
+from casa import CasaProcessor, FusionConfig
 from casa.errors import UserError
 from casa.models.processor_at import processor_at
 from casa.testing import tiny_encoder, tiny_processor, tiny_text_model
+from casa.training.own.model import load_processor
+from casa.training.own.recipe import ModelSettings
 
 
 @pytest.fixture
@@ -21,6 +26,17 @@ def test_a_tokenizer_and_a_tower_make_a_processor(folders):
     assert processor_at(*folders).image_token == "<image>"
     with pytest.raises(UserError, match="needs an image encoder; give vision"):
         processor_at(folders[0])
+
+
+def test_the_shipped_towers_settings_come_with_its_name(folders):
+    """For `casa adapt`, for recipes and for whoever calls this: what the tower was trained with."""
+    wanted = CasaProcessor.from_pretrained("casa-tiny").image_processor.to_dict()
+    assert processor_at(folders[0], "casa-tiny").image_processor.to_dict() == wanted
+    settings = ModelSettings(backbone=str(folders[0]), vision="casa-tiny", fusion=FusionConfig())
+    assert load_processor(settings).image_processor.to_dict() == wanted
+    smaller = load_processor(replace(settings, max_pixels=56 * 56)).image_processor
+    assert dict(smaller.size) == {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}
+    assert tuple(smaller.image_mean) == wanted["image_mean"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The processor that comes with an insertion VLM: its template and delimiters stay, its placeholders go."""
 
 import json
+import shutil
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from casa import CasaProcessor
 from casa.errors import UserError
 from casa.models import processor_of
+from casa.models.processor_at import processor_at
 from casa.testing import tiny_backbone
 
 QWEN = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>")
@@ -66,6 +68,21 @@ def test_qwens_placeholders_go_and_its_delimiters_stay(kind, tmp_path):
     assert rows * columns * 14 * 14 <= 56 * 56, "the VLM's own bound on pixels"
     assert list(processor.image_processor.image_mean) == [0.1, 0.2, 0.3]
     assert (processor.frame_prefix, processor.frame_suffix) == ("<|vision_start|>", "<|vision_end|>")
+
+
+@pytest.mark.parametrize("template", ["chat_template.json", "chat_template.jinja"])
+def test_a_hubs_name_gives_what_the_same_folder_gives(template, tmp_path, hub):
+    settings = {"min_pixels": 28 * 28, "max_pixels": 56 * 56, "image_mean": [0.1, 0.2, 0.3]}
+    folder = folder_of("qwen2_5_vl", tmp_path / "vlm", QWEN, QWEN_TEMPLATE, settings)
+    if template.endswith(".jinja"):
+        (folder / "chat_template.json").unlink()
+        (folder / template).write_text(QWEN_TEMPLATE)
+    shutil.copytree(folder, tmp_path / "whole" / "inside")
+    wanted = processor_of(folder)
+    for found in (processor_of(hub(folder)), processor_of(tmp_path / "whole", subfolder="inside")):
+        assert found.chat_template == wanted.chat_template
+        assert found.image_processor.to_dict() == wanted.image_processor.to_dict()
+    assert processor_at("someone/model").image_processor.to_dict() == wanted.image_processor.to_dict()
 
 
 def test_smolvlms_delimiters_are_written_where_its_processor_would(tmp_path):

@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from casa.models.adapt import adapt
-from casa.models.assembling import processor_for
+from casa.models.assembling import image_processor_for, processor_for
 from casa.models.cache import CasaCache
 from casa.models.config import CasaConfig
 from casa.models.freezing import freeze_backbone
@@ -27,6 +27,7 @@ __all__ = [
     "FusionConfig",
     "adapt",
     "freeze_backbone",
+    "image_processor_for",
     "processor_for",
     "processor_of",
 ]

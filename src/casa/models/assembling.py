@@ -1,7 +1,10 @@
 """A processor for a text model's tokenizer and an image tower that were not made for each other."""
 
+import os
+import warnings
 from typing import Any
 
+from huggingface_hub import is_offline_mode
 from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
@@ -11,44 +14,51 @@ from transformers.image_utils import (
     PILImageResampling,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-from casa.errors import UserError
-from casa.models.picture_processing import CasaFlexibleImageProcessor, CasaSquareImageProcessor
-from casa.models.processor import CasaProcessor
-from casa.vision import family_of
+from casa.models.configs import read_config
+from casa.models.loading import find_file, read_json, reading
+from casa.models.picture_processing import CasaFlexibleImageProcessor, CasaSquareImageProcessor, bounds
+from casa.models.processor import IMAGE_TOKEN, CasaProcessor
+from casa.models.shipped import resolve
+from casa.vision import family_of, tower_config_of
 
-IMAGE_TOKEN = "<image>"
 # Minimal turns, as the paper's Helium route uses: no delimiters around images.
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 MOST_TOKENS = 1280  # per picture of a Qwen tower, as in Qwen2.5-VL
+# of a processor file, what every kind of image processor has
+_COLOURS = ("image_mean", "image_std", "rescale_factor", "resample", "do_rescale", "do_normalize")
 
 
 def processor_for(
     tokenizer: PreTrainedTokenizerBase,
-    vision_config: Any,
+    vision: Any,
     max_pixels: int | None = None,
     gist_ids: list[int] | None = None,
+    **hub: Any,
 ) -> Any:
-    """A CasaProcessor with the pixels that the tower expects; `image_processor_for` makes them.
+    """A CasaProcessor with the pixels that the tower expects; `image_processor_for` makes them, and reads `vision`.
 
-    The tokenizer gets an image token if it has none; it marks places and never reaches the model, so the
-    text model's embeddings stay as they are. A chat template that knows only text gets pictures as that token.
-    gist_ids: ids of the model's gist tokens, if it has some.
+    The tokenizer gets an image token if it has none, beside the special tokens it has; it marks places and never
+    reaches the model, so the text model's embeddings stay as they are. A chat template that knows only text gets
+    pictures as that token. gist_ids: ids of the model's gist tokens, if it has some.
     """
-    images = image_processor_for(vision_config, max_pixels)
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    images = image_processor_for(vision, max_pixels, **hub)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     template: Any = tokenizer.chat_template or PLAIN_TEMPLATE
     return CasaProcessor(images, tokenizer, chat_template=template, image_token=IMAGE_TOKEN, gist_ids=gist_ids)
 
 
-def image_processor_for(vision_config: Any, max_pixels: int | None = None) -> Any:
+def image_processor_for(vision: Any, max_pixels: int | None = None, **hub: Any) -> Any:
     """An image processor that gives an encoder its `pixel_values` and `image_grid_thw`; PIL and NumPy only.
+
+    vision: the encoder's config; or the folder of one, the name of a shipped model or one on a hub, or of a whole
+    model with an encoder in it, whose own processor file then rules: colours, filter and bounds on sizes. hub:
+    revision, subfolder and what else transformers' `from_pretrained` says of the place.
 
     Qwen towers: native resolution, sides rounded to whole tokens, at most `max_pixels` (1280 tokens if left out).
     SigLIP2 naflex: own proportions, at most `max_pixels` (as many patches as the tower has places if left out).
@@ -57,10 +67,21 @@ def image_processor_for(vision_config: Any, max_pixels: int | None = None) -> An
     Encoders with an image processor of their own bring it, with their own settings.
     Raises UserError for an encoder that is not known, or for `max_pixels` where the size is fixed.
     """
-    family = family_of(vision_config)
+    if not isinstance(vision, (str, os.PathLike)):
+        images = _by_family(vision)
+    else:
+        images = _with_own(_by_family(tower_config_of(read_config(vision, **hub))), vision, **hub)
+    for name, value in bounds(images, max_pixels=max_pixels).items():
+        setattr(images, name, value)
+    return images
+
+
+def _by_family(config: Any) -> Any:
+    """With what casa knows of the encoder's kin."""
+    family = family_of(config)
     if family.image_processor is not None:
-        return family.image_processor(vision_config, max_pixels)
-    patch = vision_config.patch_size
+        return family.image_processor(config, None)
+    patch = config.patch_size
     settings: dict[str, Any] = {
         "patch_size": patch,
         "resample": PILImageResampling[family.resample.upper()],
@@ -68,20 +89,53 @@ def image_processor_for(vision_config: Any, max_pixels: int | None = None) -> An
         "image_std": list(OPENAI_CLIP_STD if family.clip_colours else IMAGENET_STANDARD_STD),
     }
     if family.pictures == "patches":
-        merged = patch * vision_config.spatial_merge_size
-        most = max_pixels if max_pixels is not None else MOST_TOKENS * merged * merged
+        merged = patch * config.spatial_merge_size
         return Qwen2VLImageProcessorPil(
-            temporal_patch_size=vision_config.temporal_patch_size,
-            merge_size=vision_config.spatial_merge_size,
-            size={"shortest_edge": merged * merged, "longest_edge": most},
+            temporal_patch_size=config.temporal_patch_size,
+            merge_size=config.spatial_merge_size,
+            size={"shortest_edge": merged * merged, "longest_edge": MOST_TOKENS * merged * merged},
             **settings,
         )
     if family.pictures == "flexible":
-        most = max_pixels // patch**2 if max_pixels is not None else vision_config.num_patches
-        if most < 1:
-            raise UserError(f"max_pixels is {max_pixels}, less than one patch; give {patch**2} or more.")
-        return CasaFlexibleImageProcessor(max_num_patches=most, **settings)
-    if max_pixels is not None:
-        raise UserError(f"{vision_config.model_type!r} sees squares of one size; leave out max_pixels.")
-    side = vision_config.image_size
-    return CasaSquareImageProcessor(size={"height": side, "width": side}, **settings)
+        return CasaFlexibleImageProcessor(max_num_patches=config.num_patches, **settings)
+    return CasaSquareImageProcessor(size={"height": config.image_size, "width": config.image_size}, **settings)
+
+
+def _with_own(images: Any, vision: Any, **hub: Any) -> Any:
+    """The same with what the encoder's own processor file says, as far as this kind of image processor has it too.
+
+    What the encoder's shape fixes (patches, squares) is its config's to say.
+    """
+    with reading(vision, "picture settings"):
+        own = _own_settings(vision, **hub)
+        found = {name: own[name] for name in _COLOURS if own.get(name) is not None}
+        if isinstance(images, CasaFlexibleImageProcessor):
+            found |= {name: own[name] for name in ("max_num_patches",) if own.get(name) is not None}
+        elif not isinstance(images, CasaSquareImageProcessor):
+            found |= _own_bounds(images, own)
+        return type(images).from_dict(images.to_dict() | found)
+
+
+def _own_bounds(images: Any, own: dict[str, Any]) -> dict[str, Any]:
+    """Least and most pixels, in the words of this image processor, however the file puts them."""
+    size: Any = own.get("size") if isinstance(own.get("size"), dict) else {}
+    given = [
+        next((held[name] for held, name in ((own, old), (size, old), (size, new)) if held.get(name) is not None), None)
+        for old, new in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+    ]
+    # one edge alone is a length in px, as other kinds of image processors have it
+    return bounds(images, *given) if None not in given or "size" not in own else {}
+
+
+def _own_settings(vision: Any, **hub: Any) -> dict[str, Any]:
+    """The image processor's part of the files beside an encoder, in transformers' own order; {} without one."""
+    joined, apart = (find_file(vision, name, **hub) for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME))
+    if joined is not None and isinstance(inner := read_json(joined).get("image_processor"), dict):
+        return inner
+    if apart is not None:
+        return read_json(apart)
+    if is_offline_mode() and not os.path.isdir(resolve(vision)):
+        warnings.warn(
+            f"the cache holds no picture settings of {vision}; those usual for its kind are taken.", stacklevel=4
+        )
+    return {}

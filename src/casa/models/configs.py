@@ -18,13 +18,16 @@ from casa.models.shipped import resolve
 from casa.vision import new_encoder
 
 
-def read_config(path: Any) -> Any:
-    """The transformers config in a folder or a JSON file. Raises UserError for one that cannot be read."""
+def read_config(path: Any, **hub: Any) -> Any:
+    """The transformers config in a folder, a JSON file or a hub's. Raises UserError for one that cannot be read.
+
+    hub: revision, subfolder and what else transformers' `from_pretrained` says of the place.
+    """
     path = resolve(path)
     if not Path(str(path)).is_file():
-        check_folder(path)
+        check_folder(path, subfolder=hub.get("subfolder") or "")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
     except UNREADABLE as error:
         raise UserError(f"the config of {path} cannot be read: {sentence_of(error)}") from error
     return config

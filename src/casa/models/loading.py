@@ -3,6 +3,7 @@
 Only JSON and safetensors are read: no pickle, no code from the checkpoint.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers.utils import cached_file
 
 from casa.errors import UserError
 from casa.models.shipped import SHIPPED, resolve
@@ -19,12 +21,12 @@ from casa.models.shipped import SHIPPED, resolve
 UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, ImportError, SafetensorError, StrictDataclassError)
 
 
-def check_folder(name: Any, needed: str = "config.json") -> None:
+def check_folder(name: Any, needed: str = "config.json", subfolder: str = "") -> None:
     """Refuses a local path that is no checkpoint. Names that may be a hub's are left to transformers."""
     path = Path(str(name))
     if path.is_dir():
-        if not (path / needed).is_file():
-            raise UserError(f"{name} has no {needed}; give the folder that save_pretrained wrote.")
+        if not (path / subfolder / needed).is_file():
+            raise UserError(f"{path / subfolder} has no {needed}; give the folder that save_pretrained wrote.")
         return
     if path.exists():
         raise UserError(f"{name} is a file; give the folder that save_pretrained wrote.")
@@ -66,6 +68,35 @@ def refuse_code(settings: dict[str, Any]) -> None:
     """Takes trust_remote_code out of what a `from_pretrained` was given. Raises UserError if it is true."""
     if settings.pop("trust_remote_code", False):
         raise UserError("casa runs no code from a checkpoint; leave out trust_remote_code.")
+
+
+def find_file(name: Any, file: str, **hub: Any) -> Path | None:
+    """A file of a checkpoint in a folder, or in a hub's cache or fetched into it; None if the checkpoint has none.
+
+    hub: revision, subfolder, cache_dir and what else transformers' `from_pretrained` says of the place.
+    Raises OSError if the hub cannot be asked, and its cache does not tell either.
+    """
+    found = cached_file(str(resolve(name)), file, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if found is None else Path(found)
+
+
+def read_text(file: Path) -> str:
+    """The text in a file of a checkpoint. Raises UserError if there is none."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read; fetch it again.") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint. Raises UserError if it holds anything else."""
+    try:
+        read = json.loads(read_text(file))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read; fetch it again.") from error
+    if not isinstance(read, dict):
+        raise UserError(f"{file} cannot be read; fetch it again.")
+    return read
 
 
 @contextmanager

@@ -21,18 +21,23 @@ from casa.models.typed_text import TypedText
 Row = tuple[list[int], list[int]]
 """Of one text: token ids without image tokens, and the indices before which pictures stand."""
 
+IMAGE_TOKEN = "<image>"
+# What templates of transformers' own models write for a picture.
+_KNOWN_TOKENS = (IMAGE_TOKEN, "<|image_pad|>", "<|image|>", "<image_soft_token>", "[IMG]")
 _CHANNELS: dict[Any, Channels] = {"channels_first": "first", "channels_last": "last"}
 
 
 class CasaProcessor(ProcessorMixin):
     """An image processor and a tokenizer, joined.
 
-    image_token: what the chat template writes for a picture. It marks the place and never reaches the model.
+    image_token: what the chat template writes for a picture. It marks the place and never reaches the model. Left out,
+        it is the one that the tokenizer has and the template writes; else `<image>`, which the tokenizer is given.
     frame_prefix, frame_suffix: the delimiters that the template puts around a picture; a streamed frame gets
         the same ones. The suffix is the gist token of the paper (v2, D5), where there is one.
     stream_prompt: what a live session asks the model for, unless told otherwise.
     gist_ids: ids of the model's own gist tokens, which follow every picture (`FusionConfig.gist`).
-    Raises UserError for an image token that the tokenizer does not know, and jinja2's own error for a broken template.
+    Raises UserError for an image token that the tokenizer does not know, or an image processor that does not say how
+    many patches a picture has, and jinja2's own error for a broken template.
     """
 
     def __init__(
@@ -40,7 +45,7 @@ class CasaProcessor(ProcessorMixin):
         image_processor: Any = None,
         tokenizer: Any = None,
         chat_template: str | None = None,
-        image_token: str = "<image>",
+        image_token: str | None = None,
         frame_prefix: str = "",
         frame_suffix: str = "",
         stream_prompt: str = "Describe what is new.",
@@ -48,15 +53,23 @@ class CasaProcessor(ProcessorMixin):
     ) -> None:
         self.gist_ids = list(gist_ids or ())
         self.stream_prompt = stream_prompt
-        self.image_token = image_token
         self.frame_prefix = frame_prefix
         self.frame_suffix = frame_suffix
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         # whoever pads with the tokenizer alone does it as generation needs it
         tokenizer.padding_side = "left"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
-            raise UserError(f"the tokenizer has no token {image_token!r}; name the one its template writes.")
+        if "image_grid_thw" not in getattr(image_processor, "model_input_names", ()):
+            raise UserError(
+                f"{type(image_processor).__name__} does not say how many patches a picture has; "
+                "make the image processor with casa.models.image_processor_for."
+            )
+        self.image_token: str = _image_token(tokenizer, chat_template) if image_token is None else image_token
+        if self.image_token != IMAGE_TOKEN and not _knows(tokenizer, self.image_token):
+            raise UserError(f"the tokenizer has no token {self.image_token!r}; name the one its template writes.")
+        if self.image_token not in tokenizer.get_added_vocab():  # so that it is never cut into others
+            special: Any = {"additional_special_tokens": [self.image_token]}
+            tokenizer.add_special_tokens(special, replace_extra_special_tokens=False)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         _compile(chat_template or tokenizer.chat_template)
 
     @classmethod
@@ -66,7 +79,7 @@ class CasaProcessor(ProcessorMixin):
         Raises UserError if it is no folder, or holds no processor that can be read without code of its own.
         """
         path = resolve(pretrained_model_name_or_path)
-        check_folder(path, PROCESSOR_NAME)
+        check_folder(path, PROCESSOR_NAME, kwargs.get("subfolder") or "")
         refuse_code(kwargs)
         with reading(pretrained_model_name_or_path, "processor"):
             return super().from_pretrained(path, *args, trust_remote_code=False, **kwargs)
@@ -308,6 +321,19 @@ def _as(kind: Any, data: dict[str, Any]) -> dict[str, Any]:
 def _is_scaled(picture: Any) -> bool:
     """Whether an array or tensor holds floats from 0 to 1."""
     return "float" in str(getattr(picture, "dtype", "")) and float(picture.max()) <= 1 + ROUNDING
+
+
+def _knows(tokenizer: Any, token: str) -> bool:
+    found = tokenizer.convert_tokens_to_ids(token)
+    return found is not None and found != tokenizer.unk_token_id
+
+
+def _image_token(tokenizer: Any, chat_template: Any) -> str:
+    """The token for pictures that a tokenizer has, best the one that its chat template writes; `<image>` if none."""
+    template = str(chat_template or tokenizer.chat_template or "")
+    named = getattr(tokenizer, "image_token", None)
+    known = [token for token in (named, *_KNOWN_TOKENS) if token is not None and _knows(tokenizer, token)]
+    return next((token for token in known if token in template), (*known, IMAGE_TOKEN)[0])
 
 
 def _compile(template: Any) -> None:

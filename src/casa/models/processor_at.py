@@ -11,11 +11,11 @@ from casa.models.configs import has_own_tower, read_config
 from casa.models.loading import reading
 from casa.models.processor import CasaProcessor
 from casa.models.vlm_processor import processor_of
-from casa.vision import tower_config_of
 
 
 def processor_at(backbone: Any, vision: Any = None, gist: int = 0, remedy: str = "give vision") -> CasaProcessor:
-    """backbone: folder of an insertion VLM or model, or of a text-only LLM; then vision is that of an image encoder.
+    """backbone: folder of an insertion VLM or model, or of a text-only LLM; then vision is that of an image encoder,
+    or of a model with one. Either may be the name of a shipped model, or one on a hub.
 
     gist: learned tokens after an image, whose ids stand behind the vocabulary. remedy: what a user does about a
     missing encoder, in the words of the place where it is missing. No weights are read.
@@ -31,7 +31,6 @@ def processor_at(backbone: Any, vision: Any = None, gist: int = 0, remedy: str =
         return processor_of(backbone, gist_ids)
     if vision is None:
         raise UserError(f"a text-only model needs an image encoder; {remedy}.")
-    tower = tower_config_of(read_config(vision))
     with reading(backbone, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(backbone, trust_remote_code=False)
-        return processor_for(tokenizer, tower, gist_ids=gist_ids)
+        return processor_for(tokenizer, vision, gist_ids=gist_ids)
