@@ -209,6 +209,29 @@ class Camera:
         raise self.error
 
 
+@pytest.mark.parametrize(
+    ("source", "live", "asked"),
+    [
+        ("http://here/a.ts", True, None),
+        ("http://here/a.ts", False, False),
+        ("http://here/a.ts", None, None),
+        ("-", True, True),
+    ],
+)
+def test_what_lies_on_a_server_is_live_only_if_it_is(load, monkeypatch, source, live, asked):
+    """In live pace, a film there is watched by the clock, as one on disk is."""
+    given = []
+
+    def opened(*_, **settings):
+        given.append(settings["live"])
+        raise UserError("nobody there.")
+
+    monkeypatch.setattr(module, "open_source", opened)
+    with pytest.raises(UserError, match="nobody"):
+        caption(Request(source, live=live), "tiny", load)
+    assert given == [asked]
+
+
 def test_a_source_that_breaks_leaves_what_was_said_and_a_state(load, tmp_path, monkeypatch, film):
     """A camera that is pulled out, or Ctrl-C."""
     for number, error in enumerate([UserError("the camera is gone."), KeyboardInterrupt()]):

@@ -15,6 +15,7 @@ from casa.captioning.questions import Questions
 from casa.captioning.request import Request
 from casa.errors import UserError
 from casa.media import Backoff, Source, open_source
+from casa.media.network import is_address
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.streaming import Count, Moment, StreamingSession, watch, watch_live
 from casa.streaming.pacing import Budget
@@ -162,13 +163,15 @@ class _Frames:
 
 def _open(request: Request, after: float | None) -> Source:
     seconds = request.reconnect_for
+    # what lies whole on a server keeps pace like a file: by the clock, not by how fast it is sent
+    found_out = request.live and is_address(request.path)
     return open_source(
         request.source,
         request.fps,
         start=request.start,
         end=request.end,
         after=after,
-        live=request.live,
+        live=None if found_out else request.live,
         options=request.source_options,
         backoff=None if seconds is None else Backoff(attempts=math.inf, seconds=seconds),
     )

@@ -6,6 +6,7 @@ counted; `lost` says that the stream broke off (a connection, a device) rather t
 
 import math
 import os
+import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,12 +32,17 @@ HASTE = {"analyzeduration": "1000000", "fpsprobesize": "0"}
 PATIENCE = 64
 
 
+# when a key frame appears, in seconds; and what it is known by: its own time, as it is written, its size and sum
+Key = tuple[float | None, tuple[int | None, int, int]]
+
+
 class Decoder:
     """An opened video stream; times are in seconds from where the whole begins, sound included.
 
     where: what PyAV opens: an address, or an object with `read`. name: how sentences call it. unreadable: the sentence
     for what is no video. format, options: FFmpeg's. timeout: seconds to wait for a connection or for data; None for
     ever. live: frames are wanted soon: little is read before the first, and none are decoded side by side.
+    keys: a list, for whoever wants to know of key frames: each is put there before it is decoded.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class Decoder:
         self.name = name
         self.counts = counts if counts is not None else Counts()
         self.lost = self._flushing = False
+        self.keys: list[Key] | None = None
         self._missing = 0
         self._sought: float | None = None
         self._failure, self._damage = av.error.FFmpegError, av.error.InvalidDataError
@@ -113,6 +120,11 @@ class Decoder:
     def format(self) -> str:
         """FFmpeg's names of the container, with commas."""
         return self._container.format.name
+
+    @property
+    def begin(self) -> float:
+        """What the stream's own clock says at second 0."""
+        return self._begin or 0.0
 
     @property
     def codec(self) -> str:
@@ -220,6 +232,8 @@ class Decoder:
             # The mark says that something is missing close by. It may stand at the whole frame before the gap, even at
             # a key frame; so it is only counted, and the decoder says which frames can be shown.
             self.counts.skipped += packet.is_corrupt
+            if self.keys is not None and packet.is_keyframe and packet.size:
+                self.keys.append(self._key(packet))
             try:
                 decoded = packet.decode()
             except self._failure:
@@ -236,6 +250,12 @@ class Decoder:
             yield from self._flush()
         # what lies beyond the end of the file, part of which may have been met
         self.counts.skipped += max(0, self._missing - (self.counts.skipped - before))
+
+    def _key(self, packet: Any) -> Key:
+        tick = packet.time_base or self.stream.time_base
+        stated = None if packet.pts is None or not tick or not self.timed else packet.pts
+        seconds = None if stated is None else float(stated * tick) - self.begin
+        return seconds, (stated, packet.size, zlib.crc32(packet))
 
     def _packets(self):
         """Packets to the end. Past a damaged place the container is asked again, a few times."""

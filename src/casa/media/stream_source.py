@@ -7,6 +7,14 @@ it goes on where it would be had nothing happened.
     given             0 -- 1 -- 2 -- 3 ...(4 s).. 7 -- 8 -- 9
 
 A file on a server (it has a length) is taken up again at the second where it broke off.
+
+Nothing that was given is given again. A new connection may begin before the last one ended: a playlist lists what was
+there, a server plays its film from the start. Its key frames then are known, by their own times and bytes, and it is
+passed over up to the last frame that was given. One that gives all of that and nothing else is over; so is a playlist
+with an end mark, and a file of known length.
+
+    stream's clock    0 -- 1 -- 2 -- 3 x      2 -- 3 -- 4 -- 5
+    given             0 -- 1 -- 2 -- 3 ..               4 -- 5
 """
 
 import logging
@@ -17,13 +25,17 @@ from typing import Any
 
 from casa.errors import UserError
 from casa.media.backoff import Backoff
-from casa.media.decoder import Decoder
-from casa.media.sampling import as_they_come, on_screen, spans
+from casa.media.decoder import Decoder, Key
+from casa.media.sampling import TOLERANCE, as_they_come, on_screen, spans
 from casa.media.source import Counts, Frame, Source, check_fps
 from casa.media.upright import upright
 
 # A clock that goes back by more than this has been set anew; by less, a frame is out of order.
 BACKWARDS = 1.0
+# Key frames that are remembered: those of the beginning, and the latest, of more than a day at one a second.
+FIRST, LATEST = 16, 100_000
+# Playlists: what FFmpeg calls their end may be a server that is gone. They say of themselves whether they go on.
+PLAYLISTS = ("hls", "dash")
 
 log = logging.getLogger("casa.media")
 
@@ -83,37 +95,80 @@ class StreamSource(Source):
 
     def _timed(self):
         """(seconds, raw frame, length), rising over all connections."""
-        live = _LiveClock(self._clock) if self.is_live else None
+        return self._timed_live() if self.is_live else self._timed_file()
+
+    def _timed_file(self):
         last, until, failures = -math.inf, 0.0, 0
         while True:
-            for stated, raw, length in self._decoder.frames():
-                if self._stopping.is_set():
-                    return
-                seconds = live.place(stated if self._decoder.timed else None, length) if live is not None else stated
-                if seconds <= last:
-                    # a file taken up again begins at the key frame before: those were given already
-                    self.counts.skipped += self.is_live
-                    continue
-                last, until, failures = seconds, seconds + 2 * length, 0
-                yield seconds, raw, length
+            for seconds, raw, length in self._given():
+                # taken up again, it begins at the key frame before: those were given already
+                if seconds > last:
+                    last, until, failures = seconds, seconds + 2 * length, 0
+                    yield seconds, raw, length
             # a server that tells no length breaks off at the end of a file, too
-            if not self.is_live and (not self._decoder.lost or until >= self._decoder.duration):
+            if self._stopping.is_set() or not self._decoder.lost or until >= self._decoder.duration:
                 return
-            failures = self._reconnect(failures, last)
+            failures = self._reconnect(failures)
             if self._stopping.is_set():
                 return
-            if live is not None:
-                live.broke_off()
+            if last > 0:
+                self._seek(last)
 
-    def _reconnect(self, failures: int, last: float) -> int:
-        """Opens the stream again, after as many attempts as it takes; how many that were in all since a frame came.
+    def _timed_live(self):
+        live, seen = _LiveClock(self._clock), _Seen()
+        failures, first = 0, True
+        while True:
+            again = None if first else _Again(self._decoder, live, seen)
+            if again is not None and again.begins_at > 0:
+                self._seek(again.begins_at)
+            self._decoder.keys = keys = []
+            for stated, raw, length in self._given():
+                if self._stopping.is_set():
+                    return
+                stated = stated if self._decoder.timed else None
+                if again is not None and again.was_given(stated, keys):
+                    continue
+                last = live.last
+                seconds = live.place(stated, length)
+                seen.add(keys, live)
+                if seconds <= last:
+                    self.counts.skipped += 1
+                    continue
+                failures = 0
+                yield seconds, raw, length
+            if self._stopping.is_set():
+                return
+            if _is_over(self._decoder, again):
+                # that it was asked once more is no matter: nothing had broken off
+                self.counts.reconnects -= again is not None and again.gave_the_same
+                return
+            live.ends(getattr(self._decoder, "begin", 0.0))
+            failures = self._reconnect(failures)
+            if self._stopping.is_set():
+                return
+            first = False
 
-        last: where a file goes on, in seconds.
-        """
+    def _given(self):
+        """What the connection at hand gives; one that cannot be read from its beginning again is lost."""
+        try:
+            yield from self._decoder.frames()
+        except UserError:
+            self._decoder.lost = True
+
+    def _seek(self, seconds: float) -> None:
+        try:
+            self._decoder.seek(seconds)
+        except UserError:
+            self._decoder.lost = True
+
+    def _reconnect(self, failures: int) -> int:
+        """Opens the stream again, after as many attempts as it takes; how many that were in all since a frame came."""
         self._decoder.close()
         if not failures:
             self._broke_off = self._clock()
-            log.warning("%s broke off: connecting again", self._name)
+            # a playlist may only have come to its end, which it says when it is asked again
+            if self._decoder.lost or self._decoder.format not in PLAYLISTS:
+                log.warning("%s broke off: connecting again", self._name)
         while failures < self._backoff.attempts and (left := self._left()) > 0:
             failures += 1
             # the last attempt is made when the time is up, not before
@@ -122,8 +177,6 @@ class StreamSource(Source):
                 return failures
             try:
                 self._decoder = self._again(self.counts)
-                if not self.is_live and last > 0:
-                    self._decoder.seek(last)
             except UserError:
                 continue
             self.counts.reconnects += 1
@@ -136,13 +189,19 @@ class StreamSource(Source):
 
 
 class _LiveClock:
-    """Seconds from the first frame on. A stream without times of its own is timed by when its frames arrive."""
+    """Seconds from the first frame on. A stream without times of its own is timed by when its frames arrive.
+
+    last: of the latest frame. offset: what is to be added to the times of the connection at hand; None if its next
+    frame says where it stands. ended: the same for what the stream's own clock says, as of the connection before.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._began: float | None = None
-        self._offset: float | None = None
-        self._last = self._seen_at = 0.0
+        self._seen_at = 0.0
+        self.last = -math.inf
+        self.offset: float | None = None
+        self.ended: float | None = None
 
     def place(self, stated: float | None, length: float) -> float:
         """When in the stream a frame appears that says `stated` (None: it says nothing)."""
@@ -151,23 +210,117 @@ class _LiveClock:
             self._began, seconds = now, 0.0
         elif stated is None:
             seconds = now - self._began
-        elif self._offset is None:
+        elif self.offset is None:
             # after a gap: what the clock on the wall says, or just after the last
-            seconds = self._last + max(now - self._seen_at, length)
-        elif stated + self._offset < self._last - BACKWARDS:
-            self._offset, seconds = None, self._last + length
+            seconds = self.last + max(now - self._seen_at, length)
+        elif stated + self.offset < self.last - BACKWARDS:
+            self.offset, seconds = None, self.last + length
         else:
-            seconds = stated + self._offset
-        if self._offset is None and stated is not None:
-            self._offset = seconds - stated
-        self._seen_at, self._last = now, max(seconds, self._last)
+            seconds = stated + self.offset
+        if self.offset is None and stated is not None:
+            self.offset = seconds - stated
+        self._seen_at, self.last = now, max(seconds, self.last)
         return seconds
 
-    def broke_off(self) -> None:
-        """The next frame's own time says nothing about the last one's."""
-        self._offset = None
+    def ends(self, begin: float) -> None:
+        """A connection is over whose second 0 was `begin` on the stream's own clock."""
+        self.ended = None if self.offset is None else self.offset - begin
+        self.offset = None
+
+
+class _Seen:
+    """Key frames that were given, and when."""
+
+    def __init__(self) -> None:
+        self._first: dict[Any, float] = {}
+        self._latest: dict[Any, float] = {}
+
+    def add(self, keys: list[Key], live: _LiveClock) -> None:
+        """Those read since the last frame was placed; `keys` is emptied."""
+        for stated, name in keys:
+            seconds = live.last if stated is None or live.offset is None else stated + live.offset
+            (self._first if len(self._first) < FIRST else self._latest)[name] = seconds
+            if len(self._latest) > LATEST:
+                del self._latest[next(iter(self._latest))]
+        keys.clear()
+
+    def when(self, name: Any) -> float | None:
+        return self._latest.get(name, self._first.get(name))
+
+    def knows(self, seconds: float) -> bool:
+        """Whether all key frames from there on are remembered."""
+        oldest = next(iter((self._latest or self._first).values()), math.inf)
+        return seconds >= (oldest if len(self._latest) >= LATEST else 0.0)
+
+
+class _Again:
+    """What a connection after the first gives, as far as it was given before.
+
+    begins_at: the second, by its own times, from which on there may be something new. gave_the_same: whether all that
+    was given came again, up to the last frame, and nothing else.
+    """
+
+    def __init__(self, decoder: Decoder, live: _LiveClock, seen: _Seen) -> None:
+        self._live, self._seen = live, seen
+        self._known: bool | None = None  # whether it is one that was there before; None: nothing of it was read yet
+        self.gave_the_same = False
+        self._place, self.begins_at = None, 0.0
+        if _has_end_mark(decoder) and live.ended is not None:
+            # the whole, by its own clock, of what was seen in part
+            self._place = live.ended + decoder.begin
+            self.begins_at = live.last - self._place
+
+    def was_given(self, stated: float | None, keys: list[Key]) -> bool:
+        """Whether the frame that says `stated` is an old one. keys: those read since the last frame."""
+        for at, name in keys:
+            when = self._seen.when(name)
+            if self._known is None:
+                self._begin(at, when)
+            elif self._known and when is None and self._contradicts(at):
+                # the same picture at the same time, by chance: another stream after all
+                self._known, self._live.offset = False, None
+        ahead = -1.0 if stated is None or self._live.offset is None else stated + self._live.offset - self._live.last
+        if not self._known or ahead > TOLERANCE:
+            self._known = self.gave_the_same = False
+            return False
+        self.gave_the_same = abs(ahead) <= TOLERANCE
+        # one that was read ahead of its frame is new
+        keys[:] = [key for key in keys if self._is_ahead(key[0])]
+        return True
+
+    def _is_ahead(self, at: float | None) -> bool:
+        offset = self._live.offset
+        return at is not None and offset is not None and at + offset > self._live.last + TOLERANCE
+
+    def _begin(self, at: float | None, when: float | None) -> None:
+        self._known = when is not None or self._place is not None
+        if when is not None and at is not None:
+            self._live.offset = when - at
+        elif self._place is not None:
+            self._live.offset = self._place
+
+    def _contradicts(self, at: float | None) -> bool:
+        if at is None or self._live.offset is None:
+            return True
+        if self._place is not None:
+            return False
+        seconds = at + self._live.offset
+        return self._seen.knows(seconds) and seconds <= self._live.last + TOLERANCE
+
+
+def _is_over(decoder: Decoder, again: _Again | None) -> bool:
+    """Whether what a live connection came to was its end."""
+    if decoder.format in PLAYLISTS:
+        return _has_end_mark(decoder) and not decoder.lost
+    # whoever does not say how much there is breaks off at the end, too: twice at the same place, it is the end
+    return (decoder.size > 0 and not decoder.lost) or (again is not None and again.gave_the_same)
+
+
+def _has_end_mark(decoder: Decoder) -> bool:
+    """Whether it is a playlist that lists all there will ever be."""
+    return decoder.format in PLAYLISTS and math.isfinite(decoder.duration)
 
 
 def _has_length(decoder: Decoder) -> bool:
     # a playlist is a file of some size too, whatever it lists
-    return math.isfinite(decoder.duration) or (decoder.size > 0 and decoder.format not in ("hls", "dash"))
+    return math.isfinite(decoder.duration) or (decoder.size > 0 and decoder.format not in PLAYLISTS)
