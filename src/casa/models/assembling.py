@@ -23,9 +23,11 @@ from casa.models.processor import IMAGE_TOKEN, CasaProcessor
 from casa.models.shipped import resolve
 from casa.vision import family_of, tower_config_of
 
-# Minimal turns, as the paper's Helium route uses: no delimiters around images.
+# Minimal turns, as the paper's Helium route uses: no delimiters around images. An answer ends with the token that ends
+# it when a model says it, so that the answers of a chat look alike and each can be learned with its end.
 PLAIN_TEMPLATE = (
-    "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n{% endfor %}"
+    "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 MOST_TOKENS = 1280  # per picture of a Qwen tower, as in Qwen2.5-VL

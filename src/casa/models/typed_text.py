@@ -99,6 +99,10 @@ class TypedText:
         """The private spelling of a special token."""
         return self._mark + token
 
+    def unspell(self, spelled: str) -> str:
+        """A spelled text as people read it."""
+        return spelled.replace(self._mark, "")
+
     def _spelled(self, found: re.Match[str]) -> str:
         return self._mark + found[0] if found[0] in self._special else found[0]
 

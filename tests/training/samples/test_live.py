@@ -10,8 +10,9 @@ from PIL import Image
 from casa import CasaForConditionalGeneration, StreamingSession, WindowLayout
 from casa.data.bad import BadRecord
 from casa.data.record import Message, Origin, Record, Text
+from casa.models import processor_for
 from casa.streaming import Sampling
-from casa.testing import tiny_casa, tiny_processor
+from casa.testing import TOKENIZERS, tiny_casa, tiny_encoder, tiny_processor, tiny_tokenizer
 from casa.training.packs import Collator
 from casa.training.samples import Budget, SampleMaker
 
@@ -109,6 +110,33 @@ def test_a_question_in_mid_stream_is_what_ask_feeds(model, picture):
     heard.hook.remove()
     assert [*heard.ids, *session._pending] == list(sample.ids)
     assert heard.places == list(sample.places)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_what_is_said_live_is_text_and_an_answer_begins_behind_its_prompt(picture, kind):
+    processor = processor_for(tiny_tokenizer(kind), tiny_encoder().config)
+    first, _ = live(picture, ["line </s>", ""], prompt="an <image>")
+    ask = (Message("user", (Text("line <image>"),)), Message("assistant", (Text("407"),)))
+    sample = SampleMaker(processor, BIG)(Record((*first.messages, *ask), first.origin))[0]
+    asked = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": words}], add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"][0].tolist()
+        for words in ("an <image>", "line <image>")
+    ]
+    assert list(sample.ids[: len(asked[0])]) == asked[0]
+    assert len(sample.places) == 2
+    # two frames, and the answer behind the words that asked for it
+    assert sample.ids.count(3) == 3
+    answer = sample.ids[len(sample.ids) - 1 - list(sample.ids)[::-1].index(asked[1][-1]) + 1 :]
+    chat = processor.apply_chat_template(
+        [{"role": "user", "content": "line <image>"}, {"role": "assistant", "content": "407"}], tokenize=True
+    )[0].tolist()
+    decode = processor.tokenizer.decode
+    assert decode([*asked[1], *answer]) == decode(chat).rstrip("\n")
+    learned = [token for token, learn in zip(sample.ids, sample.learn, strict=True) if learn]
+    said = processor.typed_text.encode_spelled("line </s>").ids
+    assert learned == [*said, 3, 3, *answer]
 
 
 @pytest.mark.parametrize("delimited", [True, False])

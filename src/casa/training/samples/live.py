@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from casa.data.bad import BadRecord
 from casa.data.record import Message, Picture, Text
 from casa.models import CasaProcessor
-from casa.training.samples.chat import Stop, Tokens
+from casa.training.samples.chat import Stop, Tokens, answer_tokens
 
 
 def is_live(messages: Sequence[Message]) -> bool:
@@ -30,7 +30,7 @@ def live_tokens(messages: Sequence[Message], processor: CasaProcessor, stop: Sto
 
     Raises BadRecord for pictures outside of the assistant's turns, or if there is no frame.
     """
-    feed = _Feed(processor, stop.token)
+    feed = _Feed(processor, stop)
     asked: list[str] = []
     for message in messages:
         if message.role != "assistant":
@@ -55,16 +55,16 @@ def live_tokens(messages: Sequence[Message], processor: CasaProcessor, stop: Sto
 
 
 class _Feed:
-    """The tokens so far. `open`: a frame or a question waits for its words."""
+    """The tokens so far. `open`: a frame or a question waits for its words; `asked`: that question."""
 
-    def __init__(self, processor: CasaProcessor, stop: int) -> None:
+    def __init__(self, processor: CasaProcessor, stop: Stop) -> None:
         self._processor, self._stop = processor, stop
         self.ids: list[int] = []
         self.learn: list[bool] = []
         self.places: list[int] = []
         self.pictures: list[Picture] = []
         self._early: list[str] = []
-        self._open = False
+        self._open, self._asked = False, ""
 
     def turn(self, asked: str) -> None:
         """The prompt, or a question in mid-stream; an assistant who goes on is not asked anything."""
@@ -80,6 +80,7 @@ class _Feed:
         self._add(tokens, False)
         # a prompt waits for its first frame, a question for its answer
         self._open = bool(self.pictures)
+        self._asked = asked if self._open else ""
 
     def show(self, frame: Picture) -> None:
         processor = self._processor
@@ -92,7 +93,7 @@ class _Feed:
         self.places.append(len(self.ids) if after else len(self.ids) - 1)
         self._add(after, False)
         self.pictures.append(frame)
-        self._open = True
+        self._open, self._asked = True, ""
 
     def say(self, words: list[str]) -> None:
         """What is said of the frame at hand, and its stop token. Words before any frame are said of the first one."""
@@ -100,9 +101,12 @@ class _Feed:
             self._early += words
             return
         said = " ".join(text.strip() for text in [*self._early, *words] if text.strip())
-        self._add(self._processor.tokenizer.encode(said, add_special_tokens=False) if said else [], True)
-        self._add([self._stop], True)
-        self._early, self._open = [], False
+        if self._asked and said:
+            tokens = answer_tokens(self._asked, said, self._processor, self._stop)
+        else:
+            tokens = list(self._processor.typed_text.encode_spelled(said).ids)
+        self._add([*tokens, self._stop.token], True)
+        self._early, self._open, self._asked = [], False, ""
 
     def _add(self, tokens: list[int], learned: bool) -> None:
         self.ids += tokens

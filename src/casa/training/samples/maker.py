@@ -20,6 +20,7 @@ class SampleMaker:
     fold: patches per side of an image token (`fold_of(model.config)`); the processor's merge size if left out.
     stop: the token that ends an answer, where it is not the tokenizer's eos token.
     counts: records, samples, and how many records were "downscaled", "split" or "refused" for their size.
+    notes: sentences about answers that the template writes in a way that cannot be learned as it stands.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class SampleMaker:
         self.grids = PictureGrids(processor.image_processor, fold)
         self.counts: Counter[str] = Counter()
         self._stop = stop_of(processor, stop)
+        self.notes = self._stop.notes
         self._longest = max(map(len, processor.tokenizer.get_vocab()))  # characters of a token
 
     def __call__(self, record: Record) -> list[Sample]:
