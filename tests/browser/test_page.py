@@ -10,6 +10,7 @@ import re
 import shutil
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -238,12 +239,100 @@ def test_the_webcam(page):
     assert page.inner_text("#status") == "live"
 
 
-def test_what_is_no_video_is_a_sentence(page, tmp_path):
+def download(page, kind):
+    with page.expect_download() as saved:
+        page.click(f"[data-kind={kind}]")
+    return Path(saved.value.path()).read_text()
+
+
+def test_what_is_no_video_is_a_sentence_and_what_was_said_can_still_be_had(page, tmp_path):
     wrong = tmp_path / "wrong.mp4"
     wrong.write_text("this is no video")
     page.set_input_files("#file", wrong)
     page.wait_for_selector("#trouble:visible")
     assert "cannot play" in page.inner_text("#trouble")
+    assert page.is_disabled("[data-kind=srt]")
+    page.click("#film")
+    shown(page, 2)
+    page.set_input_files("#file", wrong)
+    page.wait_for_selector("#trouble:visible")
+    assert page.inner_text("#status") == "cannot play"
+    said = lines(page)
+    text = download(page, "srt")
+    assert said
+    assert all(line.removesuffix(CUT).strip() in text for _, line in said)
+    # the next stream's captions take their place
+    page.click("#film")
+    page.wait_for_selector("#status[data-state=live]")
+    shown(page, 1)
+    assert page.is_hidden("#trouble")
+    assert "-->" in download(page, "vtt")
+
+
+def test_frames_are_those_that_were_watched(page, server):
+    """Those that a busy server had no time for are dropped, and counted as that."""
+    metrics = server._state.metrics
+    before = metrics._counts["frames"]
+    page.click("#film")
+    wait(page, "Number(document.getElementById('frames').textContent) >= 1")
+    busy = threading.Event()
+    server._state.worker.call(busy.wait)
+    try:
+        wait(page, "Number(document.getElementById('dropped').textContent) >= 4")
+    finally:
+        busy.set()
+    watched = int(page.inner_text("#frames"))
+    wait(page, f"Number(document.getElementById('frames').textContent) > {watched}")
+    page.click("#pause")
+    page.wait_for_selector("#status[data-state=paused]")
+    idle = threading.Event()
+    server._state.worker.call(idle.set)
+    assert idle.wait(60)
+    wait(page, f"Number(document.getElementById('frames').textContent) === {metrics._counts['frames'] - before}")
+
+
+LINE = """
+[...document.querySelectorAll('header > *')].map(e => e.getBoundingClientRect())
+    .map(({left, right, top, bottom}) => ({left, right, middle: (top + bottom) / 2}))
+"""
+
+
+@pytest.mark.parametrize("width", [320, 360, 375, 1280])
+def test_the_head_is_one_line_whatever_it_says(page, width):
+    page.set_viewport_size({"width": width, "height": 740})
+    for state in (page.inner_text("#status"), "live", "connection lost", "a longer state than there is"):
+        page.evaluate("text => { document.getElementById('status').textContent = text }", state)
+        page.evaluate("document.getElementById('model').textContent = 'a-model-of-a-long-name-7b'")
+        parts = page.evaluate(LINE)
+        assert max(part["middle"] for part in parts) - min(part["middle"] for part in parts) < 8, (state, parts)
+        assert all(before["right"] <= after["left"] for before, after in pairwise(parts)), (state, parts)
+        assert parts[0]["left"] >= 0
+        assert parts[-1]["right"] <= width
+        button = page.locator("#theme").bounding_box()
+        assert min(button["width"], button["height"]) >= 28
+        if width >= 360 and state != "a longer state than there is":
+            # nothing is cut off that the page itself says
+            assert page.evaluate("(e => e.scrollWidth <= e.clientWidth)(document.getElementById('status'))"), state
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    # what there is to read before anything is watched is inside the screen
+    screen, lead = page.locator(".screen").bounding_box(), page.locator(".welcome img").bounding_box()
+    assert screen["y"] <= lead["y"]
+
+
+SAME_CURVES = """async () => {
+    const {Plot, seconds} = await import('./plot.js');
+    const plot = new Plot(document.getElementById('time'), seconds);
+    for (let frame = 1; frame < 40; frame += 1) plot.add(frame, 0.2 + frame / 1000, 0.2 + frame / 1000);
+    plot.draw();
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_curves_that_are_the_same_are_both_seen(page, scheme):
+    page.emulate_media(color_scheme=scheme)
+    page.evaluate(SAME_CURVES)
+    drawn = page.evaluate(PIXELS_OF_THE_CURVES)[1]
+    assert min(drawn.values()) > 0.3 * max(drawn.values()) > 50, drawn
 
 
 def test_keys_alone_and_both_colours(page):

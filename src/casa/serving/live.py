@@ -181,6 +181,7 @@ class LiveStream:
         if self.tally is not None:
             insertion = self.tally.frame(usage.image_tokens, event.text, seconds)
         return {
+            "watched": self.session.frames,
             "latency": round(seconds, 4),
             "cache_bytes": usage.cache_bytes,
             "text_tokens": usage.text_tokens,

@@ -10,13 +10,14 @@ const MOST_SENT = 200; // frames whose time of sending is remembered
 
 const token = new URLSearchParams(location.hash.slice(1)).get("token") || "";
 let stream = null; // the socket's state: see `open`
+let told = ""; // the name of the stream whose captions are on the page, also once it has ended
 let about = { fps: 2 };
 
 function enable() {
   const live = stream !== null && stream.ready;
   for (const id of ["pause", "question", "send"]) at(id).disabled = !live;
   at("pause").textContent = live && stream.paused ? "Go on" : "Pause";
-  for (const button of document.querySelectorAll(".download")) button.disabled = !(stream && stream.name);
+  for (const button of document.querySelectorAll(".download")) button.disabled = !told;
 }
 
 // ---- stream ----------------------------------------------------------------------------------------------------
@@ -26,12 +27,13 @@ function open() {
   address.protocol = location.protocol === "https:" ? "wss:" : "ws:";
   address.hash = "";
   const socket = new WebSocket(address);
-  const mine = { socket, ready: false, paused: false, name: "", sent: new Map(), lost: 0, timer: 0, last: -1 };
+  const mine = { socket, ready: false, paused: false, sent: new Map(), lost: 0, timer: 0, last: -1 };
   mine.fps = Math.max(0.1, Number(at("fps").value) || about.fps);
   mine.begun = performance.now();
   stream = mine;
   status("idle", "connecting");
   clear();
+  told = "";
   enable();
   socket.addEventListener("open", () => {
     const hello = { type: "hello", fps: mine.fps };
@@ -64,7 +66,7 @@ function close() {
 
 function begin(mine, event) {
   mine.ready = true;
-  mine.name = event.stream;
+  told = event.stream;
   mine.begun = performance.now();
   explain(event.insertion);
   status("live", "live");
@@ -149,7 +151,7 @@ for (const button of document.querySelectorAll(".download")) {
   button.addEventListener("click", async () => {
     const kind = button.dataset.kind;
     const headers = token ? { Authorization: `Bearer ${token}` } : {};
-    const answer = await fetch(`v1/streams/${stream.name}/captions.${kind}`, { headers }).catch(() => null);
+    const answer = await fetch(`v1/streams/${told}/captions.${kind}`, { headers }).catch(() => null);
     if (!answer || !answer.ok) {
       trouble("The captions of this stream are no longer there.");
       return;

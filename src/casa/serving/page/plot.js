@@ -1,4 +1,5 @@
-// A live plot of two curves on a canvas: CASA whole, insertion dashed. Colours are the page's own.
+// A live plot of two curves on a canvas: CASA whole, insertion dashed above it, so that both are seen where they are the
+// same. Colours are the page's own.
 
 const MOST_POINTS = 2000;
 const LEFT = 62;
@@ -19,7 +20,7 @@ export class Plot {
     this.soon();
   }
 
-  /** x: number of the frame. casa, insertion: values; insertion may be null. */
+  /** x: how many frames were watched. casa, insertion: values; insertion may be null. */
   add(x, casa, insertion) {
     this.points.push([x, casa, insertion]);
     if (this.points.length > MOST_POINTS) this.points = this.points.filter((_, index) => index % 2 === 0);
@@ -73,8 +74,8 @@ export class Plot {
       pen.textAlign = "left";
       pen.fillText(String(first), LEFT, height - 4);
     }
-    this.curve(pen, points, 2, atX, atY, colour("--insertion"), [6, 4]);
     this.curve(pen, points, 1, atX, atY, colour("--casa"), []);
+    this.curve(pen, points, 2, atX, atY, colour("--insertion"), [5, 5]);
   }
 
   curve(pen, points, which, atX, atY, colour, dashes) {
@@ -90,8 +91,10 @@ export class Plot {
     pen.setLineDash([]);
     const end = drawn[drawn.length - 1];
     pen.beginPath();
-    pen.arc(Math.min(atX(end[0]), pen.canvas.clientWidth - 4), atY(end[which]), 3, 0, 2 * Math.PI);
-    pen.fill();
+    // a ring around a point
+    pen.arc(Math.min(atX(end[0]), pen.canvas.clientWidth - 6), atY(end[which]), dashes.length ? 5 : 3, 0, 2 * Math.PI);
+    if (dashes.length) pen.stroke();
+    else pen.fill();
   }
 }
 

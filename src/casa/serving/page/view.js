@@ -67,7 +67,7 @@ export function said(event) {
 /** A frame's figures. lag: in seconds. dropped: frames lost so far, here and there. */
 export function used(event, lag, dropped) {
   at("lag").textContent = seconds(lag);
-  at("frames").textContent = String(event.frame);
+  at("frames").textContent = String(event.watched);
   at("dropped").textContent = String(dropped);
   const { insertion } = event;
   times.push([event.latency, insertion ? insertion.latency : null]);
@@ -75,8 +75,8 @@ export function used(event, lag, dropped) {
   const casaTime = median(times.map((pair) => pair[0]));
   const theirs = times.map((pair) => pair[1]).filter((value) => value !== null);
   const insertionTime = theirs.length ? median(theirs) : null;
-  memory.add(event.frame, event.cache_bytes, insertion ? insertion.cache_bytes : null);
-  time.add(event.frame, casaTime, insertionTime);
+  memory.add(event.watched, event.cache_bytes, insertion ? insertion.cache_bytes : null);
+  time.add(event.watched, casaTime, insertionTime);
   at("latency").textContent = at("casa-time").textContent = seconds(casaTime);
   at("casa-bytes").textContent = bytes(event.cache_bytes);
   at("insertion-bytes").textContent = insertion ? bytes(insertion.cache_bytes) : "–";
