@@ -50,6 +50,32 @@ def test_block_0_gives_text_what_insertions_block_0_gives_it():
     torch.testing.assert_close(found, insertion_attention(model, image, text), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("gate", [None, "tanh"])
+def test_text_that_sees_no_image_is_left_alone_whatever_its_numbers_come_to(gate):
+    """Two tokens before the image, whose update overflows: zero, and nothing of it in the gradients."""
+    torch.manual_seed(0)
+    layer = CasaAttention(Attention().float(), gate)
+    with torch.no_grad():
+        layer.o_proj.weight *= 1e20
+    plan = plan_call(torch.ones(1, 5, dtype=torch.bool), [(0, 2)], [3])
+    image = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    hidden = torch.randn(1, 5, 8)
+
+    def run(blind):
+        layer.zero_grad()
+        given = hidden.clone()
+        given[:, :2] *= blind
+        given.requires_grad_(True)
+        update = layer(given, PackedStep(plan, [image], [None]), 0)
+        (update * 1e-20).sum().backward()
+        return [update.detach(), given.grad[:, 2:], *(p.grad.clone() for p in layer.parameters())]
+
+    for found, wanted in zip(run(1e20), run(1.0), strict=True):
+        assert wanted.isfinite().all()
+        torch.testing.assert_close(found, wanted)
+    assert not run(1e20)[0][:, :2].any()
+
+
 class Attention(nn.Module):
     def __init__(self, bias=False, norm=False):
         super().__init__()

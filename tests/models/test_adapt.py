@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from casa import FusionConfig, adapt
 from casa.errors import UserError
-from casa.testing import TinySample, as_batch, tiny_casa, tiny_encoder, tiny_text_model
+from casa.testing import TinySample, as_batch, tiny_backbone, tiny_casa, tiny_encoder, tiny_text_model
 from casa.testing.drawn import SEVERAL
 
 ADDING = [
@@ -188,3 +188,16 @@ def test_a_text_model_with_missing_weights_or_a_pickle_is_refused(tmp_path):
     torch.save(text.state_dict(), tmp_path / "pickle" / "pytorch_model.bin")
     with pytest.raises(UserError, match="safetensors"):
         adapt(tmp_path / "pickle", vision=tiny_encoder())
+
+
+@pytest.mark.parametrize("fusion", [{}, {"method": "insertion"}], ids=named)
+@pytest.mark.parametrize("train", [True, False])
+def test_the_model_is_in_the_mode_that_its_backbone_was_in(fusion, train, tmp_path):
+    for backbone, vision in ((tiny_text_model(), tiny_encoder()), (tiny_backbone("qwen2_5_vl"), None)):
+        model = adapt(backbone.train(train), FusionConfig(**fusion), vision=vision)
+        assert {module.training for module in model.modules()} == {train}
+    # and so is one that is given layers later
+    if fusion:
+        assert {module.training for module in adapt(model).modules()} == {train}
+    tiny_text_model().save_pretrained(tmp_path)
+    assert not adapt(str(tmp_path), FusionConfig(**fusion), vision=tiny_encoder()).training

@@ -4,11 +4,15 @@ transformers' wheel ships no common test mixin for models (those are in its repo
 own words and for every family, what matters of what such a mixin asks.
 """
 
+import copy
+import pickle
+
 import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
 from casa import CasaForConditionalGeneration, adapt
+from casa.errors import UserError
 from casa.testing import BACKBONES, TinySample, as_batch, tiny_casa, tiny_casa_over, tiny_encoder, tiny_text_model
 
 SAMPLE = TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 2, 3), (5, 1, 2)))
@@ -19,6 +23,81 @@ KINDS = [kind for kind in BACKBONES if kind != "smolvlm"]
 @pytest.fixture(scope="module", params=KINDS)
 def model(request):
     return tiny_casa_over(request.param)
+
+
+@pytest.fixture(params=[{}, {"placement": "before"}, {"placement": "replace", "every": 2}], ids=str)
+def kind_of_fusion(request):
+    return request.param
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_pickled_and_copied_models_are_the_model(kind, kind_of_fusion):
+    model = tiny_casa_over(kind, **kind_of_fusion)
+    inputs = (SAMPLE.in_squares() if kind == "smolvlm" else SAMPLE).inputs()
+    wanted = model(**inputs).logits
+    for twin in (pickle.loads(pickle.dumps(model)), pickle.loads(pickle.dumps(copy.deepcopy(model)))):
+        assert torch.equal(twin(**inputs).logits, wanted)
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.equal(model(**inputs).logits, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", BACKBONES)
+@pytest.mark.parametrize("method", ["casa", "insertion"])
+def test_its_parts_have_the_names_that_transformers_asks_for(kind, method):
+    model = tiny_casa_over(kind, method=method)
+    inputs = (SAMPLE.in_squares() if kind == "smolvlm" else SAMPLE).inputs()
+    wanted = model(**inputs).logits
+    stack, tower = model.get_decoder(), model.get_encoder("image")
+    assert stack(input_ids=inputs["input_ids"]).last_hidden_state.shape == (1, 7, 32)
+    assert model.get_encoder("video") is tower is model.encoder
+    assert model.get_encoder() is model
+    assert model.get_encoder("audio") is model
+    features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    assert torch.equal(
+        features.last_hidden_state, model.encode_images(inputs["pixel_values"], inputs["image_grid_thw"])
+    )
+    sizes = [part.shape for part in features.pooler_output]
+    assert [width for _, width in sizes] == [32, 32]
+    assert all(count > 0 for count, _ in sizes)
+    # another of each is put in its place, or refused
+    model.set_encoder(copy.deepcopy(tower), "image")
+    assert model.get_encoder("image") is not tower
+    model.set_decoder(stack)
+    if method == "casa":
+        with pytest.raises(UserError, match="adapt the other one instead"):
+            model.set_decoder(copy.deepcopy(stack))
+    else:
+        model.set_decoder(copy.deepcopy(stack))
+        assert model.get_decoder() is not stack
+    with pytest.raises(UserError, match="no encoder for audio"):
+        model.set_encoder(tower, "audio")
+    assert torch.equal(model(**inputs).logits, wanted)
+
+
+@torch.no_grad()
+def test_an_argument_that_nobody_knows_is_refused(model):
+    inputs = SAMPLE.inputs()
+    for wrong, words in (
+        ({"pixel_value": inputs["pixel_values"]}, "no argument 'pixel_value'; did you mean 'pixel_values'"),
+        ({"image_position": None}, "did you mean 'image_positions'"),
+        ({"output_attention": True}, "did you mean 'output_attentions'"),
+        ({"mm_token_type_ids": None}, "no argument 'mm_token_type_ids'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            model(**inputs, **wrong)
+        # transformers says it of what it knows to be of no use to a model
+        (name, value), *_ = wrong.items()
+        if isinstance(value, torch.Tensor):
+            with pytest.raises(ValueError, match=name):
+                model.generate(**inputs, **wrong, max_new_tokens=2)
+    # what others pass to any model
+    wanted = model(**inputs).logits
+    ids = inputs["input_ids"]
+    passed = {"output_attentions": None, "output_hidden_states": None, "return_dict": None, "token_type_ids": ids * 0}
+    assert torch.equal(model(**inputs, **passed, num_items_in_batch=torch.tensor(4), is_causal=True).logits, wanted)
 
 
 @torch.no_grad()
@@ -43,6 +122,33 @@ def test_attentions_are_those_of_the_text():
     torch.testing.assert_close(output.logits, wanted, rtol=1e-5, atol=1e-5)
     loaded = CasaForConditionalGeneration._from_config(model.config, attn_implementation="eager")
     assert loaded.decoder.config._attn_implementation == "eager"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [[0], [1], [0, 2]])
+def test_attentions_stay_with_their_blocks_where_some_are_replaced(layers):
+    model = tiny_casa(placement="replace", layers=layers)
+    model.set_attn_implementation("eager")
+    weights = {}
+    for index, block in enumerate(model.decoder.blocks):
+        block.self_attn.register_forward_hook(lambda _, args, out, index=index: weights.update({index: out[1]}))
+    found = model(**SAMPLE.inputs(), output_attentions=True).attentions
+    assert [one is None for one in found] == [index in layers for index in range(3)]
+    assert all(one is weights[index] for index, one in enumerate(found))
+    said = model.generate(**SAMPLE.inputs(), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
+    assert [[one is None for one in step] for step in said.attentions] == [[index in layers for index in range(3)]] * 2
+
+
+@torch.no_grad()
+def test_the_first_hidden_states_are_the_embeddings(kind_of_fusion):
+    model = tiny_casa(**kind_of_fusion)
+    inputs = SAMPLE.inputs()
+    for given in (
+        inputs,
+        {**inputs, "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]), "input_ids": None},
+    ):
+        found = model(**given, output_hidden_states=True).hidden_states
+        assert torch.equal(found[0], model.get_input_embeddings()(inputs["input_ids"]))
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Packed rows are attended to along the diagonal: the same outputs and gradients, and nothing between samples."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from casa.models import diagonal
 from casa.models.diagonal import SPAN, spans_of
-from casa.testing import tiny_casa
+from casa.testing import tiny_casa, tiny_casa_over
 
 
 @settings(max_examples=100, deadline=None)
@@ -83,12 +85,46 @@ def test_only_models_that_attend_through_torch_take_this_way(monkeypatch):
     eager.set_attn_implementation("eager")
     for each in (model, eager):
         packed_gradients(each, [3, 3, 3])
-    assert model.config.get_text_config()._attn_implementation == diagonal.NAME
+    assert model.config.get_text_config()._attn_implementation == "sdpa"
     assert eager.config.get_text_config()._attn_implementation == "eager"
     # what other models attend by is transformers' own
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
     assert "casa_diagonal" not in model.config.to_json_string()
     assert tiny_casa().config.get_text_config()._attn_implementation == "sdpa"
+
+
+def parts(config):
+    """What a config and those inside it say, with what they do not write down."""
+    return {
+        name: (config.to_dict(), config._attn_implementation)
+        for name, config in {"": config, **{n: getattr(config, n) for n in config.sub_configs}}.items()
+        if config is not None
+    }
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2_5_vl", "gemma3_text"])
+@pytest.mark.parametrize("method", ["casa", "insertion"])
+def test_a_pass_leaves_the_config_as_it_was_even_if_it_fails(monkeypatch, kind, method):
+    monkeypatch.setattr(diagonal, "SPAN", 4)
+    model = tiny_casa_over(kind, method=method)
+    before = copy.deepcopy(parts(model.config))
+    packed_gradients(model, [3, 3, 3])
+    assert parts(model.config) == before
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    model.train()
+    packed_gradients(model, [3, 3, 3])
+    assert parts(model.config) == before
+    seen = []
+
+    def fail(*_):
+        seen.append(model.decoder.config._attn_implementation)
+        raise RuntimeError("out of memory")
+
+    model.decoder.attention(1).o_proj.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        packed_gradients(model, [3, 3, 3])
+    assert seen == [diagonal.NAME]
+    assert parts(model.config) == before
 
 
 def test_a_checkpointed_block_is_computed_again_along_the_diagonal(monkeypatch):

@@ -93,3 +93,26 @@ def test_a_model_with_a_loss_chunk_never_holds_all_logits(method):
     torch.testing.assert_close(chunked.loss.float(), plain.loss, rtol=1e-6, atol=1e-6)
     # first tokens of samples are nobody's to predict: of 13 tokens, 11 are learned
     assert sum(sizes) == 2 * 11
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 100])
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0), torch.tensor(7)])
+def test_nothing_to_learn_is_a_loss_of_zero_whatever_the_chunk(chunk, count):
+    """Also where the logits are no numbers; every parameter in use has a gradient, which is zero."""
+    for method in ("casa", "insertion"):
+        model, inputs = tiny_casa(method=method).train(), TinySample((5, 9, 17), ((1, 2, 2),)).inputs()
+        model.loss_chunk = chunk
+        labels = torch.full_like(inputs["input_ids"], IGNORED)
+        labels[0, 0] = 5  # nobody's to predict
+        how = {} if count is None else {"num_items_in_batch": count}
+        loss = model(**inputs, labels=labels, **how).loss
+        assert loss == 0
+        loss.backward()
+        reached = [p.grad for p in model.parameters() if p.grad is not None]
+        assert model.get_output_embeddings().weight.grad is not None
+        assert model.get_input_embeddings().weight.grad is not None
+        assert not any(gradient.any() for gradient in reached)
+        with torch.no_grad():
+            model.get_output_embeddings().weight.fill_(torch.inf)
+        if chunk is not None:
+            assert model(**inputs, labels=labels, **how).loss == 0

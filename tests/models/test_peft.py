@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from casa.errors import UserError
 from casa.models import freeze_backbone
 from casa.testing import TinySample, tiny_casa_over
 
@@ -147,3 +148,39 @@ def test_freezing_goes_with_adapters():
     freeze_backbone(model)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=r".*mlp\.up_proj"))
     assert not any(p.requires_grad for name, p in wrapped.named_parameters() if "lora" not in name)
+
+
+PROMPTS = {
+    "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p-tuning": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+    "prefix tuning": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_virtual_tokens_before_the_text_are_refused_by_name(name):
+    """They would move the text and not the places of its pictures."""
+    sizes = {"num_layers": 3, "token_dim": 32, "num_attention_heads": 2, "num_transformer_submodules": 1}
+    config = PROMPTS[name]()
+    for key, value in sizes.items():
+        setattr(config, key, value)
+    with pytest.raises(UserError, match=rf"{name}.*use one that changes weights: LoRA, DoRA, IA3"):
+        peft.get_peft_model(tiny_casa_over("llama"), config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fusion", [{}, {"placement": "replace", "every": 2}, {"method": "insertion"}], ids=str)
+def test_ia3_scales_text_and_images_alike(kind, fusion, close):
+    model = tiny_casa_over(kind, **fusion)
+    before = logits(model)
+    attended = r".*(casa_layers\.\d+|self_attn)\.(k|v)_proj"
+    fed = r".*mlp\.down_proj"
+    config = peft.IA3Config(target_modules=f"{attended}|{fed}", feedforward_modules=fed)
+    wrapped = peft.get_peft_model(model, config).eval()
+    torch.manual_seed(1)
+    for name, parameter in wrapped.named_parameters():
+        if "ia3_l" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    found = logits(wrapped)
+    assert float((found - before).abs().max()) > 1e-2
+    close(logits(wrapped.merge_and_unload()), found)

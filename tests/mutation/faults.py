@@ -71,8 +71,8 @@ FAULTS = (
     Fault(
         "missing zero update: text that sees no image is changed",
         "layers/casa.py",
-        "update = update * step.sees_image[:, None]",
-        "update = update * 1",
+        'update = _only(sees, get("o_proj")',
+        'update = _only(None, get("o_proj")',
         ("models/test_backbones.py", "models/test_model.py"),
     ),
     Fault(

@@ -69,7 +69,8 @@ def casa_update(
     """What the CASA layer number `layer` gives the text, with projections from `weights`.
 
     hidden: (B, L, d) after the block's input norm. replaces: the layer stands in for self-attention, so text
-    that sees no image still gets its attention to the window's text. Padding gets zeros.
+    that sees no image still gets its attention to the window's text. Padding gets zeros, and so does text that sees no
+    image: whatever its numbers come to, they are nobody's, in the gradients too.
     """
     get = weights.get_submodule
     flat = hidden.flatten(0, -2)
@@ -82,19 +83,27 @@ def casa_update(
         return x if module is None else module(x)
 
     text_is_key = step.attend != "image"
+    sees = None if replaces and text_is_key else step.sees_image
+    query = heads("q_proj", "q_norm")
     out = step.attention(
         layer,
-        heads("q_proj", "q_norm"),
+        # who looks at the weights (`record`) may ask about any text
+        query if step.record is not None else _only(sees, query),
         heads("k_proj", "k_norm") if text_is_key else None,
         heads("v_proj") if text_is_key else None,
         getattr(weights, "scaling", None),
     )
-    update = get("o_proj")(out.flatten(1))
+    update = _only(sees, get("o_proj")(_only(sees, out).flatten(1)))
     if gate is not None:
         update = update * gate.tanh().to(update.dtype)
-    if not (replaces and text_is_key):
-        update = update * step.sees_image[:, None]
     if step.tokens is not None:
         # under autocast the projection's output is narrower than the hidden states
         update = torch.zeros_like(flat).index_copy(0, step.tokens, update.to(flat.dtype))
     return update.view_as(hidden)
+
+
+def _only(chosen: Tensor | None, x: Tensor) -> Tensor:
+    """x (Q, ...) with zeros where not `chosen` (Q,). Not by a product: infinity times zero is no number."""
+    if chosen is None:
+        return x
+    return torch.where(chosen.view(-1, *[1] * (x.dim() - 1)), x, x.new_zeros(()))

@@ -33,8 +33,9 @@ class Step(Protocol):
     """What a CASA layer needs of a forward pass."""
 
     tokens: Tensor | None  # (Q,) the real tokens among the flattened batch; None: all of them
-    sees_image: Tensor  # bool (Q,)
+    sees_image: Tensor | None  # bool (Q,); None: all of them do
     attend: str
+    record: Record | None
 
     def attention(
         self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None, scale: float | None = None
@@ -70,7 +71,7 @@ class PackedStep:
         layout = self.plan.layout
         self.tokens: Tensor | None = self.plan.tokens
         device = self.plan.new_images.device
-        self.sees_image = layout.on(device, "sees_image")
+        self.sees_image = None if bool(layout.sees_image.all()) else layout.on(device, "sees_image")
         self._turners = [turner(rotary) if rotary is not None and layout.history else None for rotary in self.rotary]
         text = layout.on(device, "text_position")[layout.on(device, "query_index")]
         image = layout.on(device, "image_position")[self.plan.new_images]
@@ -166,7 +167,8 @@ class DecodeStep:
     def __post_init__(self) -> None:
         text, images = self.state.text_tokens, self.state.image_tokens
         self.tokens: Tensor | None = None
-        self.sees_image = torch.tensor([n > 0 for n in images], device=self.device)
+        self.sees_image = None if all(images) else torch.tensor([n > 0 for n in images], device=self.device)
+        self.record: Record | None = None
         self._text = torch.tensor(text, device=self.device)
         self._rows = torch.arange(len(text), device=self.device)
         self._same = text[0] if len(set(text)) == 1 else None

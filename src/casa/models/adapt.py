@@ -32,7 +32,8 @@ def adapt(backbone: Any, fusion: FusionConfig | None = None, vision: Any = None)
     fusion: CASA⊕ in every block if left out. Fusion layers start as copies of their block's self-attention.
 
     A VLM comes back frozen but for what fusion added and the last four blocks of its tower (paper, route b); of a
-    text-only model everything is trained (route a). See `freezing` for other choices.
+    text-only model everything is trained (route a). See `freezing` for other choices. It is in the backbone's mode: one
+    that was loaded is in evaluation mode.
     Raises UserError for a backbone or an encoder that is not known, or whose weights are not complete.
     """
     fusion = fusion if fusion is not None else FusionConfig()
@@ -63,7 +64,7 @@ def adapt(backbone: Any, fusion: FusionConfig | None = None, vision: Any = None)
     joined.generation_config = model.generation_config
     if has_eyes:
         freeze_backbone(joined)
-    return joined
+    return joined.train(model.training)
 
 
 def _joint_config(model: PreTrainedModel, encoder: PreTrainedModel | None, fusion: FusionConfig) -> CasaConfig:

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from casa.models.backbones import Decoder
+
 NAME = "casa_diagonal"  # among transformers' implementations of attention, which a text model's config chooses from
 SPANS = "casa_spans"  # the argument that is passed down through the blocks
 SPAN = 256  # tokens up to which neighbours share a call: calls of fewer cost more than what they save
@@ -37,20 +39,35 @@ def spans_of(starts: Iterable[int], length: int) -> tuple[int, ...] | None:
     return tuple(spans) if len(spans) > 1 else None
 
 
-def passed_down(config: Any, starts: Iterable[int], length: int) -> dict[str, Any]:
-    """The argument for a stack, in which samples start at `starts` in all rows; its `config` then names this way.
+def passed_down(decoder: Decoder, starts: Iterable[int], length: int) -> dict[str, Any]:
+    """The argument for a decoder's stack, in which samples start at `starts` in all rows.
 
-    A config that names another way than torch's own stays as it is, and there is no argument. One that names this way
-    is kept so, since a block that is computed again in the backward pass reads it again; without the argument it is
-    torch's own.
+    Each self-attention that gets it goes this way while it runs, in the backward pass too where its block is computed
+    again; the config, which names the way, is afterwards what it was. Nothing for a model that attends otherwise than
+    through torch.
     """
-    if torch.compiler.is_compiling() or config._attn_implementation not in ("sdpa", NAME):
+    if torch.compiler.is_compiling() or decoder.stack.config._attn_implementation != "sdpa":  # type: ignore[union-attr]
         return {}
     spans = spans_of(starts, length)
     if spans is None:
         return {}
-    config._attn_implementation = NAME
+    for block in decoder.blocks:
+        attention = block.get_submodule("self_attn")
+        if not getattr(attention, SPANS, False):
+            setattr(attention, SPANS, True)
+            attention.register_forward_pre_hook(_enter, with_kwargs=True)
+            attention.register_forward_hook(_leave, with_kwargs=True, always_call=True)
     return {SPANS: spans}
+
+
+def _enter(attention: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get(SPANS) is not None:
+        attention.config._attn_implementation = NAME
+
+
+def _leave(attention: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    if kwargs.get(SPANS) is not None:
+        attention.config._attn_implementation = "sdpa"
 
 
 def _attention(

@@ -5,7 +5,7 @@ each fused block a hook finds there the geometry of the call and its layer. A ca
 backbone as it was. Hooks hold no references, so that a deep copy of the model works by itself.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -50,8 +50,7 @@ def fuse(blocks: nn.ModuleList, chosen: tuple[int, ...], placement: str, post_no
         elif placement == "before":
             block.register_forward_pre_hook(partial(_ahead, number, post_norm), with_kwargs=True)
         else:
-            kind = type(attention)
-            attention.__class__ = type(f"Replaced{kind.__name__}", (ReplacedSelfAttention, kind), {})
+            attention.__class__ = _replaced(type(attention))
             attention.casa_number = number  # type: ignore[assignment]
 
 
@@ -83,8 +82,22 @@ class ReplacedSelfAttention(nn.Module):
 
     casa_number: int
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # its class is made as the model is, so a pickle names the class that it was made from
+        return _unpickled, (type(self).__bases__[1],), self.__dict__
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         step: FusedStep | None = kwargs.get(STEP)
         if step is None:
             raise RuntimeError("this block's self-attention was replaced; call the CASA model, not its backbone")
         return step.update(self.casa_number, self, hidden_states, replaces=True), None
+
+
+@cache
+def _replaced(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a family's self-attention, made to look at its window."""
+    return type(f"Replaced{kind.__name__}", (ReplacedSelfAttention, kind), {})
+
+
+def _unpickled(kind: type[nn.Module]) -> nn.Module:
+    return object.__new__(_replaced(kind))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from casa.errors import UserError
 from casa.layers import project_images
@@ -38,6 +39,19 @@ class CasaImageSide:
         """(N, d_v): the encoder's tokens. They can be kept and passed as `image_features` with any text."""
         encoder: Any = self.encoder
         return encode(encoder, pixel_values.to(encoder.dtype), image_grid_thw)
+
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Any) -> Any:
+        """As VLMs of transformers have it: what a picture becomes for the text model.
+
+        Returns last_hidden_state, (N, d_v), what `encode_images` gives, and pooler_output, for each image (n, d).
+        """
+        features = self.encode_images(pixel_values, image_grid_thw)
+        images = self._image_tokens(None, image_grid_thw, features)
+        assert images is not None
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features,  # type: ignore[arg-type]
+            pooler_output=images.tokens.split(images.lengths),  # type: ignore[arg-type]
+        )
 
     def image_keys_values(self, image_features: Tensor, image_grid_thw: Tensor) -> Tensor:
         """(N, K): keys and values of image tokens in all fusion layers, side by side, before rotary positions.

@@ -36,11 +36,13 @@ def chunked_cross_entropy(
     hidden: (T, d), what the head reads. labels: int64 (T,), already shifted, `IGNORED` where nothing is learned.
     logits_of: (C, d) to (C, V), called twice for a chunk of learned tokens where gradients are wanted.
     count: what the sum is divided by (transformers' `num_items_in_batch`); None for the learned tokens given.
+    Where nothing is learned, the loss is 0 and so is its gradient, whatever the logits are.
     """
     learned = labels != IGNORED
     # nothing to learn still needs a loss whose gradient reaches every parameter: ranks wait for one another's
     if not bool(learned.any()):
-        return logits_of(hidden[:1]).sum() * 0.0
+        logits = logits_of(hidden[:1])
+        return logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), 0.0).sum()
     hidden, labels = hidden[learned], labels[learned]
 
     def loss_of(part: Tensor, wanted: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ def chunked_cross_entropy(
     total = torch.stack(sums).sum()
     if count is None:
         return total / labels.numel()
-    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+    return total / _at_least_one(count, total.device)
 
 
 class CasaLosses:
@@ -72,9 +74,13 @@ class CasaLosses:
 
     def _loss(self, logits: Tensor, labels: Tensor, text: TextInputs, kwargs: dict[str, Any]) -> Tensor:
         labels = _within_samples(labels, text)
-        counted = {k: v for k, v in kwargs.items() if k == "num_items_in_batch"}
         vocabulary = self.config.get_text_config().vocab_size
-        return self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **counted)
+        count = kwargs.get("num_items_in_batch")
+        if count is None:
+            # the mean over no token is no number; the sum over at least one is 0
+            count = (labels[:, 1:] != IGNORED).sum()
+        count = _at_least_one(count, logits.device)
+        return self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, num_items_in_batch=count)
 
     def _chunked_loss(self, hidden: Tensor, labels: Tensor, text: TextInputs, count: Any) -> Tensor:
         """The same loss from hidden states (B, L, d), without the logits of all tokens at once."""
@@ -82,6 +88,10 @@ class CasaLosses:
         before = hidden[:, :-1].flatten(0, 1)
         wanted = _within_samples(labels, text)[:, 1:].flatten().to(hidden.device)
         return chunked_cross_entropy(before, wanted, self.decoder.logits, self.loss_chunk, count)
+
+
+def _at_least_one(count: Tensor | int, device: torch.device) -> Tensor | int:
+    return count.to(device).clamp(min=1) if isinstance(count, Tensor) else max(1, count)
 
 
 def _within_samples(labels: Tensor, text: TextInputs) -> Tensor:

@@ -6,6 +6,7 @@ The backbone keeps its weights, under `backbone.`; beside it stand the fusion la
 if the backbone has no eyes of its own, the image encoder (`vision.`) and the projector (`projector.`).
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from casa.errors import UserError
 from casa.layers import CasaAttention, Record
@@ -35,6 +36,7 @@ from casa.models.loading import load_checked
 from casa.models.losses import CasaLosses
 from casa.models.passes import CasaPasses
 from casa.models.upkeep import CasaUpkeep
+from casa.settings import near
 from casa.vision import Projector, make_compressor, new_encoder, output_width
 
 
@@ -42,6 +44,20 @@ def new_backbone(config: Any) -> PreTrainedModel:
     """A text-only model or an insertion VLM with fresh weights, from its config."""
     is_vlm = issubclass(family_of(config), InsertionVLM)
     return (AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM).from_config(config)
+
+
+# what transformers and its neighbours pass to any model: used here, by the blocks, or by nobody
+PASSED = frozenset(TransformersKwargs.__annotations__) | {"token_type_ids", "return_dict"}
+UNREAD = ("num_items_in_batch", "token_type_ids")
+
+
+def _check_names(given: dict[str, Any]) -> None:
+    """UserError for an argument of `forward` that nobody knows."""
+    for name in given:
+        if name not in PASSED:
+            known = [*inspect.signature(CasaForConditionalGeneration.forward).parameters, *PASSED]
+            hint = near(name, [one for one in known if one not in ("self", "kwargs")], "it takes")
+            raise UserError(f"the model takes no argument {name!r}; {hint}")
 
 
 class CasaForConditionalGeneration(
@@ -124,6 +140,32 @@ class CasaForConditionalGeneration(
         decoder = self.decoder
         return decoder.tower if isinstance(decoder, InsertionVLM) else self.vision
 
+    def get_decoder(self) -> nn.Module:
+        """The text model without its head."""
+        return self.decoder.stack
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        """Puts another text model in its place. Raises UserError where fusion layers are attached to the one there."""
+        if self.fused_blocks and decoder is not self.decoder.stack:
+            raise UserError("fusion layers belong to the blocks of this text model; adapt the other one instead.")
+        self.backbone.set_submodule(self.decoder.stack_at, decoder)
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """The image encoder for "image" and "video"; the model itself where it has none, as in transformers."""
+        if modality in ("image", "video"):
+            return self.encoder
+        return self if modality is None else super().get_encoder(modality)
+
+    def set_encoder(self, encoder: nn.Module, modality: str | None = None) -> None:
+        """Puts another image encoder in its place, for "image" or "video". Raises UserError for anything else."""
+        if modality not in ("image", "video"):
+            raise UserError(f"this model has no encoder for {modality}; give modality='image'.")
+        decoder = self.decoder
+        if isinstance(decoder, InsertionVLM):
+            self.backbone.set_submodule(decoder.tower_at, encoder)
+        else:
+            self.vision = encoder
+
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 
@@ -197,8 +239,12 @@ class CasaForConditionalGeneration(
             image stands. image_grid_thw: int64 (n, 3), patches. pixel_values: patches of all images, or
             image_features (N, d_v), what `encode_images` gave for them, or image_keys_values, from there.
         record: called with every CASA layer's queries and keys (for analysis; not while decoding).
-        Raises UserError for positions, masks and images that do not fit each other.
+        kwargs: of transformers' own (`output_attentions`, `num_items_in_batch`, ...). Attentions are those of the
+            blocks' self-attention: None at a block where fusion replaced it.
+        The loss is the mean over the labels, and 0 where all are -100.
+        Raises UserError for positions, masks and images that do not fit each other, and for unknown arguments.
         """
+        _check_names(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give input_ids or inputs_embeds, and not both.")
         like = input_ids if input_ids is not None else inputs_embeds
@@ -213,7 +259,7 @@ class CasaForConditionalGeneration(
         places = read_image_places(image_positions, len(images.grids) if images is not None else 0)
         source = self._source(input_ids, inputs_embeds)
         wanted = {k: True for k in ("output_hidden_states", "output_attentions") if getattr(self.config, k, False)}
-        passed = wanted | {k: v for k, v in kwargs.items() if k != "num_items_in_batch"}
+        passed = wanted | {k: v for k, v in kwargs.items() if k not in UNREAD}
         if self.fusion.method == "insertion":
             output, hidden = self._run_insertion(source, text, places, images, cache, passed)
         else:
@@ -232,9 +278,18 @@ class CasaForConditionalGeneration(
             loss=loss,  # type: ignore[arg-type]
             logits=logits,  # type: ignore[arg-type]
             past_key_values=cache,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
+            hidden_states=output.hidden_states,  # type: ignore[arg-type]
+            attentions=self._attentions_by_block(output.attentions),
         )
+
+    def _attentions_by_block(self, found: tuple[Tensor, ...] | None) -> Any:
+        """One entry per block; transformers leaves out those without weights, and what follows would move up."""
+        replaced = self.fused_blocks if self.fusion.placement == "replace" else ()
+        blocks = range(len(self.decoder.blocks))
+        if not found or len(found) != len(blocks) - len(replaced):
+            return found
+        rest = iter(found)
+        return tuple(None if block in replaced else next(rest) for block in blocks)
 
     @torch.compiler.disable(reason="makes a cache of lists that grow")
     def _cache_for(self, given: Any, use_cache: bool | None) -> CasaCache | None:

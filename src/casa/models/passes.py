@@ -58,7 +58,7 @@ class CasaPasses:
             kwargs = {**kwargs, STEP: FusedStep(step, [self._layer(index) for index in self.fused_blocks])}
         if text.sample_starts is not None:
             starts = set.intersection(*map(set, text.sample_starts))
-            kwargs = {**kwargs, **passed_down(decoder.stack.config, starts, text.valid.shape[1])}
+            kwargs = {**kwargs, **passed_down(decoder, starts, text.valid.shape[1])}
         # transformers recognises packed rows by their positions, and only without a mask; padding behind them has
         # positions of its own and is seen by nobody
         output = decoder.stack(
@@ -73,6 +73,12 @@ class CasaPasses:
             cache.windows = step.next_state
         elif isinstance(step, DecodeStep):
             step.finish()
+        seen = getattr(output, "hidden_states", None)
+        if seen and seen[0] is not None and self.fusion.placement == "before" and 0 in self.fused_blocks:
+            # the first block was handed its input with the update; the first hidden states are the text's embeddings
+            embeds = source.get("inputs_embeds")
+            embeds = embeds if embeds is not None else self.get_input_embeddings()(source["input_ids"])
+            output.hidden_states = (embeds, *seen[1:])
         return output, output.last_hidden_state
 
     @torch.compiler.disable(reason="lays out the windows of this one call")
@@ -149,7 +155,7 @@ class CasaPasses:
             kwargs = {**kwargs, "visual_pos_masks": stream.is_image, "deepstack_visual_embeds": images.extra}
         if text.packed:
             starts = stream.starts.all(0)
-            kwargs = {**kwargs, **passed_down(decoder.stack.config, starts.nonzero().flatten().tolist(), len(starts))}
+            kwargs = {**kwargs, **passed_down(decoder, starts.nonzero().flatten().tolist(), len(starts))}
         output = decoder.stack(
             inputs_embeds=stream.embeddings(embeds, images.tokens),
             attention_mask=None if text.packed or bool(after.mask.all()) else after.mask.long(),

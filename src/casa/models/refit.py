@@ -34,4 +34,4 @@ def refit(model: CasaForConditionalGeneration, fusion: FusionConfig, config: Any
         if (part := getattr(model, name, None)) is not None:
             setattr(joined, name, part.requires_grad_(False))
     joined.generation_config = model.generation_config
-    return joined
+    return joined.train(model.training)

@@ -34,6 +34,16 @@ class CasaUpkeep:
                 config.vocab_size = model.config.get_text_config().vocab_size
         return embedding
 
+    def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
+        """Asked by PEFT of a model that it wraps as it is, which its prompt methods do, to refuse them in time.
+
+        They put virtual tokens before the text on its way here, and the places of images do not count those.
+        """
+        raise UserError(
+            "PEFT's prompt methods (prompt tuning, p-tuning, prefix tuning, CPT, cartridges) put virtual tokens before "
+            "the text, where the places of images do not count them; use one that changes weights: LoRA, DoRA, IA3."
+        )
+
     @property
     def checkpoints_blocks(self) -> bool:
         """Whether blocks of the text model run again in the backward pass instead of keeping their activations."""

@@ -183,8 +183,9 @@ class StreamingSession:
 
     @property
     def cache(self) -> CasaCache:
-        """A copy of what is held, to go on from as a chat: `model.generate(..., past_key_values=session.cache)`, with the
-        ids of the new text alone and an `attention_mask` over both. The new text begins with `pending`.
+        """A copy of what is held, to go on from as a chat: `model.generate(..., past_key_values=session.cache)`.
+
+        With the ids of the new text alone, and an `attention_mask` over both. The new text begins with `pending`.
         """
         return copy.deepcopy(self._cache)
 
