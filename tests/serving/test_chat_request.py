@@ -4,6 +4,7 @@ import base64
 import json
 from dataclasses import replace
 from typing import get_args, get_type_hints
+from urllib.parse import quote
 
 import pytest
 from openai.types.chat import (
@@ -240,7 +241,7 @@ def test_the_detail_of_a_picture(encode):
 def test_base64_as_programs_wrap_it(encode):
     wrapped = base64.encodebytes(encode(Image.effect_noise((60, 40), 50))).decode()
     assert wrapped.count("\n") > 3
-    for written in (wrapped, wrapped.replace("\n", "\r\n"), f" {wrapped} ", wrapped.replace("\n", "")):
+    for written in (wrapped, wrapped.replace("\n", "\r\n"), f" {wrapped} ", quote(wrapped)):
         part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + written}}
         assert chat(messages=[{"role": "user", "content": [part]}]).messages[0]["content"][0]["image"].size == (60, 40)
 
@@ -299,6 +300,7 @@ def test_pictures_are_opened(data_urls):
         ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage", 400),
         ({"stream_options": {"include_jokes": True}}, "stream_options.include_jokes", 400),
         ({"stream_options": [True]}, "stream_options", 400),
+        ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation", 400),
         ({"user": 7}, "user", 400),
         ({"metadata": "me"}, "metadata", 400),
         ({"top_a": 0.5}, "top_a", 400),

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from casa.errors import UserError
+from casa.media import VideoWriter
 from casa.serving import Limits, fetch
-from casa.serving.pictures import read_address
+from casa.serving.pictures import read_address, read_video
 
 LIMITS = Limits()
 
@@ -96,20 +97,27 @@ def test_addresses_that_are_none(address):
 
 
 @pytest.fixture
-def web():
-    """The port of a server of this machine: a picture, a redirect to it, a large file, one that never ends."""
+def web(tmp_path):
+    """The port of a server of this machine: a picture, a redirect to it, a film, a large file, one that never ends."""
+    film = tmp_path / "film.mp4"
+    with VideoWriter(film, (40, 30), fps=2) as video:
+        for _ in range(3):
+            video.write(Image.new("RGB", (40, 30), "red"))
     picture = io.BytesIO()
     Image.new("RGB", (40, 30), "red").save(picture, "PNG")
     ending = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            found = {"/a.png?x=1": 200, "/large": 200, "/slow": 200, "/moved": 302}.get(self.path, 404)
+            found = {"/a.png?x=1": 200, "/film": 200, "/large": 200, "/slow": 200, "/moved": 302}.get(self.path, 404)
             self.send_response(found)
             if found == 302:
                 self.send_header("Location", "/a.png?x=1")
             self.end_headers()
-            if self.path == "/large":
+            if self.path == "/film":
+                assert self.headers["Accept"] == "video/*"
+                self.wfile.write(film.read_bytes())
+            elif self.path == "/large":
                 self.wfile.write(bytes(5000))
             elif self.path == "/slow":
                 self.wfile.write(b"a")
@@ -137,6 +145,7 @@ def test_fetching_where_it_is_allowed(web, monkeypatch):
     monkeypatch.setattr(fetch, "public_address", lambda host: "127.0.0.1" if host == "pictures.example" else None)
     base = f"http://pictures.example:{web}"
     assert read_address(f"{base}/a.png?x=1", LIMITS, True).size == (40, 30)
+    assert [frame.size for frame in read_video(f"{base}/film", LIMITS, True, 8)] == [(40, 30)] * 3
     for path, limits, word in [
         ("/none", LIMITS, "cannot be fetched"),
         ("/moved", LIMITS, "cannot be fetched"),

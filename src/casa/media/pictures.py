@@ -176,7 +176,7 @@ def data_bytes(address: str) -> bytes:
     if not head.lower().endswith(";base64"):
         return unquote_to_bytes(body)
     try:
-        return base64.b64decode("".join(body.split()), validate=True)
+        return base64.b64decode(b"".join(unquote_to_bytes(body).split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise UserError("A data: URI holds no valid base64: encode the picture again.") from error
 

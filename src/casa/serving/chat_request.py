@@ -116,6 +116,10 @@ def read_chat(body: Any, name: str, limits: Limits, allow_fetch: bool) -> ChatRe
     logprobs, top = _flag(body, "logprobs"), body.get("top_logprobs")
     if top and not logprobs:
         raise RequestError("top_logprobs needs logprobs to be true.", "top_logprobs", "invalid_value")
+    obfuscate = _flag(options, "include_obfuscation", "stream_options.")
+    if obfuscate and not stream:
+        where = "stream_options.include_obfuscation"
+        raise RequestError(f"{where} needs stream to be true.", where, "invalid_value")
     # the cheap parts first: pictures are opened last
     found: dict[str, Any] = {
         "max_tokens": min(limits.chat_tokens, *(_whole(body, limit, 1, 10**6, 10**6) for limit in MOST_TOKENS)),
@@ -134,7 +138,7 @@ def read_chat(body: Any, name: str, limits: Limits, allow_fetch: bool) -> ChatRe
         "include_usage": _flag(options, "include_usage", "stream_options."),
         "choices": _whole(body, "n", 1, limits.chat_choices, 1),
         "top_logprobs": _whole(body, "top_logprobs", 0, 20, 0) if logprobs else None,
-        "obfuscate": _flag(options, "include_obfuscation", "stream_options."),
+        "obfuscate": obfuscate,
     }
     messages, pictures = _messages(body.get("messages"), limits, allow_fetch)
     return ChatRequest(messages=messages, pictures=pictures, **found)
