@@ -19,6 +19,7 @@ from casa.demo.clip import shipped_clip
 from casa.demo.film import scene
 from casa.evaluation.metrics import edit_distance
 from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.serving import Limits
 from casa.serving.app import create_app
 from casa.serving.server import Server
 
@@ -33,7 +34,7 @@ SLOW_FPS = 0.5  # a caption may then take two seconds, and none is cut
 @pytest.fixture(scope="module")
 def server():
     model = CasaForConditionalGeneration.from_pretrained("casa-tiny").eval()
-    app = create_app(model, CasaProcessor.from_pretrained("casa-tiny"), measure_seconds=1.0)
+    app = create_app(model, CasaProcessor.from_pretrained("casa-tiny"), measure_seconds=1.0, limits=Limits(load=1e9))
     running = Server(app, port=0)
     thread = threading.Thread(target=running.run)
     thread.start()
@@ -237,6 +238,16 @@ def test_the_webcam(page):
     page.click("#camera")
     wait(page, "Number(document.getElementById('frames').textContent) >= 2")
     assert page.inner_text("#status") == "live"
+
+
+def test_a_machine_that_is_too_slow_says_so_until_it_keeps_up(page, monkeypatch):
+    words = "This machine is too slow for that: ask for fewer frames a second."
+    monkeypatch.setattr("casa.serving.live.slow_sentence", lambda fps, recent: words)
+    page.click("#film")
+    page.wait_for_selector("#slow:visible")
+    assert page.inner_text("#slow") == words
+    monkeypatch.setattr("casa.serving.live.slow_sentence", lambda fps, recent: None)
+    page.wait_for_selector("#slow", state="hidden")
 
 
 def download(page, kind):

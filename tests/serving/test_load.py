@@ -4,11 +4,16 @@ The machine's time is counted, not measured: so many seconds for a picture, so m
 """
 
 import asyncio
+import json
+import re
+import urllib.request
 
 import pytest
+from websockets.exceptions import ConnectionClosed
 
 from casa.serving import Limits
 from casa.serving.live import LiveStream, Ticket
+from casa.serving.load import Load, OverloadedError, probe
 from casa.serving.metrics import Metrics
 from casa.serving.outbox import Outbox
 from casa.serving.transcript import Transcript
@@ -32,13 +37,18 @@ class Machine:
     def __init__(self, model, pictures, picture=0.1, reading=0.03, **limits):
         self.now = 0.0
         self.engine = StreamingEngine(model, tiny_processor(), most_rows=limits.pop("most_rows", 16))
-        self.worker = Worker(self.engine, Limits(**limits), clock=lambda: self.now)
+        self.worker = Worker(self.engine, Limits(**limits), clock=self.clock)
         self.streams, self._pictures, self._sent = [], pictures, {}
         self._picture, self._reading = picture, reading
 
+    def clock(self):
+        return self.now
+
     def open(self, name, fps, words=4, sampling=None):
         """A stream; the future of its opening comes with it."""
-        stream = LiveStream(name, fps, Outbox(10**6), Transcript(100), Metrics(), clock=lambda: self.now)
+        stream = LiveStream(
+            name, fps, Outbox(10**6), Transcript(100), Metrics(), self.worker.load.recent, clock=self.clock
+        )
         opened = self.worker.open(stream, max_new_tokens=words, sampling=sampling or Talking())
         self.worker.work()
         if opened.exception() is None:
@@ -102,7 +112,7 @@ def in_a_loop(scenario):
 )
 def test_each_stream_says_something_of_every_frame_that_it_watches(machine, count, fps, picture, most_rows, seconds):
     def scenario():
-        made = machine(picture=picture, most_rows=most_rows)
+        made = machine(picture=picture, most_rows=most_rows, load=100.0)
         for number in range(count):
             made.open(str(number), fps)
         made.run(seconds)
@@ -139,3 +149,165 @@ def test_what_the_model_leaves_unsaid_is_silence_and_no_cut(machine, model, pict
     assert events(stream, "usage")
     assert events(stream, "caption") == []
     assert all(event["whole"] and event["cut"] == 0 for event in events(stream, "usage"))
+
+
+def refused(opened):
+    error = opened.exception()
+    assert isinstance(error, OverloadedError)
+    return str(error)
+
+
+@pytest.mark.parametrize("tried", [False, True])
+def test_no_more_are_let_in_than_the_machine_sustains_and_those_lose_next_to_nothing(machine, model, tried):
+    def scenario():
+        made = machine(picture=0.1, reading=0.03)
+        if tried:
+            handle = model.register_forward_hook(made._computed, with_kwargs=True)
+            made._end = 0.0
+            probe(made.worker.load, model, tiny_processor(), 100.0, made.clock)
+            handle.remove()
+        turned_away = []
+        for number in range(12):
+            _, opened = made.open(str(number), 1.0)
+            if opened.exception() is not None:
+                turned_away.append(refused(opened))
+            made.run(3)
+        return made, turned_away
+
+    made, turned_away = in_a_loop(scenario)
+    # a picture of 0.1 s and five passes of 0.03 s: from 4 frames a second alone to less than 10 in company
+    assert 4 <= len(made.streams) < 12
+    assert turned_away
+    assert "frames a second with this model" in turned_away[0]
+    assert f"{len(made.streams)} streams ask for {len(made.streams):.3g} already" in turned_away[-1]
+    offered = sum(made._sent[stream][1] for stream in made.streams)
+    assert sum(stream.dropped for stream in made.streams) <= 0.05 * offered
+    assert not made.worker.load.is_over
+
+
+def test_what_would_be_possible_is_said_and_is(machine):
+    def scenario():
+        made = machine(picture=0.2, reading=0.05)
+        assert made.worker.load.report([])["sustained_fps"] is None
+        _, opened = made.open("first", 1.5)
+        assert opened.result() is None
+        made.run(20)
+        _, opened = made.open("second", 5.0)
+        sentence = refused(opened)
+        assert "1 stream asks for 1.5 already" in sentence
+        possible = re.search(r"ask for at most ([\d.]+) \(fps\)", sentence)
+        _, opened = made.open("second", float(possible[1]))
+        assert opened.result() is None
+        # all is taken
+        _, opened = made.open("third", 0.5)
+        sentence = refused(opened)
+        assert "at most" not in sentence
+        assert "come back when there are fewer streams" in sentence
+        made.run(20)
+        return made
+
+    made = in_a_loop(scenario)
+    assert [stream.name for stream in made.streams] == ["first", "second"]
+
+
+def test_the_first_is_let_in_and_told_what_it_will_lose(machine):
+    def scenario():
+        made = machine(picture=0.2, reading=0.05)
+        one, opened = made.open("one", 20.0)
+        assert opened.result() is None, "nothing is known yet"
+        made.run(20)
+        made.worker.close(one)
+        made.streams.clear()
+        made.worker.work()
+        _, opened = made.open("two", 20.0)
+        return one, opened.result(), made.worker.load
+
+    one, sentence, load = in_a_loop(scenario)
+    assert "of 20 the others will be dropped" in sentence
+    used = events(one, "usage")
+    assert re.match(
+        r"This machine is too slow for that: of 20 frames a second it watches about [\d.]+", used[-1]["advice"]
+    )
+    assert "fewer frames a second" in used[-1]["advice"]
+    assert load.is_over
+
+
+def test_advice_and_overload_end_when_the_machine_keeps_up_again(machine):
+    def scenario():
+        made = machine(picture=0.1)
+        one, _ = made.open("one", 20.0)
+        made.run(20)
+        over = made.worker.load.is_over
+        one.fps, made._sent[one] = 0.5, (made.now, 0)
+        made.run(90)
+        return over, made.worker.load.is_over, events(one, "usage")[-1]["advice"]
+
+    assert in_a_loop(scenario) == (True, False, None)
+
+
+def test_frames_that_come_too_soon_are_nobodys_slowness(machine, pictures):
+    def scenario():
+        made = machine(picture=0.01)
+        one, _ = made.open("one", 2.0)
+        for _ in range(100):
+            made.worker.refuse(one)
+        made.run(5)
+        return one, made.worker.load.is_over, events(one, "usage")[-1]
+
+    one, over, used = in_a_loop(scenario)
+    assert (one.dropped, used["dropped"], used["advice"], over) == (100, 100, None, False)
+
+
+def test_rates_are_those_of_the_last_minute_and_then_those_tried():
+    now = 0.0
+    load = Load(16, clock=lambda: now)
+    assert load.sustained(1) is None
+    for rows, seconds in ((1, 0.1), (2, 0.15), (4, 0.2), (8, 0.9)):
+        load.tried(rows, seconds)
+    assert load.sustained(1) == pytest.approx(10)
+    assert load.sustained(3) == pytest.approx(1 / 0.0625)
+    # the step over eight was disturbed by something
+    assert load.sustained(100) == load.sustained(4) == pytest.approx(20)
+    load.stepped(0.2, 1, 1)
+    # pictures are twice as dear as those that were tried
+    assert load.sustained(1) == pytest.approx(5)
+    assert load.sustained(4) == pytest.approx(10)
+    load.stepped(0.0, 1, 0)
+    now = 61.0
+    load.stepped(0.5, 1, 0)
+    assert load.sustained(1) == pytest.approx(10)
+
+
+def test_the_server_says_that_it_is_overloaded(serving, client, frames, monkeypatch):
+    def health(server):
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health", timeout=60) as answer:
+            return json.load(answer)
+
+    with serving() as server, client(server) as one:
+        assert one.hello()["advice"] is None
+        one.show(frames[0])
+        found = health(server)
+        assert (found["status"], found["sessions"], found["chats"]) == ("ok", 1, {"running": 0, "waiting": 0})
+        assert found["load"]["sustained_fps"] > 0
+        assert (found["load"]["asked_fps"], found["load"]["watched"]) == (2.0, 1)
+        server._state.worker.load.recent.count("dropped", 9)
+        found = health(server)
+        assert (found["status"], found["load"]["dropped"]) == ("overloaded", 9)
+        assert "fewer frames a second" in found["message"]
+        # one more than the machine sustains
+        monkeypatch.setattr(server._state.worker.load, "_share", 1e-9)
+        with client(server) as two:
+            error = two.hello()
+            assert (error["type"], error["fatal"]) == ("error", True)
+            assert "1 stream asks for 2 already" in error["message"]
+            with pytest.raises(ConnectionClosed) as closed:
+                two.hear()
+            assert closed.value.rcvd.code == 1013
+
+
+def test_what_is_tried_at_start_is_known_before_the_first_stream(serving, client):
+    with serving(measure_seconds=0.1) as server, client(server) as one:
+        one.hello()
+        load = server._state.worker.load
+        assert load._shape
+        assert load.report([])["sustained_fps"] > 0

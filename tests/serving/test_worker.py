@@ -25,7 +25,7 @@ WORD = 7  # a token that ends nothing
 def worker(model, request):
     """With as many rows in a step as a test asks for. What one stream says at once may take a minute."""
     engine = StreamingEngine(model, tiny_processor(), most_sessions=3, most_rows=getattr(request, "param", 16))
-    made = Worker(engine, Limits(questions=2, caption_seconds=60.0, answer_seconds=60.0))
+    made = Worker(engine, Limits(questions=2, caption_seconds=60.0, answer_seconds=60.0, load=1e9))
     made.start()
     yield made
     made.stop()

@@ -17,6 +17,7 @@ from casa.serving.baseline import InsertionCosts
 from casa.serving.errors import error_response
 from casa.serving.guard import Guard
 from casa.serving.limits import Limits
+from casa.serving.load import probe
 from casa.serving.pictures import keep_pillow_quiet
 from casa.serving.state import ServerState
 from casa.serving.transcript import Shelf
@@ -45,7 +46,8 @@ def create_app(
     refused. fps: of a stream that does not say. token: asked of everyone if given. allow_fetch: pictures of chats may
     be addresses on the public internet. hosts: names that the server goes by, besides addresses and localhost; with a
     token, any name will do.
-    measure_seconds: spent at start on how insertion's time grows (see `baseline`); 0: the page shows its memory alone.
+    measure_seconds: spent at start on what the machine sustains (see `load`), and as many on how insertion's time grows
+    (see `baseline`); 0: the first is known once streams have been watched, and the page shows insertion's memory alone.
     limits: everything else. The model belongs to the app as long as it runs: nothing else may call it.
     Raises UserError for an fps out of bounds or an empty token.
     """
@@ -76,9 +78,11 @@ def create_app(
     async def running(app: FastAPI) -> AsyncIterator[None]:
         keep_pillow_quiet()
         state.worker.start()
+        if measure_seconds > 0:
+            state.worker.call(lambda: _probe(state, measure_seconds))
         if state.costs is not None and measure_seconds > 0 and not state.costs.is_measured:
             costs = state.costs
-            # the first job: nobody's stream waits for it later
+            # among the first jobs: nobody's stream waits for it later
             state.worker.call(lambda: _measure(costs, measure_seconds))
         try:
             yield
@@ -102,6 +106,13 @@ def create_app(
         return error_response(error.status_code, f"{error.detail}.")
 
     return app
+
+
+def _probe(state: ServerState, seconds: float) -> None:
+    try:
+        probe(state.worker.load, state.model, state.processor, seconds)
+    except Exception:  # what streams cost is measured while they are watched, too
+        log.exception("what the machine sustains could not be tried")
 
 
 def _measure(costs: InsertionCosts, seconds: float) -> None:

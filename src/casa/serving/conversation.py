@@ -21,6 +21,7 @@ from fastapi import WebSocket, WebSocketDisconnect
 from casa.errors import UserError
 from casa.serving.baseline import InsertionTally
 from casa.serving.live import LiveStream, Ticket
+from casa.serving.load import OverloadedError
 from casa.serving.outbox import Outbox
 from casa.serving.pictures import read_frame
 from casa.serving.rate import Rate
@@ -30,6 +31,7 @@ from casa.serving.transcript import Transcript
 from casa.streaming import forgets
 
 NORMAL, POLICY, FAILED, LATER = 1000, 1008, 1011, 1013
+CLOSING_SECONDS = 0.5  # until a stream that has just been left counts no more
 
 log = logging.getLogger("casa.serving")
 
@@ -102,13 +104,16 @@ class Conversation:
             raise _Ended(POLICY, "give the server's token in the hello, or as Authorization: Bearer <token>.")
         name = secrets.token_urlsafe(12)
         transcript = Transcript(self._limits.captions)
-        stream = LiveStream(name, hello.fps, self._outbox, transcript, self._state.metrics)
+        stream = LiveStream(
+            name, hello.fps, self._outbox, transcript, self._state.metrics, self._state.worker.load.recent
+        )
         # known from here on, so that it is closed whatever happens while it is opened
         self._stream = stream
         try:
-            await asyncio.wrap_future(self._state.worker.open(stream, **hello.settings))
+            advice = await self._admitted(stream, hello.settings)
         except UserError as error:
-            full = len(self._state.worker.engine) >= self._state.worker.engine.most_sessions
+            full = isinstance(error, OverloadedError)
+            full = full or len(self._state.worker.engine) >= self._state.worker.engine.most_sessions
             raise _Ended(LATER if full else POLICY, str(error)) from error
         except Exception as error:
             raise _Ended(FAILED, f"the stream cannot be opened ({type(error).__name__}).") from error
@@ -131,11 +136,21 @@ class Conversation:
                 "prompt": session.prompt,
                 "max_text_tokens": session.max_text_tokens,
                 "cache_bytes": session.usage.cache_bytes,
+                "advice": advice,
                 "insertion": None
                 if costs is None
                 else {"cache_bytes": "computed", "latency": "measured" if costs.is_measured else None},
             }
         )
+
+    async def _admitted(self, stream: LiveStream, settings: dict[str, Any]) -> str | None:
+        """Opens the stream; what it is to be told."""
+        try:
+            return await asyncio.wrap_future(self._state.worker.open(stream, **settings))
+        except OverloadedError:
+            # a page that goes from one video to the next opens a stream while it closes another
+            await asyncio.sleep(CLOSING_SECONDS)
+            return await asyncio.wrap_future(self._state.worker.open(stream, **settings))
 
     async def _both(self) -> None:
         tasks = [asyncio.create_task(part) for part in (self._read(), self._open_frames(), self._send())]
@@ -171,7 +186,7 @@ class Conversation:
         if len(data) > self._limits.frame_bytes:
             raise UserError(f"a frame has at most {self._limits.frame_bytes} bytes; send a smaller picture.")
         if not self._frames.take():
-            self._state.worker.drop(self._stream)
+            self._state.worker.refuse(self._stream)
             raise UserError(f"more than {self._limits.frames_per_second:g} frames a second; send fewer.")
         if self._stream.paused:
             return

@@ -15,7 +15,9 @@ MIB = 2**20
 class Limits:
     """Every figure is per server unless it says otherwise.
 
-    sessions: live streams at once. connections: open WebSockets, with a stream or without one yet.
+    sessions: live streams at once. load: share of what this machine sustains (see `load`) that they may ask for in all;
+    2 lets twice as many frames in, of which half are dropped.
+    connections: open WebSockets, with a stream or without one yet.
     frame_bytes: one encoded frame. message_bytes: one JSON message. body_bytes: one HTTP body.
     decoded_pixels: pictures with more are refused unread, frame_pixels: frames of a stream with more.
     picture_pixels: larger ones are made smaller before the model sees them.
@@ -37,6 +39,7 @@ class Limits:
     """
 
     sessions: int = 16
+    load: float = 1.0
     connections: int = 64
     frame_bytes: int = 4 * MIB
     message_bytes: int = 64 * 1024

@@ -13,6 +13,7 @@ from PIL import Image
 
 from casa.serving.baseline import InsertionTally
 from casa.serving.limits import Limits
+from casa.serving.load import STREAM_SECONDS, Recent, slow_sentence
 from casa.serving.metrics import Metrics
 from casa.serving.outbox import Outbox
 from casa.serving.transcript import Transcript
@@ -54,10 +55,13 @@ class LiveStream:
         outbox: Outbox,
         transcript: Transcript,
         metrics: Metrics,
+        load: Recent | None = None,
         clock: Clock = monotonic,
     ) -> None:
+        """load: where what became of frames is counted, for all streams together."""
         self.name, self.fps, self.outbox, self.transcript = name, fps, outbox, transcript
         self._metrics, self._clock = metrics, clock
+        self._recent = [Recent(STREAM_SECONDS, clock), *([] if load is None else [load])]
         self.session: StreamingSession | None = None
         self.tally: InsertionTally | None = None
         self.paused = False
@@ -92,9 +96,11 @@ class LiveStream:
             self._came = ticket.arrived
         self._ticket = ticket
 
-    def drop(self) -> None:
-        """Counts a frame that will not be watched."""
+    def drop(self, *, late: bool = True) -> None:
+        """Counts a frame that will not be watched. late: for want of time."""
         self.dropped += 1
+        if late:
+            self._count("dropped")
         self._metrics.count("dropped")
         self.outbox.put({"type": "dropped", "count": self.dropped})
 
@@ -132,6 +138,7 @@ class LiveStream:
         if not event.whole:
             self.cut += 1
             self._metrics.count("cut")
+            self._count("cut")
         if event.error is not None:
             self.fail(turn, event.error)
         elif turn.ticket is not None:
@@ -164,6 +171,7 @@ class LiveStream:
     def _caption(self, ticket: Ticket, event: Event, lag: float, seconds: float) -> None:
         self._place = ticket.time
         self._metrics.count("frames")
+        self._count("watched")
         self._metrics.observe(lag)
         about = {"frame": ticket.number, "time": ticket.time, "lag": round(lag, 4)}
         if event.text:
@@ -171,7 +179,12 @@ class LiveStream:
             self.transcript.add(ticket.time, event.text, lag)
             self.outbox.put({"type": "caption", **about, "text": event.text, "whole": event.whole})
         counts = {"whole": event.whole, "dropped": self.dropped, "cut": self.cut}
+        counts["advice"] = slow_sentence(self.fps, self._recent[0])
         self.outbox.put({"type": "usage", **about, **self._usage(event, seconds), **counts})
+
+    def _count(self, kind: str) -> None:
+        for recent in self._recent:
+            recent.count(kind)
 
     def _usage(self, event: Event, seconds: float) -> dict[str, Any]:
         if self.session is None:

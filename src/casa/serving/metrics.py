@@ -20,6 +20,8 @@ GAUGES = {
     "running_chats": "Chat completions under way.",
     "waiting_chats": "Chats that wait for their turn.",
     "cache_bytes": "Bytes that the live streams' caches hold.",
+    "sustained_fps": "Frames a second that this machine sustains; 0 before anything was measured.",
+    "asked_fps": "Frames a second that the live streams mean to send.",
 }
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 PREFIX = "casa"
@@ -49,7 +51,7 @@ class Metrics:
             for index, edge in enumerate(BUCKETS):
                 self._buckets[index] += seconds <= edge
 
-    def text(self, gauges: Mapping[str, int]) -> str:
+    def text(self, gauges: Mapping[str, float]) -> str:
         """The page for a scraper. gauges: today's value of each of GAUGES."""
         lines = []
         with self._lock:

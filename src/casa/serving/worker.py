@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from casa.errors import UserError
 from casa.serving.limits import Limits
 from casa.serving.live import LiveStream, Ticket, Turn
+from casa.serving.load import Load
 from casa.streaming import Event, StreamingEngine
 from casa.streaming.pacing import Budget, Clock
 from casa.threads import settle
@@ -58,6 +59,7 @@ class Worker:
 
     def __init__(self, engine: StreamingEngine, limits: Limits, clock: Clock = monotonic) -> None:
         self.engine, self._limits, self._clock = engine, limits, clock
+        self.load = Load(engine.most_rows, limits.load, clock)
         self._wake = threading.Condition()
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._streams: dict[str, LiveStream] = {}
@@ -119,15 +121,24 @@ class Worker:
             work.fail(STOPPING)
 
     def open(self, stream: LiveStream, **settings: Any) -> "Future[Any]":
-        """Gives a stream a session with these settings. The future raises UserError if they are wrong."""
+        """Gives a stream a session with these settings. The future has what the stream is to be told, if anything; it
+        raises UserError if they are wrong, and OverloadedError if this machine does not sustain one more stream.
+        """
 
-        def job() -> None:
+        def job() -> str | None:
+            advice = self.load.admit(stream.fps, self.asked())
             stream.session = self.engine.open(stream.name, **settings)
             stream.measure()
             with self._wake:
                 self._streams[stream.name] = stream
+            return advice
 
         return self.call(job)
+
+    def asked(self) -> list[float]:
+        """Frames a second that each live stream means to send."""
+        with self._wake:
+            return [stream.fps for stream in self._streams.values()]
 
     def close(self, stream: LiveStream) -> "Future[Any]":
         """Ends a stream, also one whose opening is still under way, and frees its state."""
@@ -157,8 +168,14 @@ class Worker:
             self._wake.notify()
 
     def drop(self, stream: LiveStream) -> None:
+        """Counts a frame that was replaced by a newer one before it could be offered."""
         with self._wake:
             stream.drop()
+
+    def refuse(self, stream: LiveStream) -> None:
+        """Counts a frame that came too soon after others: not watched, and not for want of time."""
+        with self._wake:
+            stream.drop(late=False)
 
     def pause(self, stream: LiveStream, paused: bool) -> None:
         with self._wake:
@@ -228,6 +245,7 @@ class Worker:
         cuts = {name: begun.budget for name, begun in self._begun.items()}
         # some that have begun have no place in this step
         crowded_until = self._clock() + SLICE_SECONDS if len(self._begun) > self.engine.most_rows else None
+        begun, rows, start = len(self._begun), min(len(self._begun), self.engine.most_rows), self._clock()
         try:
             self.engine.step(cuts=cuts, halt=lambda: self._is_wanted(crowded_until), tell=self._tell)
         except Exception as error:
@@ -237,6 +255,8 @@ class Worker:
                 self.engine.forget(name)
                 begun.stream.fail(begun.turn, f"the model failed at this ({type(error).__name__}); it was left out.")
             self._begun.clear()
+        else:
+            self.load.stepped(self._clock() - start, rows, begun - len(self._begun))
 
     def _is_wanted(self, crowded_until: float | None) -> bool:
         """Whether a step is to end here, since somebody who is not in it has waited long enough."""

@@ -1,6 +1,6 @@
 // The live page: shows a film or a camera, sends its frames to the server, and shows what comes back.
 
-import { at, isBad, status, trouble } from "./dom.js";
+import { at, isBad, slow, status, trouble } from "./dom.js";
 import { grab, isPlaying, place, sources, video } from "./source.js";
 import { themed } from "./theme.js";
 import { answered, clear, explain, redraw, said, used } from "./view.js";
@@ -69,6 +69,7 @@ function begin(mine, event) {
   told = event.stream;
   mine.begun = performance.now();
   explain(event.insertion);
+  slow(event.advice);
   status("live", "live");
   enable();
   video.play();

@@ -16,6 +16,12 @@ export function trouble(text) {
   at("trouble").hidden = !text;
 }
 
+/** What the server says of a machine that is too slow; nothing once all is well. */
+export function slow(text) {
+  at("slow").textContent = text || "";
+  at("slow").hidden = !text;
+}
+
 /** 3725.04 -> "1:02:05.0" */
 export function clock(value) {
   const tenths = Math.floor(value * 10 + 1e-6);

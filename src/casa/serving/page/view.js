@@ -1,6 +1,6 @@
 // What a stream's events look like: captions, answers, figures and the two plots.
 
-import { at, clock } from "./dom.js";
+import { at, clock, slow } from "./dom.js";
 import { Plot, bytes, seconds } from "./plot.js";
 
 const MEDIAN = 9; // frames over which times are levelled
@@ -27,6 +27,7 @@ export function clear() {
   at("log").replaceChildren();
   at("answers").replaceChildren();
   at("caption").textContent = "";
+  slow("");
   for (const id of ["lag", "latency", "casa-bytes", "casa-time", "insertion-bytes", "insertion-time"]) {
     at(id).textContent = "–";
   }
@@ -66,6 +67,7 @@ export function said(event) {
 
 /** A frame's figures. lag: in seconds. dropped: frames lost so far, here and there. */
 export function used(event, lag, dropped) {
+  slow(event.advice);
   at("lag").textContent = seconds(lag);
   at("frames").textContent = String(event.watched);
   at("dropped").textContent = String(dropped);
