@@ -1,7 +1,7 @@
 """What pages say, by seed: words, sentences, numbers, prices, dates, codes, names.
 
 Words are split by a hash into those of training and those held out; held-out words are drawn in evaluation alone.
-The list is Debian's American English where it is fetched, else the few common words below.
+The list is Debian's small American English where it is fetched, else the few common words below.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def is_held_out(word: str) -> bool:
 @lru_cache(maxsize=2)
 def word_list(split: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Common words and all words of a split ("train" or "held_out")."""
-    file = folder_of("debian", "wamerican") / "american-english"
+    file = folder_of("debian", "wamerican-small") / "american-english-small"
     every = [word for word in file.read_text().split() if word.isascii()] if file.exists() else COMMON
     chosen = [tuple(word for word in words if is_held_out(word) == (split == "held_out")) for words in (COMMON, every)]
     return chosen[0], chosen[1]
