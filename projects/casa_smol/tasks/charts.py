@@ -96,7 +96,8 @@ def chart(rng: Generator, split: str) -> tuple[Image.Image, tuple[Turn, ...]]:
     chosen: dict[Any, Any] = {
         key: value for key, value in style.library.get(pick(rng, STYLES[split]), {}).items() if key in RULES
     }
-    with matplotlib.rc_context(chosen | {"font.size": float(rng.uniform(8, 13)), "axes.unicode_minus": False}):
+    chosen |= {"font.size": float(rng.uniform(8, 13)), "axes.unicode_minus": False}
+    with matplotlib.rc_context(chosen):
         width, height = rng.uniform(3.6, 6.4), rng.uniform(3.0, 4.8)
         figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)
