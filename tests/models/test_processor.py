@@ -354,6 +354,31 @@ def test_every_form_of_the_result(processor):
     assert processor(text="").input_ids.dtype == torch.int64
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, KNOWS_TEXT_ONLY])
+def test_a_chat_tells_the_processor_the_same(processor, template):
+    asked = {"chat_template": template, "tokenize": True, "return_dict": True}
+    chats = [chat(picture(), "what is this"), chat("what")]
+    plain = processor.apply_chat_template(chats, **asked)
+    assert isinstance(plain["input_ids"], torch.Tensor)
+    for kinds in ({"return_tensors": "np"}, {"processor_kwargs": {"common_kwargs": {"return_tensors": "np"}}}):
+        assert isinstance(processor.apply_chat_template(chats, **kinds, **asked)["pixel_values"], np.ndarray)
+    length = plain["input_ids"].shape[1]
+    told = {"padding": "max_length", "max_length": length + 2, "return_attention_mask": False}
+    for kinds in ({"processor_kwargs": told}, {"processor_kwargs": {"text_kwargs": told}}, told):
+        found = processor.apply_chat_template(chats, **kinds, **asked)
+        assert found["input_ids"].shape[1] == length + 2
+        assert "attention_mask" not in found
+        assert found["image_positions"].tolist() == (plain["image_positions"] + torch.tensor([0, 2])).tolist()
+    cut = {"truncation": True, "max_length": 3}
+    assert processor.apply_chat_template(chats, processor_kwargs=cut, **asked)["input_ids"].shape == (2, 3)
+    with pytest.raises(UserError, match="would lose the places of 1 pictures"):
+        processor.apply_chat_template(chats, processor_kwargs=cut | {"max_length": 1}, **asked)
+    with pytest.raises(UserError, match="does not know max_lenght; did you mean 'max_length'"):
+        processor.apply_chat_template(chats, processor_kwargs={"max_lenght": 3}, **asked)
+    with pytest.raises(UserError, match="does not know max_lenght; did you mean 'max_length'"):
+        processor.apply_chat_template(chats, max_lenght=3, **asked)
+
+
 @pytest.mark.parametrize(
     "told",
     [

@@ -177,7 +177,7 @@ class CasaProcessor(ProcessorMixin):
         continue_final_message: bool | str = False,
         return_assistant_tokens_mask: bool = False,
         tokenize: bool = False,
-        return_tensors: str | None = "pt",
+        return_tensors: str | None = "auto",
         return_dict: bool = False,
         processor_kwargs: dict[str, Any] | None = None,
         sanitize_control_tokens: bool = True,
@@ -205,6 +205,8 @@ class CasaProcessor(ProcessorMixin):
         known = _get_template_variables(template)
         settings = {name: kwargs.pop(name) for name in list(kwargs) if name not in known} | (processor_kwargs or {})
         beside = settings.pop("images", None)
+        if return_tensors != "auto":  # which leaves it to `__call__`, as in transformers
+            settings["return_tensors"] = return_tensors
         variables = {**self.tokenizer.special_tokens_map, **kwargs}
         form = self.template_form(template)
         texts = []
@@ -234,7 +236,6 @@ class CasaProcessor(ProcessorMixin):
         inputs = self(
             text=texts if batched else texts[0],
             images=None if not any(images) else images if batched else images[0],
-            return_tensors=return_tensors,
             **settings,
         )
         return inputs if return_dict else inputs["input_ids"]
