@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from casa.evaluation import page
 
@@ -20,6 +21,12 @@ def test_the_ten_lines_run(tmp_path, monkeypatch, capsys):
     answer, said = capsys.readouterr().out.strip().split("\n")
     assert answer.isdigit()
     assert "text_tokens=" in said
+    # as a phone held upright keeps it: on its side
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    drawn.image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "page.png", exif=exif)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip().split("\n") == [answer, said]
 
 
 def test_the_map_names_every_room_and_file_of_the_package():

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from casa.errors import UserError
+from casa.media import open_source, probe
 from casa.media.pictures import (
     MAX_PIXELS,
     as_picture,
@@ -456,6 +457,10 @@ def test_heic_is_an_extra_that_is_loaded_for_a_heic_picture_only(tmp_path, monke
     files = [str(tmp_path / "b.avif"), str(tmp_path / "a.heic")]
     found = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, timeout=300)
     assert found.stdout.split() == ["False", "True"], found.stderr
+    # FFmpeg reads such a file as a film whose frames have other sizes
+    assert (probe(tmp_path / "a.heic").width, probe(tmp_path / "a.heic").height) == (64, 40)
+    with open_source(tmp_path / "a.heic", fps=2) as source:
+        assert [frame.image.size for frame in source] == [(64, 40)]
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     for given in (tmp_path / "a.heic", (tmp_path / "a.heic").read_bytes()):
         with pytest.raises(UserError, match=r"is a HEIC picture: install casa-vlm\[heic\], or save it as JPEG\."):

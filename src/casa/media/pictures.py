@@ -23,7 +23,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from casa.errors import UserError
-from casa.media.sniff import HEAD_BYTES, looks_like_text, read_head
+from casa.media.sniff import HEAD_BYTES, is_heic, looks_like_text, read_head
 
 # 8192 x 8192. Below half of Pillow's own limit, so that ours is always the one that speaks.
 MAX_PIXELS = 64 * 1024 * 1024
@@ -34,8 +34,6 @@ MAX_BYTES = 128 * 1024 * 1024
 FETCH_SECONDS = 60.0
 # Named one by one: Pillow also opens EPS, for which it would run Ghostscript on the file.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-# What stands behind "ftyp" in a file of the HEIF family, where it is none of AVIF's.
-HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 # Of floats, a quarter of one of 255 steps: as far as arithmetic may lead beyond black and white.
 ROUNDING = 1e-3
 
@@ -222,7 +220,7 @@ def _opened(path_or_file: Any, name: str) -> Iterator[tuple[Image.Image, str]]:
     else:
         raise TypeError(f"open_picture takes a path or a binary file, not {type(path_or_file).__name__}")
 
-    heic = _HEIC if _is_heic(head) and _reads_heic(name) else ()
+    heic = _HEIC if is_heic(head) and _reads_heic(name) else ()
     try:
         with Image.open(path_or_file, formats=FORMATS + heic) as image:
             _check_size(image.size, name)
@@ -253,11 +251,6 @@ def _head(file: Any) -> bytes:
     except (OSError, AttributeError):
         return b"?"
     return head
-
-
-def _is_heic(head: bytes) -> bool:
-    # AVIF is of the same family, and may only say so among the brands behind the first
-    return head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS and b"avif" not in head[16 : head[3]]
 
 
 def _reads_heic(name: str) -> bool:

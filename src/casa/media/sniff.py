@@ -16,6 +16,8 @@ from casa.errors import UserError
 
 HEAD_BYTES = 4096
 _PNG = b"\x89PNG\r\n\x1a\n"
+_HEIC_FILMS = (b"hevc", b"hevx", b"hevm", b"hevs", b"msf1")
+_HEICS = (b"heic", b"heix", b"heim", b"heis", b"mif1", *_HEIC_FILMS)
 # a JPEG's markers: those with a length behind them, and, within its coded data, the next that is not part of that
 _BARE = (0x01, 0xD8, *range(0xD0, 0xD8))
 _SIZES = (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
@@ -52,7 +54,15 @@ def sniff(path: str | os.PathLike[str]) -> Kind:
         return Kind("tiff", "pages")
     if head[4:12] == b"ftypavif":
         return Kind("avif", "one")
+    if is_heic(head) and head[8:12] not in _HEIC_FILMS:
+        return Kind("heic", "one")
     return Kind("video", "many")
+
+
+def is_heic(head: bytes) -> bool:
+    """Whether a file that begins so is a HEIC picture, or a row of them, as iPhones take them."""
+    # AVIF is of the same family, and may only say so among the brands behind the first
+    return head[4:8] == b"ftyp" and head[8:12] in _HEICS and b"avif" not in head[16 : int.from_bytes(head[:4], "big")]
 
 
 def read_head(path: str | os.PathLike[str], kind: str) -> bytes:
