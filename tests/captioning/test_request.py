@@ -1,5 +1,6 @@
 """Settings that cannot be are refused before anything is opened, each in a sentence."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from casa.errors import UserError
         ({"burn": Path("a.srt")}, "a.srt has no known ending"),
         ({"track": Path("a.avi")}, "a.avi has no known ending"),
         ({"out": (Path("nowhere/a.srt"),)}, "folder of nowhere"),
+        ({"out": (Path("here.srt"),)}, "here.srt is a directory"),
         ({"out": (Path("a.srt"), Path("./a.srt"))}, "same name"),
+        ({"burn": Path("film.mp4"), "track": Path("a.mp4")}, "would replace the one"),
         ({"burn": Path("a.mp4"), "track": Path("a.mp4")}, "same name"),
         ({"resume": True}, "--out"),
         ({"hold": 0.0}, "hold"),
@@ -28,9 +31,18 @@ from casa.errors import UserError
         ({"reconnect_for": -1.0}, "0 or more"),
     ],
 )
-def test_what_cannot_be(settings, words):
+def test_what_cannot_be(settings, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.srt").mkdir()
     with pytest.raises(UserError, match=words):
         Request("film.mp4", **settings)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is closed to root")
+def test_where_nothing_may_be_written(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot be written"):
+        Request("film.mp4", (tmp_path / "a.srt",))
 
 
 @pytest.mark.parametrize("source", ["-", "camera:0", "screen", "rtsp://here/stream", "."])

@@ -84,6 +84,25 @@ def test_a_video_with_captions_drawn_in_and_one_with_a_text_track(run, film, tmp
     assert texts == [one.text for one in read_srt(tmp_path / "a.srt")]
 
 
+@pytest.mark.parametrize("output", ["track", "burn"])
+def test_what_an_output_needs_is_asked_before_the_first_frame(load, tmp_path, monkeypatch, output):
+    """And before the model is there, and before anything is replaced."""
+    with av.open(str(tmp_path / "film.webm"), "w") as made:
+        stream = made.add_stream("libvpx", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 84, 56, "yuv420p"
+        for _ in range(3):
+            made.mux(stream.encode(av.VideoFrame(84, 56, "yuv420p")))
+        made.mux(stream.encode())
+    (tmp_path / "a.srt").write_text("what was there")
+    if output == "burn":
+        monkeypatch.setattr(av, "codecs_available", set())
+    request = Request(str(tmp_path / "film.webm"), (tmp_path / "a.srt",), **{output: tmp_path / "a.mp4"})
+    with pytest.raises(UserError, match=r"write \.mkv instead" if output == "track" else "cannot write libx264"):
+        caption(request, "tiny", None)
+    assert (tmp_path / "a.srt").read_text() == "what was there"
+    assert not (tmp_path / "a.mp4").exists()
+
+
 def test_a_folder_becomes_a_video_with_its_captions(run, tmp_path):
     (tmp_path / "pictures").mkdir()
     for k in range(4):

@@ -1,6 +1,7 @@
 """What FFmpeg plays is given, whole and at its times: codecs, containers, moving pictures, films that begin late."""
 
 import io
+import re
 from fractions import Fraction
 
 import av
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from casa.errors import UserError
-from casa.media import burn_captions, open_source
+from casa.media import Caption, add_subtitle_track, burn_captions, check_subtitle_track, open_source
 from casa.media.video import probe, read_frames
 
 RATE, FRAMES = 10, 6
@@ -156,6 +157,94 @@ def test_every_frame_through_a_pipe(films, name):
     rate = (*FILMS[name], None, None, None)[4] or RATE
     with open_source(io.BytesIO(films(name).read_bytes()), fps=rate) as source:
         assert seen(source) == near([(k, k / rate) for k in range(FRAMES)])
+
+
+# what the containers of a text track hold, of the codecs in common use
+HELD = {
+    "h264.mp4": ".mp4 .mov .mkv",
+    "h264.flv": ".mp4 .mov .mkv",
+    "h264 bframes.mkv": ".mp4 .mov .mkv",
+    "h264 bframes.ts": ".mp4 .mov .mkv",
+    "hevc.mp4": ".mp4 .mov .mkv",
+    "av1.mp4": ".mp4 .mkv",
+    "vp8.webm": ".mkv",
+    "vp9.webm": ".mp4 .mkv",
+    "mpeg2.mpg": ".mp4 .mov .mkv",
+    "mpeg4.avi": ".mp4 .mov .mkv",
+    "mjpeg.avi": ".mp4 .mov .mkv",
+    "prores.mov": ".mov .mkv",
+    "png.avi": ".mp4 .mov",
+    "ffv1.mkv": ".mp4 .mkv",
+    "wmv2.wmv": "",
+}
+
+
+def sentence(function, *given):
+    """What is said to the user; "" if it can be done."""
+    try:
+        function(*given)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", [name for name in FILMS if name != "parts.mpjpeg"])
+def test_a_text_track_beside_every_codec(films, tmp_path, name):
+    """Either the film with its text, on one clock; or a sentence at once, which names the endings that do."""
+    path, held = films(name), []
+    wanted = seen(read_frames(path, fps=None))
+    for suffix in (".mp4", ".mov", ".mkv"):
+        out = tmp_path / f"a{suffix}"
+        refused = sentence(check_subtitle_track, path, out)
+        if refused:
+            assert "\n" not in refused
+            for named in re.findall(r"\.(?:mp4|mov|mkv)", refused.partition("as it is")[2]):
+                check_subtitle_track(path, tmp_path / f"b{named}")
+            assert sentence(add_subtitle_track, path, [], out) == refused
+            assert not out.exists()
+            continue
+        held.append(suffix)
+        add_subtitle_track(path, [Caption(0.0, 0.2, "one"), Caption(0.2, 0.5, "two")], out)
+        assert seen(read_frames(out, fps=None)) == near(wanted)
+        with av.open(str(out)) as made:
+            # what players begin with is what casa counts from
+            assert made.start_time in (0, None)
+            said = [
+                (p.pts * p.time_base, bytes(p)[0 if suffix == ".mkv" else 2 :])
+                for p in made.demux(subtitles=0)
+                if p.size
+            ]
+        assert [(float(at), text) for at, text in said if text] == [
+            (0.0, b"one"),
+            (pytest.approx(0.2, abs=1e-3), b"two"),
+        ]
+    if name in HELD:
+        assert " ".join(held) == HELD[name]
+
+
+def test_a_broadcast_is_brought_to_zero(tmp_path):
+    """Its clock says ten hours; and it was joined of two, so that it says so again in the middle."""
+    begin = 36_000 * RATE
+    for name in ("one", "two"):
+        with av.open(str(tmp_path / name), "w", format="mpegts", options={"mpegts_copyts": "1"}) as made:
+            stream = made.add_stream("mpeg2video", rate=RATE, options={"g": "1", "bf": "0"})
+            stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+            for k in range(20):
+                made.mux(stream.encode(shade(k % FRAMES, (48, 32), "yuv420p", begin + k, RATE)))
+            made.mux(stream.encode())
+    path = tmp_path / "a.ts"
+    path.write_bytes((tmp_path / "one").read_bytes() + (tmp_path / "two").read_bytes())
+    wanted = [(k % 20 % FRAMES, k / RATE) for k in range(40)]
+    with read_frames(path, fps=None) as frames:
+        assert seen(frames) == near(wanted)
+        assert frames.counts.skipped <= 1, "the seam"
+    for suffix in ("mp4", "mkv"):
+        add_subtitle_track(path, [Caption(0.0, 1.0, "one"), Caption(3.0, 4.0, "two")], tmp_path / f"a.{suffix}")
+        assert seen(read_frames(tmp_path / f"a.{suffix}", fps=None)) == near(wanted)
+        with av.open(str(tmp_path / f"a.{suffix}")) as made:
+            assert made.start_time == 0
+            said = [float(p.pts * p.time_base) for p in made.demux(subtitles=0) if len(bytes(p)) > 2]
+        assert said == [0.0, 3.0]
 
 
 def test_pages_and_animations_of_pillow(tmp_path):

@@ -108,7 +108,7 @@ def test_what_cannot_be_done_leaves_nothing(tmp_path, clips):
         (source, "a.avi", r"no video name: let it end in \.mp4"),
         (tmp_path / "missing.mp4", "a.mp4", "There is no file"),
         (source, "no/a.mp4", "does not exist"),
-        (odd, "a.mp4", r"cannot hold what is in .*odd\.avi .* write \.mkv instead"),
+        (odd, "a.mp4", r"cannot hold what is in .*odd\.avi .*: no other can either, so convert the video, or draw"),
     ):
         with pytest.raises(UserError, match=sentence):
             add_subtitle_track(given, CAPTIONS, tmp_path / out)

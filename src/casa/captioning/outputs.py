@@ -7,10 +7,30 @@ from pathlib import Path
 from typing import Any, Self
 
 from casa.captioning.request import Request
-from casa.media import Caption, Recorder, add_subtitle_track, burn_captions, open_writer, read_jsonl, read_srt, read_vtt
+from casa.media import (
+    Caption,
+    Recorder,
+    VideoWriter,
+    add_subtitle_track,
+    burn_captions,
+    check_subtitle_track,
+    open_writer,
+    read_jsonl,
+    read_srt,
+    read_vtt,
+)
 from casa.media.caption_writers import CallbackWriter, ManyWriters
 
 _READERS = {".srt": read_srt, ".vtt": read_vtt, ".jsonl": read_jsonl}
+
+
+def check_outputs(request: Request) -> None:
+    """That all outputs can be made, before anything is watched for hours. Raises UserError."""
+    if request.burn is not None:
+        # what it encodes with is there
+        VideoWriter(request.burn, (2, 2), 1.0)
+    if request.track is not None:
+        check_subtitle_track(request.path, request.track)
 
 
 class Outputs:

@@ -58,13 +58,15 @@ class Request:
 
     def __post_init__(self) -> None:
         for path in self.out:
-            _check_ending(path, SUBTITLES)
+            _check_place(path, SUBTITLES)
         for path in (self.burn, self.track):
             if path is not None:
-                _check_ending(path, VIDEOS)
+                _check_place(path, VIDEOS)
         written = [Path(os.path.abspath(path)) for path in (*self.out, self.burn, self.track) if path is not None]
         if len(set(written)) < len(written):
             raise UserError("two outputs have the same name; give each its own.")
+        if self.track is not None and self.burn is not None and Path(os.path.abspath(self.path)) == written[-2]:
+            raise UserError("the captioned video would replace the one that the track is copied from; name another.")
         if self.track is not None and not self.is_file:
             raise UserError("--track copies a video file and adds text to it; for other sources use --burn.")
         if self.resume and not self.out:
@@ -141,8 +143,12 @@ def parse_option(written: str) -> tuple[str, str]:
     return name.strip(), value
 
 
-def _check_ending(path: Path, endings: tuple[str, ...]) -> None:
+def _check_place(path: Path, endings: tuple[str, ...]) -> None:
     if path.suffix.lower() not in endings:
         raise UserError(f"{path} has no known ending; use {', '.join(endings)}.")
     if not path.parent.is_dir():
         raise UserError(f"The folder of {path} does not exist: create it, or write elsewhere.")
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: name a file to write.")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise UserError(f"{path} cannot be written (Permission denied): write to another folder.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from casa.captioning.ending import Ending
-from casa.captioning.outputs import Outputs
+from casa.captioning.outputs import Outputs, check_outputs
 from casa.captioning.progress import Progress
 from casa.captioning.questions import Questions
 from casa.captioning.request import Request
@@ -88,6 +88,7 @@ def caption(
     progress = Progress(request, model)
     after = progress.place.seconds
     with _open(request, after) as source:
+        check_outputs(request)
         report.live = source.is_live if request.live is None else request.live
         late = _stands_when_said(request, report.live)
         session = progress.session(*load(model))

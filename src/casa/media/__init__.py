@@ -7,7 +7,7 @@ from casa.media.open_source import open_source
 from casa.media.pictures import check_picture, open_picture
 from casa.media.recorder import Recorder
 from casa.media.source import Counts, Frame, Source
-from casa.media.subtitle_track import add_subtitle_track
+from casa.media.subtitle_track import add_subtitle_track, check_subtitle_track
 from casa.media.subtitles import (
     Caption,
     captions_from_frames,
@@ -40,6 +40,7 @@ __all__ = [
     "burn_captions",
     "captions_from_frames",
     "check_picture",
+    "check_subtitle_track",
     "draw_caption",
     "open_picture",
     "open_source",

@@ -20,6 +20,10 @@ from casa.media.source import Counts
 
 # Bare pictures in a row: such a stream carries no times, only a rate that FFmpeg makes up.
 UNTIMED = ("mjpeg", "mpjpeg", "image2pipe", "jpeg_pipe", "png_pipe", "webp_pipe", "bmp_pipe")
+# A clock that goes back by more than this, in seconds, has been set anew; by less, a frame is out of order.
+BACKWARDS = 1.0
+# FFmpeg's flag of the formats that can be joined by putting one behind the other.
+_JOINED = 0x200
 # Formats without times that FFmpeg says of themselves, by a flag of its own; and one that loses count when it seeks.
 _NO_TIMES = 0x80
 _LOSES_COUNT = ("apng",)
@@ -217,6 +221,18 @@ class Decoder:
         yield from self._timed()
 
     def _timed(self):
+        """Frames on one clock: films that were joined, as parts of a broadcast, begin again in the middle."""
+        if self.keys is not None or not int(self._container.format.flags) & _JOINED:
+            yield from self._stated()
+            return
+        last, shift = -math.inf, 0.0
+        for time, raw, length in self._stated():
+            if time + shift < last - BACKWARDS:
+                shift = last + length - time
+            last = max(last, time + shift)
+            yield time + shift, raw, length
+
+    def _stated(self):
         for count, raw in enumerate(self._decode()):
             # frames flushed after a failure come without a clock: it is the stream's
             tick = raw.time_base or self.stream.time_base

@@ -25,13 +25,11 @@ from typing import Any
 
 from casa.errors import UserError
 from casa.media.backoff import Backoff
-from casa.media.decoder import Decoder, Key
+from casa.media.decoder import BACKWARDS, Decoder, Key
 from casa.media.sampling import TOLERANCE, as_they_come, on_screen, spans
 from casa.media.source import Counts, Frame, Source, check_fps
 from casa.media.upright import upright
 
-# A clock that goes back by more than this has been set anew; by less, a frame is out of order.
-BACKWARDS = 1.0
 # Key frames that are remembered: those of the beginning, and the latest, of more than a day at one a second.
 FIRST, LATEST = 16, 100_000
 # Playlists: what FFmpeg calls their end may be a server that is gone. They say of themselves whether they go on.

@@ -83,6 +83,9 @@ class VideoWriter:
         self._path = path
         self._format = _FORMATS[suffix]
         self._encoder = _ENCODERS[codec]
+        av = import_av()
+        if self._encoder not in av.codecs_available:
+            raise UserError(f"This PyAV cannot write {self._encoder}: install the wheel of av.")
         self._options = {"crf": str(crf), "preset": preset} | ({"tune": "zerolatency"} if as_it_goes else {})
         self._as_it_goes = as_it_goes
         self._stack = ExitStack()
