@@ -3,10 +3,14 @@
 import pytest
 import torch
 
+from casa.models.image_tokens import count_tokens
+from casa.models.picture_processing import CasaSquareImageProcessor
 from casa.serving import Limits, completion
-from casa.serving.chat_request import RequestError, read_chat
+from casa.serving.chat_request import ChatRequest, RequestError, read_chat
 from casa.serving.completion import Completion
-from casa.testing import tiny_casa, tiny_processor
+from casa.streaming import Sampling
+from casa.testing import tiny_casa, tiny_casa_over, tiny_processor
+from casa.vision import token_grids
 
 
 @pytest.fixture
@@ -101,6 +105,27 @@ def test_several_answers_are_those_of_single_requests(asked, fusion):
     assert many.prompt_tokens == one.prompt_tokens
 
 
+@pytest.mark.parametrize("kind", ["smolvlm", "qwen2_5_vl", "qwen3_vl", "gemma3_text"])
+@pytest.mark.parametrize("fusion", [{}, {"method": "insertion"}])
+def test_towers_of_any_kind(kind, fusion, pictures):
+    """Those that take squares, too, and connectors that make fewer tokens of a picture: the same as `generate` says."""
+    model, processor = tiny_casa_over(kind, **fusion), tiny_processor()
+    if kind == "smolvlm":
+        processor.image_processor = CasaSquareImageProcessor(size={"height": 56, "width": 56}, patch_size=14)
+    model.generation_config.eos_token_id = 2
+    parts = [{"type": "image", "image": picture} for picture in pictures[:2]] + [{"type": "text", "text": "say"}]
+    chat = [{"role": "user", "content": parts}]
+    pieces = []
+    work = Completion(model, processor, ChatRequest(chat, 2, 6, Sampling(), 0, (), False, False), 8192, pieces.append)
+    assert work.advance(float("inf"))
+    inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    with torch.no_grad():
+        said = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert told(pieces, 0) == processor.tokenizer.decode(said, skip_special_tokens=True).lstrip()
+    grids = model.final_grids(token_grids(model.config.encoder_config, inputs["image_grid_thw"]))
+    assert work.prompt_tokens == inputs["input_ids"].shape[1] + count_tokens(grids)
+
+
 def test_logprobs_are_the_models_own(model, asked):
     """Whatever is sampled from: of the logits as the model gave them."""
     settings = {"temperature": 0.7, "top_k": 5, "presence_penalty": 1, "seed": 3, "max_tokens": 9}
@@ -114,12 +139,9 @@ def test_logprobs_are_the_models_own(model, asked):
     ids = work._choices[0].tokens
     assert len(entries) == len(ids) == work.completion_tokens
     processor = tiny_processor()
-    prompt = begun(model, asked())[0]._tokenized()
-    features = begun(model, asked())[0]
-    features._inputs = features._tokenized()
-    images = torch.cat(
-        [model.encode_images(patch, prompt["image_grid_thw"][k : k + 1]) for k, patch in enumerate(features._patches)]
-    )
+    reader = begun(model, asked())[0]
+    prompt = reader._tokenized()
+    images = torch.cat([model.encode_images(p["pixel_values"], p["image_grid_thw"]) for p in reader._pictures])
     tokens = torch.cat([prompt["input_ids"], torch.tensor([ids])], dim=1)
     with torch.no_grad():
         logits = model(**(prompt | {"input_ids": tokens}), image_features=images).logits[0].float().log_softmax(-1)

@@ -1,6 +1,6 @@
 """One chat completion, token by token, in slices, on the model's own thread.
 
-Shapes: V vocabulary; n pictures with P patches and N image tokens in all.
+Shapes: V vocabulary.
 
     prompt, tokenized -> one picture after another, encoded -> the text read -> token, token, ...
     `-- a slice ends after any of these, so that streams wait for one picture at most --------´
@@ -16,6 +16,7 @@ from jinja2.exceptions import TemplateError
 from torch import Tensor
 
 from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.models.image_tokens import count_tokens
 from casa.models.loading import sentence_of
 from casa.models.stopping import stop_ids
 from casa.serving.chat_request import ChatRequest, RequestError
@@ -71,7 +72,7 @@ class Completion:
         self._stops = frozenset(stop_ids(model, processor.tokenizer))
         self._text = Detokenizer(processor.tokenizer)
         self._inputs: dict[str, Any] | None = None
-        self._patches: list[Tensor] = []  # of the pictures that are not encoded yet
+        self._pictures: list[dict[str, Tensor]] = []  # those that are not encoded yet
         self._features: list[Tensor] = []
         self._cache: Any = None
         self._choices = [_Choice(index, seed) for index, seed in enumerate(_seeds(request.seed, request.choices))]
@@ -90,8 +91,9 @@ class Completion:
         while not self.cancelled:
             if self._inputs is None:
                 self._inputs = self._tokenized()
-            elif self._patches:
-                self._look(self._inputs["image_grid_thw"])
+            elif self._pictures:
+                picture = self._pictures.pop(0)
+                self._features.append(self._model.encode_images(picture["pixel_values"], picture["image_grid_thw"]))
             elif self._say(self._inputs):
                 return True
             if monotonic() >= until:
@@ -102,7 +104,7 @@ class Completion:
         self._tell(Piece(error=error))
 
     def _tokenized(self) -> dict[str, Any]:
-        """The model's inputs, without the pixels: they go into `_patches`, one picture each."""
+        """The model's inputs, without the pixels: they go into `_pictures`, one by one."""
         try:
             written = self._processor.apply_chat_template(
                 self._request.messages,
@@ -125,19 +127,15 @@ class Completion:
         # one row has no padding
         inputs.pop("attention_mask", None)
         if "image_grid_thw" in inputs:
-            counts = inputs["image_grid_thw"].prod(-1).tolist()
-            self._patches = list(inputs.pop("pixel_values").split(counts))
+            self._pictures = [self._model.picked(inputs, [number]) for number in range(len(inputs["image_grid_thw"]))]
+            del inputs["pixel_values"]
         return inputs
 
     def _image_tokens(self, inputs: dict[str, Any]) -> int:
         if "image_grid_thw" not in inputs:
             return 0
-        return sum(h * w for h, w in token_grids(self._model.config.encoder_config, inputs["image_grid_thw"]))
-
-    def _look(self, grids: Tensor) -> None:
-        """Encodes the next picture. grids: (n, 3), of all of them."""
-        which = len(self._features)
-        self._features.append(self._model.encode_images(self._patches.pop(0), grids[which : which + 1]))
+        grids = token_grids(self._model.config.encoder_config, inputs["image_grid_thw"])
+        return count_tokens(self._model.final_grids(grids))
 
     def _say(self, inputs: dict[str, Any]) -> bool:
         """Chooses the next token of every answer, and tells it; True if these were the last ones."""
