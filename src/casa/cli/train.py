@@ -27,7 +27,10 @@ def train(
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad record, by its line.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and draw the first packed batch; train nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Open all that the run would, print the plan, draw the first batch; train nothing."
+        ),
     ] = False,
     picture: Annotated[Path | None, typer.Option(help="With --dry-run: where the batch is drawn.")] = None,
 ) -> None:
@@ -49,7 +52,7 @@ def train(
     elif until is not None:
         raise UserError("--until is for casa-tiny's recipe, which has stages; leave it out.")
     elif dry_run:
-        _plan(chosen, picture if picture is not None else Path(f"{recipe.stem}-first-batch.png"))
+        _plan(chosen, folder, resume, picture if picture is not None else Path(f"{recipe.stem}-first-batch.png"))
     else:
         _run(chosen, folder, resume)
 
@@ -69,13 +72,16 @@ def _stages(recipe: "Recipe", folder: Path, until: str | None, dry_run: bool) ->
     print(run(recipe, training_sources(), folder, until=last, progress=print))
 
 
-def _plan(recipe: "RunRecipe", picture: Path) -> None:
+def _plan(recipe: "RunRecipe", folder: Path, resume: bool, picture: Path) -> None:
     from rich.console import Console
 
+    from casa.cli.training_scores import scores_of
     from casa.training.own.first_pack import draw_first_pack
     from casa.training.own.model import outline
     from casa.training.own.plan import make_plan
     from casa.training.own.plan_table import tables
+    from casa.training.own.preflight import check_run
+    from casa.training.own.run import check_claim
 
     _quiet()
     if not picture.parent.is_dir():
@@ -84,7 +90,17 @@ def _plan(recipe: "RunRecipe", picture: Path) -> None:
     if not console.is_terminal:
         # in a file there is no edge to break lines at
         console = Console(width=140, highlight=False)
-    plan = make_plan(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        check_claim(recipe, folder, resume)
+    except UserError as error:
+        # plans are looked at while the run goes on in its folder, too
+        typer.echo(f"the run itself would not begin: {error}", err=True)
+        resume = False
+    if recipe.evaluation.tasks:
+        scores_of(recipe.evaluation)
+    check_run(recipe, folder, resume=resume, processes=processes, told=lambda text: typer.echo(text, err=True))
+    plan = make_plan(recipe, processes)
     console.print(tables(plan))
     batch = draw_first_pack(recipe, outline(recipe), picture)
     facts = batch.facts

@@ -9,13 +9,15 @@ from casa.training.seen import Evaluate
 def scores_of(settings: EvaluationSettings) -> Evaluate:
     """A function from a model and its processor to scores such as `pages_digits`.
 
-    Raises UserError for a task that is not known.
+    Raises UserError for a task that is not known, or that cannot be drawn here.
     """
     from casa.evaluation.answering import answerer
-    from casa.evaluation.runner import check_tasks, evaluate
+    from casa.evaluation.runner import check_tasks, draw_one, evaluate
     from casa.streaming import StreamingSession
 
     names = check_tasks(settings.tasks)
+    # what they are drawn from is an extra, and would be missed at the first measurement only
+    draw_one(names, settings.largest)
 
     def scores(model: Any, processor: Any) -> dict[str, float]:
         found = evaluate(

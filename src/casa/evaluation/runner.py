@@ -96,7 +96,7 @@ def _stream(
     make_session: Callable[[], Session],
     progress: Progress | None,
 ) -> dict[str, float]:
-    most = min(max(largest or MOST_OF_STREAM, LEAST_OF_STREAM), MOST_OF_STREAM)
+    most = _most_of_stream(largest)
     pairs: list[tuple[list[str], list[str]]] = []
     done = 0
     while done < limit:
@@ -110,6 +110,11 @@ def _stream(
         if progress is not None:
             progress("stream", done, limit)
     return {"wer": word_error_rate(pairs), "n": done}
+
+
+def _most_of_stream(largest: int | None) -> int:
+    """The longest side of a frame, in px."""
+    return min(max(largest or MOST_OF_STREAM, LEAST_OF_STREAM), MOST_OF_STREAM)
 
 
 def _cut(captions: list[str], most: int) -> list[str]:
@@ -132,6 +137,15 @@ def check_tasks(names: Iterable[str]) -> list[str]:
     if not chosen:
         raise UserError(f"No task was named; choose from {', '.join(TASKS)}.")
     return chosen
+
+
+def draw_one(names: Iterable[str], largest: int | None = None) -> None:
+    """Draws an example of each task, to be rid of it. UserError where what they are drawn from is not installed."""
+    for name in names:
+        if name == "stream":
+            stream(generator("stream", "held_out", 0, 1), "held_out", seconds=1.0, max_side=_most_of_stream(largest))
+        else:
+            next(iter((held_out_pages if name == "pages" else held_out_scenes)(0, 1, largest)))
 
 
 def evaluate(

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import re
 import shutil
 
@@ -17,6 +18,7 @@ from casa.errors import UserError
 from casa.training.own import parse_run_recipe, train_run
 from casa.training.own.model import load_model, load_processor
 from casa.training.own.run import RECIPE, claim, open_stream
+from casa.training.sharding import export_checkpoint
 from casa.training.trainer import newest_checkpoint
 
 # PEFT asks by a name that transformers is about to leave behind
@@ -55,6 +57,10 @@ def test_a_run_gives_a_model_and_resuming_gives_the_same(values, made, tmp_path)
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4]
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [2, 4]
     (first, *_) = (entry for entry in log if "loss" in entry)
+    assert (first["rate_new"], first["rate_existing"]) == (0, 0)  # before it rises
+    (second,) = (entry for entry in log if "loss" in entry and entry["step"] == 2)
+    assert (second["rate_new"], second["rate_existing"]) == pytest.approx((3e-3, 1e-3))
+    assert second["learning_rate"] in (second["rate_new"], second["rate_existing"])
     assert 0 < first["packed_text"] <= 1
     assert 0 < first["packed_image"] <= 1
     assert first["memory_gib"] > 0
@@ -149,12 +155,58 @@ def test_adapters_are_trained_resumed_and_merged(values, made, tmp_path):
     model = CasaForConditionalGeneration.from_pretrained(final)
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert (tmp_path / "run" / "checkpoint-1" / "adapter_model.safetensors").is_file()
+    # the last checkpoint, exported, is the model that the run ended with; the one before is another
+    same = CasaForConditionalGeneration.from_pretrained(
+        export_checkpoint(tmp_path / "run" / "checkpoint-2", tmp_path / "exported")
+    )
+    for name, parameter in model.named_parameters():
+        assert torch.equal(same.get_parameter(name), parameter), name
+    assert CasaProcessor.from_pretrained(tmp_path / "exported").image_token == "<|image_pad|>"
+    other = CasaForConditionalGeneration.from_pretrained(
+        export_checkpoint(tmp_path / "run" / "checkpoint-1", tmp_path / "earlier")
+    )
+    moved = {
+        name for name, parameter in model.named_parameters() if not torch.equal(other.get_parameter(name), parameter)
+    }
+    assert any("q_proj" in name for name in moved)
+    assert not any("k_proj" in name and "backbone" in name for name in moved)
     shutil.rmtree(tmp_path / "run" / "checkpoint-2")
     shutil.rmtree(final)
     train_run(recipe, tmp_path / "run", resume=True)
     again = CasaForConditionalGeneration.from_pretrained(final)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(again.get_parameter(name), parameter)
+
+
+@pytest.mark.parametrize("added", ["whole", "adapters"])
+def test_averages_of_adapters_are_merged_and_odd_folders_refused(values, made, tmp_path, added):
+    lora = {"rank": 2, "targets": ["q_proj"], "added": added}
+    blocks = {
+        "model": {"backbone": str(made.text), "vision": str(made.tower), "lora": lora},
+        "optimisation": {"trained": "as given", "steps": 2, "decay": 0, "ema": 0.5, "precision": "bfloat16"},
+    }
+    final = train_run(parse_run_recipe(values(**blocks)), tmp_path / "run")
+    # a run with an average ends with it
+    exported = export_checkpoint(tmp_path / "run" / "checkpoint-2", tmp_path / "average", average=True)
+    wanted, found = (load_file(folder / "model.safetensors") for folder in (final, exported))
+    assert wanted.keys() == found.keys()
+    for name, weight in wanted.items():
+        assert found[name].dtype == weight.dtype == torch.bfloat16
+        assert torch.equal(found[name], weight), name
+    wide = export_checkpoint(tmp_path / "run" / "checkpoint-2", tmp_path / "wide", dtype=torch.float32)
+    assert {weight.dtype for weight in load_file(wide / "model.safetensors").values()} == {torch.float32}
+    recipe = tmp_path / "run" / RECIPE
+    written = recipe.read_text()
+    recipe.write_text(written.replace("rank: 2", "rank: 3"))
+    with pytest.raises((UserError, RuntimeError), match=r"adapters|size mismatch"):
+        export_checkpoint(tmp_path / "run" / "checkpoint-2", tmp_path / "other")
+    recipe.write_text(written.replace("- q_proj", "- k_proj"))
+    with pytest.raises(UserError, match="are not those of"):
+        export_checkpoint(tmp_path / "run" / "checkpoint-2", tmp_path / "other")
+    recipe.unlink()
+    with pytest.raises(UserError, match="put the recipe of the run there"):
+        export_checkpoint(tmp_path / "run" / "checkpoint-2", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_adapters_need_layers(values, made, tmp_path):
@@ -203,7 +255,7 @@ def test_a_folder_belongs_to_one_recipe(values, tmp_path):
 def test_nothing_to_learn_from_is_said(values, made, tmp_path):
     empty = made.module.pages(tmp_path / "data", 4, bad=4)
     recipe = parse_run_recipe(values(data={"sources": [{"path": str(empty)}]}))
-    with pytest.raises(UserError, match="has no record that can be read"):
+    with pytest.raises(UserError, match=r"has no record that can be learned from .*no picture"):
         train_run(recipe, tmp_path / "run")
     strict = parse_run_recipe(values(data={"strict": True, "shuffle": 0}))
     with pytest.raises(UserError, match=r"pages\.jsonl:1: "):
@@ -269,12 +321,14 @@ def test_a_processor_made_before(values, made, tmp_path):
         load_processor(gist)
 
 
-def test_a_reader_in_a_process_of_its_own_says_one_sentence(values, made, tmp_path):
+def test_a_reader_in_a_process_of_its_own_says_one_sentence(values, made, tmp_path, monkeypatch):
+    monkeypatch.setattr("casa.training.own.run.check_run", lambda *_, **__: None)  # it would say so itself
     pages = made.module.pages(tmp_path / "data", 6, bad=6)
     recipe = parse_run_recipe(values(data={"sources": [{"path": str(pages)}]}, loading={"workers": 1}))
     with pytest.raises(UserError, match=r"^\S*pages.jsonl has no record that can be read") as caught:
         train_run(recipe, tmp_path / "run")
     assert "Traceback" not in str(caught.value)
+    assert not multiprocessing.active_children(), "it would keep the program from ending"
 
 
 def test_frames_of_videos_are_kept_where_the_recipe_says(values, tmp_path):

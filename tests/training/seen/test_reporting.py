@@ -57,4 +57,7 @@ def test_losses_reach_every_reporter(values, tmp_path, wandb):
     board.Reload()
     drawn = {event.step: event.value for event in board.Scalars("train/loss")}
     assert drawn == pytest.approx(losses, rel=1e-6)  # it keeps float32
-    assert "train/text_tokens_per_second" in board.Tags()["scalars"]
+    assert {"train/text_tokens_per_second", "train/rate_new", "train/rate_existing"} <= set(board.Tags()["scalars"])
+    rates = {event.step: event.value for event in board.Scalars("train/rate_existing")}
+    assert rates == pytest.approx({entry["step"]: entry["rate_existing"] for entry in log if "loss" in entry}, rel=1e-6)
+    assert rates[2] > 0

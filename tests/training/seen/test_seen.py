@@ -27,6 +27,8 @@ def state(step=5):
 def test_figures_are_told_in_units():
     assert figures_told(LOG) == "loss 1.235  5,300 tok/s  18.2 img/s  packed 93 / 98 %  17.2 GiB"
     assert figures_told({"loss": 2.0}) == "loss 2"
+    rates = {"rate_new": 1e-4, "rate_muon": 0.02, "rate_existing": 1.5e-5}
+    assert figures_told({"loss": 2.0, **rates}) == "loss 2  rate new 0.0001, muon 0.02, existing 1.5e-05"
 
 
 def test_a_file_gets_lines(capsys):

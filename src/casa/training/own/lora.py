@@ -1,15 +1,23 @@
-"""LoRA through PEFT: adapters on the text model, the fusion layers whole or with adapters too."""
+"""LoRA through PEFT: adapters on the text model, the fusion layers whole or with adapters too; and merged into it."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
+from safetensors.torch import load_file
 from torch import nn
 
 from casa.errors import UserError
 from casa.settings import near
-from casa.training.own.recipe import LoraSettings
+from casa.training.own.recipe import LoraSettings, parse_run_recipe
+from casa.training.trainer.groups import choose_trained, set_precision
 
 _WHOLE = ("projector", "compressor", "gist")
 _FUSION = "casa_layers"
+RECIPE = "recipe.yaml"  # in the folder of a run
+_ADAPTERS = "adapter_model.safetensors"
 
 
 def with_lora(model: Any, settings: LoraSettings) -> Any:
@@ -45,3 +53,41 @@ def with_lora(model: Any, settings: LoraSettings) -> Any:
         modules_to_save=whole or None,
     )
     return get_peft_model(model, config)
+
+
+def merged_adapters(checkpoint: Path, adjust: Callable[[Any], None]) -> Any:
+    """The model of a run's checkpoint of adapters, these merged into what the run began from.
+
+    checkpoint: in the folder of its run, whose recipe names that. adjust: is given the model under PEFT before.
+    Raises UserError where the recipe, or what it names, is not there, or is of other adapters.
+    """
+    from casa.training.own.model import load_model
+
+    path = checkpoint.absolute().parent / RECIPE
+    if not path.is_file():
+        raise UserError(
+            f"{checkpoint} holds LoRA adapters, and there is no {path}, which names the model that they belong to: "
+            "put the recipe of the run there."
+        )
+    recipe = parse_run_recipe(yaml.safe_load(path.read_text(encoding="utf-8")))
+    if recipe.model.lora is None:
+        raise UserError(
+            f"{checkpoint} holds LoRA adapters, and the recipe of {path} has none: put the run's own there."
+        )
+    from peft import set_peft_model_state_dict
+
+    model = load_model(recipe).model
+    choose_trained(model, recipe.optimisation)
+    set_precision(model, recipe.optimisation)
+    found = set_peft_model_state_dict(model, load_file(checkpoint / _ADAPTERS))
+    lost = [name for name in found.missing_keys if "lora_" in name or "modules_to_save" in name]
+    if lost or found.unexpected_keys:
+        raise UserError(
+            f"the adapters in {checkpoint} are not those of {path}: the first is {[*lost, *found.unexpected_keys][0]}."
+        )
+    adjust(model)
+    merged = model.merge_and_unload()
+    if recipe.optimisation.precision == "bfloat16":
+        # as the run's own end is written: masters are kept in checkpoints only
+        torch.nn.Module.to(merged, dtype=torch.bfloat16)
+    return merged

@@ -22,7 +22,9 @@ from casa.atomic import write_text
 from casa.data import DataSettings, Records, Shard, open_records
 from casa.errors import UserError
 from casa.training.own.card import Facts, count_bad, write_card
+from casa.training.own.lora import RECIPE
 from casa.training.own.model import Loaded, load_model
+from casa.training.own.preflight import check_run
 from casa.training.own.rates import RecipeRates
 from casa.training.own.recipe import RunRecipe, parse_run_recipe, run_recipe_values
 from casa.training.packs import PackStream, StreamPosition
@@ -35,7 +37,6 @@ from casa.training.seen.reporting import reporters
 from casa.training.sharding import export_checkpoint
 from casa.training.trainer import CasaTrainer, checkpoints, newest_checkpoint, parameter_groups, ranks
 
-RECIPE = "recipe.yaml"
 FINAL = "final"
 # what may differ when a run is gone on with: nothing that was trained on, or that the model is
 _MAY_CHANGE = ("watch", "loading", "saving", "logging", "evaluation", "device")
@@ -70,6 +71,7 @@ def train_run(
 ) -> Path | None:
     """Trains, and returns the folder of the finished model, `out/final`; None if SIGTERM ended the run.
 
+    Whatever the run will open is opened before its first step (`check_run`), and before anything is written.
     resume: go on from the newest checkpoint in `out`; without it, `out` must be new or empty. evaluate: measures a
     model now and then (`recipe.evaluation`). told: is told what is done besides steps. Under torchrun, every process
     calls this.
@@ -79,6 +81,8 @@ def train_run(
     first = int(os.environ.get("RANK", "0")) == 0
     say = told if told is not None and first else _silent
     if first:
+        check_claim(recipe, out, resume)
+        check_run(recipe, out, resume=resume, processes=int(os.environ.get("WORLD_SIZE", "1")), told=say)
         claim(recipe, out, resume)
     say(f"reading {recipe.model.source}")
     loaded = load_model(recipe)
@@ -123,6 +127,18 @@ def train_run(
 
 def claim(recipe: RunRecipe, out: Path, resume: bool) -> None:
     """Makes `out` this recipe's folder, or refuses in a sentence."""
+    if check_claim(recipe, out, resume):
+        _clear(out)
+    out.mkdir(parents=True, exist_ok=True)
+    values = yaml.safe_dump(run_recipe_values(recipe), sort_keys=False, allow_unicode=True, width=110)
+    write_text(out / RECIPE, values)
+
+
+def check_claim(recipe: RunRecipe, out: Path, resume: bool) -> bool:
+    """Refuses in a sentence if `out` cannot be this recipe's folder, and changes nothing.
+
+    Returns whether it holds what another recipe has told of itself before its first checkpoint.
+    """
     path = out / RECIPE
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder to train in.")
@@ -142,12 +158,10 @@ def claim(recipe: RunRecipe, out: Path, resume: bool) -> None:
             raise UserError(
                 f"{out} holds a run with another {', '.join(changed)}: resume it with the same, or give another folder."
             )
-        if before != now and not begun:
-            _clear(out)
-    elif out.is_dir() and any(out.iterdir()):
+        return before != now and not begun
+    if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and holds no run; give an empty or a new folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(path, yaml.safe_dump(run_recipe_values(recipe), sort_keys=False, allow_unicode=True, width=110))
+    return False
 
 
 def _clear(out: Path) -> None:

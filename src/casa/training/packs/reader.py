@@ -194,6 +194,12 @@ class PackReader:
     def _check_hope(self) -> None:
         """Raises UserError if the same records come again and again without a batch: they would for ever."""
         if self._again >= HOPELESS and all(entry.sample.origin in self._refused for entry in self._packer.waiting):
+            least = self._maker.least
+            if least is not None and not self._packer.waiting:
+                raise UserError(
+                    f"No record of the data fits into a pack: a budget of {least.text} text and {least.image} image "
+                    "tokens would hold the smallest."
+                )
             raise UserError("No record of the data can be learned from: `casa data check` tells why.")
 
     def _batch(self, pack: list[_Numbered]) -> Batch | None:

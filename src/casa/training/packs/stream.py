@@ -44,6 +44,14 @@ class StreamPosition:
         self.turn = (batch.reader + 1) % self.readers
         self.taken.update({"packs": 1, **batch.facts})
 
+    def check_readers(self, workers: int) -> None:
+        """Raises UserError if it was left by another number of readers than so many worker processes are."""
+        if self.positions and self.readers != max(1, workers):
+            raise UserError(
+                f"This run was saved with {self.readers} readers and cannot go on with {max(1, workers)}: "
+                f"set workers to {self.readers}."
+            )
+
     def to_dict(self) -> dict[str, Any]:
         positions = {str(reader): position for reader, position in self.positions.items()}
         return {"readers": self.readers, "turn": self.turn, "positions": positions, "taken": dict(self.taken)}
@@ -92,12 +100,7 @@ def open_loader(stream: PackStream, workers: int = 0, ahead: int = 2, pinned: bo
 
     Raises UserError if the stream is to go on from a position that another number of readers has left.
     """
-    begun = stream.position
-    if begun.positions and begun.readers != max(1, workers):
-        raise UserError(
-            f"This run was saved with {begun.readers} readers and cannot go on with {max(1, workers)}: "
-            f"set workers to {begun.readers}."
-        )
+    stream.position.check_readers(workers)
     # a generator of its own: the loader draws a seed, which must not shift the model's random numbers
     own = torch.Generator().manual_seed(0)
     running: dict[str, Any] = {"prefetch_factor": ahead, "worker_init_fn": _prepare_worker} if workers else {}

@@ -1,7 +1,8 @@
 """SampleMaker: a record to the samples that are made of it, within a budget."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from casa.data.bad import BadRecord
 from casa.data.record import Record, Text
@@ -10,7 +11,7 @@ from casa.training.samples.budget import Budget
 from casa.training.samples.chat import Tokens, chat_tokens, stop_of
 from casa.training.samples.grids import PictureGrids, picture_size
 from casa.training.samples.live import is_live, live_tokens
-from casa.training.samples.oversize import OversizeSettings, split
+from casa.training.samples.oversize import OversizeSettings, join, pieces_of, split
 from casa.training.samples.sample import Sample, SizedPicture
 
 
@@ -21,6 +22,7 @@ class SampleMaker:
     stop: the token that ends an answer, where it is not the tokenizer's eos token.
     counts: records, samples, and how many records were "downscaled", "split" or "refused" for their size.
     notes: sentences about answers that the template writes in a way that cannot be learned as it stands.
+    least: of the records refused for their size, the smallest budget that would have held some part of one.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class SampleMaker:
         self.oversize = oversize if oversize is not None else OversizeSettings()
         self.grids = PictureGrids(processor.image_processor, fold)
         self.counts: Counter[str] = Counter()
+        self.least: Budget | None = None
         self._stop = stop_of(processor, stop)
         self.notes = self._stop.notes
         self._longest = max(map(len, processor.tokenizer.get_vocab()))  # characters of a token
@@ -65,6 +68,33 @@ class SampleMaker:
             pictures.append(SizedPicture(picture, grid, self.grids.tokens(grid)))
         return Sample(tokens.ids, tokens.learn, tokens.places, tuple(pictures), record.origin, part)
 
+    def needs(self, record: Record, whole: Sample | None = None) -> list[Budget]:
+        """What each of the parts takes that a record comes to, once it is split as far, and its pictures are made as
+        small, as the settings allow. whole: its sample, if that is made already. Empty for what cannot be told."""
+        oversize, budget = self.oversize, self.budget
+        if whole is None and not self._endless(record):
+            whole = self.make(record)
+        too_long = whole is None or whole.text_tokens > budget.text
+        kept = oversize.text if too_long else oversize.images
+        parts = [record] if kept == "refuse" else [join([piece]) for piece in pieces_of(record)]
+        found = []
+        for part in parts:
+            sample = whole if part is record else self._small(part)
+            if sample is not None:
+                smaller = self.grids.shrinks and oversize.images == "downscale"
+                sample = self._bounded(sample, oversize.least_tokens) if smaller else sample
+                found.append(Budget(max(2, sample.text_tokens), max(1, sample.image_tokens)))
+        return found
+
+    def _small(self, piece: Record) -> Sample | None:
+        """The sample of a piece whatever its size; None if it is endless, or answers nothing."""
+        if self._endless(piece):
+            return None
+        try:
+            return self.make(piece)
+        except BadRecord:
+            return None
+
     def _fits(self, sample: Sample) -> bool:
         return self.budget.holds(sample.text_tokens, sample.image_tokens)
 
@@ -85,8 +115,7 @@ class SampleMaker:
             whole is not None and whole.image_tokens > self.budget.image and self.oversize.images == "refuse"
         )
         if refused:
-            self.counts["refused"] += 1
-            raise _over_budget(whole, self.budget)
+            raise self._refused(record, whole)
         self.counts["split"] += 1
         found = 0
         for piece in split(record, self._piece_fits):
@@ -97,29 +126,22 @@ class SampleMaker:
                 found += 1
                 yield sample
         if not found:
-            self.counts["refused"] += 1
-            raise _over_budget(whole, self.budget)
+            raise self._refused(record, whole)
 
     def _piece(self, piece: Record, part: int) -> Sample | None:
         """The sample of a piece; None if it is too large, or answers nothing."""
-        if self._endless(piece):
+        sample = self._small(piece)
+        if sample is None:
             return None
-        try:
-            sample = self.make(piece, part)
-        except BadRecord:
-            return None
+        sample = replace(sample, part=part)
         if not self._fits(sample) and sample.text_tokens <= self.budget.text and self.oversize.images == "downscale":
             smaller = self._downscaled(sample)
             sample = smaller if smaller is not None else sample
         return sample if self._fits(sample) else None
 
     def _piece_fits(self, piece: Record) -> bool:
-        if self._endless(piece):
-            return False
-        try:
-            return self._fits(self.make(piece))
-        except BadRecord:
-            return False
+        sample = self._small(piece)
+        return sample is not None and self._fits(sample)
 
     def _downscaled(self, sample: Sample) -> Sample | None:
         """The sample with its largest pictures made smaller, all to one bound; None if that cannot help."""
@@ -147,13 +169,27 @@ class SampleMaker:
             pictures.append(sized)
         return Sample(sample.ids, sample.learn, sample.places, tuple(pictures), sample.origin, sample.part)
 
+    def _refused(self, record: Record, whole: Sample | None) -> BadRecord:
+        """whole: None for a record that was not even made into tokens."""
+        self.counts["refused"] += 1
+        held = self.budget
+        least = smallest(self.needs(record, whole), held)
+        if least is not None:
+            self.least = smallest([least, *([self.least] if self.least is not None else [])], held)
+        if whole is None:
+            return BadRecord("over-budget", f"It has far more text than the {held.text} tokens of a pack: shorten it.")
+        hint = f" ({least.text} and {least.image} would hold {self._part(least, whole)})" if least is not None else ""
+        return BadRecord(
+            "over-budget",
+            f"It has {whole.text_tokens} text and {whole.image_tokens} image tokens; a pack holds {held.text} and "
+            f"{held.image}: raise the budget{hint}, or let it be split or downscaled.",
+        )
 
-def _over_budget(sample: Sample | None, budget: Budget) -> BadRecord:
-    """sample: None for one that was not even made into tokens."""
-    if sample is None:
-        return BadRecord("over-budget", f"It has far more text than the {budget.text} tokens of a pack: shorten it.")
-    return BadRecord(
-        "over-budget",
-        f"It has {sample.text_tokens} text and {sample.image_tokens} image tokens; a pack holds {budget.text} and "
-        f"{budget.image}: raise the budget, or let it be split or downscaled.",
-    )
+    @staticmethod
+    def _part(held: Budget, whole: Sample) -> str:
+        return "it" if held.holds(whole.text_tokens, whole.image_tokens) else "a part of it"
+
+
+def smallest(needs: Iterable[Budget], held: Budget) -> Budget | None:
+    """The one that asks least of a budget for being raised; None of none."""
+    return min(needs, key=lambda need: max(need.text / held.text, need.image / held.image), default=None)

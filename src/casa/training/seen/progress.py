@@ -1,6 +1,6 @@
 """How a run goes, for people: a line that stays in place on a terminal, a line per log entry in a file.
 
-training ━━━━━━━━━━━━━━━━━━━━ 1,240 of 25,000  loss 1.234  5,300 tok/s  18.2 img/s  packed 93 / 98 %  17.2 GiB  9:12:04
+training ━━ 1,240 of 25,000  loss 1.234  rate new 0.0001, existing 1e-05  5,300 tok/s  18.2 img/s  packed 93 / 98 %  ...
 """
 
 import sys
@@ -15,7 +15,7 @@ from casa.training.trainer import CasaTrainer
 
 
 class ProgressShown(TrainerCallback):
-    """Shows loss, tokens and images per second, how full packs are, memory and time left, on standard error.
+    """Shows loss, rates, tokens and images per second, how full packs are, memory and time left, on standard error.
 
     To be listed after `Measures`. Give `trainer` before training begins, and `close` when it is over, however it ends.
     """
@@ -80,6 +80,9 @@ class ProgressShown(TrainerCallback):
 def figures_told(logs: dict[str, Any]) -> str:
     """The figures of a line of the log, in words."""
     told = [f"loss {logs['loss']:.4g}"]
+    rates = {key.removeprefix("rate_"): value for key, value in logs.items() if key.startswith("rate_")}
+    if rates:
+        told.append("rate " + ", ".join(f"{name} {value:.3g}" for name, value in rates.items()))
     if "text_tokens_per_second" in logs:
         told += [
             f"{logs['text_tokens_per_second']:,.0f} tok/s",

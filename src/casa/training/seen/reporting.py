@@ -11,15 +11,21 @@ from casa.errors import UserError
 _REMEDY = {"tensorboard": "install casa-vlm[train]", "wandb": "pip install wandb"}
 
 
+def check_reporters(names: Sequence[str]) -> None:
+    """Raises UserError for one that is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise UserError(f"logging.to names {name}, which is not installed: {_REMEDY[name]}, or take it out.")
+
+
 def reporters(names: Sequence[str], out: Path) -> list[TrainerCallback]:
     """Callbacks that send logs to each: TensorBoard into out/tensorboard, Weights & Biases online.
 
     Raises UserError for one that is not installed.
     """
+    check_reporters(names)
     found: list[TrainerCallback] = []
     for name in dict.fromkeys(names):
-        if find_spec(name) is None:
-            raise UserError(f"logging.to names {name}, which is not installed: {_REMEDY[name]}, or take it out.")
         if name == "tensorboard":
             from transformers.integrations import TensorBoardCallback
 

@@ -14,13 +14,14 @@ from casa.models.shard_files import check_new, new_folder
 from casa.training.sharding.shards import has_shards, read_whole
 
 EMA_FILE = "ema.safetensors"
-_STATE = "trainer_state.json"
+_STATE, _ADAPTER = "trainer_state.json", "adapter_config.json"
 
 
 def export_checkpoint(checkpoint: Any, out: Any, *, average: bool = False, dtype: torch.dtype | None = None) -> Path:
     """Writes the new folder `out`, for `from_pretrained`, and returns it; the model is in memory once meanwhile.
 
-    checkpoint: a `checkpoint-<step>` of a run with DDP or FSDP2. average: its running average (EMA) in place of the
+    checkpoint: a `checkpoint-<step>` of a run with DDP or FSDP2; LoRA's adapters are merged into the model that the
+    run began from, as its recipe beside the checkpoint names it. average: its running average (EMA) in place of the
     last weights. dtype: of all weights; theirs if left out.
     Raises UserError for what is no whole checkpoint, or holds no average, and if `out` exists.
     """
@@ -28,7 +29,10 @@ def export_checkpoint(checkpoint: Any, out: Any, *, average: bool = False, dtype
     # before anything is read: the largest models take minutes
     check_new(out)
     _check(source)
-    model = _from_shards(source, average) if has_shards(source) else _from_model(source, average)
+    if (source / _ADAPTER).is_file():
+        model = _from_adapters(source, average)
+    else:
+        model = _from_shards(source, average) if has_shards(source) else _from_model(source, average)
     if dtype is not None:
         torch.nn.Module.to(model, dtype=dtype)
     with new_folder(out) as folder:
@@ -44,8 +48,6 @@ def _check(source: Path) -> None:
     if source.name.startswith("."):
         raise UserError(f"{source} was never finished: give the folder of a whole checkpoint.")
     if (source / _STATE).is_file():
-        if (source / "adapter_config.json").is_file():
-            raise UserError(f"{source} holds a LoRA adapter: load it with peft, merge_and_unload, and save the model.")
         return
     steps = [path for path in source.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
     if steps:
@@ -57,14 +59,24 @@ def _check(source: Path) -> None:
 def _from_model(source: Path, average: bool) -> CasaForConditionalGeneration:
     model = CasaForConditionalGeneration.from_pretrained(source, dtype="auto")
     if average:
-        if not (source / EMA_FILE).is_file():
-            raise UserError(f"{source} holds no running average: export it without --ema.")
-        averages = load_file(source / EMA_FILE)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in averages:
-                    parameter.data = averages[name].to(parameter.dtype)
+        _put_averages(model, source)
     return model
+
+
+def _put_averages(model: torch.nn.Module, source: Path) -> None:
+    if not (source / EMA_FILE).is_file():
+        raise UserError(f"{source} holds no running average: export its last weights.")
+    averages = load_file(source / EMA_FILE)
+    for name, parameter in model.named_parameters():
+        if name in averages:
+            parameter.data = averages[name].to(parameter.dtype)
+
+
+def _from_adapters(source: Path, average: bool) -> CasaForConditionalGeneration:
+    # runs by recipes stand above this room, and only they know what adapters were put into
+    from casa.training.own.lora import merged_adapters
+
+    return merged_adapters(source, lambda model: _put_averages(model, source) if average else None)
 
 
 def _from_shards(source: Path, average: bool) -> CasaForConditionalGeneration:

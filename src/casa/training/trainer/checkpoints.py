@@ -59,6 +59,18 @@ def check_room(folder: Path, step: int, needed: int) -> None:
         )
 
 
+def check_room_at_start(folder: Path, needed: int, each: int) -> None:
+    """Raises UserError if a run's checkpoints, of `each` bytes, and its result, all `needed` bytes, will not fit."""
+    there = folder.absolute()
+    while not there.is_dir():
+        there = there.parent
+    if (free := free_bytes(there)) < needed + _BESIDE:
+        raise UserError(
+            f"The checkpoints of this run ({_size(each)} each) and its model need {_size(needed + _BESIDE)}, and "
+            f"{folder} has {_size(free)} free: free some space, keep fewer, or train elsewhere."
+        )
+
+
 @contextmanager
 def reporting_full_disks(folder: Path, name: str) -> Iterator[None]:
     """Turns a disk that fills up while `name` is written into a sentence, and takes what is unfinished of it away."""

@@ -76,8 +76,11 @@ class CasaTrainer(ShardedTraining, Trainer):
         """Those of the step at hand, as they came."""
         self.position = stream.position
         """Where the training loop stands in the data, and what it has taken of them."""
+        self.rates: dict[str, float] = {}
+        """Of each group of parameters, in the last step."""
         self._whole: Path | None = None  # the checkpoint that was last written, or begun from
         self._watch = LossWatch(settings.watch)
+        self._reading: Any = None  # the loader's iterator, and with it the processes that read
         self._losses: list[Tensor] = []
         keeps_cache = getattr(model.config, "use_cache", None)
         chosen = training_arguments(settings, arguments)
@@ -118,8 +121,15 @@ class CasaTrainer(ShardedTraining, Trainer):
         self._whole = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if self._whole is not None:
             self._load_position(self._whole)
-        with self.stopping.listening():
-            return super().train(resume_from_checkpoint=str(self._whole) if self._whole else None, **kwargs)
+        try:
+            with self.stopping.listening():
+                return super().train(resume_from_checkpoint=str(self._whole) if self._whole else None, **kwargs)
+        finally:
+            # whoever keeps the error of a run keeps its readers; they heed no SIGTERM, so the program would never end
+            end = getattr(self._reading, "_shutdown_workers", None)
+            self._reading = None
+            if end is not None:
+                end()
 
     def heed_stop(self, control: Any) -> None:
         """Ends the run behind the step at hand, with a checkpoint, if SIGTERM has reached any process; all must ask."""
@@ -143,6 +153,7 @@ class CasaTrainer(ShardedTraining, Trainer):
             self.batches = []
             self.control.should_training_stop = True
             return [], None
+        self._reading = epoch_iterator
         try:
             self.batches = list(islice(epoch_iterator, num_batches))
         except UserError as error:
@@ -182,10 +193,20 @@ class CasaTrainer(ShardedTraining, Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Asked before every change of the weights, whether gradients are clipped or not."""
+        self.rates = {
+            group["name"].removesuffix(", no decay"): float(group["lr"]) for group in self.optimizer.param_groups
+        }
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
         if norm is not None and not bool(torch.isfinite(torch.as_tensor(norm)).all()):
             self._stop_at("the gradient is no number")
         return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A line of the log: of a step also with the rate of every group, `rate_new`, `rate_existing`, `rate_muon` or
+        `rate_` and a pattern of `rates`."""
+        if "loss" in logs:
+            logs |= {f"rate_{name}": rate for name, rate in self.rates.items()}
+        super().log(logs, start_time)
 
     def _stop_at(self, fault: str | None) -> None:
         """Stops before the weights change, and leaves the step's batches to be looked at."""
@@ -269,13 +290,7 @@ class CasaTrainer(ShardedTraining, Trainer):
         target.load_state_dict(found.state_dict())
 
     def _load_position(self, checkpoint: Path) -> None:
-        rank, world = self.args.process_index, self.args.world_size
-        saved = checkpoint / _DATA.format(rank=rank)
-        if (fault := check_kind(checkpoint, self.sharded)) is not None:
-            raise UserError(fault)
-        if not saved.is_file() or (checkpoint / _DATA.format(rank=world)).is_file():
-            raise UserError(f"{checkpoint} was not saved by {world} processes with this data: resume with as many.")
-        self.position = StreamPosition.from_dict(json.loads(saved.read_text(encoding="utf-8")))
+        self.position = saved_position(checkpoint, self.args.process_index, self.args.world_size, self.sharded)
         self._watch.recent.extend(json.loads((checkpoint / _WATCH).read_text(encoding="utf-8")))
         if self.ema is not None and (averages := checkpoint / EMA_FILE).is_file():
             self.ema.load_state_dict(load_file(averages))
@@ -285,6 +300,19 @@ class CasaTrainer(ShardedTraining, Trainer):
         tensors += [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
         tensors += [*self.ema.average.values()] if self.ema is not None else []
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def saved_position(checkpoint: Path, rank: int, world: int, sharded: bool) -> StreamPosition:
+    """Where a process stood in the data when a checkpoint was saved.
+
+    Raises UserError if it was saved by another number of processes, or with the other kind of sharding.
+    """
+    saved = checkpoint / _DATA.format(rank=rank)
+    if (fault := check_kind(checkpoint, sharded)) is not None:
+        raise UserError(fault)
+    if not saved.is_file() or (checkpoint / _DATA.format(rank=world)).is_file():
+        raise UserError(f"{checkpoint} was not saved by {world} processes with this data: resume with as many.")
+    return StreamPosition.from_dict(json.loads(saved.read_text(encoding="utf-8")))
 
 
 class _Steps(TrainerCallback):
