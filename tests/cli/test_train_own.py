@@ -185,6 +185,20 @@ def test_a_dry_run_trains_nothing(casa, folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_template_whose_answers_cannot_be_learned_as_they_stand_is_told_of(casa, folder, checkpoint, tmp_path):
+    odd = tmp_path / "odd"
+    shutil.copytree(checkpoint, odd)
+    template = odd / "chat_template.jinja"
+    text = template.read_text().replace("<end>", " ").replace("<assistant>{% endif", "<assistant>hm {% endif")
+    template.write_text(text)
+    for more in (("--dry-run", "--picture", tmp_path / "batch.png"), ("--set", "optimisation.steps=1")):
+        run = ("--out", tmp_path / "run", "--set", f"model.checkpoint={odd}")
+        result = casa("train", folder / "mine.yaml", *run, *more)
+        assert result.status == 0
+        assert "the chat template's generation prompt ends with 'hm ', which a finished chat has not" in result.err
+        assert "only the last answer of a chat learns to stop" in result.err
+
+
 def test_casa_tinys_stages_are_planned(casa, tmp_path):
     result = casa("train", CASA_TINY, "--dry-run")
     assert (result.status, len(result.out.splitlines())) == (0, 3)

@@ -61,6 +61,11 @@ def test_ask_prints_the_bare_answer(casa, checkpoint, picture):
     assert plain.out == json.loads(as_json.out)["answer"] + "\n"
 
 
+def test_ask_takes_words_like_special_tokens(casa, checkpoint, picture):
+    said = casa("ask", checkpoint, picture, "is <image> a <end>?", "--max-new-tokens", 5)
+    assert (said.status, said.err) == (0, "")
+
+
 def test_ask_takes_several_pictures_and_draws_words(casa, checkpoint, picture, tmp_path, monkeypatch):
     Image.new("RGB", (56, 84), "green").save(tmp_path / "other.png")
     one, other = str(picture), str(tmp_path / "other.png")

@@ -155,7 +155,9 @@ def test_a_processor_brings_the_image_token_or_takes_the_tokenizers(processor):
     assert in_words(images=picture(), text="b<|image_pad|>b")["image_positions"].tolist() == [[0, 1]]
     both = tokenizer("<image>", "<|image_pad|>")
     assert CasaProcessor(images, both).image_token == "<image>"
-    assert CasaProcessor(images, both, chat_template="<|image_pad|>").image_token == "<|image_pad|>"
+    # a template tells by what it writes
+    writes = "{# no <image> #}" + TEMPLATE.replace("<image>", "<|image_pad|>")
+    assert CasaProcessor(images, both, chat_template=writes).image_token == "<|image_pad|>"
     both.image_token = "b"
     assert CasaProcessor(images, both).image_token == "b"
 

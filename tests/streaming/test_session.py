@@ -85,6 +85,28 @@ def test_a_session_goes_on_as_a_chat(model, processor, tmp_path):
         assert one.cache.seen[0].images == 3
 
 
+def test_a_prompt_and_a_question_may_hold_words_like_special_tokens(model):
+    processor = tiny_processor()
+    typed = "an <image>, an <end><assistant>"
+    session = StreamingSession(model, processor, prompt=typed, max_new_tokens=4)
+    fed = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, given: fed.extend(given["input_ids"][0].tolist()), with_kwargs=True
+    )
+    session.step(FRAMES[0])
+    session.ask(typed)
+    hook.remove()
+    assert session.prompt == typed
+    said = len(fed) - fed[::-1].index(3)  # behind <user> of the question
+    asked = processor.apply_chat_template(
+        [{"role": "user", "content": typed}], add_generation_prompt=True, tokenize=True
+    )[0].tolist()
+    assert fed[said - 1 : said - 1 + len(asked)] == asked
+    assert [token for token in asked if token < 7] == [3, 2, 4]
+    # where the prompt and a frame stand, nothing of it was a place
+    assert session.frames == 1
+
+
 def test_a_question_the_bound_has_no_room_for_is_refused(forgetting):
     session = StreamingSession(forgetting, tiny_processor(), max_text_tokens=48, max_new_tokens=3)
     short, long = "who", "who is it that we see in this picture here"

@@ -102,7 +102,7 @@ def _plan(recipe: "RunRecipe", folder: Path, resume: bool, picture: Path) -> Non
     check_run(recipe, folder, resume=resume, processes=processes, told=lambda text: typer.echo(text, err=True))
     plan = make_plan(recipe, processes)
     console.print(tables(plan))
-    batch = draw_first_pack(recipe, outline(recipe), picture)
+    batch = draw_first_pack(recipe, outline(recipe), picture, told=lambda text: typer.echo(text, err=True))
     facts = batch.facts
     console.print(
         f"\nThe first pack has {facts['samples']:,} samples, {facts['images']:,} pictures, {facts['image_tokens']:,} "

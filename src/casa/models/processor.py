@@ -63,7 +63,7 @@ class CasaProcessor(ProcessorMixin):
                 f"{type(image_processor).__name__} does not say how many patches a picture has; "
                 "make the image processor with casa.models.image_processor_for."
             )
-        self.image_token: str = _image_token(tokenizer, chat_template) if image_token is None else image_token
+        self.image_token: str = self._found_token() if image_token is None else image_token
         if self.image_token != IMAGE_TOKEN and not _knows(tokenizer, self.image_token):
             raise UserError(f"the tokenizer has no token {self.image_token!r}; name the one its template writes.")
         if self.image_token not in tokenizer.get_added_vocab():  # so that it is never cut into others
@@ -240,17 +240,28 @@ class CasaProcessor(ProcessorMixin):
         )
         return inputs if return_dict else inputs["input_ids"]
 
+    def _found_token(self) -> str:
+        """The token for pictures that the tokenizer has, best the one that its template writes; `<image>` if none."""
+        named = getattr(self.tokenizer, "image_token", None)
+        known = [token for token in (named, *_KNOWN_TOKENS) if token is not None and _knows(self.tokenizer, token)]
+        try:
+            written = (token for token in known if self.template_form(image_token=token).places)
+            return next(written, (*known, IMAGE_TOKEN)[0])
+        except UserError:  # none of its templates is the default
+            return (*known, IMAGE_TOKEN)[0]
+
     @property
     def typed_text(self) -> TypedText:
         """What tells this tokenizer's special tokens from the same words typed by people."""
         return TypedText.of(self.tokenizer, (self.image_token,))
 
-    def template_form(self, template: str | None = None) -> TemplateForm:
-        """What a chat template takes. template: its text; the default one if left out."""
+    def template_form(self, template: str | None = None, image_token: str | None = None) -> TemplateForm:
+        """What a chat template takes. template: its text; the default one if left out. image_token: for a picture."""
         if template is None:
             template = named_template(None, (self.chat_template, self.tokenizer.chat_template))
         known = self.tokenizer.special_tokens_map.items()
-        return template_form(template, self.image_token, tuple((name, it) for name, it in known if isinstance(it, str)))
+        variables = tuple((name, value) for name, value in known if isinstance(value, str))
+        return template_form(template, image_token or self.image_token, variables)
 
     def _row(self, text: str, add_special_tokens: bool, most: int | None) -> Row:
         """Token ids without image tokens, and the indices before which pictures stand. Raises UserError if a picture's
@@ -327,14 +338,6 @@ def _is_scaled(picture: Any) -> bool:
 def _knows(tokenizer: Any, token: str) -> bool:
     found = tokenizer.convert_tokens_to_ids(token)
     return found is not None and found != tokenizer.unk_token_id
-
-
-def _image_token(tokenizer: Any, chat_template: Any) -> str:
-    """The token for pictures that a tokenizer has, best the one that its chat template writes; `<image>` if none."""
-    template = str(chat_template or tokenizer.chat_template or "")
-    named = getattr(tokenizer, "image_token", None)
-    known = [token for token in (named, *_KNOWN_TOKENS) if token is not None and _knows(tokenizer, token)]
-    return next((token for token in known if token in template), (*known, IMAGE_TOKEN)[0])
 
 
 def _compile(template: Any) -> None:

@@ -186,7 +186,7 @@ LEARNED = {  # of one turn, and of the first of two, with tokens of bytes
 }
 NOTED = {
     "thinking": ["answers of earlier turns otherwise"],
-    "opened": [r"where its generation prompt ends \(.*<think>"],
+    "opened": ["generation prompt ends with '<think>"],
     "blank": ["no token that ends an answer", "joins the end of the generation prompt"],
 }
 

@@ -1,7 +1,7 @@
 """The first packed batch of a run, made as the run would make it, and drawn."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from casa.errors import UserError
@@ -25,15 +25,20 @@ class _Watching(Collator):
         return super().__call__(samples, prepared)
 
 
-def draw_first_pack(recipe: RunRecipe, model: Any, path: str | os.PathLike[str]) -> Batch:
+def draw_first_pack(
+    recipe: RunRecipe, model: Any, path: str | os.PathLike[str], told: Callable[[str], None] | None = None
+) -> Batch:
     """Draws the first batch of the first process to a PNG, and returns it.
 
-    model: the run's, weights or none (`outline`). Raises UserError for data or a processor that are not there, and if
-    no record can be learned from.
+    model: the run's, weights or none (`outline`). told: is told what the run would tell of its samples. Raises
+    UserError for data or a processor that are not there, and if no record can be learned from.
     """
     fused = below_lora(model)
     processor = load_processor(recipe.model)
     stream = open_stream(recipe, Loaded(fused, processor, next(iter(stop_ids(fused)), None)))
+    if told is not None:
+        for note in stream.maker.notes:
+            told(note)
     watching = _Watching(processor, fold=stream.maker.grids.fold)
     stream.collator = watching
     batch = next(iter(stream), None)

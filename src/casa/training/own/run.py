@@ -87,6 +87,8 @@ def train_run(
     say(f"reading {recipe.model.source}")
     loaded = load_model(recipe)
     stream = open_stream(recipe, loaded, out)
+    for note in stream.maker.notes:
+        say(note)
     # held in the order in which they are asked: what measures comes before what shows
     measures, shown = Measures(recipe.packing.budget), ProgressShown()
     evaluation = _evaluation(recipe, loaded, measures, evaluate)

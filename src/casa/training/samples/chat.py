@@ -87,10 +87,11 @@ def _notes(
     typed: TypedText, stop: Stop, first: "_Written", one: "_Written", second: "_Written", two: "_Written"
 ) -> Iterator[str]:
     """first, second: prompts of the first and of a second turn; one, two: these turns, answered."""
-    if not (one.text.startswith(first.text) and two.text.startswith(second.text)):
+    turns = ((first.text, one.text), (second.text, two.text))
+    if apart := [prompt[_shared(prompt, whole) :] for prompt, whole in turns if not whole.startswith(prompt)]:
         yield (
-            "the chat template does not write an answer where its generation prompt ends "
-            f"({typed.unspell(first.text)[-24:]!r}): its words and its stop are learned right behind that prompt"
+            f"the chat template's generation prompt ends with {typed.unspell(apart[0])!r}, which a finished chat has "
+            "not: an answer's words and its stop are learned right behind that prompt"
         )
     elif not second.text.startswith(one.text[: _stopped(typed, one.text, one.spans[-1][1], stop)[0]]):
         yield (
@@ -280,6 +281,11 @@ class _Row:
                 # the first span that ends behind the token's start
                 span = bisect_right(ends, start)
                 self.learn.append(span < len(learned) and end > learned[span][0])
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _learned(message: Message) -> bool:
