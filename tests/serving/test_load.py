@@ -102,15 +102,18 @@ def in_a_loop(scenario):
 
 
 @pytest.mark.parametrize(
-    ("count", "fps", "picture", "most_rows", "seconds"),
+    ("count", "fps", "picture", "most_rows", "seconds", "cut"),
     [
-        (8, 2.0, 0.1, 16, 10),  # twice what the machine can do, and more
-        (8, 2.0, 0.6, 16, 25),  # a picture alone takes longer than a caption may
-        (1, 20.0, 0.1, 16, 5),
-        (8, 2.0, 0.1, 3, 10),
+        # twice what the machine can do, and more: frames are dropped, captions have the time that they need
+        (8, 2.0, 0.1, 16, 10, False),
+        (8, 2.0, 0.6, 16, 25, False),  # a picture alone takes longer than a caption may
+        (1, 20.0, 0.1, 16, 5, True),
+        (8, 2.0, 0.1, 3, 10, False),
     ],
 )
-def test_each_stream_says_something_of_every_frame_that_it_watches(machine, count, fps, picture, most_rows, seconds):
+def test_each_stream_says_something_of_every_frame_that_it_watches(
+    machine, count, fps, picture, most_rows, seconds, cut
+):
     def scenario():
         made = machine(picture=picture, most_rows=most_rows, load=100.0)
         for number in range(count):
@@ -132,6 +135,7 @@ def test_each_stream_says_something_of_every_frame_that_it_watches(machine, coun
         offered = made._sent[stream][1]
         assert offered - 3 <= used[-1]["dropped"] + len(used) <= offered
         assert stream.dropped > 0
+        assert (stream.cut > 0) is cut
 
 
 def test_what_the_model_leaves_unsaid_is_silence_and_no_cut(machine, model, pictures):

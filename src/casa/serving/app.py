@@ -46,8 +46,9 @@ def create_app(
     refused. fps: of a stream that does not say. token: asked of everyone if given. allow_fetch: pictures of chats may
     be addresses on the public internet. hosts: names that the server goes by, besides addresses and localhost; with a
     token, any name will do.
-    measure_seconds: spent at start on what the machine sustains (see `load`), and as many on how insertion's time grows
-    (see `baseline`); 0: the first is known once streams have been watched, and the page shows insertion's memory alone.
+    measure_seconds: spent at start on how insertion's time grows (see `baseline`), and twice as many on what the
+    machine sustains (see `load`); 0: the page shows insertion's memory alone, and everybody is let in until streams have
+    been watched.
     limits: everything else. The model belongs to the app as long as it runs: nothing else may call it.
     Raises UserError for an fps out of bounds or an empty token.
     """
@@ -110,7 +111,7 @@ def create_app(
 
 def _probe(state: ServerState, seconds: float) -> None:
     try:
-        probe(state.worker.load, state.model, state.processor, seconds)
+        probe(state.worker.load, state.model, state.processor, 2 * seconds)
     except Exception:  # what streams cost is measured while they are watched, too
         log.exception("what the machine sustains could not be tried")
 

@@ -83,7 +83,8 @@ def slow_sentence(fps: float, recent: Recent) -> str | None:
     if not is_too_slow(counts):
         return None
     watched = counts["watched"] / recent.seconds
-    cut = f", and {counts['cut']} captions were cut short" if counts["cut"] else ""
+    cuts = "1 caption was" if counts["cut"] == 1 else f"{counts['cut']} captions were"
+    cut = f", and {cuts} cut short" if counts["cut"] else ""
     return (
         f"This machine is too slow for that: of {fps:g} frames a second it watches about {watched:.2g}{cut}. "
         f"{REMEDY[0].upper()}{REMEDY[1:]}."

@@ -11,6 +11,7 @@ turn after every slice of a chat.
 """
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -243,11 +244,17 @@ class Worker:
 
     def _step(self) -> None:
         cuts = {name: begun.budget for name, begun in self._begun.items()}
-        # some that have begun have no place in this step
-        crowded_until = self._clock() + SLICE_SECONDS if len(self._begun) > self.engine.most_rows else None
         begun, rows, start = len(self._begun), min(len(self._begun), self.engine.most_rows), self._clock()
+        # some that have begun have no place in this step
+        is_crowded, words_since = begun > rows, math.inf
+
+        def halt() -> bool:
+            nonlocal words_since
+            words_since = min(words_since, self._clock())
+            return self._is_wanted(words_since, is_crowded)
+
         try:
-            self.engine.step(cuts=cuts, halt=lambda: self._is_wanted(crowded_until), tell=self._tell)
+            self.engine.step(cuts=cuts, halt=halt, tell=self._tell)
         except Exception as error:
             # the engine answers for its sessions; whatever this was, their states are as they were
             log.exception("a step over %d streams failed", len(self._begun))
@@ -258,17 +265,22 @@ class Worker:
         else:
             self.load.stepped(self._clock() - start, rows, begun - len(self._begun))
 
-    def _is_wanted(self, crowded_until: float | None) -> bool:
-        """Whether a step is to end here, since somebody who is not in it has waited long enough."""
+    def _is_wanted(self, words_since: float, is_crowded: bool) -> bool:
+        """Whether a step is to end here, since somebody who is not in it has waited long enough.
+
+        words_since: when its first words were there. Only from then on does anybody run out of patience: where pictures
+        alone take longer than that, every step would end after one word, and every caption be cut after a few.
+        """
         now = self._clock()
-        if crowded_until is not None and now >= crowded_until:
+        if is_crowded and now >= words_since + SLICE_SECONDS:
             return True
         with self._wake:
             if self._stopping or self._jobs:
                 return True
             waiting = [stream for name, stream in self._streams.items() if name not in self._begun]
             return any(
-                (since := stream.waits_since) is not None and now >= since + stream.patience(self._limits)
+                (since := stream.waits_since) is not None
+                and now >= max(since, words_since) + stream.patience(self._limits)
                 for stream in waiting
             )
 
