@@ -98,7 +98,10 @@ def test_addresses_that_are_none(address):
 
 @pytest.fixture
 def web(tmp_path):
-    """The port of a server of this machine: a picture, a redirect to it, a film, a large file, one that never ends."""
+    """The port of a server of this machine, and the paths it was asked for: a picture, redirects to it and elsewhere, a
+    film, a large file, one that never ends.
+    """
+    asked = []
     film = tmp_path / "film.mp4"
     with VideoWriter(film, (40, 30), fps=2) as video:
         for _ in range(3):
@@ -109,11 +112,24 @@ def web(tmp_path):
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            found = {"/a.png?x=1": 200, "/film": 200, "/large": 200, "/slow": 200, "/moved": 302}.get(self.path, 404)
-            self.send_response(found)
-            if found == 302:
-                self.send_header("Location", "/a.png?x=1")
+            moved = {
+                "/moved": "/a.png?x=1",
+                "/there": f"http://pictures.example:{server.server_port}/moved",
+                "/round": "/round",
+                "/nowhere": "",
+                "/home": f"http://127.0.0.1:{server.server_port}/a.png?x=1",
+                "/mapped": f"//[::ffff:0:127.0.0.1]:{server.server_port}/a.png?x=1",
+                "/file": "file:///etc/passwd",
+                "/odd": "http://[/",
+            }
+            asked.append(self.path)
+            found = {"/a.png?x=1": 200, "/film": 200, "/large": 200, "/slow": 200}.get(self.path, 404)
+            self.send_response(302 if self.path in moved else found)
+            if self.path in moved:
+                self.send_header("Location", moved[self.path])
             self.end_headers()
+            if self.path in moved:
+                return
             if self.path == "/film":
                 assert self.headers["Accept"] == "video/*"
                 self.wfile.write(film.read_bytes())
@@ -133,7 +149,7 @@ def web(tmp_path):
     server.daemon_threads = False
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield server.server_port
+    yield server.server_port, asked
     ending.set()
     server.shutdown()
     thread.join()
@@ -142,20 +158,35 @@ def web(tmp_path):
 
 def test_fetching_where_it_is_allowed(web, monkeypatch):
     # what was checked is what is asked: nobody knows this name
-    monkeypatch.setattr(fetch, "public_address", lambda host: "127.0.0.1" if host == "pictures.example" else None)
-    base = f"http://pictures.example:{web}"
+    judge = fetch.public_address
+    monkeypatch.setattr(
+        fetch, "public_address", lambda host: "127.0.0.1" if host == "pictures.example" else judge(host)
+    )
+    port, asked = web
+    base = f"http://pictures.example:{port}"
     assert read_address(f"{base}/a.png?x=1", LIMITS, True).size == (40, 30)
+    # onward twice, each place judged as the first
+    assert read_address(f"{base}/there", LIMITS, True).size == (40, 30)
+    assert asked[1:] == ["/there", "/moved", "/a.png?x=1"]
     assert [frame.size for frame in read_video(f"{base}/film", LIMITS, True, 8)] == [(40, 30)] * 3
     for path, limits, word in [
         ("/none", LIMITS, "cannot be fetched"),
-        ("/moved", LIMITS, "cannot be fetched"),
+        ("/round", LIMITS, "leads on and on"),
+        ("/nowhere", LIMITS, "cannot be fetched"),
+        ("/home", LIMITS, "127.0.0.1 is not on the public internet"),
+        ("/mapped", LIMITS, "::ffff:0:127.0.0.1 is not on the public internet"),
+        ("/file", LIMITS, "public internet"),
+        ("/odd", LIMITS, "cannot be fetched"),
         ("/large", LIMITS, "no JPEG"),
         ("/large", Limits(body_bytes=4000), "4000 bytes"),
         ("/slow", Limits(fetch_seconds=0.3), "in time|cannot be fetched"),
         ("/\n", LIMITS, "cannot be fetched|no JPEG"),
     ]:
+        del asked[:]
         with pytest.raises(UserError, match=word):
             read_address(base + path, limits, True)
+        # what lies on this machine was not asked for
+        assert len(asked) == (1 + fetch.MOST_REDIRECTS if path == "/round" else 1)
     with pytest.raises(UserError, match="cannot be fetched"):
         # no TLS is spoken there
-        read_address(f"https://pictures.example:{web}/a.png", LIMITS, True)
+        read_address(f"https://pictures.example:{port}/a.png", LIMITS, True)

@@ -1,7 +1,7 @@
 """A picture or video from the public internet, for servers that allow it: nothing of their own network is ever asked.
 
-The address that was checked is the one that is connected to (a name may lead elsewhere at every look-up), redirects are
-not followed, no proxy is used, and all of it together has a limit of time and of bytes.
+The address that was checked is the one that is connected to (a name may lead elsewhere at every look-up), where it
+redirects to is judged anew, no proxy is used, and all of it together has a limit of time and of bytes.
 """
 
 import http.client
@@ -10,13 +10,16 @@ import socket
 import ssl
 import threading
 from contextlib import closing, suppress
+from time import monotonic
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from casa.errors import UserError
 from casa.serving.limits import Limits
 
 CHUNK = 2**16
+REDIRECTS = (301, 302, 303, 307, 308)
+MOST_REDIRECTS = 3
 ACCEPTED = {"picture": "image/*", "video": "video/*"}
 
 
@@ -26,22 +29,38 @@ def fetch(address: str, limits: Limits, kind: str = "picture") -> bytes:
     kind: "picture" or "video", which is asked for. Raises UserError otherwise, and for anything that is not on the
     public internet.
     """
+    until = monotonic() + limits.fetch_seconds
+    for _ in range(1 + MOST_REDIRECTS):
+        found = _visit(address, limits, kind, until - monotonic())
+        if isinstance(found, bytes):
+            return found
+        address = found
+    raise UserError(f"the {kind}'s address leads on and on; send the {kind} as a data: address.")
+
+
+def _visit(address: str, limits: Limits, kind: str, seconds: float) -> bytes | str:
+    """What lies at an address, or the address that it leads to, which is judged as this one is."""
     try:
         parts = urlsplit(address)
         host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError as error:
         raise UserError(f"the {kind}'s address cannot be read; send the {kind} as a data: address.") from error
-    checked = public_address(host)
+    checked = public_address(host) if parts.scheme in ("http", "https") else None
     if checked is None:
         raise UserError(f"{host or 'this address'} is not on the public internet; send the {kind} as a data: address.")
-    line = _Line(host, port, checked, parts.scheme == "https", limits.fetch_seconds)
-    alarm = threading.Timer(limits.fetch_seconds, line.cut)
+    late = UserError(f"{host} did not send the {kind} in time; send it as a data: address.")
+    if seconds <= 0:
+        raise late
+    line = _Line(host, port, checked, parts.scheme == "https", seconds)
+    alarm = threading.Timer(seconds, line.cut)
     alarm.start()
     try:
         with closing(line):
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             line.request("GET", target, headers={"Accept": ACCEPTED[kind], "User-Agent": "casa"})
             with line.getresponse() as answer:
+                if answer.status in REDIRECTS and (onward := answer.headers.get("Location")):
+                    return urljoin(address, onward)
                 if answer.status != 200:
                     raise OSError(answer.status)
                 data = _read(answer, limits.body_bytes)
@@ -50,7 +69,7 @@ def fetch(address: str, limits: Limits, kind: str = "picture") -> bytes:
     finally:
         alarm.cancel()
     if line.is_cut:
-        raise UserError(f"{host} did not send the {kind} in time; send it as a data: address.")
+        raise late
     if len(data) > limits.body_bytes:
         raise UserError(f"the {kind} has more than {limits.body_bytes} bytes; send a smaller one.")
     return data
