@@ -47,8 +47,8 @@ def create_app(
     be addresses on the public internet. hosts: names that the server goes by, besides addresses and localhost; with a
     token, any name will do.
     measure_seconds: spent at start on how insertion's time grows (see `baseline`), and twice as many on what the
-    machine sustains (see `load`); 0: the page shows insertion's memory alone, and everybody is let in until streams have
-    been watched.
+    machine sustains (see `load`); 0: the page shows insertion's memory alone, and everybody is let in until streams
+    have been watched.
     limits: everything else. The model belongs to the app as long as it runs: nothing else may call it.
     Raises UserError for an fps out of bounds or an empty token.
     """
