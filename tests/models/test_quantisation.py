@@ -159,6 +159,17 @@ def test_a_quantised_backbone_is_not_adapted(tmp_path):
         adapt(backbone, FusionConfig(), vision=tiny_encoder(dtype=torch.float32))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_backbone_that_was_made_plain_again_is(tmp_path, way):
+    tiny_text_model(dtype=torch.float32, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "text")
+    kind, settings = type(tiny_text_model()), BitsAndBytesConfig(**WAYS[way])
+    backbone = kind.from_pretrained(tmp_path / "text", quantization_config=settings).dequantize()
+    model = adapt(backbone, FusionConfig(), vision=tiny_encoder(dtype=torch.float32))
+    model.save_pretrained(tmp_path / "casa")
+    loaded = CasaForConditionalGeneration.from_pretrained(tmp_path / "casa")
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     from transformers.quantizers import quantizer_bnb_4bit
 

@@ -17,7 +17,9 @@ DRY = "With --dry-run: "
 def adapt(
     backbone: Annotated[
         str | None,
-        typer.Argument(help="Folder of a text-only model, a vision-language model, or an insertion model of casa's."),
+        typer.Argument(
+            help="Folder of a language model (or its .gguf file), a vision-language model, or casa's insertion model."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the new model; of a dry run, a .json file for its figures.")

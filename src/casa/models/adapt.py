@@ -12,7 +12,7 @@ from casa.models.backbones import InsertionVLM, decoder_of, family_of
 from casa.models.config import CasaConfig
 from casa.models.freezing import freeze_backbone
 from casa.models.fusion_config import FusionConfig
-from casa.models.loading import load_checked
+from casa.models.loading import load_checked, place_of, reading
 from casa.models.model import CasaForConditionalGeneration
 from casa.models.refit import refit
 from casa.models.shipped import resolve
@@ -26,7 +26,7 @@ def adapt(backbone: Any, fusion: FusionConfig | None = None, vision: Any = None)
 
     backbone: a text-only causal language model, or an insertion VLM (`casa.models.backbones` lists the families), or a
         casa model with method="insertion". It is taken over, not copied: its parameters become the new model's, under
-        `backbone.`.
+        `backbone.`. A path may be that of a GGUF file, or of a folder with one: its weights become plain floats.
     vision: the image encoder of a text-only model, or its path; a projector to the text width is made, untrained. A
         VLM keeps its own.
     fusion: CASA⊕ in every block if left out. Fusion layers start as copies of their block's self-attention.
@@ -37,7 +37,7 @@ def adapt(backbone: Any, fusion: FusionConfig | None = None, vision: Any = None)
     Raises UserError for a backbone or an encoder that is not known, or whose weights are not complete.
     """
     fusion = fusion if fusion is not None else FusionConfig()
-    model = _own(backbone) or _loaded(backbone, "backbone", _load_backbone)
+    model = _own(backbone) or _unpacked(_loaded(backbone, "backbone", _load_backbone))
     if isinstance(model, CasaForConditionalGeneration):
         if vision is not None:
             raise UserError(_HAS_EYES)
@@ -109,10 +109,35 @@ def _loaded(given: Any, what: str, load: Any) -> PreTrainedModel:
         return given
     if isinstance(given, nn.Module):
         raise UserError(f"the {what} is a {type(given).__name__}; give a transformers model or its path.")
-    return load_checked(load, given)
+    place, told = place_of(given)
+    if not told:
+        return load_checked(load, given)
+    with reading(given, "GGUF weights"):
+        return load_checked(load, place, **told)
+
+
+def _unpacked(model: PreTrainedModel) -> PreTrainedModel:
+    """A model as transformers would have it from plain weights, where those of a GGUF file were unpacked for it.
+
+    Raises UserError if they are still packed, or quantised otherwise.
+    """
+    method = getattr(model, "quantization_method", None)
+    if not getattr(model, "is_quantized", False) or getattr(method, "value", method) != "gguf":
+        return model
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise UserError(
+            "this backbone's GGUF weights are packed, and fusion layers start as copies of its projections; read it "
+            "with quantization_config=GgufConfig(dequantize=True), or give adapt the path of the file."
+        )
+    model.hf_quantizer.remove_quantization_config(model)  # type: ignore[union-attr]
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.config._is_quantized = False
+    return model
 
 
 def _load_backbone(path: str, **kwargs: Any) -> Any:
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    told = {name: kwargs[name] for name in ("gguf_file",) if name in kwargs}
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, **told)
     kind = AutoModelForImageTextToText if issubclass(family_of(config), InsertionVLM) else AutoModelForCausalLM
     return kind.from_pretrained(path, trust_remote_code=False, **kwargs)

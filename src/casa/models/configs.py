@@ -12,9 +12,8 @@ from casa.models.adapt import adapt
 from casa.models.backbones import InsertionVLM, family_of
 from casa.models.config import CasaConfig
 from casa.models.fusion_config import FusionConfig
-from casa.models.loading import UNREADABLE, check_folder, sentence_of
+from casa.models.loading import UNREADABLE, check_folder, place_of, sentence_of
 from casa.models.model import CasaForConditionalGeneration, new_backbone
-from casa.models.shipped import resolve
 from casa.vision import new_encoder
 
 
@@ -23,8 +22,9 @@ def read_config(path: Any, **hub: Any) -> Any:
 
     hub: revision, subfolder and what else transformers' `from_pretrained` says of the place.
     """
-    path = resolve(path)
-    if not Path(str(path)).is_file():
+    path, told = place_of(path)
+    hub |= told
+    if not told and not Path(str(path)).is_file():
         check_folder(path, subfolder=hub.get("subfolder") or "")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)

@@ -21,7 +21,7 @@ from casa.models.config import CasaConfig
 from casa.models.configs import read_config, skeleton
 from casa.models.freezing import ADDED
 from casa.models.fusion_config import FusionConfig
-from casa.models.loading import UNREADABLE, check_folder, sentence_of
+from casa.models.loading import UNREADABLE, check_folder, place_of, sentence_of
 from casa.models.model import CasaForConditionalGeneration
 from casa.models.shard_files import Planned, Stored, new_folder, parse_size, stored_tensors, write_shards
 from casa.models.shipped import resolve
@@ -43,24 +43,26 @@ def convert(
 ) -> CasaForConditionalGeneration:
     """Writes to the new folder `out` what `adapt(backbone, fusion, vision).save_pretrained(out)` would.
 
-    backbone, vision: folders with safetensors files, or names on the hub. vision: of an image encoder, or of a whole
-        model that has one; only for text-only backbones.
+    backbone, vision: folders with safetensors files, or names on the hub; of the backbone, a GGUF file too. vision: of
+        an image encoder, or of a whole model that has one; only for text-only backbones.
     dtype: of all weights; if left out, each checkpoint's own.
     beside: called with the unfinished folder, to put more into it (a processor). The folder appears when all is done.
 
     In memory there is never more than a tensor of the checkpoint and the fresh parts (projector, compressor, gist),
-    whose random start follows torch's seed; an insertion model of casa's own is read whole. Returns the model on the
-    meta device: names and shapes, no weights.
+    whose random start follows torch's seed; an insertion model of casa's own is read whole, and so is a GGUF file.
+    Returns the model on the meta device: names and shapes, no weights.
     Raises UserError as `adapt` does, and for weights that are missing, surplus or of another shape.
     """
     most_bytes = parse_size(max_shard_size)
     fusion = fusion if fusion is not None else FusionConfig()
+    if place_of(backbone)[1]:
+        return _whole(backbone, out, fusion, vision, dtype, max_shard_size, beside)
     source = _folder(backbone)
     config = read_config(source)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{backbone} is quantised; adapt the weights it was made from.")
     if isinstance(config, CasaConfig):
-        return _refit(source, out, fusion, vision, dtype, max_shard_size, beside)
+        return _whole(source, out, fusion, vision, dtype, max_shard_size, beside)
     tower_source = None if vision is None else _folder(vision)
     tower_config = None if tower_source is None else tower_config_of(read_config(tower_source))
     model = skeleton(config, fusion, tower_config)
@@ -86,8 +88,8 @@ def convert(
     return model
 
 
-def _refit(
-    source: Path,
+def _whole(
+    source: Any,
     out: Any,
     fusion: FusionConfig,
     vision: Any,

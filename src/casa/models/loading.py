@@ -1,9 +1,11 @@
 """Loading a checkpoint, or saying in one sentence why it cannot be loaded.
 
-Only JSON and safetensors are read: no pickle, no code from the checkpoint.
+Only JSON, safetensors and GGUF are read: no pickle, no code from the checkpoint.
 """
 
+import importlib.util
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,32 @@ from casa.models.shipped import SHIPPED, resolve
 UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, ImportError, SafetensorError, StrictDataclassError)
 
 
+def place_of(name: Any) -> tuple[Any, dict[str, str]]:
+    """Where a checkpoint lies, and what transformers is to be told beside that: its GGUF file's name, if it is one.
+
+    name: of a shipped model, a folder or a hub's, which have nothing beside; a .gguf file, or a folder with one and no
+        weights of another kind.
+    Raises UserError for a folder with several, for one that is in parts, and where packages for it are missing.
+    """
+    place = resolve(name)
+    path = Path(str(place))
+    if path.suffix == ".gguf" and path.is_file():
+        files = [path]
+    elif path.is_dir() and not any(path.glob("*.safetensors*")):
+        files = sorted(path.glob("*.gguf"))
+    else:
+        files = []
+    if not files:
+        return place, {}
+    if len(files) > 1:
+        raise UserError(f"{name} has several GGUF files; give the path of one: {', '.join(f.name for f in files)}.")
+    if re.search(r"-\d+-of-\d+\.gguf$", files[0].name):
+        raise UserError(f"{files[0]} is one part of several; join them first (llama-gguf-split --merge).")
+    if missing := [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]:
+        raise UserError(f"Reading {files[0]} needs {' and '.join(missing)}: install casa-vlm[gguf].")
+    return str(files[0].parent), {"gguf_file": files[0].name}
+
+
 def check_folder(name: Any, needed: str = "config.json", subfolder: str = "") -> None:
     """Refuses a local path that is no checkpoint. Names that may be a hub's are left to transformers."""
     path = Path(str(name))
@@ -28,6 +56,8 @@ def check_folder(name: Any, needed: str = "config.json", subfolder: str = "") ->
         if not (path / subfolder / needed).is_file():
             raise UserError(f"{path / subfolder} has no {needed}; give the folder that save_pretrained wrote.")
         return
+    if path.suffix == ".gguf" and path.is_file():
+        raise UserError(f"{name} holds a language model without eyes; adapt it, and give the folder of the result.")
     if path.exists():
         raise UserError(f"{name} is a file; give the folder that save_pretrained wrote.")
     looks_local = str(name).startswith((".", "/", "~")) or str(name).count("/") != 1
@@ -38,7 +68,10 @@ def check_folder(name: Any, needed: str = "config.json", subfolder: str = "") ->
 def load_checked(load: Callable[..., Any], name: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls a `from_pretrained` and refuses a checkpoint with missing, surplus or misshapen weights."""
     path = resolve(name)
-    check_folder(path)
+    if (file := kwargs.get("gguf_file")) is None:
+        check_folder(path)
+    else:
+        name = Path(str(path)) / file
     wanted = kwargs.pop("output_loading_info", False)
     kwargs.setdefault("use_safetensors", True)
     # so that weights of another shape come back by name; they are refused below

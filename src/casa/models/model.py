@@ -87,7 +87,8 @@ class CasaForConditionalGeneration(
         if getattr(backbone, "is_quantized", False):
             raise UserError(
                 "this backbone is quantised, and fusion layers start as copies of its projections; adapt it as it was "
-                "before, save the model, and load that with quantization_config."
+                "before (or backbone.dequantize(), where its kind can), save the model, and load that with "
+                "quantization_config."
             )
         super().__init__(config)
         width = config.get_text_config().hidden_size

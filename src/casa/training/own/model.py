@@ -9,7 +9,7 @@ import torch
 from casa.errors import UserError
 from casa.models import CasaConfig, CasaForConditionalGeneration, CasaProcessor, FusionConfig, adapt
 from casa.models.configs import has_own_tower, read_config, skeleton
-from casa.models.loading import UNREADABLE, check_folder, sentence_of
+from casa.models.loading import UNREADABLE, check_folder, place_of, sentence_of
 from casa.models.picture_processing import bounds
 from casa.models.processor_at import processor_at
 from casa.models.quiet import quietly
@@ -125,8 +125,10 @@ def _config(name: Any) -> Any:
 def _fetched(name: Any, weights: bool = False) -> Path:
     """The folder of a model; a hub's is fetched, its weights only if they are wanted."""
     found = resolve(name)
-    check_folder(found)
     path = Path(str(found))
+    if place_of(name)[1]:
+        return path
+    check_folder(found)
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download
