@@ -7,6 +7,7 @@ nothing from more. What the user has set in the environment stays.
 import gc
 import json
 import os
+import signal
 from pathlib import Path
 from time import monotonic
 
@@ -22,6 +23,9 @@ from casa.media import VideoWriter
 from casa.provenance import provenance
 
 torch.set_num_threads(1)
+# a shell lets what it starts in the background ignore Ctrl-C, and processes inherit that: those of tests shall heed it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # files of twenty seconds and more, begun first: one of them at the end would leave the other worker without work
 LONG = (
