@@ -13,7 +13,7 @@ from casa.benchmarks.live import bench_live, by_minute, laps, live_summary, live
 from casa.errors import UserError
 from casa.media import VideoWriter
 from casa.streaming import Count, Moment, StreamingSession, watch_live
-from casa.testing import tiny_casa, tiny_processor
+from casa.testing import PATIENCE, tiny_casa, tiny_processor
 
 
 def moments(seconds, lag):
@@ -95,7 +95,7 @@ def test_frames_that_were_watched_leave_nothing(tmp_path):
 
     def paced():
         for frame in laps(tmp_path / "a.mp4", 4.0, 50.0, 2.0):
-            assert turn.acquire(timeout=60)
+            assert turn.acquire(timeout=PATIENCE)
             yield frame
 
     count, held = Count(), []

@@ -20,7 +20,7 @@ from casa.benchmarks.sessions import (
 )
 from casa.benchmarks.turns import bench_turns, plot_turns, turns_summary, turns_table
 from casa.errors import UserError
-from casa.testing import tiny_casa, tiny_processor
+from casa.testing import PATIENCE, tiny_casa, tiny_processor
 
 
 def frames():
@@ -113,7 +113,7 @@ def test_what_comes_by_the_clock_is_watched_or_counted_as_dropped(model, monkeyp
             ready.set()
 
     monkeypatch.setattr(sessions, "feed", late)
-    monkeypatch.setattr(sessions.StreamingEngine, "step", lambda self: ready.wait(60) and step(self))
+    monkeypatch.setattr(sessions.StreamingEngine, "step", lambda self: ready.wait(PATIENCE) and step(self))
     tried = try_sessions(model, tiny_processor(), 2, fps=20.0, seconds=0.25)
     assert (tried.watched, tried.dropped) == (2, 8)
     assert "8 of 10 frames dropped" in sessions_table([], 20.0, tried)

@@ -22,12 +22,13 @@ from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.serving import Limits
 from casa.serving.app import create_app
 from casa.serving.server import Server
+from casa.testing import PATIENCE
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # where everything is meant to be there, a browser that is not is a failure
 pytestmark = pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="there is no Chromium here")
-PATIENCE_MS = 60_000
+PATIENCE_MS = 1000 * PATIENCE
 SLOW_FPS = 0.5  # a caption may then take two seconds, and none is cut
 
 
@@ -42,7 +43,7 @@ def server():
         time.sleep(0.01)
     yield running
     running.stop()
-    thread.join(60)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
 
 
@@ -298,7 +299,7 @@ def test_frames_are_those_that_were_watched(page, server):
     page.wait_for_selector("#status[data-state=paused]")
     idle = threading.Event()
     server._state.worker.call(idle.set)
-    assert idle.wait(60)
+    assert idle.wait(PATIENCE)
     wait(page, f"Number(document.getElementById('frames').textContent) === {metrics._counts['frames'] - before}")
 
 

@@ -17,12 +17,20 @@ from casa.models.at_hand import load_at_hand
 FILM = Path(casa.__file__).parent / "assets" / "demo" / "clip.mp4"
 END = 10.0  # s
 READERS = {"srt": read_srt, "vtt": read_vtt, "jsonl": read_jsonl}
-# the program itself; with a number, it dies at the moment at which that save would replace the one before
+# the program itself; with a number, it dies at the moment at which that save would replace the one before; with a
+# second, it waits behind so many captions until it is killed
 PROGRAM = """
-import os, signal, sys
+import builtins, os, signal, sys, time
 import torch
 torch.set_num_threads(1)
-last, replace = int(sys.argv.pop(1)), os.replace
+last, hold, replace, tell = int(sys.argv.pop(1)), int(sys.argv.pop(1)), os.replace, print
+def held(*words, **how):
+    global hold
+    tell(*words, **how)
+    hold -= 1
+    if hold == 0:
+        time.sleep(3600)
+builtins.print = held
 def dying(*names):
     global last
     last -= 1
@@ -60,11 +68,12 @@ def whole(tmp_path_factory, load):
     return {kind: (folder / f"a.{kind}").read_bytes() for kind in READERS}, [one.text for one in captions]
 
 
-def start(folder: Path, dies_in_save: int, *more: object) -> subprocess.Popen:
+def start(folder: Path, dies_in_save: int, *more: object, hold: int = 0) -> subprocess.Popen:
     outs = [part for kind in READERS for part in ("--out", str(folder / f"a.{kind}"))]
     settings = ["--end", END, "--max-text-tokens", 96, "--max-new-tokens", 8, *more]
     words = ["caption", "casa-tiny", str(FILM), *outs, *map(str, settings)]
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(dies_in_save), *words], stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", PROGRAM, str(dies_in_save), str(hold), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE)
 
 
 def assert_valid_and_then_the_same(folder: Path, whole, load) -> None:
@@ -81,7 +90,7 @@ def assert_valid_and_then_the_same(folder: Path, whole, load) -> None:
 def test_killed_at_any_moment(tmp_path, whole, load):
     """With states as seldom as they are saved unless told; the first frame's is there with the second caption."""
     lines, wait = random.randrange(2, len(whole[1]) - 1), random.uniform(0, 0.3)
-    with start(tmp_path, 0) as child:
+    with start(tmp_path, 0, hold=len(whole[1])) as child:
         assert child.stdout is not None
         for _ in range(lines):
             assert child.stdout.readline()

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from casa import CasaForConditionalGeneration
+from casa.testing import PATIENCE
 from casa.training.trainer import newest_checkpoint
 
 CASA_TINY = Path(__file__).parents[2] / "recipes" / "casa-tiny.yaml"
@@ -107,7 +108,7 @@ def test_two_processes(folder, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -127,7 +128,7 @@ def test_sigterm_saves_and_ends_well(folder, tmp_path):
     while "step 2 of" not in (line := running.stderr.readline()):
         assert line, "it ended before its second step"
     running.send_signal(signal.SIGTERM)
-    said, errors = running.communicate(timeout=120)
+    said, errors = running.communicate(timeout=PATIENCE)
     assert (running.returncode, said) == (0, ""), errors
     assert "--resume goes on from there" in errors
     assert newest_checkpoint(out) is not None

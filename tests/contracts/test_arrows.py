@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import casa
+from casa.testing import PATIENCE
 
 SOURCE = Path(casa.__file__).parent
 FOUNDATION = {"windows", "errors", "settings"}
@@ -157,7 +158,7 @@ def test_what_is_allowed_passes(tmp_path):
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
     """Runs code in a fresh interpreter."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
 
 
 LOADED = "import sys; print(sorted({n.split('.')[0] for n in sys.modules} & {'transformers', 'PIL', 'av'}))"

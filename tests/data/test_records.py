@@ -23,6 +23,7 @@ from PIL import Image
 
 from casa.data import BadRecord, Origin, Records, Shard, open_pictures, open_records, parse_data_settings
 from casa.errors import UserError
+from casa.testing import PATIENCE
 
 
 def row(name: str) -> dict[str, Any]:
@@ -459,5 +460,5 @@ def test_the_room_is_light():
     """Reading JSON needs neither torch's friends nor the extras; they come with the files that need them."""
     heavy = {"transformers", "datasets", "pyarrow", "pandas", "av", "matplotlib", "torch"}
     code = f"import sys, casa.data, casa.data.check, casa.data.sheet; print(sorted({heavy} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr

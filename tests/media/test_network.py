@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from fractions import Fraction
 
 import av
@@ -17,6 +16,7 @@ from casa.errors import UserError
 from casa.media.backoff import Backoff
 from casa.media.network import is_address, open_address, without_secrets
 from casa.media.open_source import open_source
+from casa.testing import PATIENCE
 
 QUICK = Backoff(first=0.001, most=0.002, attempts=3)
 
@@ -44,7 +44,7 @@ class Server:
                 self.end_headers()
                 self.wfile.write(data)
                 for event in stall:
-                    event.wait(60)
+                    event.wait(PATIENCE)
 
             def log_message(self, *args):
                 pass
@@ -119,7 +119,7 @@ def test_a_live_stream_that_stalls_comes_back(server, clip):
     # more than a second of it, since that much is looked into before the first frame is given
     server.answers = [(data[: -9 * 188], 0, "video/mp2t", over), (data, 0, "video/mp2t")]
     try:
-        source = open_source(server.url, fps=10, timeout=0.5, backoff=QUICK)
+        source = open_source(server.url, fps=10, timeout=2.0, backoff=QUICK)
         seconds, sentence = read(source)
     finally:
         over.set()
@@ -277,7 +277,7 @@ def test_a_camera_whose_clock_begins_again_is_not_what_was_there(server, clip, c
 SENDER_TCP = """
 import socket, sys, time
 for name in sys.argv[2:]:
-    for _ in range(400):
+    while True:
         try:
             with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as line:
                 line.sendall(open(name, "rb").read())
@@ -299,7 +299,7 @@ def test_a_sender_that_begins_again(clip, tmp_path):
     names = [str(tmp_path / name) for name in ("half.ts", "whole.ts", "whole.ts")]
     with subprocess.Popen([sys.executable, "-c", SENDER_TCP, str(port), *names]) as sender:
         backoff = Backoff(first=0.01, most=0.02, attempts=20)
-        source = open_source(f"tcp://127.0.0.1:{port}?listen=1&listen_timeout=2000", fps=10, backoff=backoff)
+        source = open_source(f"tcp://127.0.0.1:{port}?listen=1&listen_timeout=60000", fps=10, backoff=backoff)
         seconds, sentence = read(source)
         sender.terminate()
     assert sentence == ""
@@ -386,18 +386,15 @@ def test_a_playlist_from_outside_reads_no_file_of_this_machine(server, tmp_path,
 
 def test_a_server_that_hangs_is_given_up(monkeypatch):
     monkeypatch.delenv("http_proxy", raising=False)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        began = time.monotonic()
-        with pytest.raises(UserError, match="gives no video"):
-            open_source(f"http://127.0.0.1:{silent.getsockname()[1]}/a", timeout=0.2)
-        assert time.monotonic() - began < 3
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match="gives no video"):
+        open_source(f"http://127.0.0.1:{silent.getsockname()[1]}/a", timeout=0.2)
 
 
 SENDER = """
 import sys, time
 import av
 import numpy as np
-for _ in range(200):
+while True:
     try:
         with av.open(sys.argv[1], "w", format="rtsp", options={"rtsp_transport": "tcp"}) as out:
             stream = out.add_stream("libx264", rate=10, options={"g": "5", "tune": "zerolatency"})
@@ -420,8 +417,8 @@ def test_rtsp():
         source = open_source(
             f"rtsp://ann:secret@127.0.0.1:{port}/live",
             fps=10,
-            options={"rtsp_flags": "listen", "listen_timeout": "10"},
-            timeout=10,
+            options={"rtsp_flags": "listen", "listen_timeout": "1800"},
+            timeout=PATIENCE,
             backoff=Backoff(attempts=0),
         )
         assert source.is_live

@@ -24,7 +24,7 @@ from casa.media.pictures import (
     picture_from,
     picture_size,
 )
-from casa.testing import claimed_png
+from casa.testing import PATIENCE, claimed_png
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -455,7 +455,7 @@ def test_heic_is_an_extra_that_is_loaded_for_a_heic_picture_only(tmp_path, monke
         "print('pillow_heif' in sys.modules); open_picture(sys.argv[2]); print('pillow_heif' in sys.modules)"
     )
     files = [str(tmp_path / "b.avif"), str(tmp_path / "a.heic")]
-    found = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, timeout=300)
+    found = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, timeout=PATIENCE)
     assert found.stdout.split() == ["False", "True"], found.stderr
     # FFmpeg reads such a file as a film whose frames have other sizes
     assert (probe(tmp_path / "a.heic").width, probe(tmp_path / "a.heic").height) == (64, 40)

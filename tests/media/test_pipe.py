@@ -13,6 +13,7 @@ import pytest
 from casa.errors import UserError
 from casa.media.open_source import open_source
 from casa.media.pipe import PipeSource, is_pipe
+from casa.testing import PATIENCE
 
 READER = """
 from casa.media.open_source import open_source
@@ -41,7 +42,7 @@ def piped(tmp_path, clips):
 
 @pytest.mark.parametrize("kind", ["mkv", "mjpeg"])
 def test_standard_input(piped, kind):
-    done = subprocess.run([sys.executable, "-c", READER], input=piped(kind), capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", READER], input=piped(kind), capture_output=True, timeout=PATIENCE)
     lines = done.stdout.decode().splitlines()
     assert done.stderr == b""
     assert lines[0] == f"standard input: 64 x 48, {'h264' if kind == 'mkv' else 'mjpeg'} False"
@@ -69,7 +70,7 @@ def test_a_named_pipe(tmp_path, piped, clips):
     with open_source(path, fps=5, live=True) as source:
         assert source.is_live
         assert [clips.number(f.picture) for f in source] == list(range(0, 20, 2))
-    writer.join(10)
+    writer.join(PATIENCE)
 
 
 @pytest.mark.parametrize("kind", ["mkv", "ts"])
@@ -82,7 +83,7 @@ def test_closing_a_pipe_that_says_nothing_more(tmp_path, clips, kind):
     with os.fdopen(into, "wb", buffering=0) as writable, os.fdopen(out, "rb", buffering=0) as readable:
         writable.write(data[: len(data) * 3 // 4])
         # should opening ever wait for more, the pipe ends after all, and the test fails rather than hangs
-        giving_up = threading.Timer(10, writable.close)
+        giving_up = threading.Timer(PATIENCE, writable.close)
         giving_up.start()
         source = PipeSource(f"/dev/fd/{readable.fileno()}", fps=1000, live=True)
         assert next(source).seconds == 0
@@ -90,7 +91,7 @@ def test_closing_a_pipe_that_says_nothing_more(tmp_path, clips, kind):
         reader.start()
         time.sleep(0.05)  # by now it has read what there is, and waits
         source.close()
-        reader.join(5)
+        reader.join(PATIENCE)
         giving_up.cancel()
         assert not writable.closed
         assert not reader.is_alive()

@@ -7,6 +7,7 @@ import pytest
 
 from casa.errors import UserError
 from casa.media.source import Frame, Source, check_fps, check_span
+from casa.testing import PATIENCE
 
 
 class Slow(Source):
@@ -20,7 +21,7 @@ class Slow(Source):
         try:
             for k in range(3):
                 self.waiting.set()
-                assert self.go.wait(10)
+                assert self.go.wait(PATIENCE)
                 yield Frame(np.zeros((2, 3, 3), np.uint8), float(k), k)
         finally:
             self.closed += 1
@@ -62,11 +63,11 @@ def test_closed_by_another_thread_while_one_waits():
     source, given = Slow(), []
     reader = threading.Thread(target=lambda: given.extend(source))
     reader.start()
-    assert source.waiting.wait(10)
+    assert source.waiting.wait(PATIENCE)
     source.close()  # cannot take what the other holds, and does not wait for it
     assert source.closed == 0
     source.go.set()
-    reader.join(10)
+    reader.join(PATIENCE)
     assert (given, source.closed) == ([], 1)
 
 

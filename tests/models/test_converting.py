@@ -15,7 +15,7 @@ from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, FusionConfig, adapt
 from casa.models.converting import convert
 from casa.models.shard_files import parse_size
-from casa.testing import TEXT_BACKBONES, tiny_backbone, tiny_encoder, tiny_text_model
+from casa.testing import PATIENCE, TEXT_BACKBONES, tiny_backbone, tiny_encoder, tiny_text_model
 
 FRESH = ("projector.", "compressor.", "gist.")
 
@@ -307,7 +307,11 @@ IN_PROC = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason=
 def measured(*arguments):
     """The peak of memory while a folder is converted, and the size of what comes out, both in bytes."""
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", MEASURE, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
     )
     written = Path(arguments[-1]).glob("*.safetensors")
     return int(run.stdout.splitlines()[-1]), sum(file.stat().st_size for file in written)

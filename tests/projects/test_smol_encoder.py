@@ -33,16 +33,16 @@ def test_killed_and_resumed_is_the_same_as_uninterrupted(tmp_path):
     threads = str(torch.get_num_threads())
     env = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": threads}
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [*COMMAND, str(killed), "--steps", "400"]
+    command = [*COMMAND, str(killed), "--steps", "100000"]
     with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as process:
         while not (killed / "checkpoint.pt").exists():
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     reached = weights(killed)["step"]
-    assert 0 < reached < 400
+    assert 0 < reached < 100_000
     for folder in (killed, whole):
-        assert main([str(folder), "--tiny", "--steps", "400", "--stop", str(reached + 7)]) == 0
+        assert main([str(folder), "--tiny", "--steps", "100000", "--stop", str(reached + 7)]) == 0
     one, two = weights(killed), weights(whole)
     assert one["step"] == two["step"] == reached + 7
     for part in ("learner", "average"):

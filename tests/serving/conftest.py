@@ -18,9 +18,7 @@ from websockets.sync.client import connect
 from casa.serving import Limits
 from casa.serving.app import create_app
 from casa.serving.server import Server
-from casa.testing import tiny_casa, tiny_processor
-
-PATIENCE = 60.0  # seconds until a test gives up
+from casa.testing import PATIENCE, tiny_casa, tiny_processor
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from websockets.exceptions import ConnectionClosed
 from casa.benchmarks.host_memory import resident_bytes
 from casa.serving import Limits
 from casa.streaming import StreamingSession
-from casa.testing import claimed_png, tiny_processor
+from casa.testing import PATIENCE, claimed_png, tiny_processor
 
 LIMITS = Limits(
     frame_bytes=100_000,
@@ -70,7 +70,7 @@ class Watcher(threading.Thread):
 
     def stop(self):
         self._stopping.set()
-        self.join(60)
+        self.join(PATIENCE)
 
 
 def keep_on(watcher, misuse, times=1):
@@ -78,7 +78,7 @@ def keep_on(watcher, misuse, times=1):
 
     misuse: called with 0, 1, 2 ...
     """
-    enough, end, done = len(watcher.heard) + 3, time.monotonic() + 60, 0
+    enough, end, done = len(watcher.heard) + 3, time.monotonic() + PATIENCE, 0
     while done < times or len(watcher.heard) < enough:
         assert watcher.error is None, watcher.error
         assert time.monotonic() < end, "the good stream's captions stopped"
@@ -198,7 +198,7 @@ def test_200_connects_and_drops_leave_nothing(busy, raw_bytes, until, watcher):
     sessions = []
 
     def misuse(number):
-        raw = socket.create_connection(("127.0.0.1", busy.port), timeout=60)
+        raw = socket.create_connection(("127.0.0.1", busy.port), timeout=PATIENCE)
         if number % 4:
             raw.sendall(raw_bytes.upgrade)
         if number % 4 == 3:
@@ -228,7 +228,7 @@ def test_a_slow_reader_delays_nobody_and_is_let_go(busy, client, until):
     busy._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, usual)
     stream = state.worker._streams[one.hello()["stream"]]
     most = 0
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE
     while state.worker.streams > before and time.monotonic() < end:
         # what a busy stream would be told
         stream.outbox.put({"type": "usage", "filler": "x" * 2000})
@@ -273,7 +273,7 @@ def test_more_sessions_and_connections_than_allowed(busy, client, until):
 
 def test_oversized_bodies(busy, watcher):
     def misuse(number):
-        connection = http.client.HTTPConnection("127.0.0.1", busy.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", busy.port, timeout=PATIENCE)
         parts = [b"x" * 50_001] * 4
         try:
             if number % 2:
@@ -292,7 +292,7 @@ def test_oversized_bodies(busy, watcher):
 
 
 def test_a_body_that_never_ends(busy):
-    connection = http.client.HTTPConnection("127.0.0.1", busy.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", busy.port, timeout=PATIENCE)
     try:
         connection.putrequest("POST", "/v1/chat/completions")
         connection.putheader("Content-Length", "1000")
@@ -307,7 +307,7 @@ def test_a_body_that_never_ends(busy):
 def test_a_reader_of_a_chat_that_goes_away(busy, until):
     body = {"model": "tiny", "stream": True, "temperature": 2, "messages": [{"role": "user", "content": "tell"}]}
     for stream in (True, False):
-        connection = http.client.HTTPConnection("127.0.0.1", busy.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", busy.port, timeout=PATIENCE)
         connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream": stream, "max_tokens": 1000}))
         if stream:
             connection.getresponse().read(10)
@@ -356,7 +356,7 @@ def test_memory_returns_to_where_it_was_after_every_kind_of_abuse(
         test_oversized_bodies(busy, watcher)
         test_a_reader_of_a_chat_that_goes_away(busy, until)
         for _ in range(20):
-            connection = http.client.HTTPConnection("127.0.0.1", busy.port, timeout=60)
+            connection = http.client.HTTPConnection("127.0.0.1", busy.port, timeout=PATIENCE)
             connection.request("POST", "/v1/chat/completions", bytes(LIMITS.body_bytes - 1))
             assert connection.getresponse().status == 400
             connection.close()

@@ -17,13 +17,13 @@ from casa.serving.app import create_app
 from casa.serving.guard import is_foreign, is_own
 from casa.serving.routes_page import FILES
 from casa.serving.server import Server
-from casa.testing import tiny_casa, tiny_processor
+from casa.testing import PATIENCE, tiny_casa, tiny_processor
 
 
 def get(server, path):
     """Status, headers and body."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}{path}", timeout=60) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}{path}", timeout=PATIENCE) as answer:
             return answer.status, answer.headers, answer.read()
     except urllib.error.HTTPError as error:
         with error:
@@ -68,7 +68,7 @@ def test_whatever_can_be_had_can_be_asked_about(server, client):
         paths = ["/", "/app.js", "/film.mp4", "/about.json", "/health", "/metrics", "/v1/models", "/v1/models/tiny"]
         for path in [*paths, f"/v1/streams/{name}/captions.srt", "/v1/models/none", "/nothing"]:
             status, headers, _ = get(server, path)
-            line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+            line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
             with closing(line):
                 line.request("HEAD", path)
                 answer = line.getresponse()

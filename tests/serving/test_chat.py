@@ -15,7 +15,7 @@ from PIL import Image
 
 from casa.media import VideoWriter
 from casa.serving import Limits, routes_chat
-from casa.testing import tiny_processor
+from casa.testing import PATIENCE, tiny_processor
 
 LIMITS = Limits(body_bytes=200_000, prompt_tokens=200)
 
@@ -248,7 +248,7 @@ def post(server, body, **headers):
         f"http://127.0.0.1:{server.port}/v1/chat/completions", body, {"Content-Type": "application/json"} | headers
     )
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         with error:
@@ -266,7 +266,7 @@ def test_paths_and_methods_of_something_else(chatting):
     address = f"http://127.0.0.1:{chatting.port}"
     for path, method, status in [("/v2", "GET", 404), ("/v1/nothing", "GET", 404), ("/v1/models", "PUT", 405)]:
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(urllib.request.Request(address + path, method=method), timeout=60)
+            urllib.request.urlopen(urllib.request.Request(address + path, method=method), timeout=PATIENCE)
         with refused.value as error:
             assert error.code == status
 
@@ -300,7 +300,7 @@ def test_chats_wait_for_their_turn_and_who_goes_is_forgotten(serving, until):
 
         answers = [threads.submit(ask, False)]
         until(lambda: state.line.served == 1)
-        gone = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        gone = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
         gone.request("POST", "/v1/chat/completions", json.dumps(asked))
         until(lambda: state.line.waiting == 1)
         answers += [threads.submit(ask, True), threads.submit(ask, False)]
@@ -309,7 +309,7 @@ def test_chats_wait_for_their_turn_and_who_goes_is_forgotten(serving, until):
         until(lambda: state.line.waiting == 2)
         assert not any(answer.done() for answer in answers)
         hold.set()
-        assert all(answer.result(60) > 0 for answer in answers)
+        assert all(answer.result(PATIENCE) > 0 for answer in answers)
         until(lambda: state.chats == 0 and state.line.served == 0)
 
 

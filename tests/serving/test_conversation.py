@@ -13,14 +13,14 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from casa.serving import Limits
 from casa.streaming import Sampling, StreamingSession
-from casa.testing import tiny_processor
+from casa.testing import PATIENCE, tiny_processor
 
 
 def get(server, path, **headers):
     """Status, type and text of a page."""
     request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return answer.status, answer.headers["Content-Type"], answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -34,10 +34,10 @@ def kept_busy(submit):
 
     def job():
         begun.set()
-        end.wait(60)
+        end.wait(PATIENCE)
 
     submit(job)
-    assert begun.wait(60)
+    assert begun.wait(PATIENCE)
     try:
         yield
     finally:

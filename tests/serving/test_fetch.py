@@ -12,6 +12,7 @@ from casa.errors import UserError
 from casa.media import VideoWriter
 from casa.serving import Limits, fetch
 from casa.serving.pictures import read_address, read_video
+from casa.testing import PATIENCE
 
 LIMITS = Limits()
 
@@ -137,7 +138,7 @@ def web(tmp_path):
                 self.wfile.write(bytes(5000))
             elif self.path == "/slow":
                 self.wfile.write(b"a")
-                ending.wait(60)
+                ending.wait(PATIENCE)
             elif found == 200:
                 assert self.headers["Host"].startswith("pictures.example")
                 self.wfile.write(picture.getvalue())

@@ -19,7 +19,7 @@ from casa.serving.outbox import Outbox
 from casa.serving.transcript import Transcript
 from casa.serving.worker import Worker
 from casa.streaming import Sampling, StreamingEngine
-from casa.testing import tiny_processor
+from casa.testing import PATIENCE, tiny_processor
 
 
 class Talking(Sampling):
@@ -284,7 +284,7 @@ def test_rates_are_those_of_the_last_minute_and_then_those_tried():
 
 def test_the_server_says_that_it_is_overloaded(serving, client, frames, monkeypatch):
     def health(server):
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health", timeout=60) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health", timeout=PATIENCE) as answer:
             return json.load(answer)
 
     with serving() as server, client(server) as one:

@@ -14,7 +14,7 @@ from casa.errors import UserError
 from casa.media import VideoWriter
 from casa.serving import Limits, pictures
 from casa.serving.pictures import keep_pillow_quiet, read_address, read_picture, read_video
-from casa.testing import claimed_png
+from casa.testing import PATIENCE, claimed_png
 
 LIMITS = Limits()
 
@@ -161,7 +161,7 @@ def test_pictures_are_decoded_side_by_side(monkeypatch):
     plain = pictures.picture_from
 
     def decode(file):
-        both.wait(10)
+        both.wait(PATIENCE)
         return plain(file)
 
     monkeypatch.setattr(pictures, "picture_from", decode)

@@ -16,7 +16,7 @@ import torch
 from casa.cli.main import run
 from casa.errors import UserError
 from casa.serving import extra, server
-from casa.testing import tiny_casa, tiny_processor
+from casa.testing import PATIENCE, tiny_casa, tiny_processor
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_the_command_itself_serves_this_machine_only_until_ctrl_c(checkpoint):
             line = running.stdout.readline()
             port = int(re.fullmatch(r"mine is at http://127\.0\.0\.1:(\d+)/  \(Ctrl-C stops it\)\n", line)[1])
             # the socket listens already, and waits for the app to be there
-            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
                 connection.request("GET", "/health")
                 answer = connection.getresponse()
                 assert answer.status == 200
@@ -96,9 +96,9 @@ def test_the_command_itself_serves_this_machine_only_until_ctrl_c(checkpoint):
                 assert listening_addresses(port) == {"0100007F"}
             # any address of this network but that one
             with pytest.raises(ConnectionRefusedError):
-                socket.create_connection(("127.0.0.2", port), timeout=5).close()
+                socket.create_connection(("127.0.0.2", port), timeout=PATIENCE).close()
             running.send_signal(signal.SIGINT)
-            out, err = running.communicate(timeout=60)
+            out, err = running.communicate(timeout=PATIENCE)
         finally:
             running.kill()
     assert (running.returncode, out, err) == (0, "", "")

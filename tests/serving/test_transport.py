@@ -8,6 +8,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from casa.serving import Limits
+from casa.testing import PATIENCE
 
 LIMITS = Limits(body_seconds=0.5, send_seconds=0.5, caption_seconds=60.0)
 
@@ -19,7 +20,7 @@ def impatient(serving):
 
 
 def connected(server, **options):
-    return socket.create_connection(("127.0.0.1", server.port), timeout=60, **options)
+    return socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE, **options)
 
 
 def is_cut(raw):
@@ -67,7 +68,7 @@ def test_pings_without_end_from_one_who_does_not_read(impatient, raw_bytes, unti
     raw = socket.socket()
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     raw.connect(("127.0.0.1", impatient.port))
-    raw.settimeout(60)
+    raw.settimeout(PATIENCE)
     raw.sendall(raw_bytes.upgrade)
     assert raw.recv(12).startswith(b"HTTP/1.1 101")
     until(lambda: state.connections == 1)

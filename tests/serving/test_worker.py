@@ -15,7 +15,7 @@ from casa.serving.outbox import Outbox
 from casa.serving.transcript import Transcript
 from casa.serving.worker import Worker
 from casa.streaming import Sampling, StreamingEngine, StreamingSession
-from casa.testing import tiny_processor
+from casa.testing import PATIENCE, tiny_processor
 
 SETTINGS = {"max_new_tokens": 4}
 WORD = 7  # a token that ends nothing
@@ -58,7 +58,7 @@ def held(worker):
     """Keeps the model's thread, which has come to wait by now, until the event is set."""
     came, hold = threading.Event(), threading.Event()
     worker.call(lambda: (came.set(), hold.wait()))
-    assert came.wait(60)
+    assert came.wait(PATIENCE)
     return hold
 
 
@@ -289,9 +289,10 @@ class Slices:
 
     def __init__(self, count, turns, name):
         self.left, self.turns, self.name, self.error = count, turns, name, None
+        self.made = time.monotonic()
 
     def advance(self, until):
-        assert until > time.monotonic()
+        assert until > self.made
         self.turns.append(self.name)
         self.left -= 1
         if self.left < 0:
@@ -343,7 +344,7 @@ def test_it_sleeps_when_there_is_nothing_to_do(worker, monkeypatch):
     begin = worker._begin
     monkeypatch.setattr(worker, "_begin", lambda: rounds.append(1) or begin())
     for _ in range(3):
-        worker.call(lambda: 1).result(60)
+        worker.call(lambda: 1).result(PATIENCE)
     time.sleep(0.2)
     # one round for each job, and the first may have begun before it was counted
     assert len(rounds) <= 3

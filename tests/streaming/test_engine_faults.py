@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from casa.streaming import Sampling, StreamingEngine, StreamingSession
-from casa.testing import noise_frames, tiny_casa, tiny_processor
+from casa.testing import PATIENCE, noise_frames, tiny_casa, tiny_processor
 
 SETTINGS = {"max_new_tokens": 5}
 STREAMS = {"a": (1, {}), "b": (2, {"prompt": "what"}), "c": (3, {"sampling": Sampling(1.2, 20, 0.9), "seed": 4})}
@@ -162,7 +162,7 @@ class Meanwhile(Sampling):
         if not self.threads:
             self.threads.append(threading.Thread(target=self.act, daemon=True))
             self.threads[0].start()
-            self.threads[0].join(60)
+            self.threads[0].join(PATIENCE)
         return super().pick(*arguments)
 
 

@@ -10,7 +10,7 @@ import pytest
 from casa.errors import UserError
 from casa.streaming import Count, Sampling, StreamingSession, watch, watch_live
 from casa.streaming.pacing import Box
-from casa.testing import tiny_casa, tiny_processor
+from casa.testing import PATIENCE, tiny_casa, tiny_processor
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Slow:
 
     def step(self, frame, cut=None):
         self.started.release()
-        assert self.turns.acquire(timeout=20)
+        assert self.turns.acquire(timeout=PATIENCE)
         return str(frame)
 
 
@@ -60,21 +60,21 @@ def test_live_the_newest_frame_wins_and_the_last_is_never_dropped():
 
     def source():
         for n in range(10):
-            assert gate.acquire(timeout=20)
+            assert gate.acquire(timeout=PATIENCE)
             yield Frame(n, n / 2)
 
     heard = []
     watching = threading.Thread(target=lambda: heard.extend(watch_live(session, source(), fps=2, count=count)))
     watching.start()
     gate.release()
-    assert session.started.acquire(timeout=20)  # frame 0 is being talked about
+    assert session.started.acquire(timeout=PATIENCE)  # frame 0 is being talked about
     for _ in range(9):
         gate.release()
     while count.dropped + 2 < 10:  # all but the one in hand and the newest have been replaced
         threading.Event().wait(0.005)
     session.turns.release()
     session.turns.release()
-    watching.join(timeout=20)
+    watching.join(timeout=PATIENCE)
     assert [moment.text for moment in heard] == ["0", "9"]
     assert (count.frames, count.dropped) == (2, 8)
 
@@ -93,10 +93,10 @@ def test_frames_dropped_while_another_is_looked_at_are_counted():
 
     def source():
         yield Frame(0, 0.0)
-        assert session.started.acquire(timeout=20)
+        assert session.started.acquire(timeout=PATIENCE)
         yield Frame(1, 0.5)
         for n in (2, 3, 4):
-            assert gate.acquire(timeout=20)
+            assert gate.acquire(timeout=PATIENCE)
             yield Frame(n, n / 2)
 
     session.look = look
@@ -258,7 +258,7 @@ def test_lag_does_not_accumulate_when_every_step_is_too_slow():
 def test_an_error_of_the_source_comes_after_the_captions_before_it():
     def source():
         yield Frame("fine", 0.0)
-        assert session.started.acquire(timeout=20)
+        assert session.started.acquire(timeout=PATIENCE)
         raise UserError("the camera is gone.")
 
     session = Slow()
@@ -315,7 +315,7 @@ def test_a_session_watches_live_what_it_watches_frame_by_frame():
 
     def source():
         for frame in frames:
-            assert done.acquire(timeout=60)
+            assert done.acquire(timeout=PATIENCE)
             yield frame
 
     session, heard = StreamingSession(model, tiny_processor(), max_new_tokens=4), []
@@ -343,14 +343,14 @@ def test_of_a_file_the_next_frames_are_looked_at_ahead_and_no_further():
     heard = []
     watching = threading.Thread(target=lambda: heard.extend(m.text for m in watch(session, frames())))
     watching.start()
-    assert session.started.acquire(timeout=20)
+    assert session.started.acquire(timeout=PATIENCE)
     for _ in range(3):
-        assert looked.acquire(timeout=20)
+        assert looked.acquire(timeout=PATIENCE)
     assert not looked.acquire(timeout=0.2)
     assert asked == [0, 1, 2]
     for _ in range(8):
         session.turns.release()
-    watching.join(timeout=20)
+    watching.join(timeout=PATIENCE)
     assert heard == [str(n) for n in range(8)]
 
 

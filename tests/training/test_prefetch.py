@@ -7,6 +7,7 @@ from threading import Thread
 
 import pytest
 
+from casa.testing import PATIENCE
 from casa.training import prefetch as prefetching
 from casa.training.prefetch import prefetch
 
@@ -51,5 +52,5 @@ def test_a_worker_ends_with_its_parent(monkeypatch) -> None:
     watching.start()
     assert ended == []
     parent.kill()
-    watching.join(timeout=60)
+    watching.join(timeout=PATIENCE)
     assert ended == [1]

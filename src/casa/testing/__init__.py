@@ -17,8 +17,12 @@ from casa.testing.tiny import (
     tiny_text_model,
 )
 
+PATIENCE = 1800.0
+"""Seconds after which a test takes something for hung; no verdict hangs on how fast anything is."""
+
 __all__ = [
     "BACKBONES",
+    "PATIENCE",
     "SPECIAL_TOKENS",
     "TEMPLATES",
     "TEXT_BACKBONES",

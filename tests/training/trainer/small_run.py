@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from casa.data.record import Message, Origin, Picture, Record, Text
-from casa.testing import tiny_casa, tiny_processor
+from casa.testing import PATIENCE, tiny_casa, tiny_processor
 from casa.training.packs import ListedRecords, PackingSettings, PackStream
 from casa.training.samples import Budget, SampleMaker
 from casa.training.trainer import CasaTrainer, OptimisationSettings, TrainerSettings, WatchSettings
@@ -59,15 +59,16 @@ def stream(repeat=True, buffer=8, count=40):
 
 
 class Curve(TrainerCallback):
-    """Writes the losses down; `slow` seconds per step, so that a test can kill it in between."""
+    """Writes the losses down; `slow` seconds per step, so that a test can kill it in between. hold: the step behind
+    which it waits until that is done, however late."""
 
-    def __init__(self, folder, slow=0.0):
-        self.folder, self.slow, self.trainer = folder, slow, None
+    def __init__(self, folder, slow=0.0, hold=None):
+        self.folder, self.slow, self.hold, self.trainer = folder, slow, hold, None
 
     def on_step_end(self, args, state, control, **kwargs):
         with (self.folder / "curve.txt").open("a") as file:
             file.write(f"{state.global_step} {self.trainer.last_loss!r}\n")
-        time.sleep(self.slow)
+        time.sleep(self.slow if state.global_step != self.hold else PATIENCE)
 
 
 def model(dropout=0.1, dtype=torch.float32):
@@ -79,7 +80,7 @@ def model(dropout=0.1, dtype=torch.float32):
     return found
 
 
-def trainer(folder, *, steps=8, slow=0.0, workers=0, save_every=3, data=None, own_model=None, **choice):
+def trainer(folder, *, steps=8, slow=0.0, hold=None, workers=0, save_every=3, data=None, own_model=None, **choice):
     watch = choice.pop("watch", WatchSettings())
     keep = choice.pop("keep", 2)
     sharding = choice.pop("sharding", "ddp")
@@ -98,7 +99,7 @@ def trainer(folder, *, steps=8, slow=0.0, workers=0, save_every=3, data=None, ow
         sharding=sharding,
         **kept,
     )
-    curve = Curve(Path(folder), slow)
+    curve = Curve(Path(folder), slow, hold)
     found = CasaTrainer(own_model or model(), data or stream(), settings, processor=tiny_processor(), callbacks=[curve])
     curve.trainer = found
     return found

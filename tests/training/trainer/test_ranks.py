@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from casa import CasaForConditionalGeneration, CasaProcessor
+from casa.testing import PATIENCE
 from casa.training.packs import PackStream
 from casa.training.seen.counts import made_of_records, trained_on
 from casa.training.sharding import export_checkpoint
@@ -54,7 +55,7 @@ def test_two_processes_are_one(small, alone, tmp_path):
     # one test, so that the processes are started once
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=560)
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-4000:]
 
     one, folder = alone(steps=STEPS, accumulate=2, ema=0.9, clip=0.5)

@@ -107,7 +107,7 @@ def wait_for_steps(small, folder, process, count):
 
 
 def test_killed_at_any_moment_and_resumed(small, whole, script, tmp_path):
-    killed = start(script, tmp_path, "slow=0.3")
+    killed = start(script, tmp_path, "slow=0.3", "hold=7")
     # past the pause behind a step, so that a checkpoint or another step may be hit
     step, wait = random.randint(1, 6), random.uniform(0, 0.4)
     print(f"killed {wait:.2f} s after step {step}")
