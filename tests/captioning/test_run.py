@@ -299,3 +299,10 @@ def test_a_film_without_a_picture_that_is_read(load, tmp_path):
     with pytest.raises(UserError, match="no file"):
         caption(Request(str(tmp_path / "none.mp4"), (tmp_path / "a.srt",)), "tiny", load)
     assert not list(tmp_path.iterdir())
+
+
+def test_live_pace_that_a_machine_cannot_keep_is_told_with_what_to_do():
+    assert "too slow" in Report(True, Count(4, 3, 0, 0)).sentence()
+    assert "fewer frames a second" in Report(True, Count(4, 3, 0, 0)).sentence()
+    for fine in (Report(True, Count(40, 3, 0, 0)), Report(False, Count(4, 0, 4, 0))):
+        assert "slow" not in fine.sentence()

@@ -387,3 +387,19 @@ def test_ahead_says_the_same(method):
     said = [moment.text for moment in watch(one, frames)]
     assert said == [moment.text for moment in watch(other, frames, ahead=False)]
     assert one.usage == other.usage
+
+
+@pytest.mark.parametrize(
+    ("count", "found"),
+    [
+        (Count(), False),
+        (Count(frames=1, dropped=2), False),
+        (Count(frames=1, dropped=3), True),
+        (Count(frames=90, dropped=10, cut=10), False),
+        (Count(frames=90, dropped=10, cut=11), True),
+        (Count(frames=10, cut=3), True),
+        (Count(frames=10, skipped=50), False),
+    ],
+)
+def test_more_than_a_machine_can_do(count, found):
+    assert count.is_too_much is found

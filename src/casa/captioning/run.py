@@ -59,6 +59,8 @@ class Report:
         if self.live:
             lag = f"lag {self.total_lag / frames:.2f} s on average, {self.longest_lag:.2f} s at most"
             told += [f"{count.dropped} dropped", f"{count.cut} cut short", f"{lag}, {self.last_lag:.2f} s at the end"]
+        slow = "this machine is too slow for that: look at fewer frames a second, or at smaller pictures"
+        told += [slow] if self.live and count.is_too_much else []
         told += [f"{count.skipped} no pictures"] if count.skipped else []
         told += [f"{self.damaged} damaged packets or frames"] if self.damaged else []
         told += [f"{self.reconnects} times connected again"] if self.reconnects else []

@@ -20,12 +20,10 @@ from PIL import Image
 
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, CasaProcessor
-from casa.streaming import Sampling, StreamingEngine
+from casa.streaming import Count, Sampling, StreamingEngine
 
 RECENT_SECONDS = 60.0
 STREAM_SECONDS = 20.0  # over which a single stream is judged
-FEWEST = 4  # frames by which it can be
-TOO_MANY = 0.2  # share of frames dropped or cut from which a machine is too slow
 SMALLEST_FPS = 0.1  # not worth asking for less
 PROBE_ROWS = (1, 2, 4, 8, 16)
 PROBE_SIDE = 448
@@ -61,6 +59,12 @@ class Recent:
             return sum((counts for _, counts in self._parts), Counter())
 
     @property
+    def is_too_much(self) -> bool:
+        """Whether the machine is too slow for what it was given, as in `Count`."""
+        counts = self.totals()
+        return Count(counts["watched"], counts["dropped"], counts["cut"]).is_too_much
+
+    @property
     def seconds(self) -> float:
         """How long there has been counting, up to the length of this memory; 1 or more."""
         since = self._clock() if self._began is None else self._began
@@ -71,17 +75,11 @@ class Recent:
             self._parts.popleft()
 
 
-def is_too_slow(counts: Counter[str]) -> bool:
-    """counts: frames watched and dropped, and captions cut. Silence is not slow, nor is a frame or two too few."""
-    frames = counts["watched"] + counts["dropped"]
-    return frames >= FEWEST and counts["dropped"] + counts["cut"] > TOO_MANY * frames
-
-
 def slow_sentence(fps: float, recent: Recent) -> str | None:
     """What a stream is told that means to send `fps` frames a second; None if all is well."""
-    counts = recent.totals()
-    if not is_too_slow(counts):
+    if not recent.is_too_much:
         return None
+    counts = recent.totals()
     watched = counts["watched"] / recent.seconds
     cuts = "1 caption was" if counts["cut"] == 1 else f"{counts['cut']} captions were"
     cut = f", and {cuts} cut short" if counts["cut"] else ""
@@ -171,7 +169,7 @@ class Load:
     @property
     def is_over(self) -> bool:
         """Whether frames were dropped or captions cut in the last minute, more than now and then."""
-        return is_too_slow(self.recent.totals())
+        return self.recent.is_too_much
 
 
 def _below(fps: float) -> str:

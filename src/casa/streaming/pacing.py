@@ -22,6 +22,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from casa.errors import UserError
 
+FEWEST, TOO_MANY = 4, 0.2  # frames by which a machine can be judged, and the share dropped or cut that is too much
 PATIENCE = 5.0  # s that the end of a watch waits for a source that neither gives nor ends
 Clock = Callable[[], float]
 Item = TypeVar("Item")
@@ -66,6 +67,12 @@ class Count:
     dropped: int = 0
     cut: int = 0
     skipped: int = 0
+
+    @property
+    def is_too_much(self) -> bool:
+        """Whether the machine is too slow for it. One frame or two too few say nothing of that, and silence neither."""
+        due = self.frames + self.dropped
+        return due >= FEWEST and self.dropped + self.cut > TOO_MANY * due
 
 
 @dataclass
