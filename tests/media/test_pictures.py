@@ -239,6 +239,20 @@ def test_cut_off_files(tmp_path, suffix, part):
         open_picture(path)
 
 
+def test_a_picture_that_was_closed_is_not_called_damaged(tmp_path):
+    noisy().save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as left:
+        pass
+    closed = Image.open(tmp_path / "a.png")
+    closed.close()
+    for given in (left, closed):
+        with pytest.raises(UserError, match="was closed before it was read: use it while it is open"):
+            as_picture(given)
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:2000])
+    with Image.open(tmp_path / "a.png") as cut, pytest.raises(UserError, match="damaged or cut off"):
+        as_picture(cut)
+
+
 def test_files_that_are_no_pictures(tmp_path):
     text, empty, junk = tmp_path / "text.png", tmp_path / "empty.png", tmp_path / "junk.png"
     text.write_text("This is not a picture, as everyone can read.\n")

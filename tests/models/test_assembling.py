@@ -10,7 +10,13 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Siglip2VisionConfig, SiglipVisionConfig
+from transformers import (
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Siglip2VisionConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
@@ -201,6 +207,18 @@ def test_a_revision_has_its_own_settings(tmp_path, hub):
     assert list(image_processor_for(name).image_mean) == COLOURS["image_mean"]
     assert list(image_processor_for(name, revision="v2").image_mean) == [0.4] * 3
     assert list(processor_for(tiny_processor().tokenizer, name, revision="v2").image_processor.image_mean) == [0.4] * 3
+
+
+def test_an_encoder_that_was_read_brings_the_file_it_was_read_with(tmp_path, hub):
+    folder = tower_folder("siglip", tmp_path / "tower")
+    new_encoder(CONFIGS["siglip"]).save_pretrained(folder)
+    wanted = image_processor_for(folder)
+    tower = SiglipVisionModel.from_pretrained(folder)
+    cached = SiglipVisionModel.from_pretrained(hub(folder))
+    for vision in (tower, tower.config, cached, cached.config):
+        assert same_pictures(image_processor_for(vision), wanted)
+    shutil.rmtree(folder)
+    assert same_pictures(image_processor_for(tower), image_processor_for(CONFIGS["siglip"]))
 
 
 def test_a_caller_and_casa_tiny_have_the_last_word(tmp_path):

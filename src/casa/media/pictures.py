@@ -75,11 +75,14 @@ def as_picture(given: Any, name: str = "The picture", channels: Channels | None 
     """
     if isinstance(given, Image.Image):
         _check_size(given.size, name)
+        is_closed = getattr(given, "fp", given) is None
         try:
             return _upright_rgb(given, name)
         except (UserError, MemoryError):
             raise
         except Exception as error:  # an opened file is decoded only now
+            if is_closed or "closed" in str(error):
+                raise UserError(f"{name} was closed before it was read: use it while it is open.") from error
             raise UserError(_damaged(name)) from error
     if isinstance(given, str):
         given = _located(given)

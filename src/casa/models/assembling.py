@@ -1,6 +1,7 @@
 """A processor for a text model's tokenizer and an image tower that were not made for each other."""
 
 import os
+import re
 import warnings
 from typing import Any
 
@@ -31,6 +32,7 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 MOST_TOKENS = 1280  # per picture of a Qwen tower, as in Qwen2.5-VL
+_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # on a hub
 # of a processor file, what every kind of image processor has
 _COLOURS = ("image_mean", "image_std", "rescale_factor", "resample", "do_rescale", "do_normalize")
 
@@ -58,9 +60,10 @@ def processor_for(
 def image_processor_for(vision: Any, max_pixels: int | None = None, **hub: Any) -> Any:
     """An image processor that gives an encoder its `pixel_values` and `image_grid_thw`; PIL and NumPy only.
 
-    vision: the encoder's config; or the folder of one, the name of a shipped model or one on a hub, or of a whole
-    model with an encoder in it, whose own processor file then rules: colours, filter and bounds on sizes. hub:
-    revision, subfolder and what else transformers' `from_pretrained` says of the place.
+    vision: the folder of an encoder, the name of a shipped one or one on a hub, or of a whole model with an encoder in
+    it; its own processor file then rules: colours, filter and bounds on sizes. Or the encoder's config, or itself; one
+    that was read from somewhere has the file there, if that needs no fetching, and one that was made has those usual
+    for its kind. hub: revision, subfolder and what else transformers' `from_pretrained` says of the place.
 
     Qwen towers: native resolution, sides rounded to whole tokens, at most `max_pixels` (1280 tokens if left out).
     SigLIP2 naflex: own proportions, at most `max_pixels` (as many patches as the tower has places if left out).
@@ -69,10 +72,17 @@ def image_processor_for(vision: Any, max_pixels: int | None = None, **hub: Any) 
     Encoders with an image processor of their own bring it, with their own settings.
     Raises UserError for an encoder that is not known, or for `max_pixels` where the size is fixed.
     """
-    if not isinstance(vision, (str, os.PathLike)):
-        images = _by_family(vision)
+    if isinstance(vision, (str, os.PathLike)):
+        config, source = read_config(vision, **hub), vision
     else:
-        images = _with_own(_by_family(tower_config_of(read_config(vision, **hub))), vision, **hub)
+        config = getattr(vision, "config", vision)
+        source = getattr(config, "_name_or_path", None)
+        hub = {"revision": getattr(config, "_commit_hash", None), "local_files_only": True} | hub
+        if source and not os.path.isdir(source) and not _NAME.fullmatch(str(source)):
+            source = None  # a folder that is gone
+    images = _by_family(tower_config_of(config))
+    if source:
+        images = _with_own(images, source, **hub)
     for name, value in bounds(images, max_pixels=max_pixels).items():
         setattr(images, name, value)
     return images
@@ -136,7 +146,7 @@ def _own_settings(vision: Any, **hub: Any) -> dict[str, Any]:
         return inner
     if apart is not None:
         return read_json(apart)
-    if is_offline_mode() and not os.path.isdir(resolve(vision)):
+    if (is_offline_mode() or hub.get("local_files_only")) and not os.path.isdir(resolve(vision)):
         warnings.warn(
             f"the cache holds no picture settings of {vision}; those usual for its kind are taken.", stacklevel=4
         )
