@@ -15,7 +15,7 @@ import re
 import secrets
 from collections.abc import Iterable
 from functools import cached_property
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -55,8 +55,8 @@ class TypedText:
         known = tokenizer.get_vocab()
         self._special: dict[str, int] = {token: known[token] for token in special if token.strip() and token in known}
         alone = {token.content for token in added if token.single_word}
-        self._typed = _any_of(self._special, set(), re.IGNORECASE)
-        self._written = _any_of({*self._special, *(token.content for token in added)}, alone)
+        self._typed = re.compile(_any_of(map(str.lower, self._special), set()), re.IGNORECASE)
+        self._written = re.compile(_any_of({*self._special, *(token.content for token in added)} - {""}, alone))
         self._beginnings = {
             token[:end].lower() for token in self._special for end in range(1, len(token)) if token[:end].strip()
         }
@@ -240,8 +240,19 @@ def _characters(value: Any) -> set[str]:
 _USED = re.compile(f"[{chr(_PRIVATE[-1])}-{chr(_PRIVATE[0])}]")
 
 
-def _any_of(words: Iterable[str], alone: set[str], flags: int = 0) -> re.Pattern[str]:
-    """Any of the words, the longest at each place, as tokenizers look for them. alone: those never within a word."""
-    longest = sorted(filter(None, words), key=lambda word: (-len(word), word))
-    found = (rf"(?<!\w){re.escape(word)}(?!\w)" if word in alone else re.escape(word) for word in longest)
-    return re.compile("|".join(found) or "(?!)", flags)
+def _any_of(words: Iterable[str], alone: set[str]) -> str:
+    """A pattern for any of the words, the longest at each place. alone: those that are never part of a word."""
+    found = [_branches(sorted(set(words) - alone))]
+    if within := sorted(set(words) & alone):
+        found.append(rf"(?<!\w){_branches(within)}(?!\w)")
+    return "|".join(found)
+
+
+def _branches(words: list[str]) -> str:
+    """The same for sorted words, each letter tried once: there may be thousands that begin alike."""
+    if len(words) < 2:
+        return re.escape(words[0]) if words else "(?!)"
+    ends, found = not words[0], []
+    for letter, group in groupby(filter(None, words), key=lambda word: word[0]):
+        found.append(re.escape(letter) + _branches([word[1:] for word in group]))
+    return f"(?:{'|'.join(found)}){'?' if ends else ''}"
