@@ -19,6 +19,11 @@ class Turn:
     question: str
     answers: tuple[str, ...]
 
+    @property
+    def answer(self) -> str:
+        """The one to learn."""
+        return self.answers[0]
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -29,6 +34,11 @@ class Asked:
     seed: Seed
     picture: Image.Image
     turns: tuple[Turn, ...]
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture, under the name that casa's data writers use."""
+        return self.picture
 
 
 def turn(rng: Generator, wordings: Sequence[str], answer: Any, *also: Any, **names: Any) -> Turn:

