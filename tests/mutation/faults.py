@@ -100,8 +100,8 @@ FAULTS = (
     Fault(
         "stale state after reset",
         "models/cache.py",
-        "self.windows = self.stream = None",
-        "self.stream = None",
+        "self.windows = self.stream = self.mask = self.ids = None",
+        "self.stream = self.mask = self.ids = None",
         ("models/test_cache.py",),
     ),
     Fault(

@@ -44,7 +44,7 @@ class Turn:
 
 
 def bench_neighbour(
-    model: str, size: int = 336, rounds: int = 5, seconds: float = 3.0, seed: int = 0, warm: float = 1.0
+    model: str, size: int = 336, rounds: int = 5, seconds: float = 3.0, seed: int = 0, warm: float = 2.0
 ) -> list[Turn]:
     """Every way in turn, quiet and busy, `rounds` times. seconds: of each turn, after `warm` more that do not count.
 

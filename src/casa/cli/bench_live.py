@@ -46,7 +46,7 @@ def neighbour(
 ) -> None:
     """Watch frames on a quiet machine and beside a process that computes, by how threads are chosen.
 
-    Takes about three minutes. Example: casa bench neighbour --out neighbour.json
+    Takes about four minutes. Example: casa bench neighbour --out neighbour.json
     """
     from casa.benchmarks.neighbour import bench_neighbour, neighbour_summary, neighbour_table
     from casa.provenance import provenance
