@@ -5,6 +5,7 @@ import pickle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from casa.models.typed_text import ChatText, TypedText, free_marks
 from casa.testing import SPECIAL_TOKENS, TOKENIZERS, tiny_tokenizer
@@ -162,6 +163,30 @@ def test_added_words_that_are_not_special_stay_tokens_whoever_writes_them():
     typed = TypedText.of(tokenizer)
     text = rendered(typed, [("<user>", "<think> <image>")])
     assert tokenizer.convert_tokens_to_ids("<think>") in typed.encode(tokenizer, text)
+
+
+def test_roles_and_types_by_which_templates_choose_stay_as_they_are():
+    tokenizer = tiny_tokenizer("gpt2")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["r_sep", "image"]})
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "her"}]}
+    marked = TypedText.of(tokenizer).marks(message).mark(message)
+    assert (marked["role"], marked["content"][0]) == ("user", {"type": "image"})
+    assert marked["content"][1]["text"] != "her"  # with "_sep" behind it, it would be a token
+
+
+def test_many_special_tokens_are_told_apart():
+    """Also those that begin alike, are the beginning of others, or stand only between words."""
+    tokenizer = tiny_tokenizer("gpt2")
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<unused{number}>" for number in range(300)]})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<unused1", AddedToken("<one>", single_word=True)]})
+    typed = TypedText.of(tokenizer)
+    for written in ("<unused1>", "<unused12>", "<unused1", "<unused2> <one> ", "a<one>b "):
+        for said in ("x", "<unused12>", "<unused1 >", "<one>"):
+            text = rendered(typed, [(written, said), ("<unused299>", "")])
+            special = {*tokenizer.get_added_vocab().values()}
+            found = [token for token in typed.encode(tokenizer, text) if token in special]
+            alone = tokenizer.encode(written + "x<unused299>", add_special_tokens=False)
+            assert found == [token for token in alone if token in special]
 
 
 def test_the_spans_travel_with_the_text():
