@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from casa.errors import UserError
 from casa.media import Caption, add_subtitle_track, burn_captions, check_subtitle_track, open_source
+from casa.media.upright import upright
 from casa.media.video import probe, read_frames
 
 RATE, FRAMES = 10, 6
@@ -311,6 +312,14 @@ def test_frames_with_exif_stand_upright(tmp_path, suffix, orientation):
         assert np.abs(frame.picture.astype(int) - upright).mean() < 4
 
 
+@pytest.mark.parametrize("space", [3, 8, 10, 14, 29])
+def test_colours_that_ffmpeg_does_not_convert_are_shown_all_the_same(space):
+    frame = shade(2, (48, 32), "yuv420p", 0, 1)
+    frame.colorspace, frame.color_range = space, 7
+    picture, _ = upright(frame, 1.0)
+    assert abs(float(picture.mean()) - 100) < 3
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
 def test_variable_frame_rate(tmp_path, suffix):
     ticks = [0, 1, 4, 5, 9]
@@ -375,6 +384,25 @@ def test_a_picture_that_comes_before_or_after_the_sound(tmp_path, suffix, late, 
     burnt = seen(read_frames(tmp_path / "burnt.mp4", fps=None))
     assert burnt[-FRAMES:] == near(every)
     assert burnt[0] == (0, 0.0)
+
+
+def test_a_stream_that_shows_up_late_hides_nothing(tmp_path):
+    """A programme stream says of its streams only that they are there: when sound begins, it is another."""
+    packets = []
+    with av.open(str(tmp_path / "a.mpg"), "w") as made:
+        video, sound = made.add_stream("mpeg2video", rate=25), made.add_stream("mp2", rate=48_000)
+        video.width, video.height, video.pix_fmt, sound.layout = 48, 32, "yuv420p", "mono"
+        for k in range(200):
+            packets += video.encode(shade(k % FRAMES, (48, 32), "yuv420p", k, 25))
+        packets += video.encode()
+        wave = av.AudioFrame.from_ndarray(np.zeros((1, 48_000), np.int16), format="s16", layout="mono")
+        wave.rate, wave.pts, wave.time_base = 48_000, 7 * 48_000, Fraction(1, 48_000)
+        packets += [*sound.encode(wave), *sound.encode()]
+        for packet in sorted(packets, key=lambda one: one.dts * one.time_base):
+            made.mux(packet)
+    for live in (True, False):
+        with open_source(io.BytesIO((tmp_path / "a.mpg").read_bytes()), fps=1000, live=live) as source:
+            assert len(list(source)) == 200
 
 
 @pytest.mark.parametrize("movflags", ["faststart", "frag_every_frame+empty_moov"])

@@ -7,6 +7,7 @@ counted; `lost` says that the stream broke off (a connection, a device) rather t
 import math
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -193,6 +194,8 @@ class Decoder:
         index = self.stream.index
         self._container.close()
         self._container = self._open()
+        if index >= len(self._container.streams):
+            raise UserError(f"{self.name} is damaged: copy or download it again.")
         self.stream = self._container.streams[index]
         self._sought = None
 
@@ -276,7 +279,7 @@ class Decoder:
     def _packets(self):
         """Packets to the end. Past a damaged place the container is asked again, a few times."""
         failures = 0
-        packets = self._container.demux(self.stream)
+        packets = demuxed(self._container, self.stream)
         while True:
             try:
                 packet = next(packets, None)
@@ -287,7 +290,7 @@ class Decoder:
                 if self.lost or failures > PATIENCE:
                     self._flushing = True
                     return
-                packets = self._container.demux(self.stream)
+                packets = demuxed(self._container, self.stream)
                 continue
             if packet is None:
                 return
@@ -321,6 +324,16 @@ class Decoder:
             raise UserError(f"{self.name} is {codec.width} x {codec.height} pixels: make it smaller first.")
         if min(codec.width, codec.height) < 1:
             raise UserError(f"{self.name} has no picture size: it is damaged or cut off, so copy it again.")
+
+
+def demuxed(container: Any, streams: Any) -> Iterator[Any]:
+    """PyAV's packets of these streams (or this one); it stumbles over others that show up late, as in a broadcast."""
+    while True:
+        try:
+            yield from container.demux(streams)
+            return
+        except IndexError:
+            continue
 
 
 def _opened(where: Any, unreadable: str, **settings: Any) -> Any:

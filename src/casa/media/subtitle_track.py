@@ -21,7 +21,7 @@ import numpy as np
 
 from casa.atomic import replacing
 from casa.errors import UserError
-from casa.media.decoder import BACKWARDS, Decoder
+from casa.media.decoder import BACKWARDS, Decoder, demuxed
 from casa.media.pyav import import_av
 from casa.media.sniff import sniff
 from casa.media.subtitles import Caption, tidy
@@ -175,7 +175,7 @@ def _on_one_clock(av: Any, given: Any, streams: list[Any]) -> Iterator[Any]:
     """
     begin = None if given.start_time is None else Fraction(given.start_time, av.time_base)
     last: dict[int, int] = {}
-    for packet in _with_times(given.demux(streams)):
+    for packet in _with_times(demuxed(given, streams)):
         tick, index = packet.time_base, packet.stream.index
         begin = packet.pts * tick if begin is None else begin
         dts = packet.dts - round(begin / tick)

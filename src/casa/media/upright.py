@@ -8,6 +8,9 @@ from PIL import Image
 from casa.media.pictures import as_picture, over_white
 from casa.media.pyav import import_av
 
+# FFmpeg's numbers of the colour spaces that it converts. Others (BT.2020 of constant luminance, YCgCo, damage) would be
+# refused with a traceback: they are shown as what is not marked.
+CONVERTED, UNMARKED = (0, 1, 2, 4, 5, 6, 7, 9), 2
 # As many kinds of side data as FFmpeg may have learned since PyAV named them.
 UNNAMED = 8
 
@@ -20,8 +23,12 @@ def upright(raw: Any, aspect: float) -> tuple[np.ndarray, int]:
     """
     if isinstance(raw, Image.Image):
         return np.array(as_picture(raw)), 0
+    if raw.colorspace not in CONVERTED:
+        raw.colorspace = UNMARKED
+    if raw.color_range not in (0, 1, 2):
+        raw.color_range = 0
     # what is not tagged follows custom: BT.709 from 720 lines on, BT.601 below
-    unmarked_hd = raw.colorspace == 2 and raw.height >= 720 and raw.format.name.startswith("yuv")
+    unmarked_hd = raw.colorspace == UNMARKED and raw.height >= 720 and raw.format.name.startswith("yuv")
     if any(component.is_alpha for component in raw.format.components):
         picture = np.asarray(over_white(Image.fromarray(raw.to_ndarray(format="rgba"))))
     else:
