@@ -10,11 +10,15 @@ import stat
 import sys
 import threading
 from collections.abc import Generator
+from io import BytesIO
 from typing import Any, BinaryIO
 
 from casa.errors import UserError
 from casa.media.decoder import Decoder
+from casa.media.pages import Pages
+from casa.media.pictures import MAX_BYTES
 from casa.media.sampling import as_they_come, on_screen, spans
+from casa.media.sniff import pages_by_head
 from casa.media.source import Frame, Source, check_fps
 from casa.media.upright import upright
 
@@ -41,14 +45,19 @@ class PipeSource(Source):
             "send MPEG-TS, Matroska, fragmented MP4 or MJPEG."
         )
         try:
-            # the whitelist: a playlist that is piped in must reach neither files nor the network
-            self._decoder = Decoder(
-                self._pipe, name, self._sentence, self.counts, options={"protocol_whitelist": "data"}, live=live
-            )
+            self._decoder = self._opened(name)
         except BaseException:
             self._pipe.close()
             raise
         self.describe = f"{name}: {self._decoder.summary}"
+
+    def _opened(self, name: str) -> Decoder | Pages:
+        if pages_by_head(self._pipe.peek(32)) is not None:
+            # Pillow reads it, and wants the whole of it
+            return Pages(BytesIO(self._pipe.rest(MAX_BYTES)), self.counts, name)
+        # the whitelist: a playlist that is piped in must reach neither files nor the network
+        options = {"protocol_whitelist": "data"}
+        return Decoder(self._pipe, name, self._sentence, self.counts, options=options, live=self.is_live)
 
     def _free(self) -> None:
         self._decoder.close()
@@ -85,6 +94,7 @@ class _Pipe:
         self._descriptor: int | None = None
         self._own = False
         self._file = file
+        self._held = b""
         self.name = "pipe"
         if file == "-":
             if sys.stdin is None or sys.stdin.isatty():
@@ -97,7 +107,28 @@ class _Pipe:
                 raise UserError(f"{file} cannot be read ({error.strerror}): check its name.") from error
             self._own = True
 
+    def peek(self, size: int) -> bytes:
+        """The next bytes, `size` if there are as many, which `read` gives again."""
+        while len(self._held) < size and (more := self._next(size - len(self._held))):
+            self._held += more
+        return self._held
+
+    def rest(self, most: int) -> bytes:
+        """All that comes, at most so many bytes. Raises UserError for more."""
+        whole = bytearray()
+        while more := self.read(1 << 20):
+            whole += more
+            if len(whole) > most:
+                raise UserError(f"More than {most // 2**20} MiB of pictures are piped in: save them to a file first.")
+        return bytes(whole)
+
     def read(self, size: int) -> bytes:
+        if self._held:
+            piece, self._held = self._held[:size], self._held[size:]
+            return piece
+        return self._next(size)
+
+    def _next(self, size: int) -> bytes:
         if self._descriptor is None:
             return b"" if self._stopping.is_set() else self._file.read(size)
         while not self._stopping.is_set():

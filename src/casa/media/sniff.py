@@ -44,14 +44,12 @@ def sniff(path: str | os.PathLike[str]) -> Kind:
         return Kind("mjpeg", "many", "mjpeg") if _whole(path, _jpegs_in_a_row) else Kind("jpeg", "one")
     if head.startswith(_PNG):
         return _whole(path, _png)
+    if (name := pages_by_head(head)) is not None:
+        return Kind(name, "pages")
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        if head[12:16] == b"VP8X" and head[20] & 0x02:
-            return Kind("webp", "pages")
         return _one_or_row(path, "webp", 8 + int.from_bytes(head[4:8], "little"), b"RIFF")
     if head.startswith(b"BM"):
         return _one_or_row(path, "bmp", int.from_bytes(head[2:6], "little"), b"BM")
-    if head.startswith((b"II*\0", b"MM\0*")):
-        return Kind("tiff", "pages")
     if head[4:12] == b"ftypavif":
         return Kind("avif", "one")
     if is_heic(head) and head[8:12] not in _HEIC_FILMS:
@@ -100,6 +98,14 @@ def looks_like_text(head: bytes) -> bool:
     except UnicodeDecodeError as error:
         return len(head) == HEAD_BYTES and error.start >= len(head) - 3
     return True
+
+
+def pages_by_head(head: bytes) -> str | None:
+    """The name of a format of many pictures that FFmpeg does not read, by the first bytes of a file; None for others."""
+    if head.startswith((b"II*\0", b"MM\0*")):
+        return "tiff"
+    moves = head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and len(head) > 20 and head[20] & 0x02
+    return "webp" if moves else None
 
 
 def _whole(path: str | os.PathLike[str], asked: Callable[[mmap.mmap], Any]) -> Any:

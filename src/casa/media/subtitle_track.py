@@ -96,8 +96,12 @@ def check_subtitle_track(source_path: str | os.PathLike[str], out_path: str | os
     else:
         instead = "no other can either, so convert the video, or draw the captions into it"
     with _given(av, source_path) as given:
-        what = ", ".join(s.codec_context.codec.canonical_name for s in _worth_copying(av, given))
+        what = ", ".join(_codec(s) for s in _worth_copying(av, given))
     raise UserError(f"{suffix} cannot hold what is in {source_path} ({what}) as it is: {instead}.")
+
+
+def _codec(stream: Any) -> str:
+    return "a codec of no name" if stream.codec_context is None else stream.codec_context.codec.canonical_name
 
 
 def _given(av: Any, path: str | os.PathLike[str]) -> Any:
