@@ -101,7 +101,7 @@ def looks_like_text(head: bytes) -> bool:
 
 
 def pages_by_head(head: bytes) -> str | None:
-    """The name of a format of many pictures that FFmpeg does not read, by the first bytes of a file; None for others."""
+    """The name of a format of many pictures that FFmpeg does not read, by a file's first bytes; None for others."""
     if head.startswith((b"II*\0", b"MM\0*")):
         return "tiff"
     moves = head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and len(head) > 20 and head[20] & 0x02
