@@ -35,6 +35,18 @@ def test_sizes_may_change_on_the_way_and_times_begin_late(tmp_path):
     assert [frame.time for frame in kept] == pytest.approx([0, 0.5, 1.0], abs=2e-3)
 
 
+def test_a_picture_that_comes_after_the_sound_is_in_time_with_the_captions(tmp_path):
+    """The first is on screen from the beginning on, without the caption that is not said yet."""
+    recorder = Recorder(tmp_path / "a.mkv", 2, begin=0.0)
+    late = [Frame(frame.picture, frame.seconds + 1.2, frame.number) for frame in frames([(112, 168)] * 2)]
+    for frame in recorder.through(late):
+        recorder.say(frame.seconds, frame.seconds + 1, "one")
+    recorder.close()
+    kept = list(read_frames(tmp_path / "a.mkv", fps=None))
+    assert [frame.time for frame in kept] == pytest.approx([0, 1.2, 1.7], abs=2e-3)
+    assert [frame.picture[-8:].mean() < 150 for frame in kept] == [False, True, True]
+
+
 def test_frames_after_the_end_are_not_recorded(tmp_path):
     recorder = Recorder(tmp_path / "a.mp4", 2)
     passing = recorder.through(frames([(28, 28)] * 4))
