@@ -138,6 +138,31 @@ def test_each_stream_says_something_of_every_frame_that_it_watches(
         assert (stream.cut > 0) is cut
 
 
+def test_chats_go_on_where_streams_take_all_there_is(machine):
+    class Work:
+        seconds = 0.0
+
+        def advance(self, until):
+            self.seconds += until - made.now
+            made.now = until
+            return False
+
+    def scenario():
+        nonlocal made
+        made = machine(picture=0.6, load=100.0)
+        for number in range(8):
+            made.open(str(number), 2.0)
+        work = Work()
+        made.worker.chat(work)
+        made.run(30)
+        return work.seconds
+
+    made = None
+    # of 30 seconds, and something was said of every frame all the same
+    assert 2 < in_a_loop(scenario) < 6
+    assert all(len(events(stream, "usage")) == len(events(stream, "caption")) > 2 for stream in made.streams)
+
+
 def test_what_the_model_leaves_unsaid_is_silence_and_no_cut(machine, model, pictures):
     class Silent(Sampling):
         def pick(self, *given):

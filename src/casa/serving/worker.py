@@ -29,6 +29,7 @@ from casa.streaming.pacing import Budget, Clock
 from casa.threads import settle
 
 SLICE_SECONDS = 0.05  # that one completion, or a step while others want its place, may take
+CHAT_SHARE = 0.15  # of a step's time that the completion after it may take, where that is more
 
 STOPPING = UserError("the server is stopping; try again later.")
 
@@ -214,9 +215,11 @@ class Worker:
             _do(job, future)
         try:
             self._begin()
+            begun = self._clock()
             if self._begun:
                 self._step()
-            self._advance_chat()
+            # on a machine that is too slow for its streams, chats must not stand still
+            self._advance_chat(max(SLICE_SECONDS, CHAT_SHARE * (self._clock() - begun)))
         except Exception:  # whatever it was, the other streams go on
             log.exception("the model's thread met an error")
 
@@ -294,15 +297,15 @@ class Worker:
             log.exception("what a stream said was lost")
             begun.stream.fail(begun.turn, f"the server failed at this ({type(error).__name__}); it was left out.")
 
-    def _advance_chat(self) -> None:
-        """A slice of the completion that has waited longest."""
+    def _advance_chat(self, seconds: float) -> None:
+        """A slice, of so many seconds, of the completion that has waited longest."""
         with self._wake:
             chat = self._chats.popleft() if self._chats else None
         if chat is None:
             return
         try:
             settle()
-            done = chat.advance(monotonic() + SLICE_SECONDS)
+            done = chat.advance(self._clock() + seconds)
         except Exception as error:
             if not isinstance(error, UserError):
                 log.exception("a completion failed")
