@@ -35,7 +35,7 @@ WHOLE = {
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-WORDS = ["<pad>", "<bos>", "<end>", *"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRST", "ab", "\u0120"]
+WORDS = ["<pad>", "<bos>", "<end>", *"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRS", "ab", "cd", "\u0120"]
 
 
 def text_model(kind="llama"):
@@ -71,7 +71,7 @@ def write(path, model, packed=None):
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(WORDS)
     writer.add_token_types([3, 3, 3, *[1] * (len(WORDS) - 3)])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
