@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from casa.atomic import replacing, write_text
+from casa.atomic import check_writable, replacing, write_text
 from casa.errors import UserError
 
 
@@ -63,3 +63,15 @@ def test_places_that_cannot_be_written(tmp_path):
         write_text(tmp_path / "no" / "a.txt", "")
     with pytest.raises(UserError, match="not a regular file"):
         write_text("/dev/null", "")
+
+
+def test_a_look_whether_a_file_can_be_written_changes_nothing(tmp_path):
+    there = tmp_path / "a.json"
+    there.write_text("old")
+    before = there.stat()
+    check_writable(there, None, tmp_path / "new.json")
+    assert (there.read_text(), there.stat().st_mtime_ns) == ("old", before.st_mtime_ns)
+    assert os.listdir(tmp_path) == ["a.json"]
+    for path, why in ((tmp_path, "is a directory"), (tmp_path / "none" / "a.json", "does not exist")):
+        with pytest.raises(UserError, match=why):
+            check_writable(path)

@@ -6,7 +6,7 @@ An exception or Ctrl-C while writing removes the unfinished file and leaves what
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from casa.errors import UserError
@@ -45,6 +45,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+class _OnlyLooked(Exception):  # noqa: N818  it ends a look
+    pass
+
+
+def check_writable(*paths: str | os.PathLike[str] | None) -> None:
+    """Raises UserError as `replacing` would, before the hours that go into what is written. None is passed over.
+
+    Nothing is left behind, and nothing that is there is touched.
+    """
+    for path in paths:
+        if path is not None:
+            with suppress(_OnlyLooked), replacing(path):
+                raise _OnlyLooked
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

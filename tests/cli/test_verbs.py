@@ -164,3 +164,26 @@ def test_eval_prints_one_json_object(casa, checkpoint, tmp_path):
     record = json.loads(kept.read_text())
     assert record["scores"] == scores
     assert {"seed", "commit", "versions"} <= set(record)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("eval", "casa-tiny", "--out"),
+        ("bench", "attention", "--out"),
+        ("bench", "stream", "--plot"),
+        ("bench", "soak", "--out"),
+        ("bench", "train", "--out"),
+        ("demo", "--record"),
+    ],
+    ids=lambda line: " ".join(line),
+)
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(casa, tmp_path, monkeypatch, line):
+    def measured(*_, **__):
+        raise AssertionError("it was begun")
+
+    for name in ("casa.models.at_hand.load_at_hand", "casa.models.at_hand.pick_device", "casa.demo.run_demo"):
+        monkeypatch.setattr(name, measured)
+    result = casa(*line, tmp_path / "none" / "a.json")
+    assert (result.status, result.out) == (2, "")
+    assert "a.json does not exist: create it, or write elsewhere" in result.err

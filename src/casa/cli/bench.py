@@ -7,7 +7,7 @@ import typer
 
 from casa.cli.bench_live import live, neighbour
 from casa.cli.bench_memory import memory
-from casa.cli.bench_options import Device, Json, Model, Out, Seed, report
+from casa.cli.bench_options import Device, Json, Model, Out, Seed, report, writable
 from casa.cli.bench_soak import soak
 from casa.cli.bench_train import train
 from casa.cli.sampling_options import MaxTextTokens
@@ -57,7 +57,9 @@ def stream(
     max_text_tokens: MaxTextTokens = 0,
     seed: Seed = 0,
     device: Device = "auto",
-    plot: Annotated[Path | None, typer.Option(help="With --tokens: latency and memory as a PNG.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="With --tokens: latency and memory, a PNG.", callback=writable)
+    ] = None,
     peak: Annotated[
         bool, typer.Option(help="With --tokens: peak memory of each method, run once more in a process of its own.")
     ] = True,

@@ -6,10 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
+
+def writable(path: Path | None) -> Path | None:
+    """An option's file, once it is known that it can be written: before the hours of a measurement, not after."""
+    from casa.atomic import check_writable
+
+    check_writable(path)
+    return path
+
+
 Model = Annotated[str, typer.Argument(help="A checkpoint's folder, or casa-tiny.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Out = Annotated[Path | None, typer.Option(help="Write the JSON here too.")]
+Out = Annotated[Path | None, typer.Option(help="Write the JSON here too.", callback=writable)]
 Seed = Annotated[int, typer.Option(help="Another seed draws another film.")]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from casa.cli.bench_options import Device, Json, Model, Out, Seed, report
+from casa.cli.bench_options import Device, Json, Model, Out, Seed, report, writable
 from casa.cli.sampling_options import MaxTextTokens
 
 
@@ -18,7 +18,7 @@ def soak(
     seed: Seed = 0,
     device: Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the soak that was writing --out.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Memory and latency over frames, as a PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Memory and latency over frames, a PNG.", callback=writable)] = None,
     json: Json = False,
     out: Out = None,
 ) -> None:

@@ -59,15 +59,15 @@ def check(
     """
     from rich.console import Console
 
+    from casa.atomic import check_writable
     from casa.data import Report, parse_data_settings
     from casa.data.check import check_data, image_tokens
 
     values: dict[str, Any] = {"path": path, "shape": shape, "root": root, "outside": outside, "fps": fps}
     if report is not None and report.exists():
         raise UserError(f"{report} exists already: remove it, or name another file for the report.")
-    if sheet is not None and not sheet.parent.is_dir():
-        # said before the data are read, not after
-        raise UserError(f"The folder of {sheet} does not exist: create it, or write elsewhere.")
+    # said before the data are read, not after
+    check_writable(sheet, report)
     values |= {"split": split, "subset": subset, "columns": dict(map(_pair, column or ()))}
     settings = parse_data_settings({"sources": [values]}, "the options")
     count_text, count_image = (None, image_tokens) if model is None else _counters(model)

@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from casa.errors import UserError
-
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("demo"),
@@ -19,12 +17,11 @@ def demo(
 
     Example: casa demo --out demo --video my.mp4
     """
-    from casa.atomic import write_text
+    from casa.atomic import check_writable, write_text
     from casa.demo import run_demo
     from casa.provenance import provenance
 
-    if record is not None and not record.parent.is_dir():
-        raise UserError(f"The folder of {record} does not exist: create it, or record elsewhere.")
+    check_writable(record)
     found = run_demo(model, video=video, out=out)
     if record is not None:
         shown = {"demo": str(video or "the shipped film"), "model": model, "seed": found.seed}

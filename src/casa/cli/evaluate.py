@@ -27,7 +27,7 @@ def evaluate(
 
     Example: casa eval casa-tiny --tasks pages,scenes --seed 7 --limit 100 --json
     """
-    from casa.atomic import write_text
+    from casa.atomic import check_writable, write_text
     from casa.evaluation.answering import answerer
     from casa.evaluation.runner import check_tasks
     from casa.evaluation.runner import evaluate as score
@@ -35,6 +35,7 @@ def evaluate(
     from casa.streaming import StreamingSession
 
     names = check_tasks(tasks.split(","))
+    check_writable(out)
     from casa.models.at_hand import load_at_hand
 
     loaded, processor = load_at_hand(model, device)

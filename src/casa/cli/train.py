@@ -75,6 +75,7 @@ def _stages(recipe: "Recipe", folder: Path, until: str | None, dry_run: bool) ->
 def _plan(recipe: "RunRecipe", folder: Path, resume: bool, picture: Path) -> None:
     from rich.console import Console
 
+    from casa.atomic import check_writable
     from casa.cli.training_scores import scores_of
     from casa.training.own.first_pack import draw_first_pack
     from casa.training.own.model import outline
@@ -84,8 +85,7 @@ def _plan(recipe: "RunRecipe", folder: Path, resume: bool, picture: Path) -> Non
     from casa.training.own.run import check_claim
 
     _quiet()
-    if not picture.parent.is_dir():
-        raise UserError(f"The folder of {picture} does not exist: create it, or draw elsewhere with --picture.")
+    check_writable(picture)
     console = Console(highlight=False)
     if not console.is_terminal:
         # in a file there is no edge to break lines at

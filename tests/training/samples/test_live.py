@@ -1,7 +1,7 @@
 """Live captions as tokens: those that a StreamingSession feeds for the same frames and words, one window per frame."""
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -164,3 +164,10 @@ def test_pictures_of_a_user_among_live_frames_are_refused(picture):
     shown = Record((Message("user", (picture(),)), *record.messages), record.origin)
     with pytest.raises(BadRecord, match="two records"):
         SampleMaker(tiny_processor(), BIG)(shown)
+
+
+def test_captions_that_are_not_to_be_learned_are_refused(picture):
+    record, _ = live(picture, ["b"])
+    lead, said = record.messages
+    with pytest.raises(BadRecord, match="leave those out"):
+        SampleMaker(tiny_processor(), BIG)(replace(record, messages=(lead, replace(said, learn=False))))

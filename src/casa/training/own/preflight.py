@@ -156,10 +156,9 @@ def _check_source(source: SourceSettings, maker: SampleMaker, told: Callable[[st
             maker(record)
             fits += 1
         except BadRecord as bad:
+            first = first or f"{record.origin}: {bad}"
             if bad.reason == "over-budget":
                 needs += maker.needs(record)
-            else:
-                first = first or f"{record.origin}: {bad}"
         if fits and (looked >= _LOOKED_AT or held > _MOST_BYTES):
             break
     if fits and 2 * fits >= looked:

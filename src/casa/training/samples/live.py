@@ -28,7 +28,8 @@ def is_live(messages: Sequence[Message]) -> bool:
 def live_tokens(messages: Sequence[Message], processor: CasaProcessor, stop: Stop) -> Tokens:
     """The first user's words are the prompt (the processor's own if there are none); later ones ask in mid-stream.
 
-    Raises BadRecord for pictures outside of the assistant's turns, or if there is no frame.
+    Raises BadRecord for pictures outside of the assistant's turns, or if there is no frame; and for captions that are
+    not to be learned, since all of them are.
     """
     feed = _Feed(processor, stop)
     asked: list[str] = []
@@ -38,6 +39,8 @@ def live_tokens(messages: Sequence[Message], processor: CasaProcessor, stop: Sto
                 raise BadRecord("wrong-type", "A user shows pictures among live frames: make two records of it.")
             asked += [part.text for part in message.parts if isinstance(part, Text) and part.text.strip()]
             continue
+        if not message.learn:
+            raise BadRecord("unfollowed-field", "Captions are all learned: leave those out that are not to be.")
         feed.turn("\n".join(asked))
         asked = []
         words: list[str] = []
