@@ -4,7 +4,7 @@
     python -m projects.casa_smol.read --score line page           error rates on held-out pictures of these tasks
 
 A character is where the map of middles has a peak; its class is that of the peak's cell. Characters whose rows touch
-make lines, a space is a space that was read or a gap wider than a character.
+make lines; a space is one that was read or a gap wider than usual.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from projects.casa_smol.fonts import CHARACTERS
 from projects.casa_smol.tasks import asked
 from projects.casa_smol.weights import learner
 
-LEAST = 0.35  # of the probability that a character has its middle in a cell
+LEAST = 0.5  # of the probability that a character has its middle in a cell
+SPACE = 1 + CHARACTERS.index(" ")
 WIDE_GAP = 2.1  # of a line's usual step between characters
 
 
