@@ -20,6 +20,7 @@ from PIL import Image
 from casa.vision.encoders.page import CELL
 from projects.casa_smol.encoder import Learner
 from projects.casa_smol.fonts import CHARACTERS
+from projects.casa_smol.metrics import distance
 from projects.casa_smol.tasks import asked
 from projects.casa_smol.weights import learner
 
@@ -78,16 +79,6 @@ def _line(line: list[tuple[int, int, str]]) -> Line:
         text += (" " if step > WIDE_GAP * usual + 1 else "") + character
     row = float(np.mean([row for row, _, _ in line]))
     return Line(" ".join(text.split()), row, int(columns[0]), int(columns[-1]))
-
-
-def distance(one: str, two: str) -> int:
-    """Least number of characters to put in, take out or change."""
-    row = list(range(len(two) + 1))
-    for place, a in enumerate(one, 1):
-        before, row[0] = row[0], place
-        for other, b in enumerate(two, 1):
-            before, row[other] = row[other], min(row[other] + 1, row[other - 1] + 1, before + (a != b))
-    return row[-1]
 
 
 def score(task: str, count: int, seed: int, encoder: Learner) -> dict[str, float]:

@@ -71,15 +71,6 @@ def test_characters_become_lines_with_their_spaces():
     assert [line.text for line in found] == ["Total: 4.20", "no on", "slant"]
 
 
-def test_errors_are_counted_in_characters():
-    assert [read.distance(*pair) for pair in (("", "abc"), ("abc", "abc"), ("abd", "abc"), ("kitten", "sitting"))] == [
-        3,
-        0,
-        1,
-        3,
-    ]
-
-
 def test_the_command_reads_a_picture(exported, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(read, "learner", lambda: learner(exported[1]))
     Image.fromarray(np.zeros((40, 50, 3), dtype=np.uint8)).save(tmp_path / "a.png")
