@@ -1,7 +1,8 @@
-"""Pictures from outside: three formats, in size, and one sentence for everything else."""
+"""Pictures from outside: the formats that casa reads, in size, and one sentence for everything else."""
 
 import base64
 import io
+import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from PIL import Image
 from casa.errors import UserError
 from casa.media import VideoWriter
 from casa.serving import Limits, pictures
-from casa.serving.pictures import keep_pillow_quiet, read_address, read_picture, read_video
+from casa.serving.pictures import keep_pillow_quiet, read_address, read_frame, read_picture, read_video
 from casa.testing import PATIENCE, claimed_png
 
 LIMITS = Limits()
@@ -25,20 +26,37 @@ def encoded(kind, size=(40, 30), **settings):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_three_formats(kind):
-    picture = read_picture(encoded(kind), LIMITS)
-    assert (picture.mode, picture.size) == ("RGB", (40, 30))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF"])
+def test_what_casa_reads_the_server_takes(kind):
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    data = encoded(kind, (64, 48))
+    for picture in (read_picture(data, LIMITS), read_frame(data, LIMITS), read_address(as_data(data), LIMITS, False)):
+        assert (picture.mode, picture.size) == ("RGB", (64, 48))
+        assert np.abs(np.asarray(picture).astype(int) - (200, 30, 40)).max() < 12
+    with pytest.raises(UserError, match="64 x 48"):
+        read_picture(data, Limits(decoded_pixels=3000))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF"])
+def test_of_many_pictures_the_first(kind):
+    rest = [Image.new("RGB", (40, 30), shade) for shade in ("white", "black")]
+    picture = read_picture(encoded(kind, save_all=True, append_images=rest), LIMITS)
     assert np.abs(np.asarray(picture).astype(int) - (200, 30, 40)).max() < 12
+
+
+def test_heic_without_its_reader_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(UserError, match=r"HEIC picture: install casa-vlm\[heic\], or save it as JPEG"):
+        read_picture(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), LIMITS)
 
 
 @pytest.mark.parametrize(
     ("data", "word"),
     [
-        (b"", "no JPEG"),
-        (b"hello, this is text", "no JPEG"),
-        (encoded("GIF"), "no JPEG"),
-        (encoded("BMP"), "no JPEG"),
+        (b"", "is empty"),
+        (b"hello, this is text", "no picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture"),
         (claimed_png(60_000, 60_000), "megapixels"),
         (claimed_png(7_000, 7_000), "million pixels"),
         (claimed_png(40, 40), "damaged"),
@@ -65,10 +83,10 @@ def test_data_addresses():
     assert read_address(f"data:image/png;base64,{body}", LIMITS, False).size == (40, 30)
     assert read_address(f"DATA:image/png;BASE64,{body}", LIMITS, False).size == (40, 30)
     for wrong, word in [
-        (f"data:image/png,{body}", "no JPEG"),
+        (f"data:image/png,{body}", "no picture"),
         ("data:image/png;base64", "data:image/png;base64,..."),
         ("data:image/png;base64,@@@", "no valid base64"),
-        ("data:image/png;base64,", "no JPEG"),
+        ("data:image/png;base64,", "is empty"),
         ("file:///etc/passwd", "data: address"),
         ("/etc/passwd", "data: address"),
         ("", "data: address"),

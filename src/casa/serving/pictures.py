@@ -14,7 +14,7 @@ from PIL import Image
 
 from casa.errors import UserError
 from casa.media.decoder import Decoder
-from casa.media.pictures import data_bytes, picture_from
+from casa.media.pictures import data_bytes, picture_from, picture_size
 from casa.media.sampling import on_screen, spans
 from casa.media.source import Counts
 from casa.media.upright import upright
@@ -39,14 +39,12 @@ def read_frame(data: bytes, limits: Limits) -> Image.Image:
 
 
 def read_picture(data: bytes, limits: Limits) -> Image.Image:
-    """An encoded JPEG, PNG or WebP as an upright RGB picture of at most `limits.picture_pixels`.
+    """The bytes of a picture file as an upright RGB picture of at most `limits.picture_pixels`.
 
-    Raises UserError for anything else, and for more than `limits.decoded_pixels`. Any thread may call it.
+    Raises UserError for what `picture_from` does not read, and for more than `limits.decoded_pixels`. Any thread may
+    call it.
     """
-    is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
-    if not (data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")) or is_webp):
-        raise UserError("this is no JPEG, PNG or WebP picture; encode the frame as one of them.")
-    _check_pixels("picture", *_size(data), limits)
+    _check_pixels("picture", *picture_size(BytesIO(data)), limits)
     return _in_size(picture_from(BytesIO(data)), 1.0, limits)
 
 
@@ -138,11 +136,3 @@ def _in_size(picture: Image.Image, share: float, limits: Limits) -> Image.Image:
         return picture
     size = max(1, int(picture.width * scale)), max(1, int(picture.height * scale))
     return picture.resize(size, Image.Resampling.LANCZOS)
-
-
-def _size(data: bytes) -> tuple[int, int]:
-    try:
-        with Image.open(BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as header:
-            return header.size
-    except Exception:  # too large or damaged: picture_from has the sentence for it
-        return 0, 0
