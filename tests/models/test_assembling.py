@@ -31,7 +31,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from casa.errors import UserError
 from casa.models import CasaProcessor, processor_for
 from casa.models.assembling import image_processor_for
-from casa.testing import tiny_backbone, tiny_processor
+from casa.testing import tiny_backbone, tiny_processor, tiny_tokenizer
 from casa.vision import encode, new_encoder, token_grids
 
 VIT: dict[str, Any] = {
@@ -297,6 +297,14 @@ def test_a_tokenizer_keeps_its_special_tokens():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>", "<frame>"]})
     processor_for(tokenizer, CONFIGS["siglip"])
     assert set(tokenizer.all_special_tokens) == {"a", "b", "<tool>", "<frame>", "<image>"}
+
+
+def test_without_a_template_each_turn_is_a_line_and_answers_end():
+    tokenizer = tiny_tokenizer("gpt2")
+    turns = [("user", "one"), ("assistant", "2"), ("user", "three")]
+    chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    text = processor_for(tokenizer, CONFIGS["siglip"]).apply_chat_template(chat, add_generation_prompt=True)
+    assert text == "User: one\nAssistant: 2</s>\nUser: three\nAssistant:"
 
 
 def test_settings_that_mean_nothing_are_refused():

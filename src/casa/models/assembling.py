@@ -27,8 +27,9 @@ from casa.vision import family_of, tower_config_of
 # Minimal turns, as the paper's Helium route uses: no delimiters around images. An answer ends with the token that ends
 # it when a model says it, so that the answers of a chat look alike and each can be learned with its end.
 PLAIN_TEMPLATE = (
+    # a line break behind {% %} would be taken away
     "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}"
-    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{{ eos_token if m.role == 'assistant' }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 MOST_TOKENS = 1280  # per picture of a Qwen tower, as in Qwen2.5-VL

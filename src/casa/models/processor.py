@@ -163,9 +163,16 @@ class CasaProcessor(ProcessorMixin):
         """A streamed frame, in any form that `casa.media.pictures.as_picture` takes: token ids before it, token ids
         after it, and its pixels and grid.
         """
-        before = self.tokenizer.encode(self.frame_prefix, add_special_tokens=False) if self.frame_prefix else []
-        after = self.tokenizer.encode(self.frame_suffix, add_special_tokens=False) if self.frame_suffix else []
-        return before, self.gist_ids + after, self._pixels([image], {"return_tensors": "pt"})
+        return *self.around_frame, self._pixels([image], {"return_tensors": "pt"})
+
+    @property
+    def around_frame(self) -> tuple[list[int], list[int]]:
+        """Token ids before and after a streamed frame: the delimiters, and gist tokens right behind it."""
+        before, after = (
+            self.tokenizer.encode(text, add_special_tokens=False) if text else []
+            for text in (self.frame_prefix, self.frame_suffix)
+        )
+        return before, self.gist_ids + after
 
     def apply_chat_template(
         self,
@@ -208,11 +215,11 @@ class CasaProcessor(ProcessorMixin):
         if return_tensors != "auto":  # which leaves it to `__call__`, as in transformers
             settings["return_tensors"] = return_tensors
         variables = {**self.tokenizer.special_tokens_map, **kwargs}
-        form = self.template_form(template)
+        form, typed = self.template_form(template), self.typed_text
         texts = []
         for messages, pictures in read:
             chat, held = messages, (tools, documents)
-            marks = self.typed_text.marks(messages, *held) if sanitize_control_tokens else None
+            marks = typed.marks(messages, *held) if sanitize_control_tokens else None
             if marks is not None:
                 chat, held = marks.mark(messages), marks.mark(held)
             text = render(
@@ -225,7 +232,7 @@ class CasaProcessor(ProcessorMixin):
                 **variables,
             )
             texts.append(text if marks is None else marks.read(text))
-            if (places := self.typed_text.count(texts[-1], self.image_token)) != len(pictures):
+            if (places := typed.count(texts[-1], self.image_token)) != len(pictures):
                 raise UserError(
                     f"the chat template wrote {places} places for {len(pictures)} pictures; give another template, or "
                     "show pictures where it has places for them, in turns of the user."
@@ -244,11 +251,11 @@ class CasaProcessor(ProcessorMixin):
         """The token for pictures that the tokenizer has, best the one that its template writes; `<image>` if none."""
         named = getattr(self.tokenizer, "image_token", None)
         known = [token for token in (named, *_KNOWN_TOKENS) if token is not None and _knows(self.tokenizer, token)]
+        best = (*known, IMAGE_TOKEN)[0]
         try:
-            written = (token for token in known if self.template_form(image_token=token).places)
-            return next(written, (*known, IMAGE_TOKEN)[0])
+            return next((token for token in known if self.template_form(image_token=token).places), best)
         except UserError:  # none of its templates is the default
-            return (*known, IMAGE_TOKEN)[0]
+            return best
 
     @property
     def typed_text(self) -> TypedText:

@@ -104,10 +104,7 @@ class InsertionTally:
     def __init__(self, costs: InsertionCosts, processor: CasaProcessor, tokens: int) -> None:
         """tokens: of the prompt, cached already."""
         self._costs, self._tokenizer = costs, processor.tokenizer
-        encode = self._tokenizer.encode
-        around = (processor.frame_prefix, processor.frame_suffix)
-        self._around = sum(len(encode(text, add_special_tokens=False)) for text in around if text)
-        self._around += len(processor.gist_ids)
+        self._around = sum(map(len, processor.around_frame))
         self.tokens = tokens
 
     def frame(self, image_tokens: int, text: str, seconds: float) -> dict[str, Any]:

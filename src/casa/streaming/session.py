@@ -212,10 +212,7 @@ class StreamingSession:
     @property
     def most_step_tokens(self) -> int:
         """The most text tokens that a step can add: those around the frame, and the longest caption."""
-        encode = self._processor.tokenizer.encode
-        around = (self._processor.frame_prefix, self._processor.frame_suffix)
-        around_tokens = sum(len(encode(text, add_special_tokens=False)) for text in around if text)
-        return 2 + around_tokens + len(self._processor.gist_ids) + self.max_new_tokens
+        return 2 + sum(map(len, self._processor.around_frame)) + self.max_new_tokens
 
     def fork(self) -> "StreamingSession":
         """A second session that goes on from here by itself; the model is shared."""

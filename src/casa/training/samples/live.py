@@ -86,12 +86,7 @@ class _Feed:
         self._asked = asked if self._open else ""
 
     def show(self, frame: Picture) -> None:
-        processor = self._processor
-        before, after = (
-            processor.tokenizer.encode(text, add_special_tokens=False) if text else []
-            for text in (processor.frame_prefix, processor.frame_suffix)
-        )
-        after = processor.gist_ids + after
+        before, after = self._processor.around_frame
         self._add(before, False)
         self.places.append(len(self.ids) if after else len(self.ids) - 1)
         self._add(after, False)
