@@ -88,6 +88,31 @@ def test_a_line_serves_who_came_first_and_says_how_long_it_may_take():
     assert order == list("abcd")
 
 
+def test_who_is_served_for_long_counts_before_it_has_ended():
+    now = [0.0]
+
+    async def stays():
+        return False
+
+    async def scenario():
+        line = Line(2, 2, lambda: now[0])
+        quick, *slow = [line.join() for _ in range(3)]
+        assert await quick.turn(stays)
+        now[0] += 1.0
+        quick.leave()
+        for guest in slow:
+            assert await guest.turn(stays)
+        # by the last one, until these have taken longer
+        assert line.expected_seconds() == 1
+        now[0] += 40.0
+        assert line.expected_seconds() == 20
+        for guest in slow:
+            guest.leave()
+        return line.served, line.expected_seconds()
+
+    assert asyncio.run(scenario()) == (0, 20)
+
+
 def test_who_has_gone_is_told_nothing_in_the_line(monkeypatch):
     monkeypatch.setattr("casa.serving.rate.LOOK_AFTER", 0.0)
 

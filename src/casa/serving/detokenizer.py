@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-UNFINISHED = "\ufffd"  # how a tokenizer shows bytes that are no character, or not yet
+from casa.streaming.together import UNFINISHED
+
 BYTE = re.compile("<0x([0-9A-F]{2})>")  # a token that stands for one byte, where the vocabulary has no other
 BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
 # What transformers takes a blank out of (`clean_up_tokenization`), in its order: one pass over the text each.

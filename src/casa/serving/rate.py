@@ -33,14 +33,20 @@ class Rate:
 class Line:
     """`places` that are served at once, and room for `room` more to wait: who asks first goes first.
 
-    To be used within one event loop. here: all that have joined and not left. served: those of them that have a place.
+    To be used within one event loop. here: all that have joined and not left.
     """
 
     def __init__(self, places: int, room: int, clock: Callable[[], float] = monotonic) -> None:
         self._places, self._room, self._clock = places, room, clock
         self._waiting: deque[Guest] = deque()
+        self._served: set[Guest] = set()
         self._seconds: deque[float] = deque(maxlen=16)  # that the last ones had a place
-        self.here = self.served = 0
+        self.here = 0
+
+    @property
+    def served(self) -> int:
+        """Those that have a place."""
+        return len(self._served)
 
     @property
     def waiting(self) -> int:
@@ -54,15 +60,19 @@ class Line:
         return Guest(self)
 
     def expected_seconds(self) -> int:
-        """After how long a newcomer may find room, by how long the last ones had a place; 1 or more."""
-        each = median(self._seconds) if self._seconds else 0.0
+        """After how long a newcomer may find room; 1 or more. By how long the last ones had a place, or those who have
+        one now, if that is longer already.
+        """
+        now = self._clock()
+        so_far = [now - guest.since for guest in self._served if guest.since is not None]
+        each = max((median(seconds) for seconds in (self._seconds, so_far) if seconds), default=0.0)
         return max(1, min(MOST_SECONDS, math.ceil(each * (self.waiting + 1) / self._places)))
 
     def _call(self) -> None:
         """Gives free places to those who have waited longest."""
         while self._waiting and self.served < self._places:
             guest = self._waiting.popleft()
-            self.served += 1
+            self._served.add(guest)
             guest.since = self._clock()
             guest.called.set()
 
@@ -91,7 +101,7 @@ class Guest:
     def leave(self) -> None:
         line = self._line
         if self.since is not None:
-            line.served -= 1
+            line._served.remove(self)
             line._seconds.append(line._clock() - self.since)
         elif self in line._waiting:
             line._waiting.remove(self)
