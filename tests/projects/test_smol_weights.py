@@ -10,9 +10,11 @@ from PIL import Image
 from casa import FusionConfig, adapt
 from casa.testing import tiny_text_model
 from projects.casa_smol import read
+from projects.casa_smol.canvas import Canvas
 from projects.casa_smol.encoder import Run, Settings
-from projects.casa_smol.fonts import CHARACTERS
-from projects.casa_smol.weights import export, learner, page_encoder
+from projects.casa_smol.fonts import CHARACTERS, kins
+from projects.casa_smol.targets import targets_of
+from projects.casa_smol.weights import WEIGHTS, export, learner, page_encoder
 
 TINY = Settings(hidden_size=8, stem_sizes=(4, 4), dilations=(1, 2), score_pages=1, bf16=False)
 
@@ -45,6 +47,17 @@ def test_tokens_are_chosen_when_it_is_loaded_and_a_model_gets_eyes(exported):
     assert encoder.config.characters == CHARACTERS
     model = adapt(tiny_text_model(dtype=torch.float32), FusionConfig(), vision=encoder)
     assert model.projector.norm.normalized_shape == (8 * 8 + 28,)
+
+
+@torch.no_grad()
+def test_the_weights_that_are_here_read():
+    told = json.loads(WEIGHTS.with_suffix(".json").read_text())
+    assert told["scores"]["held_out_clean"]["characters"] > 0.9
+    canvas = Canvas((320, 48), (255, 255, 255))
+    canvas.text(12, 32, "Green tea and coffee 12", kins("train")[0][0], 24, (0, 0, 0))
+    row, column, wanted, _ = targets_of(canvas.found(), np.asarray(canvas.ground)).centres.T
+    found = learner()(torch.from_numpy(np.array(canvas.image))[None])["classes"][0].argmax(0).numpy()
+    assert (found[row, column] == wanted).mean() > 0.8
 
 
 class Told:
