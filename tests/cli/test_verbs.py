@@ -96,6 +96,7 @@ def test_ask_takes_several_pictures_and_draws_words(casa, checkpoint, picture, t
     monkeypatch.setattr("casa.models.at_hand.load_at_hand", lambda name, _: (_ for _ in ()).throw(UserError(name)))
     assert casa("ask", one, other, "which?").err == "casa: casa-tiny\n"
     assert casa("ask", "some-model", other, "which?").err == "casa: some-model\n"
+    assert "There is no file slip.png" in casa("ask", "slip.png", other, "which?").err
     assert "top_p" in casa("ask", one, "which?", "--top-p", 0).err
 
 

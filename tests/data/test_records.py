@@ -316,7 +316,9 @@ def test_pictures_that_datasets_has_saved_are_opened(tmp_path):
     assert record.references == ("A cat.", "cat")
 
 
-@pytest.mark.parametrize("odd", ["b.jsonl.zip", "b.tar.lz4", "b.parquet.gz", "b.tfrecord", "b.feather", "b.pkl"])
+@pytest.mark.parametrize(
+    "odd", ["b.jsonl.zip", "b.gz", "b.tar.lz4", "b.parquet.gz", "b.tfrecord", "b.feather", "b.pkl"]
+)
 def test_files_of_rows_that_are_not_read_are_refused_by_name(tmp_path, odd):
     write(tmp_path / "a.jsonl", ["a"])
     (tmp_path / odd).write_bytes(b"x")

@@ -43,7 +43,7 @@ def ask(
 
 
 def _sorted(words: list[str]) -> tuple[str, list[str], str]:
-    """The model, the pictures and the question. A model is a name or a folder: a picture that comes first is none."""
+    """The model, the pictures and the question. A model is a name or a folder: a file that comes first is none."""
     if len(words) < 2:
         raise UserError('ask takes a picture and a question: casa ask casa-tiny page.png "Read line 2."')
     *named, question = words
@@ -55,10 +55,6 @@ def _sorted(words: list[str]) -> tuple[str, list[str], str]:
 def _is_picture(name: str) -> bool:
     from PIL import Image
 
-    try:
-        with Image.open(name):
-            return True
-    # whatever else is wrong with it is said by whoever opens it
-    except (OSError, Image.DecompressionBombError):
-        # Pillow alone does not know iPhones' pictures
-        return name.lower().endswith((".heic", ".heif")) and Path(name).is_file()
+    # by its ending if it is not there, so that a slip in its name is told as one
+    endings = {*Image.registered_extensions(), ".heic", ".heif"}
+    return Path(name).is_file() or Path(name).suffix.lower() in endings

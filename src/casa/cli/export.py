@@ -22,9 +22,11 @@ def export(
     """
     import torch
 
+    from casa.models.quiet import quietly
     from casa.training.sharding import export_checkpoint
 
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; give one of: {', '.join(DTYPES)}.")
-    made = export_checkpoint(checkpoint, out, average=ema, dtype=getattr(torch, dtype) if dtype else None)
+    with quietly(reports=False):
+        made = export_checkpoint(checkpoint, out, average=ema, dtype=getattr(torch, dtype) if dtype else None)
     print(f"{made}: the {'running average' if ema else 'weights'} of {checkpoint.name}")

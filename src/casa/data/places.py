@@ -75,7 +75,7 @@ def _readable(files: Iterable[Path]) -> Iterator[Path]:
         ending, compression = ending_of(file)
         if holds_rows(file):
             yield file
-        elif ending in _FOREIGN or (compression and ending in READERS) or _archived(file):
+        elif ending in _FOREIGN or (compression and ending in ("", *READERS)) or _archived(file):
             raise UserError(
                 f"{file} looks like a file of records that is not read ({_KINDS}): convert or unpack it, or name the "
                 "others with a pattern."

@@ -43,7 +43,7 @@ def test_a_file_gets_lines(capsys):
     first, second = held.getvalue().splitlines()
     assert first.startswith("step 5 of 10: loss 1.235  5,300 tok/s")
     assert first.endswith("min left")
-    assert second == "step 5: loss 0.5  pages_digits 0.75"
+    assert second == "step 5: held-out loss 0.5  pages_digits 0.75"
     assert capsys.readouterr() == ("", "")
 
 

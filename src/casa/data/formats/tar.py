@@ -15,7 +15,7 @@ from casa.data.bad import BadRecord
 from casa.data.formats.jsonl import parsed
 from casa.data.formats.row import LONGEST, Cursor, Piece, Row, damage, open_file
 
-_PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+_PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif")
 _CAPTIONS = ("txt", "caption")
 
 

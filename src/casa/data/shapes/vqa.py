@@ -21,7 +21,7 @@ QUESTION = ("question", "query")
 _ANSWERS = (("multiple_choice_answer", "answer", "answers"), ("label", "labels"), ("response",))
 ANSWER = tuple(name for names in _ANSWERS for name in names)
 _CHOICES = "write it into the question, and the answer as words"
-_ASKED: Mapping[str, str] = {**dict.fromkeys(("choices", "options", "context", "hint", "passage"), _CHOICES)}
+_ASKED: Mapping[str, str] = dict.fromkeys(("choices", "options", "context", "hint", "passage"), _CHOICES)
 
 
 def vqa(row: Mapping[str, Any], context: Context) -> Record:

@@ -74,9 +74,10 @@ def merged_adapters(checkpoint: Path, adjust: Callable[[Any], None]) -> Any:
         raise UserError(
             f"{checkpoint} holds LoRA adapters, and the recipe of {path} has none: put the run's own there."
         )
+    model = load_model(recipe).model
+    # only now: where PEFT is not installed, `with_lora` has said so
     from peft import set_peft_model_state_dict
 
-    model = load_model(recipe).model
     choose_trained(model, recipe.optimisation)
     set_precision(model, recipe.optimisation)
     found = set_peft_model_state_dict(model, load_file(checkpoint / _ADAPTERS))

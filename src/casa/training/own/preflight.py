@@ -165,7 +165,7 @@ def _check_source(source: SourceSettings, maker: SampleMaker, told: Callable[[st
         return
     if maker.least is None:
         if not fits:
-            why = f" ({first})" if first is not None else ""
+            why = f" ({first.rstrip('.')})" if first is not None else ""
             raise UserError(
                 f"{source.path} has no record that can be learned from{why}: "
                 f"`casa data check {source.path}` tells more."

@@ -52,7 +52,8 @@ class ProgressShown(TrainerCallback):
             return
         measured = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
         if measured:
-            told = "  ".join(f"{key} {value:.4g}" for key, value in measured.items())
+            names = {"loss": "held-out loss"}
+            told = "  ".join(f"{names.get(key, key)} {value:.4g}" for key, value in measured.items())
             self._console.print(f"step {state.global_step:,}: {told}")
         elif "loss" in logs:
             told = figures_told(logs)
