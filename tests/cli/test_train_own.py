@@ -209,6 +209,10 @@ def test_casa_tinys_stages_are_planned(casa, tmp_path):
     result = casa("train", CASA_TINY, "--out", tmp_path / "run", "--until", "eyes")
     assert (result.status, result.out) == (2, "")
     assert "There is no stage 'eyes'" in result.err
+    slip = ("--set", "tower.mix.pagess=0.1")
+    sentences = {casa("train", CASA_TINY, "--out", tmp_path / "run", *slip, *dry).err for dry in ((), ("--dry-run",))}
+    assert len(sentences) == 1
+    assert "'pagess'" in sentences.pop()
 
 
 @pytest.mark.parametrize(

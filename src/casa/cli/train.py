@@ -59,17 +59,18 @@ def train(
 
 def _stages(recipe: "Recipe", folder: Path, until: str | None, dry_run: bool) -> None:
     from casa.cli.training_sources import training_sources
-    from casa.training import STAGES, check_stage
+    from casa.training import STAGES, check_recipe
     from casa.training import train as run
 
     last = STAGES[-1] if until is None else until
-    check_stage(last)
+    sources = training_sources()
+    check_recipe(recipe, sources, last)
     if dry_run:
         for name in STAGES[: STAGES.index(last) + 1]:
             optimisation = getattr(recipe, name).optimisation
             print(f"{name}: {optimisation.steps:,} steps, rate {optimisation.rate:g}, muon {optimisation.muon:g}")
         return
-    print(run(recipe, training_sources(), folder, until=last, progress=print))
+    print(run(recipe, sources, folder, until=last, progress=print))
 
 
 def _plan(recipe: "RunRecipe", folder: Path, resume: bool, picture: Path) -> None:

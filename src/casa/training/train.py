@@ -53,8 +53,7 @@ def train(
     sources and versions give the same weights on the same machine. UserError if they do not fit, or `out` holds
     another run.
     """
-    check_stage(until)
-    _check_names(recipe, sources)
+    check_recipe(recipe, sources, until)
     out = Path(out)
     _claim(recipe, out, resume)
     threads = torch.get_num_threads()
@@ -82,10 +81,13 @@ def train(
     return final
 
 
-def check_stage(name: str) -> None:
-    """UserError unless there is such a stage."""
-    if name not in STAGES:
-        raise UserError(f"There is no stage {name!r}; choose {', '.join(STAGES[:-1])} or {STAGES[-1]}.")
+def check_recipe(recipe: Recipe, sources: Sources, until: str) -> None:
+    """UserError unless there are such a stage and all the sources and channels that the recipe names."""
+    if until not in STAGES:
+        raise UserError(f"There is no stage {until!r}; choose {', '.join(STAGES[:-1])} or {STAGES[-1]}.")
+    sources.check(recipe.tower.mix, "tower.mix", clips=False)
+    sources.check(recipe.fusion.mix, "fusion.mix", clips=True)
+    sources.check_channels(recipe.tower.channels, "tower.channels")
 
 
 def make_processor(tokenizer: PreTrainedTokenizerBase, prompt: str, largest: int) -> CasaProcessor:
@@ -134,12 +136,6 @@ def _fusion(
     if not is_done(folder):
         return train_fusion(recipe, sources, text, tokenizer, tower, folder, report, monitor)
     return CasaForConditionalGeneration.from_pretrained(folder)
-
-
-def _check_names(recipe: Recipe, sources: Sources) -> None:
-    sources.check(recipe.tower.mix, "tower.mix", clips=False)
-    sources.check(recipe.fusion.mix, "fusion.mix", clips=True)
-    sources.check_channels(recipe.tower.channels, "tower.channels")
 
 
 def _claim(recipe: Recipe, out: Path, resume: bool) -> None:
