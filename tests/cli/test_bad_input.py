@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from casa.media import VideoWriter
 from casa.testing import claimed_png
 
-NO_PICTURE = "{file} is no picture that can be read, or its beginning is damaged: save it as PNG or JPEG."
+NO_PICTURE = "{file} cannot be read as a picture, or its beginning is damaged: save it as PNG or JPEG."
 CUT = "{file} is damaged or cut off: copy or download the picture again."
 HUGE = "{file} has more than 64 megapixels: make it smaller first."
 THIN = "{file} is 804 x 4, longer than 200 times its width: crop it."

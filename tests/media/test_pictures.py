@@ -264,7 +264,7 @@ def test_files_that_are_no_pictures(tmp_path):
         open_picture(empty)
     with pytest.raises(UserError, match="is empty"):
         open_picture(io.BytesIO())
-    with pytest.raises(UserError, match=r"no picture that can be read.*save it as PNG or JPEG"):
+    with pytest.raises(UserError, match=r"cannot be read as a picture.*save it as PNG or JPEG"):
         open_picture(junk)
     with pytest.raises(UserError, match=r"There is no file .*check the name of the picture"):
         open_picture(tmp_path / "missing.png")
@@ -428,7 +428,7 @@ def test_paths_bytes_and_addresses(tmp_path):
         ("data:image/png;base64,", "The picture is empty"),
         (plain[: len(plain) // 2 // 4 * 4], "The picture is damaged or cut off"),
         ("AAAA/no/such file.png", r"There is no file AAAA/no/such file\.png"),
-        (b"no picture", "The picture is no picture that can be read"),
+        (b"no picture", "The picture cannot be read as a picture"),
     ):
         with pytest.raises(UserError, match=sentence):
             as_picture(wrong)

@@ -178,10 +178,10 @@ def test_fetching_where_it_is_allowed(web, monkeypatch):
         ("/mapped", LIMITS, "::ffff:0:127.0.0.1 is not on the public internet"),
         ("/file", LIMITS, "public internet"),
         ("/odd", LIMITS, "cannot be fetched"),
-        ("/large", LIMITS, "no picture"),
+        ("/large", LIMITS, "as a picture"),
         ("/large", Limits(body_bytes=4000), "4000 bytes"),
         ("/slow", Limits(fetch_seconds=0.3), "in time|cannot be fetched"),
-        ("/\n", LIMITS, "cannot be fetched|no picture"),
+        ("/\n", LIMITS, "cannot be fetched|as a picture"),
     ]:
         del asked[:]
         with pytest.raises(UserError, match=word):

@@ -55,14 +55,14 @@ def test_heic_without_its_reader_is_one_sentence(monkeypatch):
     ("data", "word"),
     [
         (b"", "is empty"),
-        (b"hello, this is text", "no picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture"),
+        (b"hello, this is text", "as a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "as a picture"),
         (claimed_png(60_000, 60_000), "megapixels"),
         (claimed_png(7_000, 7_000), "million pixels"),
         (claimed_png(40, 40), "damaged"),
         (encoded("PNG")[:60], "damaged"),
         (encoded("JPEG")[:300], "damaged"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(100), "no picture"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "as a picture"),
         (b"RIFF\x00\x00\x00\x00WEBP" + bytes(40), "picture"),
         (encoded("PNG", (400, 1)), "200"),
     ],
@@ -83,7 +83,7 @@ def test_data_addresses():
     assert read_address(f"data:image/png;base64,{body}", LIMITS, False).size == (40, 30)
     assert read_address(f"DATA:image/png;BASE64,{body}", LIMITS, False).size == (40, 30)
     for wrong, word in [
-        (f"data:image/png,{body}", "no picture"),
+        (f"data:image/png,{body}", "as a picture"),
         ("data:image/png;base64", "data:image/png;base64,..."),
         ("data:image/png;base64,@@@", "no valid base64"),
         ("data:image/png;base64,", "is empty"),

@@ -238,7 +238,7 @@ def _opened(path_or_file: Any, name: str) -> Iterator[tuple[Image.Image, str]]:
         if not head:
             raise UserError(f"{name} is empty: copy or download the picture again.") from error
         raise UserError(
-            f"{name} is no picture that can be read, or its beginning is damaged: save it as PNG or JPEG."
+            f"{name} cannot be read as a picture, or its beginning is damaged: save it as PNG or JPEG."
         ) from error
     # a damaged header can make a decoder raise nearly anything
     except Exception as error:
