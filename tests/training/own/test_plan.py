@@ -21,7 +21,6 @@ from casa.training.own.run import trained_groups
 from casa.training.trainer.groups import choose_trained, set_precision
 
 RECIPES = Path(__file__).parents[3] / "recipes"
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
 
 
 def on_standins(recipe, made):

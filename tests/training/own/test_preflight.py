@@ -13,8 +13,6 @@ from casa.training.own.model import load_model, outline
 from casa.training.own.preflight import check_run, checkpoint_bytes
 from casa.training.trainer import checkpoints
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
-
 
 @pytest.fixture
 def refused(tmp_path):

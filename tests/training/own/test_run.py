@@ -22,7 +22,6 @@ from casa.training.sharding import export_checkpoint
 from casa.training.trainer import newest_checkpoint
 
 # PEFT asks by a name that transformers is about to leave behind
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
 
 
 def curve(folder):

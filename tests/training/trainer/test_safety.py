@@ -82,7 +82,6 @@ def test_a_full_disk_is_told_before_anything_is_written(small, tmp_path, monkeyp
     assert not checkpoints.unfinished(tmp_path, "checkpoint-6").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
 def test_under_lora_the_frozen_weights_need_no_room(small, tmp_path, monkeypatch):
     model = with_lora(small.model(), LoraSettings(rank=2, targets=("q_proj", "v_proj")))
     run = small.trainer(tmp_path, steps=1, own_model=model, trained="as given")

@@ -1,5 +1,6 @@
 """LoRA through PEFT: adapters on the text model, the fusion layers whole or with adapters too; and merged into it."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,10 @@ def with_lora(model: Any, settings: LoraSettings) -> Any:
         target_modules=chosen,
         modules_to_save=whole or None,
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # PEFT asks by a name that newer transformers call old: nothing that a user could mend
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing. is deprecated", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def merged_adapters(checkpoint: Path, adjust: Callable[[Any], None]) -> Any:
