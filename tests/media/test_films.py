@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from casa.errors import UserError
 from casa.media import Caption, add_subtitle_track, burn_captions, check_subtitle_track, open_source
+from casa.media.sniff import sniff
 from casa.media.upright import upright
 from casa.media.video import probe, read_frames
 
@@ -283,6 +284,14 @@ def test_what_is_one_picture(tmp_path):
     for name in ("eyes.jpg", "one.jpg", "moving.jpg", "preview.jpg"):
         assert seen(read_frames(tmp_path / name)) == [(0, 0)], name
         assert probe(tmp_path / name).frames == 1
+
+
+def test_nothing_is_looked_for_behind_the_zeros_of_a_download_that_stopped(tmp_path):
+    path = tmp_path / "stopped.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(12 * 5) + b"\0\0\0\0acTL" + bytes(100))
+    assert sniff(path).frames == "one"
+    with pytest.raises(UserError, match="cannot be read as a picture"):
+        probe(path)
 
 
 CORNERS = np.zeros((32, 48, 3), np.uint8)

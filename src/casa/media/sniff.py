@@ -129,7 +129,8 @@ def _png(data: mmap.mmap) -> Kind:
         if kind == b"acTL":
             return Kind("apng", "many", "apng")
         at += 12 + int.from_bytes(data[at : at + 4], "big")
-        if kind == b"IEND":
+        # a download whose room was made beforehand goes on in zeros
+        if kind == b"IEND" or not kind.isalpha():
             break
     return Kind("png", "many", "png_pipe") if data[at : at + len(_PNG)] == _PNG else Kind("png", "one")
 
