@@ -94,6 +94,8 @@ def test_what_a_message_says_and_nobody_follows_is_refused_by_name(context, shap
         {"non_preferred_output": [{"role": "assistant", "content": "no"}]},
         {"audio": "a.wav"},
         {"history": [["a", "b"]]},
+        {"sample_weight": 0},
+        {"loss_weight": 0.3},
         {"system": "Be brief.", "system_prompt": "Be long."},
     ],
     ids=lambda field: next(iter(field)),

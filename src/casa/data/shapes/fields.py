@@ -21,12 +21,14 @@ _PAIR = "of a pair only the good answer can be learned: write it as an answer, a
 _SOUND = "sound is not heard: leave the record out"
 _THOUGHTS = "thoughts beside an answer are not learned: write them into it, or leave them out"
 _PLACED = "its place among the words is not told: write it as a part of the content"
+_ALIKE = "records of a source are learned alike: leave the field out, and give sources weights"
 _SPANS = "only whole answers are learned or not: write train: true or false"
 
 ROW: Mapping[str, str] = {
     **dict.fromkeys(("tools", "functions"), _TOOLS),
     **dict.fromkeys(("chosen", "rejected", "preferred_output", "non_preferred_output"), _PAIR),
     **dict.fromkeys(("audio", "audios"), _SOUND),
+    **dict.fromkeys(("sample_weight", "loss_weight"), _ALIKE),
     "history": "earlier turns belong into one chat: write all of them as messages",
 }
 MESSAGE: Mapping[str, str] = {
