@@ -393,7 +393,7 @@ def test_what_an_array_may_mean_is_not_guessed(array, sentence):
 def test_an_upright_rgb_picture_passes_as_it_is():
     image = noisy()
     assert as_picture(image) is image
-    with pytest.raises(TypeError, match="is a list: give a PIL image"):
+    with pytest.raises(TypeError, match="is of type list: give a PIL image"):
         as_picture([[0]])
     with pytest.raises(UserError, match="mode LAB: save it as RGB"):
         as_picture(Image.new("LAB", (4, 4)))

@@ -97,7 +97,7 @@ def as_picture(given: Any, name: str = "The picture", channels: Channels | None 
         usual = "first"
     if hasattr(given, "__array__"):
         return _of_array(np.asarray(given), name, channels, usual)
-    raise TypeError(f"{name} is a {type(given).__name__}: give a PIL image, an array, a path or the bytes of a file.")
+    raise TypeError(f"{name} is of type {type(given).__name__}: give a PIL image, an array, a path or bytes.")
 
 
 def open_picture(path_or_file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
