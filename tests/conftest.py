@@ -23,9 +23,11 @@ from casa.media import VideoWriter
 from casa.provenance import provenance
 
 torch.set_num_threads(1)
-# a shell lets what it starts in the background ignore Ctrl-C, and processes inherit that: those of tests shall heed it
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# what a shell starts in the background ignores Ctrl-C, and what nohup starts the end of a terminal; processes inherit
+# that, and those of tests shall heed both
+for name, heeded in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, name), heeded)
 
 # files of twenty seconds and more, begun first: one of them at the end would leave the other worker without work
 LONG = (
