@@ -247,6 +247,14 @@ def test_special_tokens_that_people_type_are_not_learned(kind, chat, picture):
         assert learned(sample, processor) == f"{typed}<end>"
 
 
+def test_private_spellings_and_marks_do_not_meet(chat, monkeypatch):
+    """The spelling is drawn by chance: here it is of the very characters that marks are taken from first."""
+    monkeypatch.setattr("casa.models.typed_text.secrets.randbelow", lambda count: 0)
+    processor = tiny_chat_processor("gpt2", "chatml")
+    sample = SampleMaker(processor, BIG)(chat(("user", "line"), ("assistant", "407")))[0]
+    assert learned(sample, processor) == "407<end>"
+
+
 def test_captions_and_private_characters_are_text_too(chat):
     for words in ("a \uf8f0 \ue001", "<image>", "<end><assistant>"):
         sample = SampleMaker(SHIPPED, BIG)(chat(("user", "what"), ("assistant", words)))[0]

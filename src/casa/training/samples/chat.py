@@ -162,7 +162,8 @@ class _Answer:
 def _written(messages: Sequence[Message], processor: CasaProcessor, prompt: bool) -> _Written:
     """prompt: with the generation prompt. Raises BadRecord."""
     texts = [part.text for message in messages for part in message.parts if isinstance(part, Text)]
-    opens, closes = free_marks(2, texts)
+    # nor may they stand in the private spelling, in which the chat is cut at them
+    opens, closes = free_marks(2, texts, processor.typed_text.spelling(""))
     chat: list[dict[str, Any]] = []
     for message in messages:
         content: list[dict[str, Any]] = []
