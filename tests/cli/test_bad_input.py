@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from casa.errors import UserError
 from casa.media import VideoWriter
 from casa.testing import claimed_png
 
@@ -271,3 +272,23 @@ def test_an_error_of_the_program_itself_keeps_its_traceback(casa, monkeypatch):
     monkeypatch.setattr("casa.cli.main.app", fail)
     with pytest.raises(RuntimeError, match="shape"):
         casa("ask")
+
+
+@pytest.mark.parametrize(
+    ("verb", "sentence", "fields", "wanted"),
+    [
+        ("caption", "max_text_tokens is 0; give 1.", "max_text_tokens", "--max-text-tokens is 0; give 1."),
+        ("caption", "go on with resume=True, or name another out.", ("resume", "out"), "go on with --resume, or name"),
+        ("caption", "cue='said' is for live pace.", "cue", "--cue said is for live pace."),
+        ("caption", "leave out live=False.", ("live",), "leave out --every-frame."),
+        ("train", "data.fps is 0; give 1.", "fps", "data.fps is 0; give 1."),
+        ("ask", "temperature is -1; retemperature it.", "temperature", "--temperature is -1; retemperature it."),
+        ("caption", "the fps are odd.", (), "the fps are odd."),
+    ],
+)
+def test_fields_of_an_error_are_told_as_options(casa, monkeypatch, verb, sentence, fields, wanted):
+    def fail(program, arguments):
+        raise UserError(sentence, field=fields)
+
+    monkeypatch.setattr("typer.Typer.__call__", fail)
+    assert_sentence(casa(verb, "words"), f"casa: {wanted}")

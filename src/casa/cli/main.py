@@ -1,9 +1,12 @@
 """`casa`: the verbs, and how an error the user can cause becomes one sentence and exit status 2."""
 
 import logging
+import re
 import sys
 
 import typer
+from typer.core import TyperGroup, TyperOption
+from typer.main import get_command
 
 import casa
 from casa.cli import adapt, ask, bench, caption, data, demo, evaluate, export, serve, train
@@ -60,7 +63,7 @@ def run() -> None:
     except Exception as error:
         if debug or not (isinstance(error, (UserError, OSError)) or _lacks_memory(error)):
             raise
-        print(f"casa: {_sentence(error)}", file=sys.stderr)
+        print(f"casa: {_sentence(error, arguments)}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
         # Typer makes 130 of Ctrl-C, and says nothing
@@ -69,14 +72,35 @@ def run() -> None:
         raise
 
 
-def _sentence(error: BaseException) -> str:
+def _sentence(error: BaseException, arguments: list[str]) -> str:
     if isinstance(error, UserError):
-        return str(error)
+        return with_flags(error, arguments)
     if _lacks_memory(error):
         return "there is not enough memory; use a smaller picture, batch or model."
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     return str(error) or type(error).__name__
+
+
+def with_flags(error: UserError, arguments: list[str]) -> str:
+    """The sentence of an error, with its fields written as the options of the verb that was called."""
+    command = get_command(app)
+    for word in arguments:
+        if isinstance(command, TyperGroup) and word in command.commands:
+            command = command.commands[word]
+    options = {option.name: option for option in command.params if isinstance(option, TyperOption)}
+    sentence = str(error)
+    for field in error.fields:
+        if (option := options.get(field)) is not None:
+            given = rf"(?<![\w.-]){field}(?:=(True|False|'[^']*'|[\d.]*\d))?(?![\w=])"
+            sentence = re.sub(given, lambda found, option=option: _flag(option, found[1]), sentence)
+    return sentence
+
+
+def _flag(option: TyperOption, value: str | None) -> str:
+    if value == "False" and option.secondary_opts:
+        return option.secondary_opts[0]
+    return option.opts[0] if value in (None, "True") else f"{option.opts[0]} {value.strip(chr(39))}"
 
 
 def _lacks_memory(error: BaseException) -> bool:
