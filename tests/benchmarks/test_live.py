@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from casa.benchmarks.host_memory import resident_bytes
 from casa.benchmarks.live import bench_live, by_minute, laps, live_summary, live_table
 from casa.errors import UserError
 from casa.media import VideoWriter
+from casa.memory import resident_bytes
 from casa.streaming import Count, Moment, StreamingSession, watch_live
 from casa.testing import PATIENCE, tiny_casa, tiny_processor
 

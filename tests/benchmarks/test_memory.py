@@ -12,16 +12,16 @@ import torch
 
 from casa.benchmarks import memory, turns_memory
 from casa.benchmarks.apart import measured_apart
-from casa.benchmarks.host_memory import forget_peak, most_bytes, peak_bytes, resident_bytes
 from casa.benchmarks.memory import bench_memory, draw_film, memory_table
 from casa.benchmarks.soak import film
 from casa.benchmarks.turns_memory import turns_peaks, with_peaks
 from casa.errors import UserError
 from casa.media import probe, read_frames
+from casa.memory import max_memory_allocated, peak_resident_bytes, reset_peak_memory, resident_bytes
 from casa.models import adapt
 from casa.testing import tiny_checkpoint, tiny_encoder, tiny_processor, tiny_text_model
 
-pytestmark = pytest.mark.skipif(not peak_bytes(), reason="this system does not tell a process's memory")
+pytestmark = pytest.mark.skipif(not peak_resident_bytes(), reason="this system does not tell a process's memory")
 
 # Each line on stdin is answered by a new process, forked from one that has imported all, and done nothing else.
 FORKING = """
@@ -124,17 +124,17 @@ def test_what_the_process_holds():
     kept = torch.ones(30_000_000)
     assert resident_bytes() - before > 100e6
     # the system counts pages in batches
-    assert peak_bytes() > resident_bytes() - 10e6
+    assert peak_resident_bytes() > resident_bytes() - 10e6
     del kept
 
 
 def test_a_peak_can_be_forgotten():
     held = torch.ones(50_000_000)
-    high = peak_bytes()
+    high = peak_resident_bytes()
     del held
-    forget_peak(torch.device("cpu"))
-    assert peak_bytes() < high - 100e6
-    assert most_bytes(torch.device("cpu")) == pytest.approx(peak_bytes(), rel=0.05)
+    reset_peak_memory(torch.device("cpu"))
+    assert peak_resident_bytes() < high - 100e6
+    assert max_memory_allocated(torch.device("cpu")) == pytest.approx(peak_resident_bytes(), rel=0.05)
 
 
 def test_peaks_are_of_each_method_by_itself_without_loading(tmp_path, imported_once):

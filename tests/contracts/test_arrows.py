@@ -19,6 +19,7 @@ BELOW_MIDDLE = (
     | {
         "atomic",
         "figures",
+        "memory",
         "provenance",
         "threads",
     }
@@ -27,6 +28,7 @@ BELOW_MIDDLE = (
 ALLOWED = {
     "errors": set(),
     "threads": set(),
+    "memory": set(),
     "provenance": {"errors", "models.shipped"},
     "settings": {"errors"},
     "atomic": {"errors"},

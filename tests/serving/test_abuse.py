@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from websockets.exceptions import ConnectionClosed
 
-from casa.benchmarks.host_memory import resident_bytes
+from casa.memory import resident_bytes
 from casa.serving import Limits
 from casa.streaming import StreamingSession
 from casa.testing import PATIENCE, claimed_png, tiny_processor

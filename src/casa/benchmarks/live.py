@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from casa.benchmarks.host_memory import resident_bytes
 from casa.errors import UserError
 from casa.evaluation.seeds import generator
 from casa.evaluation.stream import stream
 from casa.media import VideoWriter, read_frames
+from casa.memory import resident_bytes
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.streaming import Count, Moment, StreamingSession, watch_live
 

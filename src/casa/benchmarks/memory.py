@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from casa.benchmarks.apart import measured_apart, told
-from casa.benchmarks.host_memory import peak_bytes
 from casa.benchmarks.soak import film
 from casa.captioning import Request, caption
 from casa.errors import UserError
 from casa.media import VideoWriter
+from casa.memory import peak_resident_bytes
 from casa.models.at_hand import load_at_hand
 
 DRAWN = 60  # different frames of a film
@@ -56,7 +56,7 @@ def bench_memory(
         raise UserError("give a short and a long film: 0 < short minutes < minutes.")
     if not 0 < fps <= film_fps:
         raise UserError(f"{fps} of {film_fps} frames per second cannot be watched; give 0 < fps <= film fps.")
-    if not peak_bytes():
+    if not peak_resident_bytes():
         raise UserError("this system does not tell how much memory a process has held; measure on Linux.")
     found = []
     with TemporaryDirectory() as folder:
@@ -75,7 +75,7 @@ def child() -> None:
     out = Path(path).with_suffix(".srt")
     request = Request(path, (out,), fps=fps, max_text_tokens=max_text_tokens, max_new_tokens=max_new_tokens)
     report = caption(request, model, load_at_hand)
-    print(json.dumps({"frames": report.count.frames, "captions": report.said, "peak_bytes": peak_bytes()}))
+    print(json.dumps({"frames": report.count.frames, "captions": report.said, "peak_bytes": peak_resident_bytes()}))
 
 
 def memory_table(found: dict[str, Any]) -> str:

@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image
 
 from casa.atomic import write_text
-from casa.benchmarks.host_memory import resident_bytes
 from casa.benchmarks.plots import finish, panels
 from casa.benchmarks.stream import handwriting
 from casa.errors import UserError
 from casa.figures import BLUE, GREEN, GREY, ORANGE
+from casa.memory import resident_bytes
 from casa.streaming import StreamingSession
 
 DRAWN = 480  # different frames: four minutes of film, shown again and again

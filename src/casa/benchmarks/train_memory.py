@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from casa.benchmarks.apart import measured_apart, told
-from casa.benchmarks.host_memory import forget_peak, held_bytes, most_bytes, peak_bytes
 from casa.benchmarks.train_models import Case, fresh_model, packed_batch
 from casa.errors import UserError
+from casa.memory import max_memory_allocated, memory_allocated, peak_resident_bytes, reset_peak_memory
 from casa.models import CasaForConditionalGeneration
 
 STEPS = 2  # the second has moments, and meets what the first has left
@@ -41,8 +41,8 @@ def measure_step(case: Case) -> dict[str, Any]:
     warming = packed_batch(replace(case, image_tokens=16 * case.samples, text_tokens=16 * case.samples), model)
     model(**warming, use_cache=False).loss.backward()
     optimiser.zero_grad()
-    before = held_bytes(device)
-    forget_peak(device)  # making the model may have held more than a step does
+    before = memory_allocated(device)
+    reset_peak_memory(device)  # making the model may have held more than a step does
     loss = float("nan")
     for _ in range(STEPS):
         output = model(**batch, use_cache=False)
@@ -50,7 +50,7 @@ def measure_step(case: Case) -> dict[str, Any]:
         optimiser.step()
         optimiser.zero_grad()
         loss = float(output.loss.detach())
-    peak = most_bytes(device)
+    peak = max_memory_allocated(device)
     kept = kept_bytes(model, batch)
     return {"before": before, "peak": peak, "step": peak - before, "kept": kept, "loss": loss}
 
@@ -92,7 +92,7 @@ def bench_train_memory(
         for count in sorted(set(image_tokens))
         for method in dict.fromkeys(methods)
     ]
-    if case.device == "cpu" and not peak_bytes():
+    if case.device == "cpu" and not peak_resident_bytes():
         raise UserError("this system does not tell how much memory a process has held; measure on Linux.")
     rows = [{"method": each.method, "image_tokens": each.image_tokens, **_apart(each)} for each in cases]
     return {"case": asdict(case), "rows": rows, **_compared(rows)}

@@ -8,9 +8,9 @@ from typing import Any
 
 from casa.analysis.streaming_cost import insertion_twin
 from casa.benchmarks.apart import measured_apart, told
-from casa.benchmarks.host_memory import forget_peak, held_bytes, most_bytes
 from casa.benchmarks.stream import handwriting
 from casa.benchmarks.turns import Turns
+from casa.memory import max_memory_allocated, memory_allocated, reset_peak_memory
 from casa.models.at_hand import load_at_hand
 
 METHODS = ("casa", "insertion")
@@ -36,11 +36,11 @@ def child() -> None:
     # what is made at the first time only (kernels, glyphs) is no part of the turns
     Turns(taken, processor, tokens).take(next(frames))
     taker = Turns(taken, processor, tokens)
-    forget_peak(loaded.device)
-    before = held_bytes(loaded.device)
+    reset_peak_memory(loaded.device)
+    before = memory_allocated(loaded.device)
     for _ in range(turns):
         taker.take(next(frames))
-    print(most_bytes(loaded.device) - before)
+    print(max_memory_allocated(loaded.device) - before)
 
 
 def with_peaks(summary: dict[str, Any], peaks: dict[str, int]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from casa.benchmarks.host_memory import most_bytes
+from casa.memory import max_memory_allocated
 from casa.training.samples import Budget
 from casa.training.trainer import CasaTrainer
 from casa.training.trainer.ranks import mean_over_ranks
@@ -60,7 +60,7 @@ class Measures(TrainerCallback):
             "packed_image": found["image_tokens"] / (packs * self._budget.image),
         }
         figures = {name: mean_over_ranks(value, args.device) for name, value in figures.items()}
-        figures["memory_gib"] = most_bytes(args.device) / 2**30
+        figures["memory_gib"] = max_memory_allocated(args.device) / 2**30
         logs.update(figures)
         if state.log_history and state.log_history[-1].get("loss") == logs["loss"]:
             # a copy, made before callbacks were asked

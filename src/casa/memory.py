@@ -15,7 +15,7 @@ def resident_bytes() -> int:
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def peak_bytes() -> int:
+def peak_resident_bytes() -> int:
     """The most that this process ever held."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -24,17 +24,17 @@ def peak_bytes() -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
-def held_bytes(device: torch.device) -> int:
+def memory_allocated(device: torch.device) -> int:
     """What is held now: by torch on CUDA, else by the process."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
-def most_bytes(device: torch.device) -> int:
+def max_memory_allocated(device: torch.device) -> int:
     """The most that was held, there."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """From now on the peak is that since this call; where the system cannot forget it, it stays as it is."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
