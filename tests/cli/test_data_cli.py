@@ -66,10 +66,9 @@ def test_json_with_a_models_tokens(casa, rows, checkpoint):
 
 
 def test_a_sheet_and_a_report(casa, rows, tmp_path):
-    result = casa("data", "check", rows, "--sheet", tmp_path / "sheet.png", "--report", tmp_path / "bad.jsonl")
+    result = casa("data", "check", rows, "--sheet", tmp_path / "sheet.html", "--report", tmp_path / "bad.jsonl")
     assert result.status == 0
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.width > 600
+    assert (tmp_path / "sheet.html").read_text().count("<article") == 2
     named = [json.loads(line)["origin"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert named == [f"{rows}:2", f"{rows}:4"]
     again = casa("data", "check", rows, "--report", tmp_path / "bad.jsonl")
@@ -95,7 +94,8 @@ def test_columns_shape_root_and_limit(casa, rows, tmp_path):
         (("{rows}", "--shape", "lava"), "did you mean 'llava'?"),
         (("{rows}", "--column", "photo"), "image=photo"),
         (("{rows}", "--fps", "0"), "fps is 0.0"),
-        (("{rows}", "--sheet", "/no/folder/sheet.png"), "does not exist"),
+        (("{rows}", "--sheet", "/no/folder/sheet.html"), "does not exist"),
+        (("{rows}", "--sheet", "sheet.png"), "ends in .html"),
     ],
 )
 def test_mistakes_are_one_sentence(casa, rows, arguments, sentence):

@@ -461,6 +461,6 @@ def test_a_stream_crosses_processes_before_it_begins(tmp_path):
 def test_the_room_is_light():
     """Reading JSON needs neither torch's friends nor the extras; they come with the files that need them."""
     heavy = {"transformers", "datasets", "pyarrow", "pandas", "av", "matplotlib", "torch"}
-    code = f"import sys, casa.data, casa.data.check, casa.data.sheet; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, casa.data, casa.data.check, casa.data.html_report; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr

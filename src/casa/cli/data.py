@@ -48,25 +48,28 @@ def check(
     limit: Annotated[int | None, typer.Option(min=1, help="Look at so many records only.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit status 2 if any record is bad.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    sheet: Annotated[Path | None, typer.Option(help="Draw samples with their windows, as a PNG.")] = None,
-    samples: Annotated[int, typer.Option(min=1, max=200, help="How many are drawn.")] = 12,
+    sheet: Annotated[Path | None, typer.Option(help="Show samples with their windows, as an HTML page.")] = None,
+    samples: Annotated[int, typer.Option(min=1, max=200, help="How many are shown.")] = 12,
     report: Annotated[Path | None, typer.Option(help="Write every bad record here, one JSON object per line.")] = None,
     model: Annotated[str | None, typer.Option(help="Count with this model's tokens: a folder, or casa-tiny.")] = None,
 ) -> None:
     """Read a data set as training would: what is in it, how long and large it is, and what cannot be used.
 
-    Example: casa data check pages.jsonl --sheet sheet.png
+    Example: casa data check pages.jsonl --sheet sheet.html
     """
     from rich.console import Console
 
     from casa.atomic import check_writable
     from casa.data import Report, parse_data_settings
     from casa.data.check import check_data, image_tokens
+    from casa.data.html_report import check_report_path
 
     values: dict[str, Any] = {"path": path, "shape": shape, "root": root, "outside": outside, "fps": fps}
     if report is not None and report.exists():
         raise UserError(f"{report} exists already: remove it, or name another file for the report.")
     # said before the data are read, not after
+    if sheet is not None:
+        check_report_path(sheet)
     check_writable(sheet, report)
     values |= {"split": split, "subset": subset, "columns": dict(map(_pair, column or ()))}
     settings = parse_data_settings({"sources": [values]}, "the options")
@@ -83,9 +86,9 @@ def check(
             progress=lambda rows: status.update(f"{rows:,} records read"),
         )
     if sheet is not None and found.samples:
-        from casa.data.sheet import draw_sheet
+        from casa.data.sheet import write_sheet
 
-        draw_sheet(found.samples, sheet, path, _summary(found))
+        write_sheet(found.samples, sheet, path, _summary(found))
     if json:
         print(json_module.dumps({"path": path, **found.to_dict()}, ensure_ascii=False, indent=2))
     else:
@@ -133,7 +136,7 @@ def _counters(model: str) -> tuple[Callable[[str], int], Callable[[int, int], in
 
 
 def _summary(found: "Checked") -> str:
-    from casa.data.lettering import counted
+    from casa.data.html_report import counted
 
     whole = "" if found.complete else " looked at, and there are more"
     return f"{counted(found.records, 'good record')} and {found.report.total:,} bad{whole}"

@@ -26,6 +26,7 @@ def shortened(text: str, face: ImageFont.FreeTypeFont, width: int, always: bool 
     return text[:kept].rstrip() + "…"
 
 
-def counted(number: int, noun: str) -> str:
-    """A number of things in words: 1 picture, 1,200 pictures."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+PAPER, SHEET, LINE = "#FFFFFF", "#F3F4F6", "#DADDE2"
+INK, FAINT = "#1F2430", "#7A8190"
+# Okabe and Ito's colours, told apart by all readers
+BARS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

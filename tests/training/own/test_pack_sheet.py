@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageColor
 
 from casa.data import Origin, Picture
-from casa.data.sheet import BARS
+from casa.data.lettering import BARS
 from casa.testing import tiny_processor
 from casa.training.own.pack_sheet import EMPTY, LEARNED, WIDTH, draw_pack
 from casa.training.samples import Budget, Sample, SizedPicture

@@ -23,9 +23,9 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageOps
 
 from casa.atomic import replacing
-from casa.data.lettering import counted, letters, shortened
+from casa.data.html_report import counted
+from casa.data.lettering import BARS, FAINT, INK, LINE, PAPER, SHEET, letters, shortened
 from casa.data.pictures import open_one
-from casa.data.sheet import BARS, FAINT, INK, LINE, PAPER, SHEET
 from casa.training.samples import Budget, Sample
 from casa.windows import Window, WindowLayout
 
