@@ -13,7 +13,7 @@ import threading
 import pytest
 
 from casa.captioning import Ending
-from casa.media import read_jsonl, read_srt
+from casa.media import read_captions
 
 # reads a line of JSON per run: its words, where its stdout and stderr go, how many bytes a file may have, and a program
 FORKS = """
@@ -120,9 +120,9 @@ def test_a_signal(forks, film, tmp_path, pace, number):
     assert told[-1] == "casa: stopped."
     assert "frames watched" in told[-2]
     assert len(told) == 2
-    captions = read_srt(tmp_path / "a.srt")
+    captions = read_captions(tmp_path / "a.srt")
     assert captions
-    assert captions == read_jsonl(tmp_path / "a.jsonl")
+    assert captions == read_captions(tmp_path / "a.jsonl")
     assert (tmp_path / "a.srt.state").exists()
     assert not (tmp_path / "a.mp4").exists(), "the captioned film needs all captions"
 
@@ -157,7 +157,7 @@ def test_a_second_signal_ends_at_once(forks, film, tmp_path, pace):
         assert line
     os.kill(run.pid, signal.SIGINT)
     assert run.end() == (130, [])
-    assert read_srt(tmp_path / "a.srt") == read_jsonl(tmp_path / "a.jsonl")
+    assert read_captions(tmp_path / "a.srt") == read_captions(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize("pace", PACES)
@@ -170,9 +170,9 @@ def test_a_full_disk(forks, film, tmp_path, pace, what):
     assert (status, len(told)) == (2, 2)
     assert "frames watched" in told[0]
     assert ("cannot be written" if what == "captions" else "cannot be saved") in told[1]
-    captions = read_srt(tmp_path / "a.srt")
+    captions = read_captions(tmp_path / "a.srt")
     assert captions
-    assert captions[: len(read_jsonl(tmp_path / "a.jsonl"))] == read_jsonl(tmp_path / "a.jsonl")[: len(captions)]
+    assert captions[: len(read_captions(tmp_path / "a.jsonl"))] == read_captions(tmp_path / "a.jsonl")[: len(captions)]
 
 
 @pytest.mark.parametrize("pace", PACES)
@@ -183,7 +183,7 @@ def test_a_closed_pipe(forks, film, tmp_path, pace):
     status, told = run.end(hearing=False)
     assert status == 1
     assert [("frames watched" in line) for line in told] == [True]
-    assert read_srt(tmp_path / "a.srt")
+    assert read_captions(tmp_path / "a.srt")
 
 
 @pytest.mark.parametrize("pace", PACES)

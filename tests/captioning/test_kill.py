@@ -11,12 +11,12 @@ import pytest
 
 import casa
 from casa.captioning import Request, caption
-from casa.media import read_jsonl, read_srt, read_vtt
+from casa.media import read_captions
 from casa.models.at_hand import load_at_hand
 
 FILM = Path(casa.__file__).parent / "assets" / "demo" / "clip.mp4"
 END = 10.0  # s
-READERS = {"srt": read_srt, "vtt": read_vtt, "jsonl": read_jsonl}
+KINDS = ("srt", "vtt", "jsonl")
 # the program itself; with a number, it dies at the moment at which that save would replace the one before; with a
 # second, it waits behind so many captions until it is killed
 PROGRAM = """
@@ -54,7 +54,7 @@ def load():
 
 
 def request_to(folder: Path, **settings) -> Request:
-    outs = tuple(folder / f"a.{kind}" for kind in READERS)
+    outs = tuple(folder / f"a.{kind}" for kind in KINDS)
     return Request(str(FILM), outs, end=END, max_text_tokens=96, max_new_tokens=8, save_every=0, **settings)
 
 
@@ -63,13 +63,13 @@ def whole(tmp_path_factory, load):
     """What a run that nobody stops writes, and says."""
     folder = tmp_path_factory.mktemp("whole")
     caption(request_to(folder), "casa-tiny", load)
-    captions = read_srt(folder / "a.srt")
+    captions = read_captions(folder / "a.srt")
     assert len(captions) > 4, "there is something to lose"
-    return {kind: (folder / f"a.{kind}").read_bytes() for kind in READERS}, [one.text for one in captions]
+    return {kind: (folder / f"a.{kind}").read_bytes() for kind in KINDS}, [one.text for one in captions]
 
 
 def start(folder: Path, dies_in_save: int, *more: object, hold: int = 0) -> subprocess.Popen:
-    outs = [part for kind in READERS for part in ("--out", str(folder / f"a.{kind}"))]
+    outs = [part for kind in KINDS for part in ("--out", str(folder / f"a.{kind}"))]
     settings = ["--end", END, "--max-text-tokens", 96, "--max-new-tokens", 8, *more]
     words = ["caption", "casa-tiny", str(FILM), *outs, *map(str, settings)]
     command = [sys.executable, "-c", PROGRAM, str(dies_in_save), str(hold), *words]
@@ -78,11 +78,11 @@ def start(folder: Path, dies_in_save: int, *more: object, hold: int = 0) -> subp
 
 def assert_valid_and_then_the_same(folder: Path, whole, load) -> None:
     files, texts = whole
-    for kind, read in READERS.items():
-        said = [one.text for one in read(folder / f"a.{kind}")]
+    for kind in KINDS:
+        said = [one.text for one in read_captions(folder / f"a.{kind}")]
         assert said == texts[: len(said)], "what was said before the kill is there, and readable"
     caption(request_to(folder, resume=True), "casa-tiny", load)
-    assert {kind: (folder / f"a.{kind}").read_bytes() for kind in READERS} == files
+    assert {kind: (folder / f"a.{kind}").read_bytes() for kind in KINDS} == files
     left = [path.name for path in folder.iterdir() if not path.name.startswith(".casa-")]
     assert sorted(left) == ["a.jsonl", "a.srt", "a.vtt"], "a finished run leaves no state"
 
@@ -98,7 +98,7 @@ def test_killed_at_any_moment(tmp_path, whole, load):
         child.send_signal(signal.SIGKILL)
     assert child.returncode == -signal.SIGKILL, f"it was over after {lines} lines and {wait} s"
     assert (tmp_path / "a.srt.state").exists()
-    assert len(read_srt(tmp_path / "a.srt")) >= lines
+    assert len(read_captions(tmp_path / "a.srt")) >= lines
     assert_valid_and_then_the_same(tmp_path, whole, load)
 
 

@@ -8,7 +8,7 @@ from casa.captioning import Question, Request, caption, outputs
 from casa.captioning import run as module
 from casa.captioning.progress import Progress
 from casa.errors import UserError
-from casa.media import read_frames, read_srt
+from casa.media import read_captions, read_frames
 from casa.streaming import Moment, Sampling
 
 KINDS = ("srt", "vtt", "jsonl")
@@ -156,7 +156,7 @@ def test_stopped_when_no_frame_is_left(questions, burns, film, load, stopping, t
     report = caption(request_to(two, film, resume=True, **settings), "tiny", load)
     assert report.count.frames == 0
     assert files(two) == files(one)
-    assert burnt == [read_srt(one / "a.srt")] * 2 if burns else not burnt
+    assert burnt == [read_captions(one / "a.srt")] * 2 if burns else not burnt
 
 
 def test_the_video_of_a_folder_is_the_same_as_without_a_stop(folder_of_pictures, load, stopping, tmp_path):
@@ -184,7 +184,7 @@ def test_videos_after_a_resumed_run_hold_all_captions(film, load, stopping, tmp_
 
     with av.open(str(tmp_path / "a.mkv")) as made:
         texts = [bytes(packet).decode() for packet in made.demux(subtitles=0) if packet.size]
-    assert texts == [one.text for one in read_srt(tmp_path / "a.srt")]
+    assert texts == [one.text for one in read_captions(tmp_path / "a.srt")]
 
 
 def test_without_a_state_it_begins_at_the_beginning(film, load, tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 from casa.captioning import Question, Report, Request, caption
 from casa.captioning import run as module
 from casa.errors import UserError
-from casa.media import Counts, probe, read_frames, read_jsonl, read_srt, read_vtt
+from casa.media import Counts, probe, read_captions, read_frames
 from casa.streaming import Count, Sampling, StreamingSession
 
 
@@ -23,8 +23,8 @@ def test_every_sampled_frame_of_a_file_is_watched(run, film, load, tmp_path):
     assert told == [(time, text) for time, text in wanted if text]
     assert (report.count.frames, report.said, report.is_clean) == (12, len(told), True)
     assert not report.live
-    assert read_srt(outs[0]) == read_vtt(outs[1]) == read_jsonl(outs[2])
-    assert read_srt(outs[0])[-1].end <= 6.0
+    assert read_captions(outs[0]) == read_captions(outs[1]) == read_captions(outs[2])
+    assert read_captions(outs[0])[-1].end <= 6.0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.srt", "a.vtt"]
 
 
@@ -81,7 +81,7 @@ def test_a_video_with_captions_drawn_in_and_one_with_a_text_track(run, film, tmp
     assert probe(tmp_path / "burnt.mp4").frames == 60
     with av.open(str(tmp_path / "track.mkv")) as made:
         texts = [bytes(packet).decode() for packet in made.demux(subtitles=0) if packet.size]
-    assert texts == [one.text for one in read_srt(tmp_path / "a.srt")]
+    assert texts == [one.text for one in read_captions(tmp_path / "a.srt")]
 
 
 @pytest.mark.parametrize("output", ["track", "burn"])
@@ -191,7 +191,7 @@ def test_ctrl_c_ends_live_pace_and_its_counts_are_told(load, film, tmp_path):
     request = Request(str(film), (tmp_path / "a.srt",), live=True, fps=20.0, max_new_tokens=4)
     report = caption(request, "tiny", load, stop)
     assert report.stopped
-    assert read_srt(tmp_path / "a.srt")
+    assert read_captions(tmp_path / "a.srt")
 
 
 def test_damage_is_counted_and_passed_over(run, film, tmp_path):
@@ -260,7 +260,7 @@ def test_a_source_that_breaks_leaves_what_was_said_and_a_state(load, tmp_path, m
         request = Request("camera:0", (folder / "a.srt",), burn=folder / "a.mkv", live=False, max_new_tokens=4)
         with pytest.raises(type(error)):
             caption(request, "tiny", load)
-        assert read_srt(folder / "a.srt")
+        assert read_captions(folder / "a.srt")
         assert (folder / "a.srt.state").exists()
         assert len(list(read_frames(folder / "a.mkv", fps=None))) == 4, "what was seen until then"
 

@@ -12,7 +12,7 @@ from typer.main import get_command
 
 from casa.cli.main import app
 from casa.errors import UserError
-from casa.media import VideoWriter, probe, read_srt
+from casa.media import VideoWriter, probe, read_captions
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.testing import tiny_encoder, tiny_processor, tiny_text_model
 
@@ -134,7 +134,7 @@ def test_caption_prints_and_writes(casa, checkpoint, video, tmp_path):
     assert (result.status, result.err) == (0, "")
     unbounded = casa("caption", checkpoint, video, "--fps", 5, "--max-text-tokens", 0)
     assert (unbounded.status, unbounded.err) == (0, "")
-    captions = read_srt(files[0])
+    captions = read_captions(files[0])
     assert [caption.text for caption in captions]
     assert all(path.read_text() for path in files)
     assert probe(burned).frames == 20

@@ -8,7 +8,7 @@ from casa.demo import run
 from casa.demo.clip import Clip
 from casa.demo.film import film
 from casa.errors import UserError
-from casa.media import captions_from_frames, probe, read_jsonl, read_srt, read_vtt
+from casa.media import captions_from_frames, probe, read_captions
 from casa.media.subtitles import tidy
 from casa.testing import tiny_casa, tiny_processor
 
@@ -35,8 +35,8 @@ def test_the_shipped_way_writes_everything_and_compares_with_the_truth(here, tmp
     assert {path.name for path in found.files} == WRITTEN
     captions = tidy(captions_from_frames(found.times, found.said, end=3.0))
     assert captions  # random weights babble
-    for read, kind in ((read_srt, "srt"), (read_vtt, "vtt"), (read_jsonl, "jsonl")):
-        assert read(tmp_path / "a" / "out" / f"captions.{kind}") == captions
+    for kind in ("srt", "vtt", "jsonl"):
+        assert read_captions(tmp_path / "a" / "out" / f"captions.{kind}") == captions
     info = probe(tmp_path / "a" / "out" / "captioned.mp4")
     assert (info.width, info.height, info.frames) == (224, 224, 90)
     for name in ("memory.png", "attention.png"):

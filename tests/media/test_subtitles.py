@@ -9,21 +9,14 @@ from hypothesis import strategies as st
 
 from casa.errors import UserError
 from casa.media.subtitles import (
+    FORMATS,
     Caption,
     captions_from_frames,
-    jsonl_text,
-    read_jsonl,
-    read_srt,
-    read_vtt,
-    srt_text,
+    captions_text,
+    read_captions,
     tidy,
-    vtt_text,
-    write_jsonl,
-    write_srt,
-    write_vtt,
+    write_captions,
 )
-
-FORMATS = {"srt": (write_srt, read_srt), "vtt": (write_vtt, read_vtt), "jsonl": (write_jsonl, read_jsonl)}
 
 # Free text, and text made of what the formats themselves are made of.
 spice = st.sampled_from(
@@ -47,9 +40,8 @@ def folder(tmp_path_factory):
 @given(given_captions=st.lists(captions, max_size=6))
 @settings(max_examples=150, deadline=None)
 def test_round_trip(folder, kind, given_captions):
-    write, read = FORMATS[kind]
-    write(folder / f"a.{kind}", given_captions)
-    assert read(folder / f"a.{kind}") == tidy(given_captions)
+    write_captions(folder / f"a{kind}", given_captions)
+    assert read_captions(folder / f"a{kind}") == tidy(given_captions)
 
 
 @given(st.lists(captions, max_size=8))
@@ -62,21 +54,21 @@ def test_tidy_is_in_order_without_overlap_and_final(given_captions):
 
 
 def test_srt_to_the_letter(tmp_path):
-    write_srt(tmp_path / "a.srt", [Caption(59.9996, 61.5, "4071"), Caption(3600, 3601, "a\n\n  b ")])
+    write_captions(tmp_path / "a.srt", [Caption(59.9996, 61.5, "4071"), Caption(3600, 3601, "a\n\n  b ")])
     assert (tmp_path / "a.srt").read_bytes() == (
         b"1\n00:01:00,000 --> 00:01:01,500\n4071\n\n2\n01:00:00,000 --> 01:00:01,000\na\nb\n\n"
     )
 
 
 def test_vtt_to_the_letter(tmp_path):
-    write_vtt(tmp_path / "a.vtt", [Caption(0, 1.25, "a & b <i> --> ü")])
+    write_captions(tmp_path / "a.vtt", [Caption(0, 1.25, "a & b <i> --> ü")])
     assert (tmp_path / "a.vtt").read_text(encoding="utf-8") == (
         "WEBVTT\n\n00:00:00.000 --> 00:00:01.250\na &amp; b &lt;i&gt; --&gt; ü\n\n"
     )
 
 
 def test_jsonl_to_the_letter(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", [Caption(0, 1, "ü\n2")])
+    write_captions(tmp_path / "a.jsonl", [Caption(0, 1, "ü\n2")])
     assert (tmp_path / "a.jsonl").read_text("utf-8") == '{"start": 0.0, "end": 1.0, "text": "ü\\n2"}\n'
 
 
@@ -96,16 +88,16 @@ def test_impossible_times(times):
 
 
 def test_nothing_to_write(tmp_path):
-    for kind, (write, read) in FORMATS.items():
-        write(tmp_path / f"a.{kind}", [])
-        assert read(tmp_path / f"a.{kind}") == []
+    for kind in FORMATS:
+        write_captions(tmp_path / f"a{kind}", [])
+        assert read_captions(tmp_path / f"a{kind}") == []
 
 
 def test_foreign_srt(tmp_path):
     (tmp_path / "a.srt").write_bytes(
         "\ufeff1\r\n0:00:01.5 --> 00:00:02,000 X1:0\r\nHi\r\n\r\n\r\n00:03,000 --> 00:04,000\r\nthere".encode()
     )
-    assert read_srt(tmp_path / "a.srt") == [Caption(1.5, 2, "Hi"), Caption(3, 4, "there")]
+    assert read_captions(tmp_path / "a.srt") == [Caption(1.5, 2, "Hi"), Caption(3, 4, "there")]
 
 
 def test_foreign_vtt(tmp_path):
@@ -113,27 +105,31 @@ def test_foreign_vtt(tmp_path):
         "WEBVTT - title\nKind: captions\n\nNOTE a --> b\nmore\n\nSTYLE\n::cue {}\n\n"
         "intro\n00:01.000 --> 00:02.000 align:start\n<v Ann>Hello <b>you</b> &amp;lt;\n"
     )
-    assert read_vtt(tmp_path / "a.vtt") == [Caption(1, 2, "Hello you &lt;")]
+    assert read_captions(tmp_path / "a.vtt") == [Caption(1, 2, "Hello you &lt;")]
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    bad = tmp_path / "bad"
-    bad.write_text("1\nnot a time\ntext\n")
-    with pytest.raises(UserError, match="line 2: write the times"):
-        read_srt(bad)
+    for kind, sentence in (
+        ("srt", "line 2: write the times"),
+        ("vtt", "does not begin with WEBVTT"),
+        ("jsonl", "line 1: write one"),
+        ("txt", r"no caption file: let it end in \.srt"),
+    ):
+        (tmp_path / f"bad.{kind}").write_text("1\nnot a time\ntext\n")
+        with pytest.raises(UserError, match=sentence):
+            read_captions(tmp_path / f"bad.{kind}")
+    (tmp_path / "bad.vtt").write_text("")
     with pytest.raises(UserError, match="does not begin with WEBVTT"):
-        read_vtt(bad)
-    with pytest.raises(UserError, match="line 1: write one"):
-        read_jsonl(bad)
-    bad.write_text("1\n00:00:02,000 --> 00:00:01,000\ntext\n")
+        read_captions(tmp_path / "bad.vtt")
+    (tmp_path / "bad.srt").write_text("1\n00:00:02,000 --> 00:00:01,000\ntext\n")
     with pytest.raises(UserError, match=r"line 2: .* end after its start"):
-        read_srt(bad)
-    bad.write_bytes(b"\xff\xfe\xfa")
-    for read in (read_srt, read_vtt, read_jsonl):
+        read_captions(tmp_path / "bad.srt")
+    for kind in FORMATS:
+        (tmp_path / f"bad{kind}").write_bytes(b"\xff\xfe\xfa")
         with pytest.raises(UserError, match="not UTF-8"):
-            read(bad)
+            read_captions(tmp_path / f"bad{kind}")
         with pytest.raises(UserError, match="check its name"):
-            read(tmp_path / "missing")
+            read_captions(tmp_path / f"missing{kind}")
 
 
 def test_an_exception_midway_leaves_nothing(tmp_path):
@@ -141,9 +137,9 @@ def test_an_exception_midway_leaves_nothing(tmp_path):
         yield Caption(0, 1, "a")
         raise RuntimeError("model failed")
 
-    for write, _ in FORMATS.values():
+    for kind in FORMATS:
         with pytest.raises(RuntimeError):
-            write(tmp_path / "a", breaks())
+            write_captions(tmp_path / f"a{kind}", breaks())
     assert os.listdir(tmp_path) == []
 
 
@@ -169,12 +165,13 @@ def test_captions_from_frames_refuses(times, said, hold):
         captions_from_frames(times, said, hold=hold)
 
 
-@pytest.mark.parametrize(("write", "text"), [(write_srt, srt_text), (write_vtt, vtt_text), (write_jsonl, jsonl_text)])
-def test_a_file_without_a_file(write, text, tmp_path):
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_without_a_file(kind, tmp_path):
     said = [Caption(0.5, 2, "é <b>", 0.25), Caption(1, 3, "two\n\nlines")]
-    write(tmp_path / "a", said)
-    assert text(said).encode() == (tmp_path / "a").read_bytes()
-    assert "<b>" in text(said) or "&lt;b&gt;" in text(said)
+    write_captions(tmp_path / f"a{kind}", said)
+    text = captions_text(said, FORMATS[kind])
+    assert text.encode() == (tmp_path / f"a{kind}").read_bytes()
+    assert "<b>" in text or "&lt;b&gt;" in text
 
 
 def test_captions_from_live_frames_have_their_lag():

@@ -2,26 +2,21 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
 from casa.captioning.request import Request
 from casa.media import (
-    Caption,
+    CaptionFile,
+    CaptionList,
     Recorder,
     VideoWriter,
     add_subtitle_track,
     burn_captions,
     check_subtitle_track,
-    open_writer,
-    read_jsonl,
-    read_srt,
-    read_vtt,
+    read_captions,
 )
-from casa.media.caption_writers import CallbackWriter, ManyWriters
-
-_READERS = {".srt": read_srt, ".vtt": read_vtt, ".jsonl": read_jsonl}
 
 
 def check_outputs(request: Request) -> None:
@@ -41,26 +36,18 @@ class Outputs:
 
     def __init__(self, request: Request, resumed: bool = False, until: float | None = None) -> None:
         self._request, self._hold = request, request.hold
-        self._said: list[Caption] = []
-        self._writers = ManyWriters([])
-        writers: list[Any] = []
-        try:
-            for path in request.out:
-                writers.append(open_writer(path, resumed, until))
-            self._writers = ManyWriters(writers)
-        except BaseException:
-            for writer in writers:
-                writer.close()
-            raise
+        with ExitStack() as stack:
+            self._files = [stack.enter_context(CaptionFile(path, resumed, until)) for path in request.out]
+            self._stack = stack.pop_all()
         again = request.can_be_read_again
         self._afterwards = again and (request.burn is not None or request.track is not None)
         self._recorder = None
         if request.burn is not None and not again:
             # in time with the caption files, which a run that is gone on with had begun before
             self._recorder = Recorder(request.burn, request.fps, begin=None if resumed else 0.0)
-        self._all = CallbackWriter(self._keep)
+        self._all = CaptionList()
         if resumed and self._afterwards:
-            for known in _READERS[request.out[0].suffix.lower()](request.out[0]):
+            for known in read_captions(request.out[0]):
                 self._all.say(known.start, known.end, known.text)
 
     @property
@@ -85,15 +72,16 @@ class Outputs:
 
     def say_again(self, at: float, text: str, lag: float | None = None) -> None:
         """What an earlier run said of a frame that does not come again."""
-        self._writers.say(at, at + self._hold, text, lag)
+        for file in self._files:
+            file.say(at, at + self._hold, text, lag)
         if self._afterwards:
             self._all.say(at, at + self._hold, text)
 
     def close(self, duration: float | None) -> None:
         """Closes the files. duration: seconds of the whole, where it has an end."""
         end = duration if duration is not None and math.isfinite(duration) else None
-        self._writers.close(end)
-        self._all.close(end)
+        for written in (*self._files, self._all):
+            written.close(end)
         if self._recorder is not None:
             self._recorder.close()
 
@@ -101,14 +89,9 @@ class Outputs:
         """Writes the videos that need all captions."""
         request = self._request
         if self._afterwards and request.burn is not None:
-            burn_captions(request.path, self._said, request.burn, fps=request.fps)
+            burn_captions(request.path, self._all.captions, request.burn, fps=request.fps)
         if self._afterwards and request.track is not None:
-            add_subtitle_track(request.path, self._said, request.track)
-
-    def _keep(self, said: Caption, changed: bool) -> None:
-        if changed:
-            self._said.pop()
-        self._said.append(said)
+            add_subtitle_track(request.path, self._all.captions, request.track)
 
     def __enter__(self) -> Self:
         return self
@@ -118,4 +101,4 @@ class Outputs:
             # what was recorded until a camera broke off is kept; and that it broke off is told, whatever comes of this
             with suppress(Exception):
                 self._recorder.close()
-        self._writers.close()
+        self._stack.close()

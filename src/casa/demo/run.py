@@ -16,7 +16,7 @@ from casa.demo.progress import Report, shown
 from casa.demo.questions import ask, look, questions_for
 from casa.demo.report import DemoReport, heading, line
 from casa.errors import UserError
-from casa.media import burn_captions, captions_from_frames, read_frames, write_jsonl, write_srt, write_vtt
+from casa.media import burn_captions, captions_from_frames, read_frames, write_captions
 from casa.models import CasaProcessor
 from casa.models.at_hand import load_at_hand
 
@@ -80,8 +80,8 @@ def run_demo(
     answers = ask(model, processor, picture, questions_for(number))
     captions = captions_from_frames(times, said, end=info.duration)
     files = [folder / f"captions.{kind}" for kind in ("srt", "vtt", "jsonl")]
-    for file, write in zip(files, (write_srt, write_vtt, write_jsonl), strict=True):
-        write(file, captions)
+    for file in files:
+        write_captions(file, captions)
     files += [folder / name for name in ("captioned.mp4", "memory.png", "attention.png")]
     with shown("frames drawn", info.frames, report) as advance:
         burn_captions(path, captions, files[3], progress=_counted(advance))

@@ -1,7 +1,6 @@
-"""Captions as files: SubRip (.srt), WebVTT (.vtt) and one JSON object per line (.jsonl), out and in.
+"""Captions and their files: SubRip (.srt), WebVTT (.vtt) and one JSON object per line (.jsonl), out and in.
 
-All three writers write `tidy(captions)`, so the three files of one video agree, and reading one gives
-`tidy(captions)` back.
+Every format writes `tidy(captions)`, so the files of one video agree, and reading one gives `tidy(captions)` back.
 """
 
 import json
@@ -9,7 +8,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,10 +21,11 @@ from casa.errors import UserError
 class Caption:
     """`text` shown from `start` to `end`, in seconds from the beginning of the video.
 
-    lag: of live captions, the seconds from the picture's being there to the text's; only JSONL can hold it.
+    Attributes:
+        lag: For live captions, the seconds from the picture's arrival to the text's. Only JSONL holds it.
 
     Raises:
-        ValueError: a time that is negative or not finite, or an end that is not after the start.
+        UserError: A time is negative or not finite, or the end is not after the start.
     """
 
     start: float
@@ -43,9 +43,9 @@ class Caption:
 def tidy(captions: Iterable[Caption]) -> list[Caption]:
     """Captions as they can be written: in order, in whole milliseconds, one at a time.
 
-    A caption still on screen when the next begins ends there. Captions that begin in the same
-    millisecond become the lines of one. Blank lines, surrounding blanks, control characters and
-    captions without text are dropped, since a blank line would end a subtitle early.
+    A caption still on screen when the next begins ends there. Captions that begin in the same millisecond become the
+    lines of one. Blank lines, surrounding blanks, control characters and captions without text are dropped, since a
+    blank line would end a subtitle early.
     """
     at: dict[int, tuple[int, list[str], float | None]] = {}
     for caption in sorted(captions, key=lambda c: c.start):
@@ -69,25 +69,27 @@ def captions_from_frames(
     hold: float = 3.0,
     lags: Sequence[float | None] | None = None,
 ) -> list[Caption]:
-    """Captions from what was said at each frame; silence is an empty text.
+    """Makes captions of what was said at each frame; silence is an empty text.
 
-    A caption lasts until the next one, at most `hold` seconds, and not beyond `end` (the length of the
-    video in seconds; ignored where a frame comes later than that). The same text again while it is
-    still on screen keeps it there. lags: of live captions, as in `Caption`.
+    The same text again while it is still on screen keeps it there.
+
+    Args:
+        times: Seconds of the frames, rising.
+        texts: What was said at each.
+        end: Seconds of the whole video, where every caption ends at the latest; ignored for frames after it.
+        hold: Seconds that a caption stays if no other comes.
+        lags: As in `Caption`, of live captions.
 
     Raises:
-        ValueError: `times`, `texts` and `lags` differ in length, times do not rise, or `hold` is not positive.
+        UserError: `times`, `texts` and `lags` differ in length, times do not rise, or `hold` is not positive.
     """
-    if len(times) != len(texts):
-        raise UserError(f"{len(times)} times for {len(texts)} texts: give one time for each text.")
-    if lags is None:
-        lags = [None] * len(times)
-    if len(lags) != len(times):
-        raise UserError(f"{len(lags)} lags for {len(texts)} texts: give one lag for each text, or none.")
+    lags = [None] * len(times) if lags is None else lags
+    if not len(times) == len(texts) == len(lags):
+        raise UserError(f"{len(times)} times and {len(lags)} lags for {len(texts)} texts: give one for each text.")
     if any(b <= a for a, b in pairwise(times)):
         raise UserError("The times of the frames must rise: sort the frames by time.")
     if not hold > 0:
-        raise UserError(f"hold is {hold}: give a number of seconds above 0.")
+        raise UserError(f"hold is {hold}: give a number of seconds above 0.", field="hold")
     spoken = [(time, text.strip(), lag) for time, text, lag in zip(times, texts, lags, strict=True) if text.strip()]
     captions: list[Caption] = []
     for i, (start, text, lag) in enumerate(spoken):
@@ -102,97 +104,74 @@ def captions_from_frames(
     return captions
 
 
-VTT_HEAD = "WEBVTT\n\n"
+def write_captions(path: str | os.PathLike[str], captions: Iterable[Caption]) -> None:
+    """Writes a caption file in the format of its ending, whole or not at all.
+
+    Raises:
+        UserError: The ending is unknown, or the file cannot be written there.
+    """
+    write_text(path, captions_text(captions, format_of(path)))
 
 
-def srt_cue(caption: Caption, number: int) -> str:
-    """One caption of a `tidy` list as SubRip writes it, with the blank line that ends it. number: from 1."""
+def captions_text(captions: Iterable[Caption], format: "SubtitleFormat") -> str:
+    """The text of a caption file."""
+    return format.head + "".join(format.record(c, i) for i, c in enumerate(tidy(captions), start=1))
+
+
+def read_captions(path: str | os.PathLike[str], data: bytes | None = None) -> list[Caption]:
+    """Reads a caption file in the format of its ending; cues without text are passed over.
+
+    Of SubRip, numbers may be missing. Of WebVTT, comments, styles, cue names, cue settings and tags such as `<v Ann>`
+    are passed over. Of JSONL, further keys are.
+
+    Args:
+        path: Ends in .srt, .vtt or .jsonl.
+        data: The file's bytes, where they were read already.
+
+    Raises:
+        UserError: The ending is unknown, there is no such file, it is not UTF-8, or a line (which is named) is wrong.
+    """
+    format = format_of(path)
+    try:
+        text = (Path(path).read_bytes() if data is None else data).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its name.") from error
+    return format.parse(str(path), text.replace("\r\n", "\n").replace("\r", "\n").split("\n"))
+
+
+def _srt_record(caption: Caption, number: int) -> str:
+    # SubRip knows no escapes: players may read `<i>` as italics
     return f"{number}\n{_clock(caption.start, ',')} --> {_clock(caption.end, ',')}\n{caption.text}\n\n"
 
 
-def vtt_cue(caption: Caption, number: int = 0) -> str:
-    """One caption of a `tidy` list as WebVTT writes it, with the blank line that ends it."""
-    return f"{_clock(caption.start, '.')} --> {_clock(caption.end, '.')}\n{_escape(caption.text)}\n\n"
+def _vtt_record(caption: Caption, number: int) -> str:
+    text = caption.text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return f"{_clock(caption.start, '.')} --> {_clock(caption.end, '.')}\n{text}\n\n"
 
 
-def json_line(caption: Caption, number: int = 0) -> str:
-    """One caption of a `tidy` list as a line of JSON."""
+def _json_record(caption: Caption, number: int) -> str:
     row = {"start": caption.start, "end": caption.end, "text": caption.text}
     row |= {} if caption.lag is None else {"lag": round(caption.lag, 3)}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def srt_text(captions: Iterable[Caption]) -> str:
-    """All of a SubRip file. SubRip knows no escapes: players may read `<i>` as italics."""
-    return "".join(srt_cue(c, i) for i, c in enumerate(tidy(captions), start=1))
-
-
-def vtt_text(captions: Iterable[Caption]) -> str:
-    """All of a WebVTT file; `&`, `<` and `>` (so `-->` too) are escaped."""
-    return VTT_HEAD + "".join(vtt_cue(c) for c in tidy(captions))
-
-
-def jsonl_text(captions: Iterable[Caption]) -> str:
-    """One `{"start": seconds, "end": seconds, "text": "..."}` per line; `lag` where known."""
-    return "".join(json_line(c) for c in tidy(captions))
-
-
-def write_srt(path: str | os.PathLike[str], captions: Iterable[Caption]) -> None:
-    """Write `srt_text`, UTF-8, whole or not at all.
-
-    Raises:
-        UserError: the file cannot be written there.
-    """
-    write_text(path, srt_text(captions))
-
-
-def write_vtt(path: str | os.PathLike[str], captions: Iterable[Caption]) -> None:
-    """Write `vtt_text`, UTF-8, whole or not at all.
-
-    Raises:
-        UserError: the file cannot be written there.
-    """
-    write_text(path, vtt_text(captions))
-
-
-def write_jsonl(path: str | os.PathLike[str], captions: Iterable[Caption]) -> None:
-    """Write `jsonl_text`, UTF-8, whole or not at all.
-
-    Raises:
-        UserError: the file cannot be written there.
-    """
-    write_text(path, jsonl_text(captions))
-
-
-def read_srt(path: str | os.PathLike[str], data: bytes | None = None) -> list[Caption]:
-    """Read SubRip. Numbers may be missing, and cues without text are passed over.
-
-    data: the file's bytes, where they were read already.
-
-    Raises:
-        UserError: no such file, not UTF-8, or a cue that has no readable times (its line is named).
-    """
+def _parse_srt(path: str, lines: list[str]) -> list[Caption]:
     captions = []
-    for number, block in _blocks(path, data):
+    for number, block in _blocks(lines):
         # a cue's own number; the times stand in the first or the second line, never later
         skip = 1 if len(block) > 1 and block[0].strip().isdigit() else 0
         captions += _cue(path, number + skip, block[skip], block[skip + 1 :])
     return captions
 
 
-def read_vtt(path: str | os.PathLike[str], data: bytes | None = None) -> list[Caption]:
-    """Read WebVTT; comments, styles, cue names, cue settings and tags such as `<v Ann>` are passed over.
-
-    data: as for `read_srt`.
-
-    Raises:
-        UserError: no such file, not UTF-8, no WEBVTT heading, or a cue without readable times.
-    """
-    blocks = _blocks(path, data)
-    if not blocks or not re.match(r"WEBVTT($|[ \t])", blocks[0][1][0]):
+def _parse_vtt(path: str, lines: list[str]) -> list[Caption]:
+    blocks = _blocks(lines)
+    if not re.match(r"WEBVTT($|[ \t])", next(blocks, (0, [""]))[1][0]):
         raise UserError(f"{path} does not begin with WEBVTT: name a .vtt file.")
     captions = []
-    for number, block in blocks[1:]:
+    for number, block in blocks:
         if re.match(r"(NOTE|STYLE|REGION)($|\s)", block[0]):
             continue
         skip = 0 if "-->" in block[0] else 1
@@ -202,14 +181,9 @@ def read_vtt(path: str | os.PathLike[str], data: bytes | None = None) -> list[Ca
     return captions
 
 
-def read_jsonl(path: str | os.PathLike[str], data: bytes | None = None) -> list[Caption]:
-    """Read what `write_jsonl` wrote; further keys are passed over. data: as for `read_srt`.
-
-    Raises:
-        UserError: no such file, not UTF-8, or a line that is no such object (it is named).
-    """
+def _parse_jsonl(path: str, lines: list[str]) -> list[Caption]:
     captions = []
-    for number, line in enumerate(_read(path, data).split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -221,6 +195,38 @@ def read_jsonl(path: str | os.PathLike[str], data: bytes | None = None) -> list[
                 f'{path}, line {number}: write one {{"start": 0.0, "end": 1.0, "text": "..."}} per line.'
             ) from error
     return captions
+
+
+@dataclass(frozen=True)
+class SubtitleFormat:
+    """How a caption file is written and read.
+
+    Attributes:
+        head: What the file begins with.
+        record: One caption of a `tidy` list, numbered from 1, as text that ends with `mark`.
+        mark: The end of a record, found nowhere else in it.
+        parse: The captions of (path, lines).
+    """
+
+    head: str
+    record: Callable[[Caption, int], str]
+    mark: bytes
+    parse: Callable[[str, list[str]], list[Caption]]
+
+
+FORMATS = {
+    ".srt": SubtitleFormat("", _srt_record, b"\n\n", _parse_srt),
+    ".vtt": SubtitleFormat("WEBVTT\n\n", _vtt_record, b"\n\n", _parse_vtt),
+    ".jsonl": SubtitleFormat("", _json_record, b"\n", _parse_jsonl),
+}
+
+
+def format_of(path: str | os.PathLike[str]) -> SubtitleFormat:
+    """The format of a file's ending. Raises UserError for another ending."""
+    found = FORMATS.get(Path(path).suffix.lower())
+    if found is None:
+        raise UserError(f"{path} is no caption file: let it end in {', '.join(FORMATS)}.")
+    return found
 
 
 def _lines(text: str) -> list[str]:
@@ -246,7 +252,7 @@ _TIME = r"(?:(\d+):)?(\d{1,2}):(\d{1,2})[.,](\d{1,3})"
 _TIMES = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}(?:\s.*)?$", re.ASCII)
 
 
-def _cue(path: object, number: int, times: str, text: list[str]) -> list[Caption]:
+def _cue(path: str, number: int, times: str, text: list[str]) -> list[Caption]:
     match = _TIMES.match(times)
     if match is None:
         raise UserError(f"{path}, line {number}: write the times of a caption as 00:00:01.000 --> 00:00:02.000.")
@@ -264,32 +270,15 @@ def _seconds(fields: Sequence[str | None]) -> float:
     return ((int(h) * 60 + int(m)) * 60_000 + int(s) * 1000 + int(fraction.ljust(3, "0"))) / 1000
 
 
-def _blocks(path: str | os.PathLike[str], data: bytes | None) -> list[tuple[int, list[str]]]:
+def _blocks(lines: list[str]) -> Iterator[tuple[int, list[str]]]:
     """Runs of non-blank lines, each with the number of its first line, counted from 1."""
-    blocks: list[tuple[int, list[str]]] = []
-    previous_blank = True
-    for number, line in enumerate(_read(path, data).split("\n"), start=1):
-        blank = not line.strip()
-        if not blank and previous_blank:
-            blocks.append((number, []))
-        if not blank:
-            blocks[-1][1].append(line)
-        previous_blank = blank
-    return blocks
-
-
-def _read(path: str | os.PathLike[str], data: bytes | None) -> str:
-    try:
-        text = (Path(path).read_bytes() if data is None else data).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8.") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its name.") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    block: list[str] = []
+    for number, line in enumerate([*lines, ""], start=1):
+        if line.strip():
+            block.append(line)
+        elif block:
+            yield number - len(block), block
+            block = []
 
 
 def _unescape(text: str) -> str:

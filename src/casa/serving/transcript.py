@@ -5,9 +5,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from time import monotonic
 
-from casa.media.subtitles import Caption, captions_from_frames, jsonl_text, srt_text, vtt_text
+from casa.media.subtitles import FORMATS, Caption, captions_from_frames, captions_text
 
-TEXTS = {"srt": srt_text, "vtt": vtt_text, "jsonl": jsonl_text}
 TYPES = {"srt": "application/x-subrip", "vtt": "text/vtt", "jsonl": "application/jsonl"}
 
 
@@ -36,7 +35,7 @@ class Transcript:
 
     def file(self, kind: str) -> str:
         """The text of a subtitle file. kind: "srt", "vtt" or "jsonl"."""
-        return TEXTS[kind](self.captions())
+        return captions_text(self.captions(), FORMATS[f".{kind}"])
 
 
 class Shelf:
