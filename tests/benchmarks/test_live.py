@@ -12,12 +12,12 @@ from casa.benchmarks.live import bench_live, by_minute, laps, live_summary, live
 from casa.errors import UserError
 from casa.media import VideoWriter
 from casa.memory import resident_bytes
-from casa.streaming import Count, Moment, StreamingSession, watch_live
+from casa.streaming import Count, FrameCaption, StreamingSession, watch_live
 from casa.testing import PATIENCE, tiny_casa, tiny_processor
 
 
 def moments(seconds, lag):
-    return [Moment(second, "text", lag(second), 0.1, True) for second in seconds]
+    return [FrameCaption(second, "text", lag(second), 0.1, True) for second in seconds]
 
 
 def rows(given, fps=2.0, seconds=180.0):
@@ -56,7 +56,7 @@ def test_dropped_frames_show_also_where_nothing_was_watched():
 
 
 def test_captions_that_are_cut_show():
-    cut = [Moment(0.0, "te", 0.1, 0.1, False), *moments([0.5], lambda second: 0.1)]
+    cut = [FrameCaption(0.0, "te", 0.1, 0.1, False), *moments([0.5], lambda second: 0.1)]
     summary = live_summary(rows(cut, seconds=1.0), 2.0)
     assert (summary["cut"], summary["keeps_pace"]) == (1, False)
 

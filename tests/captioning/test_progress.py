@@ -9,7 +9,7 @@ from casa.captioning import run as module
 from casa.captioning.progress import Progress
 from casa.errors import UserError
 from casa.media import read_captions, read_frames
-from casa.streaming import Moment, Sampling
+from casa.streaming import FrameCaption, Sampling
 
 KINDS = ("srt", "vtt", "jsonl")
 SETTINGS = {
@@ -71,7 +71,7 @@ def always_late(session, frames, fps, *, count, in_real_time):
     """In place of `watch_live`: each caption comes when the next two frames are there already."""
     for frame in frames:
         count.frames += 1
-        yield Moment(frame.time, session.step(frame.image), 0.7, 0.0, True)
+        yield FrameCaption(frame.time, session.step(frame.image), 0.7, 0.0, True)
 
 
 SOURCES = ["file", "part of a file", "folder", "read from its beginning", "live pace"]

@@ -49,13 +49,14 @@ ALLOWED = {
     "analysis": BELOW_MIDDLE | MIDDLE,
     "benchmarks": BELOW_MIDDLE | MIDDLE | {"data", "captioning"},
     "captioning": BELOW_MIDDLE | {"streaming"},
-    "demo": BELOW_MIDDLE | MIDDLE,
-    "serving": BELOW_MIDDLE | MIDDLE,
-    "cli": BELOW_MIDDLE | MIDDLE | {"captioning", "data", "demo", "serving"},
+    "pipeline": BELOW_MIDDLE | MIDDLE,
+    "demo": BELOW_MIDDLE | MIDDLE | {"pipeline"},
+    "serving": BELOW_MIDDLE | MIDDLE | {"pipeline"},
+    "cli": BELOW_MIDDLE | MIDDLE | {"captioning", "data", "demo", "pipeline", "serving"},
     "__main__": {"cli"},
     "testing": FOUNDATION | {"models"},
     "assets": set(),
-    "__init__": FOUNDATION | {"attention", "models", "streaming"},
+    "__init__": FOUNDATION | {"attention", "models", "pipeline", "streaming", "vision"},
 }
 TORCH_ONLY = {"windows", "attention", "layers", "errors"}
 ONE_MEANING = {"reference", "sdpa", "flex", "varlen"}  # implementations of attention, which know nothing of each other
@@ -100,9 +101,8 @@ def _why_not(room: str, file: str, name: str) -> list[str]:
         return []
     target = rest[0]
     # the package's own lazy names
-    target = {"WindowLayout": "windows", "casa_attention": "attention", "StreamingSession": "streaming"}.get(
-        target, "models" if target[:1].isupper() or target == "adapt" else target
-    )
+    homes = {exported: module for module, names in casa.EXPORTS.items() for exported in names}
+    target = homes.get(target, f"casa.{target}").split(".")[1]
     if target == "testing" and room != "testing":
         return ["only tests use casa.testing"]
     if target == room:

@@ -3,30 +3,18 @@
 import re
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from casa.evaluation import page
-
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_ten_lines_run(tmp_path, monkeypatch, capsys):
+def test_the_five_lines_run(monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    drawn = page(np.random.default_rng(3), "held_out", sizes=[(224, 224)])
-    drawn.image.save(tmp_path / "page.png")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(ROOT)
     exec(compile(code, "README.md", "exec"), {})
-    answer, said = capsys.readouterr().out.strip().split("\n")
-    assert answer.isdigit()
-    assert "text_tokens=" in said
-    # as a phone held upright keeps it: on its side
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    drawn.image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "page.png", exif=exif)
-    exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out.strip().split("\n") == [answer, said]
+    answer, *captions = capsys.readouterr().out.strip().split("\n")
+    assert answer == "797"  # what is written there
+    assert len(captions) > 3
+    assert all(re.fullmatch(r" *\d+\.\d s  \S.*", caption) for caption in captions)
 
 
 def test_the_map_names_every_room_and_file_of_the_package():

@@ -50,7 +50,7 @@ def test_a_file_is_watched_frame_by_frame():
     for _ in range(5):
         session.turns.release()
     moments = list(watch(session, [Frame(n, n / 2) for n in range(5)], count))
-    assert [(m.seconds, m.text) for m in moments] == [(n / 2, str(n)) for n in range(5)]
+    assert [(m.time, m.text) for m in moments] == [(n / 2, str(n)) for n in range(5)]
     assert (count.frames, count.dropped) == (5, 0)
 
 
@@ -122,7 +122,7 @@ def test_a_caption_is_cut_at_its_budget():
     count = Count()
     (moment,) = watch_live(Talker(), [Frame(0, 0.0)], fps=2, count=count, clock=lambda: now[0])
     assert moment.text == "word word word"
-    assert not moment.whole
+    assert not moment.complete
     assert moment.took == pytest.approx(30.6)
     assert count.cut == 1
 
@@ -139,7 +139,7 @@ def test_a_machine_too_slow_for_any_word_says_one_of_every_frame_that_it_watches
     moments = list(watch_live(session, noise(0, 4), fps=20, count=count, clock=lambda: now[0]))
     handle.remove()
     assert moments
-    assert all(moment.text and not moment.whole for moment in moments)
+    assert all(moment.text and not moment.complete for moment in moments)
     assert count.frames == count.cut == session.usage.cut == len(moments)
     assert count.frames + count.dropped == 4
 
@@ -233,7 +233,7 @@ def test_a_session_passes_over_what_is_no_picture(watched):
     given, count = noise(0, 2), Count()
     bad = [Frame(np.zeros((4, 4)), 0.0), Frame("no picture", 0.1), Frame(np.zeros((1, 900, 3), np.uint8), 0.2)]
     moments = list(watched(session, [*bad, given[0]], count))
-    assert [moment.seconds for moment in moments] == [given[0].time]
+    assert [moment.time for moment in moments] == [given[0].time]
     assert (count.frames, count.skipped) == (1, 3)
 
 

@@ -22,7 +22,7 @@ from casa.evaluation.stream import stream
 from casa.media import VideoWriter, read_frames
 from casa.memory import resident_bytes
 from casa.models import CasaForConditionalGeneration, CasaProcessor
-from casa.streaming import Count, Moment, StreamingSession, watch_live
+from casa.streaming import Count, FrameCaption, StreamingSession, watch_live
 
 LAP = 60.0  # s of film, which then begins again
 CAMERA_FPS = 10.0
@@ -109,7 +109,7 @@ def bench_live(
 
 
 def by_minute(
-    moments: Iterable[Moment], fps: float, seconds: float, held: Callable[[], tuple[int, int]]
+    moments: Iterable[FrameCaption], fps: float, seconds: float, held: Callable[[], tuple[int, int]]
 ) -> Iterator[Minute]:
     """Rows of the moments, one for each minute of the stream; a minute of which nothing was watched has a row too.
 
@@ -118,7 +118,7 @@ def by_minute(
     minute, part = 0, []
     last = math.ceil(seconds / 60 - 1e-9)
     for moment in moments:
-        while moment.seconds >= 60 * (minute + 1) - 1e-6:
+        while moment.time >= 60 * (minute + 1) - 1e-6:
             yield _row(minute, part, fps, seconds, held())
             minute, part = minute + 1, []
         part.append(moment)
@@ -127,7 +127,7 @@ def by_minute(
         minute, part = minute + 1, []
 
 
-def _row(minute: int, part: list[Moment], fps: float, seconds: float, held: tuple[int, int]) -> Minute:
+def _row(minute: int, part: list[FrameCaption], fps: float, seconds: float, held: tuple[int, int]) -> Minute:
     end = min(60.0 * (minute + 1), seconds)
     due = math.ceil(end * fps - 1e-6) - math.ceil(60 * minute * fps - 1e-6)
     lags = [1000 * moment.lag for moment in part] or [math.nan]
@@ -137,7 +137,7 @@ def _row(minute: int, part: list[Moment], fps: float, seconds: float, held: tupl
         frames=due,
         watched=len(part),
         dropped=due - len(part),
-        cut=sum(not moment.whole for moment in part),
+        cut=sum(not moment.complete for moment in part),
         said=sum(bool(moment.text) for moment in part),
         median_lag_ms=round(float(np.median(lags)), 1),
         max_lag_ms=round(max(lags), 1),

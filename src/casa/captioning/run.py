@@ -17,7 +17,7 @@ from casa.errors import UserError
 from casa.media import Backoff, Source, open_source
 from casa.media.network import is_address
 from casa.models import CasaForConditionalGeneration, CasaProcessor
-from casa.streaming import Count, Moment, StreamingSession, watch, watch_live
+from casa.streaming import Count, FrameCaption, StreamingSession, watch, watch_live
 from casa.streaming.pacing import Budget
 
 Load = Callable[[str], tuple[CasaForConditionalGeneration, CasaProcessor]]
@@ -123,7 +123,7 @@ def caption(
                 report.began = True
                 with closing(_watched(session, frames, request, source, report, not outputs.records)) as moments:
                     for moment in moments:
-                        seconds = moment.seconds
+                        seconds = moment.time
                         # a file's own pace has no clock that a caption could lag behind
                         shown_at = time.monotonic() - moment.lag if report.live else None
                         if moment.text:
@@ -194,7 +194,7 @@ def _behind(frames: Iterable[Any], after: float | None) -> Iterator[Any]:
 
 def _watched(
     session: StreamingSession, frames: Iterable[Any], request: Request, source: Source, report: Report, ahead: bool
-) -> Generator[Moment, None, None]:
+) -> Generator[FrameCaption, None, None]:
     if not report.live:
         watched = watch(session, frames, report.count, ahead=ahead)
     else:

@@ -2,7 +2,7 @@
 
 from casa.streaming.bound import forgets
 from casa.streaming.engine import Event, StreamingEngine
-from casa.streaming.pacing import Count, Moment, watch, watch_live
+from casa.streaming.pacing import Count, FrameCaption, watch, watch_live
 from casa.streaming.sampling import Sampling
 from casa.streaming.session import StreamingSession
 from casa.streaming.usage import Usage
@@ -10,7 +10,7 @@ from casa.streaming.usage import Usage
 __all__ = [
     "Count",
     "Event",
-    "Moment",
+    "FrameCaption",
     "Sampling",
     "StreamingEngine",
     "StreamingSession",

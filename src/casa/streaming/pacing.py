@@ -43,19 +43,19 @@ class Watcher(Protocol):
 
 
 @dataclass(frozen=True)
-class Moment:
+class FrameCaption:
     """What was said of one frame.
 
-    seconds: the frame's time in the stream. text: "" if nothing. lag: seconds from the frame's being there to the
-    caption's; of a file in real time, from when the frame was due. took: seconds of finding words. whole: False if the
-    caption was cut at its budget.
+    time: of the frame, in seconds from the stream's beginning. text: "" if nothing. lag: seconds from the frame's being
+    there to the caption's; of a file in real time, from when the frame was due. took: seconds of finding words.
+    complete: False if the caption was cut at its budget.
     """
 
-    seconds: float
+    time: float
     text: str
     lag: float
     took: float
-    whole: bool
+    complete: bool
 
 
 @dataclass
@@ -153,7 +153,7 @@ def watch(
     *,
     ahead: bool = True,
     clock: Clock = time.monotonic,
-) -> Generator[Moment, None, None]:
+) -> Generator[FrameCaption, None, None]:
     """Every frame in turn, as fast as it goes. frames: objects with `image` and `time` (seconds). Where the watch ends
     before they do, a `close` that they have is called: it may come while another thread waits for the next.
 
@@ -168,7 +168,7 @@ def watch(
             text = session.step(picture)
             count.frames += 1
             took = clock() - began
-            yield Moment(frame.time, text, took, took, True)
+            yield FrameCaption(frame.time, text, took, took, True)
 
 
 def _picture(session: Watcher, frame: Any, count: Count) -> Any:
@@ -226,7 +226,7 @@ def watch_live(
     in_real_time: bool = False,
     clock: Clock = time.monotonic,
     sleep: Callable[[float], Any] | None = None,
-) -> Generator[Moment, None, None]:
+) -> Generator[FrameCaption, None, None]:
     """The newest frame, always, until the stream ends; the last frame is never dropped. frames: as for `watch`.
 
     fps: frames per second that are looked at; 1 / fps is the budget of a caption, from its first token on.
@@ -248,7 +248,7 @@ def watch_live(
             count.frames += 1
             count.cut += budget.spent
             now = clock()
-            yield Moment(frame.time, text, now - arrived, now - began, not budget.spent)
+            yield FrameCaption(frame.time, text, now - arrived, now - began, not budget.spent)
     finally:
         live.stop()
     if live.error is not None:

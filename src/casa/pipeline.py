@@ -1,0 +1,343 @@
+"""The library at its simplest: a model with its processor as one object that answers, captions and streams.
+
+    eyes = casa.load("casa-tiny")
+    eyes.ask("page.png", "Read line 1.")
+    for caption in eyes.watch("clip.mp4", fps=2):
+        print(caption.time, caption.text)
+    session = eyes.stream(max_text_tokens=128)
+
+Everything here goes through the public classes below it: `CasaForConditionalGeneration.generate`, `CasaProcessor` and
+`StreamingSession`. Whoever needs more control takes `eyes.model` and `eyes.processor`.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, overload
+
+import numpy as np
+import torch
+from PIL import Image
+
+from casa.errors import UserError
+from casa.media.pictures import as_picture
+from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.models.at_hand import load_at_hand
+from casa.streaming import FrameCaption, Sampling, StreamingSession, watch, watch_live
+from casa.threads import settle
+
+if TYPE_CHECKING:
+    from casa.training.own.recipe import EvaluationSettings
+    from casa.training.seen import Evaluate
+
+Picture: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes | BinaryIO | np.ndarray | torch.Tensor"
+"""A path or web address, a PIL picture, an array or tensor, or the bytes of a file (docs/models.md, "Pictures")."""
+Pictures: TypeAlias = "Picture | Sequence[Picture] | None"
+
+Scores: TypeAlias = dict[str, dict[str, float]]
+
+
+def load(name_or_path: str | os.PathLike[str] = "casa-tiny", *, device: str = "auto") -> "CasaPipeline":
+    """Loads a model and its processor, in evaluation mode, ready to use.
+
+    Args:
+        name_or_path: A checkpoint's folder, a hub id, or the name of a shipped model.
+        device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:1".
+
+    Returns:
+        The pipeline around both.
+
+    Raises:
+        UserError: There is no such model, it cannot be read, or this machine has no such device.
+    """
+    return CasaPipeline(*load_at_hand(name_or_path, device))
+
+
+class CasaPipeline:
+    """A CASA model and its processor as one: `ask`, `watch`, `stream`.
+
+    Attributes:
+        model: The transformers model. Its device is where everything is computed.
+        processor: The transformers processor.
+    """
+
+    def __init__(self, model: CasaForConditionalGeneration, processor: CasaProcessor) -> None:
+        self.model = model
+        self.processor = processor
+
+    def __repr__(self) -> str:
+        name = self.model.config.name_or_path or type(self.model).__name__
+        return f"{type(self).__name__}({name!r}, device={str(self.model.device)!r})"
+
+    @overload
+    def ask(self, pictures: Pictures, question: str, **settings: Any) -> str: ...
+
+    @overload
+    def ask(
+        self, pictures: "Picture | Sequence[Pictures] | None", question: list[str], **settings: Any
+    ) -> list[str]: ...
+
+    @torch.no_grad()
+    def ask(
+        self,
+        pictures: Any,
+        question: str | list[str],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        batch_size: int = 16,
+        **generate: Any,
+    ) -> str | list[str]:
+        """Answers a question about pictures, or each of a list of questions by itself.
+
+        Args:
+            pictures: For one question: a picture, a list of pictures in the order in which the model sees them, or None
+                for a question about none. For a list of questions: one picture that all are about, None, or a list with
+                an entry of these forms for each question.
+            question: The question, or a list of questions.
+            max_new_tokens: The longest answer.
+            temperature: 0 is greedy; above 0 words are drawn.
+            top_k: Draws among the k likeliest tokens; 0 among all.
+            top_p: Draws among the likeliest tokens that hold this share of the probability.
+            seed: Of the draws. None draws anew each time. torch's own random state stays as it is.
+            batch_size: Questions that are answered in one batch.
+            generate: Anything else that `model.generate` takes.
+
+        Returns:
+            The bare answer, or the list of answers.
+
+        Raises:
+            UserError: A picture cannot be read, the lists differ in length, or a setting is out of range.
+        """
+        if max_new_tokens < 1 or batch_size < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}; both are 1 or more.")
+        sampling = Sampling(temperature, top_k, top_p)
+        generate["do_sample"] = drawn = sampling.temperature > 0
+        if drawn:
+            generate |= {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
+        questions = [question] if isinstance(question, str) else list(question)
+        chats = [
+            _chat(shown, asked)
+            for shown, asked in zip(_by_question(pictures, question, len(questions)), questions, strict=True)
+        ]
+        answers: list[str] = []
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            if drawn:
+                torch.manual_seed(torch.seed() if seed is None else seed)
+            for first in range(0, len(chats), batch_size):
+                answers += self._generate(chats[first : first + batch_size], max_new_tokens, generate)
+        return answers[0] if isinstance(question, str) else answers
+
+    def _generate(self, chats: list[Any], max_new_tokens: int, generate: dict[str, Any]) -> list[str]:
+        settle()
+        inputs = self.processor.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ).to(self.model.device)
+        tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **generate)
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        max_text_tokens: int | None = None,
+        *,
+        max_new_tokens: int = 32,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+    ) -> StreamingSession:
+        """Opens a live session on this model: one `step(frame)` per frame, at constant memory.
+
+        Args:
+            prompt: What the user asks for; None takes the processor's own.
+            max_text_tokens: Bound on the text that is kept; None lets it grow by what is said.
+            max_new_tokens: The longest caption of one frame.
+            sampling: How words are drawn; greedy if None.
+            seed: Of the draws.
+
+        Returns:
+            The session. Any number of them share the model.
+
+        Raises:
+            UserError: The bound is too small for the prompt and one frame.
+        """
+        return StreamingSession(
+            self.model,
+            self.processor,
+            prompt,
+            max_text_tokens,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+        )
+
+    def watch(
+        self,
+        source: str | os.PathLike[str] | Iterable[Any],
+        fps: float = 2.0,
+        *,
+        live: bool | None = None,
+        session: StreamingSession | None = None,
+        **settings: Any,
+    ) -> Iterator[FrameCaption]:
+        """Captions a video from any source: a file frame by frame, a live source in time with the clock.
+
+        Args:
+            source: As for `casa.media.open_source`: a video file, a folder of pictures, "camera:0", an address, "-" for
+                standard input, or any iterable of pictures.
+            fps: Frames per second that are looked at.
+            live: Whether to keep pace with the clock: late frames are dropped and captions cut at their budget. None
+                does so if the source is live.
+            session: Goes on with this session; a new one if None.
+            settings: Those of `stream`, for a new session: `prompt`, `max_text_tokens`, `max_new_tokens`, ...
+
+        Yields:
+            One caption for each frame about which something is said, with `.time` of the frame in seconds, `.text`, and
+            `.lag` of the caption behind its frame in seconds.
+
+        Raises:
+            UserError: The source cannot be opened or read.
+        """
+        # FFmpeg is an extra, which pictures do not need
+        from casa.media import open_source
+
+        if session is not None and settings:
+            raise UserError(f"{', '.join(settings)}: these are for a new session, and one is given.")
+        with open_source(source, fps, live=live) as frames:
+            session = session if session is not None else self.stream(**settings)
+            in_pace = frames.is_live if live is None else live
+            found = (
+                watch_live(session, frames, fps, in_real_time=not frames.is_live) if in_pace else watch(session, frames)
+            )
+            with closing(found) as captions:
+                yield from (caption for caption in captions if caption.text)
+
+
+def train(
+    recipe: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    *,
+    changes: Sequence[str] = (),
+    report: Callable[[str], None] | None = None,
+) -> Path | None:
+    """Trains a model as a recipe says.
+
+    Args:
+        recipe: A .yaml file, e.g. recipes/lora-own-data.yaml.
+        out: Folder of the run; runs/<name of the recipe> if None. It has to be new or empty unless `resume` is true.
+        resume: Goes on from the newest checkpoint in `out`.
+        changes: Changes to the recipe, as "optimisation.steps=2000".
+        report: Is told in sentences what is done besides steps.
+
+    Returns:
+        The folder of the finished model, which `load` takes; None if a signal ended the run early.
+
+    Raises:
+        UserError: The recipe, its data or its model cannot be used, or `out` holds another run.
+    """
+    from casa.training.own import RunRecipe, open_recipe, train_run
+
+    chosen = open_recipe(Path(recipe), changes)
+    if not isinstance(chosen, RunRecipe):
+        raise UserError(f"{recipe} is a recipe of casa-tiny's own stages; run it with the program.")
+    folder = Path(out) if out is not None else Path("runs") / Path(recipe).stem
+    measure = task_scores(chosen.evaluation) if chosen.evaluation.tasks else None
+    return train_run(chosen, folder, resume=resume, evaluate=measure, told=report)
+
+
+def evaluate(
+    eyes: CasaPipeline | str | os.PathLike[str],
+    tasks: Iterable[str] = ("pages", "scenes", "stream"),
+    *,
+    data: str | os.PathLike[str] | None = None,
+    metrics: Sequence[str] | None = None,
+    seed: int = 0,
+    limit: int = 200,
+    largest: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Scores:
+    """Scores a model on the offline tasks, on handwriting and photographs that were never trained on.
+
+    Args:
+        eyes: What `load` gives, or the name or folder of a model.
+        tasks: Of "pages", "scenes" and "stream".
+        data: Not supported yet: questions and answers of your own.
+        metrics: Not supported yet: how answers to `data` are scored.
+        seed: Another seed draws other pictures.
+        limit: Pages, scenes, and numbers shown in streams.
+        largest: Longest side of a picture in px.
+        progress: Is called as progress(task, done, limit).
+
+    Returns:
+        By task, its scores by name, shares from 0 to 1, and "n": {"pages": {"digits", "lines", "n"}, ...}.
+
+    Raises:
+        UserError: A task is unknown or a setting is out of range.
+    """
+    from casa.evaluation import runner
+
+    if data is not None or metrics is not None:
+        raise UserError("data and metrics of your own cannot be evaluated yet; leave them out and name tasks.")
+    names = runner.check_tasks(tasks)
+    pipeline = eyes if isinstance(eyes, CasaPipeline) else load(eyes)
+
+    def answer(pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
+        return pipeline.ask(list(pictures), list(questions))
+
+    return runner.evaluate(names, answer, pipeline.stream, seed=seed, limit=limit, largest=largest, progress=progress)
+
+
+def task_scores(settings: "EvaluationSettings") -> "Evaluate":
+    """Makes the function that measures a model on offline tasks while it trains.
+
+    Args:
+        settings: The recipe's `evaluation`.
+
+    Returns:
+        A function from a model and its processor to scores such as `pages_digits`.
+
+    Raises:
+        UserError: A task is unknown, or what it is drawn from is not installed.
+    """
+    from casa.evaluation import runner
+
+    names = runner.check_tasks(settings.tasks)
+    # what they are drawn from is an extra, and would be missed at the first measurement only
+    runner.draw_one(names, settings.largest)
+
+    def scores(model: CasaForConditionalGeneration, processor: CasaProcessor) -> dict[str, float]:
+        found = evaluate(CasaPipeline(model, processor), names, limit=settings.limit, largest=settings.largest)
+        return {f"{task}_{name}": value for task, of in found.items() for name, value in of.items() if name != "n"}
+
+    return scores
+
+
+def _is_list(pictures: Any) -> bool:
+    return isinstance(pictures, list | tuple)
+
+
+def _by_question(pictures: Any, question: str | list[str], count: int) -> Sequence[Any]:
+    """What each question is about."""
+    if isinstance(question, str) or not _is_list(pictures):
+        return [pictures] * count
+    if len(pictures) != count:
+        raise UserError(
+            f"there are {count} questions and {len(pictures)} entries of pictures; give one entry per question, itself "
+            "a list where a question is about several pictures."
+        )
+    return pictures
+
+
+def _chat(shown: Any, question: str) -> list[dict[str, Any]]:
+    """One user's turn: the pictures, then the question."""
+    pictures = list(shown) if _is_list(shown) else [] if shown is None else [shown]
+    names = ["The picture"] if len(pictures) == 1 else [f"Picture {number}" for number in range(1, len(pictures) + 1)]
+    images = [as_picture(picture, name) for picture, name in zip(pictures, names, strict=True)]
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
