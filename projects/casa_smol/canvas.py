@@ -25,6 +25,7 @@ class Glyphs:
     lines: float (G, 2), top and bottom of the character's line of writing.
     classes: by `CLASS_OF`; the space between words has one too.
     words, inks: number of the word (-1 for a space) and of the ink among `COLOURS`.
+    runs: number of the text that was written in one go; its characters follow each other.
     """
 
     boxes: np.ndarray
@@ -32,6 +33,7 @@ class Glyphs:
     classes: np.ndarray
     words: np.ndarray
     inks: np.ndarray
+    runs: np.ndarray
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Canvas:
     paper: RGB
     glyphs: list[tuple[float, ...]] = field(default_factory=list)
     words: int = 0
+    runs: int = 0
 
     def __post_init__(self) -> None:
         self.image, self.ground = (Image.new("RGB", self.size, self.paper) for _ in range(2))
@@ -75,15 +78,16 @@ class Canvas:
                 word, self.words = self.words, self.words + 1
             self.glyphs.append((
                 x + end - advance, baseline - rise, x + end, baseline, baseline - top, baseline + bottom,
-                CLASS_OF[character], word, colour,
+                CLASS_OF[character], word, colour, self.runs,
             ))  # fmt: skip
+        self.runs += 1
         return x + end
 
     def found(self) -> Glyphs:
         """What was written."""
-        table = np.array(self.glyphs, dtype=np.float64).reshape(-1, 9)
+        table = np.array(self.glyphs, dtype=np.float64).reshape(-1, 10)
         whole = table[:, 6:].astype(np.int64)
-        return Glyphs(table[:, :4], table[:, 4:6], whole[:, 0], whole[:, 1], whole[:, 2])
+        return Glyphs(table[:, :4], table[:, 4:6], *whole.T)
 
 
 def width_of(text: str, face: Face, size: int) -> float:

@@ -51,6 +51,7 @@ def _moved(glyphs: Glyphs, forward: np.ndarray, offset: np.ndarray) -> Glyphs:
         glyphs.classes,
         glyphs.words,
         glyphs.inks,
+        glyphs.runs,
     )
 
 

@@ -1,6 +1,10 @@
 """Stage 1: the page encoder, trained on dense targets.
 
     python -m projects.casa_smol.encoder runs/page-encoder --steps 40000
+    python -m projects.casa_smol.encoder runs/page-writer --steps 40000 --text data/parts/text --start runs/page-encoder
+
+The second command goes on from the first one's weights: blocks that look further to the side, and a code of what is
+written in each image token, in the tokens of a text model.
 
 Every batch is a function of seed and step, so a run that was killed goes on from its last checkpoint and ends with the
 same weights, bit for bit, as one that was not. `--steps` may be changed underway: the rate falls over the last part.
@@ -24,12 +28,16 @@ from torch.utils.data import DataLoader, Dataset
 from casa.atomic import replacing, write_text
 from casa.errors import UserError
 from casa.vision.encoders.page import PageEncoder, PageEncoderConfig
-from projects.casa_smol.canvas import COLOURS
+from projects.casa_smol.canvas import COLOURS, Glyphs
 from projects.casa_smol.fonts import CHARACTERS
-from projects.casa_smol.targets import NO_INK, Targets, page
+from projects.casa_smol.spelling import Speller, embeddings_of, encoder_of, spelling_of
+from projects.casa_smol.targets import FOLLOWING, NO_INK, UNKNOWN, Targets, page
 
 Batch = dict[str, Tensor]
-LOSS_WEIGHTS = {"classes": 1.0, "middles": 0.5, "inks": 0.1, "grounds": 0.1}
+LOSS_WEIGHTS = {
+    "classes": 1.0, "middles": 0.5, "inks": 0.1, "grounds": 0.1, "around": 0.5, "spelled": 0.3, "counts": 0.2,
+}  # fmt: skip
+FURTHER = (2, 4, 8, 4)  # dilations of the blocks that a text model's tokens need
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class Settings:
 
     shapes: (pages, width, height) of a batch, taken in turn. hidden_size, dilations, stem_sizes: the encoder's.
     decay: the last share of the steps, over which the rate falls to nothing. ema: of the weights that are kept.
+    text: folder of a text model whose tokens are learned; none if empty. others: how many of its words, drawn anew,
+        a right one is to be told from at each step. written_size, token_size: see the encoder.
     """
 
     seed: int = 1
@@ -57,6 +67,10 @@ class Settings:
     keep_every: int = 250
     score_every: int = 2000
     score_pages: int = 48
+    text: str = ""
+    others: int = 2048
+    written_size: int = 0
+    token_size: tuple[int, int] = (16, 16)
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -70,6 +84,8 @@ class Settings:
             stem_sizes=self.stem_sizes,
             hidden_size=self.hidden_size,
             dilations=self.dilations,
+            token_size=self.token_size,
+            written_size=self.written_size,
             batch_norm=True,
         )
 
@@ -85,12 +101,16 @@ class Heads(nn.Module):
 
 
 class Learner(nn.Module):
-    """Encoder and heads as one."""
+    """Encoder and heads as one. words: (V, D) of a text model, where its tokens are learned."""
 
-    def __init__(self, config: PageEncoderConfig) -> None:
+    def __init__(self, config: PageEncoderConfig, words: Tensor | None = None) -> None:
         super().__init__()
         self.encoder = PageEncoder(config)
         self.heads = Heads(config.hidden_size)
+        self.around, self.speller = None, None
+        if words is not None:
+            self.around = nn.Linear(config.hidden_size, (1 + FOLLOWING) * config.classes)
+            self.speller = Speller(config.written_size, words)
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
         """uint8 (n, H, W, 3) to logits (n, classes, R, C) by the names of the targets."""
@@ -100,8 +120,22 @@ class Learner(nn.Module):
         )
         seen = ((pictures / 255 - mean) / std).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
         cells = self.encoder(seen)
-        found = {"classes": self.encoder.classifier(cells)}
+        found = {"cells": cells, "classes": self.encoder.classifier(cells)}
+        if self.speller is not None:
+            found["written"] = self.encoder._written(cells)
         return found | {name: head(cells) for name, head in self.heads.named_children()}
+
+    def text_losses(self, found: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Of the characters around each, and of a text model's tokens."""
+        if self.around is None or self.speller is None:
+            return {}
+        wanted = batch["around"].permute(0, 2, 3, 1)
+        there = (wanted != UNKNOWN).any(-1) & (batch["classes"] > 0)
+        wanted = wanted[there].long()
+        guessed = self.around(found["cells"].permute(0, 2, 3, 1)[there]).unflatten(-1, (1 + FOLLOWING, -1))
+        around = nn.functional.cross_entropy(guessed.flatten(0, 1).float(), wanted.flatten(), ignore_index=UNKNOWN)
+        ids, counts = batch["spelled"].flatten(1, 2), batch["counts"].flatten(1)
+        return {"around": around} | self.speller.losses(found["written"], ids, counts, batch["others"])
 
 
 def losses(found: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
@@ -133,27 +167,43 @@ class Pages(Dataset[Batch]):
         return self.settings.steps
 
     def __getitem__(self, step: int) -> Batch:
-        count, width, height = self.settings.shapes[step % len(self.settings.shapes)]
-        return stacked([page((self.settings.seed, step, number), (width, height)) for number in range(count)])
+        settings = self.settings
+        count, width, height = settings.shapes[step % len(settings.shapes)]
+        batch = stacked([page((settings.seed, step, number), (width, height)) for number in range(count)], settings)
+        if settings.text:
+            rng = np.random.default_rng((settings.seed, step, count))
+            batch["others"] = torch.from_numpy(rng.integers(0, 2**31, settings.others))
+        return batch
 
 
-def stacked(pages: list[tuple[np.ndarray, Targets]]) -> Batch:
+def stacked(pages: list[tuple[np.ndarray, Targets, Glyphs]], settings: Settings) -> Batch:
     """Pages of one size as a batch: pictures, and the maps of their targets."""
-    names = ("classes", "weights", "middles", "inks", "grounds")
-    batch = {name: torch.from_numpy(np.stack([getattr(targets, name) for _, targets in pages])) for name in names}
-    return batch | {"pictures": torch.from_numpy(np.stack([picture for picture, _ in pages]))}
+    names = ["classes", "weights", "middles", "inks", "grounds"]
+    if settings.text:
+        names.append("around")
+    batch = {name: torch.from_numpy(np.stack([getattr(targets, name) for _, targets, _ in pages])) for name in names}
+    if settings.text:
+        encode = encoder_of(Path(settings.text))
+        size = pages[0][0].shape[1::-1]
+        spelled = [spelling_of(glyphs, size, settings.token_size, encode) for _, _, glyphs in pages]
+        batch |= {
+            "spelled": torch.from_numpy(np.stack([one.ids for one in spelled])),
+            "counts": torch.from_numpy(np.stack([one.counts for one in spelled])),
+        }
+    return batch | {"pictures": torch.from_numpy(np.stack([picture for picture, _, _ in pages]))}
 
 
 @torch.no_grad()
 def scores(learner: Learner, settings: Settings, split: str, worn_by: float) -> dict[str, float]:
     """Characters and words read rightly where they are known to stand, on pages of a split's fonts and words.
 
-    "folded" takes letters alike but for case, and I l 1 |, O 0, as the same. colours: of ink, over characters.
+    "folded" takes letters alike but for case, and I l 1 |, O 0, as the same. inks: colours, over characters. previous,
+    own: a text model's token before the first that begins in an image token, and those that begin there.
     """
     learner.eval()
-    right, folded, words, inks = [], [], [], []
+    right, folded, words, inks, previous, own = [], [], [], [], [], []
     for number in range(settings.score_pages):
-        picture, targets = page((settings.seed, 987654321, number), (256, 256), split, worn_by)
+        picture, targets, glyphs = page((settings.seed, 987654321, number), (256, 256), split, worn_by)
         if not len(targets.centres):
             continue
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
@@ -167,8 +217,18 @@ def scores(learner: Learner, settings: Settings, split: str, worn_by: float) -> 
         folded.append(FOLDED[read[letters]] == FOLDED[wanted[letters]])
         inks.append((ink == targets.inks[row, column])[letters])
         words += [hits[word[letters] == one].all() for one in np.unique(word[letters])]
+        if learner.speller is not None:
+            spelled = spelling_of(glyphs, (256, 256), settings.token_size, encoder_of(Path(settings.text)))
+            ids = torch.from_numpy(spelled.ids).flatten(0, 1)
+            known = ids >= 0
+            begins = known.any(-1)
+            hits = learner.speller.right(found["written"][0][begins], ids[begins])
+            previous.append(hits[:, 0][known[begins][:, 0]].numpy())
+            own.append(hits[:, 1:][known[begins][:, 1:]].numpy())
     learner.train()
     parts = {"characters": right, "folded": folded, "inks": inks}
+    if learner.speller is not None:
+        parts |= {"previous": previous, "own": own}
     return {name: round(float(np.concatenate(part).mean()), 4) for name, part in parts.items()} | {
         "words": round(float(np.mean(words)), 4)
     }
@@ -200,7 +260,8 @@ class Run:
         """A run at step 0, its weights by the seed."""
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            learner, average = Learner(settings.encoder()), Learner(settings.encoder())
+            words = embeddings_of(Path(settings.text)) if settings.text else None
+            learner, average = (Learner(settings.encoder(), words) for _ in range(2))
         average.load_state_dict(learner.state_dict())
         for module in (learner, average):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -225,6 +286,16 @@ class Run:
             run.step, run.seconds, run.log = kept["step"], kept["seconds"], kept["log"]
         return run
 
+    def take(self, folder: Path) -> None:
+        """Begins with the weights of another run, where it has them; blocks that it lacks change nothing at first."""
+        kept = torch.load(folder / "checkpoint.pt", weights_only=True)["average"]
+        for module in (self.learner, self.average):
+            lacking, _ = module.load_state_dict(kept, strict=False)
+            with torch.no_grad():
+                for name in lacking:
+                    if name.startswith("encoder.blocks.") and name.endswith("mix.1.weight"):
+                        module.get_parameter(name).zero_()
+
     def keep(self, folder: Path) -> None:
         """Writes the checkpoint and the log, each whole or not at all."""
         state = {name: getattr(self, name).state_dict() for name in ("learner", "average", "optimiser")}
@@ -239,7 +310,8 @@ class Run:
             group["lr"] = self.settings.rate_at(self.step)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bf16):
             found = self.learner(batch["pictures"])
-        parts = losses(found, batch)
+            text = self.learner.text_losses(found, batch)
+        parts = losses(found, batch) | text
         torch.stack([LOSS_WEIGHTS[name] * part for name, part in parts.items()]).sum().backward()
         nn.utils.clip_grad_norm_(self.learner.parameters(), self.settings.clip)
         self.optimiser.step()
@@ -266,12 +338,24 @@ def batches(settings: Settings, start: int, stop: int, workers: int) -> Iterator
     return iter(DataLoader(Pages(settings), batch_size=None, sampler=order, num_workers=workers, **ahead))
 
 
-def train(folder: Path, settings: Settings, workers: int = 1, score: bool = True, stop: int | None = None) -> Run:
-    """Trains to the settings' last step, or to `stop` before it, going on from what is in the folder."""
+def train(
+    folder: Path,
+    settings: Settings,
+    workers: int = 1,
+    score: bool = True,
+    stop: int | None = None,
+    start: Path | None = None,
+) -> Run:
+    """Trains to the settings' last step, or to `stop` before it, going on from what is in the folder.
+
+    start: folder of a run whose weights a new one begins with.
+    """
     stop = settings.steps if stop is None else min(stop, settings.steps)
     folder.mkdir(parents=True, exist_ok=True)
     run, sums, began = Run.at(folder, settings), {}, time.process_time()
     since = run.step
+    if start is not None and run.step == 0:
+        run.take(start)
     for batch in batches(settings, run.step, stop, workers):
         for name, loss in run.learn(batch).items():
             sums[name] = sums.get(name, 0.0) + loss
@@ -300,9 +384,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--stop", type=int, help="the step to stop at for now, before the last")
     parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument("--text", default="", help="folder of a text model, whose tokens are learned too")
+    parser.add_argument("--start", type=Path, help="folder of a run whose weights this one begins with")
     parser.add_argument("--tiny", action="store_true", help="a setting of seconds, to try the command")
     given = parser.parse_args(arguments)
     settings = Settings(seed=given.seed, steps=given.steps)
+    if given.text:
+        further = (*settings.dilations, *FURTHER)
+        settings = replace(settings, text=given.text, written_size=384, dilations=further, rate=1e-3, warm_up=300)
     if given.tiny:
         settings = replace(
             settings,
@@ -314,7 +403,14 @@ def main(arguments: list[str]) -> int:
             score_pages=2,
         )
     try:
-        train(given.out, settings, workers=0 if given.tiny else 1, score=not given.tiny, stop=given.stop)
+        train(
+            given.out,
+            settings,
+            workers=0 if given.tiny else 1,
+            score=not given.tiny,
+            stop=given.stop,
+            start=given.start,
+        )
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

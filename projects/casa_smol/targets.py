@@ -19,6 +19,8 @@ from projects.casa_smol.pages import draw
 MIDDLE = 0.64
 BACKGROUND_WEIGHT = 0.15
 NO_INK = 255
+FOLLOWING = 6
+UNKNOWN = 255
 LEAST_X_HEIGHT = 4.0  # pixels; smaller writing is ignored, as nobody reads it
 
 
@@ -29,6 +31,8 @@ class Targets:
     classes: uint8, 0 for none. weights: float32. middles: bool, cells of a character's centre.
     inks: uint8, colour of the character, NO_INK elsewhere. grounds: uint8, colour behind the text.
     centres: int64 (G, 4): row, column, class and word of every character whose middle is on the page.
+    around: uint8 (1 + FOLLOWING, R, C): the class of the character before, and of those that follow, each 0 where the
+        text ends; UNKNOWN where no character is, or where that one is not on the page.
     """
 
     classes: np.ndarray
@@ -37,6 +41,7 @@ class Targets:
     inks: np.ndarray
     grounds: np.ndarray
     centres: np.ndarray
+    around: np.ndarray
 
 
 def targets_of(glyphs: Glyphs, ground: np.ndarray) -> Targets:
@@ -46,6 +51,7 @@ def targets_of(glyphs: Glyphs, ground: np.ndarray) -> Targets:
     weights = np.full((rows, columns), BACKGROUND_WEIGHT, dtype=np.float32)
     middles = np.zeros((rows, columns), dtype=bool)
     inks = np.full((rows, columns), NO_INK, dtype=np.uint8)
+    holder = np.full((rows, columns), len(glyphs.classes))
     boxes = glyphs.boxes
     x, half = boxes[:, [0, 2]].mean(1), (boxes[:, 2] - boxes[:, 0]) / 2
     centre = np.stack([boxes[:, [1, 3]].mean(1) // CELL[0], x // CELL[1]], axis=1).astype(np.int64)
@@ -64,14 +70,30 @@ def targets_of(glyphs: Glyphs, ground: np.ndarray) -> Targets:
         classes[top:bottom, left:right] = glyphs.classes[number]
         weights[top:bottom, left:right] = 1.0
         inks[top:bottom, left:right] = glyphs.inks[number]
+        holder[top:bottom, left:right] = number
     row, column = centre[labelled].T
     classes[row, column] = glyphs.classes[labelled]
     weights[row, column] = 2.0
     middles[row, column] = True
     inks[row, column] = glyphs.inks[labelled]
+    holder[row, column] = labelled
     spots = ground[CELL[0] // 2 :: CELL[0], CELL[1] // 2 :: CELL[1]]
     centres = np.concatenate([centre[labelled], glyphs.classes[labelled, None], glyphs.words[labelled, None]], axis=1)
-    return Targets(classes, weights, middles, inks, colours_of(spots), centres)
+    around = _around(glyphs, inside)[:, holder]
+    return Targets(classes, weights, middles, inks, colours_of(spots), centres, around)
+
+
+def _around(glyphs: Glyphs, inside: np.ndarray) -> np.ndarray:
+    """uint8 (1 + FOLLOWING, G + 1): classes of the characters around each; the last column is for no character."""
+    count = len(glyphs.classes)
+    found = np.full((1 + FOLLOWING, count + 1), UNKNOWN, dtype=np.uint8)
+    for slot, step in enumerate((-1, *range(1, 1 + FOLLOWING))):
+        other = np.arange(count) + step
+        known = (other >= 0) & (other < count)
+        other = np.where(known, other, 0)
+        same = known & (glyphs.runs[other] == glyphs.runs) if count else known
+        found[slot, :-1] = np.where(same, np.where(inside[other], glyphs.classes[other], UNKNOWN), 0) if count else 0
+    return found
 
 
 def _span(low: np.ndarray, high: np.ndarray, cell: int, count: int, inset: float) -> np.ndarray:
@@ -83,10 +105,10 @@ def _span(low: np.ndarray, high: np.ndarray, cell: int, count: int, inset: float
 
 def page(
     seed: tuple[int, ...], size: tuple[int, int], split: str = "train", worn_by: float = 1.0
-) -> tuple[np.ndarray, Targets]:
-    """uint8 (H, W, 3) of `size` (width, height), and its targets; the same for the same seed."""
+) -> tuple[np.ndarray, Targets, Glyphs]:
+    """uint8 (H, W, 3) of `size` (width, height), its targets and characters; the same for the same seed."""
     rng = np.random.default_rng(seed)
     room = (size[0] + int(rng.integers(0, 65)), size[1] + int(rng.integers(0, 49)))
     canvas = draw(rng, room, split)
     image, ground, glyphs = placed(canvas, size, rng, turned=0.3 * worn_by)
-    return np.array(worn(image, rng, worn_by)), targets_of(glyphs, np.asarray(ground))
+    return np.array(worn(image, rng, worn_by)), targets_of(glyphs, np.asarray(ground)), glyphs

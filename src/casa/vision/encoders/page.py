@@ -35,7 +35,8 @@ class PageEncoderConfig(PreTrainedConfig):
     hidden_size: d. dilations: one residual block each, that wide steps from side to side.
     token_size: height and width of a token in pixels, whole cells.
     token_parts: what a token is made of: "features" (d per cell), "classes" (K probabilities per cell),
-        "places" (where in the picture it stands, in waves of pixels).
+        "places" (where in the picture it stands, in waves of pixels), "written" (a code of the words that begin in it).
+    written_size: width of that code, 0 for an encoder that has none; it belongs to tokens of `token_size`.
     batch_norm: whether convolutions are followed by BatchNorm, as they are in training (see `PageEncoder.folded`).
     image_mean, image_std: per channel. min_pixels, max_pixels: bounds for the area of a picture.
     """
@@ -48,6 +49,7 @@ class PageEncoderConfig(PreTrainedConfig):
     dilations: tuple[int, ...] | list[int] = (1, 2, 1, 2, 1, 2)
     token_size: tuple[int, int] | list[int] = (16, 32)
     token_parts: tuple[str, ...] | list[str] = ("features", "classes")
+    written_size: int = 0
     batch_norm: bool = False
     image_mean: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5)
@@ -60,6 +62,8 @@ class PageEncoderConfig(PreTrainedConfig):
         if not self.token_parts or (unknown := [part for part in self.token_parts if part not in PARTS]):
             named = ", ".join(map(repr, self.token_parts and unknown)) or "empty"
             raise UserError(f"token_parts is or has {named}; the parts are {', '.join(PARTS)}.")
+        if "written" in self.token_parts and not self.written_size:
+            raise UserError("token_parts has 'written', and written_size is 0; this encoder has no such code.")
         super().__post_init__(**kwargs)
 
     @property
@@ -72,6 +76,7 @@ PARTS = {
     "features": lambda config: _cells_per_token(config) * config.hidden_size,
     "classes": lambda config: _cells_per_token(config) * config.classes,
     "places": lambda config: 4 * WAVES,
+    "written": lambda config: config.written_size,
 }
 
 
@@ -113,6 +118,11 @@ class PageEncoder(PreTrainedModel):
         self.third = _layer((second, width), 3, norm, stride=(2, 1), padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(width, dilation, norm) for dilation in config.dilations)
         self.classifier = nn.Conv2d(width, config.classes, 1)
+        if config.written_size:
+            inside = _cells_per_token(config) * width
+            self.writing = nn.Sequential(
+                nn.Linear(inside, inside // 2), nn.GELU(), nn.Linear(inside // 2, config.written_size)
+            )
         self.post_init()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -139,6 +149,8 @@ class PageEncoder(PreTrainedModel):
                     whole: Any = nn.utils.fuse_conv_bn_eval(*module.eval())  # type: ignore[arg-type]
                     found.get_submodule(name)[0].load_state_dict(whole.state_dict())
             found.classifier.load_state_dict(self.classifier.state_dict())
+            if self.config.written_size:
+                found.writing.load_state_dict(self.writing.state_dict())
         return found.to(self.dtype).eval()
 
     def _features(self, cells: Tensor) -> Tensor:
@@ -148,6 +160,10 @@ class PageEncoder(PreTrainedModel):
 
     def _classes(self, cells: Tensor) -> Tensor:
         return self._features(self.classifier(cells).softmax(dim=1))
+
+    def _written(self, cells: Tensor) -> Tensor:
+        code = self.writing(self._features(cells))
+        return nn.functional.rms_norm(code, code.shape[-1:])
 
     def _places(self, cells: Tensor) -> Tensor:
         rows, columns = (cells.shape[2 + axis] * CELL[axis] // self.config.token_size[axis] for axis in (0, 1))
@@ -255,6 +271,8 @@ def _flops(encoder: PageEncoder, rows: int, columns: int) -> int:
     for name, module in encoder.named_modules():
         if isinstance(module, nn.Conv2d) and (name != "classifier" or "classes" in encoder.config.token_parts):
             total += 2 * module.weight.numel() * area // shares.get(name.partition(".")[0], CELL[0] * CELL[1])
+        elif isinstance(module, nn.Linear) and "written" in encoder.config.token_parts:
+            total += 2 * module.weight.numel() * rows * columns
     return total
 
 
