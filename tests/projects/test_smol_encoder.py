@@ -62,7 +62,7 @@ def test_losses_fall_and_are_written_down(tmp_path):
 def test_a_page_learnt_by_heart_is_read():
     settings = replace(TINY, steps=200, hidden_size=24, rate=1e-2, bf16=False, ema=0.8, score_pages=1)
     run, seed = Run.start(settings), (settings.seed, 987654321, 0)
-    batch = stacked([page(seed, (256, 256), "train", 0.0)])
+    batch = stacked([page(seed, (256, 256), "train", 0.0)], settings)
     for _ in range(120):
         run.learn(batch)
     found = scores(run.average, settings, "train", 0.0)
