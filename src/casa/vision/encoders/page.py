@@ -59,8 +59,9 @@ class PageEncoderConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if any(side < 1 or side % cell for side, cell in zip(self.token_size, CELL, strict=True)):
             raise UserError(f"token_size is {self.token_size}; give multiples of {CELL[0]} rows and {CELL[1]} columns.")
-        if not self.token_parts or (unknown := [part for part in self.token_parts if part not in PARTS]):
-            named = ", ".join(map(repr, self.token_parts and unknown)) or "empty"
+        unknown = [part for part in self.token_parts if part not in PARTS]
+        if unknown or not self.token_parts:
+            named = ", ".join(map(repr, unknown)) or "empty"
             raise UserError(f"token_parts is or has {named}; the parts are {', '.join(PARTS)}.")
         if "written" in self.token_parts and not self.written_size:
             raise UserError("token_parts has 'written', and written_size is 0; this encoder has no such code.")
@@ -223,7 +224,7 @@ class CasaPageImageProcessor(PilBackend):
                 return sides, grid
             scale *= min(0.99, (most / area) ** 0.5)
 
-    def _preprocess(
+    def _preprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         images: list[np.ndarray],
         token_size: Any,
