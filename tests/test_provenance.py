@@ -2,7 +2,7 @@
 
 import json
 
-from casa.models.shipped import ASSETS
+from casa.models.loading import ASSETS
 from casa.provenance import fingerprint, provenance
 
 

@@ -27,7 +27,7 @@ def provenance(device: str = "cpu", model: str | Path | None = None) -> dict[str
         "threads": torch.get_num_threads(),
     }
     if model is not None:
-        from casa.models.shipped import resolve
+        from casa.models.loading import resolve
 
         facts["weights"] = fingerprint(Path(resolve(model)))
     return facts

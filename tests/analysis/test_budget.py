@@ -27,8 +27,8 @@ from casa.analysis.flops import attention_flops, connect_flops, frame_flops, tok
 from casa.analysis.shapes import SHAPES, shapes_of
 from casa.errors import UserError
 from casa.models import FusionConfig, adapt
-from casa.models.assembling import image_processor_for
-from casa.models.configs import skeleton
+from casa.models.adapt import skeleton
+from casa.models.image_processing_casa import image_processor_for
 from casa.testing import (
     TinySample,
     tiny_backbone,

@@ -12,7 +12,7 @@ import pytest
 import casa
 from casa.cli.main import run
 from casa.media import VideoWriter, read_frames
-from casa.models import at_hand
+from casa.models import auto
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "streaming.md").read_text(encoding="utf-8")
@@ -36,8 +36,8 @@ def folder(tmp_path_factory):
 def here(folder, monkeypatch):
     """In that folder, with the model loaded once for all examples."""
     if not hasattr(here, "loaded"):
-        here.loaded = at_hand.load_at_hand("casa-tiny", "cpu")
-    monkeypatch.setattr(at_hand, "load_at_hand", lambda *_: here.loaded)
+        here.loaded = auto.load_pretrained("casa-tiny", "cpu")
+    monkeypatch.setattr(auto, "load_pretrained", lambda *_: here.loaded)
     monkeypatch.chdir(folder)
     return folder
 

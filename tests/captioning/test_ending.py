@@ -23,12 +23,12 @@ torch.set_num_threads(1)
 from casa.cli.main import run
 from casa.captioning import caption
 from casa.media import Source
-from casa.models import at_hand
+from casa.models import auto
 from casa.testing import tiny_casa, tiny_processor
 model = tiny_casa(dtype=torch.float32)
 model.generation_config.eos_token_id = 2
 model.backbone.lm_head.weight.data[2] = model.backbone.lm_head.weight.data[3:].mean(0) * 3
-at_hand.load_at_hand = lambda *_: (model, tiny_processor())
+auto.load_pretrained = lambda *_: (model, tiny_processor())
 gc.freeze()
 for line in sys.stdin:
     words, out, err, most, program = json.loads(line)

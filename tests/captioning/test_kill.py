@@ -12,7 +12,7 @@ import pytest
 import casa
 from casa.captioning import Request, caption
 from casa.media import read_captions
-from casa.models.at_hand import load_at_hand
+from casa.models.auto import load_pretrained
 
 FILM = Path(casa.__file__).parent / "assets" / "demo" / "clip.mp4"
 END = 10.0  # s
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SI
 @pytest.fixture(scope="module")
 def load():
     """casa-tiny, loaded once."""
-    loaded = load_at_hand("casa-tiny", "cpu")
+    loaded = load_pretrained("casa-tiny", "cpu")
     return lambda _: loaded
 
 

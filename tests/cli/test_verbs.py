@@ -77,9 +77,9 @@ def test_ask_takes_several_pictures_and_draws_words(casa, checkpoint, picture, t
 
     apart = {pictures: ask(*pictures, "which?") for pictures in ((one,), (other,), (one, other), (other, one))}
     from casa.evaluation import answering
-    from casa.models.at_hand import load_at_hand
+    from casa.models.auto import load_pretrained
 
-    answer = answering.answerer(*load_at_hand(str(checkpoint), "cpu"), 6)
+    answer = answering.answerer(*load_pretrained(str(checkpoint), "cpu"), 6)
     images = [Image.open(one).convert("RGB"), Image.open(other)]
     assert apart[one, other] == answer([images], ["which?"])[0] + "\n"
     assert apart[other, one] == answer([images[::-1]], ["which?"])[0] + "\n"
@@ -93,7 +93,7 @@ def test_ask_takes_several_pictures_and_draws_words(casa, checkpoint, picture, t
     assert len({ask(one, *warm) for _ in range(6)}) > 1
     assert torch.equal(torch.get_rng_state(), before)
     # a file that comes first is no model
-    monkeypatch.setattr("casa.models.at_hand.load_at_hand", lambda name, _: (_ for _ in ()).throw(UserError(name)))
+    monkeypatch.setattr("casa.models.auto.load_pretrained", lambda name, _: (_ for _ in ()).throw(UserError(name)))
     assert casa("ask", one, other, "which?").err == "casa: casa-tiny\n"
     assert casa("ask", "some-model", other, "which?").err == "casa: some-model\n"
     assert "There is no file slip.png" in casa("ask", "slip.png", other, "which?").err
@@ -183,7 +183,7 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(casa,
     def measured(*_, **__):
         raise AssertionError("it was begun")
 
-    for name in ("casa.models.at_hand.load_at_hand", "casa.models.at_hand.pick_device", "casa.demo.run_demo"):
+    for name in ("casa.models.auto.load_pretrained", "casa.models.auto.pick_device", "casa.demo.run_demo"):
         monkeypatch.setattr(name, measured)
     result = casa(*line, tmp_path / "none" / "a.json")
     assert (result.status, result.out) == (2, "")

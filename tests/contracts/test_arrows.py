@@ -123,7 +123,7 @@ def test_every_import_follows_the_arrows():
     [
         ("windows.py", "import transformers", "torch only"),
         ("layers/x.py", "from transformers import PreTrainedModel", "torch only"),
-        ("layers/x.py", "from casa.models.config import CasaConfig", "against the arrows"),
+        ("layers/x.py", "from casa.models.configuration_casa import CasaConfig", "against the arrows"),
         ("layers/x.py", "from casa import CasaConfig", "against the arrows"),
         ("attention/x.py", "def f():\n    from casa.vision import encode", "against the arrows"),
         ("attention/x.py", "import PIL.Image", "torch only"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from casa.models.shipped import ASSETS
+from casa.models.loading import ASSETS
 from casa.provenance import fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]

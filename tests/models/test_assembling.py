@@ -30,7 +30,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 from casa.errors import UserError
 from casa.models import CasaProcessor, processor_for
-from casa.models.assembling import image_processor_for
+from casa.models.image_processing_casa import image_processor_for
 from casa.testing import tiny_backbone, tiny_processor, tiny_tokenizer
 from casa.vision import encode, new_encoder, token_grids
 

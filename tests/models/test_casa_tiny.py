@@ -6,7 +6,7 @@ import torch
 from casa.evaluation.answering import answerer
 from casa.evaluation.runner import evaluate
 from casa.models import CasaConfig, CasaForConditionalGeneration, CasaProcessor
-from casa.models.shipped import ASSETS
+from casa.models.loading import ASSETS
 from casa.streaming import StreamingSession
 
 SEED = 77

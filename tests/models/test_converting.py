@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, FusionConfig, adapt
-from casa.models.converting import convert
-from casa.models.shard_files import parse_size
+from casa.models.convert import convert, parse_size
 from casa.testing import PATIENCE, TEXT_BACKBONES, tiny_backbone, tiny_encoder, tiny_text_model
 
 FRESH = ("projector.", "compressor.", "gist.")
@@ -286,7 +285,7 @@ HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8}
 MEASURE = """
 import sys, warnings
 import torch
-from casa.models.converting import convert
+from casa.models.convert import convert
 torch.set_num_threads(1)
 small, text, tower, out = sys.argv[1:]
 tower = None if tower == "none" else tower

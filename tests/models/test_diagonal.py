@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from casa.models import diagonal
-from casa.models.diagonal import SPAN, spans_of
+from casa.models import fusion
+from casa.models.fusion import SPAN, spans_of
 from casa.testing import tiny_casa, tiny_casa_over
 
 
@@ -69,7 +69,7 @@ def test_it_is_the_attention_of_the_whole_row(monkeypatch, method):
     whole_loss, whole = packed_gradients(model, lengths)
     dense = sum(scores)
     scores.clear()
-    monkeypatch.setattr(diagonal, "SPAN", 10)
+    monkeypatch.setattr(fusion, "SPAN", 10)
     loss, parts = packed_gradients(model, lengths)
     assert sum(scores) * 625 == dense * (10**2 + 2**2 + 9**2 + 4**2)
     assert loss == pytest.approx(whole_loss, rel=1e-12)
@@ -79,7 +79,7 @@ def test_it_is_the_attention_of_the_whole_row(monkeypatch, method):
 
 
 def test_only_models_that_attend_through_torch_take_this_way(monkeypatch):
-    monkeypatch.setattr(diagonal, "SPAN", 4)
+    monkeypatch.setattr(fusion, "SPAN", 4)
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
     model, eager = tiny_casa(), tiny_casa()
     eager.set_attn_implementation("eager")
@@ -105,7 +105,7 @@ def parts(config):
 @pytest.mark.parametrize("kind", ["llama", "qwen2_5_vl", "gemma3_text"])
 @pytest.mark.parametrize("method", ["casa", "insertion"])
 def test_a_pass_leaves_the_config_as_it_was_even_if_it_fails(monkeypatch, kind, method):
-    monkeypatch.setattr(diagonal, "SPAN", 4)
+    monkeypatch.setattr(fusion, "SPAN", 4)
     model = tiny_casa_over(kind, method=method)
     before = copy.deepcopy(parts(model.config))
     packed_gradients(model, [3, 3, 3])
@@ -123,12 +123,12 @@ def test_a_pass_leaves_the_config_as_it_was_even_if_it_fails(monkeypatch, kind, 
     model.decoder.attention(1).o_proj.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         packed_gradients(model, [3, 3, 3])
-    assert seen == [diagonal.NAME]
+    assert seen == [fusion.NAME]
     assert parts(model.config) == before
 
 
 def test_a_checkpointed_block_is_computed_again_along_the_diagonal(monkeypatch):
-    monkeypatch.setattr(diagonal, "SPAN", 4)
+    monkeypatch.setattr(fusion, "SPAN", 4)
     model = tiny_casa().train()
     plain_loss, plain = packed_gradients(model, [3, 3, 3])
     plain = {name: gradient.clone() for name, gradient in plain.items()}
@@ -140,7 +140,7 @@ def test_a_checkpointed_block_is_computed_again_along_the_diagonal(monkeypatch):
 
 
 def test_afterwards_the_model_generates_as_before(monkeypatch):
-    monkeypatch.setattr(diagonal, "SPAN", 4)
+    monkeypatch.setattr(fusion, "SPAN", 4)
     model = tiny_casa().eval()
     ids = torch.randint(4, 60, (2, 5))
     before = model.generate(ids, max_new_tokens=6, do_sample=False)

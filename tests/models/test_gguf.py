@@ -10,8 +10,8 @@ from casa import CasaForConditionalGeneration, CasaProcessor, FusionConfig, adap
 from casa.cli.main import run
 from casa.errors import UserError
 from casa.models import loading
-from casa.models.converting import convert
-from casa.models.processor_at import processor_at
+from casa.models.auto import auto_processor
+from casa.models.convert import convert
 from casa.testing import TinySample, tiny_encoder, tiny_text_model
 from casa.testing.tiny import spread
 
@@ -225,7 +225,7 @@ def test_what_cannot_be_read_says_what_to_do(folder, tmp_path, monkeypatch):
         with pytest.raises(UserError):
             convert(given, tmp_path / "out", vision=folder)
         with pytest.raises(UserError):
-            processor_at(given, folder)
+            auto_processor(given, folder)
     with pytest.raises(UserError, match="a language model without eyes; adapt it"):
         CasaForConditionalGeneration.from_pretrained(file)
     with pytest.raises(UserError, match="text-only model needs an image encoder"):

@@ -9,8 +9,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from casa import CasaConfig, CasaForConditionalGeneration, CasaProcessor, FusionConfig, adapt
 from casa.errors import UserError
-from casa.models.configs import read_config
-from casa.models.loading import sentence_of
+from casa.models.loading import read_config, sentence_of
 from casa.testing import TinySample, tiny_casa, tiny_encoder, tiny_processor, tiny_text_model
 
 SAMPLE = TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 2, 3), (5, 1, 2)))

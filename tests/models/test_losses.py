@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from casa.models.losses import IGNORED, chunked_cross_entropy
+from casa.models.losses import IGNORE_INDEX, chunked_cross_entropy
 from casa.testing import TinySample, as_packed, tiny_casa
 
 T, D, V = 23, 8, 31
@@ -16,7 +16,7 @@ def case():
     torch.manual_seed(0)
     hidden = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, V, (T,))
-    labels[::3] = IGNORED
+    labels[::3] = IGNORE_INDEX
     return hidden, labels, nn.Linear(D, V, bias=True, dtype=torch.float64)
 
 
@@ -35,8 +35,8 @@ def both(case, chunk, count=None):
         return loss.detach(), hidden.grad, head.weight.grad.clone(), head.bias.grad.clone()
 
     found = run(chunked_cross_entropy(hidden, labels, logits_of, chunk, count))
-    total = F.cross_entropy(head(hidden), labels, ignore_index=IGNORED, reduction="sum")
-    wanted = run(total / (count if count is not None else (labels != IGNORED).sum()))
+    total = F.cross_entropy(head(hidden), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    wanted = run(total / (count if count is not None else (labels != IGNORE_INDEX).sum()))
     return found, wanted, sizes
 
 
@@ -53,7 +53,7 @@ def test_loss_and_gradients_are_those_of_the_plain_one(case, chunk, count):
 
 def test_nothing_to_learn_gives_zero_gradients_to_everything(case):
     hidden, labels, head = case
-    loss = chunked_cross_entropy(hidden, torch.full_like(labels, IGNORED), head, 4, 3)
+    loss = chunked_cross_entropy(hidden, torch.full_like(labels, IGNORE_INDEX), head, 4, 3)
     loss.backward()
     assert loss == 0
     assert float(head.weight.grad.abs().max()) == 0
@@ -102,7 +102,7 @@ def test_nothing_to_learn_is_a_loss_of_zero_whatever_the_chunk(chunk, count):
     for method in ("casa", "insertion"):
         model, inputs = tiny_casa(method=method).train(), TinySample((5, 9, 17), ((1, 2, 2),)).inputs()
         model.loss_chunk = chunk
-        labels = torch.full_like(inputs["input_ids"], IGNORED)
+        labels = torch.full_like(inputs["input_ids"], IGNORE_INDEX)
         labels[0, 0] = 5  # nobody's to predict
         how = {} if count is None else {"num_items_in_batch": count}
         loss = model(**inputs, labels=labels, **how).loss

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from casa.errors import UserError
-from casa.models.places import Places
+from casa.models.processing_casa import Places
 
 PLACES = Places.of([(0, 2), (1, 5)])
 

@@ -20,8 +20,7 @@ from casa import CasaProcessor, StreamingSession
 from casa.data.pictures import open_one
 from casa.data.record import Picture
 from casa.errors import UserError
-from casa.models.assembling import image_processor_for
-from casa.models.picture_processing import CasaFlexibleImageProcessor, CasaSquareImageProcessor
+from casa.models.image_processing_casa import CasaFlexibleImageProcessor, CasaSquareImageProcessor, image_processor_for
 from casa.testing import claimed_png, tiny_casa, tiny_processor
 from casa.vision.encoders.page import PageEncoderConfig
 

@@ -7,9 +7,9 @@ import torch
 
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, CasaProcessor, FusionConfig, adapt
-from casa.models.configs import skeleton
-from casa.models.converting import convert
-from casa.models.processor_at import processor_at
+from casa.models.adapt import skeleton
+from casa.models.auto import auto_processor
+from casa.models.convert import convert
 from casa.testing import TinySample, tiny_casa, tiny_casa_over, tiny_checkpoint, tiny_encoder
 
 SAMPLE = TinySample((5, 6, 7, 8, 9), ((2, 2, 3),))
@@ -57,7 +57,7 @@ def test_compressor_and_gist_come_along():
 
 def test_folder_to_folder(tmp_path):
     before = tiny_checkpoint(tmp_path / "before", method="insertion")
-    outlined = convert(before, tmp_path / "after", beside=processor_at(before).save_pretrained)
+    outlined = convert(before, tmp_path / "after", beside=auto_processor(before).save_pretrained)
     model = CasaForConditionalGeneration.from_pretrained(tmp_path / "after")
     inputs = SAMPLE.inputs()
     inputs["pixel_values"] = inputs["pixel_values"].float()

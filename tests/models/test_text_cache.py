@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
-from casa.models.text_cache import GrowingLayer, TextCache
+from casa.models.cache import GrowingLayer, TextCache
 from casa.testing import tiny_casa
 
 

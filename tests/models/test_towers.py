@@ -9,7 +9,7 @@ from transformers import Siglip2VisionConfig, SiglipVisionConfig
 from casa import CasaForConditionalGeneration, FusionConfig, adapt
 from casa.errors import UserError
 from casa.models import freeze_backbone
-from casa.models.converting import convert
+from casa.models.convert import convert
 from casa.testing import TEXT_BACKBONES, VLM_BACKBONES, TinySample, tiny_backbone, tiny_encoder, tiny_text_model
 from casa.testing.tiny import spread
 from casa.vision import is_known, kind_of, load_encoder, new_encoder

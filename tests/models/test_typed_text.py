@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from casa.models.typed_text import ChatText, TypedText, free_marks
+from casa.models.chat_template import ChatText, TypedText, free_marks
 from casa.testing import SPECIAL_TOKENS, TOKENIZERS, tiny_tokenizer
 
 UNSPELLED = tuple(f"⟦{number}⟧" for number in range(len(SPECIAL_TOKENS)))

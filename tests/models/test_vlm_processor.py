@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from casa import CasaProcessor
 from casa.errors import UserError
 from casa.models import processor_of
-from casa.models.processor_at import processor_at
+from casa.models.auto import auto_processor
 from casa.testing import tiny_backbone
 
 QWEN = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>")
@@ -82,7 +82,7 @@ def test_a_hubs_name_gives_what_the_same_folder_gives(template, tmp_path, hub):
     for found in (processor_of(hub(folder)), processor_of(tmp_path / "whole", subfolder="inside")):
         assert found.chat_template == wanted.chat_template
         assert found.image_processor.to_dict() == wanted.image_processor.to_dict()
-    assert processor_at("someone/model").image_processor.to_dict() == wanted.image_processor.to_dict()
+    assert auto_processor("someone/model").image_processor.to_dict() == wanted.image_processor.to_dict()
 
 
 def test_smolvlms_delimiters_are_written_where_its_processor_would(tmp_path):

@@ -155,14 +155,14 @@ FAULTS = (
     ),
     Fault(
         "an empty cache of a replaced block is asked for the mask",
-        "models/text_cache.py",
+        "models/cache.py",
         "if layer_idx not in self.replaced or",
         "if True or",
         ("models/test_cache.py", "models/test_local_attention.py"),
     ),
     Fault(
         "the stand-in of a replaced block is of the other kind",
-        "models/text_cache.py",
+        "models/cache.py",
         "slides[index] == slides[layer_idx]]",
         "slides[index] != slides[layer_idx]]",
         ("models/test_local_attention.py",),
@@ -176,7 +176,7 @@ FAULTS = (
     ),
     Fault(
         "CASA ahead of a block leaves out the block's norm",
-        "models/fusing.py",
+        "models/fusion.py",
         'normed = block.get_submodule("input_layernorm")(hidden)',
         "normed = hidden",
         ("models/test_definition.py",),

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from casa import FusionConfig, adapt
-from casa.models.assembling import processor_for
+from casa.models.auto import processor_for
 from casa.testing import tiny_processor, tiny_text_model
 from casa.vision.encoders.page import PageEncoder, PageEncoderConfig
 from projects.casa_smol.evaluation import Answering, evaluate, main

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from casa.models.image_processing_casa import CasaSquareImageProcessor
 from casa.models.image_tokens import count_tokens
-from casa.models.picture_processing import CasaSquareImageProcessor
 from casa.serving import Limits, completion
 from casa.serving.chat_request import ChatRequest, RequestError, read_chat
 from casa.serving.completion import Completion

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casa.training.conversation import Sample
-from casa.training.packing import IGNORED, pack
+from casa.training.packing import IGNORE_INDEX, pack
 
 PAD = 0
 
@@ -36,14 +36,14 @@ def test_every_sample_stands_whole_in_one_row(given_samples: list[Sample], row_t
     for index, sample in enumerate(given_samples):
         row, start = found[sample.ids]
         labels = rows.labels[row, start : start + len(sample)].tolist()
-        wanted = [i if learn else IGNORED for i, learn in zip(sample.ids, sample.learn, strict=True)]
-        assert labels == [IGNORED, *wanted[1:]]
+        wanted = [i if learn else IGNORE_INDEX for i, learn in zip(sample.ids, sample.learn, strict=True)]
+        assert labels == [IGNORE_INDEX, *wanted[1:]]
         own = [k for k, (owner, _) in enumerate(rows.pictures) if owner == index]
         assert [rows.pictures[k][1] for k in own] == list(range(len(sample.places)))
         assert rows.image_positions[own].tolist() == [[row, start + place] for place in sample.places]
     assert rows.image_positions.tolist() == sorted(rows.image_positions.tolist())
     padding = rows.input_ids == PAD
-    assert (rows.labels[padding] == IGNORED).all()
+    assert (rows.labels[padding] == IGNORE_INDEX).all()
     assert rows.learned == sum(sum(s.learn[1:]) for s in given_samples)
 
 

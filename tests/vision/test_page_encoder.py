@@ -10,7 +10,8 @@ from casa import CasaForConditionalGeneration, CasaProcessor, FusionConfig, adap
 from casa.analysis.anatomy import frame_of
 from casa.analysis.flops import tower_flops
 from casa.errors import UserError
-from casa.models.assembling import image_processor_for, processor_for
+from casa.models.auto import processor_for
+from casa.models.image_processing_casa import image_processor_for
 from casa.testing import tiny_processor, tiny_text_model
 from casa.testing.tiny import spread
 from casa.vision import encode, output_width

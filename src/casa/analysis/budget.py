@@ -14,8 +14,7 @@ from casa.analysis.anatomy import Block, blocks_of, frame_of
 from casa.analysis.flops import frame_flops, seen, token_flops
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, FusionConfig
-from casa.models.configs import skeleton
-from casa.models.freezing import ADDED
+from casa.models.adapt import ADDED, skeleton
 
 METHODS: dict[str, dict[str, Any]] = {
     "insertion": {"method": "insertion"},

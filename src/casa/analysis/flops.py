@@ -23,7 +23,7 @@ from casa.analysis.anatomy import (
     tower_width,
 )
 from casa.models import CasaForConditionalGeneration
-from casa.models.freezing import encoder_blocks
+from casa.models.adapt import encoder_blocks
 from casa.vision import family_of
 from casa.vision.compress import PixelShuffle
 from casa.vision.q_former import QFormer

@@ -13,7 +13,8 @@ from transformers import CONFIG_MAPPING
 
 from casa.errors import UserError
 from casa.models import CasaConfig
-from casa.models.configs import has_own_tower, read_config
+from casa.models.adapt import has_own_tower
+from casa.models.loading import read_config
 from casa.vision import tower_config_of
 
 _MROPE = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [16, 24, 24]}

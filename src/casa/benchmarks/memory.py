@@ -14,7 +14,7 @@ from casa.captioning import Request, caption
 from casa.errors import UserError
 from casa.media import VideoWriter
 from casa.memory import peak_resident_bytes
-from casa.models.at_hand import load_at_hand
+from casa.models.auto import load_pretrained
 
 DRAWN = 60  # different frames of a film
 
@@ -74,7 +74,7 @@ def child() -> None:
     model, path, fps, max_text_tokens, max_new_tokens = told()
     out = Path(path).with_suffix(".srt")
     request = Request(path, (out,), fps=fps, max_text_tokens=max_text_tokens, max_new_tokens=max_new_tokens)
-    report = caption(request, model, load_at_hand)
+    report = caption(request, model, load_pretrained)
     print(json.dumps({"frames": report.count.frames, "captions": report.said, "peak_bytes": peak_resident_bytes()}))
 
 

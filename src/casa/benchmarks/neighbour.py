@@ -115,10 +115,10 @@ def child() -> None:
     if given["shares"]:
         share_cores()
     from casa.benchmarks.stream import handwriting
-    from casa.models.at_hand import load_at_hand
+    from casa.models.auto import load_pretrained
     from casa.streaming import StreamingSession
 
-    model, processor = load_at_hand(given["model"], "cpu")
+    model, processor = load_pretrained(given["model"], "cpu")
     session = StreamingSession(model, processor, max_text_tokens=128)
     pictures = list(islice(handwriting(given["seed"], given["size"]), PICTURES))
 

@@ -16,7 +16,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from casa.analysis.shapes import shapes_of
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, FusionConfig, adapt
-from casa.models.model import new_backbone
+from casa.models.modeling_casa import new_backbone
 from casa.vision import new_encoder
 
 TINY = "tiny"

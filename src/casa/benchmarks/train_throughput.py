@@ -24,7 +24,7 @@ from casa.benchmarks.train_models import TINY, fresh_model, most_square, random_
 from casa.benchmarks.train_packing import PROPORTIONED
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration
-from casa.training.packs import IGNORED, Length, Packer, spread_lengths, stage_lengths
+from casa.training.packs import IGNORE_INDEX, Length, Packer, spread_lengths, stage_lengths
 from casa.training.samples import BUDGETS, Budget
 
 Batch = dict[str, Tensor]
@@ -66,7 +66,7 @@ class Drawn:
         starts = torch.tensor([0, *(len(self.ids[index]) for index in chosen)])[:-1].cumsum(0).tolist()
         labels = [self.ids[index].clone() for index in chosen]
         for each in labels:
-            each[0] = IGNORED  # nothing predicts the first token of a sample
+            each[0] = IGNORE_INDEX  # nothing predicts the first token of a sample
         return {
             "input_ids": torch.cat([self.ids[index] for index in chosen])[None],
             "labels": torch.cat(labels)[None],
@@ -83,7 +83,7 @@ class Drawn:
             empty = longest - len(ids)
             rows.append(torch.cat([ids.new_zeros(empty), ids]))
             masks.append(torch.cat([ids.new_zeros(empty), torch.ones_like(ids)]))
-            labels.append(torch.cat([ids.new_full((empty + 1,), IGNORED), ids[1:]]))
+            labels.append(torch.cat([ids.new_full((empty + 1,), IGNORE_INDEX), ids[1:]]))
             places.append((row, empty))
         return {
             "input_ids": torch.stack(rows),

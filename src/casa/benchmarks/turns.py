@@ -18,7 +18,7 @@ from casa.benchmarks.plots import finish, panels
 from casa.errors import UserError
 from casa.figures import BLUE, ORANGE
 from casa.models import CasaForConditionalGeneration, CasaProcessor
-from casa.models.stopping import stop_ids
+from casa.models.generation import stop_ids
 
 TENTHS = 10
 

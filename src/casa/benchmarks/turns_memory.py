@@ -11,7 +11,7 @@ from casa.benchmarks.apart import measured_apart, told
 from casa.benchmarks.stream import handwriting
 from casa.benchmarks.turns import Turns
 from casa.memory import max_memory_allocated, memory_allocated, reset_peak_memory
-from casa.models.at_hand import load_at_hand
+from casa.models.auto import load_pretrained
 
 METHODS = ("casa", "insertion")
 
@@ -30,7 +30,7 @@ def turns_peaks(model: str, device: str, turns: int, tokens: int, size: int, see
 def child() -> None:
     """What the process of its own does: prints its bytes."""
     model, device, method, turns, tokens, size, seed = told()
-    loaded, processor = load_at_hand(model, device)
+    loaded, processor = load_pretrained(model, device)
     taken = loaded if method == "casa" else insertion_twin(loaded)
     frames = handwriting(seed, size)
     # what is made at the first time only (kernels, glyphs) is no part of the turns

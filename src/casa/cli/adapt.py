@@ -93,18 +93,17 @@ def _convert(
     from transformers.utils import logging
 
     from casa.models import CasaConfig, FusionConfig
-    from casa.models.configs import read_config
-    from casa.models.converting import convert
-    from casa.models.freezing import ADDED
-    from casa.models.processor_at import processor_at
-    from casa.models.shard_files import check_new
+    from casa.models.adapt import ADDED
+    from casa.models.auto import auto_processor
+    from casa.models.convert import check_new, convert
+    from casa.models.loading import read_config
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     check_new(out)
     fusion = FusionConfig.from_dict(choices)
     # first, so that a folder without a tokenizer is refused before gigabytes are copied
-    processor = processor_at(backbone, vision, fusion.gist, "add --vision with its folder")
+    processor = auto_processor(backbone, vision, fusion.gist, "add --vision with its folder")
     model = convert(
         backbone,
         out,

@@ -35,9 +35,9 @@ def ask(
 
     sampling = Sampling(temperature, top_k, top_p)
     images = [open_picture(picture) for picture in pictures]
-    from casa.models.at_hand import load_at_hand
+    from casa.models.auto import load_pretrained
 
-    model, processor = load_at_hand(name, device)
+    model, processor = load_pretrained(name, device)
     answer = answerer(model, processor, max_new_tokens, sampling, seed)([images], [question])[0]
     print(json_module.dumps({"question": question, "answer": answer}, ensure_ascii=False) if json else answer)
 

@@ -34,7 +34,7 @@ def attention(
     Example: casa bench attention --repeats 9 --json
     """
     from casa.benchmarks.attention import bench_attention, bench_record, bench_table
-    from casa.models.at_hand import pick_device
+    from casa.models.auto import pick_device
 
     names = None if impls is None else tuple(name.strip() for name in impls.split(","))
     where = pick_device(device)
@@ -70,12 +70,12 @@ def stream(
 
     Example: casa bench stream casa-tiny --frames 256 --tokens 16
     """
-    from casa.models.at_hand import load_at_hand
+    from casa.models.auto import load_pretrained
     from casa.provenance import provenance
 
     if tokens is not None and sessions is not None:
         raise UserError("--tokens and --sessions are two measurements; give one of them.")
-    loaded, processor = load_at_hand(model, device)
+    loaded, processor = load_pretrained(model, device)
     bound = max_text_tokens or None
     settings: dict[str, Any] = {"model": model, "size": size, "seed": seed}
     if tokens is None:

@@ -24,10 +24,10 @@ def live(
     Example: casa bench live --minutes 10 --size 448 --fps 2 --out live.json
     """
     from casa.benchmarks.live import bench_live, live_summary, live_table
-    from casa.models.at_hand import load_at_hand
+    from casa.models.auto import load_pretrained
     from casa.provenance import provenance
 
-    loaded, processor = load_at_hand(model, device)
+    loaded, processor = load_pretrained(model, device)
     bound = max_text_tokens or None
     found = bench_live(loaded, processor, minutes, size, fps, bound, seed)
     settings = {"bench": "live", "model": model, "size": size, "seed": seed, "max_text_tokens": bound}

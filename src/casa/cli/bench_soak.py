@@ -29,13 +29,13 @@ def soak(
     from casa.benchmarks.soak import allowed_bytes, film, plot_soak, soak_summary, soak_table, write_soak
     from casa.benchmarks.soak import soak as run
     from casa.errors import UserError
-    from casa.models.at_hand import load_at_hand
+    from casa.models.auto import load_pretrained
     from casa.provenance import provenance
     from casa.streaming import StreamingSession
 
     if resume and out is None:
         raise UserError("--resume goes on with a soak that was writing --out; name that file.")
-    loaded, processor = load_at_hand(model, device)
+    loaded, processor = load_pretrained(model, device)
     state = out.with_name(out.name + ".session") if out is not None else None
     settings = {
         "bench": "soak",

@@ -41,7 +41,7 @@ def train(
 
     Example: casa bench train --parts memory --shape helium-2b --text-tokens 2048 --image-tokens 5120,20480
     """
-    from casa.models.at_hand import pick_device
+    from casa.models.auto import pick_device
     from casa.provenance import provenance
 
     chosen = [part.strip() for part in parts.split(",")]

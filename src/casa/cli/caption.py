@@ -72,7 +72,7 @@ def caption(
     name, source = words if len(words) == 2 else ("casa-tiny", words[0])
     from casa.captioning import Ending, Report, Request, parse_option, parse_question
     from casa.captioning import caption as run
-    from casa.models.at_hand import load_at_hand
+    from casa.models.auto import load_pretrained
     from casa.streaming import Sampling
 
     request = Request(
@@ -103,7 +103,7 @@ def caption(
             report = run(
                 request,
                 name,
-                lambda known: load_at_hand(known, device),
+                lambda known: load_pretrained(known, device),
                 lambda at, text: print(f"{at:8.2f} s  {text}", flush=True),
                 report=report,
                 ending=ending,

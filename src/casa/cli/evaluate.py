@@ -36,9 +36,9 @@ def evaluate(
 
     names = check_tasks(tasks.split(","))
     check_writable(out)
-    from casa.models.at_hand import load_at_hand
+    from casa.models.auto import load_pretrained
 
-    loaded, processor = load_at_hand(model, device)
+    loaded, processor = load_pretrained(model, device)
     shown = sys.stderr.isatty()
 
     def progress(task: str, done: int, total: int) -> None:

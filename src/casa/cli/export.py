@@ -22,7 +22,7 @@ def export(
     """
     import torch
 
-    from casa.models.quiet import quietly
+    from casa.models.loading import quietly
     from casa.training.sharding import export_checkpoint
 
     if dtype is not None and dtype not in DTYPES:

@@ -36,13 +36,13 @@ def serve(
     from casa.serving.extra import check_installed
 
     check_installed()
-    from casa.models.at_hand import load_at_hand
+    from casa.models.auto import load_pretrained
     from casa.serving import Limits
     from casa.serving.app import create_app
     from casa.serving.server import Server
 
     limits = Limits.parse(limit or [])
-    loaded, processor = load_at_hand(model, device)
+    loaded, processor = load_pretrained(model, device)
     name = Path(model).resolve().name  # clients need not know where on this machine it lies
     app = create_app(
         loaded,

@@ -18,7 +18,7 @@ from casa.demo.report import DemoReport, heading, line
 from casa.errors import UserError
 from casa.media import burn_captions, captions_from_frames, read_frames, write_captions
 from casa.models import CasaProcessor
-from casa.models.at_hand import load_at_hand
+from casa.models.auto import load_pretrained
 
 FPS = 2.0
 LONGEST_SIDE = 448  # px; what live captioning is trained on
@@ -51,7 +51,7 @@ def run_demo(
         info = frames.info
         total = max(1, math.ceil(info.duration * FPS - 1e-6)) if math.isfinite(info.duration) else None
         report(f"Loading {model_name_or_path} ...")
-        model, processor = load_at_hand(model_name_or_path)
+        model, processor = load_pretrained(model_name_or_path)
         report(f"Watching {path.name} at {FPS:g} frames a second, as if live; insertion, of the same size, beside it.")
         report(heading(clip is not None))
         comparison = Comparison(model, processor, max_text_tokens=_bound(processor), max_new_tokens=MOST_NEW_TOKENS)

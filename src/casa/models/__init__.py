@@ -3,15 +3,13 @@
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from casa.models.adapt import adapt
-from casa.models.assembling import image_processor_for, processor_for
+from casa.models.adapt import adapt, freeze_backbone
+from casa.models.auto import processor_for, processor_of
 from casa.models.cache import CasaCache
-from casa.models.config import CasaConfig
-from casa.models.freezing import freeze_backbone
-from casa.models.fusion_config import FusionConfig
-from casa.models.model import CasaForConditionalGeneration
-from casa.models.processor import CasaProcessor
-from casa.models.vlm_processor import processor_of
+from casa.models.configuration_casa import CasaConfig, FusionConfig
+from casa.models.image_processing_casa import image_processor_for
+from casa.models.modeling_casa import CasaForConditionalGeneration
+from casa.models.processing_casa import CasaProcessor
 
 AutoConfig.register("casa", CasaConfig, exist_ok=True)
 AutoModelForImageTextToText.register(CasaConfig, CasaForConditionalGeneration, exist_ok=True)

@@ -1,22 +1,84 @@
-"""adapt: gives eyes to a model that people already have."""
+"""adapt: gives eyes to a model that people already have; what is trained of it, and its shape from configs alone."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from casa.errors import UserError
 from casa.models.backbones import InsertionVLM, decoder_of, family_of
-from casa.models.config import CasaConfig
-from casa.models.freezing import freeze_backbone
-from casa.models.fusion_config import FusionConfig
-from casa.models.loading import load_checked, place_of, reading
-from casa.models.model import CasaForConditionalGeneration
-from casa.models.refit import refit
-from casa.models.shipped import resolve
-from casa.vision import is_known, load_encoder
+from casa.models.configuration_casa import CasaConfig, FusionConfig
+from casa.models.loading import load_checked, place_of, reading, resolve
+from casa.models.modeling_casa import CasaForConditionalGeneration, new_backbone
+from casa.vision import is_known, load_encoder, new_encoder
+
+# what `adapt` adds beside a backbone
+ADDED = ("casa_layers", "projector", "compressor", "gist")
+# where image encoders of transformers keep their blocks
+_BLOCKS = ("blocks", "encoder.layers", "vision_model.encoder.layers")
+
+
+def freeze_backbone(model: Any, tower_blocks: int = 4) -> None:
+    """Leaves to training only what `adapt` added and the last `tower_blocks` blocks of the image encoder.
+
+    Layers without weights of their own ("replace", `share_weights`) train the self-attention that they borrow.
+    model: a CasaForConditionalGeneration. Raises UserError for an encoder whose blocks cannot be found.
+    """
+    model.requires_grad_(False)
+    for name in ADDED:
+        if (part := getattr(model, name, None)) is not None:
+            part.requires_grad_(True)
+    if model.fusion.borrows:
+        for index in model.fused_blocks:
+            model.decoder.attention(index).requires_grad_(True)
+    if tower_blocks:
+        for block in encoder_blocks(model.encoder)[-tower_blocks:]:
+            block.requires_grad_(True)
+
+
+def encoder_blocks(encoder: nn.Module) -> nn.ModuleList:
+    """The transformer blocks of an image encoder."""
+    for path in _BLOCKS:
+        try:
+            return encoder.get_submodule(path)  # type: ignore[return-value]
+        except AttributeError:
+            continue
+    raise UserError(f"{type(encoder).__name__} has no blocks where casa looks for them; set requires_grad by hand.")
+
+
+_KEPT = ("compressor", "gist")
+
+
+def check_refit(before: FusionConfig, fusion: FusionConfig) -> None:
+    """UserError if a model with `before` cannot be given `fusion` in its place."""
+    if before.method != "insertion":
+        raise UserError("this model has fusion layers already; adapt an insertion model, or the backbone it came from.")
+    for name in _KEPT:
+        if getattr(before, name) != getattr(fusion, name):
+            raise UserError(f"the model was trained with {name}={getattr(before, name)}; give fusion the same.")
+
+
+def refit(model: CasaForConditionalGeneration, fusion: FusionConfig, config: Any) -> CasaForConditionalGeneration:
+    """The insertion model's own parts, taken over, with new fusion layers that copy its self-attention.
+
+    config: of the new model. All that was there is frozen but the last four blocks of the image tower (paper, route b)
+    and the self-attention that layers without weights of their own borrow.
+    Raises UserError like `check_refit`.
+    """
+    check_refit(model.fusion, fusion)
+    joined = CasaForConditionalGeneration(config, backbone=model.backbone, vision=getattr(model, "vision", None))
+    joined.initialise_fusion()
+    freeze_backbone(joined)
+    for name in ("projector", *_KEPT):
+        if (part := getattr(model, name, None)) is not None:
+            setattr(joined, name, part.requires_grad_(False))
+    joined.generation_config = model.generation_config
+    return joined.train(model.training)
+
 
 _HAS_EYES = "this backbone has an image encoder of its own; leave out vision."
 
@@ -141,3 +203,26 @@ def _load_backbone(path: str, **kwargs: Any) -> Any:
     config = AutoConfig.from_pretrained(path, trust_remote_code=False, **told)
     kind = AutoModelForImageTextToText if issubclass(family_of(config), InsertionVLM) else AutoModelForCausalLM
     return kind.from_pretrained(path, trust_remote_code=False, **kwargs)
+
+
+def has_own_tower(config: Any) -> bool:
+    """Whether a backbone's config is one of an insertion VLM, or of a model of casa's own.
+
+    Raises UserError for a family that casa does not know.
+    """
+    return isinstance(config, CasaConfig) or issubclass(family_of(config), InsertionVLM)
+
+
+def skeleton(config: Any, fusion: FusionConfig, tower_config: Any = None) -> CasaForConditionalGeneration:
+    """The fused model on the meta device, from configs alone: names, shapes, and what `adapt` leaves to training.
+
+    config: of a text-only model, which needs a tower_config, or of an insertion VLM or model. Raises UserError as
+    `adapt` does.
+    """
+    with torch.device("meta"):
+        # building a model writes into its config
+        config = copy.deepcopy(config)
+        own = isinstance(config, CasaConfig)
+        backbone = CasaForConditionalGeneration(config) if own else new_backbone(config)
+        tower = None if tower_config is None else new_encoder(copy.deepcopy(tower_config))
+        return adapt(backbone, fusion, tower)

@@ -12,6 +12,18 @@ from casa.errors import UserError
 from casa.models.cache import CasaCache
 from casa.models.inputs import read_image_places
 
+
+def stop_ids(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
+    """The ids of the model's generation config, one or several there; else the tokenizer's end of text; else none."""
+    settings = getattr(model, "generation_config", None)
+    found = getattr(settings, "eos_token_id", None)
+    if found is None:
+        found = getattr(tokenizer, "eos_token_id", None)
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, (list, tuple)) else (found,)
+
+
 # how candidates would be drafted, and why that cannot be
 NO_DRAFTS = {
     "assistant_early_exit": "early exit runs the backbone cut short, without its fusion layers",

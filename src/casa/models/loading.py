@@ -3,20 +3,52 @@
 Only JSON, safetensors and GGUF are read: no pickle, no code from the checkpoint.
 """
 
+import copy
 import importlib.util
 import json
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers.utils import cached_file
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.utils import cached_file, logging
 
 from casa.errors import UserError
-from casa.models.shipped import SHIPPED, resolve
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+SHIPPED = ("casa-tiny",)
+
+
+def resolve(name_or_path: Any) -> Any:
+    """The folder of a shipped checkpoint; anything else, and a local folder of that name, stays as it is."""
+    if name_or_path in SHIPPED and not os.path.isdir(name_or_path):
+        return str(ASSETS / name_or_path)
+    return name_or_path
+
+
+@contextmanager
+def quietly(reports: bool = True) -> Iterator[None]:
+    """No progress bars inside, and afterwards as before. reports: warnings stay; without them, errors alone."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    if not reports:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
 
 # what transformers, safetensors and the checks of config values raise over a damaged checkpoint, or over a way of
 # loading that needs another package (quantisation)
@@ -151,3 +183,53 @@ def sentence_of(error: Exception) -> str:
     """The first line of an error's message, with the next one if it only introduces that; without one, its kind."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def read_config(path: Any, **hub: Any) -> Any:
+    """The transformers config in a folder, a JSON file or a hub's. Raises UserError for one that cannot be read.
+
+    hub: revision, subfolder and what else transformers' `from_pretrained` says of the place.
+    """
+    path, told = place_of(path)
+    hub |= told
+    if not told and not Path(str(path)).is_file():
+        check_folder(path, subfolder=hub.get("subfolder") or "")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
+    except UNREADABLE as error:
+        raise UserError(f"the config of {path} cannot be read: {sentence_of(error)}") from error
+    return config
+
+
+_BLOCK = 64
+_ROWS = 32
+# where a hub's config is looked for
+_WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+def leave_odd_shapes(settings: Any, kind: Any, path: Any, given: Mapping[str, Any]) -> Any:
+    """A `quantization_config` (or its values) that also names what 4 bits do not fit; other kinds stay as they are.
+
+    kind: the model's class. path, given: what else its `from_pretrained` was called with.
+    """
+    if isinstance(settings, dict):
+        settings = AutoQuantizationConfig.from_dict(settings)
+    if not getattr(settings, "load_in_4bit", False):
+        return settings
+    config = given.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        there = {name: given[name] for name in _WHERE if name in given}
+        config = kind.config_class.from_pretrained(config or path, **there)
+    with torch.device("meta"):
+        # building a model writes into its config
+        model = kind(copy.deepcopy(config))
+    odd = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (module.in_features % _BLOCK or module.out_features % _ROWS)
+    }
+    settings = copy.deepcopy(settings)
+    chosen = settings.llm_int8_skip_modules
+    # transformers leaves the output and what is tied to it only where nothing is named
+    settings.llm_int8_skip_modules = sorted(odd.union(get_keys_to_not_convert(model) if chosen is None else chosen))
+    return settings

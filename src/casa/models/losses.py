@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from casa.models.inputs import TextInputs
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label of a token that is not learned, as in transformers."""
 
 
@@ -33,12 +33,12 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """The loss of predicting each label from its row: a scalar, in float32 or, for float64 logits, in float64.
 
-    hidden: (T, d), what the head reads. labels: int64 (T,), already shifted, `IGNORED` where nothing is learned.
+    hidden: (T, d), what the head reads. labels: int64 (T,), already shifted, `IGNORE_INDEX` where nothing is learned.
     logits_of: (C, d) to (C, V), called twice for a chunk of learned tokens where gradients are wanted.
     count: what the sum is divided by (transformers' `num_items_in_batch`); None for the learned tokens given.
     Where nothing is learned, the loss is 0 and so is its gradient, whatever the logits are.
     """
-    learned = labels != IGNORED
+    learned = labels != IGNORE_INDEX
     # nothing to learn still needs a loss whose gradient reaches every parameter: ranks wait for one another's
     if not bool(learned.any()):
         logits = logits_of(hidden[:1])
@@ -78,7 +78,7 @@ class CasaLosses:
         count = kwargs.get("num_items_in_batch")
         if count is None:
             # the mean over no token is no number; the sum over at least one is 0
-            count = (labels[:, 1:] != IGNORED).sum()
+            count = (labels[:, 1:] != IGNORE_INDEX).sum()
         count = _at_least_one(count, logits.device)
         return self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, num_items_in_batch=count)
 
@@ -100,5 +100,5 @@ def _within_samples(labels: Tensor, text: TextInputs) -> Tensor:
         return labels
     labels = labels.clone()
     for row, starts in enumerate(text.sample_starts):
-        labels[row, starts] = IGNORED
+        labels[row, starts] = IGNORE_INDEX
     return labels

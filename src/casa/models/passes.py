@@ -11,8 +11,7 @@ from torch import Tensor
 from casa.layers import DecodeStep, PackedStep, Record, plan_call
 from casa.models import insertion
 from casa.models.cache import CasaCache
-from casa.models.diagonal import passed_down
-from casa.models.fusing import STEP, FusedStep
+from casa.models.fusion import STEP, FusedStep, passed_down
 from casa.models.image_tokens import ImageTokens
 from casa.models.inputs import TextInputs
 

@@ -16,9 +16,9 @@ from jinja2.exceptions import TemplateError
 from torch import Tensor
 
 from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.models.generation import stop_ids
 from casa.models.image_tokens import count_tokens
 from casa.models.loading import sentence_of
-from casa.models.stopping import stop_ids
 from casa.serving.chat_request import ChatRequest, RequestError
 from casa.serving.detokenizer import Detokenizer, begun
 from casa.vision import token_grids

@@ -27,7 +27,7 @@ from casa.errors import UserError
 from casa.layers import turner
 from casa.media.pictures import check_picture
 from casa.models import CasaCache, CasaForConditionalGeneration, CasaProcessor
-from casa.models.stopping import stop_ids
+from casa.models.generation import stop_ids
 from casa.streaming import store
 from casa.streaming.bound import make_room, unforgetting
 from casa.streaming.sampling import Sampling

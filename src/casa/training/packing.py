@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from casa.models.losses import IGNORED
+from casa.models.losses import IGNORE_INDEX
 from casa.training.conversation import Sample
 
 
@@ -33,7 +33,7 @@ class PackedRows:
     @property
     def learned(self) -> int:
         """How many tokens the loss counts."""
-        return int((self.labels != IGNORED).sum())
+        return int((self.labels != IGNORE_INDEX).sum())
 
 
 def pack(samples: Sequence[Sample], row_tokens: int, pad: int) -> PackedRows:
@@ -57,7 +57,7 @@ def pack(samples: Sequence[Sample], row_tokens: int, pad: int) -> PackedRows:
     width = row_tokens - min(room, default=row_tokens)
     input_ids = torch.full((len(rows), width), pad)
     position_ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    labels = torch.full((len(rows), width), IGNORED)
+    labels = torch.full((len(rows), width), IGNORE_INDEX)
     places: list[tuple[int, int]] = []
     pictures: list[tuple[int, int]] = []
     for row, members in enumerate(rows):
@@ -70,7 +70,7 @@ def pack(samples: Sequence[Sample], row_tokens: int, pad: int) -> PackedRows:
             learn[0] = False
             input_ids[row, start:stop] = ids
             position_ids[row, start:stop] = torch.arange(len(sample))
-            labels[row, start:stop] = torch.where(learn, ids, IGNORED)
+            labels[row, start:stop] = torch.where(learn, ids, IGNORE_INDEX)
             places += [(row, start + place) for place in sample.places]
             pictures += [(index, number) for number in range(len(sample.places))]
             start = stop

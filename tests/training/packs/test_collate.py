@@ -6,7 +6,7 @@ import torch
 from casa.data.bad import BadRecord
 from casa.data.record import Origin, Picture
 from casa.testing import tiny_processor
-from casa.training.packs import IGNORED, Collator
+from casa.training.packs import IGNORE_INDEX, Collator
 from casa.training.samples import Budget, Sample, SampleMaker, SizedPicture
 
 PROCESSOR = tiny_processor()
@@ -24,13 +24,13 @@ def test_a_row_holds_samples_one_after_the_other(chat, picture):
     assert batch["image_positions"].tolist() == [[0, 1], [0, 16], [0, 17]]
     assert batch["image_grid_thw"].tolist() == [[1, 2, 4], [1, 2, 2], [1, 4, 2]]
     assert batch["pixel_values"].shape == (8 + 4 + 8, 3 * 14 * 14)
-    learned = PROCESSOR.tokenizer.decode([label for label in batch["labels"][0].tolist() if label != IGNORED])
+    learned = PROCESSOR.tokenizer.decode([label for label in batch["labels"][0].tolist() if label != IGNORE_INDEX])
     assert learned == "bc<end>e<end>g<end>"
 
 
 def test_the_first_token_of_a_sample_is_never_learned():
     sample = Sample((5, 6), (True, True), (), (), Origin("x", 1))
-    assert Collator(PROCESSOR, blank=False)([sample, sample])["labels"].tolist() == [[IGNORED, 6, IGNORED, 6]]
+    assert Collator(PROCESSOR, blank=False)([sample, sample])["labels"].tolist() == [[IGNORE_INDEX, 6, IGNORE_INDEX, 6]]
     assert sample.learned == 1
 
 
@@ -40,7 +40,7 @@ def test_a_batch_without_pictures_gets_a_blank_one_behind_all_text(chat):
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 0]]
     assert batch["image_positions"].tolist() == [[0, 6]]
     assert batch["image_grid_thw"].tolist() == [[1, 2, 2]]
-    assert batch["labels"][0, -1] == IGNORED
+    assert batch["labels"][0, -1] == IGNORE_INDEX
     assert "pixel_values" not in Collator(PROCESSOR, blank=False)([sample])
 
 

@@ -249,7 +249,7 @@ def test_special_tokens_that_people_type_are_not_learned(kind, chat, picture):
 
 def test_private_spellings_and_marks_do_not_meet(chat, monkeypatch):
     """The spelling is drawn by chance: here it is of the very characters that marks are taken from first."""
-    monkeypatch.setattr("casa.models.typed_text.secrets.randbelow", lambda count: 0)
+    monkeypatch.setattr("casa.models.chat_template.secrets.randbelow", lambda count: 0)
     processor = tiny_chat_processor("gpt2", "chatml")
     sample = SampleMaker(processor, BIG)(chat(("user", "line"), ("assistant", "407")))[0]
     assert learned(sample, processor) == "407<end>"

@@ -10,8 +10,7 @@ from PIL import Image
 from casa.data.bad import BadRecord
 from casa.data.record import Picture
 from casa.errors import UserError
-from casa.models.assembling import image_processor_for
-from casa.models.picture_processing import CasaFlexibleImageProcessor, CasaSquareImageProcessor
+from casa.models.image_processing_casa import CasaFlexibleImageProcessor, CasaSquareImageProcessor, image_processor_for
 from casa.testing import tiny_casa_over, tiny_processor
 from casa.training.samples.grids import PictureGrids, fold_of, picture_size
 from casa.vision.encoders.page import PageEncoderConfig

@@ -17,7 +17,7 @@ from torch import nn
 
 from casa.analysis.anatomy import matrix_features, tower_width
 from casa.models import CasaForConditionalGeneration
-from casa.models.freezing import encoder_blocks
+from casa.models.adapt import encoder_blocks
 
 
 def kept_by_blocks(

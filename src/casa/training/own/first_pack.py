@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from casa.errors import UserError
-from casa.models.stopping import stop_ids
+from casa.models.generation import stop_ids
 from casa.training.own.model import Loaded, load_processor
 from casa.training.own.pack_sheet import draw_pack
 from casa.training.own.recipe import RunRecipe

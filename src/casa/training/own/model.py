@@ -8,13 +8,11 @@ import torch
 
 from casa.errors import UserError
 from casa.models import CasaConfig, CasaForConditionalGeneration, CasaProcessor, FusionConfig, adapt
-from casa.models.configs import has_own_tower, read_config, skeleton
-from casa.models.loading import UNREADABLE, check_folder, place_of, sentence_of
-from casa.models.picture_processing import bounds
-from casa.models.processor_at import processor_at
-from casa.models.quiet import quietly
-from casa.models.shipped import resolve
-from casa.models.stopping import stop_ids
+from casa.models.adapt import has_own_tower, skeleton
+from casa.models.auto import auto_processor
+from casa.models.generation import stop_ids
+from casa.models.image_processing_casa import bounds
+from casa.models.loading import UNREADABLE, check_folder, place_of, quietly, read_config, resolve, sentence_of
 from casa.training.own.lora import with_lora
 from casa.training.own.recipe import ModelSettings, RunRecipe
 from casa.training.trainer.groups import choose_trained, set_precision
@@ -102,7 +100,7 @@ def load_processor(settings: ModelSettings) -> CasaProcessor:
         processor = CasaProcessor.from_pretrained(_fetched(settings.checkpoint))
     else:
         vision = None if settings.vision is None else _fetched(settings.vision)
-        processor = processor_at(_fetched(settings.backbone), vision, gist, _NO_ENCODER)
+        processor = auto_processor(_fetched(settings.backbone), vision, gist, _NO_ENCODER)
     if settings.checkpoint is None and len(processor.gist_ids) != gist:
         raise UserError(
             f"the processor writes {len(processor.gist_ids)} gist tokens behind a picture, and model.fusion.gist is "

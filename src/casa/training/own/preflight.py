@@ -22,9 +22,8 @@ from casa.data import BadRecord, DataSettings, Record, Report, SourceSettings
 from casa.data.records import Records
 from casa.data.settings import Shard
 from casa.errors import UserError
-from casa.models.loading import UNREADABLE, sentence_of
-from casa.models.shipped import resolve
-from casa.models.stopping import stop_ids
+from casa.models.generation import stop_ids
+from casa.models.loading import UNREADABLE, resolve, sentence_of
 from casa.training.own.model import load_processor, outline
 from casa.training.own.recipe import ModelSettings, RunRecipe
 from casa.training.samples import Budget, SampleMaker, fold_of

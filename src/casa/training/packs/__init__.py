@@ -5,7 +5,7 @@ for batch in stream:
     loss = model(**batch.inputs).loss
 """
 
-from casa.training.packs.collate import IGNORED, Collator
+from casa.training.packs.collate import IGNORE_INDEX, Collator
 from casa.training.packs.efficiency import Efficiency, measure_packing
 from casa.training.packs.knapsack import Packer
 from casa.training.packs.lengths import Length, spread_lengths, stage_lengths
@@ -15,7 +15,7 @@ from casa.training.packs.settings import PackingSettings
 from casa.training.packs.stream import PackStream, StreamPosition, open_loader
 
 __all__ = [
-    "IGNORED",
+    "IGNORE_INDEX",
     "Batch",
     "Collator",
     "Efficiency",

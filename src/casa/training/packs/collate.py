@@ -20,7 +20,7 @@ from torch import Tensor
 from casa.data.bad import BadRecord
 from casa.data.pictures import open_one
 from casa.models import CasaProcessor
-from casa.models.losses import IGNORED
+from casa.models.losses import IGNORE_INDEX
 from casa.training.packs.kept import KeptFeatures
 from casa.training.samples import PictureGrids, Sample
 from casa.training.samples.sample import SizedPicture
@@ -75,16 +75,16 @@ class Collator:
         pictures = [picture for each in prepared for picture in each]
         for sample in samples:
             places += [(0, len(ids) + place) for place in sample.places]
-            labels.append(IGNORED)
+            labels.append(IGNORE_INDEX)
             pairs = zip(sample.ids[1:], sample.learn[1:], strict=True)
-            labels += [token if learned else IGNORED for token, learned in pairs]
+            labels += [token if learned else IGNORE_INDEX for token, learned in pairs]
             positions += range(len(sample.ids))
             ids += sample.ids
         if not pictures and self.blank:
             places.append((0, len(ids)))
             ids.append(ids[-1] if ids else 0)
             positions.append(0)
-            labels.append(IGNORED)
+            labels.append(IGNORE_INDEX)
             blank = self._pixels(Image.new("RGB", (32, 32)), self._grids.arguments(1))
             pictures = [blank if self.kept is None else self.kept.encoded(blank)]
         batch = {

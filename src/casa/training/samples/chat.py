@@ -21,7 +21,7 @@ from casa.data.bad import BadRecord
 from casa.data.record import Message, Picture, Text
 from casa.errors import UserError
 from casa.models import CasaProcessor
-from casa.models.typed_text import TypedText, free_marks
+from casa.models.chat_template import TypedText, free_marks
 
 Span = tuple[int, int]
 
@@ -251,10 +251,12 @@ def _behind(typed: TypedText, before: str, text: str) -> tuple[tuple[list[int], 
     """Token ids of a text that follows another, with their places in it; and whether one of its tokens would begin
     before it, so that it had to be encoded without that other text.
     """
-    for ahead in (before, *_AHEAD):
+    choices = [before, *_AHEAD]
+    while True:
+        ahead = choices.pop(0)
         encoding, length = typed.encode_spelled(ahead + text), len(ahead)
         first = next((at for at, (start, _) in enumerate(encoding.offsets) if start >= length), len(encoding.ids))
-        if all(end <= length for _, end in encoding.offsets[:first]):
+        if not choices or all(end <= length for _, end in encoding.offsets[:first]):
             break
     offsets = [(start - length, end - length) for start, end in encoding.offsets[first:]]
     return (list(encoding.ids[first:]), offsets), ahead is not before

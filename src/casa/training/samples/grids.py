@@ -17,7 +17,7 @@ from casa.data.bad import BadRecord
 from casa.data.record import Picture
 from casa.errors import UserError
 from casa.media import pictures as media
-from casa.models.picture_processing import CasaFlexibleImageProcessor, CasaSquareImageProcessor, bounds
+from casa.models.image_processing_casa import CasaFlexibleImageProcessor, CasaSquareImageProcessor, bounds
 from casa.vision import family_of
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from casa.errors import UserError
 from casa.models import CasaConfig, CasaForConditionalGeneration, CasaProcessor
-from casa.models.shard_files import check_new, new_folder
+from casa.models.convert import check_new, new_folder
 from casa.training.sharding.shards import has_shards, read_whole
 
 EMA_FILE = "ema.safetensors"

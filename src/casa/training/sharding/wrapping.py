@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration
-from casa.models.freezing import encoder_blocks
+from casa.models.adapt import encoder_blocks
 
 _ENTRY = "input_layernorm"
 _ATTENTION = "self_attn"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from casa.errors import UserError
-from casa.models.freezing import ADDED, freeze_backbone
+from casa.models.adapt import ADDED, freeze_backbone
 from casa.training.muon import is_inner, parts_of
 from casa.training.trainer.settings import OptimisationSettings
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from casa.errors import UserError
-from casa.models.at_hand import pick_device
+from casa.models.auto import pick_device
 
 
 def gpus(monkeypatch, count):

@@ -6,7 +6,7 @@ import pytest
 
 from casa import CasaProcessor, FusionConfig
 from casa.errors import UserError
-from casa.models.processor_at import processor_at
+from casa.models.auto import auto_processor
 from casa.testing import tiny_encoder, tiny_processor, tiny_text_model
 from casa.training.own.model import load_processor
 from casa.training.own.recipe import ModelSettings
@@ -23,15 +23,15 @@ def folders(tmp_path):
 
 
 def test_a_tokenizer_and_a_tower_make_a_processor(folders):
-    assert processor_at(*folders).image_token == "<image>"
+    assert auto_processor(*folders).image_token == "<image>"
     with pytest.raises(UserError, match="needs an image encoder; give vision"):
-        processor_at(folders[0])
+        auto_processor(folders[0])
 
 
 def test_the_shipped_towers_settings_come_with_its_name(folders):
     """For `casa adapt`, for recipes and for whoever calls this: what the tower was trained with."""
     wanted = CasaProcessor.from_pretrained("casa-tiny").image_processor.to_dict()
-    assert processor_at(folders[0], "casa-tiny").image_processor.to_dict() == wanted
+    assert auto_processor(folders[0], "casa-tiny").image_processor.to_dict() == wanted
     settings = ModelSettings(backbone=str(folders[0]), vision="casa-tiny", fusion=FusionConfig())
     assert load_processor(settings).image_processor.to_dict() == wanted
     smaller = load_processor(replace(settings, max_pixels=56 * 56)).image_processor
@@ -48,4 +48,4 @@ def test_a_damaged_tokenizer(folders, name, content):
     with pytest.raises(
         UserError, match=rf"{folders[0]} has no tokenizer that can be read \(.+\): fetch its files again"
     ):
-        processor_at(*folders)
+        auto_processor(*folders)

@@ -26,13 +26,12 @@ from casa.errors import UserError
 from casa.layers import CasaAttention, Record
 from casa.models.backbones import Decoder, InsertionVLM, decoder_of, family_of
 from casa.models.cache import CasaCache
-from casa.models.config import CasaConfig
-from casa.models.four_bits import leave_odd_shapes
-from casa.models.fusing import fuse
+from casa.models.configuration_casa import CasaConfig
+from casa.models.fusion import fuse
 from casa.models.generation import CasaGeneration
 from casa.models.image_side import CasaImageSide
 from casa.models.inputs import TextInputs, read_image_places, read_text_inputs
-from casa.models.loading import load_checked
+from casa.models.loading import leave_odd_shapes, load_checked
 from casa.models.losses import CasaLosses
 from casa.models.passes import CasaPasses
 from casa.models.upkeep import CasaUpkeep
@@ -60,7 +59,7 @@ def _check_names(given: dict[str, Any]) -> None:
             raise UserError(f"the model takes no argument {name!r}; {hint}")
 
 
-class CasaForConditionalGeneration(
+class CasaForConditionalGeneration(  # type: ignore[misc]
     CasaGeneration, CasaUpkeep, CasaImageSide, CasaPasses, CasaLosses, PreTrainedModel, GenerationMixin
 ):
     """Text with images in, logits for the text out (paper, section 2; `FusionConfig` has the variants)."""

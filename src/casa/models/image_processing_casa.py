@@ -1,12 +1,16 @@
-"""A processor for a text model's tokenizer and an image tower that were not made for each other."""
+"""Pictures to pixels: an image processor for every image encoder, with PIL and NumPy only.
+
+Shapes: n pictures, P patches of all pictures, p side of a patch.
+"""
 
 import os
 import re
 import warnings
 from typing import Any
 
+import numpy as np
 from huggingface_hub import is_offline_mode
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchFeature, PreTrainedConfig
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
@@ -14,48 +18,114 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
     PILImageResampling,
 )
+
+# from here, because transformers 5.17 hides it at the top when torchvision is missing
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import (
+    Siglip2ImageProcessorKwargs,
+    Siglip2ImageProcessorPil,
+)
+from transformers.processing_utils import ImagesKwargs
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-from casa.models.configs import read_config
-from casa.models.loading import find_file, read_json, reading
-from casa.models.picture_processing import CasaFlexibleImageProcessor, CasaSquareImageProcessor, bounds
-from casa.models.processor import IMAGE_TOKEN, CasaProcessor
-from casa.models.shipped import resolve
+from casa.errors import UserError
+from casa.models.loading import find_file, read_config, read_json, reading, resolve
 from casa.vision import family_of, tower_config_of
 
-# Minimal turns, as the paper's Helium route uses: no delimiters around images. An answer ends with the token that ends
-# it when a model says it, so that the answers of a chat look alike and each can be learned with its end.
-PLAIN_TEMPLATE = (
-    # a line break behind {% %} would be taken away
-    "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}"
-    "{{ eos_token if m.role == 'assistant' }}\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
+OUTPUTS = ["pixel_values", "image_grid_thw"]
+
+
+class SquareKwargs(ImagesKwargs, total=False):
+    """As for other image processors; patch_size: p, in pixels."""
+
+    patch_size: int
+
+
+class CasaSquareImageProcessor(SiglipImageProcessorPil):
+    """Every picture as one square of `size`, whatever its proportions: `pixel_values` (n, 3, size, size)."""
+
+    valid_kwargs = SquareKwargs  # type: ignore[assignment]
+    patch_size = 16
+    model_input_names = OUTPUTS
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+        patch_size, return_tensors = kwargs.pop("patch_size"), kwargs.pop("return_tensors")
+        found = super()._preprocess(*args, return_tensors=None, **kwargs)
+        squares = found["pixel_values"]
+        grids = [(1, square.shape[-2] // patch_size, square.shape[-1] // patch_size) for square in squares]
+        data = {"pixel_values": np.stack(squares), "image_grid_thw": np.array(grids, dtype=np.int64)}
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+class CasaFlexibleImageProcessor(Siglip2ImageProcessorPil):
+    """Pictures in their own proportions, in at most `max_num_patches` patches: `pixel_values` (P, 3 * p * p)."""
+
+    valid_kwargs = Siglip2ImageProcessorKwargs
+    do_convert_rgb = True
+    model_input_names = OUTPUTS
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+        return_tensors = kwargs.pop("return_tensors")
+        found = super()._preprocess(*args, return_tensors=None, **kwargs)
+        shapes = found["spatial_shapes"]
+        real = [patches[: h * w] for patches, (h, w) in zip(found["pixel_values"], shapes, strict=True)]
+        grids = [(1, h, w) for h, w in shapes]
+        data = {"pixel_values": np.concatenate(real), "image_grid_thw": np.array(grids, dtype=np.int64)}
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+def bounds(image_processor: Any, min_pixels: int | None = None, max_pixels: int | None = None) -> dict[str, Any]:
+    """What keeps a picture between so many pixels, in the words of one kind of image processor; what is left out stays.
+
+    Raises UserError where the size of a picture is fixed, or for bounds that nothing fits into.
+    """
+    if min_pixels is None and max_pixels is None:
+        return {}
+    if hasattr(image_processor, "patch_grid"):  # an encoder's own, which knows these words (casa.vision's Family)
+        given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        return {name: value for name, value in given.items() if value is not None}
+    if isinstance(image_processor, Qwen2VLImageProcessorPil):
+        most = image_processor.size["longest_edge"] if max_pixels is None else max_pixels
+        least = min(image_processor.size["shortest_edge"], most) if min_pixels is None else min_pixels
+        if not 1 <= least <= most:
+            raise UserError(f"no picture has from {least} to {most} pixels; give other min_pixels or max_pixels.")
+        return {"size": {"shortest_edge": least, "longest_edge": most}}
+    if not isinstance(image_processor, CasaFlexibleImageProcessor):
+        left = "max_pixels" if min_pixels is None else "min_pixels"
+        raise UserError(f"this image encoder sees squares of one size; leave out {left}.")
+    if min_pixels is not None or max_pixels is None:
+        raise UserError("this image encoder is given as many patches as it may have; leave out min_pixels.")
+    patch = image_processor.patch_size**2
+    if max_pixels < patch:
+        raise UserError(f"max_pixels is {max_pixels}, less than one patch; give {patch} or more.")
+    return {"max_num_patches": max_pixels // patch}
+
+
+# transformers keeps image processors by config; these two belong to no model of their own
+class SquarePicturesConfig(PreTrainedConfig):
+    model_type = "casa_square_pictures"
+
+
+class FlexiblePicturesConfig(PreTrainedConfig):
+    model_type = "casa_flexible_pictures"
+
+
+for _config, _processor in (
+    (SquarePicturesConfig, CasaSquareImageProcessor),
+    (FlexiblePicturesConfig, CasaFlexibleImageProcessor),
+):
+    # under both names: with torchvision installed, transformers asks for that kind first
+    AutoImageProcessor.register(
+        _config, image_processor_classes={"pil": _processor, "torchvision": _processor}, exist_ok=True
+    )
+
+
 MOST_TOKENS = 1280  # per picture of a Qwen tower, as in Qwen2.5-VL
 _NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # on a hub
 # of a processor file, what every kind of image processor has
 _COLOURS = ("image_mean", "image_std", "rescale_factor", "resample", "do_rescale", "do_normalize")
-
-
-def processor_for(
-    tokenizer: PreTrainedTokenizerBase,
-    vision: Any,
-    max_pixels: int | None = None,
-    gist_ids: list[int] | None = None,
-    **hub: Any,
-) -> Any:
-    """A CasaProcessor with the pixels that the tower expects; `image_processor_for` makes them, and reads `vision`.
-
-    The tokenizer gets an image token if it has none, beside the special tokens it has; it marks places and never
-    reaches the model, so the text model's embeddings stay as they are. A chat template that knows only text gets
-    pictures as that token. gist_ids: ids of the model's gist tokens, if it has some.
-    """
-    images = image_processor_for(vision, max_pixels, **hub)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    template: Any = tokenizer.chat_template or PLAIN_TEMPLATE
-    return CasaProcessor(images, tokenizer, chat_template=template, image_token=IMAGE_TOKEN, gist_ids=gist_ids)
 
 
 def image_processor_for(vision: Any, max_pixels: int | None = None, **hub: Any) -> Any:
