@@ -29,7 +29,7 @@ ALLOWED = {
     "errors": set(),
     "threads": set(),
     "memory": set(),
-    "provenance": {"errors", "models.shipped"},
+    "provenance": {"errors", "models.loading"},
     "settings": {"errors"},
     "atomic": {"errors"},
     "kept_files": {"errors", "atomic"},
