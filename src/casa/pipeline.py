@@ -23,7 +23,7 @@ from PIL import Image
 from casa.errors import UserError
 from casa.media.pictures import as_picture
 from casa.models import CasaForConditionalGeneration, CasaProcessor
-from casa.models.at_hand import load_at_hand
+from casa.models.auto import load_pretrained
 from casa.streaming import FrameCaption, Sampling, StreamingSession, watch, watch_live
 from casa.threads import settle
 
@@ -51,7 +51,7 @@ def load(name_or_path: str | os.PathLike[str] = "casa-tiny", *, device: str = "a
     Raises:
         UserError: There is no such model, it cannot be read, or this machine has no such device.
     """
-    return CasaPipeline(*load_at_hand(name_or_path, device))
+    return CasaPipeline(*load_pretrained(name_or_path, device))
 
 
 class CasaPipeline:
