@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from casa.attention import casa_attention, flex, implementations, varlen
-from casa.attention.ask import Ask
+from casa.attention.common import AttentionRequest
 from casa.attention.dispatch import choose, refusal
 from casa.errors import UserError
 from casa.windows import WindowLayout
@@ -63,7 +63,7 @@ def test_a_past_asks_for_fewer_queries(tools):
 
 
 def asked(device="cuda", dtype=torch.bfloat16, width=64, turning=False, backward=True):
-    return Ask(LAYOUT, dtype, torch.device(device), width, "both", turning, backward)
+    return AttentionRequest(LAYOUT, dtype, torch.device(device), width, "both", turning, backward)
 
 
 @pytest.fixture
@@ -128,7 +128,9 @@ def test_every_refusal_names_the_reason_and_the_remedy(name, change, words):
 def test_what_is_asked_is_what_the_arguments_say(tools, monkeypatch, impl):
     """A refusal sees the call as it is, and is never passed over."""
     seen = []
-    monkeypatch.setattr("casa.attention.dispatch.refusal", lambda name, ask: seen.append((name, ask)) or "no, thanks")
+    monkeypatch.setattr(
+        "casa.attention.dispatch.refusal", lambda name, request: seen.append((name, request)) or "no, thanks"
+    )
     layout = WindowLayout.from_insertions([3], [[(1, 2)]], history=1)
     args = tools.tensors(layout, D=8)
     with pytest.raises(UserError, match="no, thanks"):
@@ -137,8 +139,8 @@ def test_what_is_asked_is_what_the_arguments_say(tools, monkeypatch, impl):
         casa_attention(*args, layout, impl=impl)
     cpu = torch.device("cpu")
     assert seen == [
-        (impl, Ask(layout, torch.float64, cpu, 8, "image", turning=True, backward=True)),
-        (impl, Ask(layout, torch.float64, cpu, 8, "both", turning=False, backward=False)),
+        (impl, AttentionRequest(layout, torch.float64, cpu, 8, "image", turning=True, backward=True)),
+        (impl, AttentionRequest(layout, torch.float64, cpu, 8, "both", turning=False, backward=False)),
     ]
 
 

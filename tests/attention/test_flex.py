@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
 from casa.attention import casa_attention, flex
+from casa.attention.common import AttentionInputs
 from casa.errors import UserError
 from casa.windows import WindowLayout
 
@@ -76,7 +77,7 @@ def test_no_text_and_no_keys_need_no_compiler(tools):
     with torch.no_grad():
         for layout in (WindowLayout.from_insertions([0], [[]]), WindowLayout.from_insertions([2], [[]])):
             made = tools.tensors(layout, dtype=torch.float32)
-            out = flex.attention(*made, layout, scale=1.0, attend="image", turn=None)
+            out = flex.attention(AttentionInputs(*made, layout, scale=1.0, attend="image"))
             assert not out.any()
             assert len(out) == layout.num_text
 
@@ -101,7 +102,7 @@ def test_equals_the_reference_forward_and_backward(tools, data):
     args = tools.tensors(layout, Hq=Hq, Hkv=Hkv)
 
     def run(*tensors):
-        return flex.attention(*tensors, layout, scale=0.3, attend=attend, turn=None)
+        return flex.attention(AttentionInputs(*tensors, layout, scale=0.3, attend=attend))
 
     want = tools.outcome(lambda *t: casa_attention(*t, layout, scale=0.3, attend=attend, impl="reference"), args)
     with pytest.MonkeyPatch.context() as patched:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from casa.attention import casa_attention, plan
+from casa.attention import casa_attention, sdpa
 from casa.windows import WindowLayout
 
 IMPLS = ["reference", "sdpa"]
@@ -21,7 +21,7 @@ def stretch(key, delta):
     return key * (1 - 0.1 * delta)
 
 
-@pytest.mark.parametrize("call_cost", [0.0, plan.CALL, 1e12], ids=["never pad", "as shipped", "pad all"])
+@pytest.mark.parametrize("call_cost", [0.0, sdpa.CALL, 1e12], ids=["never pad", "as shipped", "pad all"])
 @given(data=st.data())
 @settings(deadline=None, max_examples=60)
 def test_equals_the_reference(tools, call_cost, data):
@@ -32,7 +32,7 @@ def test_equals_the_reference(tools, call_cost, data):
     Hq, Hkv = data.draw(st.sampled_from([(4, 2), (2, 2), (3, 1)]))
     args = tools.tensors(layout, Hq=Hq, Hkv=Hkv)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "CALL", call_cost)
+        patch.setattr(sdpa, "CALL", call_cost)
         results = [
             tools.outcome(
                 lambda *t, impl=impl: casa_attention(*t, layout, scale=scale, attend=attend, impl=impl, turn=turn),
@@ -133,7 +133,7 @@ def test_what_is_not_seen_changes_nothing_bit_for_bit(tools, impl, data):
 @pytest.mark.parametrize("call_cost", [0.0, 1e12])
 def test_nan_in_one_window_stays_there(tools, impl, call_cost, monkeypatch):
     """Also where windows of different sizes are padded into one call, and in every gradient."""
-    monkeypatch.setattr(plan, "CALL", call_cost)
+    monkeypatch.setattr(sdpa, "CALL", call_cost)
     layout = WindowLayout.from_insertions([3, 5, 4], [[(0, 2)], [(0, 4)], [(0, 3)]])
     args = tools.tensors(layout)
     sick = [t.detach().clone() for t in args]
@@ -196,3 +196,51 @@ def test_no_mask_over_everything_and_no_repeated_keys(tools, monkeypatch):
     seen.clear()
     casa_attention(*tools.tensors(layout), layout, attend="image")
     assert seen == [((3, 2, 8, 4), (3, 2, 5, 4), None)]
+
+
+# which windows share a batch, by cost
+
+
+def calls(texts, images, width=512, **more):
+    position, insertions = 0, []
+    for text, image in zip(texts, images, strict=True):
+        insertions.append((position, image))
+        position += text
+    made = sdpa.make_batches(WindowLayout.from_insertions([position], [insertions], **more), "both", width, False)
+    return [] if made is None else [batch.windows for batch in made.batches]
+
+
+def test_equal_windows_share_one_call():
+    assert calls([16] * 5, [64] * 5) == [(0, 1, 2, 3, 4)]
+
+
+def test_near_equal_windows_are_padded_into_one_call():
+    assert calls([4, 5, 4], [8, 8, 9]) == [(0, 2, 1)]
+
+
+def test_windows_far_apart_are_not_padded():
+    assert calls([4, 90], [256, 256]) == [(0,), (1,)]
+
+
+def test_narrow_heads_allow_more_padding():
+    assert calls([4, 30], [256, 256], width=512) == [(0,), (1,)]
+    assert calls([4, 30], [256, 256], width=16) == [(0, 1)]
+
+
+def test_windows_without_text_take_no_part():
+    assert calls([4, 0], [3, 3]) == [(0,)]
+    assert calls([], []) == []
+
+
+def test_equal_windows_need_one_mask_and_ragged_ones_their_own():
+    even = WindowLayout.from_insertions([4], [[(0, 2), (2, 2)]])
+    odd = WindowLayout.from_insertions([5], [[(0, 2), (2, 2)]])
+    cpu = torch.device("cpu")
+    for layout, masks in ((even, 1), (odd, 2)):
+        made = sdpa.make_batches(layout, "both", 8, False)
+        assert made is not None
+        bias = made.batches[0].bias(3, torch.float64, cpu)
+        assert bias is not None
+        assert bias.shape[0] == masks
+        assert bias.shape[2] == 3 * made.batches[0].queries
+        assert bias.dtype == torch.float64

@@ -1,5 +1,6 @@
 """`varlen` with its kernel replaced by a loop that does what the kernel's documentation says, on a CPU."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,26 +9,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casa.attention import casa_attention, varlen
+from casa.attention.common import AttentionInputs
 from casa.windows import WindowLayout
 
 
-def block_by_block(query, key, value, query_ends, key_ends, most_queries, most_keys, *, causal, scale):
+def block_by_block(query, key, value, blocks, scale):
     """Attention of each block alone, causal from the bottom right; and what the kernel asks of its arguments."""
+    query_ends, key_ends = blocks.query_ends, blocks.key_ends
     assert query_ends.dtype == key_ends.dtype == torch.int32
     assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-    blocks = list(zip(pairwise(query_ends.tolist()), pairwise(key_ends.tolist()), strict=True))
-    assert (blocks[0][0][0], blocks[0][1][0]) == (0, 0)
-    assert (blocks[-1][0][1], blocks[-1][1][1]) == (len(query), len(key)) == (len(query), len(value))
-    assert max(b - a for (a, b), _ in blocks) == most_queries
-    assert max(b - a for _, (a, b) in blocks) == most_keys
+    spans = list(zip(pairwise(query_ends.tolist()), pairwise(key_ends.tolist()), strict=True))
+    assert (spans[0][0][0], spans[0][1][0]) == (0, 0)
+    assert (spans[-1][0][1], spans[-1][1][1]) == (len(query), len(key)) == (len(query), len(value))
+    assert max(b - a for (a, b), _ in spans) == blocks.max_queries
+    assert max(b - a for _, (a, b) in spans) == blocks.max_keys
     results = []
-    for (q0, q1), (k0, k1) in blocks:
+    for (q0, q1), (k0, k1) in spans:
         assert q1 > q0, "an empty block reached the kernel"
         assert k1 > k0, "a block without keys reached the kernel"
         group = query.shape[1] // key.shape[1]
         k, v = (x[k0:k1].repeat_interleave(group, dim=1) for x in (key, value))
         scores = torch.einsum("qhd,shd->hqs", query[q0:q1], k) * scale
-        if causal:
+        if blocks.causal:
             hidden = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril((k1 - k0) - (q1 - q0)).logical_not()
             scores = scores.masked_fill(hidden, -torch.inf)
         results.append(torch.einsum("hqs,shd->qhd", scores.softmax(dim=-1), v))
@@ -40,7 +43,7 @@ def documented_kernel(monkeypatch):
 
 
 def run(*tensors, layout, attend="both", scale=0.3, turn=None):
-    return varlen.attention(*tensors, layout, scale=scale, attend=attend, turn=turn)
+    return varlen.attention(AttentionInputs(*tensors, layout, scale, attend, turn))
 
 
 def stretch(key, delta):
@@ -75,7 +78,7 @@ def test_one_block_per_window_where_images_open_it():
     made = blocks([9], [[(0, 5), (4, 3)]])
     assert made.query_ends.tolist() == [0, 4, 9]
     assert made.key_ends.tolist() == [0, 9, 17]
-    assert (made.most_queries, made.most_keys, made.causal) == (5, 9, True)
+    assert (made.max_queries, made.max_keys, made.causal) == (5, 9, True)
     assert made.query is None
     assert made.out is None
     assert made.key is not None
@@ -151,7 +154,7 @@ def test_planned_once_per_layout_also_when_first_met_in_inference_mode(tools, mo
     out = run(*args, layout=layout)
     out.sum().backward()
     assert torch.equal(out.detach(), calm)
-    assert made == [(layout, "both", False)]
+    assert made == [(layout, "both", False, torch.device("cpu"))]
 
 
 def test_a_view_whose_channels_lie_apart_is_copied(tools):
@@ -177,7 +180,9 @@ def test_what_torchs_function_is_given(monkeypatch, knows_groups, causal, window
     import torch.nn.attention.varlen as theirs
 
     monkeypatch.setattr(theirs, "varlen_attn", later if knows_groups else earlier)
-    varlen.kernel(*"qkvab", 3, 5, causal=causal, scale=0.5)  # type: ignore[arg-type]
+    nothing = (None,) * 4
+    given = varlen.VarlenBlocks(*nothing, "a", "b", 3, 5, causal, ())  # type: ignore[arg-type]
+    varlen.kernel(*"qkv", given, 0.5)  # type: ignore[arg-type]
     assert seen == {"order": (*"qkvab", 3, 5), "scale": 0.5, "window": window, "grouped": knows_groups}
 
 
@@ -188,8 +193,7 @@ def test_torchs_function_takes_what_it_is_given(monkeypatch, causal):
     made = blocks([9], [[(0, 5), (4, 3)]]).to(torch.device("meta"))
     sizes = [(9, 8), (17, 2), (17, 2)]
     q, k, v = (torch.empty(*size, 16, dtype=torch.bfloat16, device="meta", requires_grad=True) for size in sizes)
-    ends = made.query_ends, made.key_ends, made.most_queries, made.most_keys
-    out = varlen.kernel(q, k, v, *ends, causal=causal, scale=0.3)
+    out = varlen.kernel(q, k, v, replace(made, causal=causal), 0.3)
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     for tensor, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
         assert grad.shape == tensor.shape

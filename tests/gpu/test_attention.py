@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from casa.attention import casa_attention, implementations
-from casa.attention.ask import Ask
+from casa.attention.common import AttentionRequest
 from casa.attention.dispatch import choose, refusal
 from casa.windows import WindowLayout
 
@@ -116,7 +116,7 @@ def rotate(key, delta):
 
 def able(impl, layout, heads, dtype, device, attend, turning, backward):
     """Whether the implementation does this; on a GPU, for what it refuses there is one good reason each."""
-    reason = refusal(impl, Ask(layout, dtype, device, heads[2], attend, turning, backward))
+    reason = refusal(impl, AttentionRequest(layout, dtype, device, heads[2], attend, turning, backward))
     if device.type == "cuda":
         expected = (impl == "varlen" and dtype == torch.float32) or (impl == "flex" and turning)
         assert (reason is not None) == expected, reason
@@ -197,7 +197,7 @@ def test_what_sees_nothing_is_zero_and_nan_stays_in_its_window(device, impl):
 )
 def test_auto_takes_what_the_gpu_has(device, dtype, backward, name):
     layout = packed([200, 100], [30, 40])
-    assert choose(Ask(layout, dtype, device, 64, "both", turning=False, backward=backward)) == name
+    assert choose(AttentionRequest(layout, dtype, device, 64, "both", turning=False, backward=backward)) == name
     tensors = [t.requires_grad_(backward) for t in given(layout, (4, 2, 64), dtype, device)]
     assert torch.equal(casa_attention(*tensors, layout), casa_attention(*tensors, layout, impl=name))
 

@@ -56,17 +56,17 @@ FAULTS = (
     ),
     Fault(
         "padded keys of a batched call are seen",
-        "attention/plan.py",
+        "attention/sdpa.py",
         "row[: shape.queries, : shape.keys] = shape.mask()",
         "row[: shape.queries] = True",
         ("attention/test_sdpa.py",),
     ),
     Fault(
         "a row that is picked twice gets one gradient of the two",
-        "attention/pick.py",
-        "for rows, uses in pick.repeats:",
-        "for rows, uses in pick.repeats[:0]:",
-        ("attention/test_pick.py", "attention/test_sdpa.py"),
+        "attention/common.py",
+        "for rows, uses in gather.repeats:",
+        "for rows, uses in gather.repeats[:0]:",
+        ("attention/test_common.py", "attention/test_sdpa.py"),
     ),
     Fault(
         "missing zero update: text that sees no image is changed",

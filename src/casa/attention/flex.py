@@ -15,8 +15,7 @@ from shutil import which
 import torch
 from torch import Tensor
 
-from casa.attention.ask import Ask
-from casa.attention.pick import zeros_of
+from casa.attention.common import AttentionInputs, AttentionRequest, zeros_of
 from casa.windows import WindowLayout
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -27,19 +26,19 @@ BLOCK = 128  # sides of the mask's blocks: torch's default, a multiple of every 
 KERNELS = 64
 
 
-def refusal(ask: Ask) -> str | None:
+def refusal(request: AttentionRequest) -> str | None:
     """Why flex cannot do what is asked, with the remedy; None if it can."""
-    kind = ask.device.type
+    kind = request.device.type
     if kind not in ("cpu", "cuda"):
         return f"flex runs on CPU and CUDA and the tensors are on {kind}; use impl='sdpa'."
-    if kind == "cpu" and ask.backward:
+    if kind == "cpu" and request.backward:
         return "flex has no backward on CPU; use impl='sdpa', or torch.no_grad() for forward only."
-    if ask.turning:
+    if request.turning:
         return "flex cannot turn the keys of earlier windows (history), a key has one angle here; use impl='sdpa'."
-    if ask.dtype not in DTYPES:
-        return f"flex takes float32, float16 and bfloat16, not {ask.dtype}; use impl='sdpa', or convert the model."
-    if kind == "cuda" and ask.width < 16:
-        return f"flex takes heads of at least 16 channels on CUDA, not {ask.width}; use impl='sdpa'."
+    if request.dtype not in DTYPES:
+        return f"flex takes float32, float16 and bfloat16, not {request.dtype}; use impl='sdpa', or convert the model."
+    if kind == "cuda" and request.width < 16:
+        return f"flex takes heads of at least 16 channels on CUDA, not {request.width}; use impl='sdpa'."
     if kind == "cuda" and not _has_triton():
         return "flex needs Triton on CUDA and it is not installed; use impl='sdpa', or install triton."
     # not inside somebody else's compile, which cannot trace a search for files
@@ -51,30 +50,17 @@ def refusal(ask: Ask) -> str | None:
     return None
 
 
-def attention(
-    query: Tensor,
-    text_key: Tensor,
-    text_value: Tensor,
-    image_key: Tensor,
-    image_value: Tensor,
-    layout: WindowLayout,
-    *,
-    scale: float,
-    attend: str,
-    turn: Callable[[Tensor, int], Tensor] | None,
-) -> Tensor:
+def attention(inputs: AttentionInputs) -> Tensor:
     """See `casa_attention`. `turn` has nothing to turn: with history it is refused."""
-    keys, values = [image_key], [image_value]
-    if attend == "both":
-        keys, values = [image_key, text_key], [image_value, text_value]
-    if not len(query) or not sum(map(len, keys)):
+    query, layout, attend = inputs.query, inputs.layout, inputs.attend
+    if not len(query) or not sum(map(len, inputs.keys)):
         return zeros_of(query)
 
     device = query.device
     mask = layout.cached(("flex", attend, device), lambda: _block_mask(layout, attend, device))
-    q, k, v = (_padded(*rows).transpose(0, 1)[None] for rows in ([query], keys, values))
+    q, k, v = (_padded(*rows).transpose(0, 1)[None] for rows in ([query], inputs.keys, inputs.values))
     with _room_for_kernels():
-        out = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        out = _compiled()(q, k, v, block_mask=mask, scale=inputs.scale, enable_gqa=q.shape[1] != k.shape[1])
     out = out[0].transpose(0, 1)[: len(query)]
     if attend == "image":
         out = torch.where(layout.on(device, "sees_image")[:, None, None], out, out.new_zeros(()))
@@ -86,7 +72,7 @@ def _compiled() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
     # Not dynamic: torch 2.13 then generates C++ that does not compile. One kernel per padded size instead; where
-    # torch gives up on compiling ever more of them, fullgraph makes it say so rather than run a dense mask.
+    # torch gives up on compiling ever more of them, fullgraph makes it say so rather than run a dense mrequest.
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 

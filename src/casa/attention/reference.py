@@ -6,23 +6,12 @@ Shapes: q queries and s keys of one window, G = Hq / Hkv query heads per key hea
 import torch
 from torch import Tensor
 
-from casa.attention.pick import zeros_of
-from casa.windows import WindowLayout
+from casa.attention.common import AttentionInputs, zeros_of
 
 
-def attention(
-    query: Tensor,
-    text_key: Tensor,
-    text_value: Tensor,
-    image_key: Tensor,
-    image_value: Tensor,
-    layout: WindowLayout,
-    *,
-    scale: float,
-    attend: str,
-    turn,
-) -> Tensor:
+def attention(inputs: AttentionInputs) -> Tensor:
     """See `casa_attention`."""
+    query, layout, turn = inputs.query, inputs.layout, inputs.turn
     out = zeros_of(query)
     image_before = layout.on(query.device, "image_text_index")
     row = 0
@@ -34,23 +23,23 @@ def attention(
         keys, values, seen = [], [], []
         for other in layout.visible_windows(number):
             images = slice(layout.windows[other].image_start, layout.windows[other].image_stop)
-            key = image_key[images]
+            key = inputs.image_key[images]
             if turn is not None and other != number:
                 key = turn(key, layout.windows[other].text_start - window.text_start)
             keys.append(key)
-            values.append(image_value[images])
+            values.append(inputs.image_value[images])
             seen.append(image_before[images] <= token)
-        if attend == "both":
+        if inputs.attend == "both":
             text = slice(window.text_start, window.text_stop)
-            keys.append(text_key[text])
-            values.append(text_value[text])
+            keys.append(inputs.text_key[text])
+            values.append(inputs.text_value[text])
             seen.append(torch.arange(text.start, text.stop, device=query.device) <= token)
 
         mask = torch.cat(seen, dim=1)  # (q, s)
         some = mask.any(dim=1)  # queries that see nothing keep their zeros
         if some.any():
             picked = torch.arange(rows.start, rows.stop, device=query.device)[some]
-            result = _attend(query[picked], torch.cat(keys), torch.cat(values), mask[some], scale)
+            result = _attend(query[picked], torch.cat(keys), torch.cat(values), mask[some], inputs.scale)
             out = out.index_copy(0, picked, result)
     return out
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from casa.attention import casa_attention, implementations
-from casa.attention.ask import Ask
+from casa.attention.common import AttentionRequest
 from casa.attention.dispatch import refusal
 from casa.benchmarks.attention_rivals import Rival, concatenated_varlen, dense_mask, flex_attention
 from casa.benchmarks.attention_shapes import CUDA_SHAPES, SHAPES, BenchShape
@@ -146,7 +146,9 @@ class _Race:
     def _hear(self, impl: str) -> None:
         """Notes what the implementation refuses: its backward, or all of it."""
         query = self.tensors[0]
-        forward = Ask(self.layout, query.dtype, query.device, query.shape[-1], "both", turning=False, backward=False)
+        forward = AttentionRequest(
+            self.layout, query.dtype, query.device, query.shape[-1], "both", turning=False, backward=False
+        )
         if (reason := refusal(impl, forward)) is not None:
             self.reason[impl] = reason
         elif self.trained and (reason := refusal(impl, replace(forward, backward=True))) is not None:

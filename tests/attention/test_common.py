@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from casa.attention.pick import Pick
+from casa.attention.common import RowGather
 
 
 @given(st.data())
@@ -15,7 +15,7 @@ def test_gradient_is_that_of_indexing(data):
     valid = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(index), max_size=len(index))))
     source = torch.randn(sources, 2, 3, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(len(index), 2, 3, dtype=torch.float64) * valid[:, None, None]
-    picked = Pick.of(index, valid, sources)(source)
+    picked = RowGather.of(index, valid, sources)(source)
     assert torch.equal(picked, source[index])
     (mine,) = torch.autograd.grad(picked, source, upstream)
     (theirs,) = torch.autograd.grad(source[index], source, upstream)
@@ -23,7 +23,7 @@ def test_gradient_is_that_of_indexing(data):
 
 
 def test_blank_rows_are_zero_and_hand_no_gradient_back():
-    pick = Pick.of(torch.tensor([1, 0]), torch.tensor([True, False]), 2, blank=torch.tensor([1]))
+    pick = RowGather.of(torch.tensor([1, 0]), torch.tensor([True, False]), 2, blank=torch.tensor([1]))
     source = torch.tensor([[torch.nan], [2.0]], requires_grad=True)
     picked = pick(source)
     assert picked.tolist() == [[2.0], [0.0]]
