@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from casa.layers import ImageNorm, normalise, project_images
+from casa.layers import ImageNorm, project_images, rms_norm
 from casa.testing import tiny_casa
 
 WORST = 1e-12  # float64 rounding of a sum of products, with room
@@ -62,7 +62,7 @@ def test_biases_and_head_norms_come_along():
     image = image_tokens(5, 6)
     source, gain = Source(), torch.rand(6, dtype=torch.float64)
     key, value = project_images(image, [source], [ImageNorm(gain, 1e-6)])[0]
-    normed = normalise(image, 1e-6) * gain
+    normed = rms_norm(image, 1e-6) * gain
     torch.testing.assert_close(key, source.k_norm(source.k_proj(normed).unflatten(-1, (2, 4))), rtol=0, atol=WORST)
     torch.testing.assert_close(value.flatten(1), source.v_proj(normed), rtol=0, atol=WORST)
 

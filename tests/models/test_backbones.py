@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from casa import CasaForConditionalGeneration, FusionConfig, adapt
 from casa.errors import UserError
-from casa.layers import normalise, project_images
+from casa.layers import project_images, rms_norm
 from casa.testing import (
     BACKBONES,
     TEXT_BACKBONES,
@@ -205,7 +205,7 @@ def test_the_folded_projection_is_each_blocks_norm_then_its_projections(kind):
     for block, source, norm, (key, value) in zip(decoder.blocks, sources, norms, pairs, strict=True):
         normed = block.input_layernorm(image)
         if kind in MULTIPLY_IN_FLOAT32:
-            exact = normalise(image, norm.eps) * norm.gain
+            exact = rms_norm(image, norm.eps) * norm.gain
             torch.testing.assert_close(exact, normed, rtol=1e-6, atol=1e-6)
             normed = exact
         wanted = source.k_proj(normed).view(7, 2, 8)

@@ -141,7 +141,7 @@ FAULTS = (
     ),
     Fault(
         "the gain of a block's norm is left out of its image keys",
-        "layers/image_kv.py",
+        "layers/casa.py",
         "linear.weight * gain.to(linear.weight.dtype)",
         "linear.weight * 1",
         ("layers/test_image_kv.py",),

@@ -7,8 +7,9 @@ A call sees new tokens only. Text and images of earlier calls come from a `Windo
 are `past` text (keys without queries) and images at the front of their windows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CallPlan:
     """The geometry of one call. `tokens` (Q,) indexes the flattened (B * L) batch; None if every token is real.
 
     `new_images` (N',) indexes the packed images that are new in this call.
@@ -69,7 +70,7 @@ def plan_call(
     state: WindowState | None = None,
     keep: bool = False,
     device: torch.device | str = "cpu",
-) -> Plan:
+) -> CallPlan:
     """Plans a call over `valid` (B, L), True where a token is real.
 
     image_places: (row, index in the row before which the image stands) of each new image, in order.
@@ -88,34 +89,38 @@ def plan_call(
     text_lengths: list[int] = []
     insertions: list[list[tuple[int, int]]] = []
     gone: list[int] = []
-    for row, places in enumerate(images):
+    is_new: list[bool] = []  # of each packed image token
+    behind: list[int] = []  # per row, the text behind its last image, or all of the open window if that has none
+    for windows, places, tokens, starts in zip(past, images, real, sample_starts or [[0]] * len(real), strict=True):
         before, offset = [], 0
-        for window in past[row]:
+        for window in windows:
             if window.images:
                 before.append((offset, window.images))
             offset += window.text
-        starts = sample_starts[row] if sample_starts is not None else [0]
-        borders = [*_count_before(real[row], starts), len(real[row])]
-        for first, stop, is_last in zip(borders, borders[1:], _last(borders[1:]), strict=False):
+        borders = [*_count_before(tokens, starts), len(tokens)]
+        for number, (first, stop) in enumerate(pairwise(borders)):
             # at the border of two samples an image belongs to the next one
+            is_last = number == len(borders) - 2
             mine = [(p, n) for p, n in places if first <= p < stop or (is_last and p == stop)]
             text_lengths.append(offset + stop - first)
             insertions.append(before + [(offset + p - first, n) for p, n in mine])
             gone.append(offset)
+        is_new += [False] * sum(n for _, n in before) + [True] * sum(n for _, n in places)
+        unseen = windows[-1].behind if windows else 0
+        behind.append(len(tokens) - places[-1][0] if places else unseen + len(tokens))
     layout = WindowLayout.from_insertions(text_lengths, insertions, split, history, gone if state is not None else None)
 
-    tokens = None
-    if any(len(row) != length for row in real):
-        flat = [row * length + index for row, indices in enumerate(real) for index in indices]
-        tokens = torch.tensor(flat, dtype=torch.int64, device=device)
-    join = _join(state, images, real, device) if state is not None else None
-    new = [i for i, is_new in enumerate(_new_images(past, images)) if is_new]
-    return Plan(
+    def long(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    padded = any(len(row) != length for row in real)
+    flat = [row * length + index for row, indices in enumerate(real) for index in indices]
+    return CallPlan(
         layout=layout,
-        tokens=tokens,
-        new_images=torch.tensor(new, dtype=torch.int64, device=device),
-        join=join,
-        keep=_keep(layout, _behind(past, images, real), history, device) if keep else None,
+        tokens=long(flat) if padded else None,
+        new_images=long([index for index, new in enumerate(is_new) if new]),
+        join=_join(state, images, real, long) if state is not None else None,
+        keep=_keep(layout, behind, history, long) if keep else None,
     )
 
 
@@ -152,24 +157,11 @@ def _count_before(real: list[int], indices: Sequence[int]) -> list[int]:
     return [sum(token < index for token in real) for index in indices]
 
 
-def _last(items: Sequence[int]) -> list[bool]:
-    return [number == len(items) - 1 for number in range(len(items))]
-
-
-def _new_images(past: list[list[WindowExtent]], images: list[list[tuple[int, int]]]) -> list[bool]:
-    """For each packed image token, whether it is new."""
-    flags: list[bool] = []
-    for row, places in zip(past, images, strict=True):
-        flags += [False] * sum(window.images for window in row)
-        flags += [True] * sum(tokens for _, tokens in places)
-    return flags
-
-
 def _join(
     state: WindowState,
     images: list[list[tuple[int, int]]],
     real: list[list[int]],
-    device: torch.device | str,
+    long: Callable[[list[int]], Tensor],
 ) -> Join:
     held_text, held_images = state.text_tokens, state.image_tokens
     first_text = state.layers[0].images if state.layers else 0
@@ -191,27 +183,11 @@ def _join(
         old_text, new_text = old_text + held_text[row], new_text + len(real[row])
         old_image, new_image = old_image + held_images[row], new_image + added
 
-    def long(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    return Join(
-        (long(text_rows), long(text_slots)),
-        (long(image_rows), long(image_slots)),
-        long(text_order),
-        long(image_order),
-    )
+    texts, pictures = (long(text_rows), long(text_slots)), (long(image_rows), long(image_slots))
+    return Join(texts, pictures, long(text_order), long(image_order))
 
 
-def _behind(past: list[list[WindowExtent]], images: list[list[tuple[int, int]]], real: list[list[int]]) -> list[int]:
-    """Per row, the text tokens behind its last image, or all of the open window if that has none."""
-    found = []
-    for windows, places, tokens in zip(past, images, real, strict=True):
-        before = windows[-1].behind if windows else 0
-        found.append(len(tokens) - places[-1][0] if places else before + len(tokens))
-    return found
-
-
-def _keep(layout: WindowLayout, behind: list[int], history: int, device: torch.device | str) -> Keep:
+def _keep(layout: WindowLayout, behind: list[int], history: int, long: Callable[[list[int]], Tensor]) -> Keep:
     rows = len(behind)
     by_row: list[list[Window]] = [[] for _ in range(rows)]
     for window in layout.windows:
@@ -222,8 +198,8 @@ def _keep(layout: WindowLayout, behind: list[int], history: int, device: torch.d
 
     def table(lists: list[list[int]]) -> Tensor:
         width = max((len(items) for items in lists), default=0)
-        filled = [items + [0] * (width - len(items)) for items in lists]
-        return torch.tensor(filled, dtype=torch.int64, device=device).reshape(rows, width)
+        filled = [index for items in lists for index in items + [0] * (width - len(items))]
+        return long(filled).reshape(rows, width)
 
     extents = [
         [WindowExtent(w.num_image, w.num_text, behind[number] if w is row[-1] else w.num_text) for w in row]

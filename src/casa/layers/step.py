@@ -6,6 +6,9 @@ heads, Hkv key heads, D channels of a head, B rows.
 `PackedStep` does any call: prefill, training, a later call that opens windows. `DecodeStep` does the call that
 generation repeats, one new token per row and no new image, on buffers that it writes in place.
 Both are passed to the layers explicitly; nothing is kept on modules.
+
+Rotary positions: `cos` and `sin` are (T, D), as the backbone's own rotary module makes them, so every scaling rule of
+the backbone (linear, YaRN, Llama 3 ...) comes along.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,14 +20,62 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from casa.attention import casa_attention
-from casa.layers.plan import Plan
-from casa.layers.rotary import Rotary, Rotation, turner
+from casa.layers.plan import CallPlan
 from casa.layers.state import LayerWindow, WindowState
 from casa.windows import WindowLayout
 
 Made = TypeVar("Made")
 
-Record = Callable[[int, Tensor, Tensor, Tensor, WindowLayout], None]
+
+@dataclass(frozen=True)
+class Rotation:
+    """How far the tokens turn: cos and sin (T, D).
+
+    Which channels turn together: the two halves of a head, channel c with c + D / 2, in most backbones;
+    neighbours, channel 2c with 2c + 1, if `neighbours` (Helium).
+    """
+
+    cos: Tensor
+    sin: Tensor
+    neighbours: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Turns x (T, H, D)."""
+        if self.neighbours:
+            across = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+        else:
+            left, right = x.chunk(2, dim=-1)
+            across = torch.cat([-right, left], dim=-1)
+        return x * self.cos[:, None] + across * self.sin[:, None]
+
+    @property
+    def turns_nothing(self) -> bool:
+        """Whether it leaves everything as it is: position 0, unless the backbone scales its rotary factors."""
+        return not bool(self.sin.any()) and bool((self.cos == 1).all())
+
+
+Rotary = Callable[[Tensor], Rotation]
+"""int64 positions, (T,) or one row per axis (axes, T) -> the rotation of T tokens."""
+
+
+def turner(rotary: Rotary | None) -> Callable[[Tensor, int], Tensor]:
+    """A function that moves already rotated keys (n, H, D) by a whole number of positions.
+
+    Rotations add up, so a key at position p turned by d is the key at p + d. The scale that some rotary
+    rules put on cos and sin is already in the key and is divided out. Keys without rotary positions stay.
+    """
+
+    def turn(key: Tensor, distance: int) -> Tensor:
+        if distance == 0 or rotary is None:
+            return key
+        both = rotary(torch.tensor([0, distance], device=key.device))
+        scale = both.cos[:1, :1]
+        return Rotation(both.cos[1:] / scale, both.sin[1:] / scale, both.neighbours)(key)
+
+    return turn
+
+
+AttentionRecorder = Callable[[int, Tensor, Tensor, Tensor, WindowLayout], None]
 """(layer ordinal, query (Q, Hq, D), text key (T, Hkv, D), image key (N, Hkv, D), layout), rotary applied; scores are
 query times key over sqrt(D), whatever the backbone's own scale."""
 
@@ -35,7 +86,7 @@ class Step(Protocol):
     tokens: Tensor | None  # (Q,) the real tokens among the flattened batch; None: all of them
     sees_image: Tensor | None  # bool (Q,); None: all of them do
     attend: str
-    record: Record | None
+    record: AttentionRecorder | None
 
     def attention(
         self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None, scale: float | None = None
@@ -57,14 +108,14 @@ class PackedStep:
         three axes (mRoPE); None for the others.
     """
 
-    plan: Plan
+    plan: CallPlan
     images: Sequence[tuple[Tensor, Tensor]]
     rotary: Sequence[Rotary | None]
     image_grid: Tensor | None = None
     attend: str = "both"
     impl: str = "auto"
     state: WindowState | None = None
-    record: Record | None = None
+    record: AttentionRecorder | None = None
     next_state: WindowState | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -168,7 +219,7 @@ class DecodeStep:
         text, images = self.state.text_tokens, self.state.image_tokens
         self.tokens: Tensor | None = None
         self.sees_image = None if all(images) else torch.tensor([n > 0 for n in images], device=self.device)
-        self.record: Record | None = None
+        self.record: AttentionRecorder | None = None
         self._text = torch.tensor(text, device=self.device)
         self._rows = torch.arange(len(text), device=self.device)
         self._same = text[0] if len(set(text)) == 1 else None

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from casa.errors import UserError
-from casa.layers import project_images
-from casa.layers.image_kv import PROJECTIONS
+from casa.layers import IMAGE_PROJECTIONS, project_images
 from casa.models.backbones import InsertionVLM
 from casa.models.image_tokens import ImageTokens, by_depth, count_tokens
 from casa.models.placement import check_one_device, fetched
@@ -100,7 +99,7 @@ class CasaImageSide:
             raise UserError("an insertion model takes no image_keys_values; pass image_features.")
         grids = self.final_grids(grids)
         layers: list[Any] = self._sources()
-        widths = [layer.get_submodule(name).out_features for layer in layers for name in PROJECTIONS]
+        widths = [layer.get_submodule(name).out_features for layer in layers for name in IMAGE_PROJECTIONS]
         if projected.shape != (count_tokens(grids), sum(widths)):
             raise UserError(f"image_grid_thw does not describe image_keys_values of shape {tuple(projected.shape)}.")
         parts = [

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from casa.errors import UserError
-from casa.layers import CasaAttention, Record
+from casa.layers import AttentionRecorder, CasaAttention
 from casa.models.backbones import Decoder, InsertionVLM, decoder_of, family_of
 from casa.models.cache import CasaCache
 from casa.models.configuration_casa import CasaConfig
@@ -228,7 +228,7 @@ class CasaForConditionalGeneration(  # type: ignore[misc]
         image_features: Tensor | None = None,
         image_keys_values: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        record: Record | None = None,
+        record: AttentionRecorder | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, L, V) for text; the loss too if `labels` (B, L, -100 where none) are given.

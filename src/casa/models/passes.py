@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from casa.layers import DecodeStep, PackedStep, Record, plan_call
+from casa.layers import AttentionRecorder, DecodeStep, PackedStep, plan_call
 from casa.models import insertion
 from casa.models.cache import CasaCache
 from casa.models.fusion import STEP, FusedStep, passed_down
@@ -47,7 +47,7 @@ class CasaPasses:
         places: list[tuple[int, int]],
         images: ImageTokens | None,
         cache: CasaCache | None,
-        record: Record | None,
+        record: AttentionRecorder | None,
         kwargs: dict[str, Any],
     ) -> tuple[Any, Tensor]:
         """The stack's output, and its last hidden states (B, L, d)."""
@@ -87,7 +87,7 @@ class CasaPasses:
         places: list[tuple[int, int]],
         images: ImageTokens | None,
         cache: CasaCache | None,
-        record: Record | None,
+        record: AttentionRecorder | None,
     ) -> PackedStep | DecodeStep | None:
         """What the layers need of this call; None if they have nothing to add."""
         fusion, decoder = self.fusion, self.decoder

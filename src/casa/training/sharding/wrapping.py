@@ -6,7 +6,7 @@
       CASA layer        q and o
 
 The image keys and values of all layers come from one product at the start of a step, with the gains of the blocks'
-norms folded in (`casa.layers.image_kv`): those weights are read before their blocks run, and without a call of the
+norms folded in (`project_images`): those weights are read before their blocks run, and without a call of the
 modules that own them, on which FSDP2's gathering hangs. They belong to the root, whose weights are there from the start
 of a step to its end. With grouped-query attention they are the lesser part of a CASA layer (a third in Helium-2B, a
 ninth in Qwen2.5-VL-3B); the query and output projections are gathered when their block needs them.
