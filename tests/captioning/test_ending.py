@@ -22,7 +22,7 @@ import torch
 torch.set_num_threads(1)
 from casa.cli.main import run
 from casa.captioning import caption
-from casa.media import Source
+from casa.media import VideoSource
 from casa.models import auto
 from casa.testing import tiny_casa, tiny_processor
 model = tiny_casa(dtype=torch.float32)
@@ -149,7 +149,7 @@ def test_stopped_and_gone_on_with(forks, film, tmp_path):
 @pytest.mark.parametrize("pace", PACES)
 def test_a_second_signal_ends_at_once(forks, film, tmp_path, pace):
     """A source that never lets go, as a camera whose driver hangs."""
-    program = "Source.close = lambda self: (print('closing', flush=True), time.sleep(3600))"
+    program = "VideoSource.close = lambda self: (print('closing', flush=True), time.sleep(3600))"
     run = Run(forks, tmp_path, film, *outs(tmp_path), *PACES[pace], program=program)
     assert run.lines.readline()
     os.kill(run.pid, signal.SIGINT)

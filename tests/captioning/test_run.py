@@ -11,7 +11,7 @@ from PIL import Image
 from casa.captioning import Question, Report, Request, caption
 from casa.captioning import run as module
 from casa.errors import UserError
-from casa.media import Counts, probe, read_captions, read_frames
+from casa.media import SourceCounts, probe, read_captions, read_frames
 from casa.streaming import Count, Sampling, StreamingSession
 
 
@@ -212,7 +212,7 @@ class Camera:
 
     def __init__(self, film, error):
         self.film, self.error = film, error
-        self.counts = Counts()
+        self.counts = SourceCounts()
 
     def __enter__(self):
         return self

@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 
-from casa.media.decoder import Decoder
+from casa.media.decoder import VideoDecoder
 from casa.media.video import probe, read_frames
 
 
@@ -51,7 +51,7 @@ def test_flipped_bytes_in_the_middle(tmp_path, clips, suffix):
     assert 15 <= len(times) < 40
     assert times[-1] > 1.4  # the end is reached
     # Matroska finds its next whole packet, and says nothing of those between
-    assert suffix == "mkv" or frames.skipped >= 1
+    assert suffix == "mkv" or frames.counts.skipped >= 1
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "ts", "avi"])
@@ -67,7 +67,7 @@ def test_flipped_bytes_within_a_picture_are_counted(tmp_path, clips, suffix):
     path.write_bytes(data)
     frames = read_frames(path, fps=None)
     times = [f.time for f in frames]
-    assert frames.skipped >= 1
+    assert frames.counts.skipped >= 1
     assert times == sorted(set(times))
     assert len(times) < 40
     assert times[-1] > 1.4
@@ -78,7 +78,7 @@ def test_a_lost_packet_of_a_transport_stream_is_counted(tmp_path, clips, place):
     """188 bytes that never came, as over a bad line: the stream's own count of its packets tells."""
     path = noisy_clip(tmp_path, clips, "ts")
     assert len(list(whole := read_frames(path, fps=None))) == 40
-    assert whole.skipped == 0
+    assert whole.counts.skipped == 0
     data, spots = path.read_bytes(), packets(path)
     if place == "a whole frame":
         at = next(at for at, size in spots[11:] if size < 150)
@@ -90,7 +90,7 @@ def test_a_lost_packet_of_a_transport_stream_is_counted(tmp_path, clips, place):
     path.write_bytes(data[:at] + data[at + 188 :])
     frames = read_frames(path, fps=None)
     times = [f.time for f in frames]
-    assert frames.skipped >= 1
+    assert frames.counts.skipped >= 1
     assert times == sorted(set(times))
     assert 36 <= len(times) < 40, "the frames around it are shown"
     assert times[-1] > 1.5
@@ -110,7 +110,7 @@ def test_cut_off_in_the_middle(tmp_path, clips, suffix):
 
 def test_counts_and_ends(tmp_path, clips):
     path = clips.write(tmp_path / "a.mp4", range(0, 400, 40))
-    with Decoder.of_file(path) as decoder:
+    with VideoDecoder.of_file(path) as decoder:
         assert len(list(decoder.frames())) == 10
         assert (decoder.counts.decoded, decoder.counts.skipped, decoder.lost) == (10, 0, False)
         assert decoder.duration == pytest.approx(0.4, abs=0.01)
@@ -122,7 +122,7 @@ def test_counts_and_ends(tmp_path, clips):
 
 def test_bare_pictures_have_no_times(tmp_path, clips):
     path = clips.write(tmp_path / "a.mjpeg", range(4), clock=25, codec="mjpeg", pixels="yuvj420p", format="mjpeg")
-    with Decoder.of_file(path) as decoder:
+    with VideoDecoder.of_file(path) as decoder:
         assert not decoder.timed
 
 
@@ -141,7 +141,7 @@ def test_what_was_read_is_let_go_of_at_once(tmp_path, clips, no_collector):
     assert len(list(read_frames(path, fps=None))) == 10
     kept = [one for one in gc.get_objects() if type(one) is av.VideoFrame and one.width == 64]
     assert kept == []
-    decoder = Decoder.of_file(path)
+    decoder = VideoDecoder.of_file(path)
     gone = weakref.ref(decoder)
     next(decoder.frames())
     decoder.close()

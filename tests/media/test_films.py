@@ -11,9 +11,8 @@ from PIL import Image, ImageOps
 
 from casa.errors import UserError
 from casa.media import Caption, add_subtitle_track, burn_captions, check_subtitle_track, open_source
-from casa.media.sniff import sniff
-from casa.media.upright import upright
-from casa.media.video import probe, read_frames
+from casa.media.decoder import upright
+from casa.media.video import probe, read_frames, sniff
 
 RATE, FRAMES = 10, 6
 # file name: encoder, how its pixels are stored; then, where it is not the usual, FFmpeg's format, (W, H), frames per
@@ -120,7 +119,7 @@ def shade(k, size, pixels, tick, rate):
 
 def seen(frames):
     """(which frame it is, its second) of each."""
-    return [(round((float(frame.picture.mean()) - 40) / 30), round(frame.seconds, 3)) for frame in frames]
+    return [(round((float(frame.picture.mean()) - 40) / 30), round(frame.time, 3)) for frame in frames]
 
 
 def near(wanted):
@@ -442,7 +441,7 @@ def test_a_film_that_is_cut_off_is_read_as_far_as_it_goes(tmp_path, movflags):
     with read_frames(path, fps=None) as reader:
         frames = list(reader)
     assert 2 <= len(frames) <= 6
-    assert [round(frame.seconds * RATE) for frame in frames] == list(range(len(frames)))
+    assert [round(frame.time * RATE) for frame in frames] == list(range(len(frames)))
     assert reader.counts.skipped == 10 - len(frames) or (movflags != "faststart" and reader.counts.skipped > 0)
     path.write_bytes(whole[: whole.index(b"mdat") + 8])
     with pytest.raises(UserError, match="cut off"):

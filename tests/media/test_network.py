@@ -13,12 +13,11 @@ import pytest
 from PIL import Image
 
 from casa.errors import UserError
-from casa.media.backoff import Backoff
-from casa.media.network import is_address, open_address, without_secrets
-from casa.media.open_source import open_source
+from casa.media.sources import open_source
+from casa.media.streams import Backoff, is_address, open_stream, without_secrets
 from casa.testing import PATIENCE
 
-QUICK = Backoff(first=0.001, most=0.002, attempts=3)
+QUICK = Backoff(first=0.001, longest=0.002, attempts=3)
 
 
 class Server:
@@ -91,7 +90,7 @@ def read(source):
         with source:
             for frame in source:
                 assert frame.picture.shape == (96, 128, 3)
-                seconds.append(round(frame.seconds, 3))
+                seconds.append(round(frame.time, 3))
     except UserError as error:
         sentence = str(error)
     return seconds, sentence
@@ -208,7 +207,7 @@ def watched(source, clips):
     try:
         with source:
             for frame in source:
-                frames.append((clips.number(frame.picture), round(frame.seconds, 2)))
+                frames.append((clips.number(frame.picture), round(frame.time, 2)))
     except UserError as error:
         sentence = str(error)
     return frames, sentence
@@ -240,7 +239,7 @@ class TestPlaylists:
     @pytest.mark.parametrize("back", [[(2, 6), (4, 7), "end"], ["end"]], ids=["a window of it", "the whole of it"])
     def test_one_that_is_cut_and_comes_back(self, playlist, clips, back):
         playlist.steps = [3, 4, *["gone"] * 6, *back]
-        source = open_source(playlist.url, fps=100, backoff=Backoff(first=0.001, most=0.002, attempts=20))
+        source = open_source(playlist.url, fps=100, backoff=Backoff(first=0.001, longest=0.002, attempts=20))
         frames, sentence = watched(source, clips)
         assert sentence == ""
         assert frames == ALL, "and it goes on where it was"
@@ -298,7 +297,7 @@ def test_a_sender_that_begins_again(clip, tmp_path):
     (tmp_path / "whole.ts").write_bytes(data)
     names = [str(tmp_path / name) for name in ("half.ts", "whole.ts", "whole.ts")]
     with subprocess.Popen([sys.executable, "-c", SENDER_TCP, str(port), *names]) as sender:
-        backoff = Backoff(first=0.01, most=0.02, attempts=20)
+        backoff = Backoff(first=0.01, longest=0.02, attempts=20)
         source = open_source(f"tcp://127.0.0.1:{port}?listen=1&listen_timeout=60000", fps=10, backoff=backoff)
         seconds, sentence = read(source)
         sender.terminate()
@@ -355,7 +354,7 @@ def test_a_camera_of_bare_jpegs_is_timed_by_the_clock(server):
         body += b"--frame\r\nContent-Type: image/jpeg\r\n\r\n" + encoded(jpeg) + b"\r\n"
     server.answers = [(body, 0, "multipart/x-mixed-replace; boundary=frame")]
     ticks = iter(range(1000))
-    source = open_address(server.url, fps=2, backoff=QUICK, clock=lambda: next(ticks) * 0.25)
+    source = open_stream(server.url, fps=2, backoff=QUICK, clock=lambda: next(ticks) * 0.25)
     assert source.is_live
     seconds, _ = read(source)
     assert seconds[:3] == [0, 0.5, 1.0]
@@ -438,6 +437,6 @@ def test_addresses():
     assert not is_address("C:\\a.mp4")
     for bad in ("gopher://a", "concat://a", "subfile://x"):
         with pytest.raises(UserError, match=r"There is no reading from .* give a file, or an address of http, https"):
-            open_address(bad)
+            open_stream(bad)
     assert without_secrets("https://ann:pw@host:8/x?token=1#y") == "https://host:8/x"
     assert without_secrets("rtsp://[bad/x") == "rtsp://..."

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from casa.errors import UserError
-from casa.media.open_source import open_source
 from casa.media.pipe import PipeSource, is_pipe
+from casa.media.sources import open_source
 from casa.testing import PATIENCE
 
 READER = """
-from casa.media.open_source import open_source
+from casa.media.sources import open_source
 with open_source("-", fps=5) as source:
     print(source.describe, source.is_live)
     for frame in source:
-        print(round(frame.seconds, 3), round((float(frame.picture.mean()) - 10) / 5))
+        print(round(frame.time, 3), round((float(frame.picture.mean()) - 10) / 5))
 """
 KINDS = {
     "mkv": {},
@@ -86,7 +86,7 @@ def test_closing_a_pipe_that_says_nothing_more(tmp_path, clips, kind):
         giving_up = threading.Timer(PATIENCE, writable.close)
         giving_up.start()
         source = PipeSource(f"/dev/fd/{readable.fileno()}", fps=1000, live=True)
-        assert next(source).seconds == 0
+        assert next(source).time == 0
         reader = threading.Thread(target=list, args=(source,), daemon=True)
         reader.start()
         time.sleep(0.05)  # by now it has read what there is, and waits

@@ -16,8 +16,8 @@ def frames(sizes, level=200):
 def test_a_frame_has_what_was_said_of_it(tmp_path):
     recorder = Recorder(tmp_path / "a.mp4", 2)
     for frame in recorder.through(frames([(112, 168)] * 4)):
-        if frame.number == 1:
-            recorder.say(frame.seconds, frame.seconds + 1, "one")
+        if frame.index == 1:
+            recorder.say(frame.time, frame.time + 1, "one")
     recorder.close()
     recorder.close()
     feet = [frame.picture[-8:].mean() for frame in read_frames(tmp_path / "a.mp4", fps=None)]
@@ -27,8 +27,8 @@ def test_a_frame_has_what_was_said_of_it(tmp_path):
 def test_sizes_may_change_on_the_way_and_times_begin_late(tmp_path):
     recorder = Recorder(tmp_path / "a.mkv", 2)
     given = frames([(56, 84), (28, 42), (84, 56)])
-    late = [Frame(frame.picture, frame.seconds + 7, frame.number) for frame in given]
-    assert [frame.number for frame in recorder.through(late)] == [0, 1, 2]
+    late = [Frame(frame.picture, frame.time + 7, frame.index) for frame in given]
+    assert [frame.index for frame in recorder.through(late)] == [0, 1, 2]
     recorder.close()
     kept = list(read_frames(tmp_path / "a.mkv", fps=None))
     assert [frame.picture.shape for frame in kept] == [(56, 84, 3)] * 3
@@ -38,9 +38,9 @@ def test_sizes_may_change_on_the_way_and_times_begin_late(tmp_path):
 def test_a_picture_that_comes_after_the_sound_is_in_time_with_the_captions(tmp_path):
     """The first is on screen from the beginning on, without the caption that is not said yet."""
     recorder = Recorder(tmp_path / "a.mkv", 2, begin=0.0)
-    late = [Frame(frame.picture, frame.seconds + 1.2, frame.number) for frame in frames([(112, 168)] * 2)]
+    late = [Frame(frame.picture, frame.time + 1.2, frame.index) for frame in frames([(112, 168)] * 2)]
     for frame in recorder.through(late):
-        recorder.say(frame.seconds, frame.seconds + 1, "one")
+        recorder.say(frame.time, frame.time + 1, "one")
     recorder.close()
     kept = list(read_frames(tmp_path / "a.mkv", fps=None))
     assert [frame.time for frame in kept] == pytest.approx([0, 1.2, 1.7], abs=2e-3)

@@ -1,7 +1,7 @@
 """Which frames are looked at. Those of files are tested through real videos in test_video.py."""
 
 from casa.media.sampling import as_they_come, on_screen, spans
-from casa.media.source import Counts
+from casa.media.source import SourceCounts
 
 
 def timed(*times):
@@ -31,7 +31,7 @@ def test_live_frames_are_the_first_of_their_moment():
 
 
 def test_a_file_shows_what_is_on_screen():
-    counts = Counts()
+    counts = SourceCounts()
     shown = spans(timed(0, 0.3, 0.2, 1.2), counts)  # 0.2 comes too late
     assert list(on_screen(shown, 2, 0.0, 99)) == [(0, "0"), (0.5, "0.3")]
     assert counts.skipped == 1

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from casa.errors import UserError
-from casa.media.source import Frame, Source, check_fps, check_span
+from casa.media.source import Frame, VideoSource, check_fps, check_span
 from casa.testing import PATIENCE
 
 
-class Slow(Source):
+class Slow(VideoSource):
     """Gives a frame when it is told to; says whether it was closed, and where."""
 
     def __init__(self):
@@ -37,7 +37,7 @@ def test_to_the_end():
     source = Slow()
     source.go.set()
     with source:
-        assert [f.number for f in source] == [0, 1, 2]
+        assert [f.index for f in source] == [0, 1, 2]
         assert next(source, None) is None
     assert source.closed == 1
 

@@ -154,7 +154,7 @@ def test_memory_does_not_grow_with_the_video(tmp_path, clips):
     """Decoded frames that are alive at once, in a video of 48: the one given and the one after it."""
     path = clips.write(tmp_path / "long.mp4", range(0, 48 * 40, 40))
     decoded = weakref.WeakSet()
-    original = decoder.Decoder._decode
+    original = decoder.VideoDecoder._decode
 
     def watched(self):
         for raw in original(self):
@@ -172,7 +172,7 @@ def test_memory_does_not_grow_with_the_video(tmp_path, clips):
             return getattr(self.raw, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder.Decoder, "_decode", watched)
+        patch.setattr(decoder.VideoDecoder, "_decode", watched)
         most = 0
         for _ in read_frames(path, fps=None):
             most = max(most, len(decoded))
@@ -207,9 +207,9 @@ def test_damage_in_the_middle_is_skipped_and_counted(steady, tmp_path, clips):
     data[position : position + size] = b"\xff" * size
     (tmp_path / "a.mp4").write_bytes(data)
     frames = read_frames(tmp_path / "a.mp4", fps=None)
-    assert frames.skipped == 0
+    assert frames.counts.skipped == 0
     numbers = [clips.number(f.image) for f in frames]
-    assert frames.skipped >= 1
+    assert frames.counts.skipped >= 1
     # frames 8 and 9 come out of the decoder late, after frames that refer to the lost one
     assert set(range(8)) | set(range(30, 40)) <= set(numbers)
     assert numbers == sorted(numbers)

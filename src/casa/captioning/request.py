@@ -8,9 +8,8 @@ from typing import Any
 
 from casa.captioning.questions import Question
 from casa.errors import UserError
-from casa.media.device import is_device
-from casa.media.network import is_address, without_secrets
 from casa.media.pipe import is_pipe
+from casa.media.streams import is_address, is_device, without_secrets
 from casa.streaming import Sampling
 
 SUBTITLES = (".srt", ".vtt", ".jsonl")

@@ -14,8 +14,8 @@ from casa.captioning.progress import Progress
 from casa.captioning.questions import Questions
 from casa.captioning.request import Request
 from casa.errors import UserError
-from casa.media import Backoff, Source, open_source
-from casa.media.network import is_address
+from casa.media import Backoff, VideoSource, open_source
+from casa.media.streams import is_address
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.streaming import Count, FrameCaption, StreamingSession, watch, watch_live
 from casa.streaming.pacing import Budget
@@ -164,7 +164,7 @@ class _Frames:
         return self.frames
 
 
-def _open(request: Request, after: float | None) -> Source:
+def _open(request: Request, after: float | None) -> VideoSource:
     seconds = request.reconnect_for
     # what lies whole on a server keeps pace like a file: by the clock, not by how fast it is sent
     found_out = request.live and is_address(request.path)
@@ -189,11 +189,11 @@ def _stands_when_said(request: Request, live: bool) -> bool:
 
 def _behind(frames: Iterable[Any], after: float | None) -> Iterator[Any]:
     """The frames later than that: what can only be read from its beginning is read up to there."""
-    return (frame for frame in frames if after is None or frame.seconds > after + TOLERANCE)
+    return (frame for frame in frames if after is None or frame.time > after + TOLERANCE)
 
 
 def _watched(
-    session: StreamingSession, frames: Iterable[Any], request: Request, source: Source, report: Report, ahead: bool
+    session: StreamingSession, frames: Iterable[Any], request: Request, source: VideoSource, report: Report, ahead: bool
 ) -> Generator[FrameCaption, None, None]:
     if not report.live:
         watched = watch(session, frames, report.count, ahead=ahead)

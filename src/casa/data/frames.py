@@ -14,7 +14,7 @@ from casa.data.bad import BadRecord
 from casa.data.record import Picture
 from casa.errors import UserError
 from casa.media import read_frames
-from casa.media.pyav import import_av
+from casa.media.decoder import import_av
 
 # of what `video_frames` makes of a file: to be raised with every change of it, since kept_frames.py keeps it
 VERSION = 2
@@ -52,7 +52,7 @@ def video_frames(
                 # what a file says about its length is not always so
                 if len(pictures) > most:
                     raise _too_long(path, most, fps)
-                pictures.append(Picture(_png(frame.image, side), frame.seconds))
+                pictures.append(Picture(_png(frame.image, side), frame.time))
         counts = reader.counts
     except UserError as error:
         raise BadRecord("unreadable-video", str(error)) from error

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from PIL import ImageFont
 
-from casa.media.fonts import dejavu
+from casa.media.drawing import dejavu
 
 
 @lru_cache(maxsize=8)

@@ -1,30 +1,30 @@
 """Pictures and video in, from wherever they come; captions out, as they are said. Knows nothing of any model."""
 
-from casa.media.backoff import Backoff
-from casa.media.caption_file import CaptionFile, CaptionList
-from casa.media.drawing import burn_captions, draw_caption
-from casa.media.open_source import open_source
-from casa.media.pictures import check_picture, open_picture
-from casa.media.recorder import Recorder
-from casa.media.source import Counts, Frame, Source
+from casa.media.caption_file import CaptionFile, CaptionList, captions_from_frames
+from casa.media.drawing import draw_caption
+from casa.media.pictures import as_picture, check_picture, open_picture
+from casa.media.source import Frame, SourceCounts, VideoSource
+from casa.media.sources import open_source
+from casa.media.streams import Backoff
 from casa.media.subtitle_track import add_subtitle_track, check_subtitle_track
-from casa.media.subtitles import Caption, captions_from_frames, read_captions, tidy, write_captions
-from casa.media.video import FrameReader, VideoInfo, probe, read_frames
-from casa.media.video_writer import VideoWriter
+from casa.media.subtitles import Caption, read_captions, tidy, write_captions
+from casa.media.video import FileSource, VideoInfo, probe, read_frames
+from casa.media.video_writer import Recorder, VideoWriter, burn_captions
 
 __all__ = [
     "Backoff",
     "Caption",
     "CaptionFile",
     "CaptionList",
-    "Counts",
+    "FileSource",
     "Frame",
-    "FrameReader",
     "Recorder",
-    "Source",
+    "SourceCounts",
     "VideoInfo",
+    "VideoSource",
     "VideoWriter",
     "add_subtitle_track",
+    "as_picture",
     "burn_captions",
     "captions_from_frames",
     "check_picture",

@@ -6,7 +6,9 @@ so far. What stands behind the last record's mark was cut off in writing, and `r
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -72,6 +74,39 @@ class CaptionList:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def captions_from_frames(
+    times: Sequence[float],
+    texts: Sequence[str],
+    end: float | None = None,
+    hold: float = 3.0,
+    lags: Sequence[float | None] | None = None,
+) -> list[Caption]:
+    """Makes captions of what was said at each frame, by the rules of `CaptionList`.
+
+    Args:
+        times: Seconds of the frames, rising.
+        texts: What was said at each; silence is an empty text.
+        end: Seconds of the whole video, where the last caption ends at the latest; ignored if it begins after it.
+        hold: Seconds that a caption stays if no other comes.
+        lags: Of live captions, as in `Caption`.
+
+    Raises:
+        UserError: `times`, `texts` and `lags` differ in length, times do not rise, or `hold` is not positive.
+    """
+    lags = [None] * len(times) if lags is None else lags
+    if not len(times) == len(texts) == len(lags):
+        raise UserError(f"{len(times)} times and {len(lags)} lags for {len(texts)} texts: give one for each text.")
+    if any(b <= a for a, b in pairwise(times)):
+        raise UserError("The times of the frames must rise: sort the frames by time.")
+    if not hold > 0:
+        raise UserError(f"hold is {hold}: give a number of seconds above 0.", field="hold")
+    said = CaptionList()
+    for time, text, lag in zip(times, texts, lags, strict=True):
+        said.say(time, time + hold, text, lag)
+    said.close(end)
+    return said.captions
 
 
 class CaptionFile(CaptionList):

@@ -4,7 +4,7 @@
     PIL picture of any mode          --------------+->  upright  ->  8 bits  ->  over white  ->  RGB
     array or tensor, HWC or CHW      --------------'
 
-Sizes are read from the header and refused before anything is decoded.
+Sizes are read from the header and refused before anything is decoded. Shapes: H, W pixels, C channels.
 """
 
 import base64
@@ -16,14 +16,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
-from typing import Any, BinaryIO, Literal
+from pathlib import Path
+from typing import BinaryIO, Literal, cast
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from casa.errors import UserError
-from casa.media.sniff import HEAD_BYTES, is_heic, looks_like_text, read_head
 
 # 8192 x 8192. Below half of Pillow's own limit, so that ours is always the one that speaks.
 MAX_PIXELS = 64 * 1024 * 1024
@@ -36,8 +36,9 @@ FETCH_SECONDS = 60.0
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 # Of floats, a quarter of one of 255 steps: as far as arithmetic may lead beyond black and white.
 ROUNDING = 1e-3
+HEAD_BYTES = 4096  # of a file, by which its kind is known
 
-_HEIC = ("HEIF",)
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"hevc", b"hevx", b"hevm", b"hevs", b"msf1")
 # What makes a picture of an EXIF orientation upright; from 5 on, width and height change places.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,26 +53,29 @@ _TAGS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where P
 _BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK", "AAAA")  # how pictures in base64 begin
 
 Channels = Literal["first", "last"]
+PathOrFile = str | os.PathLike[str] | BinaryIO
 
 
-def as_picture(given: Any, name: str = "The picture", channels: Channels | None = None) -> Image.Image:
+def as_picture(given: object, name: str = "The picture", channels: Channels | None = None) -> Image.Image:
     """The one door: any form of picture as a PIL image of mode RGB, upright. One that is so already comes back itself.
-
-    Takes
-    - a PIL image of any mode, a path, an open binary file, the bytes of a file, a data: address, an http(s) address
-      (which is fetched), or the bare base64 of a file;
-    - an array or tensor (H, W), (H, W, C) or (C, H, W), with C 1, 3 or 4, or last 2 for grey with transparency. Where
-      both could be meant, channels decides; left out, they are last in NumPy's and first in torch's. Values are bool;
-      uint8; uint16 from 0 to 65535; other whole numbers from 0 to 255, or from 0 to 65535 if one is above 255; floats
-      from 0 to 1 if none is above 1, else from 0 to 255.
 
     EXIF orientation is applied, transparency laid over white, and what has more bits scaled to 8. Of an animation the
     first frame is taken; of one that was opened, the frame at hand.
 
+    Args:
+        given: A PIL image of any mode, a path, an open binary file, the bytes of a file, a data: address, an http(s)
+            address (which is fetched), or the bare base64 of a file; an array or tensor (H, W), (H, W, C) or
+            (C, H, W), with C 1, 3 or 4, or last 2 for grey with transparency. Values are bool; uint8; uint16 from 0 to
+            65535; other whole numbers from 0 to 255, or from 0 to 65535 if one is above 255; floats from 0 to 1 if
+            none is above 1, else from 0 to 255.
+        name: How sentences call what has no name of its own.
+        channels: Decides where both could be meant; left out, they are last in NumPy's arrays and first in torch's.
+
     Raises:
-        UserError: no such file, damaged, no picture, too large (`open_picture`), an array of another shape, or values
-            that could mean two things: not finite, negative, or floats that end between 1 and 2.
-        TypeError: anything else.
+        UserError: There is no such file, it is damaged, no picture, or too large (`open_picture`); an array has
+            another shape, or values that could mean two things: not finite, negative, or floats that end between 1
+            and 2.
+        TypeError: Anything else is given.
     """
     if isinstance(given, Image.Image):
         _check_size(given.size, name)
@@ -89,26 +93,27 @@ def as_picture(given: Any, name: str = "The picture", channels: Channels | None 
     if isinstance(given, (bytes, bytearray, memoryview)):
         given = BytesIO(given)
     if isinstance(given, (str, os.PathLike)) or hasattr(given, "read"):
-        return picture_from(given, name)
+        return picture_from(cast(PathOrFile, given), name)
     usual: Channels = "last"
-    if hasattr(given, "detach"):  # torch's: bfloat16 has no NumPy twin, and a GPU's memory is not NumPy's
-        given = given.detach().cpu()
-        given = (given.float() if given.is_floating_point() else given).numpy()
+    if (detach := getattr(given, "detach", None)) is not None:
+        # torch's: bfloat16 has no NumPy twin, and a GPU's memory is not NumPy's
+        tensor = detach().cpu()
+        given = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
         usual = "first"
     if hasattr(given, "__array__"):
         return _of_array(np.asarray(given), name, channels, usual)
     raise TypeError(f"{name} is of type {type(given).__name__}: give a PIL image, an array, a path or bytes.")
 
 
-def open_picture(path_or_file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
-    """Read a picture from a path or an open binary file: PIL image, mode RGB, upright, fully decoded.
+def open_picture(path_or_file: PathOrFile) -> Image.Image:
+    """Reads a picture from a path or an open binary file: PIL image, mode RGB, upright, fully decoded.
 
     The content counts, not the file's name; all else as `as_picture` says.
 
     Raises:
-        UserError: no such file, a directory, empty, cut off, not a picture, more than `MAX_PIXELS`
+        UserError: There is no such file; it is a directory, empty, cut off, not a picture, has more than `MAX_PIXELS`
             pixels, or one side over `MAX_ASPECT` times the other.
-        TypeError: neither a path nor a binary file.
+        TypeError: Neither a path nor a binary file is given.
     """
     # Pillow warns about large pictures, and about small damage that the sentences below report anyway.
     with warnings.catch_warnings():
@@ -117,9 +122,11 @@ def open_picture(path_or_file: str | os.PathLike[str] | BinaryIO) -> Image.Image
         return picture_from(path_or_file)
 
 
-def picture_from(path_or_file: str | os.PathLike[str] | BinaryIO, name: str = "The picture") -> Image.Image:
-    """`open_picture`, with Python's warnings left alone: they are of the whole process, so that of several threads that
-    each turn them off and on, none knows what it turns them on to. name: how sentences call a file without one.
+def picture_from(path_or_file: PathOrFile, name: str = "The picture") -> Image.Image:
+    """`open_picture`, with Python's warnings left alone, for threads.
+
+    Warnings are of the whole process: of several threads that each turn them off and on, none knows what it turns them
+    on to. `name` is how sentences call a file without one.
     """
     with _opened(path_or_file, name) as (image, name):
         found = _upright_rgb(image, name)
@@ -127,7 +134,7 @@ def picture_from(path_or_file: str | os.PathLike[str] | BinaryIO, name: str = "T
         return found.copy() if found is image else found
 
 
-def picture_size(path_or_file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int]:
+def picture_size(path_or_file: PathOrFile) -> tuple[int, int]:
     """Width and height in px of what `open_picture` would give, from the file's header alone.
 
     Raises what `open_picture` raises, as far as the header tells.
@@ -142,11 +149,13 @@ def picture_size(path_or_file: str | os.PathLike[str] | BinaryIO) -> tuple[int, 
 def check_picture(image: Image.Image | np.ndarray, name: str = "The picture") -> Image.Image:
     """A frame handed over by a caller, through the same door: a PIL image of mode RGB, upright, never the caller's own.
 
-    Takes a PIL image of any mode, or a uint8 array (H, W, 3) with channels red, green, blue.
+    Args:
+        image: A PIL image of any mode, or a uint8 array (H, W, 3) with channels red, green, blue.
+        name: How sentences call it.
 
     Raises:
-        TypeError: anything else; a path is to be opened with `open_picture`.
-        ValueError: an array of another shape or dtype, or a size that `open_picture` would refuse too.
+        TypeError: Anything else is given; a path is to be opened with `open_picture`.
+        UserError: An array has another shape or dtype, or a size that `open_picture` would refuse too.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
@@ -169,6 +178,13 @@ def over_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
+def resized(picture: np.ndarray, width: int, height: int) -> np.ndarray:
+    """A picture, uint8 (H, W, 3), in another size: uint8 (height, width, 3). Itself, if it has that size."""
+    if picture.shape[:2] == (height, width):
+        return picture
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+
+
 def data_bytes(address: str) -> bytes:
     """What a data: address holds, in base64 (broken into lines or not) or percent-encoded. Raises UserError."""
     head, comma, body = address.partition(",")
@@ -180,6 +196,49 @@ def data_bytes(address: str) -> bytes:
         return base64.b64decode(b"".join(unquote_to_bytes(body).split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise UserError("A data: URI holds no valid base64: encode the picture again.") from error
+
+
+def read_head(path: str | os.PathLike[str], kind: str) -> bytes:
+    """The first bytes of the file at `path`; `kind` ("picture", "video") is how the sentences call it.
+
+    Raises:
+        UserError: Nothing is there, a directory, a pipe or device, an empty file, or no right to read it.
+    """
+    file = Path(path)
+    try:
+        if not file.exists():
+            raise UserError(f"There is no file {path}: check the name of the {kind}.")
+        if file.is_dir():
+            raise UserError(f"{path} is a directory: name one {kind} file inside it.")
+        if not file.is_file():
+            raise UserError(f"{path} is not a regular file: save the {kind} to a file first.")
+        with file.open("rb") as opened:
+            head = opened.read(HEAD_BYTES)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
+    if not head:
+        raise UserError(f"{path} is empty: copy or download the {kind} again.")
+    return head
+
+
+def looks_like_text(head: bytes) -> bool:
+    """Whether the first bytes of a file are plain text: UTF-8 without any zero byte.
+
+    The cut at `HEAD_BYTES` may fall inside one character, so an incomplete last one is forgiven.
+    """
+    if b"\0" in head or head.startswith((b"YUV4MPEG2", b"GIF8")):
+        return False
+    try:
+        head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return len(head) == HEAD_BYTES and error.start >= len(head) - 3
+    return True
+
+
+def is_heic(head: bytes) -> bool:
+    """Whether a file that begins so is a HEIC picture, or a row of them, as iPhones take them."""
+    # AVIF is of the same family, and may only say so among the brands behind the first
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIC and b"avif" not in head[16 : int.from_bytes(head[:4], "big")]
 
 
 def _located(given: str) -> str | bytes:
@@ -210,10 +269,9 @@ def _fetched(address: str) -> bytes:
 
 
 @contextmanager
-def _opened(path_or_file: Any, name: str) -> Iterator[tuple[Image.Image, str]]:
+def _opened(path_or_file: PathOrFile, name: str) -> Iterator[tuple[Image.Image, str]]:
     """A file whose header was read, and its name; what goes wrong inside becomes a sentence."""
-    is_path = isinstance(path_or_file, (str, os.PathLike))
-    if is_path:
+    if isinstance(path_or_file, (str, os.PathLike)):
         head = read_head(path_or_file, "picture")
         name = str(path_or_file)
     elif hasattr(path_or_file, "read"):
@@ -222,10 +280,12 @@ def _opened(path_or_file: Any, name: str) -> Iterator[tuple[Image.Image, str]]:
         name = given if isinstance(given, str) else name
     else:
         raise TypeError(f"open_picture takes a path or a binary file, not {type(path_or_file).__name__}")
-
-    heic = _HEIC if is_heic(head) and _reads_heic(name) else ()
+    formats = FORMATS
+    if is_heic(head):
+        _learn_heic(name)
+        formats = (*FORMATS, "HEIF")
     try:
-        with Image.open(path_or_file, formats=FORMATS + heic) as image:
+        with Image.open(path_or_file, formats=formats) as image:
             _check_size(image.size, name)
             yield image, name
     except (UserError, MemoryError):
@@ -233,10 +293,10 @@ def _opened(path_or_file: Any, name: str) -> Iterator[tuple[Image.Image, str]]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(_too_many_pixels(name)) from error
     except UnidentifiedImageError as error:
-        if is_path and looks_like_text(head):
-            raise UserError(f"{name} is a text file, not a picture: name a picture file.") from error
         if not head:
             raise UserError(f"{name} is empty: copy or download the picture again.") from error
+        if looks_like_text(head) and head != b"?":
+            raise UserError(f"{name} is a text file, not a picture: name a picture file.") from error
         raise UserError(
             f"{name} cannot be read as a picture, or its beginning is damaged: save it as PNG or JPEG."
         ) from error
@@ -245,8 +305,8 @@ def _opened(path_or_file: Any, name: str) -> Iterator[tuple[Image.Image, str]]:
         raise UserError(_damaged(name)) from error
 
 
-def _head(file: Any) -> bytes:
-    """The first bytes of an open file, which stays where it was; none of one that cannot go back."""
+def _head(file: BinaryIO) -> bytes:
+    """The first bytes of an open file, which then stands at its beginning; "?" of one that cannot go back."""
     try:
         file.seek(0)  # where Pillow begins to read, too
         head = file.read(HEAD_BYTES)
@@ -256,14 +316,13 @@ def _head(file: Any) -> bytes:
     return head
 
 
-def _reads_heic(name: str) -> bool:
+def _learn_heic(name: str) -> None:
     """Has Pillow read HEIC from now on."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError as error:
         raise UserError(f"{name} is a HEIC picture: install casa-vlm[heic], or save it as JPEG.") from error
     register_heif_opener()
-    return True
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -314,18 +373,17 @@ def _eight_bits(values: np.ndarray, name: str) -> np.ndarray:
     if kind not in "iuf":
         raise UserError(f"{name} is an array of {values.dtype}: give numbers, best uint8 from 0 to 255.")
     low, high = values.min(), values.max()
+    fits, slack = True, 0.0
     if kind == "f":
         if not (np.isfinite(low) and np.isfinite(high)):
             raise UserError(f"{name} has values that are not finite: give floats from 0 to 1, or uint8 from 0 to 255.")
         full = 1.0 if high <= 1 + ROUNDING else 255.0
         # what overshoots white a little would be nearly black on the other scale
-        fits = full == 1.0 or high >= 2
+        fits, slack = full == 1.0 or high >= 2, full * ROUNDING
         wanted = "floats from 0 to 1 or from 0 to 255"
     else:
         full = 65535.0 if (kind == "u" and values.itemsize == 2) or high > 255 else 255.0
-        fits = True
         wanted = "uint8 from 0 to 255 or uint16 from 0 to 65535"
-    slack = full * ROUNDING if kind == "f" else 0
     if not fits or low < -slack or high > full + slack:
         raise UserError(f"{name} has values from {low:g} to {high:g}, which may mean anything: give {wanted}.")
     return np.rint(values.astype(np.float64).clip(0, full) * (255.0 / full)).astype(np.uint8)

@@ -3,7 +3,6 @@
 ffmpeg -i ... -f matroska - | casa caption -
 """
 
-import math
 import os
 import select
 import stat
@@ -11,27 +10,30 @@ import sys
 import threading
 from collections.abc import Generator
 from io import BytesIO
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from casa.errors import UserError
-from casa.media.decoder import Decoder
-from casa.media.pages import Pages
+from casa.media.decoder import ReadableFile, VideoDecoder, upright
 from casa.media.pictures import MAX_BYTES
 from casa.media.sampling import as_they_come, on_screen, spans
-from casa.media.sniff import pages_by_head
-from casa.media.source import Frame, Source, check_fps
-from casa.media.upright import upright
+from casa.media.source import Frame, VideoSource, check_fps
+from casa.media.video import Pages, is_pages
 
 # How often, in seconds, a reader that waits for data looks whether it is still wanted.
 GLANCE = 0.1
 
 
-class PipeSource(Source):
+class PipeSource(VideoSource):
     """Frames of a video that comes through a pipe.
 
-    file: "-" for standard input, the path of a named pipe, or an object with `read`. live: whether what is piped in
-    is a live stream: a frame is then given when it comes, without waiting for the next one.
-    Raises UserError if nothing is piped in, or nothing that can be read front to back (which may show at the end).
+    Args:
+        file: "-" for standard input, the path of a named pipe, or an object with `read`.
+        fps: Frames looked at per second.
+        live: Whether what is piped in is a live stream: a frame is then given when it comes, without waiting for the
+            next one.
+
+    Raises:
+        UserError: Nothing is piped in, or nothing that can be read front to back (which may show at the end).
     """
 
     def __init__(self, file: str | os.PathLike[str] | BinaryIO, fps: float = 2.0, *, live: bool = False) -> None:
@@ -51,13 +53,13 @@ class PipeSource(Source):
             raise
         self.describe = f"{name}: {self._decoder.summary}"
 
-    def _opened(self, name: str) -> Decoder | Pages:
-        if pages_by_head(self._pipe.peek(32)) is not None:
+    def _opened(self, name: str) -> VideoDecoder | Pages:
+        if is_pages(self._pipe.peek(32)):
             # Pillow reads it, and wants the whole of it
             return Pages(BytesIO(self._pipe.rest(MAX_BYTES)), self.counts, name)
         # the whitelist: a playlist that is piped in must reach neither files nor the network
         options = {"protocol_whitelist": "data"}
-        return Decoder(self._pipe, name, self._sentence, self.counts, options=options, live=self.is_live)
+        return VideoDecoder(self._pipe, name, self._sentence, self.counts, options=options, live=self.is_live)
 
     def _free(self) -> None:
         self._decoder.close()
@@ -65,37 +67,27 @@ class PipeSource(Source):
 
     def _read(self) -> Generator[Frame, None, None]:
         timed = self._decoder.frames()
-        if self.is_live:
-            chosen = as_they_come(_rising(timed), self._fps)
-        else:
-            chosen = on_screen(spans(timed, self.counts), self._fps, 0.0, math.inf)
-        for number, (seconds, raw) in enumerate(chosen):
+        chosen = as_they_come(timed, self._fps) if self.is_live else on_screen(spans(timed, self.counts), self._fps)
+        for index, (seconds, raw) in enumerate(chosen):
             picture, _ = upright(raw, self._decoder.aspect)
-            yield Frame(picture, seconds, number)
+            yield Frame(picture, seconds, index)
             del picture, raw
         if not self.counts.decoded and not self._stopping.is_set():
             # plain MP4 opens, but its packets lie before the index that tells where they are
             raise UserError(self._sentence)
 
 
-def _rising(timed):
-    last = -math.inf
-    for seconds, raw, length in timed:
-        if seconds > last:
-            last = seconds
-            yield seconds, raw, length
-
-
 class _Pipe:
     """`read` for PyAV, that gives up waiting when it is no longer wanted."""
 
-    def __init__(self, file: Any, stopping: threading.Event) -> None:
+    name = "pipe"
+
+    def __init__(self, file: str | os.PathLike[str] | BinaryIO, stopping: threading.Event) -> None:
         self._stopping = stopping
         self._descriptor: int | None = None
-        self._own = False
-        self._file = file
+        self._is_ours = False
+        self._file: ReadableFile = BytesIO()
         self._held = b""
-        self.name = "pipe"
         if file == "-":
             if sys.stdin is None or sys.stdin.isatty():
                 raise UserError("Nothing is piped in: write ffmpeg ... -f matroska - | casa caption -")
@@ -105,7 +97,9 @@ class _Pipe:
                 self._descriptor = os.open(file, os.O_RDONLY)
             except OSError as error:
                 raise UserError(f"{file} cannot be read ({error.strerror}): check its name.") from error
-            self._own = True
+            self._is_ours = True
+        else:
+            self._file = file
 
     def peek(self, size: int) -> bytes:
         """The next bytes, `size` if there are as many, which `read` gives again."""
@@ -129,26 +123,21 @@ class _Pipe:
         return self._next(size)
 
     def _next(self, size: int) -> bytes:
-        if self._descriptor is None:
-            return b"" if self._stopping.is_set() else self._file.read(size)
         while not self._stopping.is_set():
-            if _ready(self._descriptor):
+            if self._descriptor is None:
+                return self._file.read(size)
+            if _is_ready(self._descriptor):
                 return os.read(self._descriptor, size)
         return b""
 
     def close(self) -> None:
         """Closes what was opened here: never standard input, nor a caller's own file."""
-        if self._own and self._descriptor is not None:
+        if self._is_ours and self._descriptor is not None:
             os.close(self._descriptor)
-            self._own, self._descriptor, self._file = False, None, _Ended()
+            self._descriptor = None
 
 
-class _Ended:
-    def read(self, size: int) -> bytes:
-        return b""
-
-
-def _ready(descriptor: int) -> bool:
+def _is_ready(descriptor: int) -> bool:
     """Whether there is something to read, or the end, after waiting for a glance."""
     if not hasattr(select, "poll"):  # Windows: a read waits for data, however long
         return True

@@ -12,19 +12,19 @@ there a frame is given when it comes, if a moment to look has passed since the l
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeVar
 
-from casa.media.source import Counts
+from casa.media.source import SourceCounts
 
 # Matroska rounds every time to a millisecond: a frame that begins this much late is still in time.
 TOLERANCE = 1e-3
 
-Timed = Iterator[tuple[float, Any, float]]
+Raw = TypeVar("Raw")
 
 
-def spans(timed: Timed, counts: Counts) -> Iterator[tuple[float, float, Any]]:
+def spans(timed: Iterator[tuple[float, Raw, float]], counts: SourceCounts) -> Iterator[tuple[float, float, Raw]]:
     """(begin, end, raw frame) in rising order, where a frame ends when the next one begins."""
-    held: tuple[float, Any, float] | None = None
+    held: tuple[float, Raw, float] | None = None
     for time, raw, length in timed:
         if held is not None:
             if time <= held[0]:  # after damage a decoder may give frames out of order
@@ -36,7 +36,7 @@ def spans(timed: Timed, counts: Counts) -> Iterator[tuple[float, float, Any]]:
         yield held[0], held[0] + held[2], held[1]
 
 
-def every(frames: Iterator[tuple[float, float, Any]], start: float, end: float) -> Iterator[tuple[float, Any]]:
+def every(frames: Iterator[tuple[float, float, Raw]], start: float, end: float) -> Iterator[tuple[float, Raw]]:
     """(time, raw frame) of all that appear in start <= time < end."""
     for begin, _, raw in frames:
         if begin >= end - TOLERANCE:
@@ -46,11 +46,11 @@ def every(frames: Iterator[tuple[float, float, Any]], start: float, end: float) 
 
 
 def on_screen(
-    frames: Iterator[tuple[float, float, Any]], fps: float, start: float, end: float, first: int = 0
-) -> Iterator[tuple[float, Any]]:
+    frames: Iterator[tuple[float, float, Raw]], fps: float, start: float = 0.0, end: float = math.inf, first: int = 0
+) -> Iterator[tuple[float, Raw]]:
     """(time, raw frame): what is on screen at start, start + 1/fps, ...; none is given twice.
 
-    Where nothing is on screen yet, the first frame is given when it appears. first: the moment to begin with.
+    Where nothing is on screen yet, the first frame is given when it appears. `first` is the moment to begin with.
     """
     k = first
     for number, (begin, until, raw) in enumerate(frames):
@@ -67,11 +67,11 @@ def on_screen(
             k = max(k + 1, math.ceil((until - TOLERANCE - start) * fps))
 
 
-def as_they_come(timed: Timed, fps: float) -> Iterator[tuple[float, Any]]:
+def as_they_come(timed: Iterator[tuple[float, Raw, float]], fps: float) -> Iterator[tuple[float, Raw]]:
     """(begin, raw frame), the first after each multiple of 1/fps, without waiting for the one after it."""
-    k = None
+    last = -math.inf
     for begin, raw, _ in timed:
-        now = math.floor((begin + TOLERANCE) * fps)
-        if k is None or now > k:
-            k = now
+        moment = math.floor((begin + TOLERANCE) * fps)
+        if moment > last:
+            last = moment
             yield begin, raw

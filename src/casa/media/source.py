@@ -3,7 +3,7 @@
     with open_source("rtsp://192.168.1.9/stream", fps=2) as source:
         for frame in source:
             frame.picture       # uint8 (H, W, 3), red, green, blue, upright
-            frame.seconds       # rising
+            frame.time          # seconds, rising
 
 Shapes: H, W pixels.
 """
@@ -24,34 +24,31 @@ from casa.errors import UserError
 class Frame:
     """One picture of a video.
 
-    picture: uint8 (H, W, 3), RGB, upright, square pixels. seconds: from the beginning of the source; when it was
-    sampled, or when it appears where every frame is read. number: counts the frames given, from 0.
-    `image` (a PIL image, made anew each time), `time` and `index` are other names for the three.
+    Attributes:
+        picture: uint8 (H, W, 3), RGB, upright, with square pixels.
+        time: Seconds from the beginning of the source: when it was sampled, or, where every frame is read, when it
+            appears.
+        index: Counts the frames given, from 0.
     """
 
     picture: np.ndarray
-    seconds: float
-    number: int
+    time: float
+    index: int
 
     @property
     def image(self) -> Image.Image:
+        """The picture as a PIL image, made anew each time."""
         return Image.fromarray(self.picture)
-
-    @property
-    def time(self) -> float:
-        return self.seconds
-
-    @property
-    def index(self) -> int:
-        return self.number
 
 
 @dataclass
-class Counts:
+class SourceCounts:
     """What has happened in a source so far.
 
-    decoded: frames that came out of the decoder (or pictures read), given or not. skipped: damaged packets, frames and
-    picture files passed over. reconnects: connections made after the first.
+    Attributes:
+        decoded: Frames that came out of the decoder (or pictures read), given or not.
+        skipped: Damaged packets, frames and picture files passed over.
+        reconnects: Connections made after the first.
     """
 
     decoded: int = 0
@@ -59,20 +56,24 @@ class Counts:
     reconnects: int = 0
 
 
-class Source(Iterator[Frame]):
-    """Frames in rising time, looked at `fps` times a second. Each kind of source says in `_read` where they come from.
+class VideoSource(Iterator[Frame]):
+    """Frames in rising time. Each kind of source says in `_read` where they come from.
 
-    describe: one line for people. duration: seconds of the whole, None where nobody knows. is_live: whether frames
-    come at their own pace, and are lost if nobody takes them.
-    counts: what happened so far. `close()` may be called from any thread, also while another waits for a frame: that
-    one then ends, and whatever was open is let go of.
+    `close` may be called from any thread, also while another waits for a frame: that one then ends, and whatever was
+    open is let go of.
+
+    Attributes:
+        describe: One line for people.
+        duration: Seconds of the whole, None where nobody knows.
+        is_live: Whether frames come at their own pace, and are lost if nobody takes them.
+        counts: What happened so far.
     """
 
     def __init__(self, describe: str, is_live: bool = False) -> None:
         self.describe = describe
         self.is_live = is_live
         self.duration: float | None = None
-        self.counts = Counts()
+        self.counts = SourceCounts()
         self._stopping = threading.Event()
         self._busy = threading.Lock()
         self._frames = self._read()
@@ -80,6 +81,9 @@ class Source(Iterator[Frame]):
     def _read(self) -> Generator[Frame, None, None]:
         """The frames; run by one thread at a time, and closed at the end."""
         raise NotImplementedError
+
+    def _free(self) -> None:
+        """Lets go of what was opened before the first frame was asked for; may be called again."""
 
     def __next__(self) -> Frame:
         frame = None
@@ -93,7 +97,7 @@ class Source(Iterator[Frame]):
         return frame
 
     def close(self) -> None:
-        """Let go of everything; further iteration ends at once."""
+        """Lets go of everything; further iteration ends at once."""
         self._stopping.set()
         if self._busy.acquire(blocking=False):
             try:
@@ -101,9 +105,6 @@ class Source(Iterator[Frame]):
                 self._free()
             finally:
                 self._busy.release()
-
-    def _free(self) -> None:
-        """Lets go of what was opened before the first frame was asked for; may be called again."""
 
     def __enter__(self) -> Self:
         return self
@@ -115,7 +116,7 @@ class Source(Iterator[Frame]):
 def check_fps(fps: float) -> None:
     """Raises UserError for a rate that is none."""
     if not (math.isfinite(fps) and fps > 0):
-        raise UserError(f"fps is {fps}: give a number of frames per second above 0.")
+        raise UserError(f"fps is {fps}: give a number of frames per second above 0.", field="fps")
 
 
 def check_span(start: float, end: float | None, after: float | None = None) -> None:
@@ -123,6 +124,6 @@ def check_span(start: float, end: float | None, after: float | None = None) -> N
     if after is not None and not (math.isfinite(after) and after >= start):
         raise UserError(f"after is {after}: give a number of seconds from start ({start}) on.")
     if not (math.isfinite(start) and start >= 0):
-        raise UserError(f"start is {start}: give a number of seconds from 0 on.")
+        raise UserError(f"start is {start}: give a number of seconds from 0 on.", field="start")
     if end is not None and not end > start:
-        raise UserError(f"end is {end}: give a number of seconds after start ({start}).")
+        raise UserError(f"end is {end}: give a number of seconds after start ({start}).", field=("end", "start"))

@@ -10,7 +10,6 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 from casa.atomic import write_text
@@ -60,48 +59,6 @@ def tidy(captions: Iterable[Caption]) -> list[Caption]:
         Caption(start / 1000, min(at[start][0], following) / 1000, "\n".join(at[start][1]), at[start][2])
         for start, following in zip(starts, [*starts, math.inf][1:], strict=True)
     ]
-
-
-def captions_from_frames(
-    times: Sequence[float],
-    texts: Sequence[str],
-    end: float | None = None,
-    hold: float = 3.0,
-    lags: Sequence[float | None] | None = None,
-) -> list[Caption]:
-    """Makes captions of what was said at each frame; silence is an empty text.
-
-    The same text again while it is still on screen keeps it there.
-
-    Args:
-        times: Seconds of the frames, rising.
-        texts: What was said at each.
-        end: Seconds of the whole video, where every caption ends at the latest; ignored for frames after it.
-        hold: Seconds that a caption stays if no other comes.
-        lags: As in `Caption`, of live captions.
-
-    Raises:
-        UserError: `times`, `texts` and `lags` differ in length, times do not rise, or `hold` is not positive.
-    """
-    lags = [None] * len(times) if lags is None else lags
-    if not len(times) == len(texts) == len(lags):
-        raise UserError(f"{len(times)} times and {len(lags)} lags for {len(texts)} texts: give one for each text.")
-    if any(b <= a for a, b in pairwise(times)):
-        raise UserError("The times of the frames must rise: sort the frames by time.")
-    if not hold > 0:
-        raise UserError(f"hold is {hold}: give a number of seconds above 0.", field="hold")
-    spoken = [(time, text.strip(), lag) for time, text, lag in zip(times, texts, lags, strict=True) if text.strip()]
-    captions: list[Caption] = []
-    for i, (start, text, lag) in enumerate(spoken):
-        stop = start + hold
-        if i + 1 < len(spoken):
-            stop = min(stop, spoken[i + 1][0])
-        if end is not None and end > start:
-            stop = min(stop, end)
-        if captions and captions[-1].text == text and captions[-1].end == start:
-            start, lag = captions[-1].start, captions.pop().lag
-        captions.append(Caption(start, stop, text, lag))
-    return captions
 
 
 def write_captions(path: str | os.PathLike[str], captions: Iterable[Caption]) -> None:

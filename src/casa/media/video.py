@@ -1,37 +1,177 @@
-"""Video files in: frames decoded one at a time, sampled by presentation time, upright, as RGB pictures.
+"""Video files in: what a file is by its content, what it says of itself, and its frames, decoded one at a time.
 
-Host memory holds the decoder's few frames whatever the length of the video. How frames are chosen is in
-`sampling.py`. Writing is in `video_writer.py`; `VideoWriter` can be imported from here too.
+Host memory holds the decoder's few frames whatever the length of the video. How frames are chosen is in sampling.py.
+Pictures are films in two ways: one file with many frames (animated WebP, PNG, AVIF; a TIFF of pages), and pictures one
+after another in one file, as cameras and `ffmpeg -f image2pipe` write them.
 """
 
 import math
 import os
+import warnings
 from collections.abc import Generator
-from dataclasses import dataclass
+from itertools import islice
+from typing import BinaryIO, Literal, NamedTuple, Self
 
 import numpy as np
+from PIL import Image
 
 from casa.errors import UserError
-from casa.media.decoder import Decoder
-from casa.media.pages import Pages
-from casa.media.pictures import open_picture
+from casa.media.decoder import TimedFrames, VideoDecoder, demuxed, import_av, upright
+from casa.media.pictures import FORMATS, as_picture, is_heic, looks_like_text, open_picture, read_head, resized
 from casa.media.sampling import TOLERANCE, every, on_screen, spans
-from casa.media.sniff import Kind, sniff
-from casa.media.source import Counts, Frame, Source, check_fps, check_span
-from casa.media.upright import resized, upright
-from casa.media.video_writer import VideoWriter
+from casa.media.source import Frame, SourceCounts, VideoSource, check_fps, check_span
 
-__all__ = ["Frame", "FrameReader", "VideoInfo", "VideoWriter", "probe", "read_frames"]
+# pictures of which there may be several in a row: how the file begins, Pillow's name, FFmpeg's of the row
+_IN_A_ROW = (
+    (b"\xff\xd8\xff", "JPEG", "mjpeg"),
+    (b"\x89PNG\r\n\x1a\n", "PNG", "png_pipe"),
+    (b"RIFF", "WEBP", "webp_pipe"),
+    (b"BM", "BMP", "bmp_pipe"),
+)
+_HEIC_FILMS = (b"hevc", b"hevx", b"hevm", b"hevs", b"msf1")
+PAGE = 1.0  # s, for which a page of a TIFF is shown, as a single picture is
+_REDUCED = 254  # the TIFF tag that says of a page that it shows another one in small
 
 
-@dataclass(frozen=True)
-class VideoInfo:
+class FileKind(NamedTuple):
+    """What a file is.
+
+    Attributes:
+        name: Of a picture's format, or "video".
+        frames: "one", a picture; "pages", what Pillow reads frame by frame; "many", what FFmpeg does.
+        format: FFmpeg's name of it; None: FFmpeg finds out.
+    """
+
+    name: str
+    frames: Literal["one", "pages", "many"]
+    format: str | None = None
+
+
+def sniff(path: str | os.PathLike[str]) -> FileKind:
+    """What kind of picture or film there is at `path`, by its content. Raises UserError for what cannot be either."""
+    head = read_head(path, "video")
+    if looks_like_text(head):
+        raise UserError(f"{path} is a text file, not a video: name a video file.")
+    if is_pages(head):
+        return FileKind("tiff" if head[:4] != b"RIFF" else "webp", "pages")
+    if head[4:12] == b"ftypavif":
+        return FileKind("avif", "one")
+    if is_heic(head) and head[8:12] not in _HEIC_FILMS:
+        return FileKind("heic", "one")
+    for begin, name, row in _IN_A_ROW:
+        if head.startswith(begin) and (name != "WEBP" or head[8:12] == b"WEBP"):
+            try:
+                with warnings.catch_warnings(action="ignore"), Image.open(path, formats=[name]) as image:
+                    lists_others = image.format == "MPO" or "mp" in image.info
+                    if name == "PNG" and getattr(image, "is_animated", False):
+                        return FileKind("apng", "many", "apng")
+            except Exception:  # reading it as a picture says in a sentence what is wrong
+                return FileKind(name.lower(), "one")
+            is_row = not lists_others and _is_row(path, row)
+            return FileKind(name.lower(), "many", row) if is_row else FileKind(name.lower(), "one")
+    return FileKind("video", "many")
+
+
+def is_pages(head: bytes) -> bool:
+    """Whether a file that begins so is of many pictures that FFmpeg does not read: a TIFF, or a WebP that moves."""
+    moves = head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and len(head) > 20 and bool(head[20] & 0x02)
+    return moves or head.startswith((b"II*\0", b"MM\0*"))
+
+
+def _is_row(path: str | os.PathLike[str], format: str) -> bool:
+    """Whether a second picture of the same size follows the first, and no preview or the like."""
+    av = import_av()
+    try:
+        with av.open("file:" + os.path.abspath(path), format=format) as file:
+            stream = file.streams.video[0]
+            packets = list(islice((packet for packet in demuxed(file, stream) if packet.size), 2))
+            if len(packets) < 2:
+                return False
+            sizes = [(frame.width, frame.height) for packet in packets for frame in packet.decode()]
+            return sizes[:1] == sizes[1:]
+    except (av.error.FFmpegError, IndexError):
+        return False
+
+
+class Pages:
+    """The pictures of an animated WebP or of a TIFF, through Pillow, as `VideoDecoder` gives frames.
+
+    Args:
+        file: A path, or an open file.
+        counts: Where pictures and damage are counted.
+        name: How sentences call it.
+
+    Raises:
+        UserError: Pillow does not read it.
+    """
+
+    aspect = 1.0
+
+    def __init__(self, file: str | os.PathLike[str] | BinaryIO, counts: SourceCounts | None, name: str) -> None:
+        self.name, self.counts = name, counts if counts is not None else SourceCounts()
+        with warnings.catch_warnings(action="ignore"):
+            try:
+                self._file = Image.open(file, formats=FORMATS)
+                self.count = getattr(self._file, "n_frames", 1)
+            except Exception as error:
+                raise UserError(f"{name} is damaged or cut off: copy or download it again.") from error
+        self.codec = str(self._file.format).lower()
+        self.duration = self.count * PAGE if self.codec == "tiff" else sum(self._length(k) for k in range(self.count))
+        self.rate = self.count / self.duration if self.duration else 1.0
+
+    def _length(self, page: int) -> float:
+        """Seconds for which a page is shown; the file then stands at it."""
+        self._file.seek(page)
+        if self.codec == "tiff":
+            return PAGE
+        self._file.load()
+        # browsers show for a tenth of a second what would be shown for none
+        return self._file.info.get("duration", 0) / 1000 or 0.1
+
+    @property
+    def summary(self) -> str:
+        return f"{self._file.width} x {self._file.height}, {self.codec}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def seek(self, time: float) -> None:
+        """Does nothing: a page may be drawn over the one before, so they are read from the first on."""
+
+    def frames(self) -> TimedFrames:
+        """Pictures with their times, damaged ones passed over."""
+        time = 0.0
+        for k in range(self.count):
+            try:
+                length = self._length(k)
+                if k and getattr(self._file, "tag_v2", {}).get(_REDUCED, 0) & 1:
+                    continue
+                page = as_picture(self._file.copy(), self.name)
+            except (UserError, EOFError, OSError, ValueError, SyntaxError):
+                self.counts.skipped += 1
+                continue
+            self.counts.decoded += 1
+            yield time, page, length
+            time += length
+
+
+class VideoInfo(NamedTuple):
     """What a video file says of itself.
 
-    `width` and `height` are in pixels as shown: upright, with square pixels. `duration` is in seconds,
-    infinite where the file does not say; `fps` is the average rate; `frames` is None where the file
-    does not say; `rotation` is how many degrees clockwise (0, 90, 180, 270) the stored frames are
-    turned to stand upright.
+    Attributes:
+        width: In pixels as shown: upright, with square pixels.
+        height: Likewise.
+        duration: Seconds; infinite where the file does not say.
+        fps: Average rate.
+        frames: None where the file does not say.
+        rotation: Degrees clockwise (0, 90, 180, 270) by which the stored frames are turned to stand upright.
+        codec: FFmpeg's or Pillow's name of it.
     """
 
     width: int
@@ -43,39 +183,16 @@ class VideoInfo:
     codec: str
 
 
-def read_frames(
-    path: str | os.PathLike[str],
-    fps: float | None = 2.0,
-    start: float = 0.0,
-    end: float | None = None,
-    after: float | None = None,
-) -> "FrameReader":
-    """The frames of a video, decoded as they are asked for.
-
-    With `fps`, the video is looked at every 1/fps seconds from `start` on, and the frame on screen at
-    that moment is given; one that was given already (a slow or still source) is not given again. With
-    None, every frame that appears in start <= time < end is given. A still picture is one frame. Time 0 is where the
-    file begins, sound included: a film whose picture comes later has its first frame at its own time.
-
-    after: the time of a frame that these settings give; reading begins with the one that they give next.
-
-    Raises:
-        UserError: bad settings, or a file that holds no readable video, at once; a `start` after the
-            end of the video, when the first frame is asked for.
-    """
-    return FrameReader(path, fps, start, end, after)
-
-
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
     """Size, length, rate and codec of a video (or picture), after decoding its first frame.
 
     Raises:
-        UserError: no such file, a directory, empty, text, sound only, cut off or damaged, too large.
+        UserError: There is no such file; it is a directory, empty, text, sound only, cut off, damaged, or too large.
     """
     return _probed(path, sniff(path))
 
 
-def _probed(path: str | os.PathLike[str], kind: Kind) -> VideoInfo:
+def _probed(path: str | os.PathLike[str], kind: FileKind) -> VideoInfo:
     if kind.frames == "one":
         image = open_picture(path)
         return VideoInfo(image.width, image.height, 1.0, 1.0, 1, 0, kind.name)
@@ -88,20 +205,26 @@ def _probed(path: str | os.PathLike[str], kind: Kind) -> VideoInfo:
         return VideoInfo(width, height, decoder.duration, decoder.rate, decoder.count, rotation, decoder.codec)
 
 
-def _opened(path: str | os.PathLike[str], kind: Kind, counts: Counts | None = None) -> Decoder | Pages:
-    return Pages(path, counts) if kind.frames == "pages" else Decoder.of_file(path, counts, kind.format)
+def _opened(path: str | os.PathLike[str], kind: FileKind, counts: SourceCounts | None = None) -> VideoDecoder | Pages:
+    if kind.frames == "pages":
+        return Pages(path, counts, str(path))
+    return VideoDecoder.of_file(path, counts, kind.format)
 
 
-class FrameReader(Source):
-    """Iterates over the `Frame`s of a file; what `read_frames` returns. `info` is the `VideoInfo`."""
+class FileSource(VideoSource):
+    """The frames of a video file, decoded as they are asked for; what `read_frames` gives.
+
+    Attributes:
+        info: The file's `VideoInfo`.
+    """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
-        fps: float | None = 2.0,
-        start: float = 0.0,
-        end: float | None = None,
-        after: float | None = None,
+        fps: float | None,
+        start: float,
+        end: float | None,
+        after: float | None,
     ) -> None:
         if fps is not None:
             check_fps(fps)
@@ -109,27 +232,19 @@ class FrameReader(Source):
         self._kind = sniff(path)
         self.info = _probed(path, self._kind)
         self._path = path
-        self._fps, self._start, self._end = fps, start, math.inf if end is None else end
-        self._after = after
+        self._fps, self._start, self._end, self._after = fps, start, math.inf if end is None else end, after
         super().__init__(f"{path}: {self.info.width} x {self.info.height}, {self.info.codec}")
         self.duration = self.info.duration if math.isfinite(self.info.duration) else None
-
-    @property
-    def skipped(self) -> int:
-        """Damaged packets and frames so far."""
-        return self.counts.skipped
 
     def _read(self) -> Generator[Frame, None, None]:
         after = self._after
         if self._kind.frames == "one":
-            if after is not None:
-                return
-            yield Frame(np.array(open_picture(self._path)), self._start, 0)
+            if after is None:
+                yield Frame(np.array(open_picture(self._path)), self._start, 0)
             return
         with _opened(self._path, self._kind, self.counts) as decoder:
             begin = self._start if after is None else after
-            if begin > 0:
-                decoder.seek(begin)
+            decoder.seek(begin)
             shown = spans(decoder.frames(), self.counts)
             if self._fps is None:
                 chosen = every(shown, begin, self._end)
@@ -137,16 +252,44 @@ class FrameReader(Source):
                 # after: from the frame on that was given then, so that the next is chosen as it would have been
                 first = round((begin - self._start) * self._fps)
                 chosen = on_screen(shown, self._fps, self._start, self._end, first)
-            started, number = False, 0
+            started, index = False, 0
             for time, raw in chosen:
                 if after is not None and time <= after + TOLERANCE:
                     started = True
                     continue
                 # a stream may change its size on the way; whoever reads it should not have to care
                 picture = resized(upright(raw, decoder.aspect)[0], self.info.width, self.info.height)
-                yield Frame(picture, time, number)
+                yield Frame(picture, time, index)
                 del picture, raw  # nothing is kept alive while the next frame is decoded
-                started, number = True, number + 1
+                started, index = True, index + 1
             if not started and self._start > 0:
                 # told only now: the length a file claims is not always right
-                raise UserError(f"{self._path} is over before start ({self._start} s): start earlier.")
+                raise UserError(f"{self._path} is over before start ({self._start} s): start earlier.", field="start")
+
+
+def read_frames(
+    path: str | os.PathLike[str],
+    fps: float | None = 2.0,
+    start: float = 0.0,
+    end: float | None = None,
+    after: float | None = None,
+) -> FileSource:
+    """Reads the frames of a video, decoded as they are asked for. A still picture is one frame.
+
+    Time 0 is where the file begins, sound included: a film whose picture comes later has its first frame at its own
+    time.
+
+    Args:
+        path: The file.
+        fps: The video is looked at every 1/fps seconds from `start` on, and the frame on screen at that moment is
+            given; one that was given already (a slow or still source) is not given again. None gives every frame that
+            appears in start <= time < end.
+        start: Seconds.
+        end: Seconds.
+        after: The time of a frame that these settings give; reading begins with the one that they give next.
+
+    Raises:
+        UserError: Settings are bad, or the file holds no readable video, at once; `start` is after the end of the
+            video, when the first frame is asked for.
+    """
+    return FileSource(path, fps, start, end, after)

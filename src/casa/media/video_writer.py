@@ -1,23 +1,38 @@
 """Video out: pictures in, one H.264 file out, whole or not at all, the same bytes on every run.
 
-What comes only once, as from a camera, is written as it goes instead: whatever happens, it can be played as far as it
-got. Frames may come at a constant rate or with their own times. Players want even sides, so an odd side gets one more
-row or column, a copy of the last.
+What comes only once, as from a camera, is written as it goes instead (`Recorder`): whatever happens, it can be played
+as far as it got. Frames may come at a constant rate or with their own times. Players want even sides, so an odd side
+gets one more row or column, a copy of the last. Shapes: H, W pixels.
 """
 
 import math
 import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from PIL import Image
 
 from casa.atomic import replacing
 from casa.errors import UserError
-from casa.media.pyav import import_av
+from casa.media.decoder import import_av
+from casa.media.drawing import draw_caption
+from casa.media.pictures import resized
+from casa.media.source import Frame, VideoSource
+from casa.media.sources import FolderSource
+from casa.media.subtitles import Caption, tidy
+from casa.media.video import read_frames
+
+if TYPE_CHECKING:  # PyAV is an extra
+    import av
+    from av.container import OutputContainer
+    from av.error import FFmpegError
+    from av.video.stream import VideoStream
 
 _FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 _ENCODERS = {"h264": "libx264", "hevc": "libx265"}
@@ -33,27 +48,27 @@ _CLOCK = 90_000
 
 
 class VideoWriter:
-    """Write RGB pictures to `path` as a video; to be used in a `with`.
+    """Writes RGB pictures to `path` as a video; to be used in a `with`.
 
         with VideoWriter("out.mp4", (640, 480), fps=30) as video:
             video.write(image)
 
-    The file appears when the block ends well; if it does not, nothing is left behind. Stored as yuv420p
-    (BT.709), with both sides made even by repeating the last row or column.
+    The file appears when the block ends well; if it does not, nothing is left behind. Stored as yuv420p (BT.709), with
+    both sides made even by repeating the last row or column.
 
     Args:
-        path: ends in .mp4, .m4v, .mov or .mkv.
+        path: Ends in .mp4, .m4v, .mov or .mkv.
         size: (width, height) in pixels of every picture.
-        fps: frames per second.
+        fps: Frames per second.
         codec: "h264" or "hevc".
-        crf: quality, from 0 (lossless) to 51; 23 is customary.
-        preset: the encoder's effort, "ultrafast" to "veryslow".
-        as_it_goes: write straight to `path`, over what is there; a file that is never closed can be played, and an
+        crf: Quality, from 0 (lossless) to 51; 23 is customary.
+        preset: The encoder's effort, "ultrafast" to "veryslow".
+        as_it_goes: Write straight to `path`, over what is there; a file that is never closed can be played, and an
             exception leaves what was written.
 
     Raises:
-        UserError: a setting that makes no sense, a path that cannot be written, no PyAV, or, at the end
-            of the block, no frame written.
+        UserError: A setting makes no sense, the path cannot be written, there is no PyAV, or, at the end of the block,
+            no frame was written.
     """
 
     def __init__(
@@ -69,7 +84,7 @@ class VideoWriter:
         if min(size) < 1:
             raise UserError(f"A video of {size[0]} x {size[1]} pixels: give a width and height above 0.")
         if not (math.isfinite(fps) and 0 < fps <= 1000):
-            raise UserError(f"fps is {fps}: give a number of frames per second above 0, at most 1000.")
+            raise UserError(f"fps is {fps}: give a number of frames per second above 0, at most 1000.", field="fps")
         if codec not in _ENCODERS:
             raise UserError(f"There is no codec {codec!r}: choose {' or '.join(_ENCODERS)}.")
         if not 0 <= crf <= 51:
@@ -80,31 +95,26 @@ class VideoWriter:
         self.size = (int(size[0]), int(size[1]))
         # 29.97 is meant as 30000/1001
         self._rate = Fraction(fps).limit_denominator(1001)
-        self._path = path
-        self._format = _FORMATS[suffix]
-        self._encoder = _ENCODERS[codec]
-        av = import_av()
-        if self._encoder not in av.codecs_available:
+        self._path, self._format, self._encoder = path, _FORMATS[suffix], _ENCODERS[codec]
+        self._av = import_av()
+        if self._encoder not in self._av.codecs_available:
             raise UserError(f"This PyAV cannot write {self._encoder}: install the wheel of av.")
         self._options = {"crf": str(crf), "preset": preset} | ({"tune": "zerolatency"} if as_it_goes else {})
         self._as_it_goes = as_it_goes
         self._stack = ExitStack()
-        self._av: Any = None
-        self._container: Any = None
-        self._stream: Any = None
+        self._video: tuple[OutputContainer, VideoStream] | None = None
         self._written = 0
         self._last = -1
 
-    def __enter__(self) -> "VideoWriter":
-        self._av = import_av()
+    def __enter__(self) -> Self:
         with ExitStack() as stack:
             place = self._path if self._as_it_goes else stack.enter_context(replacing(self._path))
             # bit-exact: no version of the library in the file
             options = {"fflags": "+bitexact"} | (_AT_ONCE[self._format] if self._as_it_goes else {})
-            self._container = self._av.open(f"file:{os.fspath(place)}", "w", format=self._format, options=options)
-            stack.callback(self._container.close)
+            container = self._av.open(f"file:{os.fspath(place)}", "w", format=self._format, options=options)
+            stack.callback(container.close)
             try:
-                stream = self._container.add_stream(self._encoder, rate=self._rate, options=self._options)
+                stream = container.add_stream(self._encoder, rate=self._rate, options=self._options)
             except (self._av.error.FFmpegError, ValueError) as error:
                 raise UserError(f"This PyAV cannot write {self._encoder}: install the wheel of av.") from error
             stream.width, stream.height = (side + side % 2 for side in self.size)
@@ -118,20 +128,22 @@ class VideoWriter:
             context.max_b_frames = 0
             # BT.709 and limited range, said in the file, so that no player has to guess
             context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
-            self._stream = stream
+            self._video = container, stream
             self._stack = stack.pop_all()
         return self
 
     def write(self, image: Image.Image | np.ndarray, time: float | None = None) -> None:
-        """Add one picture: PIL image, or uint8 array (H, W, 3), of the size given.
+        """Adds one picture.
 
-        `time` in seconds is when it appears, later than the one before; by default its number / fps.
+        Args:
+            image: A PIL image, or a uint8 array (H, W, 3), of the size given.
+            time: Seconds at which it appears, later than the one before; by default its number / fps.
 
         Raises:
-            ValueError: another size, or a time that is not after the last.
-            UserError: the disk is full.
+            ValueError: The size is another, or the time is not after the last.
+            UserError: The disk is full.
         """
-        if self._stream is None:
+        if self._video is None:
             raise RuntimeError("VideoWriter is written to inside its `with` block only")
         pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
         width, height = self.size
@@ -151,29 +163,181 @@ class VideoWriter:
         self._last = tick
         self._written += 1
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        # the stack closes the container, then renames the file, or removes it if an exception passes
-        stack, self._stack = self._stack, ExitStack()
-        if kind is not None:
-            self._stream = None
-            stack.__exit__(kind, error, trace)
-            return
+    def close(self) -> None:
+        """Ends the file; its last packets are written only now. Raises UserError if the disk is full."""
         try:
-            with stack:
+            with self._stack:
                 if not self._written:
                     raise UserError(f"No frame was written to {self._path}: give the video at least one.")
                 self._encode(None)
         except (OSError, self._av.error.FFmpegError) as failure:
-            # the last packets are written when the container closes
             raise self._full(failure) from failure
         finally:
-            self._stream = None
+            self._video = None
 
-    def _encode(self, frame: Any) -> None:
-        try:
-            self._container.mux(self._stream.encode(frame))
-        except (OSError, self._av.error.FFmpegError) as error:
-            raise self._full(error) from error
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            # the stack closes the container, then removes the file
+            self._video = None
+            self._stack.__exit__(kind, error, trace)
 
-    def _full(self, error: Any) -> UserError:
+    def _encode(self, frame: "av.VideoFrame | None") -> None:
+        if self._video is not None:
+            container, stream = self._video
+            try:
+                container.mux(stream.encode(frame))
+            except (OSError, self._av.error.FFmpegError) as error:
+                raise self._full(error) from error
+
+    def _full(self, error: "OSError | FFmpegError") -> UserError:
         return UserError(f"{self._path} cannot be written ({error.strerror}): free some space.")
+
+
+class Recorder:
+    """Writes the frames that pass through it, each with the caption that is on screen, as a video.
+
+        recorder = Recorder("seen.mp4", fps=2)
+        for frame in recorder.through(source):
+            recorder.say(frame.time, frame.time + 3, text)
+        recorder.close()
+
+    A frame is written when the next one comes, so that what was said of it stands in it. `say` and `close` may be
+    called from another thread than the one that takes frames. The video, which begins with the first frame, can be
+    played as far as it got, also after a kill; and it never replaces another: beside `seen.mp4` comes `seen.2.mp4`.
+
+    Args:
+        path: As for `VideoWriter`.
+        fps: The rate at which frames are expected; their own times count.
+        begin: The second at which the video begins, None for that of its first frame, which is otherwise on screen
+            from there on.
+
+    Attributes:
+        place: Where the video is; None before its first frame.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fps: float, begin: float | None = None) -> None:
+        # what cannot be written is refused now, not at the first frame
+        VideoWriter(path, (2, 2), fps)
+        self._path, self._fps, self._begin = Path(path), fps, begin
+        self.place: Path | None = None
+        self._video: VideoWriter | None = None
+        self._held: Frame | None = None
+        self._caption: Caption | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def through(self, frames: Iterable[Frame]) -> Iterator[Frame]:
+        """The frames, recorded on their way."""
+        for frame in frames:
+            with self._lock:
+                self._write()
+                self._held = None if self._closed else frame
+            yield frame
+
+    def say(self, start: float, end: float, text: str) -> None:
+        """Shows a caption from `start` to `end` seconds, or until the next one."""
+        said = tidy([Caption(start, end, text)])
+        with self._lock:
+            self._caption = said[0] if said else self._caption
+
+    def close(self) -> None:
+        """Writes the last frame and ends the file; may be called again."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._write()
+            finally:
+                if self._video is not None:
+                    self._video.close()
+
+    def _write(self) -> None:
+        frame, self._held = self._held, None
+        if frame is None:
+            return
+        if self._video is None:
+            height, width = frame.picture.shape[:2]
+            self._begin = frame.time if self._begin is None else self._begin
+            self.place = _new_file(self._path)
+            self._video = VideoWriter(self.place, (width, height), self._fps, as_it_goes=True).__enter__()
+            if frame.time > self._begin:
+                self._video.write(frame.picture, time=0.0)
+        picture, caption = resized(frame.picture, *self._video.size), self._caption
+        if caption is not None and caption.start <= frame.time + 1e-3 and frame.time < caption.end:
+            picture = np.asarray(draw_caption(Image.fromarray(picture), caption.text))
+        self._video.write(picture, time=frame.time - (self._begin or 0.0))
+
+
+def _new_file(path: Path) -> Path:
+    """An empty file at `path`, or, where something is there already, beside it, with a number. Raises UserError."""
+    place, number = path, 1
+    while True:
+        try:
+            # O_EXCL: never what somebody else has just put there
+            os.close(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            return place
+        except FileExistsError:
+            number += 1
+            place = path.with_stem(f"{path.stem}.{number}")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}): write to another folder.") from error
+
+
+def burn_captions(
+    source_path: str | os.PathLike[str],
+    captions: Iterable[Caption],
+    out_path: str | os.PathLike[str],
+    progress: Callable[[int, int | None], None] | None = None,
+    fps: float = 2.0,
+) -> None:
+    """Writes a video again, with each caption drawn in at its time, and without sound.
+
+    Size, upright rotation and the time of every frame (variable frame rate too) are kept; an odd side grows by one
+    pixel, and the last frame lasts one average frame. Of a folder, all pictures become a video, in the size of the
+    first.
+
+    Args:
+        source_path: A video file, or a folder of pictures.
+        captions: What is drawn.
+        out_path: May be `source_path`: it is replaced when all is done, and stays as it is if anything fails.
+        progress: Called after each frame with (frames done, frames in all or None).
+        fps: Pictures of a folder per second.
+
+    Raises:
+        UserError: The source cannot be read, or the destination cannot be written.
+    """
+    cues = tidy(captions)
+    current = 0
+    frames, size, rate, total = _to_draw_on(source_path, fps)
+    with frames, VideoWriter(out_path, size, rate) as video:
+        for frame in frames:
+            while current < len(cues) and cues[current].end <= frame.time:
+                current += 1
+            plain = image = Image.fromarray(resized(frame.picture, *size))
+            if current < len(cues) and cues[current].start <= frame.time:
+                image = draw_caption(plain, cues[current].text)
+            if not frame.index and frame.time > 0:
+                # the first picture is there from the beginning, or players would take its time for the beginning
+                video.write(plain, time=0.0)
+            video.write(image, time=max(frame.time, 0.0))
+            if progress is not None:
+                progress(frame.index + 1, total)
+
+
+def _to_draw_on(path: str | os.PathLike[str], fps: float) -> tuple[VideoSource, tuple[int, int], float, int | None]:
+    """The frames of a video file or of a folder's pictures, their (width, height), rate, and how many there are."""
+    if os.path.isdir(path):
+        with FolderSource(path, fps) as pictures:
+            first = next(pictures, None)
+        if first is None:
+            raise UserError(f"{path} holds no picture that can be read: check its files.")
+        return FolderSource(path, fps), first.image.size, fps, len(pictures.paths)
+    frames = read_frames(path, fps=None)
+    info = frames.info
+    rate = float(Fraction(info.fps).limit_denominator(1001)) if 0 < info.fps <= 1000 else 25.0
+    return frames, (info.width, info.height), rate, info.frames

@@ -13,11 +13,10 @@ from time import monotonic
 from PIL import Image
 
 from casa.errors import UserError
-from casa.media.decoder import Decoder
+from casa.media.decoder import VideoDecoder, upright
 from casa.media.pictures import data_bytes, picture_from, picture_size
 from casa.media.sampling import on_screen, spans
-from casa.media.source import Counts
-from casa.media.upright import upright
+from casa.media.source import SourceCounts
 from casa.serving.fetch import fetch
 from casa.serving.limits import Limits
 
@@ -66,12 +65,12 @@ def read_video(address: str, limits: Limits, allow_fetch: bool, most: int) -> li
     clock = _Timed(data, limits.video_seconds)
     damaged = "the video cannot be read, or is damaged; convert it to MP4 (H.264) or WebM."
     most = max(1, min(most, limits.video_frames))
-    counts, found = Counts(), []
+    counts, found = SourceCounts(), []
     try:
-        with Decoder(clock, "The video", damaged, counts, options=VIDEO_OPTIONS) as decoder:
+        with VideoDecoder(clock, "The video", damaged, counts, options=VIDEO_OPTIONS) as decoder:
             lasts = decoder.duration if 0 < decoder.duration < math.inf else most / limits.video_fps
             fps = min(limits.video_fps, most / lasts)
-            for _, raw in on_screen(spans(decoder.frames(), counts), fps, 0.0, math.inf):
+            for _, raw in on_screen(spans(decoder.frames(), counts), fps):
                 if len(found) == most or clock.is_over:
                     break
                 # a video may change its size on the way

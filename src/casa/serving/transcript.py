@@ -5,7 +5,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from time import monotonic
 
-from casa.media.subtitles import FORMATS, Caption, captions_from_frames, captions_text
+from casa.media.caption_file import captions_from_frames
+from casa.media.subtitles import FORMATS, Caption, captions_text
 
 TYPES = {"srt": "application/x-subrip", "vtt": "text/vtt", "jsonl": "application/jsonl"}
 

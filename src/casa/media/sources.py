@@ -1,0 +1,182 @@
+"""`open_source`: whatever the user wrote, as a source of frames. Folders of pictures and Python iterators stand here.
+
+Files are in video.py, pipes in pipe.py, cameras and addresses in streams.py.
+"""
+
+import math
+import os
+import re
+from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+from PIL import Image
+
+from casa.errors import UserError
+from casa.media.pictures import check_picture, open_picture
+from casa.media.pipe import PipeSource, is_pipe
+from casa.media.sampling import TOLERANCE, as_they_come
+from casa.media.source import Frame, VideoSource, check_fps, check_span
+from casa.media.streams import Backoff, is_address, is_device, open_stream
+from casa.media.video import read_frames
+
+Picture = Image.Image | np.ndarray
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".mpo", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"),
+    *(".jp2", ".ppm", ".pgm", ".pnm"),
+)
+
+
+def open_source(
+    spec: str | os.PathLike[str] | BinaryIO | Iterable[Picture | Frame],
+    fps: float = 2.0,
+    *,
+    start: float = 0.0,
+    end: float | None = None,
+    after: float | None = None,
+    live: bool | None = None,
+    timeout: float = 10.0,
+    options: dict[str, str] | None = None,
+    backoff: Backoff | None = None,
+) -> VideoSource:
+    """Opens frames with their times, looked at `fps` times a second.
+
+    Args:
+        spec: A video file (or a picture: one frame); a directory of pictures; "camera:0", "screen"; an address
+            (rtsp://, http://, https:// ...); "-" for what is piped in; a binary file object; any Python iterable of
+            pictures or `Frame`s.
+        fps: Frames looked at per second.
+        start: Second to begin at, of files and directories.
+        end: Second to stop at, of files and directories.
+        after: Time of the last frame that an earlier run took. Files and directories go on with the one that would
+            have been next, all else begins where it begins.
+        live: Whether frames come at their own pace; None finds out where it can. For addresses, pipes and iterables.
+        timeout: As for `open_stream`.
+        options: As for `open_stream`.
+        backoff: As for `open_stream`.
+
+    Raises:
+        UserError: There is nothing that can be read, or this kind of source does not have such a setting.
+        TypeError: A single picture, or something that gives none.
+    """
+    if not isinstance(spec, (str, os.PathLike)):
+        _check_no_part(start, end, "a Python object")
+        if isinstance(spec, VideoSource):
+            raise TypeError("this is a source already: use it as it is")
+        if hasattr(spec, "read"):
+            return PipeSource(cast(BinaryIO, spec), fps, live=bool(live))
+        if isinstance(spec, (np.ndarray, Image.Image, bytes)) or not hasattr(spec, "__iter__"):
+            raise TypeError(f"a {type(spec).__name__} is no source of frames: give an iterable of pictures, or a path")
+        return PictureSource(cast(Iterable[Picture | Frame], spec), fps, live=bool(live))
+    text = os.fspath(spec)
+    if not text:
+        raise UserError("The name of the video is empty: name a file, a folder, a camera or an address.")
+    path = text[len("file://") :] if text.lower().startswith("file://") else text
+    if text == "-" or is_pipe(text):
+        _check_no_part(start, end, "a pipe")
+        return PipeSource(text, fps, live=bool(live))
+    if is_device(text) or is_address(path):
+        _check_no_part(start, end, "a camera or screen" if is_device(text) else "an address")
+        return open_stream(text, fps, live=live, timeout=timeout, options=options, backoff=backoff)
+    if os.path.isdir(path):
+        return FolderSource(path, fps, start, end, after)
+    return read_frames(path, fps, start, end, after)
+
+
+def _check_no_part(start: float, end: float | None, kind: str) -> None:
+    if start != 0 or end is not None:
+        raise UserError(f"start and end are for files and folders: leave them out for {kind}.", field=("start", "end"))
+
+
+class FolderSource(VideoSource):
+    """The pictures of a directory in natural order (frame2 before frame10), one every 1/fps seconds from 0 on.
+
+    Hidden files, folders and files that are not called pictures are passed over. One that is called a picture and is
+    none is skipped and counted, and its moment stays empty. Settings are those of `open_source`.
+
+    Raises:
+        UserError: There is no picture in it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        fps: float = 2.0,
+        start: float = 0.0,
+        end: float | None = None,
+        after: float | None = None,
+    ) -> None:
+        check_fps(fps)
+        check_span(start, end, after)
+        try:
+            names = os.listdir(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): check its name.") from error
+        names = [name for name in names if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
+        if not names:
+            raise UserError(f"{path} holds no pictures: name a folder with .png or .jpg files.")
+        self.paths = [Path(path) / name for name in sorted(names, key=natural)]
+        self._fps, self._start, self._end = fps, start, math.inf if end is None else end
+        self._after = -math.inf if after is None else after
+        super().__init__(f"{path}: {len(names)} pictures")
+        self.duration = len(names) / fps
+
+    def _read(self) -> Generator[Frame, None, None]:
+        index = 0
+        for k, path in enumerate(self.paths):
+            time = k / self._fps
+            if time < self._start - TOLERANCE or time <= self._after + TOLERANCE:
+                continue
+            if time >= self._end - TOLERANCE:
+                return
+            try:
+                picture = np.array(open_picture(path))
+            except UserError:
+                self.counts.skipped += 1
+                continue
+            self.counts.decoded += 1
+            yield Frame(picture, time, index)
+            index += 1
+
+
+class PictureSource(VideoSource):
+    """What a Python iterator gives: pictures (PIL images, or uint8 (H, W, 3)), one every 1/fps seconds; or `Frame`s.
+
+    `Frame`s have times of their own and are sampled at `fps`. An iterator with a `close` is closed with the source.
+    What `check_picture` raises is raised when the picture is reached.
+
+    Raises:
+        UserError: The times of frames do not rise.
+    """
+
+    def __init__(self, pictures: Iterable[Picture | Frame], fps: float = 2.0, *, live: bool = False) -> None:
+        check_fps(fps)
+        self._pictures, self._fps = iter(pictures), fps
+        super().__init__(f"a Python {type(pictures).__name__}", live)
+
+    def _free(self) -> None:
+        close = getattr(self._pictures, "close", None)
+        if close is not None:
+            close()
+
+    def _read(self) -> Generator[Frame, None, None]:
+        for index, (time, picture) in enumerate(as_they_come(self._timed(), self._fps)):
+            image = check_picture(picture)
+            yield Frame(picture if isinstance(picture, np.ndarray) else np.array(image), time, index)
+
+    def _timed(self) -> Iterator[tuple[float, Picture, float]]:
+        last = -math.inf
+        for k, given in enumerate(self._pictures):
+            time, picture = (given.time, given.picture) if isinstance(given, Frame) else (k / self._fps, given)
+            if time <= last:
+                raise UserError(f"A frame at {time:g} s comes after one at {last:g} s: let the times rise.")
+            last = time
+            self.counts.decoded += 1
+            yield time, picture, 1 / self._fps
+
+
+def natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """What to sort names by, so that numbers in them count as numbers; the name itself decides between equals."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name.casefold())
+    return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts], name
