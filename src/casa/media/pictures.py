@@ -295,7 +295,7 @@ def _opened(path_or_file: PathOrFile, name: str) -> Iterator[tuple[Image.Image, 
     except UnidentifiedImageError as error:
         if not head:
             raise UserError(f"{name} is empty: copy or download the picture again.") from error
-        if looks_like_text(head) and head != b"?":
+        if isinstance(path_or_file, (str, os.PathLike)) and looks_like_text(head):
             raise UserError(f"{name} is a text file, not a picture: name a picture file.") from error
         raise UserError(
             f"{name} cannot be read as a picture, or its beginning is damaged: save it as PNG or JPEG."
