@@ -9,42 +9,44 @@ from torch.nn.attention import flex_attention as flexible
 
 from casa.attention import casa_attention, flex
 from casa.benchmarks import attention as bench
-from casa.benchmarks.attention import BenchRow, bench_attention, bench_record, bench_table
-from casa.benchmarks.attention_shapes import CUDA_SHAPES, SHAPES, BenchShape
-from casa.benchmarks.clock import Clock
+from casa.benchmarks.attention import CPU_SHAPES, CUDA_SHAPES, Clock, Contestant, WindowShape, attention_table, race
+from casa.benchmarks.attention_rivals import RIVALS
 from casa.errors import UserError
 from casa.windows import WindowLayout
 
-SMALL = (BenchShape("even", 3, 4, (2, 2)), BenchShape("ragged", 3, 4, (1, 5)))
+SMALL = (WindowShape("even", 3, 4, (2, 2)), WindowShape("ragged", 3, 4, (1, 5)))
+
+
+def bench_attention(*shapes, **settings):
+    """Its rows, with heads of 8."""
+    settings = {"heads": (8, 2, 8), **settings}
+    return bench.bench_attention(shapes or SMALL, **settings).figures["rows"]
 
 
 def test_rows_table_and_record():
     threads = torch.get_num_threads()
-    rows = bench_attention(SMALL, impls=("reference", "sdpa"), repeats=2, seed=3, width=8)
+    found = bench.bench_attention(SMALL, impls=("reference", "sdpa"), repeats=2, seed=3, heads=(8, 2, 8))
+    rows = found.figures["rows"]
     assert torch.get_num_threads() == threads
-    assert [(row.shape, row.impl) for row in rows] == [
+    assert [(row["shape"], row["impl"]) for row in rows] == [
         (shape, impl) for shape in ("even", "ragged") for impl in ("dense mask", "reference", "sdpa")
     ]
-    for row in rows:
-        assert row.both_ms is not None
-        assert row.forward_ms > 0
-        assert row.both_ms > 0
-    assert rows[0].both_ratio == 1.0
-    record = json.loads(json.dumps(bench_record(rows, seed=3, repeats=2)))
+    assert all(row["forward_ms"] > 0 and row["both_ms"] > 0 for row in rows)
+    assert rows[0]["both_ratio"] == 1.0
+    record = json.loads(json.dumps(found.record()))
     assert (record["versions"]["torch"], record["seed"], record["threads"]) == (torch.__version__, 3, threads)
     assert len(record["rows"]) == len(rows)
     assert set(record["rows"][0]) == {"shape", "impl", "forward_ms", "both_ms", "forward_ratio", "both_ratio", "reason"}
-    table = bench_table(rows)
-    assert all(word in table for word in ("even", "ragged", "sdpa", "dense mask", "1.0x"))
+    assert all(word in found.table for word in ("even", "ragged", "sdpa", "dense mask", "1.0x"))
 
 
 def test_shapes_are_those_of_the_promise():
-    sizes = {(s.windows, s.image, s.text) for s in SHAPES}
+    sizes = {(s.windows, s.image, s.text) for s in CPU_SHAPES}
     assert {(64, 64, (16, 16)), (16, 256, (64, 64)), (16, 256, (4, 90))} <= sizes
-    layout = SHAPES[-1].layout(seed=1)
+    layout = CPU_SHAPES[-1].layout(seed=1)
     assert layout.num_windows == 16
-    assert layout == SHAPES[-1].layout(seed=1)
-    assert layout != SHAPES[-1].layout(seed=2)
+    assert layout == CPU_SHAPES[-1].layout(seed=1)
+    assert layout != CPU_SHAPES[-1].layout(seed=2)
 
 
 def test_shapes_on_cuda_are_the_papers_batch_and_decode_steps():
@@ -54,7 +56,7 @@ def test_shapes_on_cuda_are_the_papers_batch_and_decode_steps():
     assert all(window.num_query == 1 for window in decode.windows)
 
 
-@pytest.mark.parametrize("shape", [*SMALL, BenchShape("decode", 3, 4, (2, 5), queries=1)])
+@pytest.mark.parametrize("shape", [*SMALL, WindowShape("decode", 3, 4, (2, 5), queries=1)])
 def test_work_counts_visible_pairs_and_each_tensor_once(shape):
     layout = shape.layout(seed=1)
     flops, moved = bench._work(layout, Hq=4, Hkv=2, D=8, size=2)
@@ -63,12 +65,12 @@ def test_work_counts_visible_pairs_and_each_tensor_once(shape):
 
 
 def test_a_decode_step_is_timed_forward_only():
-    rows = bench_attention([BenchShape("decode", 2, 4, (1, 3), queries=1)], impls=("sdpa",), repeats=1, width=8)
-    assert [(row.impl, row.both_ms, row.both_ratio) for row in rows] == [
+    rows = bench_attention(WindowShape("decode", 2, 4, (1, 3), queries=1), impls=("sdpa",), repeats=1)
+    assert [(row["impl"], row["both_ms"], row["both_ratio"]) for row in rows] == [
         ("dense mask", None, None),
         ("sdpa", None, None),
     ]
-    assert "none" in bench_table(rows)
+    assert "-" in attention_table(rows).split()
 
 
 @pytest.fixture
@@ -87,38 +89,34 @@ def uncompiled(monkeypatch, tmp_path):
 
 def test_flex_on_a_cpu_is_timed_forward_only_and_says_so(uncompiled):
     assert "flex" in bench.SETUPS["cpu"].impls
-    rows = bench_attention(SMALL, impls=("sdpa", "flex"), repeats=2, width=8)
-    assert [row.impl for row in rows] == 2 * ["dense mask", "sdpa", "flex"]
+    rows = bench_attention(impls=("sdpa", "flex"), repeats=2)
+    assert [row["impl"] for row in rows] == 2 * ["dense mask", "sdpa", "flex"]
     for _, sdpa, flexed in (rows[:3], rows[3:]):
-        assert flexed.forward_ms is not None
-        assert flexed.forward_ratio is not None
-        assert (flexed.both_ms, flexed.both_ratio) == (None, None)
-        assert flexed.reason == "flex has no backward on CPU; use impl='sdpa', or torch.no_grad() for forward only."
-        assert sdpa.both_ms is not None
-        assert sdpa.reason is None
-    record = json.loads(json.dumps(bench_record(rows, seed=0, repeats=2)))["rows"][2]
-    assert (record["both_ms"], record["reason"]) == (None, rows[2].reason)
-    assert bench_table(rows).count(f"flex, forward only: {rows[2].reason}") == 1
+        assert flexed["forward_ms"] is not None
+        assert flexed["forward_ratio"] is not None
+        assert (flexed["both_ms"], flexed["both_ratio"]) == (None, None)
+        assert "flex has no backward on CPU" in flexed["reason"]
+        assert sdpa["both_ms"] is not None
+        assert sdpa["reason"] is None
+    assert attention_table(rows).count(f"flex, forward only: {rows[2]['reason']}") == 1
 
 
 def test_flex_that_has_no_backward_to_do_without_gives_no_reason(uncompiled):
-    decode = BenchShape("decode", 2, 4, (1, 3), queries=1)
-    *_, flexed = bench_attention([decode], impls=("flex",), repeats=1, width=8)
-    assert flexed.forward_ms is not None
-    assert (flexed.both_ms, flexed.reason) == (None, None)
+    *_, flexed = bench_attention(WindowShape("decode", 2, 4, (1, 3), queries=1), impls=("flex",), repeats=1)
+    assert flexed["forward_ms"] is not None
+    assert (flexed["both_ms"], flexed["reason"]) == (None, None)
 
 
 def test_flex_without_a_compiler_is_left_out_and_says_so(uncompiled, monkeypatch):
     monkeypatch.setenv("CXX", "no-compiler")
-    rows = bench_attention(SMALL[:1], impls=("flex", "sdpa"), repeats=1, width=8)
+    rows = bench_attention(SMALL[0], impls=("flex", "sdpa"), repeats=1)
     _, flexed, sdpa = rows
-    assert (flexed.forward_ms, flexed.both_ms, flexed.forward_ratio, flexed.both_ratio) == (None, None, None, None)
-    assert "flex needs a C++ compiler on a CPU and there is no 'no-compiler'" in str(flexed.reason)
-    assert sdpa.both_ms is not None
-    table = bench_table(rows)
-    assert f"not timed: {flexed.reason}" in table
-    assert "forward only" not in table
-    assert json.loads(json.dumps(bench_record(rows, seed=0, repeats=1)))["rows"][1]["reason"] == flexed.reason
+    assert {flexed[name] for name in ("forward_ms", "both_ms", "forward_ratio", "both_ratio")} == {None}
+    assert "no-compiler" in flexed["reason"]
+    assert sdpa["both_ms"] is not None
+    told = attention_table(rows)
+    assert f"flex, not timed: {flexed['reason']}" in told
+    assert "forward only" not in told
 
 
 def test_a_compiler_that_fails_does_not_cost_the_others_their_turn(uncompiled, monkeypatch):
@@ -126,39 +124,41 @@ def test_a_compiler_that_fails_does_not_cost_the_others_their_turn(uncompiled, m
         raise RuntimeError("Python.h: no such file\nand much more")
 
     monkeypatch.setattr(flex, "_compiled", lambda: broken)
-    _, flexed, sdpa = bench_attention(SMALL[:1], impls=("flex", "sdpa"), repeats=1, width=8)
-    assert (flexed.forward_ms, flexed.reason) == (None, "RuntimeError: Python.h: no such file")
-    assert sdpa.both_ms is not None
+    _, flexed, sdpa = bench_attention(SMALL[0], impls=("flex", "sdpa"), repeats=1)
+    assert (flexed["forward_ms"], flexed["reason"]) == (None, "RuntimeError: Python.h: no such file")
+    assert sdpa["both_ms"] is not None
 
 
 def test_table_of_a_gpu_says_what_was_reached_and_what_failed():
-    good = BenchRow("packed", "varlen", 0.5, 2.0, 10.0, 8.0, 250.0, 218.75, 1.5, 0.2, 0.0039)
-    bad = BenchRow("packed", "flex", None, None, None, None, reason="RuntimeError: no Triton")
-    table = bench_table([good, bad])
-    assert all(word in table for word in ("TFLOP/s", "250.0", "218.8", "1.50", "0.200", "0.0039", "8.0x"))
-    assert "not timed: RuntimeError: no Triton" in table
+    names = ("forward_ms", "both_ms", "forward_ratio", "both_ratio", "forward_tflops", "both_tflops", "forward_tbps")
+    names += ("host_ms", "difference")
+    figures = dict(zip(names, (0.5, 2.0, 10.0, 8.0, 250.0, 218.75, 1.5, 0.2, 0.0039), strict=True))
+    good = {"shape": "packed", "impl": "varlen", **figures, "reason": None}
+    bad = {"shape": "packed", "impl": "flex", **dict.fromkeys(names), "reason": "RuntimeError: no Triton"}
+    told = attention_table([good, bad])
+    assert all(word in told for word in ("TFLOP/s", "250.0", "218.8", "1.50", "0.200", "0.0039", "8.0x"))
+    assert "flex, not timed: RuntimeError: no Triton" in told
 
 
 def test_on_a_gpu_one_that_fails_does_not_cost_the_others_their_turn(monkeypatch):
     """With a clock that says it is a GPU's and counts on the host."""
     layout = SMALL[0].layout(seed=0)
     sizes = [(layout.num_query, 4), *[(layout.num_text, 2)] * 2, *[(layout.num_image, 2)] * 2]
+    tensors = [torch.randn(*size, 8) for size in sizes]
     clock = Clock(torch.device("cpu"))
     clock.cuda = True
-    monkeypatch.setattr(clock, "_cuda", clock._host)
-    race = bench._Race(layout, [torch.randn(*size, 8) for size in sizes], clock, trained=True)
-    monkeypatch.setitem(bench.RIVALS, "broken", lambda layout, device: lambda *given: given[99])
-    race.run(("dense mask", "broken"), ("sdpa",), repeats=2)
-    dense, broken, sdpa = race.rows("even", (2e9, 1e9))
-    assert broken.reason == "IndexError: tuple index out of range"
-    assert broken.forward_ms is None
-    assert (dense.difference, dense.reason) == (0.0, None)
-    assert sdpa.difference is not None
-    assert sdpa.difference < 1e-5
-    assert sdpa.forward_ms is not None
-    assert sdpa.forward_tflops == pytest.approx(2 / sdpa.forward_ms)
-    assert sdpa.both_tflops == pytest.approx(7 / sdpa.both_ms)
-    assert sdpa.forward_tbps == pytest.approx(1 / sdpa.forward_ms)
+    monkeypatch.setitem(RIVALS, "broken", lambda layout, device: lambda *given: given[99])
+    contestants = [Contestant.rival(name, layout, clock, True) for name in ("dense mask", "broken")]
+    contestants.append(Contestant.of_casa("sdpa", layout, clock, True, tensors[0]))
+    race(contestants, tensors, repeats=2)
+    dense, broken, sdpa = (one.figures(contestants[0], (2e9, 1e9)) for one in contestants)
+    assert broken["reason"] == "IndexError: tuple index out of range"
+    assert broken["forward_ms"] is None
+    assert (dense["difference"], dense["reason"]) == (0.0, None)
+    assert 0 <= sdpa["difference"] < 1e-5
+    assert sdpa["forward_tflops"] == pytest.approx(2 / sdpa["forward_ms"])
+    assert sdpa["both_tflops"] == pytest.approx(7 / sdpa["both_ms"])
+    assert sdpa["forward_tbps"] == pytest.approx(1 / sdpa["forward_ms"])
 
 
 def test_rivals_mean_the_same(monkeypatch):
@@ -184,18 +184,18 @@ def test_rivals_mean_the_same(monkeypatch):
     monkeypatch.setattr(theirs, "varlen_attn", varlen_attn)
     monkeypatch.setattr(flexible, "flex_attention", flex_attention)
     monkeypatch.setattr(torch, "compile", lambda function, **more: function)
-    for shape in (SMALL[1], BenchShape("decode", 3, 4, (2, 5), queries=1)):
+    for shape in (SMALL[1], WindowShape("decode", 3, 4, (2, 5), queries=1)):
         layout = shape.layout(seed=1)
         sizes = [(layout.num_query, 4), *[(layout.num_text, 2)] * 2, *[(layout.num_image, 2)] * 2]
         given = [torch.randn(*size, 8, dtype=torch.float64) for size in sizes]
         want = casa_attention(*given, layout, impl="reference")
-        for make in bench.RIVALS.values():
+        for make in RIVALS.values():
             torch.testing.assert_close(make(layout, torch.device("cpu"))(*given), want)
     with pytest.raises(ValueError, match="images that open their windows"):
-        bench.RIVALS["FlexAttention"](WindowLayout.from_insertions([3], [[(0, 1)]], history=1), torch.device("cpu"))
+        RIVALS["FlexAttention"](WindowLayout.from_insertions([3], [[(0, 1)]], history=1), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("more", "words"), [({"impls": ("spda",)}, "known are"), ({"repeats": 0}, "at least 1")])
 def test_refusals(more, words):
     with pytest.raises(UserError, match=words):
-        bench_attention(SMALL, **more)
+        bench_attention(**more)

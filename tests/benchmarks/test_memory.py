@@ -1,5 +1,6 @@
 """Host memory of captioning does not grow with the film: six times the frames, measured in processes of their own."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from casa.benchmarks import memory, turns_memory
-from casa.benchmarks.apart import measured_apart
-from casa.benchmarks.memory import bench_memory, draw_film, memory_table
-from casa.benchmarks.soak import film
-from casa.benchmarks.turns_memory import turns_peaks, with_peaks
+from casa.benchmarks import soak, stream
+from casa.benchmarks.harness import handwriting, in_own_process, write_film
+from casa.benchmarks.soak import bench_memory
+from casa.benchmarks.stream import peak_of_turns
 from casa.errors import UserError
 from casa.media import probe, read_frames
 from casa.memory import max_memory_allocated, peak_resident_bytes, reset_peak_memory, resident_bytes
@@ -26,12 +26,13 @@ pytestmark = pytest.mark.skipif(not peak_resident_bytes(), reason="this system d
 # Each line on stdin is answered by a new process, forked from one that has imported all, and done nothing else.
 FORKING = """
 import json, os, sys, traceback
-import casa.benchmarks.memory, casa.benchmarks.turns_memory, sklearn.datasets
+import casa.benchmarks.soak, casa.benchmarks.stream, sklearn.datasets
+from casa.benchmarks.harness import answer
 for line in sys.stdin:
-    module, sys.argv[1:] = json.loads(line)
+    sys.argv[1:] = [line]
     if os.fork() == 0:
         try:
-            sys.modules[module].child()
+            answer()
         except BaseException:
             traceback.print_exc()
             print(json.dumps("failed"))
@@ -42,11 +43,12 @@ for line in sys.stdin:
 """
 
 MEASURING = """
-import json, os
-from casa.benchmarks.apart import told
-def child():
+import os
+def measure(*given):
     print("some words")
-    print(json.dumps({"process": os.getpid(), "told": told()}))
+    return {"process": os.getpid(), "given": given, "chosen": os.environ.get("CHOSEN")}
+def fail():
+    raise ValueError("a bad dream")
 """
 
 
@@ -59,17 +61,17 @@ def forking() -> Iterator[subprocess.Popen]:
 
 @pytest.fixture
 def imported_once(forking, monkeypatch):
-    """In place of `measured_apart`: processes of their own as well, but without seconds of imports for each."""
+    """In place of `in_own_process`: processes of their own as well, but without seconds of imports for each."""
 
-    def measured(module, given, what):
-        forking.stdin.write(json.dumps([module, [json.dumps(given)]]) + "\n")
+    def measured(function, *arguments):
+        forking.stdin.write(json.dumps([function.__module__, function.__name__, arguments]) + "\n")
         forking.stdin.flush()
         found = json.loads(forking.stdout.readline())
-        assert found != "failed", what
+        assert found != "failed", function
         return found
 
-    for module in (memory, turns_memory):
-        monkeypatch.setattr(module, "measured_apart", measured)
+    for module in (soak, stream):
+        monkeypatch.setattr(module, "in_own_process", measured)
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +82,17 @@ def checkpoint(tmp_path_factory):
 def test_a_longer_film_takes_no_more_than_a_short_one(checkpoint, imported_once):
     """If watched frames were kept, 30 of 448 x 448 px would be 18 MB; if all decoded ones were, 36 MB."""
     settings = {"size": 448, "film_fps": 4.0, "max_text_tokens": 96, "max_new_tokens": 2}
-    found = bench_memory(str(checkpoint), minutes=0.3, short_minutes=0.05, **settings)
-    assert [(row["decoded"], row["frames"]) for row in found["films"]] == [(12, 6), (72, 36)]
-    assert found["more_bytes"] < 9e6  # from one run to the next a peak differs by less than 1e6
-    assert memory_table(found).count("\n") == 3
+    found = bench_memory(str(checkpoint), minutes=0.3, short=0.05, **settings)
+    assert [(row["decoded"], row["frames"]) for row in found.figures["films"]] == [(12, 6), (72, 36)]
+    assert found.figures["more_bytes"] < 9e6  # from one run to the next a peak differs by less than 1e6
+    assert found.table.count("\n") == 3
 
 
 def test_a_film_shows_a_new_picture_each_time_that_it_is_watched(tmp_path):
-    assert draw_film(tmp_path / "a.mp4", 4.0, 112, film_fps=25.0, fps=2.0) == 100
+    assert write_film(tmp_path / "a.mp4", 4.0, 112, film_fps=25.0, fps=2.0, seed=0) == 100
     assert probe(tmp_path / "a.mp4").frames == 100
     pictures = [frame.picture.astype(int) for frame in read_frames(tmp_path / "a.mp4", fps=2.0)]
-    wanted = [np.asarray(picture).astype(int) for picture in film(112, 0, 8)]
+    wanted = [np.asarray(picture).astype(int) for picture in itertools.islice(handwriting(0, 112), 8)]
     assert len(pictures) == 8
     apart = np.array([[np.abs(seen - drawn).mean() for drawn in wanted] for seen in pictures])
     assert np.diag(apart) == pytest.approx(apart.min(axis=1)), "each is that of its own moment"
@@ -99,24 +101,24 @@ def test_a_film_shows_a_new_picture_each_time_that_it_is_watched(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "word"),
-    [({"minutes": 1.0, "short_minutes": 1.0}, "short"), ({"short_minutes": 0.0}, "short"), ({"fps": 30.0}, "film fps")],
+    [({"minutes": 1.0, "short": 1.0}, "short"), ({"short": 0.0}, "short"), ({"fps": 30.0}, "film_fps")],
 )
 def test_numbers_that_cannot_be(settings, word):
     with pytest.raises(UserError, match=word):
         bench_memory("casa-tiny", **settings)
 
 
-def test_a_process_that_fails_is_told():
-    with pytest.raises(UserError, match="dreaming in a process of its own failed"):
-        measured_apart("a_module_that_is_nowhere", [], "dreaming")
-
-
-def test_a_process_of_its_own_is_told_and_answers(tmp_path, monkeypatch):
+def test_a_process_of_its_own_is_told_and_answers_or_says_why_not(tmp_path, monkeypatch):
     (tmp_path / "measuring.py").write_text(MEASURING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    found = measured_apart("measuring", ["this", None], "a test")
-    assert found["told"] == ["this", None]
+    monkeypatch.syspath_prepend(tmp_path)
+    import measuring
+
+    found = in_own_process(measuring.measure, "this", None, environment={**os.environ, "CHOSEN": "that"})
+    assert (found["given"], found["chosen"]) == (["this", None], "that")
     assert found["process"] != os.getpid()
+    with pytest.raises(UserError, match="a bad dream"):
+        in_own_process(measuring.fail)
 
 
 def test_what_the_process_holds():
@@ -146,12 +148,13 @@ def test_peaks_are_of_each_method_by_itself_without_loading(tmp_path, imported_o
     model.generation_config.eos_token_id = 2
     model.save_pretrained(tmp_path)
     tiny_processor().save_pretrained(tmp_path)
-    peaks = turns_peaks(str(tmp_path), "cpu", turns=12, tokens=2, size=224)
+    peaks = {
+        method: stream.in_own_process(peak_of_turns, str(tmp_path), "cpu", method, 12, 2, 224, 0)
+        for method in ("casa", "insertion")
+    }
     token = 2 * 3 * 32 * 128 * 4
     difference = 11 * 64 * token
     assert difference > 60e6
     assert peaks["insertion"] - peaks["casa"] > difference / 2
     # what loading took is in neither: a frame's worth of keys, and what passes through the tower
     assert 0 < peaks["casa"] < difference
-    summary = with_peaks({"casa": {"turns": 12}, "insertion": {"turns": 12}}, peaks)
-    assert summary["insertion"]["peak_bytes"] == peaks["insertion"]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from casa.benchmarks.soak import allowed_bytes, film, plot_soak, soak, soak_summary, soak_table, write_soak
+from casa.benchmarks.soak import allowed_bytes, bench_soak, soak, soak_summary, soak_table
 from casa.errors import UserError
 from casa.streaming import StreamingSession
-from casa.testing import tiny_casa, tiny_processor
+from casa.testing import tiny_casa, tiny_checkpoint, tiny_processor
 
 BOUND = 48
 
@@ -43,12 +43,12 @@ def bounded(model, pictures):
 
 def test_bytes_are_constant_once_the_bound_is_reached(bounded):
     blocks, allowed = bounded
-    assert [block.frames for block in blocks] == [40, 80, 120, 160, 200]
-    assert len({block.cache_bytes for block in blocks[1:]}) == 1, "the same least and most in every block"
-    assert len({block.text_tokens for block in blocks[1:]}) == 1
-    assert max(block.text_tokens[1] for block in blocks) <= BOUND
-    assert max(block.cache_bytes[1] for block in blocks) <= allowed
-    assert {block.image_tokens for block in blocks} == {4}
+    assert [block["frames"] for block in blocks] == [40, 80, 120, 160, 200]
+    assert len({tuple(block["cache_bytes"]) for block in blocks[1:]}) == 1, "the same least and most in every block"
+    assert len({tuple(block["text_tokens"]) for block in blocks[1:]}) == 1
+    assert max(block["text_tokens"][1] for block in blocks) <= BOUND
+    assert max(block["cache_bytes"][1] for block in blocks) <= allowed
+    assert {block["image_tokens"] for block in blocks} == {4}
     assert soak_summary(blocks, allowed)["constant"] is True
     assert soak_summary(blocks, allowed - 10**6)["constant"] is False
 
@@ -58,9 +58,9 @@ def test_without_a_bound_the_growth_is_the_texts_alone(model, pictures):
     blocks = last(soak(session, pictures, 60, block=20))
     token = session.usage.text_bytes // session.usage.text_tokens
     for before, after in itertools.pairwise(blocks):
-        grown = after.text_tokens[1] - before.text_tokens[1]
+        grown = after["text_tokens"][1] - before["text_tokens"][1]
         assert grown > 0
-        assert after.cache_bytes[1] - before.cache_bytes[1] == grown * token
+        assert after["cache_bytes"][1] - before["cache_bytes"][1] == grown * token
     assert allowed_bytes(session) is None
     assert soak_summary(blocks, None)["constant"] is None
     assert "bound" not in soak_table(soak_summary(blocks, None))
@@ -76,26 +76,31 @@ def test_a_soak_that_was_killed_goes_on(model, pictures, tmp_path):
     assert session.frames == 20
     again = last(soak(session, pictures, 45, block=10, state=state))
     same = ("frames", "cache_bytes", "text_tokens", "image_tokens", "said")
-    assert [[getattr(b, n) for n in same] for b in again] == [[getattr(b, n) for n in same] for b in whole]
-    assert [block.process for block in again] == [0, 0, 1, 1, 1]
+    assert [[b[n] for n in same] for b in again] == [[b[n] for n in same] for b in whole]
+    assert [block["process"] for block in again] == [0, 0, 1, 1, 1]
     assert list(soak(session, pictures, 45)) == []
 
 
-def test_what_is_found_is_written_and_plotted(bounded, tmp_path):
-    blocks, allowed = bounded
-    write_soak(tmp_path / "a.json", {"bench": "soak"}, blocks, allowed)
+def test_what_is_found_is_written_plotted_and_gone_on_with(tmp_path):
+    checkpoint = str(tiny_checkpoint(tmp_path / "model"))
+    settings = {"max_text_tokens": BOUND, "size": 56, "block": 2, "state": tmp_path / "a.session"}
+    running = bench_soak(checkpoint, 4, **settings)
+    next(running).write(tmp_path / "a.json")
     record = json.loads((tmp_path / "a.json").read_text())
-    assert (record["bench"], record["frames"], len(record["blocks"])) == ("soak", 200, 5)
-    assert "never above its bound: True" in soak_table(record)
-    plot_soak(blocks, tmp_path / "a.png")
+    assert (record["bench"], record["frames"], len(record["blocks"])) == ("soak", 2, 1)
+    with pytest.raises(UserError, match="other settings"):
+        next(bench_soak(checkpoint, 4, **settings | {"size": 84}, resume=True))
+    with pytest.raises(UserError, match="raise frames"):
+        next(bench_soak(checkpoint, 2, **settings, resume=True))
+    (found,) = bench_soak(checkpoint, 4, **settings, resume=True)
+    assert [block["process"] for block in found.figures["blocks"]] == [0, 1]
+    assert "never above its bound: True" in found.table
+    assert not settings["state"].exists()
+    found.plot(tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_film_is_drawn_in_its_size():
-    assert [picture.size for picture in film(56, count=2)] == [(56, 56)] * 2
-
-
 @pytest.mark.parametrize("numbers", [{"frames": 0}, {"frames": 5, "block": 0}])
-def test_numbers_that_cannot_be(model, pictures, numbers):
+def test_numbers_that_cannot_be(numbers):
     with pytest.raises(UserError, match="1 or more"):
-        next(soak(watching(model, None), pictures, **numbers))
+        next(bench_soak("casa-tiny", **numbers))

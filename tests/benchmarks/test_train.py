@@ -5,20 +5,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from casa.benchmarks import train_memory
-from casa.benchmarks.train_memory import bench_train_memory, kept_bytes, measure_step, memory_table
-from casa.benchmarks.train_models import METHODS, Case, fresh_model, most_square, packed_batch
-from casa.benchmarks.train_packing import PROPORTIONED, bench_packing, packing_table
-from casa.benchmarks.train_throughput import (
+from casa.benchmarks import train
+from casa.benchmarks.train import (
     IMAGE_STAGE,
     KINDS,
-    Drawn,
-    batches_of,
-    bench_throughput,
+    METHODS,
+    PROPORTIONED,
+    RandomSamples,
+    StepCase,
+    bench_train,
     drawn_lengths,
-    packs_of,
+    fresh_model,
+    kept_bytes,
+    measure_step,
+    memory_table,
+    most_square,
+    packing,
+    packing_table,
+    step_batch,
     text_slots,
+    throughput,
     throughput_table,
+    train_memory,
     ways_of,
 )
 from casa.errors import UserError
@@ -27,9 +35,9 @@ from casa.training.samples import Budget
 
 
 def test_every_method_trains_on_the_same_batch():
-    cases = [Case(method, image_tokens=16, text_tokens=16) for method in METHODS]
+    cases = [StepCase(method, image_tokens=16, text_tokens=16) for method in METHODS]
     models = {case.method: fresh_model(case.method) for case in cases}
-    batches = [packed_batch(case, models[case.method]) for case in cases]
+    batches = [step_batch(case, models[case.method]) for case in cases]
     for batch in batches:
         assert batch.keys() == batches[0].keys()
         assert all(torch.equal(batch[name], batches[0][name]) for name in batch)
@@ -42,7 +50,7 @@ def test_every_method_trains_on_the_same_batch():
 
 
 def test_a_step_is_measured():
-    found = measure_step(Case("casa", image_tokens=16, text_tokens=16))
+    found = measure_step({"method": "casa", "image_tokens": 16, "text_tokens": 16})
     assert found["peak"] >= found["before"] > 0
     assert found["step"] == found["peak"] - found["before"]
     assert 0 < found["kept"] < found["peak"]
@@ -50,7 +58,7 @@ def test_a_step_is_measured():
 
 def kept(method, *image_tokens):
     model = fresh_model(method)
-    return [kept_bytes(model, packed_batch(Case(method, count, text_tokens=64), model)) for count in image_tokens]
+    return [kept_bytes(model, step_batch(StepCase(method, count, text_tokens=64), model)) for count in image_tokens]
 
 
 def test_less_is_kept_for_the_backward_pass_than_by_insertion_and_grows_slower():
@@ -82,12 +90,13 @@ def test_what_is_kept_is_counted_by_hand():
 
 
 def test_growth_is_compared(monkeypatch):
-    def pretended(case):
-        size = 100 + case.image_tokens * {"insertion": 10, "casa": 2, "replace": 1}[case.method]
+    def pretended(function, case):
+        assert function is measure_step
+        size = 100 + case["image_tokens"] * {"insertion": 10, "casa": 2, "replace": 1}[case["method"]]
         return {"before": 100, "peak": size, "step": size - 100, "kept": 2 * size, "loss": 1.0}
 
-    monkeypatch.setattr(train_memory, "_apart", pretended)
-    found = bench_train_memory(Case("casa", 16), [64, 16], ["casa", "replace", "insertion"])
+    monkeypatch.setattr(train, "in_own_process", pretended)
+    found = train_memory([StepCase(name, count) for name in ("casa", "replace", "insertion") for count in (64, 16)])
     assert [row["image_tokens"] for row in found["rows"]] == [16] * 3 + [64] * 3
     assert found["bytes_per_image_token"] == {
         "peak": {"casa": 2, "replace": 1, "insertion": 10},
@@ -101,13 +110,13 @@ def test_growth_is_compared(monkeypatch):
     }
     assert found["insertion_over"]["replace"]["growth of peak"] == 10
     assert "64" in memory_table(found)
-    alone = bench_train_memory(Case("casa", 16), [64, 16], ["casa"])
+    alone = train_memory([StepCase("casa", count) for count in (64, 16)])
     assert "insertion_over" not in alone
 
 
 def test_packed_and_padded_have_the_same_loss():
     budgets = {kind: Budget(text=96, image=960) for kind in KINDS}
-    found = bench_throughput(samples=16, rounds=1, draws=2, budgets=budgets)
+    found = throughput(samples=16, rounds=1, draws=2, budgets=budgets)
     for kind in KINDS:
         row = found["kinds"][kind]
         first, second = row["draws"]
@@ -125,7 +134,7 @@ def test_the_image_stage_shows_text_alone_too():
     lengths = drawn_lengths(IMAGE_STAGE, 16, Budget(text=96, image=960))
     alone = [index for index, length in enumerate(lengths) if not length.image_tokens]
     assert 0 < len(alone) < 16
-    drawn = Drawn(fresh_model("casa"), lengths)
+    drawn = RandomSamples(fresh_model("casa"), lengths)
     assert "image_positions" not in drawn.packed(alone)
     assert len(drawn.padded(range(16))["image_positions"]) == 16 - len(alone)
 
@@ -133,28 +142,29 @@ def test_the_image_stage_shows_text_alone_too():
 def test_padding_doubles_the_work_at_least():
     """Of the bench's own samples: so many positions are computed padded, for each one packed."""
     for kind, budget in KINDS.items():
-        lengths = drawn_lengths(kind, budget=budget)
+        lengths = drawn_lengths(kind, 64, budget)
         slots = text_slots(lengths, ways_of(lengths, budget))
         assert slots["packed"] == sum(length.text_tokens for length in lengths)
         assert slots["padded"] >= 2 * slots["packed"]
 
 
 def test_slots_are_those_of_the_batches():
-    lengths = drawn_lengths(samples=6, budget=Budget(text=96, image=96))
-    ways, drawn = ways_of(lengths, Budget(text=96, image=96)), Drawn(fresh_model("casa"), lengths)
+    lengths = drawn_lengths(PROPORTIONED, 6, Budget(text=96, image=96))
+    ways, drawn = ways_of(lengths, Budget(text=96, image=96)), RandomSamples(fresh_model("casa"), lengths)
     for way, slots in text_slots(lengths, ways).items():
         assert slots == sum(getattr(drawn, way)(chosen)["input_ids"].numel() for chosen in ways[way])
 
 
 def test_every_sample_is_in_one_pack_and_one_batch():
     lengths = [Length(5, 9), Length(5, 9), Length(2, 1), Length(10, 10)]
-    packs = packs_of(lengths, Budget(text=10, image=20))
-    assert sorted(index for pack in packs for index in pack) == [0, 1, 2, 3]
-    assert batches_of(5, 2) == [[0, 1], [2, 3], [4]]
+    ways = ways_of(lengths, Budget(text=10, image=20))
+    assert sorted(index for pack in ways["packed"] for index in pack) == [0, 1, 2, 3]
+    rows = round(4 / len(ways["packed"]))
+    assert ways["padded"] == [[0, 1, 2, 3][at : at + rows] for at in range(0, 4, rows)]
 
 
 def test_every_kind_of_samples_is_packed():
-    found = bench_packing(samples=400)
+    found = packing(samples=400)
     assert set(found) == {PROPORTIONED, "image", "video", "live"}
     assert found[PROPORTIONED]["image_waste"] < found[PROPORTIONED]["padded_waste"]
     for row in found.values():
@@ -174,6 +184,8 @@ def test_pictures_are_as_square_as_can_be(tokens, sides):
 )
 def test_cases_that_cannot_be_are_refused(choice):
     with pytest.raises(UserError):
-        Case(**({"method": "casa", "image_tokens": 16} | choice))
+        StepCase(**({"method": "casa", "image_tokens": 16} | choice))
     with pytest.raises(UserError, match="two or more"):
-        bench_train_memory(Case("casa", 16), [16, 16])
+        train_memory([StepCase("casa", 16)] * 2)
+    with pytest.raises(UserError, match="the parts are"):
+        bench_train(["other"])

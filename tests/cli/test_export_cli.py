@@ -8,7 +8,7 @@ from casa.models import CasaForConditionalGeneration, CasaProcessor
 
 
 def test_every_method_is_named_in_the_help(casa):
-    from casa.benchmarks.train_models import METHODS
+    from casa.benchmarks.train import METHODS
 
     told = casa("bench", "train", "--help").out
     assert all(method in told for method in METHODS)

@@ -1,17 +1,27 @@
-"""Times the attention implementations beside what one would write without them, interleaved in one run.
+"""Times the attention implementations beside what one would write without them: `rivals`, the dense mask before all.
 
-Every repeat runs every contestant once on the same tensors, so that a busy machine slows all alike; medians
-and their ratios are what to read. Times are milliseconds: forward with the graph recorded, and forward +
-backward. What an implementation refuses is left out, and its row says why: on a CPU flex has no backward, and is timed
-without a graph where there is a compiler. On a CPU the shapes are small and float32; on CUDA they are the paper's, in
-bfloat16, with decode steps (one query per window, forward only), and rows say how much of the GPU is used.
+Contestants take turns on the same tensors; medians and their ratios are what to read. A row of the result:
+
+    forward_ms, both_ms             forward with the graph recorded, and forward + backward; None for what was not timed
+    forward_ratio, both_ratio       how many times faster than the dense mask (median / median)
+    reason                          why a contestant, or its backward, was not timed
+    forward_tflops, both_tflops     on CUDA: 1e12 multiplications and additions a second, of visible pairs only (the
+                                    backward has 2.5 times the forward's)
+    forward_tbps                    on CUDA: 1e12 bytes a second: query, output, seen keys and values, once each
+    host_ms, difference             on CUDA: until the forward is queued; from the dense mask's output, relative
+
+On a CPU the shapes are small and float32. On CUDA they are the paper's, in bfloat16, and decode steps are among them
+(one query per window, forward only).
 """
 
+import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,189 +29,240 @@ from torch import Tensor
 from casa.attention import casa_attention, implementations
 from casa.attention.common import AttentionRequest
 from casa.attention.dispatch import refusal
-from casa.benchmarks.attention_rivals import Rival, concatenated_varlen, dense_mask, flex_attention
-from casa.benchmarks.attention_shapes import CUDA_SHAPES, SHAPES, BenchShape
-from casa.benchmarks.clock import Clock, Times
+from casa.benchmarks.attention_rivals import RIVALS, Rival
+from casa.benchmarks.harness import Benchmark, Figures, table
 from casa.errors import UserError
-from casa.provenance import provenance
 from casa.windows import WindowLayout
 
 DENSE = "dense mask"
+WARM = 2  # rounds that do not count; in the first of them "flex" is compiled
+FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU there is
+FLUSHES = 48  # of about 0.06 ms on an H200
 
 
 @dataclass(frozen=True)
-class BenchSetup:
-    """What is timed on a kind of device where nothing else is asked for."""
+class WindowShape:
+    """`windows` windows of one image of `image` tokens and `text[0]`..`text[1]` text tokens each.
 
-    shapes: tuple[BenchShape, ...]
+    queries: how many of a window's text tokens, the last, have a query; None for all, in one packed sample. With a
+        number each window is a sample of its own, as rows that decode are.
+    """
+
+    name: str
+    windows: int
+    image: int
+    text: tuple[int, int]
+    queries: int | None = None
+
+    def layout(self, seed: int) -> WindowLayout:
+        chance = random.Random(seed)
+        lengths = [chance.randint(*self.text) for _ in range(self.windows)]
+        if self.queries is not None:
+            past = [length - self.queries for length in lengths]
+            return WindowLayout.from_insertions(lengths, [[(0, self.image)]] * self.windows, past=past)
+        insertions = [(sum(lengths[:number]), self.image) for number in range(self.windows)]
+        return WindowLayout.from_insertions([sum(lengths)], [insertions])
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is timed on a kind of device. heads: of queries and keys, and their width."""
+
+    shapes: tuple[WindowShape, ...]
     impls: tuple[str, ...]
     rivals: tuple[str, ...]
     dtype: torch.dtype
-    query_heads: int
-    key_heads: int
-    width: int
+    heads: tuple[int, int, int]
 
 
-RIVALS = {DENSE: dense_mask, "varlen, concatenated": concatenated_varlen, "FlexAttention": flex_attention}
+CPU_SHAPES = (
+    WindowShape("64 x (64 + 16)", 64, 64, (16, 16)),
+    WindowShape("16 x (256 + 64)", 16, 256, (64, 64)),
+    WindowShape("8 x (1024 + 128)", 8, 1024, (128, 128)),
+    WindowShape("ragged 16 x (256 + 4..90)", 16, 256, (4, 90)),
+)
+CUDA_SHAPES = (
+    # the paper's packed batch, 2,048 text and 20,480 image tokens (section 4)
+    WindowShape("packed 16 x (1280 + 128)", 16, 1280, (128, 128)),
+    WindowShape("packed 16 x (1280 + 16..240)", 16, 1280, (16, 240)),
+    WindowShape("packed 128 x (160 + 16)", 128, 160, (16, 16)),
+    # a frame of 896 px is 1,024 tokens
+    WindowShape("decode 1 x (1024 + 16)", 1, 1024, (16, 16), queries=1),
+    WindowShape("decode 16 x (1024 + 1..32)", 16, 1024, (1, 32), queries=1),
+    WindowShape("decode 256 x (1024 + 1..32)", 256, 1024, (1, 32), queries=1),
+)
 SETUPS = {
-    "cpu": BenchSetup(SHAPES, ("reference", "sdpa", "flex"), (DENSE,), torch.float32, 8, 2, 64),
-    "cuda": BenchSetup(CUDA_SHAPES, ("sdpa", "flex", "varlen"), tuple(RIVALS), torch.bfloat16, 16, 2, 128),
+    "cpu": Setup(CPU_SHAPES, ("reference", "sdpa", "flex"), (DENSE,), torch.float32, (8, 2, 64)),
+    "cuda": Setup(CUDA_SHAPES, ("sdpa", "flex", "varlen"), tuple(RIVALS), torch.bfloat16, (16, 2, 128)),
 }
 
 
-@dataclass(frozen=True)
-class BenchRow:
-    """One contestant on one shape. Ratio: how many times faster than the dense mask (median / median).
-
-    None: a decode step has no backward, nothing of the kind on a CPU, or `reason` says why.
-    """
-
-    shape: str
-    impl: str
-    forward_ms: float | None
-    both_ms: float | None
-    forward_ratio: float | None
-    both_ratio: float | None
-    forward_tflops: float | None = None  # 1e12 multiplications and additions a second, of visible pairs only
-    both_tflops: float | None = None  # the backward has 2.5 times the forward's
-    forward_tbps: float | None = None  # 1e12 bytes a second, query, output, seen keys and values once each
-    host_ms: float | None = None  # of the forward, until all of it is queued
-    difference: float | None = None  # from the dense mask's output, of its largest entry
-    reason: str | None = None  # why it was not timed or, where `forward_ms` is there, its backward was not
-
-
-CUDA_ONLY = ("forward_tflops", "both_tflops", "forward_tbps", "host_ms", "difference")
-
-
 def bench_attention(
-    shapes: Sequence[BenchShape] | None = None,
+    shapes: Sequence[WindowShape] | None = None,
     impls: Sequence[str] | None = None,
     device: str = "cpu",
     repeats: int = 9,
     seed: int = 0,
-    query_heads: int | None = None,
-    key_heads: int | None = None,
-    width: int | None = None,
-) -> list[BenchRow]:
-    """Rows for each shape: the rivals first, the dense mask before all, then each implementation.
+    heads: tuple[int, int, int] | None = None,
+) -> Benchmark:
+    """Rows for each shape: the rivals first, then each implementation.
 
-    What is None is as in SETUPS for the kind of device. Two rounds of warm-up, in which "flex" is compiled. What an
-    implementation refuses, its backward or all of a shape, is not timed and its row says why; so does that of a
-    contestant that fails on CUDA or in compiling, and the rest goes on.
-    Raises UserError for an unknown implementation or fewer than one repeat.
+    What is None is as in SETUPS. What an implementation refuses, its backward or all of a shape, is not timed and its
+    row says why; so does that of a contestant that fails on CUDA or in compiling, and the rest goes on.
+
+    Raises:
+        UserError: an unknown implementation, or fewer than one repeat.
     """
     where = torch.device(device)
     setup = SETUPS["cuda" if where.type == "cuda" else "cpu"]
-    impls = setup.impls if impls is None else impls
+    impls, heads = impls or setup.impls, heads or setup.heads
     for impl in impls:
         if impl not in implementations():
             raise UserError(f"cannot time {impl!r}; known are {', '.join(implementations())}.")
     if repeats < 1:
-        raise UserError(f"repeats is {repeats}; give at least 1.")
-    Hq, Hkv, D = query_heads or setup.query_heads, key_heads or setup.key_heads, width or setup.width
-    clock = Clock(where)
-    rows = []
-    for shape in setup.shapes if shapes is None else shapes:
-        layout = shape.layout(seed)
+        raise UserError(f"repeats is {repeats}; give at least 1.", field="repeats")
+    clock, rows = Clock(where), []
+    for shape in shapes or setup.shapes:
+        layout, (Hq, Hkv, D) = shape.layout(seed), heads
         sizes = [(layout.num_query, Hq), *[(layout.num_text, Hkv)] * 2, *[(layout.num_image, Hkv)] * 2]
         generator = torch.Generator().manual_seed(seed)
         tensors = [torch.randn(*size, D, generator=generator).to(where, setup.dtype) for size in sizes]
-        race = _Race(layout, tensors, clock, trained=shape.queries is None)
-        race.run(setup.rivals, impls, repeats)
-        rows += race.rows(shape.name, _work(layout, Hq, Hkv, D, tensors[0].element_size()) if clock.cuda else None)
-    return rows
+        trained = shape.queries is None
+        contestants = [Contestant.rival(name, layout, clock, trained) for name in setup.rivals]
+        contestants += [Contestant.of_casa(impl, layout, clock, trained, tensors[0]) for impl in impls]
+        race(contestants, tensors, repeats)
+        work = _work(layout, *heads, size=tensors[0].element_size()) if clock.cuda else None
+        rows += [{"shape": shape.name, "impl": one.name, **one.figures(contestants[0], work)} for one in contestants]
+    settings: Figures = {"seed": seed, "repeats": repeats}
+    if clock.cuda:
+        settings |= {"dtype": str(setup.dtype), "heads": list(heads)}
+    return Benchmark("attention", settings, {"rows": rows}, attention_table(rows), device)
 
 
-class _Race:
-    """All contestants on one shape."""
+class Times(NamedTuple):
+    """Milliseconds. host: until the forward call returned, its work only queued on CUDA (there, it can hide)."""
 
-    def __init__(self, layout: WindowLayout, tensors: list[Tensor], clock: Clock, trained: bool) -> None:
-        self.layout, self.tensors, self.clock, self.trained = layout, tensors, clock, trained
-        self.times: dict[str, list[Times]] = {}
-        self.difference: dict[str, float] = {}
-        self.reason: dict[str, str] = {}
-        self.forward_only: set[str] = set()
+    forward: float
+    both: float | None
+    host: float
 
-    def run(self, rivals: Sequence[str], impls: Sequence[str], repeats: int) -> None:
-        contestants: dict[str, Rival] = {}
-        for name in rivals:
-            with self._guard(name):
-                contestants[name] = RIVALS[name](self.layout, self.clock.device)
-        contestants |= {impl: partial(casa_attention, layout=self.layout, impl=impl) for impl in impls}
-        self.times |= {name: [] for name in contestants}
-        for impl in impls:
-            self._hear(impl)
-        wanted: Tensor | None = None
-        for repeat in range(-2, repeats):
-            for name, run in contestants.items():
-                if name in self.reason and name not in self.forward_only:
-                    continue
-                with self._guard(name):
-                    out = self._once(name, run, counts=repeat >= 0)
-                    if repeat == -2:
-                        wanted = out if name == DENSE else wanted
-                        if wanted is not None:
-                            self.difference[name] = float((out - wanted).abs().max() / wanted.abs().max())
 
-    def _hear(self, impl: str) -> None:
-        """Notes what the implementation refuses: its backward, or all of it."""
-        query = self.tensors[0]
-        forward = AttentionRequest(
-            self.layout, query.dtype, query.device, query.shape[-1], "both", turning=False, backward=False
-        )
+class Clock:
+    """Times a forward and a backward pass: by the host's clock on a CPU, by the GPU's own events on CUDA.
+
+    On CUDA the queue is first filled with a few milliseconds of other work, so that the GPU never waits for the host
+    in the middle of what is timed; that work overwrites the L2 cache, so that inputs come from memory, as in a model.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cuda = device.type == "cuda"
+        self._flush = torch.empty(FLUSH_BYTES if self.cuda else 0, dtype=torch.int8, device=device)
+
+    def time(self, run: Rival, leaves: Sequence[Tensor], upstream: Tensor | None) -> tuple[Tensor, Times]:
+        """The output, detached, and how long it took. upstream None leaves out the backward."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)] if self._flush.numel() else []
+        host = []
+
+        def mark() -> None:
+            if events:
+                events[len(host)].record()
+            host.append(1e3 * time.perf_counter())
+
+        with torch.set_grad_enabled(upstream is not None):
+            if events:
+                torch.cuda.synchronize(self.device)
+                for _ in range(FLUSHES):
+                    self._flush.zero_()
+            mark()
+            out = run(*leaves)
+            mark()
+            if upstream is not None:
+                out.backward(upstream)
+            mark()
+        if events:
+            torch.cuda.synchronize(self.device)
+        forward, both = (events[0].elapsed_time(events[end]) if events else host[end] - host[0] for end in (1, 2))
+        return out.detach(), Times(forward, None if upstream is None else both, host[1] - host[0])
+
+
+@dataclass
+class Contestant:
+    """One of those that are timed on a shape. run None: it is not timed at all."""
+
+    name: str
+    clock: Clock
+    trained: bool
+    run: Rival | None = None
+    reason: str | None = None
+    times: list[Times] = field(default_factory=list)
+    difference: float | None = None  # from the dense mask's output, of its largest entry
+
+    @classmethod
+    def rival(cls, name: str, layout: WindowLayout, clock: Clock, trained: bool) -> "Contestant":
+        made = cls(name, clock, trained)
+        with made.guard():
+            made.run = RIVALS[name](layout, clock.device)
+        return made
+
+    @classmethod
+    def of_casa(cls, impl: str, layout: WindowLayout, clock: Clock, trained: bool, query: Tensor) -> "Contestant":
+        forward = AttentionRequest(layout, query.dtype, query.device, query.shape[-1], "both", turning=False, backward=False)
         if (reason := refusal(impl, forward)) is not None:
-            self.reason[impl] = reason
-        elif self.trained and (reason := refusal(impl, replace(forward, backward=True))) is not None:
-            self.reason[impl] = reason
-            self.forward_only.add(impl)
-
-    def _once(self, name: str, run: Rival, counts: bool) -> Tensor:
-        backward = self.trained and name not in self.forward_only
-        leaves = [tensor.detach().requires_grad_(backward) for tensor in self.tensors]
-        out, times = self.clock.time(run, leaves, torch.ones_like(self.tensors[0]) if backward else None)
-        if counts:
-            self.times[name].append(times)
-        return out
+            return cls(impl, clock, trained, reason=reason)
+        if trained:
+            reason = refusal(impl, replace(forward, backward=True))
+        run = partial(casa_attention, layout=layout, impl=impl)
+        return cls(impl, clock, trained and reason is None, run, reason)
 
     @contextmanager
-    def _guard(self, name: str) -> Iterator[None]:
+    def guard(self) -> Iterator[None]:
         """A GPU is seldom at hand, and compilers vary: one that fails there does not cost the others their turn."""
         try:
             yield
         except Exception as error:
-            if not self.clock.cuda and name != "flex":
+            if not self.clock.cuda and self.name != "flex":
                 raise
             said = str(error).strip().splitlines() or [""]
-            self.reason[name] = f"{type(error).__name__}: {said[0]}"
-            self.forward_only.discard(name)
-            self.times[name] = []
+            self.run, self.times, self.reason = None, [], f"{type(error).__name__}: {said[0]}"
 
-    def rows(self, shape: str, work: tuple[float, float] | None) -> list[BenchRow]:
-        """work: floating-point operations and bytes of a forward pass."""
-        dense_forward, dense_both = _medians(self.times[DENSE])
-        rows = []
-        for name, times in self.times.items():
-            forward, both = _medians(times)
-            ratios = _over(dense_forward, forward), _over(dense_both, both)
-            row = BenchRow(shape, name, forward, both, *ratios, reason=self.reason.get(name))
-            if work is not None:
-                flops, moved = work
-                row = replace(
-                    row,
-                    # operations per millisecond, in units of 1e12 a second
-                    forward_tflops=_over(flops / 1e9, forward),
-                    both_tflops=_over(3.5 * flops / 1e9, both),
-                    forward_tbps=_over(moved / 1e9, forward),
-                    host_ms=median(t.host for t in times) if times else None,
-                    difference=self.difference.get(name),
-                )
-            rows.append(row)
-        return rows
+    def once(self, tensors: Sequence[Tensor], counts: bool) -> Tensor | None:
+        with self.guard():
+            if self.run is not None:
+                leaves = [tensor.detach().requires_grad_(self.trained) for tensor in tensors]
+                out, times = self.clock.time(self.run, leaves, torch.ones_like(tensors[0]) if self.trained else None)
+                if counts:
+                    self.times.append(times)
+                return out
+        return None
+
+    def figures(self, dense: "Contestant", work: tuple[float, float] | None) -> Figures:
+        """work: floating-point operations and bytes of a forward pass, on CUDA."""
+        forward, both = self.medians()
+        others = dense.medians()
+        found: Figures = {"forward_ms": forward, "both_ms": both}
+        found |= {"forward_ratio": _over(others[0], forward), "both_ratio": _over(others[1], both)}
+        if work is not None:
+            # operations per millisecond, in units of 1e12 a second
+            found |= {"forward_tflops": _over(work[0] / 1e9, forward), "both_tflops": _over(3.5 * work[0] / 1e9, both)}
+            found |= {"forward_tbps": _over(work[1] / 1e9, forward), "difference": self.difference}
+            found["host_ms"] = median(t.host for t in self.times) if self.times else None
+        return found | {"reason": self.reason}
+
+    def medians(self) -> tuple[float | None, float | None]:
+        both = [t.both for t in self.times if t.both is not None]
+        return median(t.forward for t in self.times) if self.times else None, median(both) if both else None
 
 
-def _medians(times: Sequence[Times]) -> tuple[float | None, float | None]:
-    both = [t.both for t in times if t.both is not None]
-    return median(t.forward for t in times) if times else None, median(both) if both else None
+def race(contestants: Sequence[Contestant], tensors: Sequence[Tensor], repeats: int) -> None:
+    """Everyone once in each round, in turns; the first one's output is what the others' are compared with."""
+    wanted: Tensor | None = None
+    for repeat in range(-WARM, repeats):
+        for one in contestants:
+            out = one.once(tensors, counts=repeat >= 0)
+            if repeat == -WARM and out is not None:
+                wanted = out if wanted is None else wanted
+                one.difference = float((out - wanted).abs().max() / wanted.abs().max())
 
 
 def _over(above: float | None, below: float | None) -> float | None:
@@ -220,51 +281,22 @@ def _work(layout: WindowLayout, Hq: int, Hkv: int, D: int, size: int) -> tuple[f
     return 4.0 * pairs * Hq * D, 2.0 * size * D * (layout.num_query * Hq + keys * Hkv)
 
 
-def bench_table(rows: Sequence[BenchRow]) -> str:
-    """The rows as aligned text, one block per shape; on CUDA with what they reach of the GPU.
-
-    Below them, why some were timed forward only.
-    """
-    cuda = any(row.host_ms is not None for row in rows)
-    lines = [f"{'':28}{'ms':>10}{'ms':>12}{'times faster than dense':>28}"]
-    lines.append(f"{'':28}{'forward':>10}{'+ backward':>12}{'forward':>14}{'+ backward':>14}")
+def attention_table(rows: Sequence[Figures]) -> str:
+    """One block per shape; on CUDA with what is reached of the GPU. Below, why some were not timed or forward only."""
+    cuda = "host_ms" in rows[0]
+    ms = ".3f" if cuda else ".1f"
+    columns = {"": "{impl}", "forward, ms": f"{{forward_ms:{ms}}}", "+ backward": f"{{both_ms:{ms}}}"}
+    columns |= {"times faster": "{forward_ratio:.1f}x", "+ backward ": "{both_ratio:.1f}x"}
     if cuda:
-        lines[0] += f"{'TFLOP/s':>12}{'TFLOP/s':>12}{'TB/s':>9}{'ms':>9}{'differs':>10}"
-        lines[1] += f"{'forward':>12}{'+ backward':>12}{'forward':>9}{'host':>9}{'by':>10}"
-    shape = None
-    for row in rows:
-        if row.shape != shape:
-            lines.append(f"\n{row.shape}")
-            shape = row.shape
-        if row.forward_ms is None:
-            lines.append(f"  {row.impl:26}not timed: {row.reason}")
-            continue
-        digits = 3 if cuda else 1
-        line = f"  {row.impl:26}{_cell(row.forward_ms, 10, digits)}{_cell(row.both_ms, 12, digits)}"
-        line += f"{_cell(row.forward_ratio, 14, 1, 'x')}{_cell(row.both_ratio, 14, 1, 'x')}"
-        if cuda:
-            line += f"{_cell(row.forward_tflops, 12, 1)}{_cell(row.both_tflops, 12, 1)}{_cell(row.forward_tbps, 9, 2)}"
-            line += f"{_cell(row.host_ms, 9, 3)}{_cell(row.difference, 10, 4)}"
-        lines.append(line)
-    halves = dict.fromkeys((row.impl, row.reason) for row in rows if row.forward_ms is not None and row.reason)
-    lines += [f"\n{impl}, forward only: {reason}" for impl, reason in halves]
-    return "\n".join(lines)
-
-
-def _cell(value: float | None, width: int, digits: int, unit: str = "") -> str:
-    return f"{'none' if value is None else f'{value:.{digits}f}{unit}':>{width}}"
-
-
-def bench_record(rows: Sequence[BenchRow], seed: int, repeats: int, device: str = "cpu") -> dict:
-    """The rows with what is needed to trace them: plain numbers and strings, ready for JSON."""
-    cuda = device.startswith("cuda")
-    setup = SETUPS["cuda"]
-    heads = {"dtype": str(setup.dtype), "heads": [setup.query_heads, setup.key_heads, setup.width]} if cuda else {}
-    return {
-        "bench": "attention",
-        **provenance(device),
-        "seed": seed,
-        "repeats": repeats,
-        **heads,
-        "rows": [{k: v for k, v in asdict(row).items() if cuda or k not in CUDA_ONLY} for row in rows],
-    }
+        columns |= {
+            "TFLOP/s": "{forward_tflops:.1f}",
+            "+ backward  ": "{both_tflops:.1f}",
+            "TB/s": "{forward_tbps:.2f}",
+        }
+        columns |= {"host, ms": "{host_ms:.3f}", "differs by": "{difference:.4f}"}
+    lines = []
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        lines += [f"\n{shape}", table([row for row in rows if row["shape"] == shape], columns)]
+    told = {(row["impl"], row["reason"], row["forward_ms"] is None) for row in rows if row["reason"]}
+    lines += [f"{impl}, {'not timed' if out else 'forward only'}: {reason}" for impl, reason, out in sorted(told)]
+    return "\n".join(lines).lstrip("\n")

@@ -101,3 +101,10 @@ def _need_opening_images(layout: WindowLayout) -> None:
     opening = all(i.text_position == window.text_start for window in layout.windows for i in window.images)
     if layout.history or not opening:
         raise ValueError("this rival needs images that open their windows, and no history.")
+
+
+RIVALS: dict[str, Callable[[WindowLayout, torch.device], Rival]] = {
+    "dense mask": dense_mask,
+    "varlen, concatenated": concatenated_varlen,
+    "FlexAttention": flex_attention,
+}

@@ -1,62 +1,48 @@
-"""A live stream by the real clock: frames come at their time, whether the session is ready or not.
+"""Live streams by the clock: one for minutes, and as many as this machine sustains.
 
-What is watched is a film of handwriting, decoded again and again while it is watched, as a camera's stream would be.
-Lag is from when a frame was due to when its caption was there, so whatever falls behind (decoding, encoding, the
-words) shows in it, or as dropped frames.
+bench_live        a film is watched as a camera's stream would be, decoded again and again. Lag is from when a frame
+                  was due to when its caption was there: whatever falls behind shows in it, or as dropped frames.
+bench_sessions    more and more sessions in one batch, each with a new frame every 1 / fps seconds. Their number is
+                  looked for by a clock of the streams' own, which the steps move as they are measured; what was
+                  found is then tried by the real clock, with frames that come as JPEG.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from itertools import count as counting
+from itertools import islice
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import NamedTuple, Protocol
 
-import numpy as np
 from PIL import Image
 
+from casa.benchmarks.harness import Benchmark, Figures, handwriting, percentiles, table, write_film
 from casa.errors import UserError
-from casa.evaluation.seeds import generator
-from casa.evaluation.stream import stream
-from casa.media import VideoWriter, read_frames
+from casa.media import read_frames
+from casa.media.pictures import picture_from
 from casa.memory import resident_bytes
-from casa.models import CasaForConditionalGeneration, CasaProcessor
-from casa.streaming import Count, FrameCaption, StreamingSession, watch_live
+from casa.models.auto import load_pretrained
+from casa.streaming import Count, FrameCaption, StreamingEngine, StreamingSession, watch_live
 
 LAP = 60.0  # s of film, which then begins again
 CAMERA_FPS = 10.0
+WARM = 2  # steps before the clock counts
+POLL_SECONDS = 0.001  # between looks at whether a frame has come
 
 
-@dataclass(frozen=True)
-class Seen:
+class LapFrame(NamedTuple):
     """A frame as `watch_live` takes it; time in seconds over all laps."""
 
     image: Image.Image
     time: float
 
 
-@dataclass(frozen=True)
-class Minute:
-    """frames: due in this minute. watched, dropped, cut, said: of these. lag: of the watched, in ms.
-
-    took_ms: of finding the words, median. cache_bytes, resident_bytes: of the session and the process, at its end.
-    """
-
-    minute: int
-    frames: int
-    watched: int
-    dropped: int
-    cut: int
-    said: int
-    median_lag_ms: float
-    max_lag_ms: float
-    took_ms: float
-    cache_bytes: int
-    resident_bytes: int
-
-
-def laps(path: Path, fps: float, seconds: float, lap: float) -> Iterator[Seen]:
+def laps(path: Path, fps: float, seconds: float, lap: float) -> Iterator[LapFrame]:
     """The film over and over, sampled at `fps`, until `seconds` are over."""
     for number in counting():
         with read_frames(path, fps=fps) as film:
@@ -64,53 +50,51 @@ def laps(path: Path, fps: float, seconds: float, lap: float) -> Iterator[Seen]:
                 time = number * lap + frame.time
                 if time >= seconds - 1e-6:
                     return
-                yield Seen(frame.image, time)
-
-
-def draw_film(path: Path, size: int, seconds: float, seed: int) -> None:
-    """A film of numbers that come and go, `size` x `size` px, `CAMERA_FPS` frames a second."""
-    drawn = stream(generator("stream", "held_out", seed), "held_out", seconds=seconds, sizes=[(size, size)])
-    with VideoWriter(path, (size, size), CAMERA_FPS) as video:
-        for picture in drawn.frames(CAMERA_FPS):
-            video.write(picture)
+                yield LapFrame(frame.image, time)
 
 
 def bench_live(
-    model: CasaForConditionalGeneration,
-    processor: CasaProcessor,
+    model: str = "casa-tiny",
     minutes: float = 10.0,
     size: int = 448,
     fps: float = 2.0,
     max_text_tokens: int | None = 256,
     seed: int = 0,
-    tell: Callable[[Minute], Any] = lambda minute: None,
-) -> list[Minute]:
-    """Watches for so many minutes, which it takes. tell: called with each minute when it is over.
+    device: str = "auto",
+) -> Benchmark:
+    """Watches for so many minutes, which it takes.
 
-    Raises UserError for a rate, a length or a size that cannot be.
+    Raises:
+        UserError: a rate, a length or a size that cannot be.
     """
     if not (math.isfinite(minutes) and minutes > 0 and math.isfinite(fps) and fps > 0):
-        raise UserError("minutes and fps are above 0.")
+        raise UserError("minutes and fps are above 0.", field=("minutes", "fps"))
+    loaded, processor = load_pretrained(model, device)
     seconds = 60 * minutes
     lap = min(LAP, max(2.0, math.ceil(seconds)))
-    session = StreamingSession(model, processor, max_text_tokens=max_text_tokens, max_new_tokens=16)
+    session = StreamingSession(loaded, processor, max_text_tokens=max_text_tokens, max_new_tokens=16)
     with TemporaryDirectory() as folder:
         film = Path(folder) / "film.mp4"
-        draw_film(film, size, lap, seed)
+        write_film(film, lap, size, CAMERA_FPS, min(fps, CAMERA_FPS), seed)
         # what is slow the first time only (codec, kernels) is no part of watching
         session.step(next(laps(film, fps, seconds, lap)).image)
-        count = Count()
-        moments = watch_live(session, laps(film, fps, seconds, lap), fps, count=count, in_real_time=True)
-        found = []
-        for minute in by_minute(moments, fps, seconds, lambda: (session.usage.cache_bytes, resident_bytes())):
-            found.append(minute)
-            tell(minute)
-    return found
+        moments = watch_live(session, laps(film, fps, seconds, lap), fps, count=Count(), in_real_time=True)
+        rows = list(by_minute(moments, fps, seconds, lambda: (session.usage.cache_bytes, resident_bytes())))
+    found = live_summary(rows, fps)
+    columns = {"minute": "{minute}", "frames": "{frames}", "dropped": "{dropped}", "cut": "{cut}"}
+    columns |= {
+        "lag, median": "{median_lag_ms:.0f} ms",
+        "most": "{max_lag_ms:.0f} ms",
+        "cache": "{cache_bytes!K:.0f} KiB",
+    }
+    shown = f"{table(rows, columns)}\nkeeps pace: {found['keeps_pace']}"
+    settings = {"size": size, "seed": seed, "max_text_tokens": max_text_tokens}
+    return Benchmark("live", settings, found, shown, str(loaded.device), model)
 
 
 def by_minute(
     moments: Iterable[FrameCaption], fps: float, seconds: float, held: Callable[[], tuple[int, int]]
-) -> Iterator[Minute]:
+) -> Iterator[Figures]:
     """Rows of the moments, one for each minute of the stream; a minute of which nothing was watched has a row too.
 
     held: bytes of the cache and of the process, now.
@@ -119,61 +103,177 @@ def by_minute(
     last = math.ceil(seconds / 60 - 1e-9)
     for moment in moments:
         while moment.time >= 60 * (minute + 1) - 1e-6:
-            yield _row(minute, part, fps, seconds, held())
+            yield _minute(minute, part, fps, seconds, held())
             minute, part = minute + 1, []
         part.append(moment)
     while minute < last:
-        yield _row(minute, part, fps, seconds, held())
+        yield _minute(minute, part, fps, seconds, held())
         minute, part = minute + 1, []
 
 
-def _row(minute: int, part: list[FrameCaption], fps: float, seconds: float, held: tuple[int, int]) -> Minute:
+def _minute(minute: int, part: list[FrameCaption], fps: float, seconds: float, held: tuple[int, int]) -> Figures:
+    """frames: due in this minute; watched, dropped, cut, said: of these. took_ms: of finding the words, median.
+    cache_bytes, resident_bytes: of the session and the process, at its end."""
     end = min(60.0 * (minute + 1), seconds)
     due = math.ceil(end * fps - 1e-6) - math.ceil(60 * minute * fps - 1e-6)
     lags = [1000 * moment.lag for moment in part] or [math.nan]
-    took = [1000 * moment.took for moment in part] or [math.nan]
-    return Minute(
-        minute=minute,
-        frames=due,
-        watched=len(part),
-        dropped=due - len(part),
-        cut=sum(not moment.complete for moment in part),
-        said=sum(bool(moment.text) for moment in part),
-        median_lag_ms=round(float(np.median(lags)), 1),
-        max_lag_ms=round(max(lags), 1),
-        took_ms=round(float(np.median(took)), 1),
-        cache_bytes=held[0],
-        resident_bytes=held[1],
-    )
+    return {
+        "minute": minute,
+        "frames": due,
+        "watched": len(part),
+        "dropped": due - len(part),
+        "cut": sum(not moment.complete for moment in part),
+        "said": sum(bool(moment.text) for moment in part),
+        "median_lag_ms": round(median(lags), 1),
+        "max_lag_ms": round(max(lags), 1),
+        "took_ms": round(median([1000 * moment.took for moment in part] or [math.nan]), 1),
+        "cache_bytes": held[0],
+        "resident_bytes": held[1],
+    }
 
 
-def live_summary(minutes: list[Minute], fps: float) -> dict[str, Any]:
+def live_summary(minutes: list[Figures], fps: float) -> Figures:
     """keeps_pace: no frame was dropped, no caption cut, and no minute's median lag above the time between two frames.
 
     accumulated_lag_ms: of the last minute over the first one. growth_bytes: of the process, from the end of the second
     minute, when all that is made once is there, to that of the last; None where there is no third.
     """
-    worst = max(minute.median_lag_ms for minute in minutes)
-    dropped, cut = sum(minute.dropped for minute in minutes), sum(minute.cut for minute in minutes)
+    worst = max(minute["median_lag_ms"] for minute in minutes)
+    dropped, cut = (sum(minute[name] for minute in minutes) for name in ("dropped", "cut"))
+    growth = minutes[-1]["resident_bytes"] - minutes[1]["resident_bytes"] if len(minutes) > 2 else None
     return {
         "fps": fps,
-        "frames": sum(minute.frames for minute in minutes),
+        "frames": sum(minute["frames"] for minute in minutes),
         "dropped": dropped,
         "cut": cut,
-        "accumulated_lag_ms": round(minutes[-1].median_lag_ms - minutes[0].median_lag_ms, 1),
-        "max_lag_ms": max(minute.max_lag_ms for minute in minutes),
-        "growth_bytes": minutes[-1].resident_bytes - minutes[1].resident_bytes if len(minutes) > 2 else None,
+        "accumulated_lag_ms": round(minutes[-1]["median_lag_ms"] - minutes[0]["median_lag_ms"], 1),
+        "max_lag_ms": max(minute["max_lag_ms"] for minute in minutes),
+        "growth_bytes": growth,
         "keeps_pace": bool(dropped == 0 and cut == 0 and worst <= 1000 / fps),
-        "minutes": [asdict(minute) for minute in minutes],
+        "minutes": minutes,
     }
 
 
-def live_table(minutes: list[Minute]) -> str:
-    """The minutes as aligned lines."""
-    lines = [f"{'minute':>6}{'frames':>8}{'dropped':>9}{'cut':>5}{'lag, median':>14}{'most':>11}{'cache':>13}"]
-    for row in minutes:
-        lines.append(
-            f"{row.minute:6}{row.frames:8}{row.dropped:9}{row.cut:5}{row.median_lag_ms:11.0f} ms"
-            f"{row.max_lag_ms:8.0f} ms{row.cache_bytes / 1024:9.0f} KiB"
-        )
-    return "\n".join(lines)
+def bench_sessions(
+    model: str = "casa-tiny",
+    sessions: int = 32,
+    fps: float = 2.0,
+    size: int = 224,
+    max_text_tokens: int | None = 128,
+    seed: int = 0,
+    device: str = "auto",
+    seconds: float = 10.0,
+) -> Benchmark:
+    """Loads of 1, 2, 4, ... up to `sessions`, each for `seconds`, which it takes; behind the first that is not
+    sustained, those halfway between it and the last that was.
+
+    Raises:
+        UserError: a rate, a size or a number that cannot be.
+    """
+    if sessions < 1 or not fps > 0 or not seconds > 0:
+        raise UserError("sessions is 1 or more, and fps and seconds are above 0.", field=("sessions", "fps"))
+    loaded, processor = load_pretrained(model, device)
+
+    def load(count: int) -> Figures:
+        engine = StreamingEngine(loaded, processor, most_sessions=count, most_rows=count)
+        films = {}
+        for number in range(count):
+            engine.open(str(number), max_text_tokens=max_text_tokens, max_new_tokens=16)
+            films[str(number)] = handwriting(seed + number, size)
+        for _ in range(WARM):
+            for name, film in films.items():
+                engine.offer(name, next(film))
+            engine.step()
+        frames = max(1, round(seconds * fps))
+        return try_load(engine, {name: [_jpeg(f) for f in islice(film, frames)] for name, film in films.items()}, fps)
+
+    loads = search(load, sessions)
+    sustained = max((one["sessions"] for one in loads if one["sustained"]), default=0)
+    columns = {"sessions": "{sessions}", "step, median": "{median_ms:.1f} ms", "95th": "{p95_ms:.1f} ms"}
+    columns |= {"frames": "{frames}", "dropped": "{dropped}", "behind": "{behind_ms:.0f} ms"}
+    columns |= {"cache of all": "{bytes!K:.0f} KiB", "sustained": "{sustained}"}
+    shown = f"{table(loads, columns)}\na step may take {1000 / fps:.0f} ms"
+    settings = {"size": size, "seed": seed, "max_text_tokens": max_text_tokens}
+    found = {"fps": fps, "sustained": sustained, "loads": loads}
+    return Benchmark("stream", settings, found, shown, str(loaded.device), model)
+
+
+def try_load(engine: StreamingEngine, clips: Mapping[str, list[bytes]], fps: float) -> Figures:
+    """By the real clock: frames come as JPEG whether the engine is ready or not, and are opened beside it, in a thread
+    of their own.
+
+    frames: that came, of all sessions; watched and dropped: of these. median_ms, p95_ms: of a step over all sessions.
+    behind_ms: from the last frame's coming until all was said. bytes: of all caches at the end. sustained: no frame was
+    dropped, and half of the steps take no longer than it takes the next frames to come.
+    """
+    took, watched = [], 0
+    with ThreadPoolExecutor(1) as pool:
+        fed = pool.submit(feed, engine, clips, fps)
+        while not fed.done() or engine.waiting:
+            if not engine.waiting:
+                time.sleep(POLL_SECONDS)
+                continue
+            began = time.perf_counter()
+            watched += sum(event.error is None for event in engine.step())
+            took.append(1000 * (time.perf_counter() - began))
+        behind = time.monotonic() - fed.result()
+    dropped = sum(engine.dropped(name) for name in clips)
+    middle, high = percentiles(took, 50, 95)
+    return {
+        "sessions": len(clips),
+        "median_ms": middle,
+        "p95_ms": high,
+        "frames": sum(map(len, clips.values())),
+        "watched": watched,
+        "dropped": dropped,
+        "behind_ms": round(1000 * behind, 1),
+        "sustained": dropped == 0 and middle <= 1000 / fps,
+        "bytes": sum(engine.session(name).usage.cache_bytes for name in clips),
+    }
+
+
+def search(load: Callable[[int], Figures], most: int) -> list[Figures]:
+    """Loads that were tried on the way to the most sessions that are sustained, in order of their numbers."""
+    found: list[Figures] = []
+    good, bad = 0, most + 1
+    while bad - good > 1:
+        count = min(max(1, 2 * good), most) if bad > most else (good + bad) // 2
+        found.append(load(count))
+        good, bad = (count, bad) if found[-1]["sustained"] else (good, count)
+    return sorted(found, key=lambda one: one["sessions"])
+
+
+class TakesFrames(Protocol):
+    """An engine, as far as its frames go."""
+
+    def offer(self, name: str, frame: Image.Image, /) -> bool: ...
+
+
+def feed(
+    engine: TakesFrames,
+    clips: Mapping[str, list[bytes]],
+    fps: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> float:
+    """Opens each session's frames and offers them, 1 / fps seconds apart, the sessions evenly between one another.
+
+    Returns when the last one was there, by `clock`.
+    """
+    apart = 1 / (fps * len(clips))
+    due = [
+        (number / fps + place * apart, name, data)
+        for place, (name, clip) in enumerate(clips.items())
+        for number, data in enumerate(clip)
+    ]
+    began = clock()
+    for at, name, data in sorted(due, key=lambda frame: frame[0]):
+        sleep(max(0.0, began + at - clock()))
+        engine.offer(name, picture_from(BytesIO(data)))
+    return clock()
+
+
+def _jpeg(picture: Image.Image) -> bytes:
+    file = BytesIO()
+    picture.save(file, "JPEG", quality=90)
+    return file.getvalue()

@@ -1,123 +1,141 @@
-"""A soak: one session over a hundred thousand frames and more, its memory and its latency followed all the way.
+"""Does watching stay the same size for ever?
 
-Nothing is held back for the measurement: every frame is encoded, captioned and measured as any other. What is found is
-on disk after every block of frames, with the session itself beside it, so that a soak that was killed can go on.
+bench_soak      one session over a hundred thousand frames and more, its memory and latency followed all the way.
+                Every frame is encoded, captioned and measured as any other. After every block of frames the result
+                is on disk, with the session beside it, so that a soak that was killed can go on.
+bench_memory    host memory of captioning a long film over that of a short one, each in a process of its own
 """
 
-import json
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter, process_time
-from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from casa.atomic import write_text
-from casa.benchmarks.plots import finish, panels
-from casa.benchmarks.stream import handwriting
+from casa.benchmarks.harness import (
+    Benchmark,
+    Figures,
+    Panel,
+    handwriting,
+    in_own_process,
+    percentiles,
+    table,
+    write_film,
+)
+from casa.captioning import Request, caption
 from casa.errors import UserError
-from casa.figures import BLUE, GREEN, GREY, ORANGE
-from casa.memory import resident_bytes
+from casa.memory import peak_resident_bytes, resident_bytes
+from casa.models.auto import load_pretrained
 from casa.streaming import StreamingSession
 
 DRAWN = 480  # different frames: four minutes of film, shown again and again
-SMALLEST = 224  # px: handwriting is drawn no smaller, and shrunk
+MAX_NEW_TOKENS = 16
 
 
-@dataclass(frozen=True)
-class Block:
-    """So many frames in a row, the last one counted as `frames`.
+def bench_soak(
+    model: str = "casa-tiny",
+    frames: int = 100_000,
+    max_text_tokens: int | None = 128,
+    size: int = 112,
+    block: int = 1000,
+    seed: int = 0,
+    device: str = "auto",
+    state: Path | None = None,
+    resume: bool = False,
+) -> Iterator[Benchmark]:
+    """What is found so far, after every block of frames.
 
-    median_ms, p95_ms, max_ms: a frame's time, from pixels to its whole caption. cache_bytes, text_tokens: the least and
-    the most that the session held after a frame. image_tokens: the most. said: frames with a caption. resident_bytes:
-    of the process, at the end of the block. process: counts the processes of a soak that was taken up again, from 0.
-    cpu_ms: of processor time a frame, on average, which other work on the machine does not lengthen.
+    Args:
+        block: Frames in a row of the result.
+        state: Where the session is saved after each block; it is gone at the end.
+        resume: Go on with the session there.
+
+    Raises:
+        UserError: numbers that cannot be, or a state of other settings.
     """
-
-    frames: int
-    median_ms: float
-    p95_ms: float
-    max_ms: float
-    cache_bytes: tuple[int, int]
-    text_tokens: tuple[int, int]
-    image_tokens: int
-    said: int
-    resident_bytes: int
-    process: int
-    cpu_ms: float | None = None
-
-
-def film(size: int, seed: int = 0, count: int = DRAWN) -> list[Image.Image]:
-    """`count` frames of numbers in handwriting, `size` x `size` px."""
-    drawn = handwriting(seed, max(size, SMALLEST))
-    return [next(drawn).resize((size, size), Image.Resampling.BICUBIC) for _ in range(count)]
+    if frames < 1 or block < 1:
+        raise UserError("frames and block are 1 or more.", field=("frames", "block"))
+    loaded, processor = load_pretrained(model, device)
+    settings = {"size": size, "seed": seed, "max_text_tokens": max_text_tokens, "max_new_tokens": MAX_NEW_TOKENS}
+    settings |= {"block": block}
+    if resume and state is not None and state.exists():
+        session = StreamingSession.load(state, loaded, processor)
+        if session.notes.get("settings") != settings | {"model": model}:
+            raise UserError(
+                f"{state} is of a soak with other settings; give those, or leave out resume.", field="resume"
+            )
+        if session.frames >= frames:
+            raise UserError(f"that soak has seen {session.frames} frames already; raise frames.", field="frames")
+    else:
+        session = StreamingSession(loaded, processor, max_text_tokens=max_text_tokens, max_new_tokens=MAX_NEW_TOKENS)
+        session.notes["settings"] = settings | {"model": model}
+    for blocks in soak(session, list(islice(handwriting(seed, size), DRAWN)), frames, block=block, state=state):
+        found = soak_summary(blocks, allowed_bytes(session, asked=False))
+        shown, panels = soak_table(found), soak_panels(blocks)
+        yield Benchmark("soak", settings, found | {"blocks": blocks}, shown, str(loaded.device), model, panels)
+    if state is not None:
+        state.unlink(missing_ok=True)
 
 
 def soak(
     session: StreamingSession,
-    pictures: list[Image.Image],
+    pictures: Sequence[Image.Image],
     frames: int,
     *,
     block: int = 1000,
     state: Path | None = None,
     clock: Callable[[], float] = perf_counter,
-) -> Iterator[list[Block]]:
+) -> Iterator[list[Figures]]:
     """Watches until the session has seen `frames` frames; all blocks so far, after each one.
 
-    pictures: shown in turn, over and over. state: where the session is saved after each block, the blocks among its
-    notes; a session loaded from there goes on with both.
-    Raises UserError for numbers that cannot be.
+    Args:
+        pictures: Shown in turn, over and over.
+        state: Where the session is saved after each block, the blocks among its notes; a session loaded from there goes
+            on with both.
     """
-    if frames < 1 or block < 1:
-        raise UserError("frames and block are 1 or more.")
-    blocks = [_block(told) for told in session.notes.get("blocks", [])]
-    process = blocks[-1].process + 1 if blocks else 0
+    blocks: list[Figures] = list(session.notes.get("blocks", []))
+    process = blocks[-1]["process"] + 1 if blocks else 0
     while session.frames < frames:
         count = min(block, frames - session.frames)
-        blocks.append(_watch(session, pictures, count, process, clock))
-        session.notes["blocks"] = [asdict(one) for one in blocks]
+        blocks.append(_watch(session, pictures, count, clock) | {"process": process})
+        session.notes["blocks"] = blocks
         if state is not None:
             session.save(state)
         yield blocks
 
 
 def _watch(
-    session: StreamingSession, pictures: list[Image.Image], count: int, process: int, clock: Callable[[], float]
-) -> Block:
-    took, held, text, images, said = [], [], [], 0, 0
+    session: StreamingSession, pictures: Sequence[Image.Image], count: int, clock: Callable[[], float]
+) -> Figures:
+    """A block: so many frames in a row, the last one counted as `frames`.
+
+    median_ms, p95_ms, max_ms: a frame's time, from pixels to its whole caption. cpu_ms: of processor time a frame, on
+    average, which other work on the machine does not lengthen. cache_bytes, text_tokens: the least and the most that
+    the session held after a frame. image_tokens: the most. said: frames with a caption. resident_bytes: of the process,
+    at the end. process: counts the processes of a soak that was taken up again, from 0.
+    """
+    took, usages, said = [], [], 0
     started = process_time()
     for _ in range(count):
         picture = pictures[session.frames % len(pictures)]
         began = clock()
         said += bool(session.step(picture))
         took.append(1000 * (clock() - began))
-        usage = session.usage
-        held.append(usage.cache_bytes)
-        text.append(usage.text_tokens)
-        images = max(images, usage.image_tokens)
-    middle, high = np.percentile(took, [50, 95]).round(2).tolist()
-    return Block(
-        frames=session.frames,
-        median_ms=middle,
-        p95_ms=high,
-        max_ms=round(max(took), 2),
-        cache_bytes=(min(held), max(held)),
-        text_tokens=(min(text), max(text)),
-        image_tokens=images,
-        said=said,
-        resident_bytes=resident_bytes(),
-        process=process,
-        cpu_ms=round(1000 * (process_time() - started) / count, 2),
-    )
-
-
-def _block(told: dict[str, Any]) -> Block:
-    # JSON knows no tuples
-    pairs: dict[str, Any] = {name: tuple(told[name]) for name in ("cache_bytes", "text_tokens")}
-    return Block(**(told | pairs))
+        usages.append(session.usage)
+    cpu = 1000 * (process_time() - started) / count
+    held, text = [usage.cache_bytes for usage in usages], [usage.text_tokens for usage in usages]
+    return {
+        "frames": session.frames,
+        **dict(zip(("median_ms", "p95_ms", "max_ms"), percentiles(took, 50, 95, 100, digits=2), strict=True)),
+        "cpu_ms": round(cpu, 2),
+        "cache_bytes": [min(held), max(held)],
+        "text_tokens": [min(text), max(text)],
+        "image_tokens": max(usage.image_tokens for usage in usages),
+        "said": said,
+        "resident_bytes": resident_bytes(),
+    }
 
 
 def allowed_bytes(session: StreamingSession, asked: bool = True) -> int | None:
@@ -135,72 +153,111 @@ def allowed_bytes(session: StreamingSession, asked: bool = True) -> int | None:
     return bound * text + (usage.image_tokens + window) * image
 
 
-def soak_summary(blocks: list[Block], allowed: int | None) -> dict[str, Any]:
-    """First block beside last. allowed: bytes, of `allowed_bytes`.
+def soak_summary(blocks: list[Figures], allowed: int | None) -> Figures:
+    """First block, second (in which the bound was long reached) and last. allowed: bytes, of `allowed_bytes`.
 
-    most_cache_bytes: of the first, the second and the last block; in the second the bound was long reached.
     constant: no frame of any block left the session with more than what is allowed. None without a bound.
     """
-    second = blocks[min(1, len(blocks) - 1)]
-    most = max(block.cache_bytes[1] for block in blocks)
+    three = blocks[0], blocks[min(1, len(blocks) - 1)], blocks[-1]
+    most = max(block["cache_bytes"][1] for block in blocks)
     return {
-        "frames": blocks[-1].frames,
-        "said": sum(block.said for block in blocks),
-        "median_ms": [blocks[0].median_ms, second.median_ms, blocks[-1].median_ms],
-        "cpu_ms": [blocks[0].cpu_ms, second.cpu_ms, blocks[-1].cpu_ms],
-        "most_cache_bytes": [block.cache_bytes[1] for block in (blocks[0], second, blocks[-1])],
+        "frames": blocks[-1]["frames"],
+        "said": sum(block["said"] for block in blocks),
+        **{name: [block.get(name) for block in three] for name in ("median_ms", "cpu_ms", "resident_bytes")},
+        "most_cache_bytes": [block["cache_bytes"][1] for block in three],
         "most_cache_bytes_of_all": most,
         "allowed_cache_bytes": allowed,
         "constant": None if allowed is None else most <= allowed,
-        "most_text_tokens": max(block.text_tokens[1] for block in blocks),
-        "resident_bytes": [block.resident_bytes for block in (blocks[0], second, blocks[-1])],
-        "processes": blocks[-1].process + 1,
+        "most_text_tokens": max(block["text_tokens"][1] for block in blocks),
+        "processes": blocks[-1]["process"] + 1,
     }
 
 
-def soak_table(found: dict[str, Any]) -> str:
+def soak_table(found: Figures) -> str:
     """The summary as a few lines."""
-    rows = [
-        f"{found['frames']:,} frames, {found['said']:,} of them with a caption; most text {found['most_text_tokens']}"
-    ]
-    rows.append(f"{'block':24}{'first':>12}{'second':>12}{'last':>12}")
-    for name, key, unit, size in (
-        ("a frame, median", "median_ms", "ms", 1),
-        ("its processor time", "cpu_ms", "ms", 1),
-        ("cache, most", "most_cache_bytes", "KiB", 2**10),
-        ("process, at its end", "resident_bytes", "MiB", 2**20),
+    names = {"median_ms": "a frame, median", "cpu_ms": "its processor time"}
+    rows = [{"": title, "unit": "ms", "block": found[name]} for name, title in names.items()]
+    for name, title, unit, size in (
+        ("most_cache_bytes", "cache, most", "KiB", 2**10),
+        ("resident_bytes", "process, at its end", "MiB", 2**20),
     ):
-        rows.append(
-            f"{name:24}"
-            + "".join(f"{'' if value is None else f'{value / size:.1f} {unit}':>12}" for value in found[key])
-        )
+        rows.append({"": title, "unit": unit, "block": [value / size for value in found[name]]})
+    blocks = {title: f"{{block[{at}]:.1f}} {{unit}}" for at, title in enumerate(("first", "second", "last"))}
+    said = (
+        f"{found['frames']:,} frames, {found['said']:,} of them with a caption; most text {found['most_text_tokens']}"
+    )
+    bound = ""
     if found["constant"] is not None:
         most, allowed = found["most_cache_bytes_of_all"], found["allowed_cache_bytes"]
-        rows.append(f"never above its bound: {found['constant']} ({most:,} of {allowed:,} bytes)")
-    return "\n".join(rows)
+        bound = f"\nnever above its bound: {found['constant']} ({most:,} of {allowed:,} bytes)"
+    return f"{said}\n{table(rows, {'block': '{}', **blocks})}{bound}"
 
 
-def write_soak(
-    path: str | os.PathLike[str], settings: dict[str, Any], blocks: list[Block], allowed: int | None
-) -> None:
-    """Settings, summary and blocks as JSON, whole or not at all."""
-    record = settings | soak_summary(blocks, allowed) | {"blocks": [asdict(block) for block in blocks]}
-    write_text(path, json.dumps(record) + "\n")
+def soak_panels(blocks: list[Figures]) -> tuple[Panel, ...]:
+    """Cache and process memory, and latency, over frames."""
+    at = [block["frames"] for block in blocks]
+
+    def over_frames(name: str, unit: float = 1, place: int | None = None) -> tuple[list[int], list[float]]:
+        values = [block[name] if place is None else block[name][place] for block in blocks]
+        return at, [value / unit for value in values]
+
+    kept = {"the most in a block": over_frames("cache_bytes", 2**10, 1)}
+    kept |= {"the least": over_frames("cache_bytes", 2**10, 0)}
+    took = {"median of a block": over_frames("median_ms"), "processor time, mean": over_frames("cpu_ms")}
+    return (
+        Panel("frame", "cache (KiB)", kept),
+        Panel("frame", "process (MiB)", {"resident": over_frames("resident_bytes", 2**20)}),
+        Panel("frame", "a frame (ms)", took | {"95th percentile": over_frames("p95_ms")}),
+    )
 
 
-def plot_soak(blocks: list[Block], path: str | os.PathLike[str]) -> None:
-    """Cache and process memory, and latency, over frames, as a PNG."""
-    figure, (memory, process, latency) = panels(3)
-    at = [block.frames for block in blocks]
-    low, high = zip(*(block.cache_bytes for block in blocks), strict=True)
-    memory.plot(at, [size / 1024 for size in high], color=BLUE, linewidth=1.8, label="the most in a block")
-    memory.plot(at, [size / 1024 for size in low], color=GREY, linewidth=1, label="the least")
-    process.plot(at, [b.resident_bytes / 2**20 for b in blocks], color=GREEN, linewidth=1.8, label="resident")
-    latency.plot(at, [block.median_ms for block in blocks], color=BLUE, linewidth=1.8, label="median of a block")
-    spent = [(block.frames, block.cpu_ms) for block in blocks if block.cpu_ms is not None]
-    if spent:
-        latency.plot(*zip(*spent, strict=True), color=GREEN, linewidth=1, label="processor time, mean")
-    latency.plot(at, [block.p95_ms for block in blocks], color=ORANGE, linewidth=1, label="95th percentile")
-    for axes, label in ((memory, "cache (KiB)"), (process, "process (MiB)"), (latency, "a frame (ms)")):
-        axes.set(xlabel="frame", ylabel=label)
-    finish(figure, [memory, process, latency], path)
+def bench_memory(
+    model: str = "casa-tiny",
+    minutes: float = 60.0,
+    short: float = 1.0,
+    size: int = 112,
+    fps: float = 2.0,
+    film_fps: float = 25.0,
+    max_text_tokens: int | None = None,
+    seed: int = 0,
+    max_new_tokens: int = 32,
+) -> Benchmark:
+    """Peak bytes of two processes that caption films of both lengths, into a file, and what the long one has more.
+
+    Args:
+        minutes: Of the long film; short: of the short one.
+        fps: Frames watched per second; film_fps: frames that are there, all of them decoded.
+        max_text_tokens: With a bound, what is left is not the text's.
+
+    Raises:
+        UserError: numbers that cannot be, or a system that does not tell what a process holds.
+    """
+    if not 0 < short < minutes:
+        raise UserError("give a short and a long film: 0 < short < minutes.", field=("short", "minutes"))
+    if not 0 < fps <= film_fps:
+        raise UserError(f"{fps} of {film_fps} frames per second cannot be watched; give 0 < fps <= film_fps.")
+    if not peak_resident_bytes():
+        raise UserError("this system does not tell how much memory a process has held; measure on Linux.")
+    films = []
+    with TemporaryDirectory() as folder:
+        for length in (short, minutes):
+            path = Path(folder) / "film.mp4"
+            decoded = write_film(path, 60 * length, size, film_fps, fps, seed)
+            held = in_own_process(peak_of_captioning, str(model), str(path), fps, max_text_tokens, max_new_tokens)
+            films.append({"minutes": length, "decoded": decoded, **held})
+    more = films[1]["peak_bytes"] - films[0]["peak_bytes"]
+    columns = {"film": "{minutes:g} min", "decoded": "{decoded:,}", "watched": "{frames:,}", "captions": "{captions}"}
+    shown = table(films, columns | {"peak of the process": "{peak_bytes!M:.0f} MiB"})
+    settings = {"size": size, "fps": fps, "film_fps": film_fps, "max_text_tokens": max_text_tokens, "seed": seed}
+    found = {"films": films, "more_bytes": more}
+    return Benchmark("memory", settings, found, f"{shown}\nmore: {more / 1e6:.1f} MB", model=model)
+
+
+def peak_of_captioning(
+    model: str, path: str, fps: float, max_text_tokens: int | None, max_new_tokens: int
+) -> dict[str, int]:
+    """Frames watched, captions said and the peak of this process."""
+    out = Path(path).with_suffix(".srt")
+    request = Request(path, (out,), fps=fps, max_text_tokens=max_text_tokens, max_new_tokens=max_new_tokens)
+    report = caption(request, model, load_pretrained)
+    return {"frames": report.count.frames, "captions": report.said, "peak_bytes": peak_resident_bytes()}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from casa.cli.sampling_options import Temperature, TopK, TopP
+from casa.cli.options import Temperature, TopK, TopP
 from casa.errors import UserError
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from casa.cli.sampling_options import (
+from casa.cli.options import (
     Decay,
     MaxNewTokens,
     MaxTextTokens,

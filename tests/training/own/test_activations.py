@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from casa.benchmarks.train_memory import kept_bytes
-from casa.benchmarks.train_models import Case, fresh_model, packed_batch
+from casa.benchmarks.train import StepCase, fresh_model, kept_bytes, step_batch
 from casa.testing import tiny_casa
 from casa.training.own import parse_run_recipe
 from casa.training.own.activations import kept_by_blocks
@@ -58,10 +57,10 @@ def test_blocks_that_replace_self_attention_keep_no_more_than_it():
 @pytest.mark.parametrize("method", ["casa", "insertion"])
 def test_it_is_near_what_autograd_keeps(method):
     """Measured: 2 % less for CASA, 13 % for insertion; little of what this model keeps is not in its blocks."""
-    case = Case(method, image_tokens=64, text_tokens=256)
+    case = StepCase(method, image_tokens=64, text_tokens=256)
     model = fresh_model(method)
     model.encoder.requires_grad_(False)
-    batch = packed_batch(case, model)
+    batch = step_batch(case, model)
     whole = kept_bytes(model, batch)
     tokens = case.text_tokens + (case.image_tokens if method == "insertion" else 0)
     found = kept_by_blocks(model, tokens, patches=0, size=4, checkpointed=False)[ALL]

@@ -1,0 +1,494 @@
+"""What training takes: a step's memory beside insertion, samples a second packed and padded, how full packs are.
+
+    memory        the same model and packed batch by every method, image tokens growing, each in a process of its own.
+                  step: the peak less what was held before the step, of the process on a CPU and of torch on CUDA; with
+                  gradients and AdamW's moments of all that is trained, of which CASA has more: its own layers'.
+                  kept: of that, what the forward pass keeps for the backward one, counted, the same on every machine.
+    throughput    packed rows beside padded batches of the same samples, in turns:
+
+                  padded     a a a a . . . .        as many rows as a pack holds samples, in the order they came, filled
+                             b b b b b b b b        up to the longest: the text model computes the filling as well
+                             c c . . . . . .
+                  packed     a a a a b b b b b b b b c c        one row, filled to its budget
+
+                  Image tokens are made without gradients, and beforehand: the tower sees no padding either way.
+    packing       what stays empty of the paper's budgets, with the reader's own buffer
+
+Weights and pictures are random. Shapes: T text tokens, N image tokens, n samples of one picture each, P patches.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedConfig
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+
+from casa.analysis.shapes import shapes_of
+from casa.benchmarks.harness import Benchmark, Figures, in_own_process, table, take_turns
+from casa.errors import UserError
+from casa.memory import max_memory_allocated, memory_allocated, peak_resident_bytes, reset_peak_memory
+from casa.models import CasaForConditionalGeneration, FusionConfig, adapt
+from casa.models.auto import pick_device
+from casa.models.modeling_casa import new_backbone
+from casa.training.packs import IGNORE_INDEX, Length, Packer, PackingSettings, measure_packing, spread_lengths, stage_lengths
+from casa.training.samples import BUDGETS, Budget
+from casa.vision import new_encoder
+
+Batch = dict[str, Tensor]
+
+PARTS = ("memory", "throughput", "packing")
+TINY = "tiny"
+METHODS = {
+    "casa": FusionConfig(),
+    "before": FusionConfig(placement="before"),
+    "replace": FusionConfig(placement="replace", every=4),
+    "update_images": FusionConfig(update_images=True),
+    "cross_attention": FusionConfig(method="cross_attention"),
+    "insertion": FusionConfig(method="insertion"),
+}
+LOSS_CHUNK = 1024
+STEPS = 2  # the second has moments, and meets what the first has left
+DRAWS = 3  # of the samples that go through packed and padded
+PROPORTIONED = "in proportion"  # samples of one picture, in the proportion of the budget
+IMAGE_STAGE = "image stage"  # the paper's first: short questions, pages of text, several pictures, text alone
+# budgets of the packs that are timed: the image stage's, and its samples, are made four times smaller
+KINDS = {
+    PROPORTIONED: Budget(text=512, image=2560),
+    IMAGE_STAGE: Budget(text=BUDGETS["image"].text // 4, image=BUDGETS["image"].image // 4),
+}
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One training step to measure. method: a name of `METHODS`. shape: tiny, or a name of `casa.analysis.shapes`.
+
+    samples: in the row, of one picture each. frozen_tower: image tokens are made without gradients.
+    """
+
+    method: str
+    image_tokens: int
+    text_tokens: int = 256
+    samples: int = 4
+    shape: str = TINY
+    device: str = "cpu"
+    checkpoint_blocks: bool = False
+    frozen_tower: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"method is {self.method!r}; give one of: {', '.join(METHODS)}.")
+        if self.samples < 1 or self.image_tokens % self.samples or self.text_tokens % self.samples:
+            raise UserError(f"give image and text tokens in multiples of {self.samples}, the samples of a row.")
+        if self.image_tokens < self.samples or self.text_tokens < 2 * self.samples:
+            raise UserError("give every sample a picture of one token or more, and two text tokens or more.")
+
+
+def bench_train(
+    parts: Sequence[str] = PARTS,
+    cases: Sequence[StepCase] = (),
+    samples: int = 64,
+    rounds: int = 3,
+    shape: str = TINY,
+    device: str = "auto",
+    seed: int = 0,
+) -> Benchmark:
+    """The parts that are asked for.
+
+    Args:
+        cases: Whose memory is measured.
+        samples: To go through packed and padded, `rounds` times.
+
+    Raises:
+        UserError: an unknown part, too few cases or samples, or a process that fails, of memory perhaps.
+    """
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise UserError(f"parts has {unknown[0]!r}; the parts are: {', '.join(PARTS)}.", field="parts")
+    where = str(pick_device(device))
+    found: Figures = {}
+    tables = []
+    if "memory" in parts:
+        found["memory"] = train_memory(cases)
+        tables.append(memory_table(found["memory"]))
+    if "throughput" in parts:
+        found["throughput"] = throughput(samples, rounds, shape=shape, device=where, seed=seed)
+        tables.append(throughput_table(found["throughput"]))
+    if "packing" in parts:
+        found["packing"] = packing(seed=seed)
+        tables.append(packing_table(found["packing"]))
+    return Benchmark("train", {"seed": seed}, found, "\n\n".join(tables), where)
+
+
+def fresh_model(method: str, shape: str = TINY, device: str = "cpu", seed: int = 0) -> CasaForConditionalGeneration:
+    """A model of that shape with random weights, all to be trained; published shapes are in bf16."""
+    text, tower = _tiny() if shape == TINY else shapes_of(shape, published=True)
+    usual = torch.get_default_dtype()
+    torch.manual_seed(seed)
+    torch.set_default_dtype(torch.float32 if shape == TINY else torch.bfloat16)
+    try:
+        with torch.device(device):
+            backbone = new_backbone(copy.deepcopy(text))
+            encoder = None if tower is None else new_encoder(copy.deepcopy(tower))
+            model = adapt(backbone, METHODS[method], vision=encoder)
+    finally:
+        torch.set_default_dtype(usual)
+    model.requires_grad_(True)
+    model.loss_chunk = LOSS_CHUNK
+    return model.train()
+
+
+def random_picture(model: CasaForConditionalGeneration, tokens: int, generator: torch.Generator) -> Batch:
+    """`pixel_values` (P, channels of a patch) and `image_grid_thw` (1, 3) of a picture of so many tokens."""
+    config = model.config.encoder_config
+    merge = config.spatial_merge_size
+    rows, columns = most_square(tokens)
+    channels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    pixels = torch.randn(tokens * merge**2, channels, generator=generator)
+    grid = torch.tensor([(1, merge * rows, merge * columns)])
+    return {"pixel_values": pixels.to(model.device), "image_grid_thw": grid.to(model.device)}
+
+
+def most_square(tokens: int) -> tuple[int, int]:
+    """Rows and columns of so many tokens, as square as their number allows."""
+    rows = next(side for side in range(math.isqrt(tokens), 0, -1) if tokens % side == 0)
+    return rows, tokens // rows
+
+
+def _tiny() -> tuple[PreTrainedConfig, PreTrainedConfig]:
+    text = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=16_384,
+        tie_word_embeddings=True,
+    )
+    tower = Qwen2_5_VLVisionConfig(
+        depth=2,
+        hidden_size=64,
+        intermediate_size=128,
+        num_heads=2,
+        patch_size=14,
+        temporal_patch_size=1,
+        out_hidden_size=128,
+        fullatt_block_indexes=[1],
+    )
+    return text, tower
+
+
+class RandomSamples:
+    """Samples of one picture or none, with random tokens. encoded: pictures are image tokens (N, d_v) already."""
+
+    def __init__(
+        self, model: CasaForConditionalGeneration, lengths: Sequence[Length], seed: int = 0, encoded: bool = True
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = model.config.get_text_config().vocab_size
+        self.ids: list[Tensor] = []
+        self.images: list[Batch] = []  # empty for text alone
+        for length in lengths:
+            ids = torch.randint(1, vocabulary, (length.text_tokens,), generator=generator)
+            self.ids.append(ids.to(model.device))
+            images: Batch = {}
+            if length.image_tokens:
+                images = random_picture(model, length.image_tokens, generator)
+                if encoded:
+                    with torch.no_grad():
+                        images["image_features"] = model.encode_images(**images)
+                    del images["pixel_values"]
+            self.images.append(images)
+
+    def packed(self, chosen: Sequence[int]) -> Batch:
+        """Samples in one row."""
+        ids = [self.ids[index] for index in chosen]
+        lengths = [len(each) for each in ids]
+        row = torch.cat(ids)
+        starts = [sum(lengths[:number]) for number in range(len(ids))]
+        labels = row.clone()
+        labels[starts] = IGNORE_INDEX  # nothing predicts the first token of a sample
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(row.device)
+        batch = {"input_ids": row, "labels": labels, "position_ids": positions}
+        places = [(0, start) for start in starts]
+        return {name: value[None] for name, value in batch.items()} | self._images(chosen, places)
+
+    def padded(self, chosen: Sequence[int]) -> Batch:
+        """A row for each sample, padded on the left."""
+        ids = [self.ids[index] for index in chosen]
+        empty = [max(map(len, ids)) - len(each) for each in ids]
+
+        def filled(rows: Sequence[Tensor], value: int) -> Tensor:
+            pairs = zip(rows, empty, strict=True)
+            return torch.stack([torch.cat([row.new_full((count,), value), row]) for row, count in pairs])
+
+        labels = [torch.cat([each.new_full((1,), IGNORE_INDEX), each[1:]]) for each in ids]
+        return {
+            "input_ids": filled(ids, 0),
+            "attention_mask": filled([torch.ones_like(each) for each in ids], 0),
+            "labels": filled(labels, IGNORE_INDEX),
+            **self._images(chosen, list(enumerate(empty))),
+        }
+
+    def _images(self, chosen: Sequence[int], places: Sequence[tuple[int, int]]) -> Batch:
+        """places: row and token before which each sample's picture stands, if it has one."""
+        pairs = zip(chosen, places, strict=True)
+        shown = [(self.images[index], place) for index, place in pairs if self.images[index]]
+        if not shown:
+            return {}
+        joined = {name: torch.cat([images[name] for images, _ in shown]) for name in shown[0][0]}
+        return {"image_positions": torch.tensor([place for _, place in shown], device=self.ids[0].device), **joined}
+
+
+def step_batch(case: StepCase, model: CasaForConditionalGeneration) -> Batch:
+    """The case's samples in one row, every picture before its sample's text: what `model` takes, labels included."""
+    each = Length(case.text_tokens // case.samples, case.image_tokens // case.samples)
+    samples = RandomSamples(model, [each] * case.samples, case.seed, encoded=False)
+    return samples.packed(range(case.samples))
+
+
+def measure_step(settings: Figures) -> Figures:
+    """Bytes of a training step in this process: `before` it, at its `peak`, and the `step`'s own, the difference; and
+    those that are `kept` for the backward pass. settings: of a `StepCase`."""
+    case = StepCase(**settings)
+    device = torch.device(case.device)
+    model = fresh_model(case.method, case.shape, case.device, seed=case.seed)
+    if case.frozen_tower:
+        model.encoder.requires_grad_(False)
+    if case.checkpoint_blocks:
+        model.gradient_checkpointing_enable()
+    batch = step_batch(case, model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    # threads, code and work space of torch's kernels: 50 MiB on a CPU, whatever the step
+    warming = step_batch(replace(case, image_tokens=16 * case.samples, text_tokens=16 * case.samples), model)
+    model(**warming, use_cache=False).loss.backward()
+    optimiser.zero_grad()
+    before = memory_allocated(device)
+    reset_peak_memory(device)  # making the model may have held more than a step does
+    final = math.nan
+    for _ in range(STEPS):
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        final = float(loss.detach())
+    peak = max_memory_allocated(device)
+    return {"before": before, "peak": peak, "step": peak - before, "kept": kept_bytes(model, batch), "loss": final}
+
+
+def kept_bytes(model: torch.nn.Module, batch: Batch) -> int:
+    """What the forward pass of a batch with labels keeps for the backward one, parameters left out.
+
+    A storage that several operations keep counts once, as a whole.
+    """
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        # an operation that was handed its own result back would keep itself for ever
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        # until the end of the block all of it is held, so no address is used twice
+        output = model(**batch, use_cache=False)
+    del output
+    return sum(kept.values())
+
+
+def train_memory(cases: Sequence[StepCase]) -> Figures:
+    """Every case in a process of its own, and what is told of them: per method, bytes that each further image token
+    takes at the peak and of what is kept; and how many times as much insertion takes as each of the others."""
+    counts = sorted({case.image_tokens for case in cases})
+    if len(counts) < 2:
+        raise UserError("give two or more numbers of image tokens, to see how memory grows.", field="image_tokens")
+    if cases[0].device == "cpu" and not peak_resident_bytes():
+        raise UserError("this system does not tell how much memory a process has held; measure on Linux.")
+    rows: list[Figures] = [
+        {"method": case.method, "image_tokens": case.image_tokens, **in_own_process(measure_step, asdict(case))}
+        for case in sorted(cases, key=lambda case: case.image_tokens)
+    ]
+    by_method: dict[str, list[Figures]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row)
+    growth = {
+        size: {
+            method: (found[-1][size] - found[0][size]) / (counts[-1] - counts[0]) for method, found in by_method.items()
+        }
+        for size in ("peak", "kept")
+    }
+    compared: Figures = {}
+    inserted = by_method.pop("insertion", None)
+    for method, found in by_method.items() if inserted else ():
+        compared[method] = {
+            size: {
+                str(row["image_tokens"]): round(other[size] / row[size], 2)
+                for other, row in zip(inserted or (), found, strict=True)
+            }
+            for size in ("step", "kept")
+        }
+        for size, each in growth.items():
+            ratio = round(each["insertion"] / each[method], 2) if each[method] > 0 else None
+            compared[method][f"growth of {size}"] = ratio
+    each_token = {size: {method: round(more) for method, more in each.items()} for size, each in growth.items()}
+    found = {"case": asdict(cases[0]), "rows": rows, "bytes_per_image_token": each_token}
+    return found | ({"insertion_over": compared} if compared else {})
+
+
+def memory_table(found: Figures) -> str:
+    columns = {"image tokens": "{image_tokens:,}", "method": "{method}", "before": "{before!M:,.1f} MiB"}
+    columns |= {"peak": "{peak!M:,.1f} MiB", "of the step": "{step!M:,.1f} MiB"}
+    lines = [table(found["rows"], columns | {"kept for backward": "{kept!M:,.1f} MiB"})]
+    growth = found["bytes_per_image_token"]
+    for method, peak in growth["peak"].items():
+        kept = growth["kept"][method]
+        lines.append(f"{method}: {peak / 1024:,.1f} KiB more for each image token, {kept / 1024:,.1f} KiB of them kept")
+    return "\n".join(lines)
+
+
+def ways_of(lengths: Sequence[Length], budget: Budget) -> dict[str, list[list[int]]]:
+    """Numbers of the samples of every batch: packed; and padded, in the order they came."""
+    packer: Packer = Packer(budget, buffer=len(lengths))
+    for length in lengths:
+        packer.add(length)
+    number = {id(length): index for index, length in enumerate(lengths)}
+    packs = []
+    while len(packer):
+        packs.append([number[id(length)] for length in packer.pack()])
+    rows = max(1, round(len(lengths) / len(packs)))
+    everyone = list(range(len(lengths)))
+    return {"packed": packs, "padded": [everyone[at : at + rows] for at in range(0, len(lengths), rows)]}
+
+
+def text_slots(lengths: Sequence[Length], ways: Mapping[str, list[list[int]]]) -> dict[str, int]:
+    """Text positions that are computed, packed and padded: what the two cost, whatever the clock says."""
+    padded = (len(rows) * max(lengths[index].text_tokens for index in rows) for rows in ways["padded"])
+    return {"packed": sum(length.text_tokens for length in lengths), "padded": sum(padded)}
+
+
+def drawn_lengths(kind: str, samples: int, budget: Budget, seed: int = 0) -> list[Length]:
+    """Those of the samples that go through packed and padded; some 25 of them fill a pack."""
+    if kind == PROPORTIONED:
+        return spread_lengths(samples, budget, seed, images=budget.image / 32)
+    text, image = BUDGETS["image"].text / budget.text, BUDGETS["image"].image / budget.image
+    found = stage_lengths("image", samples, seed)[:samples]
+    return [Length(max(2, int(length.text_tokens / text)), int(length.image_tokens / image)) for length in found]
+
+
+def throughput(
+    samples: int = 64,
+    rounds: int = 3,
+    draws: int = DRAWS,
+    shape: str = TINY,
+    device: str = "cpu",
+    seed: int = 0,
+    budgets: Mapping[str, Budget] = KINDS,
+) -> Figures:
+    """Seconds of one pass over the samples, forward and backward, packed and padded, in turns; medians over rounds, for
+    each kind of samples and each draw of them. The losses of both ways are the same mean over tokens, told along.
+
+    What packing gains hangs on how lengths are spread. budgets: of packs, by kind.
+    """
+    if samples < 2 or rounds < 1 or draws < 1:
+        raise UserError("give two samples or more, a round or more, and a draw or more.")
+    model = fresh_model("casa", shape, device, seed=seed)
+    model.encoder.requires_grad_(False)
+    kinds: Figures = {}
+    for kind, budget in budgets.items():
+        found = [
+            _packed_and_padded(model, drawn_lengths(kind, samples, budget, each), budget, rounds, each)
+            for each in range(seed, seed + draws)
+        ]
+        usual = round(median(each["packed_over_padded"] for each in found), 2)
+        kinds[kind] = {"budget": [budget.text, budget.image], "packed_over_padded": usual, "draws": found}
+    return {"settings": {"samples": samples, "rounds": rounds, "shape": shape}, "kinds": kinds}
+
+
+def _packed_and_padded(
+    model: CasaForConditionalGeneration, lengths: list[Length], budget: Budget, rounds: int, seed: int
+) -> Figures:
+    """The same samples packed and padded, in turns."""
+    drawn, numbers = RandomSamples(model, lengths, seed), ways_of(lengths, budget)
+    makers = {"packed": drawn.packed, "padded": drawn.padded}
+    batches = {way: [makers[way](chosen) for chosen in numbers[way]] for way in makers}
+    text = sum(length.text_tokens for length in lengths)
+    passes = {way: partial(_pass, model, batches[way], text - len(lengths)) for way in makers}
+    taken = take_turns(passes, rounds)
+    usual = {way: median(seconds for seconds, _ in found) for way, found in taken.items()}
+    return {
+        "seed": seed,
+        "text_tokens": text,
+        "image_tokens": sum(length.image_tokens for length in lengths),
+        "packs": len(numbers["packed"]),
+        "rows_of_a_padded_batch": len(numbers["padded"][0]),
+        "text_slots": text_slots(lengths, numbers),
+        "loss": {way: found[-1][1] for way, found in taken.items()},
+        "seconds": {way: round(value, 4) for way, value in usual.items()},
+        "samples_per_second": {way: round(len(lengths) / value, 2) for way, value in usual.items()},
+        "packed_over_padded": round(usual["padded"] / usual["packed"], 2),
+    }
+
+
+def _pass(model: CasaForConditionalGeneration, batches: Sequence[Batch], learned: int) -> tuple[float, float]:
+    """Seconds of forward and backward over all batches, and the mean loss of the learned tokens."""
+
+    def now() -> float:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        return time.perf_counter()
+
+    began, total = now(), 0.0
+    for batch in batches:
+        loss = model(**batch, use_cache=False, num_items_in_batch=learned).loss
+        loss.backward()
+        total += float(loss.detach())
+    spent = now() - began
+    model.zero_grad(set_to_none=True)
+    return spent, total
+
+
+def throughput_table(found: Figures) -> str:
+    """Both ways: each draw of each kind of samples, and what packing gains in the median of draws."""
+    columns = {"samples/s": "{kind}", "draw": "{seed}"}
+    for name, title, form in (
+        ("samples_per_second", "", ":,.1f"),
+        ("text_slots", " slots", ":,"),
+        ("loss", " loss", ":.4f"),
+    ):
+        columns |= {f"{way}{title}": f"{{{name}[{way}]{form}}}" for way in ("packed", "padded")}
+    kinds = found["kinds"]
+    rows = [{"kind": kind, **draw} for kind, row in kinds.items() for draw in row["draws"]]
+    usual = ", ".join(f"{kind} {row['packed_over_padded']:.2f}x" for kind, row in kinds.items())
+    return f"{table(rows, columns | {'gain': '{packed_over_padded:.2f}x'})}\npacked over padded, medians: {usual}"
+
+
+def packing(samples: int = 2000, seed: int = 0) -> Figures:
+    """What stays empty of the budgets, by kind of samples; of what is empty, what no packer could have filled."""
+    drawn = {PROPORTIONED: ("image", spread_lengths(samples, BUDGETS["image"], seed))}
+    drawn |= {stage: (stage, stage_lengths(stage, samples, seed)) for stage in BUDGETS}
+    found: Figures = {}
+    for kind, (stage, lengths) in drawn.items():
+        settings = PackingSettings(budget=BUDGETS[stage])
+        sizes: Figures = {"budget": [settings.budget.text, settings.budget.image]}
+        sizes["buffer"] = [settings.buffer, settings.buffer_megabytes]
+        found[kind] = {**sizes, **asdict(measure_packing(lengths, settings))}
+    return found
+
+
+def packing_table(found: Figures) -> str:
+    """A line for each kind of samples; in brackets, what no packer could have filled."""
+    columns = {"samples": "{kind}", "text empty": "{text_waste:.1%} ({least_text:.1%})"}
+    columns |= {"images empty": "{image_waste:.1%} ({least_image:.1%})", "to choose from": "{choice:.0f}"}
+    columns |= {"longest wait": "{longest_wait}", "padding without packs": "{padded_waste:.1%}"}
+    shown = table([{"kind": kind, **row} for kind, row in found.items()], columns)
+    return f"{shown}\nin brackets: what packs without a gap would leave empty, given these samples"

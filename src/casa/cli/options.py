@@ -1,0 +1,42 @@
+"""Options that have one meaning for every verb, and how lists of numbers are read."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from casa.errors import UserError
+
+
+def writable(path: Path | None) -> Path | None:
+    """An option's file, once it is known that it can be written: before the hours of a measurement, not after."""
+    from casa.atomic import check_writable
+
+    check_writable(path)
+    return path
+
+
+def numbers(text: str, option: str, separator: str = ",") -> list[int]:
+    """Whole numbers with a separator between them. Raises UserError, which names the option."""
+    try:
+        return [int(part) for part in text.split(separator)]
+    except ValueError:
+        raise UserError(f"{option} {text!r} is not made of whole numbers.") from None
+
+
+Model = Annotated[str, typer.Argument(help="A checkpoint's folder, or casa-tiny.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Out = Annotated[Path | None, typer.Option(help="Write the JSON here too, with commit and versions.", callback=writable)]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One field; repeatable.")]
+# how words are picked and how long they are remembered: see casa.streaming.Sampling and StreamingSession
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens of the longest caption or answer.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy; above, words are drawn.")]
+TopK = Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability in all.")]
+Repetition = Annotated[float, typer.Option(help="Taken from a token's score for each time it was said; 0: nothing.")]
+Decay = Annotated[float, typer.Option(help="How much of a saying counts one token later, for --repetition.")]
+NoRepeat = Annotated[int, typer.Option(help="No run of so many tokens is said twice; 0: allowed.")]
+StopBias = Annotated[float, typer.Option(help="Added to the stop token's score; above 0 says less.")]
+Seed = Annotated[int, typer.Option(help="Of the draws.")]
+MaxTextTokens = Annotated[int, typer.Option(min=0, help="Bound on the text remembered, in tokens; 0: none.")]
