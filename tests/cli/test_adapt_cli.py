@@ -76,7 +76,7 @@ def test_an_insertion_model_gets_layers(casa, tmp_path):
         (["{text}", "--vision", "{text}", "--out", "{new}"], "no image encoder that casa knows"),
         (["{vlm}", "--out", "{new}", "--set", "plaecment=before"], "'placement'"),
         (["{vlm}", "--out", "{new}", "--set", "every"], "--set every=4"),
-        (["{vlm}", "--out", "{new}", "--set", "every=two"], "whole numbers"),
+        (["{vlm}", "--out", "{new}", "--set", "every=two"], "whole number"),
         (["{vlm}", "--out", "{new}", "--set", "update_images=1"], "true or false"),
         (["{vlm}", "--out", "{new}", "--every", "2", "--set", "every=3"], "given twice"),
         (["{vlm}", "--out", "{new}", "--compressor", "pool:2", "--compressor", "pool:3"], "one compressor"),

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from typer.main import get_command
 
+import casa as package
 from casa.cli.main import app
 from casa.errors import UserError
 from casa.media import VideoWriter, probe, read_captions
@@ -76,13 +77,9 @@ def test_ask_takes_several_pictures_and_draws_words(casa, checkpoint, picture, t
         return result.out
 
     apart = {pictures: ask(*pictures, "which?") for pictures in ((one,), (other,), (one, other), (other, one))}
-    from casa.evaluation import answering
-    from casa.models.auto import load_pretrained
-
-    answer = answering.answerer(*load_pretrained(str(checkpoint), "cpu"), 6)
-    images = [Image.open(one).convert("RGB"), Image.open(other)]
-    assert apart[one, other] == answer([images], ["which?"])[0] + "\n"
-    assert apart[other, one] == answer([images[::-1]], ["which?"])[0] + "\n"
+    eyes = package.load(checkpoint)
+    for pictures in ((one, other), (other, one)):
+        assert apart[pictures] == eyes.ask([*pictures], "which?", max_new_tokens=6) + "\n"
     warm = ("which?", "--temperature", 3, "--top-p", 0.95, "--top-k", 40)
     asked = {seed: ask(one, *warm, "--seed", seed) for seed in range(4)}
     assert asked == {seed: ask(one, *warm, "--seed", seed) for seed in range(4)}
@@ -93,7 +90,7 @@ def test_ask_takes_several_pictures_and_draws_words(casa, checkpoint, picture, t
     assert len({ask(one, *warm) for _ in range(6)}) > 1
     assert torch.equal(torch.get_rng_state(), before)
     # a file that comes first is no model
-    monkeypatch.setattr("casa.models.auto.load_pretrained", lambda name, _: (_ for _ in ()).throw(UserError(name)))
+    monkeypatch.setattr("casa.pipeline.load", lambda name, device: (_ for _ in ()).throw(UserError(name)))
     assert casa("ask", one, other, "which?").err == "casa: casa-tiny\n"
     assert casa("ask", "some-model", other, "which?").err == "casa: some-model\n"
     assert "There is no file slip.png" in casa("ask", "slip.png", other, "which?").err
@@ -101,8 +98,6 @@ def test_ask_takes_several_pictures_and_draws_words(casa, checkpoint, picture, t
 
 
 def test_the_version_is_told_by_the_program_and_the_module(casa):
-    import casa as package
-
     told = f"casa {package.__version__}\n"
     assert casa("--version").out == told
     run = subprocess.run([sys.executable, "-m", "casa", "--version"], capture_output=True, text=True, check=True)

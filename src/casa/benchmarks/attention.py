@@ -207,7 +207,9 @@ class Contestant:
 
     @classmethod
     def of_casa(cls, impl: str, layout: WindowLayout, clock: Clock, trained: bool, query: Tensor) -> "Contestant":
-        forward = AttentionRequest(layout, query.dtype, query.device, query.shape[-1], "both", turning=False, backward=False)
+        forward = AttentionRequest(
+            layout, query.dtype, query.device, query.shape[-1], "both", turning=False, backward=False
+        )
         if (reason := refusal(impl, forward)) is not None:
             return cls(impl, clock, trained, reason=reason)
         if trained:

@@ -37,7 +37,15 @@ from casa.memory import max_memory_allocated, memory_allocated, peak_resident_by
 from casa.models import CasaForConditionalGeneration, FusionConfig, adapt
 from casa.models.auto import pick_device
 from casa.models.modeling_casa import new_backbone
-from casa.training.packs import IGNORE_INDEX, Length, Packer, PackingSettings, measure_packing, spread_lengths, stage_lengths
+from casa.training.packs import (
+    IGNORE_INDEX,
+    Length,
+    Packer,
+    PackingSettings,
+    measure_packing,
+    spread_lengths,
+    stage_lengths,
+)
 from casa.training.samples import BUDGETS, Budget
 from casa.vision import new_encoder
 

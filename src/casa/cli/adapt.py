@@ -2,15 +2,14 @@
 
 import json as json_module
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from casa.cli.options import DTYPES, console, numbers
 from casa.errors import UserError
 
-DTYPES = ("bfloat16", "float16", "float32")
 DRY = "With --dry-run: "
 
 
@@ -54,25 +53,22 @@ def adapt(
 
     Example: casa adapt --dry-run --shape qwen2_5-vl-3b
     """
-    given: dict[str, Any] = {
-        "method": method,
-        "placement": placement,
-        "every": every,
-        "share_weights": share_weights or None,
-        "gate": gate,
-    }
-    choices = {key: value for key, value in given.items() if value is not None}
+    given = {"method": method, "placement": placement, "every": every, "gate": gate}
+    choices: dict[str, object] = {key: value for key, value in given.items() if value is not None}
+    if share_weights:
+        choices["share_weights"] = True
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of: {', '.join(DTYPES)}.")
+    choices |= _settings(set_ or (), choices)
     if dry_run:
-        choices |= _settings(set_ or (), choices)
-        size = _numbers(image_size, "x", "--image-size")
+        size = numbers(image_size, "--image-size", "x")
         if len(size) > 2:
             raise UserError(f"--image-size {image_size!r} is not a side or HEIGHTxWIDTH.")
-        scene = (size[0], size[-1], tuple(_numbers(frames, ",", "--frames")), text_per_frame)
         if out is not None and (out.suffix != ".json" or out.is_dir()):
             raise UserError(f"a dry run makes no model; --out {out} must name a .json file for its figures.")
-        _estimate(backbone, shape, vision, choices, compressor or [], scene, dtype or "bfloat16", json, out)
+        scene = {"image_size": [size[0], size[-1]], "frames": numbers(frames, "--frames")}
+        scene |= {"text_per_frame": text_per_frame, "dtype": dtype or "bfloat16"}
+        _estimate(backbone, shape, vision, choices, compressor or [], scene, json, out)
         return
     if shape is not None or json:
         raise UserError("--shape and --json are for --dry-run; add it, or leave them out.")
@@ -82,37 +78,34 @@ def adapt(
         raise UserError("a model has one compressor; give --compressor once.")
     if compressor:
         choices["compressor"] = compressor[0]
-    choices |= _settings(set_ or (), choices)
     _convert(backbone, out, vision, choices, dtype, max_shard_size)
 
 
 def _convert(
-    backbone: str, out: Path, vision: str | None, choices: dict[str, Any], dtype: str | None, max_shard_size: str
+    backbone: str, out: Path, vision: str | None, choices: dict[str, object], dtype: str | None, max_shard_size: str
 ) -> None:
     import torch
-    from transformers.utils import logging
 
     from casa.models import CasaConfig, FusionConfig
     from casa.models.adapt import ADDED
     from casa.models.auto import auto_processor
     from casa.models.convert import check_new, convert
-    from casa.models.loading import read_config
+    from casa.models.loading import quietly, read_config
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     check_new(out)
     fusion = FusionConfig.from_dict(choices)
-    # first, so that a folder without a tokenizer is refused before gigabytes are copied
-    processor = auto_processor(backbone, vision, fusion.gist, "add --vision with its folder")
-    model = convert(
-        backbone,
-        out,
-        fusion,
-        vision,
-        None if dtype is None else getattr(torch, dtype),
-        max_shard_size=max_shard_size,
-        beside=processor.save_pretrained,
-    )
+    with quietly(reports=False):
+        # first, so that a folder without a tokenizer is refused before gigabytes are copied
+        processor = auto_processor(backbone, vision, fusion.gist, "add --vision with its folder")
+        model = convert(
+            backbone,
+            out,
+            fusion,
+            vision,
+            None if dtype is None else getattr(torch, dtype),
+            max_shard_size=max_shard_size,
+            beside=processor.save_pretrained,
+        )
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     # an insertion model of casa's own brings its projector along
     added = ("casa_layers",) if isinstance(read_config(backbone), CasaConfig) else ADDED
@@ -125,15 +118,13 @@ def _estimate(
     backbone: str | None,
     shape: str | None,
     vision: str | None,
-    choices: dict[str, Any],
+    choices: dict[str, object],
     compressors: list[str],
-    scene: tuple[int, int, tuple[int, ...], int],
-    dtype: str,
+    scene: dict[str, Any],
     json: bool,
     out: Path | None,
 ) -> None:
     import torch
-    from rich.console import Console
 
     from casa.analysis.budget import Scene, budgets, variants
     from casa.analysis.budget_table import tables
@@ -145,56 +136,44 @@ def _estimate(
     name = backbone if backbone is not None else shape
     if name is None or (backbone is not None and shape is not None):
         raise UserError(f"a dry run takes a model's folder, its config.json, or one --shape of: {', '.join(SHAPES)}.")
-    watched = Scene(*scene, dtype=getattr(torch, dtype))
+    size, text, dtype = scene["image_size"], scene["text_per_frame"], scene["dtype"]
+    watched = Scene(size[0], size[1], tuple(scene["frames"]), text, dtype=getattr(torch, dtype))
     yours = FusionConfig.from_dict(choices) if choices else None
     config, tower = shapes_of(name, vision, published=shape is not None)
     found = budgets(config, tower, variants(compressors, yours), watched)
-    seen = {"image_size": list(scene[:2]), "frames": list(scene[2]), "text_per_frame": scene[3], "dtype": dtype}
-    record = {"dry_run": name, "scene": seen, **provenance(), "methods": [budget.to_dict() for budget in found]}
+    record = {"dry_run": name, "scene": scene, **provenance(), "methods": [budget.to_dict() for budget in found]}
     if out is not None:
         write_text(out, json_module.dumps(record, indent=2, ensure_ascii=False) + "\n")
     if json:
         print(json_module.dumps(record, ensure_ascii=False))
         return
-    console = Console()
-    if not console.is_terminal:
-        # in a file there is no edge to break lines at
-        console = Console(width=160)
-    console.print(f"{name}: frames of {scene[0]} x {scene[1]} px, {scene[3]} text tokens each, {dtype}\n")
-    console.print(tables(found))
+    shown = console()
+    shown.print(f"{name}: frames of {size[0]} x {size[1]} px, {text} text tokens each, {dtype}\n")
+    shown.print(tables(found))
 
 
-def _settings(pairs: Sequence[str], others: dict[str, Any]) -> dict[str, Any]:
-    """The KEY=VALUE pairs of --set, in the types that FusionConfig has. Unknown keys are left to it."""
+def _settings(pairs: Sequence[str], others: dict[str, object]) -> dict[str, object]:
+    """The KEY=VALUE pairs of --set, as plain values of the kinds that FusionConfig has."""
+    import yaml
+
     from casa.models import FusionConfig
 
-    defaults = {field.name: field.default for field in fields(FusionConfig)}
-    found: dict[str, Any] = {}
+    defaults = FusionConfig().to_dict()
+    found: dict[str, object] = {}
     for pair in pairs:
         key, equals, text = (part.strip() for part in pair.partition("="))
         if not equals or not key:
             raise UserError(f"--set {pair!r} is no setting; write it as in --set every=4.")
         if key in found or key in others:
             raise UserError(f"{key} is given twice; leave one out.")
-        found[key] = _value(key, text, defaults.get(key))
+        if key == "layers":
+            found[key] = tuple(numbers(text.strip("[]()"), "--set layers"))
+            continue
+        try:
+            found[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            found[key] = text
+        for kind, words in ((bool, "true or false"), (int, "a whole number")):
+            if type(defaults.get(key)) is kind and type(found[key]) is not kind:
+                raise UserError(f"--set {key}={text}: give {words}.")
     return found
-
-
-def _value(key: str, text: str, default: Any) -> Any:
-    if isinstance(default, bool):
-        if text.lower() not in ("true", "false"):
-            raise UserError(f"--set {key}={text}: give true or false.")
-        return text.lower() == "true"
-    if isinstance(default, int):
-        return _numbers(text, None, f"--set {key}")[0]
-    if text.lower() in ("none", "null"):
-        return None
-    return tuple(_numbers(text.strip("[]()"), ",", "--set layers")) if key == "layers" else text
-
-
-def _numbers(text: str, separator: str | None, option: str) -> list[int]:
-    parts = [text] if separator is None else text.split(separator)
-    try:
-        return [int(part) for part in parts]
-    except ValueError:
-        raise UserError(f"{option} {text!r} is not made of whole numbers.") from None

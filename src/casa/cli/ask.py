@@ -1,4 +1,4 @@
-"""`casa ask`: one question about one picture, or several."""
+"""`casa ask`: one question about one picture, or several. `casa demo`: the shipped model on the shipped film."""
 
 import json as json_module
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from casa.cli.options import Temperature, TopK, TopP
+from casa.cli.options import Device, Json, Temperature, TopK, TopP, writable
 from casa.errors import UserError
 
 
@@ -14,13 +14,13 @@ def ask(
     words: Annotated[
         list[str], typer.Argument(metavar="[MODEL] PICTURE... QUESTION", help="MODEL is casa-tiny if left out.")
     ],
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the draws; another each time if left out.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Answer a question about a picture, or about several in their order; prints the bare answer.
 
@@ -29,16 +29,15 @@ def ask(
     Example: casa ask ./my-casa before.png after.png "What has changed?" --temperature 0.7 --seed 1
     """
     name, pictures, question = _sorted(words)
-    from casa.evaluation.answering import answerer
     from casa.media import open_picture
+    from casa.pipeline import load
     from casa.streaming import Sampling
 
-    sampling = Sampling(temperature, top_k, top_p)
+    # what is wrong with them is said before a model is read
+    Sampling(temperature, top_k, top_p)
     images = [open_picture(picture) for picture in pictures]
-    from casa.models.auto import load_pretrained
-
-    model, processor = load_pretrained(name, device)
-    answer = answerer(model, processor, max_new_tokens, sampling, seed)([images], [question])[0]
+    drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    answer = load(name, device=device).ask(images, question, max_new_tokens=max_new_tokens, **drawn)
     print(json_module.dumps({"question": question, "answer": answer}, ensure_ascii=False) if json else answer)
 
 
@@ -58,3 +57,26 @@ def _is_picture(name: str) -> bool:
     # by its ending if it is not there, so that a slip in its name is told as one
     endings = {*Image.registered_extensions(), ".heic", ".heif"}
     return Path(name).is_file() or Path(name).suffix.lower() in endings
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("demo"),
+    video: Annotated[Path | None, typer.Option(help="Your own video; the shipped film if left out.")] = None,
+    model: Annotated[str, typer.Option(help="A checkpoint's folder, or casa-tiny.")] = "casa-tiny",
+    record: Annotated[
+        Path | None, typer.Option(help="Write the figures to this .json file too.", callback=writable)
+    ] = None,
+) -> None:
+    """Watch a video as if live, ask about one frame, and write captions, captioned video and plots.
+
+    Example: casa demo --out demo --video my.mp4
+    """
+    from casa.atomic import write_text
+    from casa.demo import run_demo
+    from casa.provenance import provenance
+
+    found = run_demo(model, video=video, out=out)
+    if record is not None:
+        shown = {"demo": str(video or "the shipped film"), "model": model, "seed": found.seed}
+        facts = {**shown, **provenance(model=model), **found.figures()}
+        write_text(record, json_module.dumps(facts, indent=2) + "\n")

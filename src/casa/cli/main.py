@@ -9,7 +9,7 @@ from typer.core import TyperGroup, TyperOption
 from typer.main import get_command
 
 import casa
-from casa.cli import adapt, ask, bench, caption, data, demo, evaluate, export, serve, train
+from casa.cli import adapt, ask, bench, data, live, train
 from casa.errors import UserError
 from casa.threads import share_cores
 
@@ -24,14 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("demo")(demo.demo)
-app.command("ask")(ask.ask)
-app.command("caption")(caption.caption)
-app.command("adapt")(adapt.adapt)
-app.command("train")(train.train)
-app.command("export")(export.export)
-app.command("eval")(evaluate.evaluate)
-app.command("serve")(serve.serve)
+for verb in (ask.demo, ask.ask, live.caption, adapt.adapt, train.train, train.export, live.serve):
+    app.command(verb.__name__)(verb)
+app.command("eval")(train.evaluate)
 app.add_typer(bench.bench_app, name="bench")
 app.add_typer(data.data_app, name="data")
 

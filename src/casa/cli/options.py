@@ -1,11 +1,16 @@
-"""Options that have one meaning for every verb, and how lists of numbers are read."""
+"""Options that have one meaning for every verb, and what verbs print and read alike."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from casa.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def writable(path: Path | None) -> Path | None:
@@ -24,11 +29,18 @@ def numbers(text: str, option: str, separator: str = ",") -> list[int]:
         raise UserError(f"{option} {text!r} is not made of whole numbers.") from None
 
 
+def console(width: int = 160) -> "Console":
+    """A terminal as it is; in a file there is no edge to break lines at, and `width` is taken."""
+    from rich.console import Console
+
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(width=width, highlight=False)
+
+
 Model = Annotated[str, typer.Argument(help="A checkpoint's folder, or casa-tiny.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Out = Annotated[Path | None, typer.Option(help="Write the JSON here too, with commit and versions.", callback=writable)]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One field; repeatable.")]
 # how words are picked and how long they are remembered: see casa.streaming.Sampling and StreamingSession
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens of the longest caption or answer.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy; above, words are drawn.")]

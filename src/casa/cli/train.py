@@ -1,11 +1,14 @@
-"""`casa train`: runs a recipe: one for data of one's own, or casa-tiny's stages."""
+"""`casa train` runs a recipe, `casa export` makes a model of a checkpoint, `casa eval` scores one."""
 
+import json as json_module
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from casa.cli.options import DTYPES, Device, Json, Model, Out, console
 from casa.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,10 +77,8 @@ def _stages(recipe: "Recipe", folder: Path, until: str | None, dry_run: bool) ->
 
 
 def _plan(recipe: "RunRecipe", folder: Path, resume: bool, picture: Path) -> None:
-    from rich.console import Console
-
     from casa.atomic import check_writable
-    from casa.cli.training_scores import scores_of
+    from casa.pipeline import task_scores
     from casa.training.own.first_pack import draw_first_pack
     from casa.training.own.model import outline
     from casa.training.own.plan import make_plan
@@ -87,10 +88,7 @@ def _plan(recipe: "RunRecipe", folder: Path, resume: bool, picture: Path) -> Non
 
     _quiet()
     check_writable(picture)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        # in a file there is no edge to break lines at
-        console = Console(width=140, highlight=False)
+    shown = console(width=140)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         check_claim(recipe, folder, resume)
@@ -99,24 +97,24 @@ def _plan(recipe: "RunRecipe", folder: Path, resume: bool, picture: Path) -> Non
         typer.echo(f"the run itself would not begin: {error}", err=True)
         resume = False
     if recipe.evaluation.tasks:
-        scores_of(recipe.evaluation)
+        task_scores(recipe.evaluation)
     check_run(recipe, folder, resume=resume, processes=processes, told=lambda text: typer.echo(text, err=True))
     plan = make_plan(recipe, processes)
-    console.print(tables(plan))
+    shown.print(tables(plan))
     batch = draw_first_pack(recipe, outline(recipe), picture, told=lambda text: typer.echo(text, err=True))
     facts = batch.facts
-    console.print(
+    shown.print(
         f"\nThe first pack has {facts['samples']:,} samples, {facts['images']:,} pictures, {facts['image_tokens']:,} "
         f"image and {facts['text_tokens']:,} text tokens, {facts['learned']:,} of them learned: drawn in {picture}"
     )
 
 
 def _run(recipe: "RunRecipe", folder: Path, resume: bool) -> None:
-    from casa.cli.training_scores import scores_of
+    from casa.pipeline import task_scores
     from casa.training.own import train_run
 
     _quiet()
-    evaluate = scores_of(recipe.evaluation) if recipe.evaluation.tasks else None
+    evaluate = task_scores(recipe.evaluation) if recipe.evaluation.tasks else None
     final = train_run(recipe, folder, resume=resume, evaluate=evaluate, told=lambda text: typer.echo(text, err=True))
     if final is not None and int(os.environ.get("RANK", "0")) == 0:
         print(final)
@@ -128,3 +126,69 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint-<step> of a run, with DDP or FSDP2.")],
+    out: Annotated[Path, typer.Argument(help="The new model folder.")],
+    ema: Annotated[bool, typer.Option("--ema", help="The running average instead of the last weights.")] = False,
+    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; the checkpoint's if left out.")] = None,
+) -> None:
+    """Write a checkpoint's weights as one model: safetensors, config and processor, for from_pretrained.
+
+    Example: casa export runs/mine/checkpoint-4000 ./my-casa
+    """
+    import torch
+
+    from casa.models.loading import quietly
+    from casa.training.sharding import export_checkpoint
+
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}; give one of: {', '.join(DTYPES)}.")
+    with quietly(reports=False):
+        made = export_checkpoint(checkpoint, out, average=ema, dtype=getattr(torch, dtype) if dtype else None)
+    print(f"{made}: the {'running average' if ema else 'weights'} of {checkpoint.name}")
+
+
+def evaluate(
+    model: Model = "casa-tiny",
+    tasks: Annotated[
+        str, typer.Option(help="pages, scenes, stream: any of them, with commas.")
+    ] = "pages,scenes,stream",
+    seed: Annotated[int, typer.Option(help="Another seed draws other pictures.")] = 0,
+    limit: Annotated[int, typer.Option(help="Pages, scenes, and numbers shown in streams.")] = 200,
+    largest: Annotated[
+        int | None,
+        typer.Option(min=112, help="Longest side of a picture, in px; of a stream at least 224."),
+    ] = None,
+    device: Device = "auto",
+    json: Json = False,
+    out: Out = None,
+) -> None:
+    """Score a model on the offline tasks, on handwriting and photographs that were never trained on.
+
+    Example: casa eval casa-tiny --tasks pages,scenes --seed 7 --limit 100 --json
+    """
+    import casa
+    from casa.atomic import write_text
+    from casa.evaluation.runner import check_tasks
+    from casa.provenance import provenance
+
+    names = check_tasks(tasks.split(","))
+    shown = sys.stderr.isatty()
+
+    def progress(task: str, done: int, total: int) -> None:
+        if shown:
+            print(f"\r{task}: {done} of {total} ", end="\n" if done >= total else "", file=sys.stderr, flush=True)
+
+    eyes = casa.load(model, device=device)
+    scores = casa.evaluate(eyes, names, seed=seed, limit=limit, largest=largest, progress=progress)
+    if out is not None:
+        given = {"eval": model, "seed": seed, "limit": limit, **({"largest": largest} if largest is not None else {})}
+        record = {**given, **provenance(str(eyes.model.device), model), "scores": scores}
+        write_text(out, json_module.dumps(record, indent=2) + "\n")
+    if json:
+        print(json_module.dumps(scores))
+        return
+    for task, values in scores.items():
+        print(f"{task:8} " + "  ".join(f"{k} {v:.3f}" if k != "n" else f"n {v:g}" for k, v in values.items()))
