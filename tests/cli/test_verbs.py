@@ -178,7 +178,12 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(casa,
     def measured(*_, **__):
         raise AssertionError("it was begun")
 
-    for name in ("casa.models.auto.load_pretrained", "casa.models.auto.pick_device", "casa.demo.run_demo"):
+    for name in (
+        "casa.pipeline.load",
+        "casa.models.auto.load_pretrained",
+        "casa.models.auto.pick_device",
+        "casa.demo.run_demo",
+    ):
         monkeypatch.setattr(name, measured)
     result = casa(*line, tmp_path / "none" / "a.json")
     assert (result.status, result.out) == (2, "")
