@@ -3,7 +3,7 @@ PYTHON ?= python3
 VIDEO ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu test-lowest mutations lint results results-suite results-live results-tiny clean
+.PHONY: demo test test-fast test-gpu test-lowest mutations lint results results-suite results-live results-tiny clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "casa needs Python 3.11 or newer: call make with PYTHON=python3.11")'
@@ -17,6 +17,10 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# All but what is marked slow, or needs a browser: a minute and a half on two slow cores.
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -m 'not slow and not browser'
 
 # Where there is a CUDA device: kernels and models against float64. Such a machine may have no network: if its own Python
 # has all that is needed and sees the device, the tests run there.

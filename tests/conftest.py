@@ -29,23 +29,6 @@ for name, heeded in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.S
     if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
         signal.signal(getattr(signal, name), heeded)
 
-# files of twenty seconds and more, begun first: one of them at the end would leave the other worker without work
-LONG = (
-    "models/test_compile.py",
-    "cli/test_train_own.py",
-    "models/test_backbones.py",
-    "training/trainer/test_resume.py",
-    "models/test_equivalence.py",
-    "training/trainer/test_ranks.py",
-    "browser/test_page.py",
-    "models/test_local_attention.py",
-    "serving/test_abuse.py",
-    "captioning/test_progress.py",
-    "captioning/test_kill.py",
-    "models/test_casa_tiny.py",
-    "training/trainer/test_safety.py",
-    "training/own/test_run.py",
-)
 COUNTED = ("passed", "failed", "error", "skipped")
 BEGUN = pytest.StashKey[float]()
 
@@ -56,12 +39,6 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[BEGUN] = monotonic()
-
-
-def pytest_collection_modifyitems(items):
-    order = {name: number for number, name in enumerate(LONG)}
-    here = Path(__file__).parent
-    items.sort(key=lambda item: order.get(item.path.relative_to(here).as_posix(), len(LONG)))
 
 
 def pytest_collection_finish(session):

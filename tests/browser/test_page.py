@@ -27,7 +27,10 @@ from casa.testing import PATIENCE
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # where everything is meant to be there, a browser that is not is a failure
-pytestmark = pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="there is no Chromium here")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="there is no Chromium here"),
+]
 PATIENCE_MS = 1000 * PATIENCE
 SLOW_FPS = 0.5  # a caption may then take two seconds, and none is cut
 

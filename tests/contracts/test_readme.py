@@ -32,5 +32,5 @@ def test_pictures_and_commands_exist():
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / target).exists(), target
     makefile = (ROOT / "Makefile").read_text()
-    for command in re.findall(r"^make (\w+)", README, re.MULTILINE):
+    for command in re.findall(r"^make ([\w-]+)", README, re.MULTILINE):
         assert f"\n{command}:" in makefile
