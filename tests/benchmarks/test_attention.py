@@ -9,8 +9,16 @@ from torch.nn.attention import flex_attention as flexible
 
 from casa.attention import casa_attention, flex
 from casa.benchmarks import attention as bench
-from casa.benchmarks.attention import CPU_SHAPES, CUDA_SHAPES, Clock, Contestant, WindowShape, attention_table, race
-from casa.benchmarks.attention_rivals import RIVALS
+from casa.benchmarks.attention import (
+    CPU_SHAPES,
+    CUDA_SHAPES,
+    RIVALS,
+    Clock,
+    Contestant,
+    WindowShape,
+    attention_table,
+    race,
+)
 from casa.errors import UserError
 from casa.windows import WindowLayout
 

@@ -187,5 +187,5 @@ def test_cases_that_cannot_be_are_refused(choice):
         StepCase(**({"method": "casa", "image_tokens": 16} | choice))
     with pytest.raises(UserError, match="two or more"):
         train_memory([StepCase("casa", 16)] * 2)
-    with pytest.raises(UserError, match="the parts are"):
+    with pytest.raises(UserError, match="choose among"):
         bench_train(["other"])

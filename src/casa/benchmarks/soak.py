@@ -176,12 +176,12 @@ def soak_summary(blocks: list[Figures], allowed: int | None) -> Figures:
 def soak_table(found: Figures) -> str:
     """The summary as a few lines."""
     names = {"median_ms": "a frame, median", "cpu_ms": "its processor time"}
-    rows = [{"": title, "unit": "ms", "block": found[name]} for name, title in names.items()]
+    rows = [{"title": title, "unit": "ms", "block": found[name]} for name, title in names.items()]
     for name, title, unit, size in (
         ("most_cache_bytes", "cache, most", "KiB", 2**10),
         ("resident_bytes", "process, at its end", "MiB", 2**20),
     ):
-        rows.append({"": title, "unit": unit, "block": [value / size for value in found[name]]})
+        rows.append({"title": title, "unit": unit, "block": [value / size for value in found[name]]})
     blocks = {title: f"{{block[{at}]:.1f}} {{unit}}" for at, title in enumerate(("first", "second", "last"))}
     said = (
         f"{found['frames']:,} frames, {found['said']:,} of them with a caption; most text {found['most_text_tokens']}"
@@ -190,7 +190,7 @@ def soak_table(found: Figures) -> str:
     if found["constant"] is not None:
         most, allowed = found["most_cache_bytes_of_all"], found["allowed_cache_bytes"]
         bound = f"\nnever above its bound: {found['constant']} ({most:,} of {allowed:,} bytes)"
-    return f"{said}\n{table(rows, {'block': '{}', **blocks})}{bound}"
+    return f"{said}\n{table(rows, {'block': '{title}', **blocks})}{bound}"
 
 
 def soak_panels(blocks: list[Figures]) -> tuple[Panel, ...]:

@@ -118,7 +118,7 @@ def bench_train(
         UserError: an unknown part, too few cases or samples, or a process that fails, of memory perhaps.
     """
     if unknown := [part for part in parts if part not in PARTS]:
-        raise UserError(f"parts has {unknown[0]!r}; the parts are: {', '.join(PARTS)}.", field="parts")
+        raise UserError(f"parts has {unknown[0]!r}; choose among: {', '.join(PARTS)}.", field="parts")
     where = str(pick_device(device))
     found: Figures = {}
     tables = []
