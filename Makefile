@@ -79,7 +79,7 @@ results-live: .venv/installed
 # Broken off, it goes on where it stopped. A data/tiny that is there is taken as it is, and a folder in runs/ that holds a
 # run of another recipe is refused: move older ones away.
 results-tiny: .venv/installed
-	$(BIN)/casa train recipes/casa-tiny.yaml --out runs/casa-tiny --until text
+	$(BIN)/python -m projects.casa_tiny.train runs/casa-tiny --until text
 	test -e data/tiny || { rm -rf data/tiny.part; \
 		$(BIN)/casa data make data/tiny.part --pages 6000 --scenes 9000 --clips 700 --largest 168 --seed 1 && \
 		mv data/tiny.part data/tiny; }

@@ -241,11 +241,9 @@ def train(
     Raises:
         UserError: The recipe, its data or its model cannot be used, or `out` holds another run.
     """
-    from casa.training.own import RunRecipe, open_recipe, train_run
+    from casa.training.own import open_recipe, train_run
 
     chosen = open_recipe(Path(recipe), changes)
-    if not isinstance(chosen, RunRecipe):
-        raise UserError(f"{recipe} is a recipe of casa-tiny's own stages; run it with the program.")
     folder = Path(out) if out is not None else Path("runs") / Path(recipe).stem
     measure = task_scores(chosen.evaluation) if chosen.evaluation.tasks else None
     return train_run(chosen, folder, resume=resume, evaluate=measure, told=report)

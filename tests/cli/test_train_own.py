@@ -18,8 +18,6 @@ from casa import CasaForConditionalGeneration
 from casa.testing import PATIENCE
 from casa.training.trainer import newest_checkpoint
 
-CASA_TINY = Path(__file__).parents[2] / "recipes" / "casa-tiny.yaml"
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, checkpoint):
@@ -200,28 +198,12 @@ def test_a_template_whose_answers_cannot_be_learned_as_they_stand_is_told_of(cas
         assert "only the last answer of a chat learns to stop" in result.err
 
 
-def test_casa_tinys_stages_are_planned(casa, tmp_path):
-    result = casa("train", CASA_TINY, "--dry-run")
-    assert (result.status, len(result.out.splitlines())) == (0, 3)
-    result = casa("train", CASA_TINY, "--dry-run", "--until", "text")
-    assert (result.status, result.out.split(":")[0], len(result.out.splitlines())) == (0, "text", 1)
-    assert casa("train", CASA_TINY, "--dry-run", "--until", "").status == 2
-    result = casa("train", CASA_TINY, "--out", tmp_path / "run", "--until", "eyes")
-    assert (result.status, result.out) == (2, "")
-    assert "There is no stage 'eyes'" in result.err
-    slip = ("--set", "tower.mix.pagess=0.1")
-    sentences = {casa("train", CASA_TINY, "--out", tmp_path / "run", *slip, *dry).err for dry in ((), ("--dry-run",))}
-    assert len(sentences) == 1
-    assert "'pagess'" in sentences.pop()
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (("--set", "optimisation.stepz=3"), "did you mean 'steps'?"),
         (("--set", "data.sources.0.path=none.jsonl", "--dry-run"), "There is no none.jsonl"),
         (("--strict",), "pages.jsonl:1: "),
-        (("--until", "text"), "--until is for casa-tiny's recipe"),
         (("--picture", "x.png"), "--picture is for --dry-run"),
         (("--dry-run", "--picture", "none/x.png"), "does not exist"),
         (("--set", "model.checkpoint=./none"), "there is no model at './none'"),

@@ -8,7 +8,7 @@ from PIL import ImageFilter
 from casa.demo.clip import SHIPPED, Clip, shipped_clip
 from casa.demo.film import scene, truth
 from casa.errors import UserError
-from casa.evaluation.ink import FIRST_HELD_OUT
+from casa.evaluation.handwriting import FIRST_HELD_OUT
 from casa.media import probe, read_frames
 
 
@@ -38,7 +38,7 @@ def test_what_is_decoded_shows_the_ink_where_it_was_drawn():
         for frame in frames:
             grey = frame.image.convert("L").filter(ImageFilter.MedianFilter(3))  # the paper's specks are no ink
             ink = grey.point(lambda value: 255 * (value < 120)).getbbox()
-            boxes = drawn.boxes(frame.time)
+            boxes = [glyph.box for glyph in drawn.glyphs(frame.time)]
             if not boxes:
                 assert ink is None
                 continue

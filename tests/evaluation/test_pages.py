@@ -1,10 +1,10 @@
-"""Pages: sizes, layout, answers, and dense targets from which every line can be read back."""
+"""Pages: sizes, layout and answers."""
 
 import numpy as np
 import pytest
 
-from casa.evaluation.example import CELL, DENSE_CHANNELS
-from casa.evaluation.ink import FIRST_HELD_OUT
+from casa.evaluation.example import CELL
+from casa.evaluation.handwriting import FIRST_HELD_OUT
 from casa.evaluation.pages import MIN_LINE_PITCH, MIN_PITCH, page
 
 SEEDS = range(51)
@@ -13,44 +13,6 @@ SEEDS = range(51)
 @pytest.fixture(scope="module")
 def examples():
     return [page(seed, split, turns=8) for seed in SEEDS for split in ("train", "held_out")]
-
-
-def read_back(dense):
-    """The lines of a page, from its dense targets alone."""
-    found = {}
-    for digit, line, column in zip(
-        *(dense[name].ravel().tolist() for name in ("digit", "line", "column")), strict=True
-    ):
-        if line:
-            found.setdefault((line, column), set()).add(digit)
-    assert all(len(digits) == 1 for digits in found.values())
-    lines = {}
-    for (line, _), digits in sorted(found.items()):
-        lines[line] = lines.get(line, "") + str(next(iter(digits)))
-    return tuple(lines[number] for number in sorted(lines))
-
-
-def test_dense_targets_hold_every_line(examples):
-    for example in examples:
-        assert read_back(example.dense) == example.meta["lines"]
-
-
-def test_dense_channels_agree_with_each_other(examples):
-    for example in examples:
-        dense, lines = example.dense, example.meta["lines"]
-        inked = dense["digit"] != 10
-        assert set(dense) == set(DENSE_CHANNELS)
-        for name, cells in dense.items():
-            assert cells.shape == (example.image.height // CELL, example.image.width // CELL)
-            assert cells.min() >= 0
-            assert cells.max() < DENSE_CHANNELS[name]
-        for name in ("line", "column", "last", "length", "lines"):
-            np.testing.assert_array_equal(dense[name] > 0, inked)
-        assert set(dense["lines"][inked]) == {len(lines)}
-        lengths = np.array([0, *map(len, lines)])
-        np.testing.assert_array_equal(dense["length"], lengths[dense["line"]])
-        np.testing.assert_array_equal(dense["last"] == 2, inked & (dense["column"] == dense["length"]))
-        assert not any(dense[name].any() for name in ("shape", "colour", "count", "place", "shapes"))
 
 
 def test_sizes(examples):

@@ -4,9 +4,9 @@ import pytest
 
 from casa.errors import UserError
 from casa.evaluation import runner
+from casa.evaluation.example import generator
 from casa.evaluation.metrics import words
 from casa.evaluation.runner import check_tasks, evaluate, held_out_pages, held_out_scenes
-from casa.evaluation.seeds import generator
 from casa.evaluation.stream import stream
 
 SEED, LIMIT = 5, 10

@@ -1,4 +1,4 @@
-"""Scenes: layout, clear answers, colours that show, and dense targets that agree."""
+"""Scenes: layout, clear answers, colours that show, and photographs that are at hand without a download, and split."""
 
 import math
 import re
@@ -7,8 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from casa.evaluation.example import CELL, DENSE_CHANNELS
-from casa.evaluation.scenes import COLOURS, PLACES, SHAPES, Shape, scene, scene_targets
+from casa.errors import UserError
+from casa.evaluation import scenes
+from casa.evaluation.example import CELL
+from casa.evaluation.scenes import COLOURS, PHOTOS, PLACES, SHAPES, photo_crop, scene
 
 SEEDS = range(51)
 
@@ -70,47 +72,6 @@ def test_answers_are_true_and_clear(examples):
     assert seen == {"colour", "count", "place", "what"}
 
 
-def test_dense_targets_hold_every_shape(examples):
-    for example in examples:
-        shapes, dense = example.meta["shapes"], example.dense
-        for name, cells in dense.items():
-            assert cells.shape == (example.image.height // CELL, example.image.width // CELL)
-            assert 0 <= cells.min() <= cells.max() < DENSE_CHANNELS[name]
-        assert (dense["digit"] == 10).all()
-        assert not dense["line"].any()
-        found = {
-            ordinal: (SHAPES[shape - 1], list(COLOURS)[colour - 1], PLACES[place - 1], count, total)
-            for ordinal, shape, colour, place, count, total in zip(
-                *(dense[n].ravel() for n in ("ordinal_all", "shape", "colour", "place", "count", "shapes")),
-                strict=True,
-            )
-            if ordinal
-        }
-        kinds = Counter(shape.kind for shape in shapes)
-        assert found == {
-            i: (s.kind, s.colour, place_name(s, example.image), kinds[s.kind], len(shapes))
-            for i, s in enumerate(shapes, start=1)
-        }
-
-
-def test_ordinals_count_shapes_of_one_kind_in_reading_order():
-    shapes = [
-        Shape("star", "red", 40, 40, 40),
-        Shape("circle", "blue", 120, 40, 40),
-        Shape("star", "blue", 40, 120, 40),
-    ]
-    dense = scene_targets(shapes, 168, 168)
-    assert dense["ordinal"][1, 1] == 1
-    assert dense["ordinal"][1, 4] == 1
-    assert dense["ordinal"][4, 1] == 2
-    assert dense["ordinal_all"][4, 1] == 3
-    assert dense["count"][1, 1] == 2
-
-
-def test_no_shapes_leave_all_cells_empty():
-    assert not scene_targets([], 112, 112)["shape"].any()
-
-
 def test_each_shape_is_painted_in_its_colour(examples):
     for example in examples:
         pixels = np.asarray(example.image).astype(float)
@@ -152,3 +113,30 @@ def test_wrong_wishes_are_refused():
         scene(0, turns=("color",))
     with pytest.raises(ValueError, match="multiples of 28 from 112 to 448"):
         scene(0, sizes=[(672, 112)])
+
+
+def test_no_photograph_is_in_both_splits():
+    assert not set(PHOTOS["train"]) & set(PHOTOS["held_out"])
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_every_photograph_opens(split):
+    for name in PHOTOS[split]:
+        photo = scenes._photo(name)
+        assert photo.mode == "RGB"
+        assert max(photo.size) <= 800
+
+
+@pytest.mark.parametrize("size", [(448, 448), (112, 448), (448, 112), (112, 112)])
+def test_crops_fill_the_picture(size):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        crop = photo_crop(*size, "held_out", rng)
+        assert crop.shape == (*size, 3)
+        assert crop.dtype == np.uint8
+        assert crop.std() > 0
+
+
+def test_a_missing_photograph_names_the_remedy():
+    with pytest.raises(UserError, match="install scikit-image"):
+        scenes._photo("no-such-photo.png")

@@ -1,4 +1,4 @@
-"""Streams: one scene at every frame rate, unambiguous frames, true captions."""
+"""Streams: one scene at every frame rate, unambiguous frames, true captions, and a view that never leaves the sheet."""
 
 import itertools
 
@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from casa.evaluation.example import CELL
-from casa.evaluation.ink import FIRST_HELD_OUT
-from casa.evaluation.stream import stream
+from casa.evaluation.handwriting import FIRST_HELD_OUT
+from casa.evaluation.stream import LEAST_ZOOM, Camera, stream, training_clip
 
 SEEDS = range(25)
+CAMERAS = [Camera.draw(h, w, np.random.default_rng(seed)) for seed, (h, w) in enumerate([(224, 448), (448, 224)])]
 
 
 @pytest.fixture(scope="module")
@@ -89,25 +90,10 @@ def test_captions_do_not_depend_on_the_frame_rate(examples):
         assert [c for c in example.captions(30) if c] == [n.text for n in example.numbers]
 
 
-def test_dense_targets_read_like_the_number(examples):
-    for example in examples:
-        for t in example.times():
-            dense, number = example.dense(t), example.visible(t)
-            read = {}
-            for digit, line, column in zip(
-                *(dense[n].ravel().tolist() for n in ("digit", "line", "column")), strict=True
-            ):
-                if line:
-                    assert line == 1
-                    read.setdefault(column, set()).add(digit)
-            text = number.text if number else ""
-            assert {column: {int(d)} for column, d in enumerate(text, start=1)} == read
-
-
 def test_digits_stay_in_view_and_large_enough(examples):
     for example in examples:
         for t in example.times(10):
-            boxes = example.boxes(t)
+            boxes = [glyph.box for glyph in example.glyphs(t)]
             for left, top, right, bottom in boxes:
                 assert left >= 0
                 assert top >= 0
@@ -123,10 +109,10 @@ def test_ink_is_where_the_boxes_are(examples):
         for t in example.times()[::5]:
             grey = np.asarray(example.frame(t).convert("L")).astype(float)
             paper = np.median(grey)
-            for box in example.boxes(t):
+            for box in [glyph.box for glyph in example.glyphs(t)]:
                 left, top, right, bottom = (round(v) for v in box)
                 assert np.percentile(grey[top:bottom, left:right], 10) < paper - 50
-            if not example.boxes(t):
+            if not [glyph.box for glyph in example.glyphs(t)]:
                 assert np.percentile(grey, 0.5) > paper - 60
 
 
@@ -161,3 +147,36 @@ def test_too_short_is_refused():
         stream(0, seconds=1.0)
     with pytest.raises(ValueError, match="2 s or more"):
         stream(0, seconds=float("nan"))
+
+
+def test_clips_to_train_on_are_mostly_short():
+    rng = np.random.default_rng(0)
+    lengths = [training_clip(rng).seconds for _ in range(40)]
+    assert 3 <= min(lengths) < max(lengths) <= 20
+    assert sum(seconds <= 6 for seconds in lengths) > 24
+
+
+@pytest.mark.parametrize("camera", CAMERAS)
+def test_to_frame_undoes_to_sheet(camera):
+    for t in (0.0, 1.7, 100.0):
+        assert camera.to_frame(*camera.to_sheet(13.0, 200.0, t), t) == pytest.approx((13.0, 200.0))
+
+
+@pytest.mark.parametrize("camera", CAMERAS)
+def test_the_view_stays_on_the_sheet(camera):
+    height, width = camera.sheet_size
+    for t in np.linspace(0, 60, 601):
+        for x in (0, camera.width):
+            for y in (0, camera.height):
+                sheet_x, sheet_y = camera.to_sheet(x, y, float(t))
+                assert 0 <= sheet_x <= width
+                assert 0 <= sheet_y <= height
+        assert LEAST_ZOOM - 1e-9 <= camera.scale(float(t)) <= 1 / LEAST_ZOOM + 1e-9
+
+
+@pytest.mark.parametrize("camera", CAMERAS)
+def test_the_view_moves_but_never_jumps(camera):
+    steps = np.array([camera.to_sheet(0, 0, k / 30) for k in range(900)])
+    moves = np.linalg.norm(np.diff(steps, axis=0), axis=1)
+    assert moves.max() < 4
+    assert np.ptp(steps, axis=0).min() > 5

@@ -22,7 +22,7 @@ from PIL import Image
 
 from casa.atomic import write_text
 from casa.errors import UserError
-from casa.evaluation.seeds import generator
+from casa.evaluation.example import generator
 from casa.evaluation.stream import stream
 from casa.figures import new_figure, quieten, write_png
 from casa.media import VideoWriter

@@ -1,11 +1,19 @@
 """`casa data make`: the offline tasks as data sets, to train on with recipes of one's own."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from casa.errors import UserError
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
+
+    from casa.evaluation import Example
+
+_QUESTIONS = 16  # drawn per picture; some of them are kept
 
 
 def make(
@@ -25,15 +33,18 @@ def make(
     """
     from rich.progress import Progress
 
-    from casa.cli.training_sources import training_sources
     from casa.data.made import write_clips, write_pictures
-    from casa.evaluation.stream import FPS
+    from casa.evaluation import page, scene, training_clip
+    from casa.evaluation import pages as page_task
+    from casa.evaluation import scenes as scene_task
+    from casa.evaluation.stream import FPS, PROMPT
 
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already: name a new folder.")
     if not pages + scenes + clips:
         raise UserError("nothing is asked for: give --pages, --scenes or --clips a number above 0.")
-    sources = training_sources()
+    draws = {"pages": page, "scenes": scene}
+    greatest = {"pages": page_task.MAX_SIDE, "scenes": scene_task.MAX_SIDE}
     out.mkdir(parents=True, exist_ok=True)
     with Progress(transient=True) as progress:
         for number, (name, count) in enumerate({"pages": pages, "scenes": scenes, "clips": clips}.items()):
@@ -47,17 +58,20 @@ def make(
             if name == "clips":
                 write_clips(
                     out / "clips.jsonl",
-                    sources.clips["clips"],
+                    training_clip,
                     count,
                     (seed, number),
-                    prompt=sources.prompt,
+                    prompt=PROMPT,
                     fps=FPS,
                     told=told,
                 )
                 continue
-            least, greatest = sources.sides[name]
-            sides = (least, min(largest, greatest))
-            write_pictures(
-                out / f"{name}.tar", sources.pictures[name], count, (seed, number), turns=turns, sides=sides, told=told
-            )
+            sides = (page_task.MIN_SIDE, min(largest, greatest[name]))
+
+            def drawn(
+                rng: "Generator", size: tuple[int, int] | None, draw: "Callable[..., Example]" = draws[name]
+            ) -> "Example":
+                return draw(rng, "train", turns=_QUESTIONS, sizes=None if size is None else [size])
+
+            write_pictures(out / f"{name}.tar", drawn, count, (seed, number), turns=turns, sides=sides, told=told)
     print(f"{out}: {pages:,} pages, {scenes:,} scenes, {clips:,} clips")

@@ -13,7 +13,6 @@ from casa.errors import UserError
 
 if TYPE_CHECKING:
     from casa.training.own import RunRecipe
-    from casa.training.recipe import Recipe
 
 
 def train(
@@ -24,10 +23,6 @@ def train(
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: optimisation.steps=2000; repeatable."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
-    until: Annotated[
-        str | None,
-        typer.Option(help="Last stage of casa-tiny's recipe to run: text, tower or fusion."),
-    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad record, by its line.")] = False,
     dry_run: Annotated[
         bool,
@@ -37,43 +32,21 @@ def train(
     ] = False,
     picture: Annotated[Path | None, typer.Option(help="With --dry-run: where the batch is drawn.")] = None,
 ) -> None:
-    """Train a model from a recipe: on your own data, or casa-tiny from its beginning.
+    """Train a model on your own data, from a recipe.
 
     Example: casa train recipes/lora-own-data.yaml --set data.sources.0.path=pages.jsonl --dry-run
-
-    casa-tiny's recipe goes on by itself where it stopped; others need --resume.
     """
-    from casa.training.own import RunRecipe, open_recipe
+    from casa.training.own import open_recipe
 
     if picture is not None and not dry_run:
         raise UserError("--picture is for --dry-run; add it, or leave --picture out.")
     changes = [*(set_ or ()), *(["data.strict=true"] if strict else [])]
     chosen = open_recipe(recipe, changes)
     folder = out if out is not None else Path("runs") / recipe.stem
-    if not isinstance(chosen, RunRecipe):
-        _stages(chosen, folder, until, dry_run)
-    elif until is not None:
-        raise UserError("--until is for casa-tiny's recipe, which has stages; leave it out.")
-    elif dry_run:
+    if dry_run:
         _plan(chosen, folder, resume, picture if picture is not None else Path(f"{recipe.stem}-first-batch.png"))
     else:
         _run(chosen, folder, resume)
-
-
-def _stages(recipe: "Recipe", folder: Path, until: str | None, dry_run: bool) -> None:
-    from casa.cli.training_sources import training_sources
-    from casa.training import STAGES, check_recipe
-    from casa.training import train as run
-
-    last = STAGES[-1] if until is None else until
-    sources = training_sources()
-    check_recipe(recipe, sources, last)
-    if dry_run:
-        for name in STAGES[: STAGES.index(last) + 1]:
-            optimisation = getattr(recipe, name).optimisation
-            print(f"{name}: {optimisation.steps:,} steps, rate {optimisation.rate:g}, muon {optimisation.muon:g}")
-        return
-    print(run(recipe, sources, folder, until=last, progress=print))
 
 
 def _plan(recipe: "RunRecipe", folder: Path, resume: bool, picture: Path) -> None:

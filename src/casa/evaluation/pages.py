@@ -21,19 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from casa.evaluation.example import (
-    CELL,
-    DenseTargets,
-    Example,
-    Split,
-    Turn,
-    draw_size,
-    empty_dense,
-    own_cells,
-)
-from casa.evaluation.ink import Hand, pick_scan, render_digits
-from casa.evaluation.paper import compose, draw_paper, ink_colour, noise
-from casa.evaluation.seeds import as_generator
+from casa.evaluation.example import Example, QuestionAnswer, Split, as_generator, draw_size
+from casa.evaluation.handwriting import Hand, Strength, draw_strength, on_paper, pick_scan, render_digits
 
 MIN_SIDE, MAX_SIDE = 112, 672
 MIN_HEIGHT, MAX_HEIGHT = 24.0, 64.0
@@ -42,7 +31,6 @@ MAX_LINES = MAX_DIGITS = 6
 EVALUATION_TURNS = ("line", "digit")
 
 _MARGIN = 5
-_OWNED = 0.3  # a digit owns a cell when its box covers this share of it, and more than any other box does
 _DIGITS_BY_WIDTH = 0.78  # a digit and its gap are at most this wide, in digit heights; only guides the layout
 
 
@@ -69,7 +57,7 @@ def page(
     turns: int | Sequence[str] = 6,
     sizes: Sequence[tuple[int, int]] | None = None,
     max_side: int = MAX_SIDE,
-    strength: float | None = None,
+    strength: Strength = None,
 ) -> Example:
     """Draw one page.
 
@@ -80,19 +68,12 @@ def page(
     `meta` holds `lines` (the texts) and `glyphs`.
     """
     rng = as_generator("pages", split, seed)
-    if strength is None:
-        strength = 1.0 if split == "train" else 0.0
+    bent = draw_strength(strength, split, rng)
     height, width = draw_size(rng, sizes, MIN_SIDE, MAX_SIDE, max_side)
-    alpha, glyphs = _write(height, width, split, rng, strength)
+    alpha, glyphs = _write(height, width, split, rng, bent)
     lines = texts(glyphs)
-    sigma = rng.uniform(1, 13)
-    image = compose(draw_paper(height, width, rng), alpha, ink_colour(rng), noise(height, width, rng), sigma)
-    return Example(
-        image=image,
-        turns=_ask(lines, turns, rng),
-        dense=page_targets(glyphs, height, width),
-        meta={"lines": lines, "glyphs": glyphs},
-    )
+    image = on_paper(alpha, rng)
+    return Example(image, _ask(lines, turns, rng), {"lines": lines, "glyphs": glyphs})
 
 
 def texts(glyphs: Sequence[Glyph]) -> tuple[str, ...]:
@@ -101,34 +82,6 @@ def texts(glyphs: Sequence[Glyph]) -> tuple[str, ...]:
     for glyph in sorted(glyphs, key=lambda g: (g.line, g.column)):
         lines[glyph.line] = lines.get(glyph.line, "") + str(glyph.digit)
     return tuple(lines[number] for number in sorted(lines))
-
-
-def page_targets(glyphs: Sequence[Glyph], height: int, width: int) -> DenseTargets:
-    """Dense targets of a page of `height` x `width` px: each channel int64 (height / 28, width / 28).
-
-    The cell under a digit's centre is the digit's own; any other cell goes to the digit whose box covers most
-    of it, if that is at least 30 %.
-    """
-    targets = empty_dense(height, width)
-    if not glyphs:
-        return targets
-    boxes = np.array([glyph.box for glyph in glyphs], dtype=np.float64)
-    centres = np.array([glyph.centre for glyph in glyphs])
-    owner = own_cells(boxes, centres, height // CELL, width // CELL, _OWNED)
-    lines = texts(glyphs)
-    lengths = [len(lines[glyph.line - 1]) for glyph in glyphs]
-    facts = {
-        "digit": [glyph.digit for glyph in glyphs],
-        "line": [glyph.line for glyph in glyphs],
-        "column": [glyph.column for glyph in glyphs],
-        "last": [2 if glyph.column == n else 1 for glyph, n in zip(glyphs, lengths, strict=True)],
-        "length": lengths,
-        "lines": [len(lines)] * len(glyphs),
-    }
-    inked = owner >= 0
-    for name, values in facts.items():
-        targets[name][inked] = np.array(values)[owner[inked]]
-    return targets
 
 
 def _write(
@@ -200,7 +153,7 @@ def stamp(alpha: NDArray[np.uint8], ink: NDArray[np.uint8], x: float, y: float) 
     return left, top, left + width, top + height
 
 
-def _ask(lines: Sequence[str], turns: int | Sequence[str], rng: np.random.Generator) -> tuple[Turn, ...]:
+def _ask(lines: Sequence[str], turns: int | Sequence[str], rng: np.random.Generator) -> tuple[QuestionAnswer, ...]:
     if isinstance(turns, int):
         kinds = rng.choice(["line", "digit", "lines", "length", "last_line"], turns, p=[0.4, 0.36, 0.08, 0.1, 0.06])
     else:
@@ -208,18 +161,18 @@ def _ask(lines: Sequence[str], turns: int | Sequence[str], rng: np.random.Genera
     return tuple(_turn(str(kind), lines, rng) for kind in kinds)
 
 
-def _turn(kind: str, lines: Sequence[str], rng: np.random.Generator) -> Turn:
+def _turn(kind: str, lines: Sequence[str], rng: np.random.Generator) -> QuestionAnswer:
     number = int(rng.integers(len(lines))) + 1
     text = lines[number - 1]
     if kind == "line":
-        return Turn(f"Read line {number}.", text, kind)
+        return QuestionAnswer(f"Read line {number}.", text, kind)
     if kind == "digit":
         place = int(rng.integers(len(text))) + 1
-        return Turn(f"What is digit {place} of line {number}?", text[place - 1], kind)
+        return QuestionAnswer(f"What is digit {place} of line {number}?", text[place - 1], kind)
     if kind == "lines":
-        return Turn("How many lines are there?", str(len(lines)), kind)
+        return QuestionAnswer("How many lines are there?", str(len(lines)), kind)
     if kind == "length":
-        return Turn(f"How many digits are in line {number}?", str(len(text)), kind)
+        return QuestionAnswer(f"How many digits are in line {number}?", str(len(text)), kind)
     if kind == "last_line":
-        return Turn("Read the last line.", lines[-1], kind)
+        return QuestionAnswer("Read the last line.", lines[-1], kind)
     raise ValueError(f"{kind!r} is no kind of page question; choose line, digit, lines, length or last_line.")

@@ -15,9 +15,8 @@ from PIL import Image
 
 from casa.errors import UserError
 from casa.evaluation import pages, scenes
-from casa.evaluation.example import Example, Turn
+from casa.evaluation.example import Example, QuestionAnswer, generator
 from casa.evaluation.metrics import exact_match, word_error_rate, words
-from casa.evaluation.seeds import generator
 from casa.evaluation.stream import MAX_SIDE as MOST_OF_STREAM
 from casa.evaluation.stream import MIN_SIDE as LEAST_OF_STREAM
 from casa.evaluation.stream import stream
@@ -52,10 +51,10 @@ def held_out_scenes(seed: int, limit: int, largest: int | None = None) -> Iterab
 
 def _answers(
     task: str, examples: Iterable[Example], limit: int, answer: Answerer, progress: Progress | None
-) -> list[tuple[Turn, str]]:
+) -> list[tuple[QuestionAnswer, str]]:
     """Every turn of every example with the model's answer, in order."""
-    answered: list[tuple[Turn, str]] = []
-    waiting: list[tuple[Image.Image, Turn]] = []
+    answered: list[tuple[QuestionAnswer, str]] = []
+    waiting: list[tuple[Image.Image, QuestionAnswer]] = []
     for done, example in enumerate(examples, start=1):
         waiting += [(example.image, turn) for turn in example.turns]
         while len(waiting) >= BATCH or (waiting and done == limit):
@@ -69,7 +68,7 @@ def _answers(
     return answered
 
 
-def _match(answered: Iterable[tuple[Turn, str]], kind: str | None = None) -> float:
+def _match(answered: Iterable[tuple[QuestionAnswer, str]], kind: str | None = None) -> float:
     chosen = [(turn.answer, text) for turn, text in answered if kind in (None, turn.kind)]
     return exact_match([text for _, text in chosen], [truth for truth, _ in chosen])
 

@@ -14,23 +14,16 @@ than a 28 px cell's diagonal, so that every answer is clear and every shape owns
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from casa.evaluation.example import (
-    CELL,
-    DenseTargets,
-    Example,
-    Split,
-    Turn,
-    draw_size,
-    empty_dense,
-    own_cells,
-)
-from casa.evaluation.paper import grainy, noise
-from casa.evaluation.photos import photo_crop
-from casa.evaluation.seeds import as_generator
+from casa.errors import UserError
+from casa.evaluation.example import Example, QuestionAnswer, Split, as_generator, draw_size
+from casa.evaluation.handwriting import grainy, noise
 
 MIN_SIDE, MAX_SIDE = 112, 448
 MIN_DIAMETER, MAX_DIAMETER = 34.0, 110.0
@@ -49,18 +42,33 @@ PLACES = (
     *("left", "centre", "right"),
     *("bottom left", "bottom", "bottom right"),
 )
+# real photographs that lie inside scikit-image's wheel, so that nothing is downloaded
+PHOTOS: dict[Split, tuple[str, ...]] = {
+    "train": (
+        "astronaut.png",
+        "retina.jpg",
+        "rocket.jpg",
+        "camera.png",
+        "hubble_deep_field.jpg",
+        "ihc.png",
+        "brick.png",
+        "grass.png",
+        "moon.png",
+    ),
+    "held_out": ("coffee.png", "motorcycle_left.png", "chelsea.png", "gravel.png"),
+}
 KINDS = ("colour", "count", "place", "what")
 EVALUATION_TURNS = 4
 
 _NAMES = tuple(COLOURS)
 _GAP = 6.0  # px between shapes; with the least diameter this makes 40 px, more than a cell's diagonal
 _KEEP_OFF = 5.0  # px between a centre and a border of two ninths
-_OWNED = 0.3
+_LONGEST = 800  # px kept of a photograph's longer side: crops never need more
 _FINE = 3  # shapes are drawn this many times larger, then reduced, for smooth edges
 
 
 @dataclass(frozen=True)
-class Shape:
+class SceneShape:
     """One shape: its kind and colour by name, centre and diameter of its circumscribed circle in px."""
 
     kind: str
@@ -98,51 +106,18 @@ def scene(
     return Example(
         image=grainy(np.asarray(image), noise(height, width, rng), rng.uniform(0, 8)),
         turns=_ask(shapes, height, width, turns, rng),
-        dense=scene_targets(shapes, height, width),
         meta={"shapes": shapes},
     )
 
 
-def scene_targets(shapes: Sequence[Shape], height: int, width: int) -> DenseTargets:
-    """Dense targets of a scene of `height` x `width` px; `shapes` must be in reading order."""
-    targets = empty_dense(height, width)
-    if not shapes:
-        return targets
-    centres = np.array([(shape.x, shape.y) for shape in shapes])
-    radii = np.array([[_half_extent(shape)] for shape in shapes])
-    boxes = np.concatenate([centres - radii, centres + radii], axis=1)
-    owner = own_cells(boxes, centres, height // CELL, width // CELL, _OWNED)
-    kinds = [shape.kind for shape in shapes]
-    facts = {
-        "shape": [SHAPES.index(kind) + 1 for kind in kinds],
-        "colour": [_NAMES.index(shape.colour) + 1 for shape in shapes],
-        "ordinal": [kinds[: index + 1].count(kind) for index, kind in enumerate(kinds)],
-        "count": [kinds.count(kind) for kind in kinds],
-        "ordinal_all": list(range(1, len(shapes) + 1)),
-        "shapes": [len(shapes)] * len(shapes),
-        "place": [shape.place(height, width) + 1 for shape in shapes],
-    }
-    covered = owner >= 0
-    for name, values in facts.items():
-        targets[name][covered] = np.array(values)[owner[covered]]
-    columns, rows = (centres // CELL).astype(int).T
-    targets["centre"][rows, columns] = 1
-    return targets
-
-
-def _half_extent(shape: Shape) -> float:
-    # the box that a shape of this kind fills, about; triangles and stars leave the corners of theirs empty
-    return shape.diameter / 2 * {"circle": 0.95, "square": 0.8, "triangle": 0.75, "star": 0.75}[shape.kind]
-
-
-def _place_shapes(height: int, width: int, rng: np.random.Generator) -> tuple[Shape, ...]:
+def _place_shapes(height: int, width: int, rng: np.random.Generator) -> tuple[SceneShape, ...]:
     number = int(rng.integers(1, MAX_SHAPES + 1))
     # a picture often holds several shapes of one kind, or counting would be no task
     kinds = [SHAPES[i] for i in rng.integers(len(SHAPES), size=number)]
     if rng.random() < 0.3:
         kinds = [kinds[0] if rng.random() < 0.6 else kind for kind in kinds]
     largest = min(MAX_DIAMETER, 0.42 * min(height, width))
-    shapes: list[Shape] = []
+    shapes: list[SceneShape] = []
     for kind in kinds:
         colour = _NAMES[rng.integers(len(_NAMES))]
         for _ in range(60):
@@ -152,7 +127,7 @@ def _place_shapes(height: int, width: int, rng: np.random.Generator) -> tuple[Sh
             if not (_clear(x, width) and _clear(y, height)):
                 continue
             if all(math.hypot(x - other.x, y - other.y) >= (diameter + other.diameter) / 2 + _GAP for other in shapes):
-                shapes.append(Shape(kind, colour, x, y, diameter))
+                shapes.append(SceneShape(kind, colour, x, y, diameter))
                 break
     # reading order: by third of the height, then from the left
     return tuple(sorted(shapes, key=lambda shape: (int(3 * shape.y / height), shape.x)))
@@ -175,7 +150,7 @@ def _corners(kind: str, centre: float, radius: float, turn: float) -> list[tuple
     ]
 
 
-def _draw(image: Image.Image, shape: Shape, rng: np.random.Generator) -> None:
+def _draw(image: Image.Image, shape: SceneShape, rng: np.random.Generator) -> None:
     """Paint the shape with a thin rim, light on dark colours and dark on light ones: it shows anywhere."""
     fill = np.clip(np.array(COLOURS[shape.colour]) + rng.uniform(-14, 14, 3), 0, 255)
     rim = 235 if shape.colour in ("red", "blue", "black") else 25
@@ -195,9 +170,42 @@ def _draw(image: Image.Image, shape: Shape, rng: np.random.Generator) -> None:
         image.paste(colour, (left, top), mask.reduce(_FINE))
 
 
+@cache
+def _photo(name: str) -> Image.Image:
+    try:
+        import skimage
+    except ImportError as error:
+        raise UserError("The scenes need scikit-image's photographs: pip install 'casa-vlm[tasks]'.") from error
+    path = Path(skimage.__file__).parent / "data" / name
+    if not path.is_file():
+        raise UserError(f"This scikit-image has no {name}; install scikit-image 0.24 or later.")
+    with Image.open(path) as opened:
+        photo = opened.convert("RGB")
+    photo.thumbnail((_LONGEST, _LONGEST))
+    return photo
+
+
+def photo_crop(height: int, width: int, split: Split, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """A random crop of one of the split's photographs, in varied light: (height, width, 3)."""
+    names = PHOTOS[split]
+    photo = _photo(names[rng.integers(len(names))])
+    # shown at 0.6 to 1.6 times its size, or larger where it would not cover the picture
+    largest = min(photo.width / width, photo.height / height)
+    share = min(largest, rng.uniform(0.6, 1.6))
+    # min: rounding must not reach past the photograph's edge
+    w, h = min(share * width, photo.width), min(share * height, photo.height)
+    x, y = rng.random() * (photo.width - w), rng.random() * (photo.height - h)
+    crop = photo.resize((width, height), Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
+    if rng.random() < 0.5:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    gain, bias = rng.uniform(0.6, 1.05), rng.uniform(-15, 35)
+    light = np.clip(np.arange(256) * gain + bias, 0, 255).astype(np.uint8)
+    return light[np.asarray(crop)]
+
+
 def _ask(
-    shapes: Sequence[Shape], height: int, width: int, turns: int | Sequence[str], rng: np.random.Generator
-) -> tuple[Turn, ...]:
+    shapes: Sequence[SceneShape], height: int, width: int, turns: int | Sequence[str], rng: np.random.Generator
+) -> tuple[QuestionAnswer, ...]:
     askable = _askable(shapes, height, width)
     if isinstance(turns, int):
         kinds: list[str] = []
@@ -214,20 +222,22 @@ def _ask(
     return tuple(askable[kind][rng.integers(len(askable[kind]))] for kind in kinds)
 
 
-def _askable(shapes: Sequence[Shape], height: int, width: int) -> dict[str, list[Turn]]:
+def _askable(shapes: Sequence[SceneShape], height: int, width: int) -> dict[str, list[QuestionAnswer]]:
     """Every question with a clear answer, by kind."""
     kinds = [shape.kind for shape in shapes]
     looks = [(shape.colour, shape.kind) for shape in shapes]
     places = [shape.place(height, width) for shape in shapes]
-    found: dict[str, list[Turn]] = {kind: [] for kind in KINDS}
+    found: dict[str, list[QuestionAnswer]] = {kind: [] for kind in KINDS}
     for shape, place in zip(shapes, places, strict=True):
         if kinds.count(shape.kind) == 1:
-            found["colour"].append(Turn(f"What colour is the {shape.kind}?", shape.colour, "colour"))
+            found["colour"].append(QuestionAnswer(f"What colour is the {shape.kind}?", shape.colour, "colour"))
         if looks.count((shape.colour, shape.kind)) == 1:
-            found["place"].append(Turn(f"Where is the {shape.colour} {shape.kind}?", PLACES[place], "place"))
+            found["place"].append(QuestionAnswer(f"Where is the {shape.colour} {shape.kind}?", PLACES[place], "place"))
         if places.count(place) == 1:
             answer = f"a {shape.colour} {shape.kind}"
-            found["what"].append(Turn(f"What is at the {PLACES[place]}?", answer, "what"))
-    found["count"] = [Turn(f"How many {kind}s are there?", str(kinds.count(kind)), "count") for kind in SHAPES]
-    found["count"] += [Turn("How many shapes are there?", str(len(shapes)), "count")] * 2
+            found["what"].append(QuestionAnswer(f"What is at the {PLACES[place]}?", answer, "what"))
+    found["count"] = [
+        QuestionAnswer(f"How many {kind}s are there?", str(kinds.count(kind)), "count") for kind in SHAPES
+    ]
+    found["count"] += [QuestionAnswer("How many shapes are there?", str(len(shapes)), "count")] * 2
     return found

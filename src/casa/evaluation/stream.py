@@ -11,29 +11,116 @@ Score: `wer`, the word error rate of all captions of a stream joined, numbers be
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from casa.evaluation.camera import LEAST_ZOOM, Camera
-from casa.evaluation.example import DenseTargets, Split, draw_size
-from casa.evaluation.ink import Hand, pick_scan, render_digits
-from casa.evaluation.pages import MIN_HEIGHT, MIN_PITCH, Glyph, page_targets
-from casa.evaluation.paper import compose, draw_paper, grainy, ink_colour, noise
-from casa.evaluation.seeds import as_generator
+from casa.evaluation.example import CELL, Split, as_generator, draw_size
+from casa.evaluation.handwriting import (
+    Hand,
+    Strength,
+    compose,
+    draw_paper,
+    draw_strength,
+    grainy,
+    ink_colour,
+    noise,
+    pick_scan,
+    render_digits,
+)
+from casa.evaluation.pages import MIN_HEIGHT, MIN_PITCH, Glyph
 
 MIN_SIDE, MAX_SIDE = 224, 448
 FPS = 2  # captions are given, and models shown the video, at this rate
 PROMPT = "Say each new number."
 
+LEAST_ZOOM = math.exp(-0.1)
+
+_PAN = 0.06  # of the frame's side, to each side
+_ROLL = math.radians(1.5)
+_SHAKE = 1.2  # px
+_MARGIN = 1.36  # sheet over frame: covers pan, least zoom, roll and shake
 _FADE = 0.08  # s to appear or vanish
 _CLEAR = 0.12  # s between a change and the nearest sampled frame, at least
+_SHORT, _LONG = (6, 12), (13, 40)  # frames of a clip to train on, fewest and most
 _EDGE = 4  # px that a number keeps from the frame's border
 _LEAST_PITCH = (MIN_PITCH + 1) / LEAST_ZOOM
 _LEAST_HEIGHT = (MIN_HEIGHT + 1) / LEAST_ZOOM
 _DIGITS = (0.15, 0.35, 0.35, 0.15)  # how often a number has 1, 2, 3, 4 digits
+
+
+@dataclass(frozen=True)
+class _Waves:
+    """A sum of sine waves: smooth, never leaves +-1, and defined for every t."""
+
+    hertz: tuple[float, ...]
+    phase: tuple[float, ...]
+
+    @staticmethod
+    def draw(rng: np.random.Generator, slowest: float, fastest: float) -> "_Waves":
+        hertz, phase = rng.uniform(slowest, fastest, 2), rng.uniform(0, 2 * math.pi, 2)
+        return _Waves(tuple(hertz.tolist()), tuple(phase.tolist()))
+
+    def __call__(self, t: float) -> float:
+        waves = (math.sin(2 * math.pi * f * t + p) for f, p in zip(self.hertz, self.phase, strict=True))
+        return sum(waves) / len(self.hertz)
+
+
+@dataclass(frozen=True)
+class Camera:
+    """The view of a frame of `height` x `width` px on a larger sheet, as a function of time."""
+
+    height: int
+    width: int
+    pan: tuple[_Waves, _Waves]
+    shake: tuple[_Waves, _Waves]
+    zoom: _Waves
+    roll: _Waves
+
+    @staticmethod
+    def draw(height: int, width: int, rng: np.random.Generator) -> "Camera":
+        return Camera(
+            height,
+            width,
+            pan=(_Waves.draw(rng, 0.03, 0.16), _Waves.draw(rng, 0.03, 0.16)),
+            shake=(_Waves.draw(rng, 1.5, 7.0), _Waves.draw(rng, 1.5, 7.0)),
+            zoom=_Waves.draw(rng, 0.03, 0.12),
+            roll=_Waves.draw(rng, 0.05, 0.3),
+        )
+
+    @property
+    def sheet_size(self) -> tuple[int, int]:
+        """Height and width of a sheet that no view ever leaves, px."""
+        return math.ceil(self.height * _MARGIN) + 4, math.ceil(self.width * _MARGIN) + 4
+
+    def scale(self, t: float) -> float:
+        """Frame px per sheet px."""
+        return math.exp(0.1 * self.zoom(t))
+
+    def affine(self, t: float) -> tuple[float, float, float, float, float, float]:
+        """Frame to sheet: x' = a x + b y + c, y' = d x + e y + f. Pillow's order and direction."""
+        angle, scale = _ROLL * self.roll(t), self.scale(t)
+        a, b = math.cos(angle) / scale, math.sin(angle) / scale
+        sheet_h, sheet_w = self.sheet_size
+        x = sheet_w / 2 + _PAN * self.width * self.pan[0](t) + _SHAKE * self.shake[0](t)
+        y = sheet_h / 2 + _PAN * self.height * self.pan[1](t) + _SHAKE * self.shake[1](t)
+        return (
+            *(a, b, x - a * self.width / 2 - b * self.height / 2),
+            *(-b, a, y + b * self.width / 2 - a * self.height / 2),
+        )
+
+    def to_sheet(self, x: float, y: float, t: float) -> tuple[float, float]:
+        """Where on the sheet the frame's point (x, y) lies at time t."""
+        a, b, c, d, e, f = self.affine(t)
+        return a * x + b * y + c, d * x + e * y + f
+
+    def to_frame(self, x: float, y: float, t: float) -> tuple[float, float]:
+        """Where in the frame the sheet's point (x, y) appears at time t."""
+        a, b, c, d, e, f = self.affine(t)
+        x, y, size = x - c, y - f, a * e - b * d
+        return (e * x - b * y) / size, (a * y - d * x) / size
 
 
 @dataclass(frozen=True)
@@ -101,20 +188,14 @@ class StreamExample:
             last = number or last
         return captions
 
-    def dense(self, t: float) -> DenseTargets:
-        """Dense targets of the frame at time t, as for a page with one line (or none)."""
+    def glyphs(self, t: float) -> list[Glyph]:
+        """The digits that are there at time t, their boxes in px of the frame."""
         number = self.visible(t)
-        glyphs = [] if number is None else [self._seen(glyph, t) for glyph in number.glyphs]
-        return page_targets(glyphs, self.height, self.width)
-
-    def boxes(self, t: float) -> list[tuple[float, float, float, float]]:
-        """Boxes (left, top, right, bottom; frame px) of the digits that are there at time t."""
-        number = self.visible(t)
-        return [] if number is None else [self._seen(glyph, t).box for glyph in number.glyphs]
-
-    def _seen(self, glyph: Glyph, t: float) -> Glyph:
-        box = _box_in_frame(glyph.box, self._camera, t)
-        return Glyph(glyph.digit, glyph.scan, glyph.line, glyph.column, box)
+        return (
+            []
+            if number is None
+            else [replace(glyph, box=_box_in_frame(glyph.box, self._camera, t)) for glyph in number.glyphs]
+        )
 
     def _sheet(self, t: float) -> Image.Image:
         """The whole sheet with its ink at time t."""
@@ -146,7 +227,7 @@ def stream(
     seconds: float = 20.0,
     sizes: Sequence[tuple[int, int]] | None = None,
     max_side: int = MAX_SIDE,
-    strength: float | None = None,
+    strength: Strength = None,
     kin: float = 0.0,
 ) -> StreamExample:
     """Draw one stream of `seconds` (at least 2).
@@ -158,8 +239,7 @@ def stream(
     if not seconds >= 2:
         raise ValueError(f"a stream of {seconds} s is too short; it needs 2 s or more.")
     rng = as_generator("stream", split, seed)
-    if strength is None:
-        strength = 1.0 if split == "train" else 0.0
+    bent = draw_strength(strength, split, rng)
     height, width = draw_size(rng, sizes, MIN_SIDE, MAX_SIDE, max_side)
     camera = Camera.draw(height, width, rng)
     hand = Hand.draw(rng)
@@ -167,7 +247,7 @@ def stream(
     for start, end in _times(seconds, rng):
         previous = numbers[-1].text if numbers else ""
         text = _next(previous, kin, rng)
-        numbers.append(_number(text, start, end, camera, hand, split, rng, strength))
+        numbers.append(_number(text, start, end, camera, hand, split, rng, bent))
     return StreamExample(
         height,
         width,
@@ -178,6 +258,15 @@ def stream(
         ink_colour(rng),
         (int(rng.integers(2**40)), float(rng.uniform(1, 9))),
     )
+
+
+def training_clip(rng: np.random.Generator, strength: Strength = None, kin: float = 0.0) -> StreamExample:
+    """A stream of the training split of 3 to 20 s; most are short and small, as pictures are what costs."""
+    fewest, most = _SHORT if rng.random() < 0.8 else _LONG
+    count = int(rng.integers(fewest, most + 1))
+    low, high = MIN_SIDE, MAX_SIDE if count <= _SHORT[1] else (MIN_SIDE + MAX_SIDE) // 2
+    height, width = (CELL * math.floor(low / CELL * ((high + CELL) / low) ** rng.random()) for _ in range(2))
+    return stream(rng, "train", seconds=count / FPS, strength=strength, sizes=[(height, width)], kin=kin)
 
 
 def _times(seconds: float, rng: np.random.Generator) -> list[tuple[float, float]]:

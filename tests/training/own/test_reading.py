@@ -1,4 +1,4 @@
-"""From files to recipes of either kind: bases, changes from the command line, and what is refused in one sentence."""
+"""From files to recipes: bases, changes from the command line, and what is refused in one sentence."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,6 @@ from casa.errors import UserError
 from casa.models import FusionConfig
 from casa.training.own import RunRecipe, open_recipe, parse_run_recipe, run_recipe_values
 from casa.training.own.reading import merged
-from casa.training.recipe import Recipe
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 
@@ -32,12 +31,6 @@ def test_shipped_recipes_are_read_and_written_back(shipped):
     assert isinstance(recipe, RunRecipe)
     assert recipe.name == shipped.stem
     assert parse_run_recipe(yaml.safe_load(yaml.safe_dump(run_recipe_values(recipe)))) == recipe
-
-
-def test_casa_tinys_recipe_is_of_the_other_kind():
-    recipe = open_recipe(RECIPES / "casa-tiny.yaml", ["fusion.optimisation.steps=7", "name=123"])
-    assert isinstance(recipe, Recipe)
-    assert (recipe.fusion.optimisation.steps, recipe.name) == (7, "123")
 
 
 PAPER = {
@@ -201,8 +194,8 @@ def test_a_base_is_changed_block_by_block(file, values):
         ({"base": 3}, "must be the path of a recipe"),
         ([1], "block of keys and values"),
         ({"modell": {}}, "did you mean 'model'?"),
-        ({"model": {}, "text": {}}, "blocks of both kinds"),
-        ({}, "has neither"),
+        ({"model": {}, "text": {}}, "Unknown key 'text'"),
+        ({}, "lacks the key 'name'"),
     ],
 )
 def test_files_that_are_no_recipes(file, content, sentence):
@@ -220,3 +213,34 @@ def test_a_date_that_no_calendar_has_is_no_yaml(tmp_path):
 def test_a_model_needs_a_source(values):
     with pytest.raises(UserError, match=r"model\.backbone is None; it must be a folder or hub name"):
         parse_run_recipe(values(model={"fusion": FusionConfig().to_dict()}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: !!python/object/apply:os.system ['true']", "could run code"),
+        ("a: !!python/name:os.system", "could run code"),
+        ("a: [1", "is not valid YAML near line 1"),
+        ("- 1", "block of keys and values"),
+        ("", "block of keys and values"),
+        ("\x00", "is not valid YAML"),
+    ],
+)
+def test_files_that_hold_no_plain_values(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as refused:
+        open_recipe(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_file_names_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="give the path of a YAML file"):
+        open_recipe(tmp_path / "none.yaml")
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(UserError, match="is not valid YAML"):
+        open_recipe(path)

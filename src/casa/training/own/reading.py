@@ -1,4 +1,4 @@
-"""From a file, and what the command line changes in it, to a recipe of either kind.
+"""From a file, and what the command line changes in it, to a recipe.
 
 A recipe may begin with `base: other.yaml` and then holds only what differs. Blocks are merged key by key, lists and
 single values replace those of the base. A base has no base of its own: what a recipe says stands in two files at most.
@@ -15,28 +15,22 @@ from typing import Any
 import yaml
 
 from casa.errors import UserError
-from casa.settings import near
 from casa.training.own.recipe import RunRecipe, parse_run_recipe
-from casa.training.recipe import Recipe, parse_recipe, read_yaml
 
-# blocks that tell the kinds of recipes apart
-_OWN = ("model", "data")
-_STAGES = ("text", "tower", "fusion")
+_LARGEST_FILE = 1_000_000  # bytes; a recipe is a page of text
 
 
-def open_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe | RunRecipe:
+def open_recipe(path: str | Path, changes: Sequence[str] = ()) -> RunRecipe:
     """The recipe in a file, with `key=value` changes: dotted keys, values as YAML reads them (text where text belongs).
 
-    A RunRecipe if it has the blocks model and data, casa-tiny's stages if it has those.
     Raises UserError, in one sentence, for a file that is no recipe, and for a change that fits none.
     """
     values = _with_base(Path(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no recipe; it must be a block of keys and values.")
-    kind = _kind(values, path)
     for change in changes:
-        _change(values, change, kind)
-    return parse_run_recipe(values) if kind is RunRecipe else parse_recipe(values)
+        _change(values, change, RunRecipe)
+    return parse_run_recipe(values)
 
 
 def _with_base(path: Path) -> Any:
@@ -64,23 +58,28 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return found
 
 
-def _known() -> list[str]:
-    """The keys of both kinds."""
-    return [field.name for kind in (RunRecipe, Recipe) for field in dataclasses.fields(kind)]
-
-
-def _kind(values: dict[str, Any], path: Any) -> type[Recipe] | type[RunRecipe]:
-    own, stages = (any(key in values for key in keys) for keys in (_OWN, _STAGES))
-    if own and not stages:
-        return RunRecipe
-    if stages and not own:
-        return Recipe
-    what = "blocks of both kinds" if own else "neither"
-    hint = "" if own else "; " + near(next(iter(values), ""), _known())
-    raise UserError(
-        f"{path} is no recipe: one for your own data has the blocks model and data, casa-tiny's has text, tower and "
-        f"fusion, and this has {what}{hint.rstrip('.')}."
-    )
+def read_yaml(path: str | Path) -> Any:
+    """The plain values in a recipe's file. UserError for a file that is missing, too large, or no safe YAML."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"There is no recipe {str(path)!r}; give the path of a YAML file, such as recipes/lora-own-data.yaml."
+        )
+    if path.stat().st_size > _LARGEST_FILE:
+        raise UserError(f"{path} is larger than a recipe can be; give a YAML file of at most 1 MB.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.constructor.ConstructorError as error:
+        place = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        raise UserError(
+            f"{path} holds a YAML tag that could run code{place}; a recipe may hold plain values only."
+        ) from error
+    # a date that no calendar has is a bare ValueError to PyYAML
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" near line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path} is not valid YAML{place}; mend it there.") from error
+    return values
 
 
 def _change(values: dict[str, Any], change: str, kind: Any) -> None:

@@ -1,14 +1,16 @@
-"""The tokenizer: any text survives, digits stand alone, and the template is what training writes."""
+"""The tokenizer of casa-tiny (any text survives, digits stand alone, the template is what training writes), and packed
+rows: every sample once, positions that restart, and a loss on answers alone."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from casa.errors import UserError
-from casa.training.conversation import Writer, without_pictures
-from casa.training.tokenizer import SPECIAL, build_tokenizer
+from projects.casa_tiny.chat import IGNORED, SPECIAL, ChatTokens, Writer, build_tokenizer, pack
 
+PAD = 0
 TEXTS = ["Read line 2.", "What is digit 3 of line 1?", "4071", "a red star", "Say each new number."] * 5
 
 
@@ -78,7 +80,7 @@ def test_a_clip_has_a_picture_before_every_frame_token(tokenizer: PreTrainedToke
     assert tokenizer.decode(sample.ids).endswith("<assistant><frame><end><frame>41<end><frame><end>")
     learned = [i for i, learn in zip(sample.ids, sample.learn, strict=True) if learn]
     assert tokenizer.decode(learned) == "<end>41<end><end>"
-    bare = without_pictures(sample)
+    bare = sample.as_text()
     assert bare.places == ()
     assert all(bare.learn)
 
@@ -89,3 +91,58 @@ def test_it_is_saved_and_loaded(tokenizer: PreTrainedTokenizerFast, tmp_path) ->
     text = "<user><image><frame>Read line 12.<end>"
     assert loaded.encode(text) == tokenizer.encode(text)
     assert loaded.chat_template == tokenizer.chat_template
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> list[ChatTokens]:
+    found = []
+    for number, length in enumerate(draw(st.lists(st.integers(1, 12), min_size=1, max_size=8))):
+        ids = tuple(100 * (number + 1) + i for i in range(length))
+        learn = tuple(draw(st.lists(st.booleans(), min_size=length, max_size=length)))
+        places = tuple(sorted(draw(st.lists(st.integers(0, length - 1), max_size=3))))
+        found.append(ChatTokens(ids, learn, places))
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(samples(), st.integers(12, 30))
+def test_every_sample_stands_whole_in_one_row(given_samples: list[ChatTokens], row_tokens: int) -> None:
+    rows = pack(given_samples, row_tokens, PAD)
+    assert rows.inputs["input_ids"].shape[1] <= row_tokens
+    found = {}
+    for row in range(rows.inputs["input_ids"].shape[0]):
+        starts = (rows.inputs["position_ids"][row] == 0).nonzero().flatten().tolist()
+        for start, stop in zip(starts, [*starts[1:], rows.inputs["input_ids"].shape[1]], strict=True):
+            assert rows.inputs["position_ids"][row, start:stop].tolist() == list(range(stop - start))
+            found[tuple(rows.inputs["input_ids"][row, start:stop].tolist())] = (row, start)
+    for index, sample in enumerate(given_samples):
+        row, start = found[sample.ids]
+        labels = rows.inputs["labels"][row, start : start + len(sample.ids)].tolist()
+        wanted = [i if learn else IGNORED for i, learn in zip(sample.ids, sample.learn, strict=True)]
+        assert labels == [IGNORED, *wanted[1:]]
+        own = [k for k, (owner, _) in enumerate(rows.pictures) if owner == index]
+        assert [rows.pictures[k][1] for k in own] == list(range(len(sample.places)))
+        assert rows.image_positions[own].tolist() == [[row, start + place] for place in sample.places]
+    assert rows.image_positions.tolist() == sorted(rows.image_positions.tolist())
+    padding = rows.inputs["input_ids"] == PAD
+    assert (rows.inputs["labels"][padding] == IGNORED).all()
+    assert int((rows.inputs["labels"] != IGNORED).sum()) == sum(sum(s.learn[1:]) for s in given_samples)
+
+
+def test_rows_are_filled() -> None:
+    row = ChatTokens(tuple(range(1, 6)), (True,) * 5)
+    rows = pack([row] * 7, 15, PAD)
+    assert rows.inputs["input_ids"].shape == (3, 15)
+    assert int((rows.inputs["input_ids"] == PAD).sum()) == 10
+
+
+@pytest.mark.parametrize("length", [0, 9])
+def test_a_sample_must_fit(length: int) -> None:
+    with pytest.raises(ValueError, match="a row holds 1 to 8"):
+        pack([ChatTokens(tuple(range(length)), (True,) * length)], 8, PAD)
+
+
+def test_without_pictures() -> None:
+    rows = pack([ChatTokens((1, 2), (False, True))], 8, PAD)
+    assert rows.image_positions.shape == (0, 2)
+    assert rows.image_positions.dtype == torch.int64

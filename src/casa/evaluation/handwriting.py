@@ -1,9 +1,10 @@
-"""Handwriting: scikit-learn's 1,797 scanned digits, drawn as ink at any size.
+"""Handwriting: scikit-learn's 1,797 scanned digits, drawn as ink at any size, and the paper under it.
 
 Legend: scan   uint8 (8, 8), ink 0..16      one digit written by one person
         master uint8 (96, 96), ink 0..240   the scan, 8x, with two empty pixels around it before enlarging
         alpha  uint8 (height, width)        0 bare paper .. 255 full ink, cropped to the ink
         n      digits drawn in one call; h, w the canvas that each is drawn on
+        paper, grain float32 (3, H, W), planes of colour
 
 Scans 0..1399 are for training, the rest for evaluation only. The writers of the two parts differ, so what
 limits a reader is how well it takes to new hands: training may bend and press the strokes further
@@ -17,6 +18,7 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from casa.errors import UserError
 from casa.evaluation.example import Split
@@ -30,6 +32,11 @@ _KNOTS = 4  # strokes are bent and pressed by smooth fields with 4 x 4 knots
 _KIN = 12  # per scan
 _TOWARDS = (-0.4, 0.6)  # share of the way from a scan to its kin
 _INKED = 40  # alpha above which a pixel counts as ink when the digit is cropped
+_NOISE_SIDE = 1024
+
+
+Strength = float | tuple[float, float] | None
+"""How far strokes are bent: a number, the least and greatest to draw one from, or None for what the split has."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,16 @@ class Hand:
             threshold=0.17 + 0.15 * threshold,
             sharpness=1.4 + 0.9 * sharpness,
         )
+
+
+def draw_strength(strength: Strength, split: Split, rng: np.random.Generator) -> float:
+    """The strength of one example: by default 0 for held-out writers and, for training, anything up to 1.5.
+
+    Real writers differ from those of the training scans by more than the scans among themselves.
+    """
+    if strength is None:
+        strength = (0.0, 1.5) if split == "train" else 0.0
+    return float(rng.uniform(*strength)) if isinstance(strength, tuple) else strength
 
 
 @cache
@@ -112,13 +129,6 @@ def _kin() -> NDArray[np.int64]:
             np.fill_diagonal(apart, np.inf)
             kin[members] = members[np.argsort(apart, axis=1, kind="stable")[:, :_KIN]]
     return kin
-
-
-def render_digit(
-    scan: int, height: float, rng: np.random.Generator, hand: Hand | None = None, strength: float = 0.0
-) -> NDArray[np.uint8]:
-    """Draw one scan about `height` px high: alpha, uint8 (height, width). See `render_digits`."""
-    return render_digits([scan], [height], rng, hand, strength)[0]
 
 
 def render_digits(
@@ -209,3 +219,84 @@ def _crop(alphas: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
     bottom = rows.shape[1] - np.argmax(rows[:, ::-1], axis=1)
     right = columns.shape[1] - np.argmax(columns[:, ::-1], axis=1)
     return [alpha[t:b, m:r] for alpha, t, b, m, r in zip(alphas, top, bottom, left, right, strict=True)]
+
+
+@cache
+def _noise_bank() -> NDArray[np.float32]:
+    # drawing fresh noise would cost more than everything else on a page; a random crop of this is as good
+    rng = np.random.default_rng(20251222)
+    grey = rng.standard_normal((1, _NOISE_SIDE, _NOISE_SIDE), dtype=np.float32)
+    colour = rng.standard_normal((3, _NOISE_SIDE, _NOISE_SIDE), dtype=np.float32)
+    return (0.85 * grey + 0.5 * colour).astype(np.float32)
+
+
+def noise(height: int, width: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Sensor noise of standard deviation about 1: float32 (3, height, width), sides up to 1024 px."""
+    if max(height, width) > _NOISE_SIDE:
+        raise ValueError(f"noise covers at most {_NOISE_SIDE} px; {height} x {width} was asked for.")
+    y, x = rng.integers(0, (_NOISE_SIDE - height + 1, _NOISE_SIDE - width + 1))
+    return _noise_bank()[:, y : y + height, x : x + width]
+
+
+def ink_colour(rng: np.random.Generator) -> NDArray[np.float32]:
+    """A dark ink: black, blue-black or blue; float32 (3,)."""
+    base = np.array([(30, 30, 34), (25, 35, 90), (60, 40, 40)], dtype=np.float32)[rng.integers(3)]
+    return base + rng.uniform(-15, 25, 3).astype(np.float32)
+
+
+def draw_paper(height: int, width: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Light paper with gentle shading, sometimes faint rules and specks: float32 (3, height, width)."""
+    tint = np.clip(rng.uniform(205, 250) + rng.uniform(-12, 6, 3), 0, 255).astype(np.float32)
+    coarse = Image.fromarray(rng.uniform(-14, 14, (3, 3)).astype(np.float32))
+    shade = np.array(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    if rng.random() < 0.3:
+        step = int(rng.integers(18, 60))
+        start = int(rng.integers(step))
+        shade[start::step] -= rng.uniform(6, 26)
+        if rng.random() < 0.3:
+            shade[:, start::step] -= rng.uniform(6, 26)
+    if rng.random() < 0.5:
+        count = int(rng.integers(1, 3 + height * width // 8000))
+        ys, xs = rng.integers(0, height - 1, count), rng.integers(0, width - 1, count)
+        dark = rng.uniform(30, 110, count).astype(np.float32)
+        shade[ys, xs] -= dark
+        shade[ys + 1, xs] -= 0.5 * dark
+    return shade + tint[:, None, None]
+
+
+def on_paper(alpha: NDArray[np.uint8], rng: np.random.Generator) -> Image.Image:
+    """Writing, alpha (H, W), in some ink on some paper."""
+    height, width = alpha.shape
+    sigma = rng.uniform(1, 13)
+    return compose(draw_paper(height, width, rng), alpha, ink_colour(rng), noise(height, width, rng), sigma)
+
+
+def compose(
+    paper: NDArray[np.float32],
+    alpha: NDArray[np.uint8],
+    ink: NDArray[np.float32],
+    grain: NDArray[np.float32],
+    sigma: float,
+) -> Image.Image:
+    """Lay ink (float32 (3,)) on paper and add `sigma` times `grain`: an RGB picture."""
+    share = alpha * np.float32(1 / 255)
+    picture = np.empty((*alpha.shape, 3), dtype=np.uint8)
+    for channel in range(3):
+        plane = ink[channel] - paper[channel]
+        plane *= share
+        plane += paper[channel]
+        plane += grain[channel] * np.float32(sigma)
+        np.clip(plane, 0, 255, out=plane)
+        picture[:, :, channel] = plane
+    return Image.fromarray(picture)
+
+
+def grainy(picture: NDArray[np.uint8], grain: NDArray[np.float32], sigma: float) -> Image.Image:
+    """Add `sigma` times `grain` (3, H, W) to an RGB picture, uint8 (H, W, 3)."""
+    noisy = np.empty_like(picture)
+    for channel in range(3):
+        plane = grain[channel] * np.float32(sigma)
+        plane += picture[:, :, channel]
+        np.clip(plane, 0, 255, out=plane)
+        noisy[:, :, channel] = plane
+    return Image.fromarray(noisy)

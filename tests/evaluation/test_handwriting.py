@@ -1,18 +1,26 @@
-"""Scans, their split, and digits drawn from them."""
+"""Scans, their split, digits drawn from them, and the paper under them."""
 
 import numpy as np
 import pytest
 
-from casa.evaluation.ink import (
+from casa.evaluation.handwriting import (
     FIRST_HELD_OUT,
     Hand,
     _kin,
+    compose,
+    draw_paper,
+    draw_strength,
+    grainy,
     load_scans,
+    noise,
     pick_scan,
-    render_digit,
     render_digits,
     scan_indices,
 )
+
+
+def render_digit(scan, height, rng, hand=None, strength=0.0):
+    return render_digits([scan], [height], rng, hand, strength)[0]
 
 
 def test_scans_are_scikit_learns():
@@ -101,3 +109,52 @@ def test_kin_are_of_the_same_digit_and_split_and_not_oneself():
     assert (digits[kin] == digits[:, None]).all()
     assert ((kin < FIRST_HELD_OUT) == (scans < FIRST_HELD_OUT)).all()
     assert (kin != scans).all()
+
+
+def test_strokes_of_training_are_bent_and_those_held_out_are_not():
+    rng = np.random.default_rng(0)
+    drawn = [draw_strength(None, "train", rng) for _ in range(200)]
+    assert 0 <= min(drawn) < 0.1
+    assert 1.4 < max(drawn) <= 1.5
+    assert draw_strength(None, "held_out", rng) == 0
+    assert draw_strength(0.7, "held_out", rng) == 0.7
+    assert all(0.4 <= draw_strength((0.4, 2.0), "train", rng) < 2 for _ in range(50))
+
+
+def test_noise_has_unit_deviation_and_no_offset():
+    grain = noise(200, 300, np.random.default_rng(0))
+    assert grain.shape == (3, 200, 300)
+    assert abs(grain.std() - 1) < 0.05
+    assert abs(grain.mean()) < 0.05
+
+
+def test_noise_differs_between_draws():
+    rng = np.random.default_rng(0)
+    assert (noise(50, 50, rng) != noise(50, 50, rng)).any()
+
+
+def test_too_large_noise_is_refused():
+    with pytest.raises(ValueError, match="at most 1024 px"):
+        noise(1025, 10, np.random.default_rng(0))
+
+
+def test_paper_is_light():
+    for seed in range(20):
+        paper = draw_paper(112, 140, np.random.default_rng(seed))
+        assert paper.shape == (3, 112, 140)
+        assert paper.mean() > 170
+
+
+def test_full_ink_covers_paper_and_no_ink_leaves_it():
+    paper = np.full((3, 2, 2), 200, np.float32)
+    alpha = np.array([[255, 0], [0, 255]], np.uint8)
+    ink = np.array([10, 20, 30], np.float32)
+    picture = np.asarray(compose(paper, alpha, ink, paper, 0.0))
+    assert picture[0, 0].tolist() == [10, 20, 30]
+    assert picture[0, 1].tolist() == [200, 200, 200]
+
+
+def test_grain_never_wraps_around():
+    picture = np.array([[[0, 128, 255]]], np.uint8)
+    grain = np.array([-1, 0, 1], np.float32).reshape(3, 1, 1)
+    assert np.asarray(grainy(picture, grain, 50.0)).tolist() == [[[0, 128, 255]]]

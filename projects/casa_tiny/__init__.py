@@ -1,0 +1,1 @@
+"""How casa-tiny, the model in the package, was made."""
