@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from casa.demo.clip import shipped_clip
-from casa.demo.film import scene
+from casa.demo import shipped_film
 from casa.evaluation.metrics import edit_distance
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.serving import Limits
 from casa.serving.app import create_app
 from casa.serving.server import Server
 from casa.testing import PATIENCE
+from projects.casa_tiny.film import scene
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -148,7 +148,7 @@ def shown(page, count):
 
 
 def test_a_film_is_captioned_a_question_answered_and_captions_downloaded(page, server):
-    clip = shipped_clip()
+    clip = shipped_film()
     film = scene(clip.seed)
     slow_down(page)
     page.set_input_files("#file", clip.path)

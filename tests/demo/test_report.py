@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from casa.analysis.streaming_cost import Cost, CostRow
-from casa.demo.questions import Answered, questions_for
-from casa.demo.report import DemoReport, line, mark
+from casa.demo.report import DemoReport, FrameAnswer, line, mark
+from casa.demo.run import questions_for
 from casa.streaming import Usage
 
 
@@ -22,7 +22,7 @@ def report(**changes):
         "truth": ("", "71", "8", ""),
         "rows": tuple(row(0.1, 2048) for _ in range(4)),
         "asked_at": 0.5,
-        "answers": (Answered("Read line 1.", "71", "71"), Answered("How many?", "", "2")),
+        "answers": (FrameAnswer("Read line 1.", "71", "71"), FrameAnswer("How many?", "", "2")),
         "files": (),
         "seconds": 3.0,
     }

@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from casa.evaluation.answering import answerer
-from casa.evaluation.runner import evaluate
+import casa
 from casa.models import CasaConfig, CasaForConditionalGeneration, CasaProcessor
 from casa.models.loading import ASSETS
-from casa.streaming import StreamingSession
 
 SEED = 77
 
@@ -32,12 +30,10 @@ def test_every_from_pretrained_knows_its_name(tiny):
 
 def test_it_sees(tiny):
     """A small sample of the offline tasks; docs/results has the large one. The bars leave room for chance."""
-    model, processor = tiny
+    eyes = casa.CasaPipeline(*tiny)
     scores = {}
     for tasks, limit in ((("pages", "scenes"), 12), (("stream",), 24)):
-        scores |= evaluate(
-            tasks, answerer(model, processor), lambda: StreamingSession(model, processor), seed=SEED, limit=limit
-        )
+        scores |= casa.evaluate(eyes, tasks, seed=SEED, limit=limit)
     assert scores["pages"]["digits"] >= 0.8
     assert scores["pages"]["lines"] >= 0.65
     assert scores["scenes"]["accuracy"] >= 0.8

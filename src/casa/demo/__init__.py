@@ -1,7 +1,6 @@
-"""What `casa demo` does, as functions: the shipped clip and how it was filmed, and a run over a video."""
+"""What `casa demo` does, as functions: a run over the shipped film or a video of one's own."""
 
-from casa.demo.clip import Clip, shipped_clip
 from casa.demo.report import DemoReport
-from casa.demo.run import run_demo
+from casa.demo.run import DemoFilm, run_demo, shipped_film
 
-__all__ = ["Clip", "DemoReport", "run_demo", "shipped_clip"]
+__all__ = ["DemoFilm", "DemoReport", "run_demo", "shipped_film"]

@@ -1,15 +1,16 @@
-"""The shipped clip is what its seed says: small, and of handwriting that nothing was trained on."""
+"""The demo's film is what its seed says: small, of handwriting that nothing was trained on, one result a seed."""
 
 import json
 
 import pytest
 from PIL import ImageFilter
 
-from casa.demo.clip import SHIPPED, Clip, shipped_clip
-from casa.demo.film import scene, truth
+from casa.demo import shipped_film
+from casa.demo.run import FPS, SHIPPED
 from casa.errors import UserError
 from casa.evaluation.handwriting import FIRST_HELD_OUT
 from casa.media import probe, read_frames
+from projects.casa_tiny.film import film, scene, truth
 
 
 def test_the_truth_follows_from_the_seed():
@@ -32,9 +33,9 @@ def test_the_file_is_a_small_h264_minute_of_the_same_size():
 
 
 def test_what_is_decoded_shows_the_ink_where_it_was_drawn():
-    clip = shipped_clip()
+    clip = shipped_film()
     drawn = scene(clip.seed)
-    with read_frames(clip.path, fps=clip.fps, end=7.0) as frames:
+    with read_frames(clip.path, fps=FPS, end=7.0) as frames:
         for frame in frames:
             grey = frame.image.convert("L").filter(ImageFilter.MedianFilter(3))  # the paper's specks are no ink
             ink = grey.point(lambda value: 255 * (value < 120)).getbbox()
@@ -53,23 +54,29 @@ def test_what_is_decoded_shows_the_ink_where_it_was_drawn():
 
 
 def test_truth_is_given_by_frame():
-    clip = shipped_clip()
+    clip = shipped_film()
     time, text = clip.captions[0]
     assert clip.truth([time - 0.5, time, time + 0.5]) == ["", text, ""]
     assert len([text for text in clip.truth([k / 2 for k in range(120)]) if text]) == len(clip.captions)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "[]", '{"fps": 2}', '{"fps": 0, "seed": 1, "captions": []}',
-     '{"fps": 2, "seed": 1, "captions": [{"time": 1, "text": "7"}, {"time": 1, "text": "8"}]}'],
-)  # fmt: skip
-def test_a_bad_truth_is_refused_in_one_sentence(tmp_path, text):
-    (tmp_path / "a.json").write_text(text)
-    with pytest.raises(UserError, match="write it again"):
-        Clip.read(tmp_path / "a.mp4")
+def test_a_film_and_its_truth(tmp_path):
+    told = []
+    for name in ("a.mp4", "b.mp4"):
+        film(tmp_path / name, seed=3, seconds=2, size=(224, 224), progress=lambda done, of: told.append((done, of)))
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    assert told[-1] == (60, 60)
+    info = probe(tmp_path / "a.mp4")
+    assert (info.width, info.height, info.fps, info.frames) == (224, 224, 30.0, 60)
+    clip = shipped_film(tmp_path / "a.mp4")
+    assert json.loads((tmp_path / "a.json").read_text())["fps"] == FPS == 2
+    assert all(text.isdigit() and 0 <= time < 2 for time, text in clip.captions)
+    assert json.loads((tmp_path / "a.json").read_text())["size"] == [224, 224]
 
 
-def test_a_missing_truth_is_refused(tmp_path):
-    with pytest.raises(UserError, match="must lie there"):
-        Clip.read(tmp_path / "a.mp4")
+def test_nothing_is_left_of_a_film_that_cannot_be_written(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        film(tmp_path / "nowhere" / "a.mp4", seed=3, seconds=2, size=(224, 224))
+    with pytest.raises(ValueError, match="28"):
+        film(tmp_path / "a.mp4", seconds=2, size=(225, 224))
+    assert not list(tmp_path.iterdir())

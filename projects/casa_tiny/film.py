@@ -1,6 +1,6 @@
 """Films the demo's clip: handwriting that was never trained on, under a hand-held camera, as H.264.
 
-    python -m casa.demo.film src/casa/assets/demo/clip.mp4
+    python -m projects.casa_tiny.film src/casa/assets/demo/clip.mp4
 
 The scene is a function of time (casa.evaluation.stream), so the frames of a film sampled at 2 fps show just what
 the truth beside it says: no number appears or vanishes within 0.1 s of a sampled frame.
@@ -22,8 +22,6 @@ FILM_FPS = 30
 SIZE = (336, 336)  # width, height; px
 CRF = 28  # well below a megabyte a minute, every digit still clear
 
-Progress = Callable[[int, int], None]
-
 
 def scene(seed: int = SEED, seconds: float = SECONDS, size: tuple[int, int] = SIZE) -> StreamExample:
     """What is filmed: numbers in held-out handwriting (scans from 1400 on), `size` (width, height) in px."""
@@ -44,19 +42,26 @@ def truth(drawn: StreamExample, seed: int) -> dict:
 
 def film(
     path: str | os.PathLike[str],
-    truth_path: str | os.PathLike[str] | None = None,
     seed: int = SEED,
     *,
     seconds: float = SECONDS,
     size: tuple[int, int] = SIZE,
     crf: int = CRF,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> None:
     """Writes the film (30 fps, H.264) and its truth; the same seed gives the same bytes.
 
-    truth_path: by default `path` with .json. seconds: 2 or more. size: (width, height), multiples of 28 px from
-    224 to 448. crf: quality, lower is better. progress(done, frames).
-    Raises UserError if a file cannot be written, ValueError for a size or length that cannot be drawn.
+    Args:
+        path: Of the video; its truth lies beside it, as JSON.
+        seed: What is drawn.
+        seconds: 2 or more.
+        size: Width and height, multiples of 28 px from 224 to 448.
+        crf: Quality, lower is better.
+        progress: Called with the frames done and all frames.
+
+    Raises:
+        UserError: A file cannot be written.
+        ValueError: The size or length cannot be drawn.
     """
     drawn = scene(seed, seconds, size)
     times = drawn.times(FILM_FPS)
@@ -65,8 +70,7 @@ def film(
             video.write(drawn.frame(time))
             if progress is not None:
                 progress(number, len(times))
-    beside = Path(path).with_suffix(".json") if truth_path is None else truth_path
-    write_text(beside, json.dumps(truth(drawn, seed), indent=1) + "\n")
+    write_text(Path(path).with_suffix(".json"), json.dumps(truth(drawn, seed), indent=1) + "\n")
 
 
 if __name__ == "__main__":
