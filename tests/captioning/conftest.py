@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from casa.captioning import Request, caption
+from casa.captioning import CaptionRequest, caption
 from casa.testing import tiny_casa, tiny_processor
 
 
@@ -30,7 +30,7 @@ def run(load):
 
     def call(source, *out, **settings):
         told = []
-        request = Request(str(source), tuple(out), max_new_tokens=4, **settings)
+        request = CaptionRequest(str(source), tuple(out), max_new_tokens=4, **settings)
         return caption(request, "tiny", load, lambda at, text: told.append((at, text))), told
 
     return call

@@ -12,7 +12,7 @@ import threading
 
 import pytest
 
-from casa.captioning import Ending
+from casa.captioning import GracefulStop
 from casa.media import read_captions
 
 # reads a line of JSON per run: its words, where its stdout and stderr go, how many bytes a file may have, and a program
@@ -163,7 +163,7 @@ def test_a_second_signal_ends_at_once(forks, film, tmp_path, pace):
 @pytest.mark.parametrize("pace", PACES)
 @pytest.mark.parametrize("what", ["captions", "state"])
 def test_a_full_disk(forks, film, tmp_path, pace, what):
-    program = "from casa.captioning.progress import Progress; Progress.save = lambda *_: None"
+    program = "from casa.captioning.outputs import RunState; RunState.save = lambda *_: None"
     most, program = (500, program) if what == "captions" else (4000, "")
     run = Run(forks, tmp_path, film, *outs(tmp_path), *PACES[pace], most=most, program=program)
     status, told = run.end()
@@ -195,26 +195,26 @@ def test_the_end_of_the_source(forks, film, tmp_path, pace):
     assert not (tmp_path / "a.srt.state").exists()
 
 
-class TestEnding:
+class TestGracefulStop:
     """The signals themselves, in this process."""
 
     def test_what_is_written_is_written_first(self):
         done = []
 
         def write(ending):
-            with ending.held():
+            with ending.deferred():
                 os.kill(os.getpid(), signal.SIGTERM)
                 done.append("written")
 
-        with Ending() as ending, pytest.raises(KeyboardInterrupt):
+        with GracefulStop() as ending, pytest.raises(KeyboardInterrupt):
             write(ending)
         assert done == ["written"]
-        assert (ending.signal, ending.status) == (signal.SIGTERM, 143)
+        assert (ending.signal, ending.exit_status) == (signal.SIGTERM, 143)
 
     def test_what_is_ignored_stays_ignored_and_the_rest_comes_back(self):
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
-            with Ending() as ending:
+            with GracefulStop() as ending:
                 os.kill(os.getpid(), signal.SIGHUP)
                 assert signal.getsignal(signal.SIGINT) is ending
             assert ending.signal is None
@@ -227,7 +227,7 @@ class TestEnding:
 
         def work():
             try:
-                with Ending():
+                with GracefulStop():
                     assert signal.getsignal(signal.SIGINT) is before
             except BaseException as error:
                 errors.append(error)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import casa
-from casa.captioning import Request, caption
+from casa.captioning import CaptionRequest, caption
 from casa.media import read_captions
 from casa.models.auto import load_pretrained
 
@@ -53,9 +53,9 @@ def load():
     return lambda _: loaded
 
 
-def request_to(folder: Path, **settings) -> Request:
+def request_to(folder: Path, **settings) -> CaptionRequest:
     outs = tuple(folder / f"a.{kind}" for kind in KINDS)
-    return Request(str(FILM), outs, end=END, max_text_tokens=96, max_new_tokens=8, save_every=0, **settings)
+    return CaptionRequest(str(FILM), outs, end=END, max_text_tokens=96, max_new_tokens=8, save_every=0, **settings)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from casa.captioning import Request, parse_option
+from casa.captioning import CaptionRequest, Question, parse_option, parse_question
 from casa.errors import UserError
 
 
@@ -20,7 +20,7 @@ from casa.errors import UserError
         ({"out": (Path("a.srt"), Path("./a.srt"))}, "same name"),
         ({"burn": Path("film.mp4"), "track": Path("a.mp4")}, "would replace the one"),
         ({"burn": Path("a.mp4"), "track": Path("a.mp4")}, "same name"),
-        ({"resume": True}, "--out"),
+        ({"resume": True}, "name them with out"),
         ({"hold": 0.0}, "hold"),
         ({"hold": float("inf")}, "hold"),
         ({"save_every": -1.0}, "save_every"),
@@ -35,20 +35,20 @@ def test_what_cannot_be(settings, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here.srt").mkdir()
     with pytest.raises(UserError, match=words):
-        Request("film.mp4", **settings)
+        CaptionRequest("film.mp4", **settings)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is closed to root")
 def test_where_nothing_may_be_written(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot be written"):
-        Request("film.mp4", (tmp_path / "a.srt",))
+        CaptionRequest("film.mp4", (tmp_path / "a.srt",))
 
 
 @pytest.mark.parametrize("source", ["-", "camera:0", "screen", "rtsp://here/stream", "."])
 def test_a_text_track_needs_a_file_to_copy(source):
-    with pytest.raises(UserError, match="--burn"):
-        Request(source, track=Path("a.mp4"))
+    with pytest.raises(UserError, match="use burn"):
+        CaptionRequest(source, track=Path("a.mp4"))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_text_track_needs_a_file_to_copy(source):
     [("a.mp4", True), ("file:///a.mp4", True), ("-", False), ("https://here/a.mp4", False), (".", False)],
 )
 def test_what_is_a_file(source, is_file):
-    assert Request(source).is_file == is_file
+    assert CaptionRequest(source).is_file == is_file
 
 
 def test_options_of_a_source():
@@ -69,7 +69,7 @@ def test_options_of_a_source():
 
 def test_no_password_is_written_into_a_state():
     options = {"headers": "Authorization: secret"}
-    told = str(Request("rtsp://me:secret@here/stream?key=secret", source_options=options).identity("tiny"))
+    told = str(CaptionRequest("rtsp://me:secret@here/stream?key=secret", source_options=options).identity("tiny"))
     assert "here/stream" in told
     assert "secret" not in told
 
@@ -78,7 +78,18 @@ def test_a_film_may_move(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.mp4").write_bytes(b"the same")
-    one, two = (Request(str(tmp_path / folder / "a.mp4")).identity("tiny") for folder in ("one", "two"))
+    one, two = (CaptionRequest(str(tmp_path / folder / "a.mp4")).identity("tiny") for folder in ("one", "two"))
     assert one == two
     (tmp_path / "two" / "a.mp4").write_bytes(b"another")
-    assert Request(str(tmp_path / "two" / "a.mp4")).identity("tiny") != one
+    assert CaptionRequest(str(tmp_path / "two" / "a.mp4")).identity("tiny") != one
+
+
+def test_questions_as_they_are_written():
+    assert parse_question("12.5=What is a = b?") == Question(12.5, "What is a = b?")
+    assert parse_question("0= Who? ") == Question(0.0, "Who?")
+
+
+@pytest.mark.parametrize("written", ["", "12", "=Who?", "x=Who?", "-1=Who?", "nan=Who?", "inf=Who?", "12= "])
+def test_what_is_no_question(written):
+    with pytest.raises(UserError, match="write it as"):
+        parse_question(written)

@@ -8,7 +8,7 @@ import av
 import pytest
 from PIL import Image
 
-from casa.captioning import Question, Report, Request, caption
+from casa.captioning import CaptionReport, CaptionRequest, Question, caption
 from casa.captioning import run as module
 from casa.errors import UserError
 from casa.media import SourceCounts, probe, read_captions, read_frames
@@ -70,6 +70,13 @@ def test_questions_are_asked_at_their_second_and_once(run, film, load):
     assert told == wanted
 
 
+def test_each_question_is_asked_once_in_order_whatever_the_order_given(run, film):
+    questions = (Question(2, "b"), Question(0, "a"), Question(2, "c"), Question(99, "d"))
+    _, told = run(film, questions=questions)
+    answers = [(at, text[0]) for at, text in told if text[:2] in ("a ", "b ", "c ", "d ")]
+    assert answers == [(0.0, "a"), (2.0, "b"), (2.0, "c"), (5.5, "d")]
+
+
 def test_sampling_reaches_the_session(run, film):
     drawn = [run(film, sampling=Sampling(temperature=1.5, top_k=20), seed=seed)[1] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -96,7 +103,7 @@ def test_what_an_output_needs_is_asked_before_the_first_frame(load, tmp_path, mo
     (tmp_path / "a.srt").write_text("what was there")
     if output == "burn":
         monkeypatch.setattr(av, "codecs_available", set())
-    request = Request(str(tmp_path / "film.webm"), (tmp_path / "a.srt",), **{output: tmp_path / "a.mp4"})
+    request = CaptionRequest(str(tmp_path / "film.webm"), (tmp_path / "a.srt",), **{output: tmp_path / "a.mp4"})
     with pytest.raises(UserError, match=r"write \.mkv instead" if output == "track" else "cannot write libx264"):
         caption(request, "tiny", None)
     assert (tmp_path / "a.srt").read_text() == "what was there"
@@ -175,7 +182,7 @@ def test_in_live_pace_an_answer_has_a_budget_too(load, film, tmp_path, monkeypat
 
     monkeypatch.setattr(module, "ANSWER_SECONDS", 0.1)
     questions = (Question(0.0, "who"), Question(9.0, "and then"))
-    request = Request(
+    request = CaptionRequest(
         str(film), live=True, fps=20.0, end=0.3, max_new_tokens=2000, sampling=Dawdling(), questions=questions
     )
     report = caption(request, "tiny", load)
@@ -188,7 +195,7 @@ def test_ctrl_c_ends_live_pace_and_its_counts_are_told(load, film, tmp_path):
     def stop(at, text):
         raise KeyboardInterrupt
 
-    request = Request(str(film), (tmp_path / "a.srt",), live=True, fps=20.0, max_new_tokens=4)
+    request = CaptionRequest(str(film), (tmp_path / "a.srt",), live=True, fps=20.0, max_new_tokens=4)
     report = caption(request, "tiny", load, stop)
     assert report.stopped
     assert read_captions(tmp_path / "a.srt")
@@ -247,7 +254,7 @@ def test_what_lies_on_a_server_is_live_only_if_it_is(load, monkeypatch, source, 
 
     monkeypatch.setattr(module, "open_source", opened)
     with pytest.raises(UserError, match="nobody"):
-        caption(Request(source, live=live), "tiny", load)
+        caption(CaptionRequest(source, live=live), "tiny", load)
     assert given == [asked]
 
 
@@ -257,7 +264,7 @@ def test_a_source_that_breaks_leaves_what_was_said_and_a_state(load, tmp_path, m
         folder = tmp_path / str(number)
         folder.mkdir()
         monkeypatch.setattr(module, "open_source", lambda *_, error=error, **__: Camera(film, error))
-        request = Request("camera:0", (folder / "a.srt",), burn=folder / "a.mkv", live=False, max_new_tokens=4)
+        request = CaptionRequest("camera:0", (folder / "a.srt",), burn=folder / "a.mkv", live=False, max_new_tokens=4)
         with pytest.raises(type(error)):
             caption(request, "tiny", load)
         assert read_captions(folder / "a.srt")
@@ -272,14 +279,16 @@ def test_no_run_replaces_what_another_recorded(load, tmp_path, monkeypatch, film
     for name, resume in {"a.mkv": False, "a.2.mkv": True, "a.3.mkv": False}.items():
         settings = {"live": False, "max_new_tokens": 4, "save_every": 0.0, "resume": resume}
         with pytest.raises(UserError, match="the camera is gone"):
-            caption(Request("camera:0", (tmp_path / "a.srt",), burn=tmp_path / "a.mkv", **settings), "tiny", load)
+            caption(
+                CaptionRequest("camera:0", (tmp_path / "a.srt",), burn=tmp_path / "a.mkv", **settings), "tiny", load
+            )
         assert len(list(read_frames(tmp_path / name, fps=None))) == 4
         assert {path: path.read_bytes() for path in recorded} == recorded
         recorded[tmp_path / name] = (tmp_path / name).read_bytes()
 
 
 def test_a_report_tells_all_it_knows():
-    report = Report(True, Count(4, 3, 2, 1), 4, 0.9, 1.0, 0.25, damaged=5, reconnects=6)
+    report = CaptionReport(True, Count(4, 3, 2, 1), 4, 0.9, 1.0, 0.25, damaged=5, reconnects=6)
     for part in ("4 frames", "3 dropped", "2 cut", "0.25 s on average", "0.90 s at most", "5 damaged", "6 times"):
         assert part in report.sentence()
     assert not report.is_clean
@@ -297,12 +306,12 @@ def test_nothing_is_left_open(run, film):
 
 def test_a_film_without_a_picture_that_is_read(load, tmp_path):
     with pytest.raises(UserError, match="no file"):
-        caption(Request(str(tmp_path / "none.mp4"), (tmp_path / "a.srt",)), "tiny", load)
+        caption(CaptionRequest(str(tmp_path / "none.mp4"), (tmp_path / "a.srt",)), "tiny", load)
     assert not list(tmp_path.iterdir())
 
 
 def test_live_pace_that_a_machine_cannot_keep_is_told_with_what_to_do():
-    assert "too slow" in Report(True, Count(4, 3, 0, 0)).sentence()
-    assert "fewer frames a second" in Report(True, Count(4, 3, 0, 0)).sentence()
-    for fine in (Report(True, Count(40, 3, 0, 0)), Report(False, Count(4, 0, 4, 0))):
+    assert "too slow" in CaptionReport(True, Count(4, 3, 0, 0)).sentence()
+    assert "fewer frames a second" in CaptionReport(True, Count(4, 3, 0, 0)).sentence()
+    for fine in (CaptionReport(True, Count(40, 3, 0, 0)), CaptionReport(False, Count(4, 0, 4, 0))):
         assert "slow" not in fine.sentence()

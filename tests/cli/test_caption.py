@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from casa.captioning import Report
+from casa.captioning import CaptionReport
 from casa.captioning import run as module
-from casa.captioning.progress import Progress
+from casa.captioning.outputs import RunState
 from casa.errors import UserError
 
 
@@ -28,7 +28,7 @@ def test_stopped_and_resumed(casa, checkpoint, film, tmp_path, monkeypatch):
 
     whole = casa(*words(one))
     assert (whole.status, whole.err) == (0, "")
-    reached, left = Progress.reached, [6]
+    reached, left = RunState.reached, [6]
 
     def stopping(self, *arguments):
         left[0] -= 1
@@ -37,7 +37,7 @@ def test_stopped_and_resumed(casa, checkpoint, film, tmp_path, monkeypatch):
         reached(self, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Progress, "reached", stopping)
+        patched.setattr(RunState, "reached", stopping)
         stopped = casa(*words(two))
     assert (stopped.status, stopped.err.splitlines()[-1]) == (130, "casa: stopped.")
     assert stopped.err.startswith("6 frames watched") or stopped.err.startswith("7 frames watched")
@@ -70,5 +70,5 @@ def test_how_a_stream_is_opened(casa, monkeypatch):
 def test_where_it_was_recorded_is_told_if_the_name_was_taken(casa, monkeypatch, tmp_path):
     taken, free = tmp_path / "a.mkv", tmp_path / "a.2.mkv"
     for place, told in ((taken, ""), (free, f"{taken} was there already; this video is {free}.\n")):
-        monkeypatch.setattr("casa.captioning.caption", lambda *_, place=place, **__: Report(recording=place))
+        monkeypatch.setattr("casa.captioning.caption", lambda *_, place=place, **__: CaptionReport(recording=place))
         assert casa("caption", "camera:0", "--burn", taken).err == told

@@ -24,7 +24,7 @@ from casa.benchmarks.harness import (
     table,
     write_film,
 )
-from casa.captioning import Request, caption
+from casa.captioning import CaptionRequest, caption
 from casa.errors import UserError
 from casa.memory import peak_resident_bytes, resident_bytes
 from casa.models.auto import load_pretrained
@@ -258,6 +258,6 @@ def peak_of_captioning(
 ) -> dict[str, int]:
     """Frames watched, captions said and the peak of this process."""
     out = Path(path).with_suffix(".srt")
-    request = Request(path, (out,), fps=fps, max_text_tokens=max_text_tokens, max_new_tokens=max_new_tokens)
+    request = CaptionRequest(path, (out,), fps=fps, max_text_tokens=max_text_tokens, max_new_tokens=max_new_tokens)
     report = caption(request, model, load_pretrained)
     return {"frames": report.count.frames, "captions": report.said, "peak_bytes": peak_resident_bytes()}

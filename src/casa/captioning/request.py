@@ -2,36 +2,54 @@
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from casa.captioning.questions import Question
 from casa.errors import UserError
 from casa.media.pipe import is_pipe
 from casa.media.streams import is_address, is_device, without_secrets
+from casa.media.subtitles import FORMATS
 from casa.streaming import Sampling
 
-SUBTITLES = (".srt", ".vtt", ".jsonl")
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv")
+# what must be the same for a run to be gone on with, besides model and source
+SAME = ("fps", "start", "live", "hold", "cue", "prompt", "max_text_tokens", "max_new_tokens", "seed")
 
 
 @dataclass(frozen=True)
-class Request:
+class Question:
+    """What is asked of the first frame at or after that second of the stream."""
+
+    seconds: float
+    text: str
+
+
+@dataclass(frozen=True)
+class CaptionRequest:
     """One run over one source.
 
-    source: as for `casa.media.open_source`. source_options: FFmpeg's own, and reconnect_for: for how many seconds a
-    stream that broke off is tried again (None: without end if it is live); both for cameras and addresses only.
-    out: caption files, written as it goes. burn: a video with the captions drawn in. track: the video as it is, with
-    the captions as a text track that players can switch on; of a file only.
-    fps: frames looked at per second. start, end: seconds, of files and folders. live: keep pace with the clock; None:
-    if the source does. hold: seconds for which a caption stays on screen, unless another comes. cue: whether captions
-    begin at the time of their "frame", or when they were "said"; None: when they were said in live pace.
-    prompt, max_text_tokens, max_new_tokens, sampling, seed: as for StreamingSession. questions: asked in mid-stream.
-    resume: go on from the state that an earlier run left beside the first of `out`. save_every: seconds between states;
-    0 saves after every frame.
+    Args:
+        source: As for `casa.media.open_source`.
+        out: Caption files, written as it goes.
+        burn: A video with the captions drawn in.
+        track: The video as it is, with the captions as a text track that players can switch on; of a file only.
+        fps: Frames looked at per second.
+        start: Seconds, of files and folders.
+        end: Seconds, of files and folders.
+        live: Keep pace with the clock; None: if the source does.
+        hold: Seconds for which a caption stays on screen, unless another comes.
+        cue: Captions begin at the time of their "frame", or when they were "said"; None: when they were said in live
+            pace.
+        prompt: As for `StreamingSession`, and so are `max_text_tokens`, `max_new_tokens`, `sampling` and `seed`.
+        questions: Asked in mid-stream.
+        resume: Go on from the state that an earlier run left beside the first of `out`.
+        save_every: Seconds between states; 0 saves after every frame.
+        source_options: FFmpeg's own, for cameras and addresses.
+        reconnect_for: For how many seconds a camera or address that broke off is tried again; None: without end if it
+            is live.
 
-    Raises UserError for settings that cannot be.
+    Raises:
+        UserError: Settings cannot be.
     """
 
     source: str
@@ -57,31 +75,45 @@ class Request:
 
     def __post_init__(self) -> None:
         for path in self.out:
-            _check_place(path, SUBTITLES)
-        for path in (self.burn, self.track):
-            if path is not None:
-                _check_place(path, VIDEOS)
-        written = [Path(os.path.abspath(path)) for path in (*self.out, self.burn, self.track) if path is not None]
+            _check_place(path, tuple(FORMATS))
+        for path in self.videos:
+            _check_place(path, VIDEOS)
+        written = [os.path.abspath(path) for path in (*self.out, *self.videos)]
         if len(set(written)) < len(written):
             raise UserError("two outputs have the same name; give each its own.")
-        if self.track is not None and self.burn is not None and Path(os.path.abspath(self.path)) == written[-2]:
+        if self.track is not None and self.burn is not None and os.path.abspath(self.path) == written[-2]:
             raise UserError("the captioned video would replace the one that the track is copied from; name another.")
         if self.track is not None and not self.is_file:
-            raise UserError("--track copies a video file and adds text to it; for other sources use --burn.")
+            raise UserError(
+                "track copies a video file and adds text to it; for other sources use burn.", field=("track", "burn")
+            )
         if self.resume and not self.out:
-            raise UserError("--resume goes on from the state beside the caption files; name them with --out.")
+            raise UserError(
+                "resume goes on from the state beside the caption files; name them with out.", field=("resume", "out")
+            )
         if not (math.isfinite(self.hold) and self.hold > 0):
-            raise UserError(f"hold is {self.hold}; give a number of seconds above 0.")
-        if not self.save_every >= 0:
-            raise UserError(f"save_every is {self.save_every}; give 0 or more seconds.")
+            raise UserError(f"hold is {self.hold}; give a number of seconds above 0.", field="hold")
         if self.cue not in (None, "frame", "said"):
-            raise UserError(f"cue is {self.cue}; choose frame or said.")
-        if self.reconnect_for is not None and not self.reconnect_for >= 0:
-            raise UserError(f"reconnect_for is {self.reconnect_for}; give 0 or more seconds.")
+            raise UserError(f"cue is {self.cue}; choose frame or said.", field="cue")
+        for name in ("save_every", "reconnect_for"):
+            seconds = getattr(self, name)
+            if seconds is not None and not seconds >= 0:
+                raise UserError(f"{name} is {seconds}; give 0 or more seconds.", field=name)
         if (self.source_options or self.reconnect_for is not None) and not self.is_stream:
             raise UserError(
-                "--source-option and --reconnect-for are for cameras and addresses; leave them out for files and pipes."
+                "source_options and reconnect_for are for cameras and addresses; leave them out for files and pipes.",
+                field=("source_options", "reconnect_for"),
             )
+
+    @property
+    def videos(self) -> list[Path]:
+        """The videos that are written."""
+        return [path for path in (self.burn, self.track) if path is not None]
+
+    @property
+    def path(self) -> str:
+        """The source, without "file://"."""
+        return self.source[len("file://") :] if self.source.lower().startswith("file://") else self.source
 
     @property
     def is_stream(self) -> bool:
@@ -98,40 +130,18 @@ class Request:
         """Whether the source lies on disk: a file, or a folder of pictures."""
         return self.is_file or os.path.isdir(self.path)
 
-    @property
-    def path(self) -> str:
-        """The source, without "file://"."""
-        return self.source[len("file://") :] if self.source.lower().startswith("file://") else self.source
-
-    @property
-    def state(self) -> Path | None:
-        """Where the state is saved as it goes."""
-        return self.out[0].with_name(self.out[0].name + ".state") if self.out else None
-
-    def identity(self, model: str) -> dict[str, Any]:
+    def identity(self, model: str) -> dict[str, object]:
         """What must be the same for a run to be gone on with; JSON-ready. A file may have moved."""
-        path = self.path
-        if is_address(path):
-            named: Any = without_secrets(path)
+        path = Path(self.path)
+        if is_address(self.path):
+            named: object = without_secrets(self.path)
         elif self.is_file:
-            named = [Path(path).name, Path(path).stat().st_size if Path(path).is_file() else 0]
+            named = [path.name, path.stat().st_size if path.is_file() else 0]
         else:
-            named = Path(path).name if os.path.isdir(path) else path
-        return {
-            "model": model,
-            "source": named,
-            "fps": self.fps,
-            "start": self.start,
-            "live": self.live,
-            "hold": self.hold,
-            "cue": self.cue,
-            "prompt": self.prompt,
-            "max_text_tokens": self.max_text_tokens,
-            "max_new_tokens": self.max_new_tokens,
-            "sampling": self.sampling.to_dict(),
-            "seed": self.seed,
-            "questions": [[question.seconds, question.text] for question in self.questions],
-        }
+            named = path.name if path.is_dir() else self.path
+        questions = [[question.seconds, question.text] for question in self.questions]
+        settings = {name: getattr(self, name) for name in SAME}
+        return {"model": model, "source": named, **settings, "sampling": asdict(self.sampling), "questions": questions}
 
 
 def parse_option(written: str) -> tuple[str, str]:
@@ -140,6 +150,18 @@ def parse_option(written: str) -> tuple[str, str]:
     if not mark or not name.strip():
         raise UserError(f'"{written}" is no option of a source; write it as rtsp_transport=udp.')
     return name.strip(), value
+
+
+def parse_question(written: str) -> Question:
+    """ "12.5=What is on the left?" -> Question(12.5, "What is on the left?"). Raises UserError for anything else."""
+    time, mark, text = written.partition("=")
+    try:
+        seconds = float(time)
+    except ValueError:
+        seconds = math.nan
+    if not mark or not text.strip() or not (math.isfinite(seconds) and seconds >= 0):
+        raise UserError(f'"{written}" is no question with its second; write it as 12.5="What is on the left?"')
+    return Question(seconds, text.strip())
 
 
 def _check_place(path: Path, endings: tuple[str, ...]) -> None:

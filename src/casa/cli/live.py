@@ -42,8 +42,9 @@ def caption(
     cue: Annotated[
         str | None, typer.Option(help="frame or said: when captions begin; if left out, said in live pace.")
     ] = None,
-    source_option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE for FFmpeg, such as rtsp_transport=udp; may be repeated.")
+    source_options: Annotated[
+        list[str] | None,
+        typer.Option("--source-option", help="NAME=VALUE for FFmpeg, such as rtsp_transport=udp; may be repeated."),
     ] = None,
     reconnect_for: Annotated[
         float | None, typer.Option(help="Seconds to try a lost stream again; a live one for ever if left out.")
@@ -74,12 +75,12 @@ def caption(
     if len(words) not in (1, 2):
         raise UserError("caption takes one video: casa caption casa-tiny talk.mp4 --out talk.srt")
     name, source = words if len(words) == 2 else ("casa-tiny", words[0])
-    from casa.captioning import Ending, Report, Request, parse_option, parse_question
+    from casa.captioning import CaptionReport, CaptionRequest, GracefulStop, parse_option, parse_question
     from casa.captioning import caption as run
     from casa.models.auto import load_pretrained
     from casa.streaming import Sampling
 
-    request = Request(
+    request = CaptionRequest(
         source=source,
         out=tuple(out or ()),
         burn=burn,
@@ -98,11 +99,11 @@ def caption(
         questions=tuple(parse_question(written) for written in ask or ()),
         resume=resume,
         save_every=save_every,
-        source_options=dict(parse_option(written) for written in source_option or ()),
+        source_options=dict(parse_option(written) for written in source_options or ()),
         reconnect_for=reconnect_for,
     )
-    report, whole = Report(), False
-    with Ending() as ending:
+    report, whole = CaptionReport(), False
+    with GracefulStop() as stop:
         try:
             report = run(
                 request,
@@ -110,7 +111,7 @@ def caption(
                 lambda known: load_pretrained(known, device),
                 lambda at, text: print(f"{at:8.2f} s  {text}", flush=True),
                 report=report,
-                ending=ending,
+                stop=stop,
             )
             whole = not report.stopped
         except KeyboardInterrupt:
@@ -121,7 +122,7 @@ def caption(
     if report.recording not in (None, burn):
         print(f"{burn} was there already; this video is {report.recording}.", file=sys.stderr)
     if report.stopped:
-        raise typer.Exit(ending.status)
+        raise typer.Exit(stop.exit_status)
 
 
 def serve(

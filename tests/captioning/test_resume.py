@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from casa.captioning import Question, Request, caption, outputs
+from casa.captioning import CaptionRequest, Question, caption, outputs
 from casa.captioning import run as module
-from casa.captioning.progress import Progress
+from casa.captioning.outputs import RunState
 from casa.errors import UserError
 from casa.media import read_captions, read_frames
 from casa.streaming import FrameCaption, Sampling
@@ -35,7 +35,7 @@ def stopping(monkeypatch):
     """Lets a run end after so many frames, at the worst moment: the captions are written, the state is not."""
 
     def after(frames):
-        reached = Progress.reached
+        reached = RunState.reached
         left = [frames]
 
         def counted(self, *arguments):
@@ -44,8 +44,8 @@ def stopping(monkeypatch):
                 raise StoppedError
             reached(self, *arguments)
 
-        monkeypatch.setattr(Progress, "reached", counted)
-        return lambda: monkeypatch.setattr(Progress, "reached", reached)
+        monkeypatch.setattr(RunState, "reached", counted)
+        return lambda: monkeypatch.setattr(RunState, "reached", reached)
 
     return after
 
@@ -60,7 +60,7 @@ def folder_of_pictures(film, tmp_path_factory):
 
 def request_to(folder, source, resume=False, **settings):
     outs = tuple(folder / f"a.{kind}" for kind in KINDS)
-    return Request(str(source), outs, resume=resume, **(SETTINGS | settings))
+    return CaptionRequest(str(source), outs, resume=resume, **(SETTINGS | settings))
 
 
 def files(folder):
@@ -199,7 +199,7 @@ def test_a_run_that_is_not_resumed_forgets_the_old_state(film, load, stopping, t
     with pytest.raises(StoppedError):
         caption(request_to(tmp_path, film), "tiny", load)
     go_on()
-    Progress(request_to(tmp_path, film), "tiny")
+    RunState(request_to(tmp_path, film), "tiny")
     assert not (tmp_path / "a.srt.state").exists()
 
 
@@ -237,12 +237,12 @@ def test_a_live_stream_goes_on_by_the_clock_and_keeps_what_was_said(tmp_path):
         def save(self, path):
             path.write_text("state")
 
-    first = Progress(request, "tiny", wall=lambda: now[0])
+    first = RunState(request, "tiny", wall=lambda: now[0])
     assert first.offset(True) == 0.0
     first.reached(5.0, 0, Session())
     now[0] += 60
-    again = Progress(request, "tiny", wall=lambda: now[0])
-    again.place = first.place
+    again = RunState(request, "tiny", wall=lambda: now[0])
+    again.position = first.position
     assert again.offset(True) == 60.0, "a gap of which nothing was seen"
     now[0] = 900.0
     assert again.offset(True) == 5.001, "a clock that was set back"
@@ -258,7 +258,7 @@ def test_states_are_saved_at_the_first_frame_and_then_in_time(tmp_path):
         def save(self, path):
             saved.append(now[0])
 
-    progress = Progress(request_to(tmp_path, "camera:0", save_every=5.0), "tiny", clock=lambda: now[0])
+    progress = RunState(request_to(tmp_path, "camera:0", save_every=5.0), "tiny", clock=lambda: now[0])
     for second in range(12):
         now[0] = float(second)
         progress.reached(second, 0, Session())
