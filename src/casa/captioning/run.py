@@ -221,7 +221,7 @@ class _Passing:
 
 @dataclass
 class _Run:
-    """A session that watches a source, and writes what is said. offset: seconds from the source's clock to captions'."""
+    """A session that watches a source; what it says is written. `offset`: seconds from its clock to the captions'."""
 
     request: CaptionRequest
     source: VideoSource

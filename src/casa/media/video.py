@@ -264,7 +264,7 @@ class FileSource(VideoSource):
                 started, index = True, index + 1
             if not started and self._start > 0:
                 # told only now: the length a file claims is not always right
-                raise UserError(f"{self._path} is over before start ({self._start} s): start earlier.", field="start")
+                raise UserError(f"{self._path} is over before start ({self._start} s): start earlier.")
 
 
 def read_frames(
