@@ -23,6 +23,7 @@ from casa.evaluation.pages import (
     spaced,
     stamp,
 )
+from casa.evaluation.stream import next_number
 
 QUESTIONS = 16  # drawn per picture; each step asks some of them
 # strokes bent until they are read about as well as those of writers never seen
@@ -65,7 +66,26 @@ def frames(rng: np.random.Generator, size: Size) -> Example:
 
 def rough_clips(rng: np.random.Generator) -> StreamExample:
     """A stream in rough strokes, in which a number is often the one before but for a digit."""
-    return training_clip(rng, strength=ROUGH, kin=0.35)
+    return training_clip(rng, strength=ROUGH, follow=often_kindred)
+
+
+def often_kindred(previous: str, rng: np.random.Generator) -> str:
+    """The number that follows: one time in three, the one before but for a digit."""
+    if previous and rng.random() < 0.35:
+        return kindred(previous, rng)
+    return next_number(previous, rng)
+
+
+def kindred(text: str, rng: np.random.Generator) -> str:
+    """The number with another digit, or with one more (four at most) or fewer at an end."""
+    how, at_front = rng.random(), rng.random() < 0.5
+    if how < 0.2 and len(text) > 1:
+        return text[1:] if at_front else text[:-1]
+    if how < 0.4 and len(text) < 4:
+        digit = str(rng.integers(10))
+        return digit + text if at_front else text + digit
+    place = int(rng.integers(len(text)))
+    return text[:place] + str((int(text[place]) + int(rng.integers(1, 10))) % 10) + text[place + 1 :]
 
 
 PICTURES: dict[str, Callable[[np.random.Generator, Size], Example]] = {

@@ -6,7 +6,7 @@ from casa.errors import UserError
 from casa.evaluation import runner
 from casa.evaluation.example import generator
 from casa.evaluation.metrics import words
-from casa.evaluation.runner import check_tasks, evaluate, held_out_pages, held_out_scenes
+from casa.evaluation.runner import check_tasks, evaluate, held_out
 from casa.evaluation.stream import stream
 
 SEED, LIMIT = 5, 10
@@ -24,7 +24,7 @@ def silent(images, questions):
 def oracle():
     """Answers by looking the picture up among the examples that the seed must give."""
     known = {}
-    for example in [*held_out_pages(SEED, LIMIT), *held_out_scenes(SEED, LIMIT)]:
+    for example in [*held_out("pages", SEED, LIMIT), *held_out("scenes", SEED, LIMIT)]:
         for turn in example.turns:
             known[example.image.tobytes(), turn.question] = turn.answer
     return lambda images, questions: [
@@ -80,7 +80,7 @@ def test_digits_and_lines_are_scored_apart():
 
 
 def test_every_page_brings_one_question_of_each_kind():
-    for example in held_out_pages(0, 5):
+    for example in held_out("pages", 0, 5):
         assert [turn.kind for turn in example.turns] == ["line", "digit"]
 
 
@@ -104,17 +104,17 @@ def test_pictures_can_be_smaller():
         assert (min(map(min, seen[task])), max(map(max, seen[task]))) == (112, 168)
     # a frame has at least 224 px
     assert set(seen["stream"]) == {(224, 224)}
-    assert max(max(page.image.size) for page in held_out_pages(SEED, 40)) > 448
+    assert max(max(page.image.size) for page in held_out("pages", SEED, 40)) > 448
     # what is larger than any picture of a task changes nothing
-    for drawn in (held_out_pages, held_out_scenes):
-        pair = zip(drawn(SEED, 4, 9000), drawn(SEED, 4), strict=True)
+    for task in ("pages", "scenes"):
+        pair = zip(held_out(task, SEED, 4, 9000), held_out(task, SEED, 4), strict=True)
         assert all(one.image.tobytes() == other.image.tobytes() for one, other in pair)
     with pytest.raises(UserError, match="The largest picture is 96 px; it must be 112 or more"):
         evaluate(["pages"], silent, Silent, largest=96)
 
 
 def test_evaluations_with_other_seeds_share_no_page():
-    pages = [page.image.tobytes() for seed in (0, 1, -1) for page in held_out_pages(seed, 4)]
+    pages = [page.image.tobytes() for seed in (0, 1, -1) for page in held_out("pages", seed, 4)]
     assert len(set(pages)) == len(pages)
 
 
@@ -131,9 +131,9 @@ def test_batches_are_never_larger_than_said_and_lose_nothing():
 
 def test_streams_are_cut_where_the_limit_is_reached():
     captions = ["", "40", "", "71", "", "3", ""]
-    assert runner._cut(captions, 2) == ["", "40", "", "71", ""]
-    assert runner._cut(captions, 3) == captions
-    assert words(runner._cut(captions, 1)) == ["40"]
+    assert runner._until(captions, 2) == ["", "40", "", "71", ""]
+    assert runner._until(captions, 3) == captions
+    assert words(runner._until(captions, 1)) == ["40"]
 
 
 def test_progress_is_told():
@@ -168,3 +168,7 @@ def test_names_are_cleaned_and_kept_in_order():
 def test_a_limit_below_one_is_refused(limit):
     with pytest.raises(UserError, match="1 or more"):
         evaluate(["pages"], silent, Silent, limit=limit)
+
+
+def test_what_tasks_are_drawn_from_is_tried_without_a_model():
+    runner.draw_one(["pages", "scenes", "stream"], largest=112)

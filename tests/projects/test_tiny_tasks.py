@@ -1,5 +1,6 @@
 """What casa-tiny was trained on: never a held-out scan or photograph, and dense targets that say what is drawn."""
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ import pytest
 from casa.evaluation import CELL, handwriting, page, scene, scenes, stream
 from casa.evaluation.handwriting import FIRST_HELD_OUT
 from casa.evaluation.scenes import COLOURS, PHOTOS, SHAPES, SceneShape
+from casa.evaluation.stream import next_number
 from projects.casa_tiny.targets import (
     CHANNELS,
     EMPTY,
@@ -19,7 +21,7 @@ from projects.casa_tiny.targets import (
     page_targets,
     scene_targets,
 )
-from projects.casa_tiny.tasks import CLIPS, PICTURES, sheets
+from projects.casa_tiny.tasks import CLIPS, PICTURES, kindred, sheets
 
 
 @dataclass
@@ -247,3 +249,20 @@ def test_the_same_numbers_draw_the_same_sheet():
     one, again, other = (np.asarray(sheets(np.random.default_rng(seed), (224, 224)).image) for seed in (7, 7, 8))
     assert np.array_equal(one, again)
     assert not np.array_equal(one, other)
+
+
+def test_kindred_numbers_differ_in_a_digit():
+    def always(previous, rng):
+        return kindred(previous, rng) if previous else next_number(previous, rng)
+
+    alike = followed = 0
+    for seed in range(20):
+        said = [caption for caption in stream(seed, "train", seconds=16, follow=always).captions() if caption]
+        for before, after in itertools.pairwise(said):
+            followed += 1
+            shorter, longer = sorted((before, after), key=len)
+            if len(before) == len(after):
+                alike += sum(a != b for a, b in zip(before, after, strict=True)) == 1
+            else:
+                alike += shorter in (longer[1:], longer[:-1])
+    assert alike == followed > 40

@@ -164,15 +164,14 @@ def _ask(lines: Sequence[str], turns: int | Sequence[str], rng: np.random.Genera
 def _turn(kind: str, lines: Sequence[str], rng: np.random.Generator) -> QuestionAnswer:
     number = int(rng.integers(len(lines))) + 1
     text = lines[number - 1]
-    if kind == "line":
-        return QuestionAnswer(f"Read line {number}.", text, kind)
-    if kind == "digit":
-        place = int(rng.integers(len(text))) + 1
-        return QuestionAnswer(f"What is digit {place} of line {number}?", text[place - 1], kind)
-    if kind == "lines":
-        return QuestionAnswer("How many lines are there?", str(len(lines)), kind)
-    if kind == "length":
-        return QuestionAnswer(f"How many digits are in line {number}?", str(len(text)), kind)
-    if kind == "last_line":
-        return QuestionAnswer("Read the last line.", lines[-1], kind)
-    raise ValueError(f"{kind!r} is no kind of page question; choose line, digit, lines, length or last_line.")
+    place = int(rng.integers(len(text))) + 1 if kind == "digit" else 0
+    asked = {
+        "line": (f"Read line {number}.", text),
+        "digit": (f"What is digit {place} of line {number}?", text[place - 1]),
+        "lines": ("How many lines are there?", str(len(lines))),
+        "length": (f"How many digits are in line {number}?", str(len(text))),
+        "last_line": ("Read the last line.", lines[-1]),
+    }
+    if kind not in asked:
+        raise ValueError(f"{kind!r} is no kind of page question; choose from {', '.join(asked)}.")
+    return QuestionAnswer(*asked[kind], kind)

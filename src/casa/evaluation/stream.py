@@ -10,7 +10,7 @@ Score: `wer`, the word error rate of all captions of a stream joined, numbers be
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -35,6 +35,9 @@ from casa.evaluation.pages import MIN_HEIGHT, MIN_PITCH, Glyph
 MIN_SIDE, MAX_SIDE = 224, 448
 FPS = 2  # captions are given, and models shown the video, at this rate
 PROMPT = "Say each new number."
+
+Follow = Callable[[str, np.random.Generator], str]
+"""Draws a number, given the one before ("" at first)."""
 
 LEAST_ZOOM = math.exp(-0.1)
 
@@ -228,13 +231,13 @@ def stream(
     sizes: Sequence[tuple[int, int]] | None = None,
     max_side: int = MAX_SIDE,
     strength: Strength = None,
-    kin: float = 0.0,
+    follow: Follow | None = None,
 ) -> StreamExample:
     """Draw one stream of `seconds` (at least 2).
 
     seed, split, strength: as for `pages.page`. sizes: (height, width) in px to choose from; by default both
-    sides are drawn evenly from the multiples of 28 in 224..max_side. kin: how often a number differs from the one
-    before in one digit only.
+    sides are drawn evenly from the multiples of 28 in 224..max_side. follow: draws each number;
+    `next_number` by default.
     """
     if not seconds >= 2:
         raise ValueError(f"a stream of {seconds} s is too short; it needs 2 s or more.")
@@ -246,7 +249,7 @@ def stream(
     numbers: list[Number] = []
     for start, end in _times(seconds, rng):
         previous = numbers[-1].text if numbers else ""
-        text = _next(previous, kin, rng)
+        text = (follow or next_number)(previous, rng)
         numbers.append(_number(text, start, end, camera, hand, split, rng, bent))
     return StreamExample(
         height,
@@ -260,13 +263,13 @@ def stream(
     )
 
 
-def training_clip(rng: np.random.Generator, strength: Strength = None, kin: float = 0.0) -> StreamExample:
+def training_clip(rng: np.random.Generator, strength: Strength = None, follow: Follow | None = None) -> StreamExample:
     """A stream of the training split of 3 to 20 s; most are short and small, as pictures are what costs."""
     fewest, most = _SHORT if rng.random() < 0.8 else _LONG
     count = int(rng.integers(fewest, most + 1))
     low, high = MIN_SIDE, MAX_SIDE if count <= _SHORT[1] else (MIN_SIDE + MAX_SIDE) // 2
     height, width = (CELL * math.floor(low / CELL * ((high + CELL) / low) ** rng.random()) for _ in range(2))
-    return stream(rng, "train", seconds=count / FPS, strength=strength, sizes=[(height, width)], kin=kin)
+    return stream(rng, "train", seconds=count / FPS, strength=strength, sizes=[(height, width)], follow=follow)
 
 
 def _times(seconds: float, rng: np.random.Generator) -> list[tuple[float, float]]:
@@ -290,26 +293,12 @@ def _before(frame: int, rng: np.random.Generator) -> float:
     return (frame - rng.uniform(_CLEAR * FPS, 1 - _CLEAR * FPS)) / FPS
 
 
-def _next(previous: str, kin: float, rng: np.random.Generator) -> str:
-    """A number other than the one before."""
-    if previous and kin and rng.random() < kin:
-        return _akin(previous, rng)
+def next_number(previous: str, rng: np.random.Generator) -> str:
+    """A number of 1 to 4 digits, other than the one before."""
     digits = rng.integers(0, 10, int(rng.choice(len(_DIGITS), p=_DIGITS)) + 1)
     while "".join(map(str, digits)) == previous:
         digits = rng.integers(0, 10, len(digits))
     return "".join(map(str, digits))
-
-
-def _akin(text: str, rng: np.random.Generator) -> str:
-    """The number with another digit, or with one more or fewer at an end."""
-    how, at_front = rng.random(), rng.random() < 0.5
-    if how < 0.2 and len(text) > 1:
-        return text[1:] if at_front else text[:-1]
-    if how < 0.4 and len(text) < len(_DIGITS):
-        digit = str(rng.integers(10))
-        return digit + text if at_front else text + digit
-    place = int(rng.integers(len(text)))
-    return text[:place] + str((int(text[place]) + int(rng.integers(1, 10))) % 10) + text[place + 1 :]
 
 
 def _number(
