@@ -16,8 +16,16 @@ from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, TrainerCallback
 
 from casa.errors import UserError
-from casa.training.packs import Batch, StreamPosition
-from casa.training.trainer import CasaTrainer, OptimisationSettings, TrainerSettings, WatchSettings
+from casa.training.config import (
+    DataloaderSettings,
+    LoggingSettings,
+    OptimisationSettings,
+    SavingSettings,
+    SpikeSettings,
+    TrainerSettings,
+)
+from casa.training.packed_dataset import DataPosition, PackedBatch
+from casa.training.trainer import CasaTrainer
 from projects.casa_tiny.recipe import Optimisation, Recipe
 
 SAVE_EVERY, LOG_EVERY = 100, 20  # steps
@@ -29,21 +37,23 @@ class DrawnBatches(IterableDataset):
     """The batches of a stage as the trainer takes them; the number of a step is the place in the data."""
 
     def __init__(self, batches: Batches) -> None:
-        self.batches, self.position = batches, StreamPosition()
+        self.batches, self.position = batches, DataPosition()
         self.rank, self.world = 0, 1
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[PackedBatch]:
         start = int(self.position.positions.get(0, "0"))
         for step, inputs in enumerate(self.batches(start), start=start + 1):
-            yield Batch(inputs, position=str(step))
+            yield PackedBatch(inputs, position=str(step))
 
 
 class StageTrainer(CasaTrainer):
     """The trainer with the schedule that casa-tiny was made with: the first step already learns."""
 
-    def __init__(self, model: Any, optimisation: Optimisation, stream: Any, settings: TrainerSettings, **more: Any):
+    def __init__(
+        self, model: Any, optimisation: Optimisation, dataset: Any, settings: TrainerSettings, folder: Path, **more: Any
+    ):
         self.schedule = optimisation.factor
-        super().__init__(model, stream, settings, **more)
+        super().__init__(model, dataset, settings, folder, **more)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         if self.lr_scheduler is None:
@@ -90,27 +100,28 @@ def train_stage(
     optimisation: Optimisation = getattr(recipe, name).optimisation
     running = out / f"{name}-checkpoints"
     settings = TrainerSettings(
-        folder=str(running),
         optimisation=OptimisationSettings(
             steps=optimisation.steps,
-            new_rate=optimisation.lr,
-            existing_rate=optimisation.lr,
-            muon=optimisation.muon_lr,
+            new_lr=optimisation.lr,
+            existing_lr=optimisation.lr,
+            muon_lr=optimisation.muon_lr,
             weight_decay=optimisation.weight_decay,
-            clip=optimisation.clip,
-            trained="as given",
+            max_grad_norm=optimisation.clip,
+            trainable="as given",
         ),
         # a step of few samples is noisy
-        watch=WatchSettings(spike=None),
-        save_every=SAVE_EVERY,
-        log_every=LOG_EVERY,
-        workers=recipe.workers,
+        spike_detection=SpikeSettings(factor=None),
+        saving=SavingSettings(every=SAVE_EVERY),
+        logging=LoggingSettings(every=LOG_EVERY),
+        dataloader=DataloaderSettings(num_workers=recipe.workers),
         seed=recipe.seed,
         device="cpu",
     )
     # a cache would be filled for nothing, and packed rows must not have one
     model.config.use_cache = False
-    trainer = StageTrainer(model, optimisation, DrawnBatches(batches), settings, callbacks=[Told(name), *callbacks])
+    trainer = StageTrainer(
+        model, optimisation, DrawnBatches(batches), settings, running, callbacks=[Told(name), *callbacks]
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=True)
     if trainer.stopped:

@@ -28,8 +28,8 @@ from casa.streaming import FrameCaption, Sampling, StreamingSession, watch, watc
 from casa.threads import settle
 
 if TYPE_CHECKING:
-    from casa.training.own.recipe import EvaluationSettings
-    from casa.training.seen import Evaluate
+    from casa.training.callbacks import Evaluate
+    from casa.training.config import EvaluationSettings
 
 Picture: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes | BinaryIO | np.ndarray | torch.Tensor"
 """A path or web address, a PIL picture, an array or tensor, or the bytes of a file (docs/models.md, "Pictures")."""
@@ -241,12 +241,13 @@ def train(
     Raises:
         UserError: The recipe, its data or its model cannot be used, or `out` holds another run.
     """
-    from casa.training.own import open_recipe, train_run
+    from casa.training.config import open_recipe
+    from casa.training.run import train as train_by
 
     chosen = open_recipe(Path(recipe), changes)
     folder = Path(out) if out is not None else Path("runs") / Path(recipe).stem
     measure = task_scores(chosen.evaluation) if chosen.evaluation.tasks else None
-    return train_run(chosen, folder, resume=resume, evaluate=measure, told=report)
+    return train_by(chosen, folder, resume=resume, evaluate=measure, on_message=report)
 
 
 def evaluate(
@@ -307,10 +308,10 @@ def task_scores(settings: "EvaluationSettings") -> "Evaluate":
 
     names = runner.check_tasks(settings.tasks)
     # what they are drawn from is an extra, and would be missed at the first measurement only
-    runner.draw_one(names, settings.largest)
+    runner.draw_one(names, settings.max_side)
 
     def scores(model: CasaForConditionalGeneration, processor: CasaProcessor) -> dict[str, float]:
-        found = evaluate(CasaPipeline(model, processor), names, limit=settings.limit, largest=settings.largest)
+        found = evaluate(CasaPipeline(model, processor), names, limit=settings.limit, largest=settings.max_side)
         return {f"{task}_{name}": value for task, of in found.items() for name, value in of.items() if name != "n"}
 
     return scores

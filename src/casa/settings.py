@@ -1,15 +1,19 @@
 """Settings from plain values: closed, typed dataclasses out of what YAML or JSON holds.
 
 An unknown key is an error with a suggestion, a wrong type or an impossible value names its place, and nothing is
-guessed. Rooms that read settings (training's recipes, the data) share it.
+guessed. Training's recipes and the data share it.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from functools import lru_cache
+from typing import Annotated, Any
 
 from casa.errors import UserError
 
@@ -18,6 +22,56 @@ _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 class ImpossibleError(UserError):
     """A value out of range; `build` puts the place of the settings in front, where it is known."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The range of a number, in the annotation of a field of `Settings`: `steps: Annotated[int, Bounds(ge=1)]`."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def hold(self, value: float) -> bool:
+        """Whether a value is in the range."""
+        above = (self.ge is None or value >= self.ge) and (self.gt is None or value > self.gt)
+        return above and (self.le is None or value <= self.le) and (self.lt is None or value < self.lt)
+
+    def __str__(self) -> str:
+        if self.ge is not None:
+            return f"from {self.ge} to {self._upper()}" if self._upper() else f"{self.ge} or more"
+        return f"above {self.gt}" + (f" and {self._upper('at most ')}" if self._upper() else "")
+
+    def _upper(self, most: str = "") -> str:
+        return f"below {self.lt}" if self.lt is not None else f"{most}{self.le}" if self.le is not None else ""
+
+
+Positive = Annotated[int, Bounds(ge=1)]
+NonNegative = Annotated[int, Bounds(ge=0)]
+Rate = Annotated[float, Bounds(ge=0)]
+
+
+class Settings:
+    """A base of frozen dataclasses: every value is checked against the `Bounds` of its field's annotation."""
+
+    def __post_init__(self) -> None:
+        for name, bounds, optional in _bounds_of(type(self)):
+            value = getattr(self, name)
+            wanted = f"{bounds}{', or null' if optional else ''}"
+            require(value is None or bounds.hold(value), name, value, wanted)
+
+
+@lru_cache
+def _bounds_of(kind: type) -> list[tuple[str, Bounds, bool]]:
+    """Of each bounded field: name, bounds, and whether it may be None."""
+    found = []
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        plain = typing.get_origin(hint) is Annotated
+        for choice in (hint,) if plain else typing.get_args(hint):
+            bounds = [entry for entry in getattr(choice, "__metadata__", ()) if isinstance(entry, Bounds)]
+            found += [(name, entry, not plain) for entry in bounds]
+    return found
 
 
 def require(holds: bool, name: str, value: Any, wanted: str) -> None:
@@ -30,7 +84,11 @@ def build(kind: Any, values: Any, at: str = "", what: str = "the settings") -> A
     """A `kind` (a dataclass, or a class with `from_dict`) from a mapping of plain values.
 
     Fields may be int, float, str, bool, None, Literal, Any, unions of those, tuple[X, ...], dict[str, X], and
-    further such classes. at: the place of `values`, as sentences name it. what: its name where `at` is empty.
+    further such classes.
+
+    Args:
+        at: the place of `values`, as sentences name it.
+        what: its name where `at` is empty.
 
     Raises:
         UserError: an unknown key (with "did you mean"), a missing, wrongly typed or impossible value.
@@ -71,6 +129,17 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def plain_values(value: Any) -> Any:
+    """What `build` takes back: dataclasses and classes with `to_dict` as mappings, tuples as lists."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain_values(entry) for key, entry in value.items()}
+    return [plain_values(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
 def _value(kind: Any, value: Any, at: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) or hasattr(kind, "from_dict"):
@@ -100,22 +169,17 @@ def _value(kind: Any, value: Any, at: str) -> Any:
         return _value(plain[-1], value, at)
     if kind is Any:
         return value
+    if kind is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as text, since it has no dot
+        with suppress(ValueError):
+            value = float(value)
     # a bool is an int to Python, and not to a recipe
     right = isinstance(value, kind) or (kind is float and isinstance(value, int))
     if not right or (isinstance(value, bool) and kind is not bool):
-        # YAML 1.1 reads 1e-3 as text, since it has no dot
-        if kind is float and isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                pass
-            else:
-                return _finite(value, at)
         raise UserError(f"{at} must be {_NAMES[kind]}, not {shown(value)}.")
-    return _finite(float(value), at) if kind is float else value
-
-
-def _finite(value: float, at: str) -> float:
-    if value != value or value in (float("inf"), float("-inf")):
-        raise UserError(f"{at} is {value}; give a finite number.")
-    return value
+    if kind is not float:
+        return value
+    number = float(value)
+    if not math.isfinite(number):
+        raise UserError(f"{at} is {number}; give a finite number.")
+    return number

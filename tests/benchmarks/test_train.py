@@ -30,8 +30,8 @@ from casa.benchmarks.train import (
     ways_of,
 )
 from casa.errors import UserError
-from casa.training.packs import Length
-from casa.training.samples import Budget
+from casa.training.config import TokenBudget
+from casa.training.sample_packing import SampleLength
 
 
 def test_every_method_trains_on_the_same_batch():
@@ -115,7 +115,7 @@ def test_growth_is_compared(monkeypatch):
 
 
 def test_packed_and_padded_have_the_same_loss():
-    budgets = {kind: Budget(text=96, image=960) for kind in KINDS}
+    budgets = {kind: TokenBudget(text=96, image=960) for kind in KINDS}
     found = throughput(samples=16, rounds=1, draws=2, budgets=budgets)
     for kind in KINDS:
         row = found["kinds"][kind]
@@ -131,7 +131,7 @@ def test_packed_and_padded_have_the_same_loss():
 
 
 def test_the_image_stage_shows_text_alone_too():
-    lengths = drawn_lengths(IMAGE_STAGE, 16, Budget(text=96, image=960))
+    lengths = drawn_lengths(IMAGE_STAGE, 16, TokenBudget(text=96, image=960))
     alone = [index for index, length in enumerate(lengths) if not length.image_tokens]
     assert 0 < len(alone) < 16
     drawn = RandomSamples(fresh_model("casa"), lengths)
@@ -149,15 +149,15 @@ def test_padding_doubles_the_work_at_least():
 
 
 def test_slots_are_those_of_the_batches():
-    lengths = drawn_lengths(PROPORTIONED, 6, Budget(text=96, image=96))
-    ways, drawn = ways_of(lengths, Budget(text=96, image=96)), RandomSamples(fresh_model("casa"), lengths)
+    lengths = drawn_lengths(PROPORTIONED, 6, TokenBudget(text=96, image=96))
+    ways, drawn = ways_of(lengths, TokenBudget(text=96, image=96)), RandomSamples(fresh_model("casa"), lengths)
     for way, slots in text_slots(lengths, ways).items():
         assert slots == sum(getattr(drawn, way)(chosen)["input_ids"].numel() for chosen in ways[way])
 
 
 def test_every_sample_is_in_one_pack_and_one_batch():
-    lengths = [Length(5, 9), Length(5, 9), Length(2, 1), Length(10, 10)]
-    ways = ways_of(lengths, Budget(text=10, image=20))
+    lengths = [SampleLength(5, 9), SampleLength(5, 9), SampleLength(2, 1), SampleLength(10, 10)]
+    ways = ways_of(lengths, TokenBudget(text=10, image=20))
     assert sorted(index for pack in ways["packed"] for index in pack) == [0, 1, 2, 3]
     rows = round(4 / len(ways["packed"]))
     assert ways["padded"] == [[0, 1, 2, 3][at : at + rows] for at in range(0, 4, rows)]

@@ -16,13 +16,13 @@ from PIL import Image
 
 from casa import CasaForConditionalGeneration
 from casa.testing import PATIENCE
-from casa.training.trainer import newest_checkpoint
+from casa.training.checkpointing import newest_checkpoint
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, checkpoint):
     """Records, and a recipe that names them."""
-    path = Path(__file__).parents[1] / "training" / "own" / "standins.py"
+    path = Path(__file__).parents[1] / "training" / "standins.py"
     spec = importlib.util.spec_from_file_location("standins", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -32,7 +32,7 @@ def folder(tmp_path_factory, checkpoint):
         "name": "mine",
         "model": {"checkpoint": str(checkpoint)},
         "data": {"sources": [{"path": str(pages)}]},
-        "packing": {"budget": {"text": 160, "image": 40}, "buffer": 8},
+        "packing": {"budget": {"text": 160, "image": 40}, "buffer_size": 8},
         "optimisation": {"steps": 2},
         "saving": {"every": 1},
         "logging": {"every": 1},
@@ -44,14 +44,14 @@ def folder(tmp_path_factory, checkpoint):
 
 def test_trained_resumed_and_asked(casa, folder, tmp_path):
     recipe, out = folder / "mine.yaml", tmp_path / "run"
-    result = casa("train", recipe, "--out", out, "--set", "optimisation.new_rate=1e-3")
+    result = casa("train", recipe, "--out", out, "--set", "optimisation.new_lr=1e-3")
     assert (result.status, result.out) == (0, f"{out / 'final'}\n")
     assert "step 2 of 2: loss" in result.err
     # nothing of transformers' own
     assert "it/s" not in result.err
     assert "{'loss'" not in result.out
     assert list((out / "tensorboard").glob("events*"))
-    refused = casa("train", recipe, "--out", out, "--set", "optimisation.new_rate=1e-3")
+    refused = casa("train", recipe, "--out", out, "--set", "optimisation.new_lr=1e-3")
     assert (refused.status, "--resume" in refused.err) == (2, True)
     more = casa(
         "train",
@@ -59,7 +59,7 @@ def test_trained_resumed_and_asked(casa, folder, tmp_path):
         "--out",
         out,
         "--set",
-        "optimisation.new_rate=1e-3",
+        "optimisation.new_lr=1e-3",
         "--set",
         "optimisation.steps=3",
         "--resume",
@@ -175,12 +175,12 @@ def jpeg():
 
 
 def test_a_dry_run_trains_nothing(casa, folder, tmp_path):
-    picture = tmp_path / "batch.png"
-    result = casa("train", folder / "mine.yaml", "--dry-run", "--picture", picture, "--out", tmp_path / "run")
+    page = tmp_path / "batch.html"
+    result = casa("train", folder / "mine.yaml", "--dry-run", "--report", page, "--out", tmp_path / "run")
     assert (result.status, result.err) == (0, "")
     for word in ("Sources", "Parameters", "Memory", "The first pack has"):
         assert word in result.out
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert not (tmp_path / "run").exists()
 
 
@@ -190,7 +190,7 @@ def test_a_template_whose_answers_cannot_be_learned_as_they_stand_is_told_of(cas
     template = odd / "chat_template.jinja"
     text = template.read_text().replace("<end>", " ").replace("<assistant>{% endif", "<assistant>hm {% endif")
     template.write_text(text)
-    for more in (("--dry-run", "--picture", tmp_path / "batch.png"), ("--set", "optimisation.steps=1")):
+    for more in (("--dry-run", "--report", tmp_path / "batch.html"), ("--set", "optimisation.steps=1")):
         run = ("--out", tmp_path / "run", "--set", f"model.checkpoint={odd}")
         result = casa("train", folder / "mine.yaml", *run, *more)
         assert result.status == 0
@@ -204,8 +204,8 @@ def test_a_template_whose_answers_cannot_be_learned_as_they_stand_is_told_of(cas
         (("--set", "optimisation.stepz=3"), "did you mean 'steps'?"),
         (("--set", "data.sources.0.path=none.jsonl", "--dry-run"), "There is no none.jsonl"),
         (("--strict",), "pages.jsonl:1: "),
-        (("--picture", "x.png"), "--picture is for --dry-run"),
-        (("--dry-run", "--picture", "none/x.png"), "does not exist"),
+        (("--report", "x.html"), "--report is for --dry-run"),
+        (("--dry-run", "--report", "none/x.html"), "does not exist"),
         (("--set", "model.checkpoint=./none"), "there is no model at './none'"),
     ],
 )

@@ -13,8 +13,9 @@ import pytest
 from casa.data import Shard, open_pictures, open_records, parse_data_settings
 from casa.errors import UserError
 from casa.testing import tiny_processor
-from casa.training.packs import PackingSettings, PackStream, StreamPosition, open_loader
-from casa.training.samples import Budget, SampleMaker
+from casa.training.config import PackingSettings, TokenBudget
+from casa.training.packed_dataset import DataPosition, PackedDataset, packed_dataloader
+from casa.training.samples import SampleMaker
 
 FILES = (9, 5, 9)  # rows in each
 ROWS = sum(FILES)
@@ -184,16 +185,16 @@ class Opened:
 
 def test_readers_in_processes_of_their_own(folder):
     """`datasets` sees that it is in one of a loader's processes, and must not deal the rows out once more."""
-    budget = Budget(40, 40)
+    budget = TokenBudget(40, 40)
 
-    def loader(position: StreamPosition):
+    def loader(position: DataPosition):
         maker = SampleMaker(tiny_processor(), budget)
-        stream = PackStream(Opened(folder), maker, PackingSettings(budget=budget, buffer=3))
+        stream = PackedDataset(Opened(folder), maker, PackingSettings(budget=budget, buffer=3))
         stream.position = position
-        return open_loader(stream, workers=2)
+        return packed_dataloader(stream, num_workers=2)
 
-    whole, position = [], StreamPosition(2)
-    for number, batch in enumerate(loader(StreamPosition(2))):
+    whole, position = [], DataPosition(2)
+    for number, batch in enumerate(loader(DataPosition(2))):
         whole.append(batch.origins)
         if number < 3:
             position.take(batch)

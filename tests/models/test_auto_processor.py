@@ -8,8 +8,8 @@ from casa import CasaProcessor, FusionConfig
 from casa.errors import UserError
 from casa.models.auto import auto_processor
 from casa.testing import tiny_encoder, tiny_processor, tiny_text_model
-from casa.training.own.model import load_processor
-from casa.training.own.recipe import ModelSettings
+from casa.training.config import ModelSettings
+from casa.training.models import load_processor
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import projects.casa_smol
 from casa.data.check import check_data
 from casa.data.settings import parse_data_settings
 from casa.testing import tiny_processor, tiny_text_model
-from casa.training.own.reading import open_recipe
+from casa.training.config import open_recipe
 from projects.casa_smol import data, parts
 from projects.casa_smol.data import SHARES, shard_at, write
 from projects.casa_smol.encoder import Run, Settings

@@ -2,15 +2,19 @@
 
 import importlib.util
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from casa.data.record import Message, Origin, Picture, Record, Text
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SCRIPT = Path(__file__).with_name("small_run.py")
 
 
 def drawn(width: int, height: int, seed: int = 0, kind: str = "PNG") -> bytes:
@@ -45,7 +49,7 @@ def chat() -> Callable[..., Record]:
 
 
 def _module():
-    spec = importlib.util.spec_from_file_location("standins", Path(__file__).with_name("own") / "standins.py")
+    spec = importlib.util.spec_from_file_location("standins", Path(__file__).with_name("standins.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -71,10 +75,10 @@ def values(made):
             "name": "small",
             "model": {"checkpoint": str(made.checkpoint)},
             "data": {"sources": [{"path": str(made.pages)}]},
-            "packing": {"budget": {"text": 160, "image": 40}, "buffer": 8},
-            "optimisation": {"steps": 4, "warmup": 1, "decay": 1, "new_rate": 3e-3, "existing_rate": 1e-3},
+            "packing": {"budget": {"text": 160, "image": 40}, "buffer_size": 8},
+            "optimisation": {"steps": 4, "warmup_steps": 1, "decay_steps": 1, "new_lr": 3e-3, "existing_lr": 1e-3},
             "saving": {"every": 2},
-            "logging": {"every": 1, "to": []},
+            "logging": {"every": 1, "report_to": []},
             "device": "cpu",
         }
         for name, block in blocks.items():
@@ -83,3 +87,36 @@ def values(made):
         return base
 
     return make
+
+
+@pytest.fixture(
+    params=sorted(path for path in RECIPES.rglob("*.yaml") if path.stem != "casa-tiny"), ids=lambda p: p.stem
+)
+def shipped(request):
+    """Each recipe for data of one's own, as its file."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def small() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("training_small_run", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # processes that read data find it by name
+    sys.modules["training_small_run"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def script() -> Path:
+    return SCRIPT
+
+
+@pytest.fixture(scope="session")
+def whole(small, tmp_path_factory) -> dict[int, float]:
+    """The loss curve of a run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    small.trainer(folder).train()
+    return small.curve(folder)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from casa.training import muon
-from casa.training.muon import muon_step, orthogonalise, parts_of
+from casa.training import optimizer as muon
+from casa.training.optimizer import muon_step, orthogonalise, parts_of
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (3, 8), (16, 32)])

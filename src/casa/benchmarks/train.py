@@ -36,17 +36,10 @@ from casa.errors import UserError
 from casa.memory import max_memory_allocated, memory_allocated, peak_resident_bytes, reset_peak_memory
 from casa.models import CasaForConditionalGeneration, FusionConfig, adapt
 from casa.models.auto import pick_device
+from casa.models.losses import IGNORE_INDEX
 from casa.models.modeling_casa import new_backbone
-from casa.training.packs import (
-    IGNORE_INDEX,
-    Length,
-    Packer,
-    PackingSettings,
-    measure_packing,
-    spread_lengths,
-    stage_lengths,
-)
-from casa.training.samples import BUDGETS, Budget
+from casa.training.config import BUDGETS, PackingSettings, TokenBudget
+from casa.training.sample_packing import Packer, SampleLength, measure_packing, spread_lengths, stage_lengths
 from casa.vision import new_encoder
 
 Batch = dict[str, Tensor]
@@ -68,8 +61,8 @@ PROPORTIONED = "in proportion"  # samples of one picture, in the proportion of t
 IMAGE_STAGE = "image stage"  # the paper's first: short questions, pages of text, several pictures, text alone
 # budgets of the packs that are timed: the image stage's, and its samples, are made four times smaller
 KINDS = {
-    PROPORTIONED: Budget(text=512, image=2560),
-    IMAGE_STAGE: Budget(text=BUDGETS["image"].text // 4, image=BUDGETS["image"].image // 4),
+    PROPORTIONED: TokenBudget(text=512, image=2560),
+    IMAGE_STAGE: TokenBudget(text=BUDGETS["image"].text // 4, image=BUDGETS["image"].image // 4),
 }
 
 
@@ -197,7 +190,7 @@ class RandomSamples:
     """Samples of one picture or none, with random tokens. encoded: pictures are image tokens (N, d_v) already."""
 
     def __init__(
-        self, model: CasaForConditionalGeneration, lengths: Sequence[Length], seed: int = 0, encoded: bool = True
+        self, model: CasaForConditionalGeneration, lengths: Sequence[SampleLength], seed: int = 0, encoded: bool = True
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         vocabulary = model.config.get_text_config().vocab_size
@@ -257,7 +250,7 @@ class RandomSamples:
 
 def step_batch(case: StepCase, model: CasaForConditionalGeneration) -> Batch:
     """The case's samples in one row, every picture before its sample's text: what `model` takes, labels included."""
-    each = Length(case.text_tokens // case.samples, case.image_tokens // case.samples)
+    each = SampleLength(case.text_tokens // case.samples, case.image_tokens // case.samples)
     samples = RandomSamples(model, [each] * case.samples, case.seed, encoded=False)
     return samples.packed(range(case.samples))
 
@@ -364,9 +357,9 @@ def memory_table(found: Figures) -> str:
     return "\n".join(lines)
 
 
-def ways_of(lengths: Sequence[Length], budget: Budget) -> dict[str, list[list[int]]]:
+def ways_of(lengths: Sequence[SampleLength], budget: TokenBudget) -> dict[str, list[list[int]]]:
     """Numbers of the samples of every batch: packed; and padded, in the order they came."""
-    packer: Packer = Packer(budget, buffer=len(lengths))
+    packer: Packer = Packer(budget, len(lengths))
     for length in lengths:
         packer.add(length)
     number = {id(length): index for index, length in enumerate(lengths)}
@@ -378,19 +371,19 @@ def ways_of(lengths: Sequence[Length], budget: Budget) -> dict[str, list[list[in
     return {"packed": packs, "padded": [everyone[at : at + rows] for at in range(0, len(lengths), rows)]}
 
 
-def text_slots(lengths: Sequence[Length], ways: Mapping[str, list[list[int]]]) -> dict[str, int]:
+def text_slots(lengths: Sequence[SampleLength], ways: Mapping[str, list[list[int]]]) -> dict[str, int]:
     """Text positions that are computed, packed and padded: what the two cost, whatever the clock says."""
     padded = (len(rows) * max(lengths[index].text_tokens for index in rows) for rows in ways["padded"])
     return {"packed": sum(length.text_tokens for length in lengths), "padded": sum(padded)}
 
 
-def drawn_lengths(kind: str, samples: int, budget: Budget, seed: int = 0) -> list[Length]:
+def drawn_lengths(kind: str, samples: int, budget: TokenBudget, seed: int = 0) -> list[SampleLength]:
     """Those of the samples that go through packed and padded; some 25 of them fill a pack."""
     if kind == PROPORTIONED:
         return spread_lengths(samples, budget, seed, images=budget.image / 32)
     text, image = BUDGETS["image"].text / budget.text, BUDGETS["image"].image / budget.image
     found = stage_lengths("image", samples, seed)[:samples]
-    return [Length(max(2, int(length.text_tokens / text)), int(length.image_tokens / image)) for length in found]
+    return [SampleLength(max(2, int(length.text_tokens / text)), int(length.image_tokens / image)) for length in found]
 
 
 def throughput(
@@ -400,7 +393,7 @@ def throughput(
     shape: str = TINY,
     device: str = "cpu",
     seed: int = 0,
-    budgets: Mapping[str, Budget] = KINDS,
+    budgets: Mapping[str, TokenBudget] = KINDS,
 ) -> Figures:
     """Seconds of one pass over the samples, forward and backward, packed and padded, in turns; medians over rounds, for
     each kind of samples and each draw of them. The losses of both ways are the same mean over tokens, told along.
@@ -423,7 +416,7 @@ def throughput(
 
 
 def _packed_and_padded(
-    model: CasaForConditionalGeneration, lengths: list[Length], budget: Budget, rounds: int, seed: int
+    model: CasaForConditionalGeneration, lengths: list[SampleLength], budget: TokenBudget, rounds: int, seed: int
 ) -> Figures:
     """The same samples packed and padded, in turns."""
     drawn, numbers = RandomSamples(model, lengths, seed), ways_of(lengths, budget)
@@ -488,7 +481,7 @@ def packing(samples: int = 2000, seed: int = 0) -> Figures:
     for kind, (stage, lengths) in drawn.items():
         settings = PackingSettings(budget=BUDGETS[stage])
         sizes: Figures = {"budget": [settings.budget.text, settings.budget.image]}
-        sizes["buffer"] = [settings.buffer, settings.buffer_megabytes]
+        sizes["buffer"] = [settings.buffer_size, settings.buffer_mb]
         found[kind] = {**sizes, **asdict(measure_packing(lengths, settings))}
     return found
 

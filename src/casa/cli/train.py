@@ -12,7 +12,7 @@ from casa.cli.options import DTYPES, Device, Json, Model, Out, console
 from casa.errors import UserError
 
 if TYPE_CHECKING:
-    from casa.training.own import RunRecipe
+    from casa.training.config import Recipe
 
 
 def train(
@@ -27,68 +27,70 @@ def train(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Open all that the run would, print the plan, draw the first batch; train nothing."
+            "--dry-run", help="Open all that the run would, print the plan, show the first batch; train nothing."
         ),
     ] = False,
-    picture: Annotated[Path | None, typer.Option(help="With --dry-run: where the batch is drawn.")] = None,
+    report: Annotated[Path | None, typer.Option(help="With --dry-run: the HTML page of the first batch.")] = None,
 ) -> None:
     """Train a model on your own data, from a recipe.
 
     Example: casa train recipes/lora-own-data.yaml --set data.sources.0.path=pages.jsonl --dry-run
     """
-    from casa.training.own import open_recipe
+    from casa.training.config import open_recipe
 
-    if picture is not None and not dry_run:
-        raise UserError("--picture is for --dry-run; add it, or leave --picture out.")
+    if report is not None and not dry_run:
+        raise UserError("--report is for --dry-run; add it, or leave --report out.")
     changes = [*(set_ or ()), *(["data.strict=true"] if strict else [])]
     chosen = open_recipe(recipe, changes)
     folder = out if out is not None else Path("runs") / recipe.stem
     if dry_run:
-        _plan(chosen, folder, resume, picture if picture is not None else Path(f"{recipe.stem}-first-batch.png"))
+        _plan(chosen, folder, resume, report if report is not None else Path(f"{recipe.stem}-first-batch.html"))
     else:
         _run(chosen, folder, resume)
 
 
-def _plan(recipe: "RunRecipe", folder: Path, resume: bool, picture: Path) -> None:
+def _plan(recipe: "Recipe", folder: Path, resume: bool, report: Path) -> None:
     from casa.atomic import check_writable
+    from casa.data.html_report import check_report_path
     from casa.pipeline import task_scores
-    from casa.training.own.first_pack import draw_first_pack
-    from casa.training.own.model import outline
-    from casa.training.own.plan import make_plan
-    from casa.training.own.plan_table import tables
-    from casa.training.own.preflight import check_run
-    from casa.training.own.run import check_claim
+    from casa.training.models import outline
+    from casa.training.plan import make_plan, plan_tables, show_first_pack
+    from casa.training.preflight import check_run
+    from casa.training.run import check_folder
 
     _quiet()
-    check_writable(picture)
+    check_writable(report)
+    check_report_path(report)
     shown = console(width=140)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        check_claim(recipe, folder, resume)
+        check_folder(recipe, folder, resume)
     except UserError as error:
         # plans are looked at while the run goes on in its folder, too
         typer.echo(f"the run itself would not begin: {error}", err=True)
         resume = False
     if recipe.evaluation.tasks:
         task_scores(recipe.evaluation)
-    check_run(recipe, folder, resume=resume, processes=processes, told=lambda text: typer.echo(text, err=True))
+    check_run(recipe, folder, resume=resume, processes=processes, on_message=lambda text: typer.echo(text, err=True))
     plan = make_plan(recipe, processes)
-    shown.print(tables(plan))
-    batch = draw_first_pack(recipe, outline(recipe), picture, told=lambda text: typer.echo(text, err=True))
+    shown.print(plan_tables(plan))
+    batch = show_first_pack(recipe, outline(recipe), report, on_message=lambda text: typer.echo(text, err=True))
     facts = batch.facts
     shown.print(
         f"\nThe first pack has {facts['samples']:,} samples, {facts['images']:,} pictures, {facts['image_tokens']:,} "
-        f"image and {facts['text_tokens']:,} text tokens, {facts['learned']:,} of them learned: drawn in {picture}"
+        f"image and {facts['text_tokens']:,} text tokens, {facts['learned']:,} of them learned: shown in {report}"
     )
 
 
-def _run(recipe: "RunRecipe", folder: Path, resume: bool) -> None:
+def _run(recipe: "Recipe", folder: Path, resume: bool) -> None:
     from casa.pipeline import task_scores
-    from casa.training.own import train_run
+    from casa.training.run import train as train_by
 
     _quiet()
     evaluate = task_scores(recipe.evaluation) if recipe.evaluation.tasks else None
-    final = train_run(recipe, folder, resume=resume, evaluate=evaluate, told=lambda text: typer.echo(text, err=True))
+    final = train_by(
+        recipe, folder, resume=resume, evaluate=evaluate, on_message=lambda text: typer.echo(text, err=True)
+    )
     if final is not None and int(os.environ.get("RANK", "0")) == 0:
         print(final)
 
@@ -114,7 +116,7 @@ def export(
     import torch
 
     from casa.models.loading import quietly
-    from casa.training.sharding import export_checkpoint
+    from casa.training.models import export_checkpoint
 
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; give one of: {', '.join(DTYPES)}.")
