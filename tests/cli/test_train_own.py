@@ -128,7 +128,7 @@ def test_sigterm_saves_and_ends_well(folder, tmp_path):
     running.send_signal(signal.SIGTERM)
     said, errors = running.communicate(timeout=PATIENCE)
     assert (running.returncode, said) == (0, ""), errors
-    assert "--resume goes on from there" in errors
+    assert "resume the run to go on from there" in errors
     assert newest_checkpoint(out) is not None
 
 

@@ -189,7 +189,7 @@ def test_readers_in_processes_of_their_own(folder):
 
     def loader(position: DataPosition):
         maker = SampleMaker(tiny_processor(), budget)
-        stream = PackedDataset(Opened(folder), maker, PackingSettings(budget=budget, buffer=3))
+        stream = PackedDataset(Opened(folder), maker, PackingSettings(budget=budget, buffer_size=3))
         stream.position = position
         return packed_dataloader(stream, num_workers=2)
 

@@ -52,8 +52,8 @@ def test_what_is_learned_is_as_wide_as_its_tokens(page):
     found = page([sample(20, 5, (2, 9)), sample(20, 10)])
     assert learned(found) == [5, 10]
     # two tokens before the first picture are a window of their own, which sees nothing
-    assert found.count('class="window') == 4
-    assert page([sample(20, 5, (2, 9))], split="sample").count('class="window') == 1
+    assert found.count('<section class="window') == 4
+    assert page([sample(20, 5, (2, 9))], split="sample").count('<section class="window') == 1
 
 
 @pytest.mark.parametrize(

@@ -144,18 +144,19 @@ def group_sizes(model: nn.Module, settings: OptimisationSettings) -> list[tuple[
 
 
 def moment_bytes(model: nn.Module, settings: OptimisationSettings) -> int:
-    """Bytes of the moments: AdamW keeps two of each weight, as precise as the weight, Muon one; and a step count."""
+    """Bytes of the moments: AdamW keeps two of each weight, as precise as the weight, and Muon one."""
     groups = parameter_groups(model, settings)
-    return sum(bytes_of(g["params"]) * (1 if g.get("muon") else 2) + 4 * len(g["params"]) for g in groups)
+    return sum(bytes_of(group["params"]) * (1 if group.get("muon") else 2) for group in groups)
 
 
 def checkpoint_bytes(model: Any, settings: OptimisationSettings) -> int:
     """Bytes of a checkpoint. model: with or without weights; as it is trained."""
-    trained = (parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     average = 4 * sum(trained) if settings.ema_decay is not None else 0
+    step_counts = 4 * len(trained)
     whole = below_lora(model) is model
     weights = bytes_of(model.parameters() if whole else written_weights(model).values())
-    return weights + moment_bytes(model, settings) + average
+    return weights + moment_bytes(model, settings) + step_counts + average
 
 
 def final_bytes(model: Any, settings: OptimisationSettings) -> int:
