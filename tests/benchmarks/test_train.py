@@ -31,7 +31,7 @@ from casa.benchmarks.train import (
 )
 from casa.errors import UserError
 from casa.training.config import TokenBudget
-from casa.training.sample_packing import SampleLength
+from casa.training.packing import SampleLength
 
 
 def test_every_method_trains_on_the_same_batch():

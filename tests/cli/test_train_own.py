@@ -16,7 +16,7 @@ from PIL import Image
 
 from casa import CasaForConditionalGeneration
 from casa.testing import PATIENCE
-from casa.training.checkpointing import newest_checkpoint
+from casa.training.checkpoints import newest_checkpoint
 
 
 @pytest.fixture(scope="module")

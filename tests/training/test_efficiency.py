@@ -3,7 +3,7 @@
 import pytest
 
 from casa.training.config import BUDGETS, PackingSettings, TokenBudget
-from casa.training.sample_packing import SampleLength, measure_packing, spread_lengths, stage_lengths
+from casa.training.packing import SampleLength, measure_packing, spread_lengths, stage_lengths
 
 
 def measured(stage, lengths=None, **changes):

@@ -8,7 +8,7 @@ import pytest
 from transformers import TrainerCallback
 
 from casa.training.callbacks import EvaluationCallback
-from casa.training.checkpointing import newest_checkpoint
+from casa.training.checkpoints import newest_checkpoint
 from casa.training.config import parse_recipe
 from casa.training.run import train
 

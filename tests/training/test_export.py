@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from casa import CasaForConditionalGeneration
 from casa.errors import UserError
 from casa.testing import tiny_casa, tiny_processor
-from casa.training.checkpointing import EMA_FILE, Ema
+from casa.training.checkpoints import EMA_FILE, Ema
 from casa.training.fsdp import write_shards
 from casa.training.models import export_checkpoint
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casa.training.config import TokenBudget
-from casa.training.sample_packing import Packer
+from casa.training.packing import Packer
 
 BUDGET = TokenBudget(50, 400)
 

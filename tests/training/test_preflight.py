@@ -8,7 +8,7 @@ import pytest
 from transformers import TrainerCallback
 
 from casa.errors import UserError
-from casa.training import checkpointing
+from casa.training import checkpoints
 from casa.training.config import parse_recipe
 from casa.training.models import load_model, outline
 from casa.training.optimizer import checkpoint_bytes, final_bytes
@@ -105,15 +105,15 @@ def test_room_for_all_checkpoints_is_looked_for_at_the_start(values, refused, tm
     plain = values(saving={"every": 1, "keep": 2}, optimisation={"ema_decay": 0.9})
     recipe = parse_recipe(plain)
     each, result = sizes(outline(recipe), recipe)
-    most = max(3 * each, 2 * each + result) + checkpointing._BESIDE
-    monkeypatch.setattr(checkpointing, "free_bytes", lambda folder: most - 1)
+    most = max(3 * each, 2 * each + result) + checkpoints._BESIDE
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: most - 1)
     assert "free some space, keep fewer, or train elsewhere" in refused(plain)
-    monkeypatch.setattr(checkpointing, "free_bytes", lambda folder: most)
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: most)
     check_run(recipe, tmp_path / "run")
     # the first checkpoint is what it was said to be
     monkeypatch.undo()
     found = {}
-    monkeypatch.setattr(checkpointing, "check_room", lambda folder, step, needed: found.update({step: needed}))
+    monkeypatch.setattr(checkpoints, "check_room", lambda folder, step, needed: found.update({step: needed}))
     train(recipe, tmp_path / "run")
     assert found[1] == pytest.approx(each, rel=0.02)
     written = sum(path.stat().st_size for path in (tmp_path / "run" / "final").glob("*.safetensors"))

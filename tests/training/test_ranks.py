@@ -13,7 +13,7 @@ import torch
 from casa import CasaForConditionalGeneration, CasaProcessor
 from casa.testing import PATIENCE
 from casa.training.card import made_of_records, trained_on
-from casa.training.checkpointing import saved_checkpoints
+from casa.training.checkpoints import saved_checkpoints
 from casa.training.fsdp import read_whole, stored_tensors
 from casa.training.models import export_checkpoint
 from casa.training.packed_dataset import PackedDataset

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from casa import CasaForConditionalGeneration, CasaProcessor
 from casa.errors import UserError
-from casa.training.checkpointing import newest_checkpoint, saved_checkpoints, unfinished
+from casa.training.checkpoints import newest_checkpoint, saved_checkpoints, unfinished
 
 
 class Break(TrainerCallback):

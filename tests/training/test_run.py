@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from casa import CasaForConditionalGeneration, CasaProcessor
 from casa.data.settings import Shard
 from casa.errors import UserError
-from casa.training.checkpointing import newest_checkpoint
+from casa.training.checkpoints import newest_checkpoint
 from casa.training.config import parse_recipe
 from casa.training.models import export_checkpoint, load_model, load_processor
 from casa.training.run import RECIPE, claim_folder, open_dataset, train

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from casa.errors import UserError
-from casa.training import checkpointing
-from casa.training.checkpointing import newest_checkpoint, saved_checkpoints
+from casa.training import checkpoints
+from casa.training.checkpoints import newest_checkpoint, saved_checkpoints
 from casa.training.config import LoraSettings, SpikeSettings
 from casa.training.models import with_lora
 from casa.training.monitor import SpikeDetector
@@ -34,7 +34,7 @@ def test_killed_while_a_checkpoint_is_written(small, whole, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         run.train()
     assert names(tmp_path) == ["checkpoint-3"]
-    assert checkpointing.unfinished(tmp_path, "checkpoint-6").exists()
+    assert checkpoints.unfinished(tmp_path, "checkpoint-6").exists()
     small.trainer(tmp_path).train(resume_from_checkpoint=True)
     assert small.curve(tmp_path)[8] == pytest.approx(whole[8], rel=1e-6)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -76,11 +76,11 @@ def test_data_that_end_on_a_saved_step_leave_its_checkpoint_alone(small, tmp_pat
 def test_a_full_disk_is_told_before_anything_is_written(small, tmp_path, monkeypatch):
     run = small.trainer(tmp_path, keep=1)
     free = iter([10**12, 10**6])
-    monkeypatch.setattr(checkpointing, "free_bytes", lambda folder: next(free))
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: next(free))
     with pytest.raises(UserError, match=r"step 6 needs 1\d MiB, and .* has 1 MiB free.*checkpoint-3 is kept"):
         run.train()
     assert names(tmp_path) == ["checkpoint-3"]
-    assert not checkpointing.unfinished(tmp_path, "checkpoint-6").exists()
+    assert not checkpoints.unfinished(tmp_path, "checkpoint-6").exists()
 
 
 def test_under_lora_the_frozen_weights_need_no_room(small, tmp_path, monkeypatch):
@@ -90,13 +90,13 @@ def test_under_lora_the_frozen_weights_need_no_room(small, tmp_path, monkeypatch
     written = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     # with two moments each, and a count of steps
     needed = 3 * written + 4 * len(trained)
-    monkeypatch.setattr(checkpointing, "free_bytes", lambda folder: checkpointing._BESIDE + needed)
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: checkpoints._BESIDE + needed)
     run.train()
     assert names(tmp_path) == ["checkpoint-1"]
     names_and_shapes = 300 * len(trained)
     assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").stat().st_size < written + names_and_shapes
     # one byte less would have been too little
-    monkeypatch.setattr(checkpointing, "free_bytes", lambda folder: checkpointing._BESIDE + needed - 1)
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: checkpoints._BESIDE + needed - 1)
     with pytest.raises(UserError, match="checkpoint of step 1 needs"):
         small.trainer(tmp_path / "less", steps=1, own_model=model, trainable="as given").train()
 
@@ -117,7 +117,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_checkpoint_before(small, 
     with pytest.raises(UserError, match=r"full before checkpoint-6 was whole.*checkpoint-3 is kept"):
         run.train()
     assert names(tmp_path) == ["checkpoint-3"]
-    assert not checkpointing.unfinished(tmp_path, "checkpoint-6").exists()
+    assert not checkpoints.unfinished(tmp_path, "checkpoint-6").exists()
 
 
 def test_other_faults_while_writing_are_not_called_a_full_disk(small, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from transformers import TrainerCallback
 
 from casa.errors import UserError
 from casa.testing import tiny_casa, tiny_casa_over
-from casa.training.checkpointing import Ema
+from casa.training.checkpoints import Ema
 from casa.training.config import OptimisationSettings
 from casa.training.optimizer import choose_trained, is_new, parameter_groups, set_precision
 

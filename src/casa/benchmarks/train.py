@@ -39,7 +39,7 @@ from casa.models.auto import pick_device
 from casa.models.losses import IGNORE_INDEX
 from casa.models.modeling_casa import new_backbone
 from casa.training.config import BUDGETS, PackingSettings, TokenBudget
-from casa.training.sample_packing import Packer, SampleLength, measure_packing, spread_lengths, stage_lengths
+from casa.training.packing import Packer, SampleLength, measure_packing, spread_lengths, stage_lengths
 from casa.vision import new_encoder
 
 Batch = dict[str, Tensor]

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from casa.errors import UserError
-from casa.training.checkpointing import any_rank, wait_for_all
+from casa.training.checkpoints import any_rank, wait_for_all
 from casa.training.packed_dataset import PackedDataset
 from casa.training.trainer import CasaTrainer
 

@@ -19,7 +19,7 @@ from casa.models.generation import stop_ids
 from casa.models.image_processing_casa import bounds
 from casa.models.loading import UNREADABLE, check_folder, place_of, quietly, read_config, resolve, sentence_of
 from casa.settings import near
-from casa.training.checkpointing import EMA_FILE, newest_checkpoint
+from casa.training.checkpoints import EMA_FILE, newest_checkpoint
 from casa.training.config import LoraSettings, ModelSettings, Recipe, parse_recipe
 from casa.training.fsdp import has_shards, read_whole_weights
 from casa.training.optimizer import choose_trained, set_precision

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from casa.atomic import replacing, write_text
 from casa.memory import max_memory_allocated
-from casa.training.checkpointing import mean_over_ranks
+from casa.training.checkpoints import mean_over_ranks
 from casa.training.config import SpikeSettings, TokenBudget
 from casa.training.packed_dataset import PackedBatch, PackedDataset
 

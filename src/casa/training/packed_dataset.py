@@ -36,7 +36,7 @@ from casa.models import CasaProcessor
 from casa.models.losses import IGNORE_INDEX
 from casa.training.config import PackingSettings
 from casa.training.feature_cache import FeatureCache
-from casa.training.sample_packing import Packer
+from casa.training.packing import Packer
 from casa.training.samples import PictureGrids, SampleMaker, SizedPicture, TrainingSample
 
 NOTE_EVERY = 32  # records between places that are noted

@@ -23,7 +23,7 @@ from casa.data import BadRecord, DataSettings, Record, Records, Report, Shard, S
 from casa.errors import UserError
 from casa.models.generation import stop_ids
 from casa.models.loading import UNREADABLE, resolve, sentence_of
-from casa.training import checkpointing
+from casa.training import checkpoints
 from casa.training.callbacks import check_reporters
 from casa.training.config import ModelSettings, Recipe
 from casa.training.models import load_processor, outline
@@ -60,7 +60,7 @@ def check_run(
     check_reporters(recipe.logging.report_to)
     _check_weights(recipe.model)
     model = outline(recipe)
-    begun = checkpointing.newest_checkpoint(out) if resume else None
+    begun = checkpoints.newest_checkpoint(out) if resume else None
     if begun is not None:
         _check_position(recipe, begun, processes)
     _check_room(model, recipe, out)
@@ -125,9 +125,9 @@ def _check_room(model: Any, recipe: Recipe, out: Path) -> None:
     """The most that lies in `out` at once: the checkpoints that are kept and a new one, or these and the result."""
     each, result = checkpoint_bytes(model, recipe.optimisation), final_bytes(model, recipe.optimisation)
     count, keep = math.ceil(recipe.optimisation.steps / recipe.saving.every), recipe.saving.keep
-    there = min(len(checkpointing.saved_checkpoints(out)), keep)
+    there = min(len(checkpoints.saved_checkpoints(out)), keep)
     needed = max(min(count, keep + 1) * each, min(count, keep) * each + result) - there * each
-    checkpointing.check_room_at_start(out, needed, each)
+    checkpoints.check_room_at_start(out, needed, each)
 
 
 def _check_source(source: SourceSettings, maker: SampleMaker) -> str | None:

@@ -24,10 +24,10 @@ from transformers import PrinterCallback, TrainerCallback
 from casa.atomic import write_text
 from casa.data import DataSettings, open_records
 from casa.errors import UserError
-from casa.training import checkpointing
+from casa.training import checkpoints
 from casa.training.callbacks import Evaluate, EvaluationCallback, ProgressCallback, reporters
 from casa.training.card import RunFacts, write_card
-from casa.training.checkpointing import FINAL, newest_checkpoint, of_all_ranks
+from casa.training.checkpoints import FINAL, newest_checkpoint, of_all_ranks
 from casa.training.config import Recipe, open_recipe, parse_recipe
 from casa.training.models import RECIPE, LoadedModel, export_checkpoint, load_model
 from casa.training.optimizer import group_sizes
@@ -202,8 +202,8 @@ def _finish(
     )
     write_text(out / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
     narrow = torch.bfloat16 if recipe.optimisation.precision == "bfloat16" else None
-    written = checkpointing.unfinished(out, FINAL)
-    with checkpointing.reporting_full_disks(out, FINAL):
+    written = checkpoints.unfinished(out, FINAL)
+    with checkpoints.reporting_full_disks(out, FINAL):
         if trainer.sharded and (newest := newest_checkpoint(out)) is not None:
             export_checkpoint(newest, written, average=trainer.ema is not None, dtype=narrow)
         else:
@@ -212,7 +212,7 @@ def _finish(
             if trainer.processor is not None:
                 trainer.processor.save_pretrained(written)
         write_card(written, recipe, facts, out)
-    checkpointing.publish(out, FINAL)
+    checkpoints.publish(out, FINAL)
 
 
 def _save(model: Any, folder: Path, dtype: torch.dtype | None) -> None:

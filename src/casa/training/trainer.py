@@ -24,8 +24,8 @@ from transformers.trainer_callback import ExportableState
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.threads import settle
-from casa.training import checkpointing, fsdp
-from casa.training.checkpointing import EMA_FILE, Ema, StopSignal, any_rank, mean_over_ranks, wait_for_all
+from casa.training import checkpoints, fsdp
+from casa.training.checkpoints import EMA_FILE, Ema, StopSignal, any_rank, mean_over_ranks, wait_for_all
 from casa.training.config import TrainerSettings
 from casa.training.feature_cache import FeatureCache, FeatureFolder, encoder_digest
 from casa.training.monitor import SpikeDetector, Throughput, save_for_inspection
@@ -129,9 +129,9 @@ class CasaTrainer(Trainer):
             UserError: a loss is no number or jumps, or a disk is full.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpointing.newest_checkpoint(self.folder)
+            resume_from_checkpoint = checkpoints.newest_checkpoint(self.folder)
         if self.args.should_save:
-            checkpointing.clear_unfinished(self.folder)
+            checkpoints.clear_unfinished(self.folder)
         wait_for_all()
         self._complete = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if self._complete is not None:
@@ -243,7 +243,7 @@ class CasaTrainer(Trainer):
         place = save_for_inspection(
             self.folder, step, self.args.process_index, self.batches, fault, self.last_loss, recent
         )
-        last = checkpointing.newest_checkpoint(self.folder)
+        last = checkpoints.newest_checkpoint(self.folder)
         resume = f"resume from {last.name}" if last is not None else "start again"
         raise UserError(
             f"At step {step} {fault}; its batches are in {place}. Look at them, then {resume}, with a lower learning "
@@ -264,19 +264,19 @@ class CasaTrainer(Trainer):
         if self.args.should_save:
             try:
                 needed = checkpoint_bytes(self.model, self.settings.optimisation)
-                checkpointing.check_room(self.folder, step, needed)
+                checkpoints.check_room(self.folder, step, needed)
             except UserError as error:
                 fault = error
         if any_rank(fault is not None, self.args.device):
             raise fault or UserError("The disk of the first process is full: free some space, then resume.")
-        written = checkpointing.unfinished(self.folder, name)
-        with checkpointing.reporting_full_disks(self.folder, name):
+        written = checkpoints.unfinished(self.folder, name)
+        with checkpoints.reporting_full_disks(self.folder, name):
             written.mkdir(parents=True, exist_ok=True)
             self._write_state(written)
         wait_for_all()
         if self.args.should_save:
-            checkpointing.publish(self.folder, name)
-            checkpointing.keep_newest(self.folder, self.settings.saving.keep)
+            checkpoints.publish(self.folder, name)
+            checkpoints.keep_newest(self.folder, self.settings.saving.keep)
         wait_for_all()
         self._complete = self.folder / name
 
