@@ -147,7 +147,7 @@ def test_models_that_are_none(casa, files, out, tmp_path, verb, kind):
 @pytest.mark.parametrize("fps", ["0", "-1", "nan", "inf"])
 def test_rates_that_are_none(casa, files, out, holds, fps):
     result = casa(*line("caption", "./nowhere", files[holds], out), "--fps", fps)
-    assert_sentence(result, f"casa: fps is {float(fps)}: give a number of frames per second above 0.\n")
+    assert_sentence(result, f"casa: --fps is {float(fps)}: give a number of frames per second above 0.\n")
 
 
 def test_captions_of_an_unknown_kind(casa, files, out):
