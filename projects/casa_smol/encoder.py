@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from casa.atomic import replacing, write_text
 from casa.errors import UserError
-from casa.vision.encoders.page import PageEncoder, PageEncoderConfig
+from casa.vision.page_encoder import PageEncoder, PageEncoderConfig
 from projects.casa_smol.canvas import COLOURS, Glyphs
 from projects.casa_smol.fonts import CHARACTERS
 from projects.casa_smol.spelling import Speller, embeddings_of, encoder_of, spelling_of

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from casa.vision.encoders.page import CELL
+from casa.vision.page_encoder import CELL
 from projects.casa_smol.encoder import Learner
 from projects.casa_smol.fonts import CHARACTERS
 from projects.casa_smol.metrics import distance

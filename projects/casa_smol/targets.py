@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from casa.vision.encoders.page import CELL
+from casa.vision.page_encoder import CELL
 from projects.casa_smol.canvas import Glyphs, colours_of
 from projects.casa_smol.damage import placed, worn
 from projects.casa_smol.pages import draw

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from casa.atomic import replacing, write_text
 from casa.provenance import provenance
-from casa.vision.encoders.page import PageEncoder, PageEncoderConfig
+from casa.vision.page_encoder import PageEncoder, PageEncoderConfig
 from projects.casa_smol.encoder import Learner, Run, Settings, scores
 
 WEIGHTS = Path(__file__).with_name("weights") / "page_encoder.safetensors"

@@ -22,7 +22,7 @@ from casa.data.record import Picture
 from casa.errors import UserError
 from casa.models.image_processing_casa import CasaFlexibleImageProcessor, CasaSquareImageProcessor, image_processor_for
 from casa.testing import claimed_png, tiny_casa, tiny_processor
-from casa.vision.encoders.page import PageEncoderConfig
+from casa.vision.page_encoder import PageEncoderConfig
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "user:", "model:", "what", "is", "this", "and", "that", "nothing"]
 TEMPLATE = (

@@ -7,7 +7,7 @@ import pytest
 from casa import FusionConfig, adapt
 from casa.models.auto import processor_for
 from casa.testing import tiny_processor, tiny_text_model
-from casa.vision.encoders.page import PageEncoder, PageEncoderConfig
+from casa.vision.page_encoder import PageEncoder, PageEncoderConfig
 from projects.casa_smol.evaluation import Answering, evaluate, main
 from projects.casa_smol.metrics import anls, characters, distance, exact, relaxed, verbatim
 

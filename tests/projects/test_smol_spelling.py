@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from casa.testing import tiny_tokenizer
-from casa.vision.encoders.page import PageEncoder, PageEncoderConfig
+from casa.vision.page_encoder import PageEncoder, PageEncoderConfig
 from projects.casa_smol.canvas import CLASS_OF, Canvas
 from projects.casa_smol.encoder import Run, Settings, stacked, train
 from projects.casa_smol.fonts import kins

@@ -13,7 +13,7 @@ from casa.errors import UserError
 from casa.models.image_processing_casa import CasaFlexibleImageProcessor, CasaSquareImageProcessor, image_processor_for
 from casa.testing import tiny_casa_over, tiny_processor
 from casa.training.samples import PictureGrids, fold_of, picture_size
-from casa.vision.encoders.page import PageEncoderConfig
+from casa.vision.page_encoder import PageEncoderConfig
 
 KINDS = {
     "qwen": tiny_processor().image_processor,

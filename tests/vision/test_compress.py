@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from casa.errors import UserError
-from casa.vision.compress import cells, make_compressor, parse_compressor
+from casa.vision.connector import cells, make_compressor, parse_compressor
 
 # whole cells, odd sides, smaller than a cell, two alike
 GRIDS = [(4, 6), (3, 5), (1, 1), (3, 5), (1, 4), (2, 2)]

@@ -28,15 +28,15 @@ from casa.vision import (
     encode,
     encoder_class,
     extra_depths,
-    family_of,
     is_known,
     load_encoder,
     new_encoder,
     output_width,
+    spec_of,
     token_grids,
 )
-from casa.vision.encoders import FAMILIES
-from casa.vision.encoders.page import PageEncoderConfig
+from casa.vision.encoder import SPECS
+from casa.vision.page_encoder import PageEncoderConfig
 
 QWEN: dict[str, Any] = {"num_heads": 2, "patch_size": 4, "temporal_patch_size": 2}
 VIT: dict[str, Any] = {
@@ -111,7 +111,7 @@ def tower(request: Any, tower_of: Any) -> Any:
 def pictures_for(config: Any) -> list[tuple[Tensor, Tensor]]:
     """(pixel_values, image_grid_thw) of three pictures, of different sizes where the tower can see those."""
     generator = torch.Generator().manual_seed(5)
-    kind = family_of(config).pictures
+    kind = spec_of(config).pictures
     grids = (
         [(4, 4)] * 3
         if kind == "squares"
@@ -134,7 +134,7 @@ def pictures_for(config: Any) -> list[tuple[Tensor, Tensor]]:
 
 def as_transformers_does(tower: Any, pixels: Tensor, grid: Tensor) -> Tensor:
     """The tokens of one picture by the tower's own forward, called as its own model calls it."""
-    kind = family_of(tower.config).pictures
+    kind = spec_of(tower.config).pictures
     if kind == "patches":
         found = tower(pixels, grid_thw=grid)
         return torch.cat(
@@ -160,7 +160,7 @@ def as_transformers_does(tower: Any, pixels: Tensor, grid: Tensor) -> Tensor:
 
 
 def test_every_family_is_tried_here():
-    assert set(CONFIGS) == set(FAMILIES)
+    assert set(CONFIGS) == set(SPECS)
 
 
 def test_pictures_together_are_the_pictures_alone_by_transformers(tower):

@@ -15,7 +15,7 @@ from casa.models.image_processing_casa import image_processor_for
 from casa.testing import tiny_processor, tiny_text_model
 from casa.testing.tiny import spread
 from casa.vision import encode, output_width
-from casa.vision.encoders.page import PageEncoder, PageEncoderConfig
+from casa.vision.page_encoder import PageEncoder, PageEncoderConfig
 
 SMALL = {"characters": "abc", "stem_sizes": (4, 6), "hidden_size": 8, "dilations": (1, 2)}
 

@@ -15,7 +15,7 @@ from casa.models import CasaForConditionalGeneration
 from casa.models.backbones import InsertionVLM
 from casa.models.cache import TextCache
 from casa.models.image_tokens import count_tokens
-from casa.vision import extra_depths, family_of
+from casa.vision import extra_depths, spec_of
 
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -113,7 +113,7 @@ def frame_of(model: CasaForConditionalGeneration, height: int, width: int) -> Fr
     """
     config = model.config.encoder_config
     rows, columns = _patches(config, height, width)
-    merge = family_of(config).merge(config)
+    merge = spec_of(config).merge(config)
     grids = [(rows // merge, columns // merge)]
     if not min(grids[0]):
         raise UserError(f"a picture of {height} x {width} pixels is less than one image token; give a larger one.")
@@ -122,7 +122,7 @@ def frame_of(model: CasaForConditionalGeneration, height: int, width: int) -> Fr
 
 
 def _patches(config: Any, height: int, width: int) -> tuple[int, int]:
-    family = family_of(config)
+    family = spec_of(config)
     if family.image_processor is not None:
         return family.image_processor(config, None).patch_grid(height, width)
     patch = config.patch_size

@@ -24,9 +24,8 @@ from casa.analysis.anatomy import (
 )
 from casa.models import CasaForConditionalGeneration
 from casa.models.adapt import encoder_blocks
-from casa.vision import family_of
-from casa.vision.compress import PixelShuffle
-from casa.vision.q_former import QFormer
+from casa.vision import spec_of
+from casa.vision.connector import PixelShuffle, QFormer
 
 
 def attention_flops(queries: int, keys: int, channels: int) -> int:
@@ -43,13 +42,13 @@ def tower_flops(encoder: nn.Module, frame: Frame) -> int:
     counts for itself.
     """
     config: Any = encoder.config
-    if (own := family_of(config).flops) is not None:
+    if (own := spec_of(config).flops) is not None:
         return own(encoder, frame.rows, frame.columns)
     mergers = [part for name, part in encoder.named_children() if "merger" in name]
     pooling = getattr(encoder, "head", None) or getattr(getattr(encoder, "vision_model", None), "head", None)
     late = sum(map(matrix_weights, mergers))
     early = matrix_weights(encoder) - late - matrix_weights(pooling)
-    merged = frame.patches // family_of(config).merge(config) ** 2
+    merged = frame.patches // spec_of(config).merge(config) ** 2
     width = tower_width(config)
     blocks = encoder_blocks(encoder)
     full = getattr(config, "fullatt_block_indexes", None)

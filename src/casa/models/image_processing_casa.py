@@ -32,7 +32,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from casa.errors import UserError
 from casa.models.loading import find_file, read_config, read_json, reading, resolve
-from casa.vision import family_of, tower_config_of
+from casa.vision import spec_of, tower_config_of
 
 OUTPUTS = ["pixel_values", "image_grid_thw"]
 
@@ -83,7 +83,7 @@ def bounds(image_processor: Any, min_pixels: int | None = None, max_pixels: int 
     """
     if min_pixels is None and max_pixels is None:
         return {}
-    if hasattr(image_processor, "patch_grid"):  # an encoder's own, which knows these words (casa.vision's Family)
+    if hasattr(image_processor, "patch_grid"):  # an encoder's own, which knows these words (casa.vision's EncoderSpec)
         given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         return {name: value for name, value in given.items() if value is not None}
     if isinstance(image_processor, Qwen2VLImageProcessorPil):
@@ -161,7 +161,7 @@ def image_processor_for(vision: Any, max_pixels: int | None = None, **hub: Any) 
 
 def _by_family(config: Any) -> Any:
     """With what casa knows of the encoder's kin."""
-    family = family_of(config)
+    family = spec_of(config)
     if family.image_processor is not None:
         return family.image_processor(config, None)
     patch = config.patch_size

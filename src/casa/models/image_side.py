@@ -18,7 +18,7 @@ from casa.layers import IMAGE_PROJECTIONS, project_images
 from casa.models.backbones import InsertionVLM
 from casa.models.image_tokens import ImageTokens, by_depth, count_tokens
 from casa.models.placement import check_one_device, fetched
-from casa.vision import Grids, encode, extra_depths, family_of, token_grids
+from casa.vision import Grids, encode, extra_depths, spec_of, token_grids
 
 
 class CasaImageSide:
@@ -113,7 +113,7 @@ class CasaImageSide:
             return {}
         grid = images["image_grid_thw"]
         grids = token_grids(self.config.encoder_config, grid)
-        squares = family_of(self.config.encoder_config).pictures == "squares"
+        squares = spec_of(self.config.encoder_config).pictures == "squares"
         rows_of = {
             "pixel_values": [1] * len(grids) if squares else grid.prod(-1).tolist(),
             "image_features": [rows * columns for rows, columns in grids],

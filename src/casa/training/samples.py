@@ -27,7 +27,7 @@ from casa.models import CasaProcessor
 from casa.models.image_processing_casa import CasaFlexibleImageProcessor, CasaSquareImageProcessor, bounds
 from casa.training.chat_samples import answer_stop, chat_tokens, is_live, live_tokens
 from casa.training.config import OversizeSettings, TokenBudget
-from casa.vision import family_of
+from casa.vision import spec_of
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def picture_size(picture: Picture) -> tuple[int, int]:
 def fold_of(config: Any) -> int:
     """Patches per side of one image token, by the config of a casa model: the encoder's merge times the connector's."""
     connector = getattr(config.text_config, "scale_factor", 1) if config.vision_config is None else 1
-    return family_of(config.encoder_config).merge(config.encoder_config) * connector
+    return spec_of(config.encoder_config).merge(config.encoder_config) * connector
 
 
 class PictureGrids:

@@ -1,32 +1,42 @@
 """Image encoders behind one protocol, what brings their tokens to the text model, and token compressors."""
 
-from casa.vision.compress import make_compressor, parse_compressor
+from casa.vision import page_encoder, towers  # noqa: F401 (both register what they know)
+from casa.vision.connector import (
+    PLACE_WIDTH,
+    PixelShuffle,
+    Projector,
+    QFormer,
+    make_compressor,
+    parse_compressor,
+    place_features,
+)
 from casa.vision.encoder import (
+    EncoderSpec,
     Grids,
     encode,
     encoder_class,
     extra_depths,
-    family_of,
     is_known,
     kind_of,
     load_encoder,
     new_encoder,
     output_width,
+    register_encoder,
+    spec_of,
     token_grids,
     tower_config_of,
 )
-from casa.vision.encoders import Family, register_encoder
-from casa.vision.projector import PLACE_WIDTH, Projector, place_features
 
 __all__ = [
     "PLACE_WIDTH",
-    "Family",
+    "EncoderSpec",
     "Grids",
+    "PixelShuffle",
     "Projector",
+    "QFormer",
     "encode",
     "encoder_class",
     "extra_depths",
-    "family_of",
     "is_known",
     "kind_of",
     "load_encoder",
@@ -36,6 +46,7 @@ __all__ = [
     "parse_compressor",
     "place_features",
     "register_encoder",
+    "spec_of",
     "token_grids",
     "tower_config_of",
 ]

@@ -3,22 +3,81 @@
 Shapes: P patches, n images, N image tokens (after the encoder's own merge), d_v width of an encoder's token,
 k extra feature sets per token (Qwen3-VL's deep-stack levels; 0 for the others).
 
-Every function is keyed by the encoder's transformers config. The encoders are those of `casa.vision.encoders`.
+Every function is keyed by the encoder's transformers config. What casa knows of an encoder is its `EncoderSpec`;
+`register_encoder` adds one (docs/adding-an-encoder.md). casa's own are in towers.py and page_encoder.py.
 """
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from casa.errors import UserError
-from casa.vision.encoders import FAMILIES, Family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Grids = list[tuple[int, int]]
 """Rows and columns of tokens of each image, whose tokens are in reading order."""
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What casa knows of one image encoder of transformers.
+
+    model: its class, a PreTrainedModel; or its dotted name below `transformers.models`, imported when asked for.
+    pictures: how its pixels come. "patches": (P, channels of a patch), in squares of merged patches, as the
+        Qwen towers have it; "flexible": (P, p * p * channels), plain reading order; "squares": (n, 3, H, W);
+        "own": as the encoder's own image processor makes them, with one row of pixel_values per patch.
+    run: encoder, pixels, int64 (n, 3) patch grids to (N, (1 + k) * d_v), images in order, each in reading order.
+    width: d_v. merge: patches per side of one token. depths: k.
+    resample: the filter its pictures were resized with, by its PIL name. clip_colours: whether colours were
+        normalised by CLIP's means and deviations; else they run from -1 to 1.
+    image_processor: for "own", config and a bound for a picture's area (None: the encoder's own) to a transformers
+        image processor. It makes `pixel_values` and `image_grid_thw`, int64 (n, 3), (1, rows, columns) in patches, and
+        says more, so that a picture's cost is known before it is opened: `max_pixels`; `patch_grid(height, width,
+        **bound)`, its rows and columns; `at_most(patches)`, the `bound` under which no picture has more patches.
+    flops: encoder, rows and columns of patches to its operations for one picture; left out, those of a transformer.
+    """
+
+    model: "type[PreTrainedModel] | str"
+    pictures: str
+    run: Callable[[Any, Tensor, Tensor], Tensor]
+    width: Callable[[Any], int] = lambda config: config.hidden_size
+    merge: Callable[[Any], int] = lambda config: 1
+    depths: Callable[[Any], int] = lambda config: 0
+    resample: str = "bicubic"
+    clip_colours: bool = False
+    image_processor: Callable[[Any, int | None], Any] | None = None
+    flops: Callable[[Any, int, int], int] | None = None
+
+    @property
+    def model_class(self) -> "type[PreTrainedModel]":
+        if not isinstance(self.model, str):
+            return self.model
+        module, _, name = self.model.rpartition(".")
+        return getattr(import_module(f"transformers.models.{module}"), name)
+
+
+SPECS: dict[str, EncoderSpec] = {}
+
+
+def register_encoder(model_type: str, spec: EncoderSpec) -> None:
+    """Makes an image encoder known to `adapt`, and its folders to everything that loads models.
+
+    model_type: that of its config's class. An encoder of one's own is made known to transformers' AutoConfig and
+    AutoModel as well. Its image processor, where it has one, is registered by its own module, with AutoImageProcessor.
+    """
+    SPECS[model_type] = spec
+    if not isinstance(spec.model, str):
+        from transformers import AutoConfig, AutoModel
+
+        AutoConfig.register(model_type, spec.model.config_class, exist_ok=True)
+        AutoModel.register(spec.model.config_class, spec.model, exist_ok=True)
+
 
 # where whole models, casa's own among them, keep their tower, and what else is in them
 TOWER = r"^(backbone\.)?(model\.)?(visual|vision_model|vision_tower|vision)\.(vision_model\.)?"
@@ -37,26 +96,26 @@ def kind_of(config: Any) -> str | None:
 
 def is_known(config: Any) -> bool:
     """Whether `config` is one of an image encoder that casa knows (not of a whole model that has one)."""
-    return kind_of(config) in FAMILIES
+    return kind_of(config) in SPECS
 
 
-def family_of(config: Any) -> Family:
+def spec_of(config: Any) -> EncoderSpec:
     """Raises UserError, naming the known encoders, for a config of anything else."""
     kind = kind_of(config)
-    if kind in FAMILIES:
-        return FAMILIES[kind]
+    if kind in SPECS:
+        return SPECS[kind]
     name = kind or type(config).__name__
     if is_known(inner := getattr(config, "vision_config", None)):
         raise UserError(f"{name!r} is a whole model; give its image encoder, a {kind_of(inner)!r}.")
     raise UserError(
-        f"{name!r} is no image encoder that casa knows; the known ones are: {', '.join(FAMILIES)}; "
+        f"{name!r} is no image encoder that casa knows; the known ones are: {', '.join(SPECS)}; "
         "docs/adding-an-encoder.md shows how to add one."
     )
 
 
 def encoder_class(config: Any) -> "type[PreTrainedModel]":
     """The transformers class of an encoder, also where AutoModel does not list it."""
-    return family_of(config).model_class
+    return spec_of(config).model_class
 
 
 def new_encoder(config: Any) -> "PreTrainedModel":
@@ -94,7 +153,7 @@ def tower_config_of(config: Any) -> Any:
     """The image encoder's config: this one, or the one inside a whole model's. Raises UserError if there is none."""
     if not is_known(config) and (inner := _inner(config)) is not None:
         config = inner
-    family_of(config)
+    spec_of(config)
     return config
 
 
@@ -105,12 +164,12 @@ def _inner(config: Any) -> Any:
 
 def output_width(config: Any) -> int:
     """d_v of an encoder: the width of one token as the text side gets it, without extra feature sets."""
-    return family_of(config).width(config)
+    return spec_of(config).width(config)
 
 
 def extra_depths(config: Any) -> int:
     """k: how many further feature sets, each d_v wide, stand beside every token (Qwen3-VL's deep-stack)."""
-    return family_of(config).depths(config)
+    return spec_of(config).depths(config)
 
 
 def token_grids(config: Any, image_grid_thw: Tensor) -> Grids:
@@ -118,7 +177,7 @@ def token_grids(config: Any, image_grid_thw: Tensor) -> Grids:
 
     Raises UserError for several frames in one entry: video is read frame by frame (paper, "Set-up").
     """
-    merge = family_of(config).merge(config)
+    merge = spec_of(config).merge(config)
     grids = []
     for frames, height, width in image_grid_thw.tolist():
         if frames != 1:
@@ -130,12 +189,12 @@ def token_grids(config: Any, image_grid_thw: Tensor) -> Grids:
 def encode(encoder: nn.Module, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
     """(N, (1 + k) * d_v): tokens of all images, each image's in reading order; extra feature sets beside them.
 
-    pixel_values: by the encoder's `Family.pictures`: (P, channels of a patch), or squares (n, 3, H, W).
+    pixel_values: by the encoder's `EncoderSpec.pictures`: (P, channels of a patch), or squares (n, 3, H, W).
     image_grid_thw: int64 (n, 3), (1, rows, columns) in patches. Raises UserError if the two do not fit.
     """
     config: Any = encoder.config
-    family = family_of(config)
-    if family.pictures == "squares":
+    spec = spec_of(config)
+    if spec.pictures == "squares":
         height, width = (side // config.patch_size for side in pixel_values.shape[-2:])
         fits = image_grid_thw.tolist() == [[1, height, width]] * len(pixel_values)
     else:
@@ -144,5 +203,5 @@ def encode(encoder: nn.Module, pixel_values: Tensor, image_grid_thw: Tensor) -> 
         shape = tuple(pixel_values.shape)
         raise UserError(f"image_grid_thw does not describe pixel_values of shape {shape}; the processor makes both.")
     if not len(image_grid_thw):
-        return pixel_values.new_zeros(0, (1 + family.depths(config)) * family.width(config))
-    return family.run(encoder, pixel_values, image_grid_thw)
+        return pixel_values.new_zeros(0, (1 + spec.depths(config)) * spec.width(config))
+    return spec.run(encoder, pixel_values, image_grid_thw)

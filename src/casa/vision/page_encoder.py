@@ -20,7 +20,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from casa.errors import UserError
-from casa.vision.encoders.family import Family
+from casa.vision.encoder import EncoderSpec, register_encoder
 
 CELL = (8, 4)
 ASCII = "".join(map(chr, range(32, 127)))
@@ -293,17 +293,17 @@ def _run(encoder: PageEncoder, pixel_values: Tensor, grid: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-PAGE_ENCODERS = {
-    PageEncoderConfig.model_type: Family(
+register_encoder(
+    PageEncoderConfig.model_type,
+    EncoderSpec(
         model=PageEncoder,
         pictures="own",
         run=_run,
         width=lambda config: sum(PARTS[part](config) for part in config.token_parts),
         image_processor=image_processor,
         flops=_flops,
-    )
-}
-
+    ),
+)
 AutoImageProcessor.register(
     PageEncoderConfig,
     image_processor_classes={"pil": CasaPageImageProcessor, "torchvision": CasaPageImageProcessor},
