@@ -16,7 +16,7 @@ from casa.benchmarks.live import bench_live, bench_sessions, by_minute, feed, la
 from casa.errors import UserError
 from casa.media import VideoWriter
 from casa.memory import resident_bytes
-from casa.streaming import Count, FrameCaption, StreamingSession, watch_live
+from casa.streaming import FrameCaption, StreamingSession, WatchCounts, watch_live
 from casa.testing import PATIENCE, tiny_casa, tiny_checkpoint, tiny_processor
 
 
@@ -107,11 +107,11 @@ def test_frames_that_were_watched_leave_nothing(tmp_path):
             assert turn.acquire(timeout=PATIENCE)
             yield frame
 
-    count, held = Count(), []
+    count, held = WatchCounts(), []
     gc.collect()
     gc.disable()
     try:
-        for _ in watch_live(session, paced(), 0.001, count=count):
+        for _ in watch_live(session, paced(), 0.001, counts=count):
             held.append(resident_bytes())
             turn.release()
     finally:

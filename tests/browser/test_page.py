@@ -20,6 +20,7 @@ from casa.evaluation.metrics import edit_distance
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.serving import Limits
 from casa.serving.app import create_app
+from casa.serving.metrics import RecentCounts
 from casa.serving.server import Server
 from casa.testing import PATIENCE
 from projects.casa_tiny.film import scene
@@ -246,11 +247,11 @@ def test_the_webcam(page):
 
 def test_a_machine_that_is_too_slow_says_so_until_it_keeps_up(page, monkeypatch):
     words = "This machine is too slow for that: ask for fewer frames a second."
-    monkeypatch.setattr("casa.serving.live.slow_sentence", lambda fps, recent: words)
+    monkeypatch.setattr(RecentCounts, "advice", lambda self, fps: words)
     page.click("#film")
     page.wait_for_selector("#slow:visible")
     assert page.inner_text("#slow") == words
-    monkeypatch.setattr("casa.serving.live.slow_sentence", lambda fps, recent: None)
+    monkeypatch.setattr(RecentCounts, "advice", lambda self, fps: None)
     page.wait_for_selector("#slow", state="hidden")
 
 

@@ -95,12 +95,12 @@ def outs(folder):
 
 
 PACES = {"every frame": ("--fps", 8), "live pace": ("--fps", 8, "--live")}
-# a frame takes long to look at; a thread that is still at it when Python ends would abort the process, and is named
+# a frame takes long to encode; a thread that is still at it when Python ends would abort the process, and is named
 SLOW = """
 from casa.streaming import StreamingSession
 import atexit, threading
-look = StreamingSession.look
-StreamingSession.look = lambda *given: (time.sleep(0.2), look(*given))[1]
+encode = StreamingSession.encode
+StreamingSession.encode = lambda *given: (time.sleep(0.2), encode(*given))[1]
 atexit.register(lambda: [print(t.name, "is left", file=sys.stderr) for t in threading.enumerate() if t.daemon])
 """
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]

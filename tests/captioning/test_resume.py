@@ -18,7 +18,7 @@ SETTINGS = {
     "max_text_tokens": 48,
     "save_every": 0.0,
     "questions": (Question(1.0, "who"), Question(9.0, "and then")),
-    "sampling": Sampling(temperature=1.2, top_k=20, repetition=0.5, no_repeat=3),
+    "sampling": Sampling(temperature=1.2, top_k=20, repetition=0.5, no_repeat_ngram_size=3),
 }
 
 
@@ -67,10 +67,10 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def always_late(session, frames, fps, *, count, in_real_time):
+def always_late(session, frames, fps, *, counts, in_real_time):
     """In place of `watch_live`: each caption comes when the next two frames are there already."""
     for frame in frames:
-        count.frames += 1
+        counts.frames += 1
         yield FrameCaption(frame.time, session.step(frame.image), 0.7, 0.0, True)
 
 

@@ -12,7 +12,7 @@ from casa.captioning import CaptionReport, CaptionRequest, Question, caption
 from casa.captioning import run as module
 from casa.errors import UserError
 from casa.media import SourceCounts, probe, read_captions, read_frames
-from casa.streaming import Count, Sampling, StreamingSession
+from casa.streaming import Sampling, StreamingSession, WatchCounts
 
 
 def test_every_sampled_frame_of_a_file_is_watched(run, film, load, tmp_path):
@@ -187,7 +187,7 @@ def test_in_live_pace_an_answer_has_a_budget_too(load, film, tmp_path, monkeypat
     )
     report = caption(request, "tiny", load)
     # two answers of 2,000 tokens each would have been whole; captions are cut at a twentieth of a second
-    assert report.count.cut == report.count.frames + 2
+    assert report.count.truncated == report.count.frames + 2
     assert max(picks) < 200
 
 
@@ -288,7 +288,7 @@ def test_no_run_replaces_what_another_recorded(load, tmp_path, monkeypatch, film
 
 
 def test_a_report_tells_all_it_knows():
-    report = CaptionReport(True, Count(4, 3, 2, 1), 4, 0.9, 1.0, 0.25, damaged=5, reconnects=6)
+    report = CaptionReport(True, WatchCounts(4, 3, 2, 1), 4, 0.9, 1.0, 0.25, damaged=5, reconnects=6)
     for part in ("4 frames", "3 dropped", "2 cut", "0.25 s on average", "0.90 s at most", "5 damaged", "6 times"):
         assert part in report.sentence()
     assert not report.is_clean
@@ -311,7 +311,7 @@ def test_a_film_without_a_picture_that_is_read(load, tmp_path):
 
 
 def test_live_pace_that_a_machine_cannot_keep_is_told_with_what_to_do():
-    assert "too slow" in CaptionReport(True, Count(4, 3, 0, 0)).sentence()
-    assert "fewer frames a second" in CaptionReport(True, Count(4, 3, 0, 0)).sentence()
-    for fine in (CaptionReport(True, Count(40, 3, 0, 0)), CaptionReport(False, Count(4, 0, 4, 0))):
+    assert "too slow" in CaptionReport(True, WatchCounts(4, 3, 0, 0)).sentence()
+    assert "fewer frames a second" in CaptionReport(True, WatchCounts(4, 3, 0, 0)).sentence()
+    for fine in (CaptionReport(True, WatchCounts(40, 3, 0, 0)), CaptionReport(False, WatchCounts(4, 0, 4, 0))):
         assert "slow" not in fine.sentence()

@@ -44,7 +44,7 @@ FEW_BYTES = 4 * 2**20  # by which memory may differ between rounds of abuse; one
 
 @pytest.fixture(scope="module")
 def busy(serving):
-    with serving(most_sessions=4, limits=LIMITS) as running:
+    with serving(max_sessions=4, limits=LIMITS) as running:
         yield running
 
 
@@ -102,7 +102,7 @@ def watcher(busy, client, model, pictures, frames, until):
     assert watcher.heard == [session.step(pictures[n % len(pictures)]) for n in range(len(watcher.heard))]
     state = busy._state
     until(lambda: state.worker.streams == 0 and len(state.worker.engine) == 0)
-    until(lambda: state.connections == 0 and state.chats == 0)
+    until(lambda: state.connections == 0 and state.chats.here == 0)
 
 
 def closed_with(one):
@@ -313,7 +313,7 @@ def test_a_reader_of_a_chat_that_goes_away(busy, until):
             connection.getresponse().read(10)
         connection.sock and connection.sock.close()
         connection.close()
-    until(lambda: busy._state.chats == 0 and busy._state.worker.chats == 0)
+    until(lambda: busy._state.chats.here == 0 and busy._state.worker.chats == 0)
 
 
 def held():
@@ -334,7 +334,7 @@ def test_memory_returns_to_where_it_was_after_every_kind_of_abuse(
 
     def settled():
         """The good stream alone is left."""
-        until(lambda: state.worker.streams == 1 and state.connections == 1 and state.chats == 0)
+        until(lambda: state.worker.streams == 1 and state.connections == 1 and state.chats.here == 0)
 
     def round_of_abuse():
         with client(busy) as one:

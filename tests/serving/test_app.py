@@ -13,9 +13,8 @@ import torch
 
 from casa.errors import UserError
 from casa.serving import Limits
-from casa.serving.app import create_app
-from casa.serving.guard import is_foreign, is_own
-from casa.serving.routes_page import FILES
+from casa.serving.admission import is_foreign, is_own
+from casa.serving.app import FILES, create_app
 from casa.serving.server import Server
 from casa.testing import PATIENCE, tiny_casa, tiny_processor
 
@@ -35,7 +34,7 @@ def test_settings_out_of_bounds(model):
         ({"fps": 0}, "fps"),
         ({"fps": 99}, "fps"),
         ({"token": " "}, "token"),
-        ({"most_sessions": 0}, "sess"),
+        ({"max_sessions": 0}, "sess"),
     ]:
         with pytest.raises(UserError, match=word):
             create_app(model, tiny_processor(), **settings)
@@ -58,7 +57,7 @@ def test_the_page_and_its_files(server):
         assert "default-src 'none'" in headers["Content-Security-Policy"]
     about = json.loads(get(server, "/about.json")[2])
     assert (about["model"], about["prompt"], about["needs_token"]) == ("tiny", "say it", False)
-    assert (about["text_tokens"], about["most_text_tokens"]) == (1024, 8192)
+    assert (about["text_tokens"], about["max_text_tokens"]) == (1024, 8192)
 
 
 def test_whatever_can_be_had_can_be_asked_about(server, client):
@@ -135,11 +134,11 @@ def test_sessions_are_a_limit_like_any_other(model):
     for settings, most in [
         ({}, 16),
         ({"limits": Limits(sessions=3)}, 3),
-        ({"most_sessions": 2}, 2),
-        ({"limits": Limits(sessions=3), "most_sessions": 2}, 2),
+        ({"max_sessions": 2}, 2),
+        ({"limits": Limits(sessions=3), "max_sessions": 2}, 2),
     ]:
         state = create_app(model, tiny_processor(), **settings).state.casa
-        assert (state.worker.engine.most_sessions, state.limits.sessions) == (most, most)
+        assert (state.worker.engine.max_sessions, state.limits.sessions) == (most, most)
 
 
 def test_an_insertion_model_remembers_all_and_is_refused_a_bound(client):

@@ -57,3 +57,10 @@ def test_an_answer_stays_cached(model):
     tally = InsertionTally(InsertionCosts(model, processor), processor, 0)
     tally.answer("what", "no")
     assert tally.tokens == 7
+
+
+def test_words_like_special_tokens_are_counted_as_words(model):
+    processor = tiny_processor()
+    tally = InsertionTally(InsertionCosts(model, processor), processor, 0)
+    tally.answer("<image>", "<end>")
+    assert tally.tokens == 1 + len("<image>") + len("<end>")

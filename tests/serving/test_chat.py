@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from casa.media import VideoWriter
-from casa.serving import Limits, routes_chat
+from casa.serving import Limits, app
 from casa.testing import PATIENCE, tiny_processor
 
 LIMITS = Limits(body_bytes=200_000, prompt_tokens=200)
@@ -276,14 +276,14 @@ def test_chats_beyond_the_limit_are_told_to_wait(serving, until):
         state = server._state
         with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0) as ai:
             asked = {"model": "tiny", "messages": [{"role": "user", "content": "tell"}], "temperature": 2.0}
-            inside = [state.line.join(), state.line.join()]
+            inside = [state.chats.join(), state.chats.join()]
             with pytest.raises(openai.RateLimitError) as told:
                 ai.chat.completions.create(**asked, max_tokens=2)
             assert int(told.value.response.headers["Retry-After"]) >= 1
             inside.pop().leave()
             assert ai.chat.completions.create(**asked, max_tokens=2).choices
             inside.pop().leave()
-            until(lambda: state.chats == 0)
+            until(lambda: state.chats.here == 0)
 
 
 def test_chats_wait_for_their_turn_and_who_goes_is_forgotten(serving, until):
@@ -299,18 +299,18 @@ def test_chats_wait_for_their_turn_and_who_goes_is_forgotten(serving, until):
                 return len([*answer]) if stream else len(answer.choices)
 
         answers = [threads.submit(ask, False)]
-        until(lambda: state.line.served == 1)
+        until(lambda: state.chats.served == 1)
         gone = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
         gone.request("POST", "/v1/chat/completions", json.dumps(asked))
-        until(lambda: state.line.waiting == 1)
+        until(lambda: state.chats.waiting == 1)
         answers += [threads.submit(ask, True), threads.submit(ask, False)]
-        until(lambda: state.line.waiting == 3)
+        until(lambda: state.chats.waiting == 3)
         gone.close()
-        until(lambda: state.line.waiting == 2)
+        until(lambda: state.chats.waiting == 2)
         assert not any(answer.done() for answer in answers)
         hold.set()
         assert all(answer.result(PATIENCE) > 0 for answer in answers)
-        until(lambda: state.chats == 0 and state.line.served == 0)
+        until(lambda: state.chats.here == 0 and state.chats.served == 0)
 
 
 def test_a_server_that_stops_says_so(serving):
@@ -327,6 +327,6 @@ def test_a_server_that_stops_says_so(serving):
 
 def test_bodies_are_read_off_the_event_loop(chatting, monkeypatch):
     readers = []
-    monkeypatch.setattr(routes_chat, "parse_body", lambda *_: readers.append(threading.current_thread()))
+    monkeypatch.setattr(app, "parse_body", lambda *_: readers.append(threading.current_thread()))
     assert post(chatting, b"{}")[0] == 400
     assert [reader.name.split("_")[0] for reader in readers] == ["casa-chats"]

@@ -6,8 +6,8 @@ import torch
 from casa.models.image_processing_casa import CasaSquareImageProcessor
 from casa.models.image_tokens import count_tokens
 from casa.serving import Limits, completion
-from casa.serving.chat_request import ChatRequest, RequestError, read_chat
-from casa.serving.completion import Completion
+from casa.serving.chat import ChatRequest, RequestError, read_chat
+from casa.serving.completion import Completion, Detokenizer
 from casa.streaming import Sampling
 from casa.testing import tiny_casa, tiny_casa_over, tiny_processor
 from casa.vision import token_grids
@@ -26,7 +26,8 @@ def asked(data_urls):
 
 def begun(model, request, most=8192):
     pieces = []
-    return Completion(model, tiny_processor(), request, most, pieces.append), pieces
+    processor = tiny_processor()
+    return Completion(model, processor, Detokenizer(processor.tokenizer), request, most, pieces.append), pieces
 
 
 def test_slices_join_to_the_whole(model, asked, monkeypatch):
@@ -116,7 +117,8 @@ def test_towers_of_any_kind(kind, fusion, pictures):
     parts = [{"type": "image", "image": picture} for picture in pictures[:2]] + [{"type": "text", "text": "say"}]
     chat = [{"role": "user", "content": parts}]
     pieces = []
-    work = Completion(model, processor, ChatRequest(chat, 2, 6, Sampling(), 0, (), False, False), 8192, pieces.append)
+    request = ChatRequest(chat, 6, Sampling(), 0, (), False, False)
+    work = Completion(model, processor, Detokenizer(processor.tokenizer), request, 8192, pieces.append)
     assert work.advance(float("inf"))
     inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
     with torch.no_grad():
@@ -136,12 +138,12 @@ def test_logprobs_are_the_models_own(model, asked):
     assert work.advance(float("inf"))
     assert told(pieces, 0) == told(quiet, 0)
     entries = [entry for piece in pieces for entry in piece.logprobs]
-    ids = work._choices[0].tokens
+    ids = work.choices[0].tokens
     assert len(entries) == len(ids) == work.completion_tokens
     processor = tiny_processor()
     reader = begun(model, asked())[0]
-    prompt = reader._tokenized()
-    images = torch.cat([model.encode_images(p["pixel_values"], p["image_grid_thw"]) for p in reader._pictures])
+    prompt, pictures = reader.prompt()
+    images = torch.cat([model.encode_images(p["pixel_values"], p["image_grid_thw"]) for p in pictures])
     tokens = torch.cat([prompt["input_ids"], torch.tensor([ids])], dim=1)
     with torch.no_grad():
         logits = model(**(prompt | {"input_ids": tokens}), image_features=images).logits[0].float().log_softmax(-1)
@@ -173,5 +175,5 @@ def test_a_chat_that_the_template_refuses_is_the_clients_error(model, asked):
     processor.chat_template = "{% if messages|length > 1 %}{{ raise_exception('Roles must alternate!') }}{% endif %}"
     request = asked(messages=[{"role": "user", "content": "a"}] * 2)
     with pytest.raises(RequestError, match="chat template refuses this chat: Roles must alternate!") as caught:
-        Completion(model, processor, request, 8192, print).advance(float("inf"))
+        Completion(model, processor, Detokenizer(processor.tokenizer), request, 8192, print).advance(float("inf"))
     assert (caught.value.status, caught.value.param) == (400, "messages")

@@ -192,7 +192,7 @@ def test_a_bound_too_small_for_the_prompt_ends_it(server, client):
 
 
 def test_more_sessions_than_allowed(serving, client, frames):
-    with serving(most_sessions=1) as server, client(server) as first:
+    with serving(max_sessions=1) as server, client(server) as first:
         first.hello()
         with client(server) as second:
             error = second.hello()
@@ -265,8 +265,8 @@ def test_more_messages_a_second_than_allowed(serving, client, frames):
         assert error["fatal"] is False
         one.socket.send(frames[0])
         assert one.hear()["frame"] == 1
-        (stream,) = server._state.worker._streams.values()
-        assert stream.paused
+        (seat,) = server._state.worker.engine._seats.values()
+        assert seat.paused
 
 
 def test_a_model_whose_thread_has_ended_is_no_healthy_one(serving):
@@ -299,9 +299,9 @@ def test_health_and_metrics(serving, client, frames):
         assert figures["casa_lag_seconds_count"] == "4"
         assert int(figures["casa_cache_bytes"]) > 0
         health = json.loads(get(server, "/health")[2])
-        assert {name: health[name] for name in ("status", "model", "sessions", "most_sessions")} == {
+        assert {name: health[name] for name in ("status", "model", "sessions", "max_sessions")} == {
             "status": "ok",
             "model": "tiny",
             "sessions": 1,
-            "most_sessions": 16,
+            "max_sessions": 16,
         }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from casa.serving import Limits
 from casa.serving.metrics import COUNTERS, GAUGES
-from casa.serving.stream_messages import KEYS
+from casa.serving.streams import KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/serving.md").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import pytest
 
 from casa.errors import UserError
 from casa.serving import Limits
-from casa.serving.rate import Line, Rate
+from casa.serving.admission import ChatQueue, RateLimiter
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
@@ -17,7 +17,7 @@ def test_a_limit_is_above_nothing(value):
 
 def test_a_rate_allows_two_seconds_at_once_and_then_its_pace():
     now = 0.0
-    rate = Rate(5, lambda: now)
+    rate = RateLimiter(5, lambda: now)
     assert [rate.take() for _ in range(12)] == [True] * 10 + [False] * 2
     now = 0.4
     assert [rate.take() for _ in range(3)] == [True, True, False]
@@ -27,7 +27,7 @@ def test_a_rate_allows_two_seconds_at_once_and_then_its_pace():
 
 def test_less_than_one_a_second_is_a_rate_too():
     now = 0.0
-    rate = Rate(0.1, lambda: now)
+    rate = RateLimiter(0.1, lambda: now)
     assert [rate.take(), rate.take()] == [True, False]
     now = 10.0
     assert rate.take()
@@ -64,7 +64,7 @@ def test_a_line_serves_who_came_first_and_says_how_long_it_may_take():
         guest.leave()
 
     async def scenario():
-        line = Line(1, 3, lambda: now[0])
+        line = ChatQueue(1, 3, lambda: now[0])
         assert line.expected_seconds() == 1
         await asyncio.gather(*(served(line, name, 7.0) for name in "abcd"))
         assert (line.here, line.served, line.waiting) == (0, 0, 0)
@@ -95,7 +95,7 @@ def test_who_is_served_for_long_counts_before_it_has_ended():
         return False
 
     async def scenario():
-        line = Line(2, 2, lambda: now[0])
+        line = ChatQueue(2, 2, lambda: now[0])
         quick, *slow = [line.join() for _ in range(3)]
         assert await quick.turn(stays)
         now[0] += 1.0
@@ -114,13 +114,13 @@ def test_who_is_served_for_long_counts_before_it_has_ended():
 
 
 def test_who_has_gone_is_told_nothing_in_the_line(monkeypatch):
-    monkeypatch.setattr("casa.serving.rate.LOOK_AFTER", 0.0)
+    monkeypatch.setattr("casa.serving.admission.POLL_SECONDS", 0.0)
 
     async def gone():
         return True
 
     async def scenario():
-        line = Line(1, 1)
+        line = ChatQueue(1, 1)
         first, second = line.join(), line.join()
         assert await first.turn(gone)
         assert not await second.turn(gone)

@@ -12,11 +12,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from casa.serving import Limits
-from casa.serving.live import LiveStream, Ticket
-from casa.serving.load import Load, OverloadedError, probe
-from casa.serving.metrics import Metrics
-from casa.serving.outbox import Outbox
-from casa.serving.transcript import Transcript
+from casa.serving.live import LiveStream, Outbox, QueuedFrame, Transcript
+from casa.serving.metrics import LoadMeter, Metrics, OverloadedError, probe
 from casa.serving.worker import Worker
 from casa.streaming import Sampling, StreamingEngine
 from casa.testing import PATIENCE, tiny_processor
@@ -36,7 +33,8 @@ class Machine:
 
     def __init__(self, model, pictures, picture=0.1, reading=0.03, **limits):
         self.now = 0.0
-        self.engine = StreamingEngine(model, tiny_processor(), most_rows=limits.pop("most_rows", 16))
+        rows = limits.pop("max_batch_size", 16)
+        self.engine = StreamingEngine(model, tiny_processor(), max_batch_size=rows, clock=self.clock)
         self.worker = Worker(self.engine, Limits(**limits), clock=self.clock)
         self.streams, self._pictures, self._sent = [], pictures, {}
         self._picture, self._reading = picture, reading
@@ -80,12 +78,12 @@ class Machine:
             while since + sent / stream.fps <= min(self.now, self._end):
                 at = since + sent / stream.fps
                 sent += 1
-                self.worker.offer(stream, Ticket(sent, at, self._pictures[sent % len(self._pictures)], at))
+                self.worker.offer(stream, QueuedFrame(sent, at, self._pictures[sent % len(self._pictures)], at))
             self._sent[stream] = (since, sent)
 
 
 def events(stream, kind):
-    return [event for event in stream.outbox._events if event["type"] == kind]
+    return [event for event in stream.outbox._messages if event["type"] == kind]
 
 
 @pytest.fixture
@@ -102,7 +100,7 @@ def in_a_loop(scenario):
 
 
 @pytest.mark.parametrize(
-    ("count", "fps", "picture", "most_rows", "seconds", "cut"),
+    ("count", "fps", "picture", "max_batch_size", "seconds", "cut"),
     [
         # twice what the machine can do, and more: frames are dropped, captions have the time that they need
         (8, 2.0, 0.1, 16, 10, False),
@@ -112,10 +110,10 @@ def in_a_loop(scenario):
     ],
 )
 def test_each_stream_says_something_of_every_frame_that_it_watches(
-    machine, count, fps, picture, most_rows, seconds, cut
+    machine, count, fps, picture, max_batch_size, seconds, cut
 ):
     def scenario():
-        made = machine(picture=picture, most_rows=most_rows, load=100.0)
+        made = machine(picture=picture, max_batch_size=max_batch_size, load=100.0)
         for number in range(count):
             made.open(str(number), fps)
         made.run(seconds)
@@ -130,12 +128,12 @@ def test_each_stream_says_something_of_every_frame_that_it_watches(
         used = events(stream, "usage")
         said = {event["frame"]: event for event in events(stream, "caption")}
         assert all(event["frame"] in said for event in used)
-        assert [event["whole"] for event in used] == [said[event["frame"]]["whole"] for event in used]
-        assert used[-1]["cut"] == sum(not event["whole"] for event in used) == stream.cut
+        assert [event["complete"] for event in used] == [said[event["frame"]]["complete"] for event in used]
+        assert used[-1]["truncated"] == sum(not event["complete"] for event in used) == stream.truncated
         offered = made._sent[stream][1]
         assert offered - 3 <= used[-1]["dropped"] + len(used) <= offered
         assert stream.dropped > 0
-        assert (stream.cut > 0) is cut
+        assert (stream.truncated > 0) is cut
 
 
 def test_chats_go_on_where_streams_take_all_there_is(machine):
@@ -177,7 +175,7 @@ def test_what_the_model_leaves_unsaid_is_silence_and_no_cut(machine, model, pict
     stream = in_a_loop(scenario)
     assert events(stream, "usage")
     assert events(stream, "caption") == []
-    assert all(event["whole"] and event["cut"] == 0 for event in events(stream, "usage"))
+    assert all(event["complete"] and event["truncated"] == 0 for event in events(stream, "usage"))
 
 
 def refused(opened):
@@ -211,7 +209,7 @@ def test_no_more_are_let_in_than_the_machine_sustains_and_those_lose_next_to_not
     assert f"{len(made.streams)} streams ask for {len(made.streams):.3g} already" in turned_away[-1]
     offered = sum(made._sent[stream][1] for stream in made.streams)
     assert sum(stream.dropped for stream in made.streams) <= 0.05 * offered
-    assert not made.worker.load.is_over
+    assert not made.worker.load.recent.is_too_much
 
 
 def test_what_would_be_possible_is_said_and_is(machine):
@@ -258,18 +256,18 @@ def test_the_first_is_let_in_and_told_what_it_will_lose(machine):
         r"This machine is too slow for that: of 20 frames a second it watches about [\d.]+", used[-1]["advice"]
     )
     assert "fewer frames a second" in used[-1]["advice"]
-    assert load.is_over
+    assert load.recent.is_too_much
 
 
 def test_advice_and_overload_end_when_the_machine_keeps_up_again(machine):
     def scenario():
-        made = machine(picture=0.1)
-        one, _ = made.open("one", 20.0)
+        made = machine(picture=0.6)
+        one, _ = made.open("one", 2.0)
         made.run(20)
-        over = made.worker.load.is_over
-        one.fps, made._sent[one] = 0.5, (made.now, 0)
+        over = made.worker.load.recent.is_too_much
+        made._picture = made._reading = 0.01
         made.run(90)
-        return over, made.worker.load.is_over, events(one, "usage")[-1]["advice"]
+        return over, made.worker.load.recent.is_too_much, events(one, "usage")[-1]["advice"]
 
     assert in_a_loop(scenario) == (True, False, None)
 
@@ -279,9 +277,9 @@ def test_frames_that_come_too_soon_are_nobodys_slowness(machine, pictures):
         made = machine(picture=0.01)
         one, _ = made.open("one", 2.0)
         for _ in range(100):
-            made.worker.refuse(one)
+            one.drop(late=False)
         made.run(5)
-        return one, made.worker.load.is_over, events(one, "usage")[-1]
+        return one, made.worker.load.recent.is_too_much, events(one, "usage")[-1]
 
     one, over, used = in_a_loop(scenario)
     assert (one.dropped, used["dropped"], used["advice"], over) == (100, 100, None, False)
@@ -289,7 +287,7 @@ def test_frames_that_come_too_soon_are_nobodys_slowness(machine, pictures):
 
 def test_rates_are_those_of_the_last_minute_and_then_those_tried():
     now = 0.0
-    load = Load(16, clock=lambda: now)
+    load = LoadMeter(16, clock=lambda: now)
     assert load.sustained(1) is None
     for rows, seconds in ((1, 0.1), (2, 0.15), (4, 0.2), (8, 0.9)):
         load.tried(rows, seconds)

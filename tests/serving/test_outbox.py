@@ -3,7 +3,7 @@
 import asyncio
 import threading
 
-from casa.serving.outbox import Outbox
+from casa.serving.live import Outbox
 
 
 def event(kind, number):

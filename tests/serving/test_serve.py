@@ -15,7 +15,7 @@ import torch
 
 from casa.cli.main import run
 from casa.errors import UserError
-from casa.serving import extra, server
+from casa.serving import limits, server
 from casa.testing import PATIENCE, tiny_casa, tiny_processor
 
 
@@ -57,7 +57,7 @@ def test_it_says_where_it_is(casa, checkpoint, monkeypatch):
     assert (status, err) == (0, "")
     state = served[0]._state
     assert out == f"mine is at http://127.0.0.1:{served[0].port}/  (Ctrl-C stops it)\n"
-    assert (state.name, state.worker.engine.most_sessions, state.fps, state.token) == ("mine", 3, 4.0, None)
+    assert (state.name, state.worker.engine.max_sessions, state.fps, state.token) == ("mine", 3, 4.0, None)
     monkeypatch.setenv("CASA_TOKEN", "secret")
     status, out, err = casa(checkpoint, "--port", 0, "--host", "0.0.0.0")
     assert "/#token=secret" in out
@@ -65,7 +65,7 @@ def test_it_says_where_it_is(casa, checkpoint, monkeypatch):
     monkeypatch.delenv("CASA_TOKEN")
     _, _, err = casa(checkpoint, "--port", 0, "--host", "0.0.0.0", "--limit", "sessions=5")
     assert "--token" in err
-    assert served[-1]._state.worker.engine.most_sessions == 5
+    assert served[-1]._state.worker.engine.max_sessions == 5
 
 
 def listening_addresses(port):
@@ -118,9 +118,9 @@ def test_what_is_wrong_is_one_sentence(casa, checkpoint, arguments, word):
 
 
 def test_the_extra_is_named_where_it_is_missing(casa, checkpoint, monkeypatch):
-    monkeypatch.setattr(extra, "find_spec", lambda name: None if name == "uvicorn" else object())
+    monkeypatch.setattr(limits, "find_spec", lambda name: None if name == "uvicorn" else object())
     with pytest.raises(UserError, match="uvicorn"):
-        extra.check_installed()
+        limits.check_installed()
     status, _, err = casa(checkpoint)
     assert status == 2
     assert "casa-vlm[serve]" in err

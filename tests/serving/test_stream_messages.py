@@ -6,7 +6,7 @@ import pytest
 
 from casa.errors import UserError
 from casa.serving import Limits
-from casa.serving.stream_messages import read_hello, read_message, read_time, words
+from casa.serving.streams import read_hello, read_message, read_time, words
 from casa.streaming import Sampling
 
 LIMITS = Limits()
@@ -29,7 +29,7 @@ def test_a_hello_says_nothing_or_all():
         max_new_tokens=9,
         seed=3,
         token="t",
-        sampling={"temperature": 0.5, "top_k": 3, "no_repeat": 4, "presence_penalty": 1},
+        sampling={"temperature": 0.5, "top_k": 3, "no_repeat_ngram_size": 4, "presence_penalty": 1},
     )
     assert (full.fps, full.token) == (5, "t")
     assert full.settings == {
@@ -37,7 +37,7 @@ def test_a_hello_says_nothing_or_all():
         "max_text_tokens": 200,
         "max_new_tokens": 9,
         "seed": 3,
-        "sampling": Sampling(temperature=0.5, top_k=3, no_repeat=4, presence_penalty=1.0),
+        "sampling": Sampling(temperature=0.5, top_k=3, no_repeat_ngram_size=4, presence_penalty=1.0),
     }
 
 

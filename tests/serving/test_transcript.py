@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from casa.serving.transcript import Shelf, Transcript
+from casa.serving.live import Shelf, Transcript
 
 
 @pytest.fixture

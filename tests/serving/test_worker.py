@@ -9,10 +9,8 @@ import pytest
 
 from casa.errors import UserError
 from casa.serving import Limits
-from casa.serving.live import LiveStream, Ticket
+from casa.serving.live import LiveStream, Outbox, QueuedFrame, Transcript
 from casa.serving.metrics import Metrics
-from casa.serving.outbox import Outbox
-from casa.serving.transcript import Transcript
 from casa.serving.worker import Worker
 from casa.streaming import Sampling, StreamingEngine, StreamingSession
 from casa.testing import PATIENCE, tiny_processor
@@ -24,8 +22,9 @@ WORD = 7  # a token that ends nothing
 @pytest.fixture
 def worker(model, request):
     """With as many rows in a step as a test asks for. What one stream says at once may take a minute."""
-    engine = StreamingEngine(model, tiny_processor(), most_sessions=3, most_rows=getattr(request, "param", 16))
-    made = Worker(engine, Limits(questions=2, caption_seconds=60.0, answer_seconds=60.0, load=1e9))
+    rows = getattr(request, "param", 16)
+    engine = StreamingEngine(model, tiny_processor(), max_sessions=3, max_batch_size=rows, max_questions=2)
+    made = Worker(engine, Limits(caption_seconds=60.0, answer_seconds=60.0, load=1e9))
     made.start()
     yield made
     made.stop()
@@ -72,7 +71,7 @@ def test_streams_say_what_they_say_alone(worker, model, pictures):
         heard = {one.name: [] for one in streams}
         for turn in range(3):
             for number, one in enumerate(streams):
-                worker.offer(one, Ticket(turn + 1, turn / 2, pictures[3 * number + turn]))
+                worker.offer(one, QueuedFrame(turn + 1, turn / 2, pictures[3 * number + turn]))
             for one in streams:
                 heard[one.name].append(text_of(await hear(one, "usage")))
         return heard
@@ -89,15 +88,15 @@ def test_the_newest_frame_wins_and_a_pause_takes_none(worker, pictures):
         (one,) = await opened(worker, "a")
         hold = held(worker)
         for number in range(5):
-            worker.offer(one, Ticket(number + 1, float(number), pictures[number]))
+            worker.offer(one, QueuedFrame(number + 1, float(number), pictures[number]))
         hold.set()
         events = await hear(one, "usage")
         worker.pause(one, True)
-        worker.offer(one, Ticket(6, 5.0, pictures[5]))
+        worker.offer(one, QueuedFrame(6, 5.0, pictures[5]))
         worker.ask(one, "what")
         later = await hear(one, "answer")
         worker.pause(one, False)
-        worker.offer(one, Ticket(7, 6.0, pictures[6]))
+        worker.offer(one, QueuedFrame(7, 6.0, pictures[6]))
         return events, later, await hear(one, "usage"), one
 
     events, later, last, one = run(scenario)
@@ -107,22 +106,6 @@ def test_the_newest_frame_wins_and_a_pause_takes_none(worker, pictures):
     assert later[0]["time"] == 4.0
     assert last[-1]["frame"] == 7
     assert one.dropped == 4
-
-
-def test_a_stream_has_waited_since_the_first_of_the_frames_that_replaced_one_another(pictures):
-    async def scenario():
-        one, since = stream(), []
-        for arrived in (1.0, 5.0):
-            one.offer(Ticket(1, 0.0, pictures[0], arrived))
-            since.append(one.waits_since)
-        one.take()
-        since.append(one.waits_since)
-        one.offer(Ticket(3, 1.0, pictures[0], 9.0))
-        since.append(one.waits_since)
-        one.pause(True)
-        return [*since, one.waits_since]
-
-    assert run(scenario) == [1.0, 1.0, None, 9.0, None]
 
 
 def test_questions_wait_in_line_and_not_too_many(worker):
@@ -142,7 +125,7 @@ def test_questions_wait_in_line_and_not_too_many(worker):
 def test_an_answer_is_the_sessions_own(worker, model, pictures):
     async def scenario():
         (one,) = await opened(worker, "a")
-        worker.offer(one, Ticket(1, 0.0, pictures[0]))
+        worker.offer(one, QueuedFrame(1, 0.0, pictures[0]))
         await hear(one, "usage")
         worker.ask(one, "what")
         return (await hear(one, "answer"))[-1]["text"]
@@ -155,8 +138,8 @@ def test_an_answer_is_the_sessions_own(worker, model, pictures):
 def test_what_is_no_picture_ends_in_its_own_stream(worker, pictures):
     async def scenario():
         good, bad = await opened(worker, "good", "bad")
-        worker.offer(bad, Ticket(1, 0.0, "no picture"))  # type: ignore[arg-type]
-        worker.offer(good, Ticket(1, 0.0, pictures[0]))
+        worker.offer(bad, QueuedFrame(1, 0.0, "no picture"))  # type: ignore[arg-type]
+        worker.offer(good, QueuedFrame(1, 0.0, pictures[0]))
         return (await hear(bad, "error"))[-1], (await hear(good, "usage"))[-1]
 
     error, usage = run(scenario)
@@ -167,7 +150,7 @@ def test_what_is_no_picture_ends_in_its_own_stream(worker, pictures):
 def test_a_failing_pass_is_told_and_leaves_the_stream_as_it_was(worker, model, pictures, monkeypatch, caplog):
     async def scenario():
         (one,) = await opened(worker, "a")
-        worker.offer(one, Ticket(1, 0.0, pictures[0]))
+        worker.offer(one, QueuedFrame(1, 0.0, pictures[0]))
         await hear(one, "usage")
         before = one.session
 
@@ -176,9 +159,9 @@ def test_a_failing_pass_is_told_and_leaves_the_stream_as_it_was(worker, model, p
             raise MemoryError
 
         monkeypatch.setattr(worker.engine, "step", fail)
-        worker.offer(one, Ticket(2, 0.5, pictures[1]))
+        worker.offer(one, QueuedFrame(2, 0.5, pictures[1]))
         error = (await hear(one, "error"))[-1]
-        worker.offer(one, Ticket(3, 1.0, pictures[0]))
+        worker.offer(one, QueuedFrame(3, 1.0, pictures[0]))
         return error, before is one.session, text_of(await hear(one, "usage"))
 
     error, same, text = run(scenario)
@@ -210,7 +193,7 @@ def test_a_stream_alone_whose_model_fails_once_goes_on_with_its_state(worker, mo
         for turn in range(3):
             # at its second token, when the frame is in the cache already
             session.sampling = Failing(after=1) if turn == 1 else Sampling()
-            worker.offer(one, Ticket(turn + 1, turn / 2, pictures[turn]))
+            worker.offer(one, QueuedFrame(turn + 1, turn / 2, pictures[turn]))
             heard.append(await hear(one, "usage", "error"))
         return heard, one.session is session
 
@@ -232,7 +215,7 @@ def test_who_makes_a_shared_pass_fail_fails_alone(worker, model, pictures):
             bad.session.sampling = Failing() if turn == 1 else Sampling()
             hold = held(worker)
             for one in (good, bad):
-                worker.offer(one, Ticket(turn + 1, turn / 2, pictures[turn]))
+                worker.offer(one, QueuedFrame(turn + 1, turn / 2, pictures[turn]))
             hold.set()
             heard.append(text_of(await hear(good, "usage")))
             end = (await hear(bad, "usage", "error"))[-1]
@@ -257,7 +240,7 @@ def test_an_event_that_cannot_be_told_is_that_streams_alone(worker, pictures, ca
         bad.tally = Broken()
         hold = held(worker)
         for one in (bad, good):
-            worker.offer(one, Ticket(1, 0.0, pictures[0]))
+            worker.offer(one, QueuedFrame(1, 0.0, pictures[0]))
         hold.set()
         return (await hear(bad, "error"))[-1], (await hear(good, "usage"))[-1]
 
@@ -329,7 +312,7 @@ def test_streams_have_a_turn_between_the_slices_of_many_chats(worker, pictures, 
         hold = held(worker)
         for name in "bcd":
             worker.chat(Slices(2, turns, name))
-        worker.offer(one, Ticket(1, 0.0, pictures[0]))
+        worker.offer(one, QueuedFrame(1, 0.0, pictures[0]))
         worker.ask(one, "what")
         hold.set()
         await hear(one, "usage")
@@ -341,8 +324,8 @@ def test_streams_have_a_turn_between_the_slices_of_many_chats(worker, pictures, 
 
 def test_it_sleeps_when_there_is_nothing_to_do(worker, monkeypatch):
     rounds = []
-    begin = worker._begin
-    monkeypatch.setattr(worker, "_begin", lambda: rounds.append(1) or begin())
+    work = worker.work
+    monkeypatch.setattr(worker, "work", lambda: rounds.append(1) or work())
     for _ in range(3):
         worker.call(lambda: 1).result(PATIENCE)
     time.sleep(0.2)
@@ -390,20 +373,20 @@ def test_each_caption_is_cut_at_its_own_streams_budget_and_told_at_once(worker, 
             await asyncio.wrap_future(worker.open(one, **endless(sampling)))
         hold = held(worker)
         for one in (slow, fast):
-            worker.offer(one, Ticket(1, 0.0, pictures[0]))
+            worker.offer(one, QueuedFrame(1, 0.0, pictures[0]))
         hold.set()
         await hear(fast, "usage")
         # nor does the next frame wait for the slow one
-        worker.offer(fast, Ticket(2, 0.05, pictures[1]))
+        worker.offer(fast, QueuedFrame(2, 0.05, pictures[1]))
         await hear(fast, "usage")
         assert len(slow.outbox) == 0
         sampling.enough.set()
-        return await hear(slow, "usage"), [one._metrics.counted("cut") for one in (slow, fast)]
+        return await hear(slow, "usage"), [one._metrics.counted("truncated") for one in (slow, fast)]
 
     events, cut = run(scenario)
     assert cut == [0, 2]
     assert [(event["type"], event["frame"]) for event in events] == [("caption", 1), ("usage", 1)]
-    assert events[0]["whole"]
+    assert events[0]["complete"]
 
 
 @pytest.mark.parametrize("worker", [16, 1], indirect=True)
@@ -415,14 +398,14 @@ def test_an_answer_without_end_costs_no_other_stream_its_captions(worker, pictur
         worker.ask(asked, "what")
         await asyncio.to_thread(sampling.begun.wait, 60)
         for number in range(1, 4):
-            worker.offer(other, Ticket(number, number / 4, pictures[number]))
+            worker.offer(other, QueuedFrame(number, number / 4, pictures[number]))
             assert (await hear(other, "usage"))[-1]["frame"] == number
             assert len(asked.outbox) == 0
         sampling.enough.set()
         return (await hear(asked, "answer"))[-1]
 
     answer = run(scenario)
-    assert answer["whole"]
+    assert answer["complete"]
     assert len(answer["text"]) > 3
 
 
@@ -435,7 +418,7 @@ def test_who_leaves_in_the_middle_of_an_answer_is_forgotten(worker, pictures):
         # neither coming nor going waits for an answer
         await asyncio.wrap_future(worker.open(other, **SETTINGS))
         await asyncio.wrap_future(worker.close(asked))
-        worker.offer(other, Ticket(1, 0.0, pictures[0]))
+        worker.offer(other, QueuedFrame(1, 0.0, pictures[0]))
         return text_of(await hear(other, "usage")), len(asked.outbox), len(worker.engine)
 
     text, told, sessions = run(scenario)

@@ -7,7 +7,7 @@ import pytest
 
 from casa.benchmarks.soak import allowed_bytes
 from casa.errors import UserError
-from casa.streaming import StreamingEngine, StreamingSession, forgets
+from casa.streaming import StreamingEngine, StreamingSession, supports_text_bound
 from casa.testing import tiny_processor, tiny_speaker
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (6, 56, 84, 3), dtype=np.uint8)
@@ -57,7 +57,7 @@ def test_a_question_is_asked_of_the_window_at_hand_while_there_is_room(forgettin
 @pytest.mark.parametrize("fusion", [{"method": "insertion"}, {"split": "sample"}], ids=["insertion", "sample"])
 def test_a_model_that_keeps_all_text_takes_no_bound(fusion):
     model = tiny_speaker(**fusion)
-    assert not forgets(model)
+    assert not supports_text_bound(model)
     with pytest.raises(UserError, match="cannot forget its text; leave max_text_tokens out"):
         StreamingSession(model, tiny_processor(), max_text_tokens=200)
-    assert forgets(tiny_speaker())
+    assert supports_text_bound(tiny_speaker())

@@ -5,7 +5,7 @@ import pytest
 from casa.errors import UserError
 from casa.models import FusionConfig, adapt
 from casa.streaming import Sampling, StreamingEngine, StreamingSession
-from casa.streaming.together import run_together
+from casa.streaming.batch import run_all
 from casa.testing import noise_frames, tiny_backbone, tiny_encoder, tiny_processor, tiny_speaker
 from casa.testing.tiny import spread
 
@@ -42,17 +42,17 @@ def test_each_session_says_what_it_says_alone(shared):
     assert len({len(text) for texts in heard.values() for text in texts}) > 1, "captions of different lengths"
 
 
-def test_all_who_wait_share_one_pass(plain, monkeypatch):
+def test_all_who_wait_share_one_batch(plain, monkeypatch):
     """Frames of three sizes, in three sessions: one batch per step, not one pass for each."""
-    from casa.streaming import together
+    from casa.streaming import batch
 
-    sizes, run_pass = [], together.run_pass
+    sizes, run_batch = [], batch.run_batch
 
-    def counted(model, calls, halt=None):
-        sizes.append(len(calls))
-        return run_pass(model, calls, halt)
+    def counted(model, requests, should_yield=None):
+        sizes.append(len(requests))
+        return run_batch(model, requests, should_yield)
 
-    monkeypatch.setattr(together, "run_pass", counted)
+    monkeypatch.setattr(batch, "run_batch", counted)
     engine = StreamingEngine(plain, tiny_processor())
     for name, (_, settings) in STREAMS.items():
         engine.open(name, **SETTINGS, **settings)
@@ -163,7 +163,7 @@ def test_of_such_a_model_too_nobody_waits_for_a_long_caption(halt):
         single = StreamingSession(model, tiny_processor(), max_new_tokens=most, sampling=talking)
         wanted[name] = single.step(noise_frames(1, 1)[0])
     while engine.waiting:
-        engine.step(halt=halt, tell=told.append)
+        engine.step(should_yield=halt, on_event=told.append)
     assert [(event.session, event.text) for event in told] == [("short", wanted["short"]), ("long", wanted["long"])]
 
 
@@ -201,8 +201,10 @@ def test_a_paused_session_keeps_its_state_and_watches_nothing(plain):
         engine.pause("a", turn == 2)
         engine.offer("a", frame)
         said += engine.step()
-    assert (len(said), engine.waiting) == (2, 0)
+    assert (len(said), engine.waiting, engine.dropped("a")) == (2, 0, 0)
     engine.pause("a", False)
+    assert engine.step() == [], "what came meanwhile is passed over"
+    engine.offer("a", frame)
     said += engine.step()
     assert [event.text for event in said] == alone(plain, "a", 3)
 
@@ -222,12 +224,13 @@ def test_a_paused_session_still_answers(plain):
     assert [event.kind for event in said] == ["caption", "answer"]
     assert engine.step() == []
     engine.pause("a", False)
+    engine.offer("a", second)
     said += engine.step()
     assert [event.text for event in said] == wanted
 
 
 def test_no_session_waits_for_ever(plain):
-    engine = StreamingEngine(plain, tiny_processor(), most_rows=2)
+    engine = StreamingEngine(plain, tiny_processor(), max_batch_size=2)
     for name in STREAMS:
         engine.open(name, **SETTINGS)
     served = []
@@ -249,7 +252,7 @@ def test_forks_and_saved_sessions_go_on_as_the_first_would(plain, tmp_path, firs
     engine.step()
     engine.fork(first, "twin")
     engine.save(first, tmp_path / "a.session")
-    engine.load("again", tmp_path / "a.session")
+    engine.open("again", StreamingSession.load(tmp_path / "a.session", plain, tiny_processor()))
     for frame, wanted in zip(noise_frames(seed, 4)[1:], alone(plain, first, 4)[1:], strict=True):
         for name in (first, "twin", "again"):
             engine.offer(name, frame)
@@ -291,18 +294,18 @@ def test_each_of_several_questions_has_its_answer(plain):
 
 
 def test_questions_that_wait_are_bounded(plain):
-    engine = StreamingEngine(plain, tiny_processor(), most_questions=2)
+    engine = StreamingEngine(plain, tiny_processor(), max_questions=2)
     for name in ("a", "b"):
         engine.open(name, **SETTINGS)
     for _ in range(2):
         engine.ask("a", "who")
-    with pytest.raises(UserError, match="2 questions of session 'a' wait for answers; ask again later"):
+    with pytest.raises(UserError, match="2 questions wait for their answers; ask again later"):
         engine.ask("a", "why")
     engine.ask("b", "who")
     assert [event.error for event in engine.step()] == [None, None]
     engine.ask("a", "why")
-    with pytest.raises(UserError, match="most_questions"):
-        StreamingEngine(plain, tiny_processor(), most_questions=0)
+    with pytest.raises(UserError, match="max_questions"):
+        StreamingEngine(plain, tiny_processor(), max_questions=0)
 
 
 def test_a_cut_caption_ends_and_the_next_one_does_not(plain, same_state):
@@ -310,13 +313,43 @@ def test_a_cut_caption_ends_and_the_next_one_does_not(plain, same_state):
     first, second = noise_frames(1, 2)
     session = StreamingSession(plain, tiny_processor(), max_new_tokens=8)
     asked = iter([False, False, True])
-    (cut,) = run_together(plain, [session.prepare(first, lambda: next(asked, True))])
-    assert (cut.whole, len(cut.tokens)) == (False, 2)
+    (cut,) = run_all(plain, [session.prepare(first, lambda: next(asked, True))])
+    assert (cut.complete, len(cut.tokens)) == (False, 2)
     twin = StreamingSession(plain, tiny_processor(), max_new_tokens=2)
     assert session.accept(cut) == twin.step(first)
     twin.max_new_tokens = 8
     assert session.step(second) == twin.step(second)
     same_state(session, twin)
+
+
+def test_events_bring_their_tag_and_their_times_and_what_waits_is_known(plain):
+    """A frame that replaces another has waited as long as that one; a turn's latency begins with its step."""
+    now = [0.0]
+    engine = StreamingEngine(plain, tiny_processor(), clock=lambda: now[0], max_batch_size=1)
+    for name in ("a", "b"):
+        engine.open(name, **SETTINGS)
+    first, second = noise_frames(1, 2)
+    for now[0], frame, tag in ((1.0, first, "old"), (5.0, second, "new")):
+        engine.offer("a", frame, tag)
+    now[0] = 6.0
+    engine.ask("b", "who", tag=7)
+    assert engine.waiting_since() == {"a": 1.0, "b": 6.0}
+    now[0] = 8.0
+    seen = []
+
+    def should_yield():
+        seen.append(engine.waiting_since())
+        now[0] = 9.0
+        return False
+
+    (event,) = engine.step(should_yield=should_yield)
+    assert all(waiting == {"b": 6.0} for waiting in seen)
+    assert (event.tag, event.lag, event.latency) == ("new", now[0] - 5.0, now[0] - 8.0)
+    (event,) = engine.step()
+    assert (event.kind, event.tag, event.lag) == ("answer", 7, now[0] - 6.0)
+    engine.offer("a", first)
+    engine.pause("a")
+    assert engine.waiting_since() == {}
 
 
 @pytest.mark.parametrize(
@@ -329,7 +362,7 @@ def test_a_cut_caption_ends_and_the_next_one_does_not(plain, same_state):
     ],
 )
 def test_what_cannot_be_is_refused(plain, act, words):
-    engine = StreamingEngine(plain, tiny_processor(), most_sessions=2)
+    engine = StreamingEngine(plain, tiny_processor(), max_sessions=2)
     engine.open("a")
     with pytest.raises(UserError, match=words):
         act(engine)

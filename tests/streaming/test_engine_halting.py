@@ -1,6 +1,7 @@
 """A step may end in the middle of captions: they go on in the next one, and nothing of what is said changes."""
 
 import random
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -31,6 +32,13 @@ def at_once():
     return True
 
 
+@contextmanager
+def hooked(model, hook):
+    handle = model.register_forward_hook(hook)
+    yield
+    handle.remove()
+
+
 def test_halted_after_every_token_each_says_what_it_says_alone(shared, same_state):
     engine, singles = opened(shared)
     steps = 0
@@ -49,7 +57,7 @@ def test_halted_after_every_token_each_says_what_it_says_alone(shared, same_stat
             singles["b"] = again
         heard = {}
         while engine.waiting:
-            heard |= {(event.session, event.kind): event.text for event in engine.step(halt=at_once)}
+            heard |= {(event.session, event.kind): event.text for event in engine.step(should_yield=at_once)}
             steps += 1
         assert heard == wanted
     for name, single in singles.items():
@@ -69,7 +77,7 @@ def test_frames_that_come_share_a_step_with_what_is_half_said(shared, same_state
         for name in come:
             engine.offer(name, left[name].pop())
         busy |= come
-        for event in engine.step(halt=lambda: chance.random() < 0.7):
+        for event in engine.step(should_yield=lambda: chance.random() < 0.7):
             heard[event.session].append(event.text)
             busy.discard(event.session)
     assert heard == wanted
@@ -87,11 +95,11 @@ def test_in_the_middle_of_a_caption_a_session_is_as_before_its_frame(plain, tmp_
     engine.offer("a", first)
     assert [event.text for event in engine.step()] == wanted[:1]
     engine.offer("a", second)
-    assert engine.step(halt=at_once) == []
+    assert engine.step(should_yield=at_once) == []
     assert (engine.session("a").frames, engine.waiting) == (1, 1)
     engine.fork("a", "twin")
     engine.save("a", tmp_path / "a.session")
-    engine.load("again", tmp_path / "a.session")
+    engine.open("again", StreamingSession.load(tmp_path / "a.session", plain, tiny_processor()))
     assert [event.text for event in engine.step()] == wanted[1:]
     for name in ("twin", "again"):
         engine.offer(name, second)
@@ -119,8 +127,9 @@ def test_an_event_is_told_as_soon_as_it_is_there(plain):
     engine.open("long", max_new_tokens=6, sampling=noting)
     for name in ("short", "long"):
         engine.offer(name, noise_frames(1, 1)[0])
-    events = engine.step(tell=noting.told.append)
-    assert noting.noted == [0, 0, 1, 1, 1, 1]
+    events = engine.step(on_event=noting.told.append)
+    # before the pass after the one that it ended with
+    assert noting.noted == [0, 0, 0, 1, 1, 1]
     assert [event.session for event in noting.told] == [event.session for event in events] == ["short", "long"]
 
 
@@ -128,13 +137,35 @@ def test_what_goes_on_is_cut_by_the_step_that_it_goes_on_in(plain, same_state):
     engine = StreamingEngine(plain, tiny_processor())
     engine.open("a", **TALKING)
     engine.offer("a", noise_frames(1, 1)[0])
-    assert engine.step(halt=at_once) == []
+    assert engine.step(should_yield=at_once) == []
     asked = iter([False])
-    (event,) = engine.step(cuts={"a": lambda: next(asked, True)})
+    (event,) = engine.step(should_stop=lambda: next(asked, True))
     asked = iter([False, False])
     single = StreamingSession(plain, tiny_processor(), **TALKING)
     assert event.text == single.step(noise_frames(1, 1)[0], lambda: next(asked, True))
-    assert not event.whole
+    assert not event.complete
+    same_state(engine.session("a"), single)
+
+
+@pytest.mark.parametrize("kind", ["caption", "answer"])
+def test_a_budget_goes_over_all_steps_that_a_text_takes(plain, same_state, kind):
+    """The clock ticks with every pass: three words, whatever steps they are said in."""
+    passes = []
+    engine = StreamingEngine(plain, tiny_processor(), clock=lambda: len(passes))
+    engine.open("a", caption_seconds=3.0, answer_seconds=3.0, **TALKING)
+    single = StreamingSession(plain, tiny_processor(), **TALKING)
+    frame = noise_frames(1, 1)[0]
+    if kind == "answer":
+        engine.ask("a", "who")
+    else:
+        engine.offer("a", frame)
+    events = []
+    with hooked(plain, lambda *_: passes.append(1)):
+        while engine.waiting:
+            events += engine.step(should_yield=at_once)
+    asked = iter([False] * 3)
+    act, given = (single.ask, "who") if kind == "answer" else (single.step, frame)
+    assert [(event.text, event.complete) for event in events] == [(act(given, lambda: next(asked, True)), False)]
     same_state(engine.session("a"), single)
 
 
@@ -144,7 +175,7 @@ def test_what_is_half_said_can_be_dropped(plain):
     engine.open("a", **TALKING)
     first, second = noise_frames(1, 2)
     engine.offer("a", first)
-    engine.step(halt=at_once)
+    engine.step(should_yield=at_once)
     engine.offer("a", first)
     engine.ask("a", "who")
     engine.forget("a")
@@ -153,7 +184,7 @@ def test_what_is_half_said_can_be_dropped(plain):
     assert [event.text for event in engine.step()] == [single.step(second)]
     # and whoever leaves takes it along
     engine.offer("a", first)
-    engine.step(halt=at_once)
+    engine.step(should_yield=at_once)
     engine.close("a")
     engine.open("a", **TALKING)
     assert (engine.waiting, engine.step()) == (0, [])
@@ -179,7 +210,7 @@ def test_what_fails_when_it_goes_on_leaves_its_session_as_it_was(plain, same_sta
         engine.offer(name, noise_frames(seed, 1)[0])
     events = {}
     while engine.waiting:
-        events |= {event.session: event for event in engine.step(halt=at_once)}
+        events |= {event.session: event for event in engine.step(should_yield=at_once)}
     assert "MemoryError" in events["b"].error
     assert engine.session("b").frames == 0
     engine.offer("b", noise_frames(2, 1)[0])

@@ -1,14 +1,13 @@
 """Pacing: every frame of a file; of a live stream the newest, within its budget, with nothing queueing up."""
 
 import threading
-import time
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from casa.errors import UserError
-from casa.streaming import Count, Sampling, StreamingSession, watch, watch_live
+from casa.streaming import Sampling, StreamingSession, WatchCounts, watch, watch_live
 from casa.streaming.pacing import Box
 from casa.testing import PATIENCE, tiny_casa, tiny_processor
 
@@ -31,10 +30,10 @@ class Slow:
             raise ValueError("no picture")
         return frame
 
-    def look(self, frame):
+    def encode(self, frame):
         return frame
 
-    def step(self, frame, cut=None):
+    def step(self, frame, should_stop=None):
         self.started.release()
         assert self.turns.acquire(timeout=PATIENCE)
         return str(frame)
@@ -46,7 +45,7 @@ def noise(seed, count):
 
 
 def test_a_file_is_watched_frame_by_frame():
-    count, session = Count(), Slow()
+    count, session = WatchCounts(), Slow()
     for _ in range(5):
         session.turns.release()
     moments = list(watch(session, [Frame(n, n / 2) for n in range(5)], count))
@@ -55,7 +54,7 @@ def test_a_file_is_watched_frame_by_frame():
 
 
 def test_live_the_newest_frame_wins_and_the_last_is_never_dropped():
-    session, count = Slow(), Count()
+    session, count = Slow(), WatchCounts()
     gate = threading.Semaphore(0)
 
     def source():
@@ -64,7 +63,7 @@ def test_live_the_newest_frame_wins_and_the_last_is_never_dropped():
             yield Frame(n, n / 2)
 
     heard = []
-    watching = threading.Thread(target=lambda: heard.extend(watch_live(session, source(), fps=2, count=count)))
+    watching = threading.Thread(target=lambda: heard.extend(watch_live(session, source(), fps=2, counts=count)))
     watching.start()
     gate.release()
     assert session.started.acquire(timeout=PATIENCE)  # frame 0 is being talked about
@@ -81,9 +80,9 @@ def test_live_the_newest_frame_wins_and_the_last_is_never_dropped():
 
 def test_frames_dropped_while_another_is_looked_at_are_counted():
     """Two threads count: what the reader drops while the looker is at work, and what the looker drops itself."""
-    session, count, gate = Slow(), Count(), threading.Semaphore(0)
+    session, count, gate = Slow(), WatchCounts(), threading.Semaphore(0)
 
-    def look(frame):
+    def encode(frame):
         if frame == 1:  # until frames 2 and 3 have been replaced
             for _ in range(3):
                 gate.release()
@@ -99,10 +98,10 @@ def test_frames_dropped_while_another_is_looked_at_are_counted():
             assert gate.acquire(timeout=PATIENCE)
             yield Frame(n, n / 2)
 
-    session.look = look
+    session.encode = encode
     for _ in range(5):
         session.turns.release()
-    heard = list(watch_live(session, source(), fps=2, count=count))
+    heard = list(watch_live(session, source(), fps=2, counts=count))
     assert (heard[-1].text, count.frames + count.dropped) == ("4", 5)
     assert count.dropped >= 2
 
@@ -111,20 +110,20 @@ def test_a_caption_is_cut_at_its_budget():
     now = [0.0]
 
     class Talker(Slow):
-        def step(self, frame, cut=None):
+        def step(self, frame, should_stop=None):
             words = []
             now[0] += 30.0  # of looking at it, which is no time of the caption's
-            while not cut():
+            while not should_stop():
                 words.append("word")
                 now[0] += 0.2
             return " ".join(words)
 
-    count = Count()
-    (moment,) = watch_live(Talker(), [Frame(0, 0.0)], fps=2, count=count, clock=lambda: now[0])
+    count = WatchCounts()
+    (moment,) = watch_live(Talker(), [Frame(0, 0.0)], fps=2, counts=count, clock=lambda: now[0])
     assert moment.text == "word word word"
     assert not moment.complete
-    assert moment.took == pytest.approx(30.6)
-    assert count.cut == 1
+    assert moment.latency == pytest.approx(30.6)
+    assert count.truncated == 1
 
 
 def test_a_machine_too_slow_for_any_word_says_one_of_every_frame_that_it_watches():
@@ -135,12 +134,12 @@ def test_a_machine_too_slow_for_any_word_says_one_of_every_frame_that_it_watches
 
     handle = model.register_forward_hook(computed)
     session = StreamingSession(model, tiny_processor(), max_new_tokens=5, sampling=Sampling(stop_bias=-1e4))
-    count = Count()
-    moments = list(watch_live(session, noise(0, 4), fps=20, count=count, clock=lambda: now[0]))
+    count = WatchCounts()
+    moments = list(watch_live(session, noise(0, 4), fps=20, counts=count, clock=lambda: now[0]))
     handle.remove()
     assert moments
     assert all(moment.text and not moment.complete for moment in moments)
-    assert count.frames == count.cut == session.usage.cut == len(moments)
+    assert count.frames == count.truncated == session.usage.truncated == len(moments)
     assert count.frames + count.dropped == 4
 
 
@@ -169,7 +168,7 @@ def test_in_real_time_frames_of_a_file_come_at_their_time():
 
 
 def test_what_is_no_picture_is_skipped_and_counted():
-    session, count = Slow(), Count()
+    session, count = Slow(), WatchCounts()
     session.turns.release()
     session.turns.release()
 
@@ -179,7 +178,7 @@ def test_what_is_no_picture_is_skipped_and_counted():
             threading.Event().wait(0.005)
         yield Frame("good", 0.5)
 
-    assert [m.text for m in watch_live(session, source(), fps=2, count=count)] == ["good"]
+    assert [m.text for m in watch_live(session, source(), fps=2, counts=count)] == ["good"]
     assert count.skipped == 1
 
 
@@ -195,8 +194,8 @@ def one_by_one(frames, count):
 
 WATCHED = {
     "ahead": lambda session, frames, count: watch(session, one_by_one(frames, count), count),
-    "in turn": lambda session, frames, count: watch(session, one_by_one(frames, count), count, ahead=False),
-    "live": lambda session, frames, count: watch_live(session, one_by_one(frames, count), fps=2, count=count),
+    "in turn": lambda session, frames, count: watch(session, one_by_one(frames, count), count, prefetch=False),
+    "live": lambda session, frames, count: watch_live(session, one_by_one(frames, count), fps=2, counts=count),
 }
 
 
@@ -204,10 +203,10 @@ WATCHED = {
 @pytest.mark.parametrize("error", [ValueError, TypeError])
 def test_a_model_that_fails_is_no_bad_picture(watched, error):
     class Broken(Slow):
-        def step(self, frame, cut=None):
+        def step(self, frame, should_stop=None):
             raise error("the model is broken")
 
-    count = Count()
+    count = WatchCounts()
     with pytest.raises(error, match="broken"):
         list(watched(Broken(), [Frame("bad", 0.0), Frame("fine", 0.5)], count))
     assert (count.frames, count.skipped) == (0, 1)
@@ -216,10 +215,10 @@ def test_a_model_that_fails_is_no_bad_picture(watched, error):
 @pytest.mark.parametrize("watched", [WATCHED["ahead"], WATCHED["live"]])
 def test_a_tower_that_fails_ahead_is_no_bad_picture(watched):
     class Blind(Slow):
-        def look(self, frame):
+        def encode(self, frame):
             raise ValueError("the tower is broken")
 
-    count = Count()
+    count = WatchCounts()
     with pytest.raises(ValueError, match="tower"):
         list(watched(Blind(), [Frame("fine", 0.0)], count))
     assert count.skipped == 0
@@ -230,29 +229,71 @@ def test_a_session_passes_over_what_is_no_picture(watched):
     session = StreamingSession(
         tiny_casa(), tiny_processor(), max_new_tokens=2, sampling=Sampling(temperature=1, top_k=3, stop_bias=1)
     )
-    given, count = noise(0, 2), Count()
+    given, count = noise(0, 2), WatchCounts()
     bad = [Frame(np.zeros((4, 4)), 0.0), Frame("no picture", 0.1), Frame(np.zeros((1, 900, 3), np.uint8), 0.2)]
     moments = list(watched(session, [*bad, given[0]], count))
     assert [moment.time for moment in moments] == [given[0].time]
     assert (count.frames, count.skipped) == (1, 3)
 
 
+class SharedClock:
+    """One clock for the thread that reads and the one that talks: it moves only where both wait."""
+
+    def __init__(self):
+        self.now, self.over = 0.0, False
+        self._due: float | None = None  # what the reader waits for
+        self._changed = threading.Condition()
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        """The reader's."""
+        with self._changed:
+            self._due = self.now + seconds
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: self._due is None or self.now >= self._due, PATIENCE)
+            self._due = None
+
+    def end(self):
+        with self._changed:
+            self.over = True
+            self._changed.notify_all()
+
+    def talk(self, seconds):
+        """The talker's: the reader reads whatever comes meanwhile."""
+        until = self.now + seconds
+        with self._changed:
+            while not self.over:
+                assert self._changed.wait_for(lambda: self._due is not None or self.over, PATIENCE)
+                if self._due is None or self._due > until:
+                    break
+                self.now, self._due = max(self.now, self._due), None
+                self._changed.notify_all()
+            self.now = until
+
+
 def test_lag_does_not_accumulate_when_every_step_is_too_slow():
-    """Three frames come while one is talked about, by the real clock, and nobody minds the budget."""
+    """Three frames come while one is talked about, and nobody minds the budget."""
+    clock = SharedClock()
 
     class Late(Slow):
-        def step(self, frame, cut=None):
-            time.sleep(0.06)
+        def step(self, frame, should_stop=None):
+            clock.talk(0.06)
             return str(frame)
 
-    count = Count()
-    moments = list(watch_live(Late(), [Frame(n, n / 50) for n in range(75)], 50, count=count, in_real_time=True))
-    assert count.frames + count.dropped == 75
-    assert count.frames == len(moments)
-    assert count.dropped > 30
-    third = len(moments) // 3
-    first, last = (sorted(m.lag for m in part)[third // 2] for part in (moments[:third], moments[-third:]))
-    assert last <= first + max(moment.took for moment in moments)
+    def source():
+        yield from (Frame(n, n / 50) for n in range(75))
+        clock.end()
+
+    counts = WatchCounts()
+    watched = watch_live(Late(), source(), 50, counts=counts, in_real_time=True, clock=clock, sleep=clock.sleep)
+    found = list(watched)
+    assert counts.frames + counts.dropped == 75
+    assert counts.frames == len(found)
+    assert counts.dropped > 30
+    assert max(one.lag for one in found) <= 3 * 0.06 + 1e-9, "a step, and what came during the one before"
+    assert {round(one.latency, 6) for one in found} == {0.06}
 
 
 def test_an_error_of_the_source_comes_after_the_captions_before_it():
@@ -303,7 +344,7 @@ def test_a_frame_encoded_ahead_is_the_frame_itself():
     model = tiny_casa()
     frames = [frame.image for frame in noise(1, 3)]
     one, two = (StreamingSession(model, tiny_processor(), max_new_tokens=4) for _ in range(2))
-    assert [one.step(frame) for frame in frames] == [two.step(two.look(frame)) for frame in frames]
+    assert [one.step(frame) for frame in frames] == [two.step(two.encode(frame)) for frame in frames]
     assert one.usage == two.usage
 
 
@@ -328,7 +369,7 @@ def test_a_session_watches_live_what_it_watches_frame_by_frame():
 def test_of_a_file_the_next_frames_are_looked_at_ahead_and_no_further():
     """While words are found for one frame, one waits and one is being looked at; the source is asked for no more."""
     session, asked, looked = Slow(), [], threading.Semaphore(0)
-    look = session.look
+    look = session.encode
 
     def frames():
         for n in range(8):
@@ -339,7 +380,7 @@ def test_of_a_file_the_next_frames_are_looked_at_ahead_and_no_further():
         looked.release()
         return look(frame)
 
-    session.look = looking
+    session.encode = looking
     heard = []
     watching = threading.Thread(target=lambda: heard.extend(m.text for m in watch(session, frames())))
     watching.start()
@@ -363,7 +404,7 @@ def test_a_source_that_breaks_off_is_told_after_what_came_before(ahead):
 
     session, heard = Slow(), []
     session.turns = threading.Semaphore(2)
-    watching = watch(session, frames(), ahead=ahead)
+    watching = watch(session, frames(), prefetch=ahead)
     heard += [next(watching).text, next(watching).text]
     with pytest.raises(OSError, match="cable"):
         next(watching)
@@ -376,7 +417,7 @@ def test_watching_may_be_given_up_in_the_middle():
     watching = watch(session, (Frame(n, n / 2) for n in range(100)))
     assert next(watching).text == "0"
     watching.close()
-    assert not any(thread.name == "casa-look" for thread in threading.enumerate())
+    assert not any(thread.name == "casa-prefetch" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("method", ["casa", "cross_attention", "insertion"])
@@ -385,20 +426,20 @@ def test_ahead_says_the_same(method):
     one, other = (StreamingSession(model, processor, max_new_tokens=4) for _ in range(2))
     frames = noise(0, 6)
     said = [moment.text for moment in watch(one, frames)]
-    assert said == [moment.text for moment in watch(other, frames, ahead=False)]
+    assert said == [moment.text for moment in watch(other, frames, prefetch=False)]
     assert one.usage == other.usage
 
 
 @pytest.mark.parametrize(
     ("count", "found"),
     [
-        (Count(), False),
-        (Count(frames=1, dropped=2), False),
-        (Count(frames=1, dropped=3), True),
-        (Count(frames=90, dropped=10, cut=10), False),
-        (Count(frames=90, dropped=10, cut=11), True),
-        (Count(frames=10, cut=3), True),
-        (Count(frames=10, skipped=50), False),
+        (WatchCounts(), False),
+        (WatchCounts(frames=1, dropped=2), False),
+        (WatchCounts(frames=1, dropped=3), True),
+        (WatchCounts(frames=90, dropped=10, truncated=10), False),
+        (WatchCounts(frames=90, dropped=10, truncated=11), True),
+        (WatchCounts(frames=10, truncated=3), True),
+        (WatchCounts(frames=10, skipped=50), False),
     ],
 )
 def test_more_than_a_machine_can_do(count, found):

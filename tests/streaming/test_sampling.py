@@ -50,13 +50,13 @@ def test_frequencies_are_the_softmax_of_the_logits_over_the_temperature(temperat
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 def test_no_run_is_said_twice(earlier, said, temperature):
     """4 2 1 was said, be it in captions before: after 4 2 no 1 comes, though its logit is largest."""
-    sampling = Sampling(temperature=temperature, no_repeat=3)
+    sampling = Sampling(temperature=temperature, no_repeat_ngram_size=3)
     generator = torch.Generator().manual_seed(0)
     found = {sampling.pick(LOGITS, said, generator, STOPS, earlier) for _ in range(DRAWS // 3)}
     assert 1 not in found
     assert 2 in found
     assert picked(Sampling(), said=said, earlier=earlier) == 1
-    assert picked(Sampling(no_repeat=3, memory=4), said=said, earlier=earlier) == 1, "too long ago"
+    assert picked(Sampling(no_repeat_ngram_size=3, memory=4), said=said, earlier=earlier) == 1, "too long ago"
 
 
 def test_each_saying_costs_less_the_older_it_is():
@@ -121,7 +121,7 @@ def test_a_bias_is_added_exactly():
         ({"temperature": float("nan")}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_k": 2.0}, "whole"),
-        ({"no_repeat": 1.5}, "whole"),
+        ({"no_repeat_ngram_size": 1.5}, "whole"),
         ({"top_p": 0.0}, "top_p"),
         ({"decay": 1.0}, "decay"),
         ({"repetition": -0.1}, "repetition"),

@@ -197,7 +197,7 @@ def test_what_breaks_off_leaves_the_session_as_it_was(fusion, bound):
                 return False
 
             with pytest.raises(MemoryError):
-                act(given, cut=breaking)
+                act(given, should_stop=breaking)
             assert (session.usage, session.frames) == (before, twin.frames)
         assert session.step(frame) == twin.step(frame)
         held.append(session.usage.text_tokens)

@@ -53,7 +53,7 @@ def test_of_120_frames_of_many_sizes_the_memory_is_that_of_the_visible_ones(forg
     rng = np.random.default_rng(1)
     sizes = [tuple(size) for size in rng.integers(1, 5, (120, 2)).tolist()]
     pictures = {(h, w): rng.integers(0, 255, (28 * h, 28 * w, 3), dtype=np.uint8) for h, w in sizes}
-    looked = {size: session.look(picture) for size, picture in pictures.items()}
+    looked = {size: session.encode(picture) for size, picture in pictures.items()}
     text, window = token_bytes(forgetting)
     for number, size in enumerate(sizes):
         session.sampling = Saying(8 if number % 12 == 0 else 0)
@@ -94,7 +94,7 @@ def small():
 def test_of_300_frames_with_a_bound_the_last_150_take_no_more_memory_than_the_first(small):
     session = StreamingSession(small, tiny_processor(), max_text_tokens=48, max_new_tokens=18)
     # one image token; what it says is long now and then, longer than a window's buffer has room for
-    frame = session.look(np.full((28, 28, 3), 99, dtype=np.uint8))
+    frame = session.encode(np.full((28, 28, 3), 99, dtype=np.uint8))
     held = []
     for number in range(300):
         session.sampling = Saying(18 if number % 25 == 0 else 0)

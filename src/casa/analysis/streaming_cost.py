@@ -7,7 +7,7 @@ else the machine does meets both alike.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -152,8 +152,15 @@ class _Noted(Sampling):
 
     script: _Script = field(default_factory=_Script)
 
-    def pick(self, logits: Tensor, *args: Any) -> int:
-        token = super().pick(logits, *args)
+    def pick(
+        self,
+        logits: Tensor,
+        said: list[int],
+        generator: torch.Generator,
+        stops: frozenset[int] = frozenset(),
+        earlier: Sequence[int] = (),
+    ) -> int:
+        token = super().pick(logits, said, generator, stops, earlier)
         self.script.tokens.append(token)
         return token
 
@@ -164,6 +171,13 @@ class _Dictated(Sampling):
 
     script: _Script = field(default_factory=_Script)
 
-    def pick(self, logits: Tensor, said: list[int], *args: Any) -> int:
-        super().pick(logits, said, *args)
+    def pick(
+        self,
+        logits: Tensor,
+        said: list[int],
+        generator: torch.Generator,
+        stops: frozenset[int] = frozenset(),
+        earlier: Sequence[int] = (),
+    ) -> int:
+        super().pick(logits, said, generator, stops, earlier)
         return self.script.tokens[len(said)]

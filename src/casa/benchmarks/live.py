@@ -27,7 +27,7 @@ from casa.media import read_frames
 from casa.media.pictures import picture_from
 from casa.memory import resident_bytes
 from casa.models.auto import load_pretrained
-from casa.streaming import Count, FrameCaption, StreamingEngine, StreamingSession, watch_live
+from casa.streaming import FrameCaption, StreamingEngine, StreamingSession, watch_live
 
 LAP = 60.0  # s of film, which then begins again
 CAMERA_FPS = 10.0
@@ -78,7 +78,7 @@ def bench_live(
         write_film(film, lap, size, CAMERA_FPS, min(fps, CAMERA_FPS), seed)
         # what is slow the first time only (codec, kernels) is no part of watching
         session.step(next(laps(film, fps, seconds, lap)).image)
-        moments = watch_live(session, laps(film, fps, seconds, lap), fps, count=Count(), in_real_time=True)
+        moments = watch_live(session, laps(film, fps, seconds, lap), fps, in_real_time=True)
         rows = list(by_minute(moments, fps, seconds, lambda: (session.usage.cache_bytes, resident_bytes())))
     found = live_summary(rows, fps)
     columns = {"minute": "{minute}", "frames": "{frames}", "dropped": "{dropped}", "cut": "{cut}"}
@@ -126,7 +126,7 @@ def _minute(minute: int, part: list[FrameCaption], fps: float, seconds: float, h
         "said": sum(bool(moment.text) for moment in part),
         "median_lag_ms": round(median(lags), 1),
         "max_lag_ms": round(max(lags), 1),
-        "took_ms": round(median([1000 * moment.took for moment in part] or [math.nan]), 1),
+        "took_ms": round(median([1000 * moment.latency for moment in part] or [math.nan]), 1),
         "cache_bytes": held[0],
         "resident_bytes": held[1],
     }
@@ -175,7 +175,7 @@ def bench_sessions(
     loaded, processor = load_pretrained(model, device)
 
     def load(count: int) -> Figures:
-        engine = StreamingEngine(loaded, processor, most_sessions=count, most_rows=count)
+        engine = StreamingEngine(loaded, processor, max_sessions=count, max_batch_size=count)
         films = {}
         for number in range(count):
             engine.open(str(number), max_text_tokens=max_text_tokens, max_new_tokens=16)

@@ -149,7 +149,7 @@ def allowed_bytes(session: StreamingSession, asked: bool = True) -> int | None:
         return None
     text, image = usage.text_bytes // usage.text_tokens, usage.image_bytes // usage.image_tokens
     bound = session.max_text_tokens
-    window = bound + max(bound, 16) if asked else session.most_step_tokens
+    window = bound + max(bound, 16) if asked else session.max_step_tokens
     return bound * text + (usage.image_tokens + window) * image
 
 

@@ -18,8 +18,8 @@ from casa.errors import UserError
 from casa.media import Backoff, Frame, VideoSource, open_source
 from casa.media.streams import is_address
 from casa.models import CasaForConditionalGeneration, CasaProcessor
-from casa.streaming import Count, FrameCaption, StreamingSession, watch, watch_live
-from casa.streaming.pacing import Budget
+from casa.streaming import FrameCaption, StreamingSession, WatchCounts, watch, watch_live
+from casa.streaming.pacing import TimeBudget
 
 ANSWER_SECONDS = 5.0  # in live pace, the longest that an answer may take from its first word on
 TOLERANCE = 1e-3  # s: what FFmpeg's clocks may be off
@@ -96,7 +96,7 @@ class CaptionReport:
     """
 
     live: bool = False
-    count: Count = field(default_factory=Count)
+    count: WatchCounts = field(default_factory=WatchCounts)
     said: int = 0
     longest_lag: float = 0.0
     total_lag: float = 0.0
@@ -110,7 +110,7 @@ class CaptionReport:
     @property
     def is_clean(self) -> bool:
         """Whether every frame was watched, and whole."""
-        return not (self.count.dropped or self.count.cut or self.count.skipped or self.damaged or self.reconnects)
+        return not (self.count.dropped or self.count.truncated or self.count.skipped or self.damaged or self.reconnects)
 
     def sentence(self) -> str:
         """All counts in one line."""
@@ -118,7 +118,11 @@ class CaptionReport:
         told = [f"{count.frames} frames watched, {self.said} captions"]
         if self.live:
             lag = f"lag {self.total_lag / frames:.2f} s on average, {self.longest_lag:.2f} s at most"
-            told += [f"{count.dropped} dropped", f"{count.cut} cut short", f"{lag}, {self.last_lag:.2f} s at the end"]
+            told += [
+                f"{count.dropped} dropped",
+                f"{count.truncated} cut short",
+                f"{lag}, {self.last_lag:.2f} s at the end",
+            ]
         slow = "this machine is too slow for that: look at fewer frames a second, or at smaller pictures"
         told += [slow] if self.live and count.is_too_much else []
         told += [f"{count.skipped} no pictures"] if count.skipped else []
@@ -270,9 +274,9 @@ class _Run:
         report = self.report
         if report.live:
             in_real_time = not self.source.is_live
-            found = watch_live(self.session, frames, self.request.fps, count=report.count, in_real_time=in_real_time)
+            found = watch_live(self.session, frames, self.request.fps, counts=report.count, in_real_time=in_real_time)
         else:
-            found = watch(self.session, frames, report.count, ahead=not self.outputs.records)
+            found = watch(self.session, frames, report.count, prefetch=not self.outputs.records)
         with closing(found) as captions:
             for one in captions:
                 report.longest_lag, report.last_lag = max(report.longest_lag, one.lag), one.lag
@@ -292,10 +296,10 @@ class _Run:
         """Asks the questions whose time has come, each of the frame at hand."""
         while self._asked < len(self._questions) and self._questions[self._asked].seconds <= until + TOLERANCE:
             question = self._questions[self._asked]
-            budget = Budget(time.monotonic, ANSWER_SECONDS) if self.report.live else None
-            answer = self.session.ask(question.text, cut=budget)
+            budget = TimeBudget(time.monotonic, ANSWER_SECONDS) if self.report.live else None
+            answer = self.session.ask(question.text, should_stop=budget)
             self._asked += 1
-            self.report.count.cut += budget is not None and budget.spent
+            self.report.count.truncated += budget is not None and budget.spent
             lag = None if self._shown_at is None else time.monotonic() - self._shown_at
             self._say(f"{question.text} {answer or '(no answer)'}", lag)
 

@@ -12,7 +12,7 @@ from casa.cli.options import (
     MaxNewTokens,
     MaxTextTokens,
     Model,
-    NoRepeat,
+    NoRepeatNgramSize,
     Repetition,
     Seed,
     StopBias,
@@ -56,7 +56,7 @@ def caption(
     top_p: TopP = 1.0,
     repetition: Repetition = 0.0,
     decay: Decay = 0.9,
-    no_repeat: NoRepeat = 0,
+    no_repeat_ngram_size: NoRepeatNgramSize = 0,
     stop_bias: StopBias = 0.0,
     seed: Seed = 0,
     resume: Annotated[
@@ -94,7 +94,7 @@ def caption(
         prompt=prompt,
         max_text_tokens=max_text_tokens or None,
         max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_k, top_p, stop_bias, repetition, decay, no_repeat),
+        sampling=Sampling(temperature, top_k, top_p, stop_bias, repetition, decay, no_repeat_ngram_size),
         seed=seed,
         questions=tuple(parse_question(written) for written in ask or ()),
         resume=resume,
@@ -149,7 +149,7 @@ def serve(
 
     Example: casa serve casa-tiny --port 8000
     """
-    from casa.serving.extra import check_installed
+    from casa.serving.limits import check_installed
 
     check_installed()
     from casa.models.auto import load_pretrained
@@ -164,7 +164,7 @@ def serve(
         loaded,
         processor,
         name=name,
-        most_sessions=sessions,
+        max_sessions=sessions,
         fps=fps,
         token=token,
         allow_fetch=allow_fetch,

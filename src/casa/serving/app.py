@@ -1,30 +1,52 @@
-"""create_app: one model behind HTTP and WebSocket, with a page that shows it live."""
+"""create_app: one model behind HTTP and WebSocket, with a page that shows it live; and all its routes."""
 
+import asyncio
+import json
 import logging
-from collections.abc import AsyncIterator, Iterable
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import Response
+from fastapi import APIRouter, FastAPI, Request, Response, WebSocket
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, CasaProcessor
-from casa.serving import routes_chat, routes_health, routes_page, routes_streams
+from casa.serving.admission import POLL_SECONDS, ChatPlace, Guard, ServerState, error_response
 from casa.serving.baseline import InsertionCosts
-from casa.serving.errors import error_response
-from casa.serving.guard import Guard
+from casa.serving.chat import ChatRequest, RequestError, parse_body, read_chat
+from casa.serving.completion import ChatDelta, Completion
 from casa.serving.limits import Limits
-from casa.serving.load import probe
+from casa.serving.live import TYPES, Shelf
+from casa.serving.metrics import REMEDY, probe
 from casa.serving.pictures import keep_pillow_quiet
-from casa.serving.state import ServerState
-from casa.serving.transcript import Shelf
-from casa.serving.worker import Worker
-from casa.streaming import StreamingEngine
+from casa.serving.streams import Conversation
+from casa.serving.worker import STOPPING, Worker
+from casa.streaming import StreamingEngine, supports_text_bound
+
+PAGE = Path(__file__).resolve().parent / "page"
+FILM = Path(__file__).resolve().parent.parent / "assets" / "demo" / "clip.mp4"
+SCRIPTS = ("app", "dom", "plot", "source", "theme", "view")
+FILES = {
+    "": (PAGE / "index.html", "text/html"),
+    **{f"{part}.js": (PAGE / f"{part}.js", "text/javascript") for part in SCRIPTS},
+    "style.css": (PAGE / "style.css", "text/css"),
+    "icon.svg": (PAGE / "icon.svg", "image/svg+xml"),
+    "film.mp4": (FILM, "video/mp4"),
+}
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OBFUSCATED = 64  # characters: the sizes of obfuscated events are multiples of it, the head apart
 
 log = logging.getLogger("casa.serving")
+router = APIRouter()
 
 
 def create_app(
@@ -32,7 +54,7 @@ def create_app(
     processor: CasaProcessor,
     *,
     name: str = "casa-tiny",
-    most_sessions: int | None = None,
+    max_sessions: int | None = None,
     fps: float = 2.0,
     token: str | None = None,
     allow_fetch: bool = False,
@@ -42,25 +64,31 @@ def create_app(
 ) -> FastAPI:
     """The server as an ASGI application; `server.Server` runs it, with limits of the transport too.
 
-    name: how clients call the model. most_sessions: live streams at once, in place of `limits.sessions`; more are
-    refused. fps: of a stream that does not say. token: asked of everyone if given. allow_fetch: pictures of chats may
-    be addresses on the public internet. hosts: names that the server goes by, besides addresses and localhost; with a
-    token, any name will do.
-    measure_seconds: spent at start on how insertion's time grows (see `baseline`), and twice as many on what the
-    machine sustains (see `load`); 0: the page shows insertion's memory alone, and everybody is let in until streams
-    have been watched.
-    limits: everything else. The model belongs to the app as long as it runs: nothing else may call it.
-    Raises UserError for an fps out of bounds or an empty token.
+    Args:
+        model: belongs to the app as long as it runs: nothing else may call it.
+        processor: the model's own.
+        name: how clients call the model.
+        max_sessions: live streams at once, in place of `limits.sessions`; more are refused.
+        fps: of a stream that does not say.
+        token: asked of everyone if given.
+        allow_fetch: pictures of chats may be addresses on the public internet.
+        hosts: names that the server goes by, besides addresses and localhost; with a token, any name will do.
+        measure_seconds: spent at start on how insertion's time grows (see `baseline`), and twice as many on what the
+            machine sustains (see `metrics`); 0: the page shows insertion's memory alone, and everybody is let in until
+            streams have been watched.
+        limits: everything else.
+
+    Raises:
+        UserError: fps is out of bounds, or the token is empty.
     """
     allowed = limits if limits is not None else Limits()
-    if most_sessions is not None:
-        allowed = replace(allowed, sessions=most_sessions)
+    if max_sessions is not None:
+        allowed = replace(allowed, sessions=max_sessions)
     if not 0 < fps <= allowed.frames_per_second:
         raise UserError(f"fps is {fps}; give a number above 0, up to {allowed.frames_per_second:g}.")
     if token is not None and not token.strip():
         raise UserError("the token is empty; give one of some length, or none.")
-    engine = StreamingEngine(model, processor, most_sessions=allowed.sessions)
-    compares = model.fusion.method != "insertion"
+    engine = StreamingEngine(model, processor, max_sessions=allowed.sessions, max_questions=allowed.questions)
     state = ServerState(
         name=name,
         model=model,
@@ -72,7 +100,7 @@ def create_app(
         hosts=frozenset(host.lower() for host in hosts),
         worker=Worker(engine, allowed),
         shelf=Shelf(allowed.ended_streams, allowed.ended_seconds),
-        costs=InsertionCosts(model, processor) if compares else None,
+        costs=InsertionCosts(model, processor) if model.fusion.method != "insertion" else None,
     )
 
     @asynccontextmanager
@@ -80,11 +108,8 @@ def create_app(
         keep_pillow_quiet()
         state.worker.start()
         if measure_seconds > 0:
-            state.worker.call(lambda: _probe(state, measure_seconds))
-        if state.costs is not None and measure_seconds > 0 and not state.costs.is_measured:
-            costs = state.costs
             # among the first jobs: nobody's stream waits for it later
-            state.worker.call(lambda: _measure(costs, measure_seconds))
+            state.worker.call(lambda: _measure(state, measure_seconds))
         try:
             yield
         finally:
@@ -94,13 +119,8 @@ def create_app(
         title="casa", lifespan=running, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
     app.state.casa = state
-    for part in (routes_streams, routes_chat, routes_health, routes_page):
-        for route in part.router.routes:
-            # whatever can be had can be asked about; the transport leaves the body out
-            if isinstance(route, Route) and route.methods is not None and "GET" in route.methods:
-                route.methods.add("HEAD")
-        app.include_router(part.router)
-    app.add_middleware(Guard, state=state)  # type: ignore[arg-type]
+    app.include_router(router)
+    app.add_middleware(Guard, state=state)
 
     @app.exception_handler(HTTPException)
     async def wrong_path(request: Request, error: HTTPException) -> Response:
@@ -109,15 +129,304 @@ def create_app(
     return app
 
 
-def _probe(state: ServerState, seconds: float) -> None:
+def _measure(state: ServerState, seconds: float) -> None:
     try:
         probe(state.worker.load, state.model, state.processor, 2 * seconds)
-    except Exception:  # what streams cost is measured while they are watched, too
-        log.exception("what the machine sustains could not be tried")
+        if state.costs is not None and not state.costs.is_measured:
+            state.costs.measure(seconds)
+    except Exception:  # what streams cost is measured while they are watched, too; the page does without a curve
+        log.exception("what the machine sustains could not be measured")
 
 
-def _measure(costs: InsertionCosts, seconds: float) -> None:
+def _state(request: Request | WebSocket) -> ServerState:
+    return request.app.state.casa
+
+
+@router.websocket("/v1/streams")
+async def streams(socket: WebSocket) -> None:
+    await Conversation(socket, _state(socket)).run()
+
+
+@router.get("/v1/streams/{stream}/captions.{kind}")
+async def captions(request: Request, stream: str, kind: str) -> Response:
+    """What a stream has said until now; a stream's name is known only to who opened it."""
+    transcript = _state(request).shelf.find(stream)
+    if transcript is None:
+        return error_response(404, "there is no such stream, or it ended too long ago.")
+    if kind not in TYPES:
+        return error_response(404, f"captions come as {', '.join(TYPES)}.")
+    text = await asyncio.to_thread(transcript.file, kind)
+    return Response(
+        text.encode(),
+        media_type=f"{TYPES[kind]}; charset=utf-8",
+        headers={"Content-Disposition": f'attachment; filename="captions.{kind}"', "Cache-Control": "no-store"},
+    )
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """200 while the model's thread lives, 503 afterwards. Waits for nothing that the model does, and for no place."""
+    state = _state(request)
+    worker = state.worker
+    alive, over = worker.is_alive, worker.load.recent.is_too_much
+    about = {
+        "status": "failed" if not alive else "overloaded" if over else "ok",
+        "model": state.name,
+        "sessions": worker.streams,
+        "max_sessions": worker.engine.max_sessions,
+        "chats": {"running": state.chats.served, "waiting": state.chats.waiting},
+        "load": worker.load.report(worker.asked()),
+    }
+    if over:
+        about["message"] = f"this machine is too slow for what its streams ask for: {REMEDY}."
+    return JSONResponse(about, 200 if alive else 503)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """All figures, for Prometheus."""
+    state = _state(request)
+    load = state.worker.load.report(state.worker.asked())
+    gauges = {
+        "sessions": state.worker.streams,
+        "connections": state.connections,
+        "running_chats": state.chats.served,
+        "waiting_chats": state.chats.waiting,
+        "cache_bytes": state.worker.cache_bytes(),
+        "sustained_fps": load["sustained_fps"] or 0,
+        "asked_fps": load["asked_fps"] or 0,
+    }
+    return Response(state.metrics.text(gauges), media_type=METRICS_TYPE)
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    return {"object": "list", "data": [_model(_state(request))]}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(request: Request, name: str) -> Response:
+    state = _state(request)
+    if name != state.name:
+        return error_response(404, f"there is no such model here, only {state.name!r}.", "model", "model_not_found")
+    return JSONResponse(_model(state))
+
+
+def _model(state: ServerState) -> dict[str, Any]:
+    return {"id": state.name, "object": "model", "created": 0, "owned_by": "casa"}
+
+
+@router.post("/v1/chat/completions")
+async def chat(request: Request) -> Response:
+    """A chat completion as the OpenAI interface has them, whole or as server-sent events."""
+    state = _state(request)
+    queue = state.chats
+    if (place := queue.join()) is None:
+        waits = f"{queue.served} chats are under way and {queue.here - queue.served} wait; try again later."
+        return error_response(429, waits, code="busy", close=True, retry_seconds=queue.expected_seconds())
+    begun = False
     try:
-        costs.measure(seconds)
-    except Exception:  # the page does without this curve
-        log.exception("insertion's time could not be measured")
+        body = await _body(request, state.limits.body_bytes, state.limits.body_seconds)
+        if not await place.turn(request.is_disconnected):
+            raise ClientDisconnect
+        wanted = await asyncio.get_running_loop().run_in_executor(state.chat_threads, _read, body, state)
+        answer = _ChatAnswer(state, wanted, place)
+        state.metrics.count("chats")
+        # errors of the prompt come before the first piece, and then as an error of their own
+        first = await answer.next(request)
+        if not wanted.stream:
+            return JSONResponse(await answer.whole(first, request))
+        begun = True
+        return _Events(answer.events(first), answer.end)
+    except ClientDisconnect:
+        return Response(status_code=499)  # nobody reads it
+    except Exception as error:
+        state.metrics.count("errors")
+        if isinstance(error, RequestError):
+            close = error.status in (408, 413)
+            return error_response(error.status, str(error), error.param, error.code, close=close)
+        if isinstance(error, UserError):
+            return error_response(503 if error is STOPPING else 400, str(error))
+        return error_response(500, f"the model failed at this ({type(error).__name__}).")
+    finally:
+        if not begun:
+            place.leave()
+
+
+def _read(body: bytes, state: ServerState) -> ChatRequest:
+    return read_chat(parse_body(body, state.limits), state.name, state.limits, state.allow_fetch)
+
+
+async def _body(request: Request, max_bytes: int, seconds: float) -> bytes:
+    """The body, refused as soon as it is known to be too large. Raises RequestError."""
+    too_large = RequestError(f"the body has more than {max_bytes} bytes; send smaller pictures.", status=413)
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(seconds):
+            async for part in request.stream():
+                body += part
+                if len(body) > max_bytes:
+                    raise too_large
+    except TimeoutError as error:
+        raise RequestError("the body did not arrive in time.", status=408) from error
+    return bytes(body)
+
+
+class _Events(StreamingResponse):
+    """Server-sent events; `end` is called whatever happens, also if the client goes before the first one."""
+
+    def __init__(self, events: AsyncIterator[str], end: Callable[[], None]) -> None:
+        unbuffered = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=unbuffered)
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # a reader that does not read is cut off by its connection (see `server`), which ends `send`
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
+
+
+class _ChatAnswer:
+    """A completion under way, as its route sees it."""
+
+    def __init__(self, state: ServerState, wanted: ChatRequest, place: ChatPlace) -> None:
+        self._wanted, self._place, self._model = wanted, place, state.name
+        self._id, self._created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+        self._deltas: asyncio.Queue[ChatDelta] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def on_delta(delta: ChatDelta) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._deltas.put_nowait, delta)
+
+        self._work = Completion(
+            state.model, state.processor, state.detokenizer, wanted, state.limits.prompt_tokens, on_delta
+        )
+        state.worker.chat(self._work)
+
+    async def next(self, request: Request | None = None) -> ChatDelta:
+        """What is new. Raises its error, and ClientDisconnect if a request is given whose client has gone."""
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(POLL_SECONDS):
+                        delta = await self._deltas.get()
+                except TimeoutError:
+                    if request is not None and await request.is_disconnected():
+                        raise ClientDisconnect from None
+                    continue
+                if delta.error is not None:
+                    raise delta.error
+                return delta
+        except BaseException:
+            self._work.cancelled = True
+            raise
+
+    async def whole(self, delta: ChatDelta, request: Request) -> dict[str, Any]:
+        said: list[list[ChatDelta]] = [[] for _ in range(self._wanted.choices)]
+        while True:
+            said[delta.index].append(delta)
+            if all(deltas and deltas[-1].finish is not None for deltas in said):
+                break
+            delta = await self.next(request)
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": "".join(one.text for one in deltas), "refusal": None},
+                "finish_reason": deltas[-1].finish,
+                "logprobs": self._logprobs([entry for one in deltas for entry in one.logprobs or ()]),
+            }
+            for index, deltas in enumerate(said)
+        ]
+        return {**self._head("chat.completion"), "choices": choices, "usage": self._usage()}
+
+    async def events(self, delta: ChatDelta) -> AsyncIterator[str]:
+        """The answers as server-sent events."""
+        try:
+            for index in range(self._wanted.choices):
+                yield self._event(index, {"role": "assistant", "content": ""})
+            left = self._wanted.choices
+            while True:
+                if delta.text or delta.logprobs:
+                    yield self._event(delta.index, {"content": delta.text}, logprobs=delta.logprobs)
+                if delta.finish is not None:
+                    yield self._event(delta.index, {}, delta.finish)
+                    left -= 1
+                if not left:
+                    break
+                delta = await self.next()
+            if self._wanted.include_usage:
+                yield _data({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()})
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            message = f"the model failed at this ({type(error).__name__})."
+            yield _data({"error": {"message": message, "type": "server_error", "param": None, "code": None}})
+
+    def end(self) -> None:
+        """Nobody listens any more; its place among the chats is free again."""
+        self._work.cancelled = True
+        self._place.leave()
+
+    def _event(
+        self, index: int, delta: dict[str, Any], finish: str | None = None, logprobs: list[dict[str, Any]] | None = None
+    ) -> str:
+        told = self._logprobs(logprobs) if logprobs else None
+        choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": told}
+        event = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        if self._wanted.include_usage:
+            event["usage"] = None  # it comes in an event of its own
+        if self._wanted.obfuscate:
+            event["obfuscation"] = secrets.token_hex(OBFUSCATED)[: -len(_data(choice).encode()) % OBFUSCATED]
+        return _data(event)
+
+    def _logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+        return None if self._wanted.top_logprobs is None else {"content": entries, "refusal": None}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+    def _usage(self) -> dict[str, int]:
+        read, said = self._work.prompt_tokens, self._work.completion_tokens
+        return {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
+
+
+def _data(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+@router.get("/about.json")
+async def about(request: Request) -> Response:
+    """What the page needs to know before it has a stream."""
+    state = _state(request)
+    facts = {
+        "model": state.name,
+        "fps": state.fps,
+        "prompt": state.processor.stream_prompt,
+        "max_fps": state.limits.frames_per_second,
+        "frame_bytes": state.limits.frame_bytes,
+        "text_tokens": state.limits.text_tokens if supports_text_bound(state.model) else None,
+        "max_text_tokens": state.limits.max_text_tokens,
+        "needs_token": state.token is not None,
+    }
+    return JSONResponse(facts, headers={"Cache-Control": "no-store"})
+
+
+@router.get("/")
+@router.get("/{name}")
+async def file(request: Request, name: str = "") -> Response:
+    """The live page, and the film that comes with it: these files and no others can be had."""
+    if name not in FILES:
+        return Response("There is no such page.", 404, media_type="text/plain")
+    path, kind = FILES[name]
+    return FileResponse(path, media_type=kind, headers={"Cache-Control": "no-cache"})
+
+
+# whatever can be had can be asked about; the transport leaves the body out
+for _route in router.routes:
+    if isinstance(_route, Route) and _route.methods is not None and "GET" in _route.methods:
+        _route.methods.add("HEAD")

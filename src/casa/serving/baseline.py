@@ -16,6 +16,7 @@ from PIL import Image
 from casa.analysis.anatomy import blocks_of
 from casa.analysis.streaming_cost import insertion_twin
 from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.models.chat_template import ChatText
 
 PICTURE_SIDE = 224
 PROBES = 8  # of which the quickest counts
@@ -103,7 +104,7 @@ class InsertionTally:
 
     def __init__(self, costs: InsertionCosts, processor: CasaProcessor, tokens: int) -> None:
         """tokens: of the prompt, cached already."""
-        self._costs, self._tokenizer = costs, processor.tokenizer
+        self._costs, self._processor = costs, processor
         self._around = sum(map(len, processor.around_frame))
         self.tokens = tokens
 
@@ -124,4 +125,6 @@ class InsertionTally:
         self.tokens += 1 + self._count(question) + self._count(text)
 
     def _count(self, text: str) -> int:
-        return len(self._tokenizer.encode(text, add_special_tokens=False)) if text else 0
+        """Tokens of what people type, or the model says: words that look like special tokens are none."""
+        typed, tokenizer = self._processor.typed_text, self._processor.tokenizer
+        return len(typed.encode(tokenizer, ChatText.of(text, [(0, len(text))]))) if text else 0

@@ -1,12 +1,20 @@
-"""One chat completion, token by token, in slices, on the model's own thread.
+"""One chat completion, token by token, in slices, on the model's own thread; and its tokens back to text.
 
 Shapes: V vocabulary.
 
     prompt, tokenized -> one picture after another, encoded -> the text read -> token, token, ...
     `-- a slice ends after any of these, so that streams wait for one picture at most --------´
+
+What a streamed answer has told is never taken back. A later token can complete a character of several bytes, so of
+every text there is a part that is settled:
+
+    tokens     I   do  n't   know   \\xe2  \\x82       the last two are two thirds of a character
+    settled    "I don't know"                         the beginning of the whole, whatever comes
 """
 
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -14,23 +22,105 @@ from typing import Any
 import torch
 from jinja2.exceptions import TemplateError
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.models.generation import stop_ids
 from casa.models.image_tokens import count_tokens
 from casa.models.loading import sentence_of
-from casa.serving.chat_request import ChatRequest, RequestError
-from casa.serving.detokenizer import Detokenizer, begun
+from casa.serving.chat import ChatRequest, RequestError
+from casa.streaming.batch import UNFINISHED
+from casa.streaming.sampling import decode
 from casa.vision import token_grids
 
-LEAST = -9999.0  # what the OpenAI interface says for a log-probability too small to tell
+MIN_LOGPROB = -9999.0  # what the OpenAI interface says for a log-probability too small to tell
+BYTE = re.compile("<0x([0-9A-F]{2})>")  # a token that stands for one byte, where the vocabulary has no other
+BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
+# decoders of the tokenizers library that read a token by itself, or put tokens end to end
+BY_TOKEN = {"BPEDecoder", "ByteFallback", "ByteLevel", "CTC", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"}
+
+
+class Detokenizer:
+    """What the tokens of an answer say, special ones left out. Reads the tokenizer, and keeps no text.
+
+    A tokenizer that decodes in a way unknown here, or takes blanks out of what it has decoded, settles nothing before
+    the end.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        self._left_out = frozenset([*tokenizer.all_special_ids, *(token for token, about in added if about.special)])
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        decoder = getattr(backend, "decoder", None)
+        told = json.loads(decoder.__getstate__()) if decoder is not None else {}
+        decoders: list[dict[str, Any]] = told.get("decoders", [told] if told else [])
+        kinds = [part["type"] for part in decoders]
+        self._kinds = set(kinds)
+        behind = decoders[kinds.index("Fuse") :] if "Fuse" in kinds else []
+        # a token more only adds to the text of those before it, bytes of a character apart
+        only_adds = self._kinds <= BY_TOKEN and not any(
+            part["type"] == "Replace" or (part["type"] == "Strip" and part["stop"]) for part in behind
+        )
+        # from BPE transformers takes blanks only if it is told so twice
+        forced = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
+        is_bpe = type(getattr(backend, "model", None)).__name__ == "BPE" and not forced
+        self._settles = only_adds and (is_bpe or not tokenizer.clean_up_tokenization_spaces)
+
+    def whole(self, tokens: Sequence[int]) -> str:
+        """The text of an answer that has ended."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True)).lstrip()
+
+    def settled(self, tokens: Sequence[int]) -> str:
+        """The part of the text that is the beginning of `whole` with any tokens behind these."""
+        if not self._settles:
+            return ""
+        end = len(tokens)
+        while end and self._may_join(tokens[end - 1]):
+            end -= 1
+        text = self._tokenizer.decode(list(tokens[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text).rstrip(UNFINISHED).lstrip()
+
+    def spelling(self, token: int) -> tuple[str, bytes]:
+        """What one token adds in the middle of a text, special ones as they are written: as text, and its bytes.
+
+        The bytes of all tokens together are those of the text; a single token may be less than a character.
+        """
+        if (piece := self._piece(token)) is None:
+            return "", b""
+        if "ByteFallback" in self._kinds and (one := BYTE.fullmatch(piece)) is not None:
+            data = bytes([int(one[1], 16)])
+        elif "ByteLevel" in self._kinds and all(letter in BYTES for letter in piece):
+            data = bytes(BYTES[letter] for letter in piece)
+        else:
+            # the first token of a text may lose a blank, the second does not
+            alone, twice = (
+                str(self._tokenizer.decode([token] * count, clean_up_tokenization_spaces=False)) for count in (1, 2)
+            )
+            data = twice[len(alone) :].encode()
+        return data.decode(errors="replace"), data
+
+    def _may_join(self, token: int) -> bool:
+        """Whether a token and those behind it may be read as one: bytes are, until something else follows."""
+        piece = self._piece(token)
+        return piece is None or token in self._left_out or BYTE.fullmatch(piece) is not None
+
+    def _piece(self, token: int) -> str | None:
+        """A token as the vocabulary has it; None for a row of the model's that the tokenizer knows nothing of."""
+        return self._tokenizer.convert_ids_to_tokens([token])[0]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What is new in one of the answers. finish: "stop" or "length" in its last one. error: in place of all else.
+class ChatDelta:
+    """What is new in one of the answers.
 
-    logprobs: the tokens of this text as the OpenAI interface tells them, where they were asked for.
+    Args:
+        text: to be put behind what was told.
+        finish: "stop" or "length" in the last one of its answer.
+        error: in place of all else.
+        index: of the answer.
+        logprobs: the tokens of this text as the OpenAI interface tells them, where they were asked for.
     """
 
     text: str = ""
@@ -41,73 +131,142 @@ class Piece:
 
 
 class _Choice:
-    """One of the answers to a request. given: characters told so far. untold: (where its text begins, token) of each
-    token whose log-probabilities are still to be told.
-    """
+    """One of the answers to a request, while it is generated."""
 
-    def __init__(self, index: int, seed: int) -> None:
-        self.index = index
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, index: int, seed: int, completion: "Completion") -> None:
+        self._index, self._completion = index, completion
+        self._generator = torch.Generator().manual_seed(seed)
         self.tokens: list[int] = []
-        self.given = self.settled = 0
-        self.untold: list[tuple[int, dict[str, Any]]] = []
+        self.is_open = True
+        self._told = self._settled = 0  # characters
+        # of each token whose log-probabilities are still to be told: where its text begins, and they
+        self._untold: list[tuple[int, dict[str, Any]]] = []
+
+    @property
+    def last(self) -> int:
+        return self.tokens[-1]
+
+    def take(self, logits: Tensor) -> bool:
+        """Chooses the next token from logits (V,), and tells what it adds; True if it was the last one."""
+        request, stops = self._completion.request, self._completion.stops
+        token = request.sampling.pick(logits, self.tokens, self._generator, stops)
+        if request.top_logprobs is not None and token not in stops:
+            self._untold.append((self._settled, self._logprobs(logits, token, request.top_logprobs)))
+        return self.add(token)
+
+    def add(self, token: int) -> bool:
+        """Tells what a token adds to the answer; True if it was the last one."""
+        request, text_of = self._completion.request, self._completion.detokenizer
+        ended = token in self._completion.stops
+        if not ended:
+            self.tokens.append(token)
+        last = ended or len(self.tokens) == request.max_tokens
+        text = text_of.whole(self.tokens) if last else text_of.settled(self.tokens)
+        self._settled = len(text)
+        cut = min((at for stop in request.stop if (at := text.find(stop)) >= 0), default=None)
+        if cut is not None:
+            text, ended, last = text[:cut], True, True
+            self._untold = [(start, told) for start, told in self._untold if start < cut]
+        ready = len(text) if last else len(text) - max((_begun(text, stop) for stop in request.stop), default=0)
+        if last or ready > self._told:
+            told = [entry for start, entry in self._untold if last or start < ready]
+            del self._untold[: len(told)]
+            delta = ChatDelta(
+                text[self._told : ready],
+                ("stop" if ended else "length") if last else None,
+                index=self._index,
+                logprobs=told if request.top_logprobs is not None else None,
+            )
+            self._completion.on_delta(delta)
+            self._told = ready
+        self.is_open = not last
+        return last
+
+    def _logprobs(self, logits: Tensor, token: int, count: int) -> dict[str, Any]:
+        """A token as the OpenAI interface tells it, with the model's own log-probabilities. logits: (V,)."""
+        scores = logits.float().log_softmax(-1)
+        best = scores.topk(min(count, len(scores)))
+
+        def entry(token: int, score: float) -> dict[str, Any]:
+            written, data = self._completion.detokenizer.spelling(token)
+            return {"token": written, "logprob": max(score, MIN_LOGPROB), "bytes": list(data)}
+
+        likeliest = [entry(*pair) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        return {**entry(token, float(scores[token])), "top_logprobs": likeliest}
 
 
 class Completion:
-    """tell: called with every piece, from the model's thread. cancelled: to be set when nobody listens any more.
+    """Answers to one request. Several are said in one batch, a token each at a time; none depends on another.
 
-    Several answers are said in one batch, a token each at a time; what one says depends on no other.
+    Args:
+        model: what answers.
+        processor: the model's own.
+        detokenizer: of the processor's tokenizer.
+        request: what was asked.
+        max_prompt: tokens of the longest prompt, pictures included.
+        on_delta: called with everything new, from the model's thread.
+
+    Attributes:
+        cancelled: to be set when nobody listens any more.
+        prompt_tokens: of the prompt, once it has been read.
     """
 
     def __init__(
         self,
         model: CasaForConditionalGeneration,
         processor: CasaProcessor,
+        detokenizer: Detokenizer,
         request: ChatRequest,
-        most_prompt: int,
-        tell: Callable[[Piece], None],
+        max_prompt: int,
+        on_delta: Callable[[ChatDelta], None],
     ) -> None:
-        self._model, self._processor, self._request = model, processor, request
-        self._most_prompt, self._tell = most_prompt, tell
-        self._stops = frozenset(stop_ids(model, processor.tokenizer))
-        self._text = Detokenizer(processor.tokenizer)
-        self._inputs: dict[str, Any] | None = None
-        self._pictures: list[dict[str, Tensor]] = []  # those that are not encoded yet
-        self._features: list[Tensor] = []
-        self._cache: Any = None
-        self._choices = [_Choice(index, seed) for index, seed in enumerate(_seeds(request.seed, request.choices))]
-        self._open = list(self._choices)  # those that go on, one row of the cache each
+        self._model, self._processor, self._max_prompt = model, processor, max_prompt
+        self.detokenizer, self.request, self.on_delta = detokenizer, request, on_delta
+        self.stops = frozenset(stop_ids(model, processor.tokenizer))
+        self.choices = [_Choice(index, seed, self) for index, seed in enumerate(_seeds(request.seed, request.choices))]
+        self._stages = self._run()
         self.prompt_tokens = 0
         self.cancelled = False
 
     @property
     def completion_tokens(self) -> int:
         """Of all answers together."""
-        return sum(len(choice.tokens) for choice in self._choices)
+        return sum(len(choice.tokens) for choice in self.choices)
 
     @torch.no_grad()
     def advance(self, until: float) -> bool:
         """Goes on until that moment; True once the answer is whole, or nobody wants it."""
-        while not self.cancelled:
-            if self._inputs is None:
-                self._inputs = self._tokenized()
-            elif self._pictures:
-                picture = self._pictures.pop(0)
-                self._features.append(self._model.encode_images(picture["pixel_values"], picture["image_grid_thw"]))
-            elif self._say(self._inputs):
-                return True
+        while not self.cancelled and any(choice.is_open for choice in self.choices):
+            next(self._stages)
             if monotonic() >= until:
-                return False
-        return True
+                break
+        return self.cancelled or not any(choice.is_open for choice in self.choices)
 
     def fail(self, error: Exception) -> None:
-        self._tell(Piece(error=error))
+        self.on_delta(ChatDelta(error=error))
 
-    def _tokenized(self) -> dict[str, Any]:
-        """The model's inputs, without the pixels: they go into `_pictures`, one by one."""
+    def _run(self) -> Iterator[object]:
+        """All of it; a slice ends wherever this yields."""
+        inputs, pictures = self.prompt()
+        yield
+        features = []
+        for picture in pictures:
+            features.append(self._model.encode_images(picture["pixel_values"], picture["image_grid_thw"]))
+            yield
+        if features:
+            inputs["image_features"] = torch.cat(features)
+            features.clear()
+        yield from decode(self._model, inputs, self._model.new_cache(), self.choices, drop_ended=True)
+
+    def prompt(self) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+        """The model's inputs, without the pixels, and the pictures one by one.
+
+        Raises:
+            RequestError: the template refuses the chat, or it is too long.
+        """
         try:
             written = self._processor.apply_chat_template(
-                self._request.messages,
+                self.request.messages,
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
@@ -116,92 +275,27 @@ class Completion:
         except TemplateError as error:  # of several families: roles must take turns
             refused = f"the model's chat template refuses this chat: {sentence_of(error)}"
             raise RequestError(refused, "messages", "invalid_value") from error
-        inputs = dict(written.to(self._model.device))
-        self.prompt_tokens = inputs["input_ids"].shape[1] + self._image_tokens(inputs)
-        if self.prompt_tokens > self._most_prompt:
+        inputs: dict[str, Tensor] = dict(written.to(self._model.device))
+        self.prompt_tokens, grid = inputs["input_ids"].shape[1], inputs.get("image_grid_thw")
+        if grid is not None:
+            grids = self._model.final_grids(token_grids(self._model.config.encoder_config, grid))
+            self.prompt_tokens += count_tokens(grids)
+        if self.prompt_tokens > self._max_prompt:
             raise RequestError(
-                f"the chat has {self.prompt_tokens} tokens, but at most {self._most_prompt} are taken; shorten it.",
+                f"the chat has {self.prompt_tokens} tokens, but at most {self._max_prompt} are taken; shorten it.",
                 "messages",
                 "context_length_exceeded",
             )
         # one row has no padding
         inputs.pop("attention_mask", None)
-        if "image_grid_thw" in inputs:
-            self._pictures = [self._model.picked(inputs, [number]) for number in range(len(inputs["image_grid_thw"]))]
-            del inputs["pixel_values"]
-        return inputs
+        pictures = [] if grid is None else [self._model.picked(inputs, [number]) for number in range(len(grid))]
+        inputs.pop("pixel_values", None)
+        return inputs, pictures
 
-    def _image_tokens(self, inputs: dict[str, Any]) -> int:
-        if "image_grid_thw" not in inputs:
-            return 0
-        grids = token_grids(self._model.config.encoder_config, inputs["image_grid_thw"])
-        return count_tokens(self._model.final_grids(grids))
 
-    def _say(self, inputs: dict[str, Any]) -> bool:
-        """Chooses the next token of every answer, and tells it; True if these were the last ones."""
-        if self._cache is None:
-            self._cache = self._model.new_cache()
-            if self._features:
-                inputs = inputs | {"image_features": torch.cat(self._features)}
-                self._features.clear()
-        else:
-            inputs = {"input_ids": torch.tensor([[choice.tokens[-1]] for choice in self._open]).to(self._model.device)}
-        logits = self._model(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        if len(logits) < len(self._open):
-            # the prompt is read once for all of them
-            self._cache.batch_repeat_interleave(len(self._open))
-            logits = logits.expand(len(self._open), -1)
-        still = []
-        for row, choice in enumerate(self._open):
-            token = self._request.sampling.pick(logits[row], choice.tokens, choice.generator, self._stops)
-            if self._request.top_logprobs is not None and token not in self._stops:
-                choice.untold.append((choice.settled, self._logprobs(logits[row], token, self._request.top_logprobs)))
-            if not self._take(token, choice.index):
-                still.append(row)
-        if still and len(still) < len(self._open):
-            self._cache.batch_select_indices(torch.tensor(still, device=self._model.device))
-        self._open = [self._open[row] for row in still]
-        return not still
-
-    def _take(self, token: int, index: int = 0) -> bool:
-        """Tells what a token adds to an answer; True if it was the last one."""
-        choice = self._choices[index]
-        ended = token in self._stops
-        if not ended:
-            choice.tokens.append(token)
-        last = ended or len(choice.tokens) == self._request.max_tokens
-        text = self._text.whole(choice.tokens) if last else self._text.settled(choice.tokens)
-        choice.settled = len(text)
-        cut = min((at for stop in self._request.stop if (at := text.find(stop)) >= 0), default=None)
-        if cut is not None:
-            text, ended, last = text[:cut], True, True
-            choice.untold = [(start, told) for start, told in choice.untold if start < cut]
-        ready = len(text) if last else len(text) - max((begun(text, stop) for stop in self._request.stop), default=0)
-        if last or ready > choice.given:
-            told = [entry for start, entry in choice.untold if last or start < ready]
-            del choice.untold[: len(told)]
-            self._tell(
-                Piece(
-                    text[choice.given : ready],
-                    ("stop" if ended else "length") if last else None,
-                    index=index,
-                    logprobs=told if self._request.top_logprobs is not None else None,
-                )
-            )
-            choice.given = ready
-        return last
-
-    def _logprobs(self, logits: Tensor, token: int, most: int) -> dict[str, Any]:
-        """A token as the OpenAI interface tells it, with the model's own log-probabilities. logits: (V,)."""
-        scores = logits.float().log_softmax(-1)
-        best = scores.topk(min(most, len(scores)))
-
-        def entry(token: int, score: float) -> dict[str, Any]:
-            written, data = self._text.spelling(token)
-            return {"token": written, "logprob": max(score, LEAST), "bytes": list(data)}
-
-        likeliest = [entry(*pair) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-        return {**entry(token, float(scores[token])), "top_logprobs": likeliest}
+def _begun(text: str, word: str) -> int:
+    """How many characters at the end of a text, fewer than all of a word's, are the word's beginning."""
+    return next((n for n in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:n])), 0)
 
 
 def _seeds(seed: int, count: int) -> list[int]:

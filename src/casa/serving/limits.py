@@ -1,14 +1,22 @@
-"""What a server allows, all of it settings: sizes, rates, numbers and times, with defaults for a small machine."""
+"""What a server allows, all of it settings, with defaults for a small machine; and values of clients within bounds."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from typing import Any
 
 from casa.errors import UserError
 from casa.settings import near
 
 MIB = 2**20
+NEEDED = ("fastapi", "uvicorn", "websockets")
+
+
+def check_installed() -> None:
+    """Raises UserError if what the server is built on, the extra `casa-vlm[serve]`, is not installed."""
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise UserError(f"the server needs {' and '.join(missing)}: install casa-vlm[serve].")
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Limits:
     faults: wrong messages in a row before a stream is closed.
     questions: of one stream that may wait. prompt_chars: of a prompt or question.
     new_tokens: the longest caption that a stream may ask for. text_tokens: what a stream remembers unless it asks for
-    less or more, up to most_text_tokens.
+    less or more, up to max_text_tokens.
     chats: completions at once. waiting_chats: more that may wait for their turn, each with its body in memory.
     chat_tokens: the longest answer. prompt_tokens, chat_pictures: of one chat.
     chat_choices: answers that one request may ask for. video_frames, video_fps: frames of a video in a chat, in all and
@@ -54,7 +62,7 @@ class Limits:
     prompt_chars: int = 2000
     new_tokens: int = 128
     text_tokens: int = 1024
-    most_text_tokens: int = 8192
+    max_text_tokens: int = 8192
     chats: int = 8
     waiting_chats: int = 16
     chat_tokens: int = 1024
@@ -98,3 +106,34 @@ class Limits:
                 kind = "a whole number" if kinds[name] is int else "a number"
                 raise UserError(f"{name} is {value!r}; give {kind}.") from error
         return cls(**found)
+
+
+def words(message: Mapping[str, Any], name: str, limits: Limits) -> str:
+    """A text that is there and not too long."""
+    text = message.get(name)
+    if not isinstance(text, str) or not text.strip() or len(text) > limits.prompt_chars:
+        raise UserError(f"{name} is a text of 1 to {limits.prompt_chars} characters.")
+    return readable(text)
+
+
+def readable(text: str) -> str:
+    """A text that can be encoded: half of a surrogate pair can be written in JSON and read by no tokenizer."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def number(message: Mapping[str, Any], name: str, low: float, high: float, default: float) -> float:
+    """A number within bounds; the default if it is not there."""
+    if (value := message.get(name)) is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise UserError(f"{name} is a number from {low:g} to {high:g}.")
+    return value
+
+
+def whole_number(message: Mapping[str, Any], name: str, low: int, high: int, default: int) -> int:
+    """The same without a fraction."""
+    if (value := message.get(name)) is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UserError(f"{name} is a whole number from {low:g} to {high:g}.")
+    return value

@@ -1,28 +1,149 @@
-"""One live stream as the model's thread sees it: what waits to be watched or answered, and what is told its reader.
+"""One live stream as its reader is told of it: events on their way, the captions so far, and figures.
 
-The newest frame wins: one that is replaced before its turn is dropped and counted, so that lag cannot build up.
-Questions wait in line and come before frames. All methods but `told` are called with the worker's lock held.
+    model's thread --on_event--> LiveStream --put--> Outbox [e e e e e] --get--> the reader's own task
+                                            --add--> Transcript, on the Shelf, for download
+
+Nothing here waits: a slow reader loses the oldest captions.
 """
 
-from collections import deque
+import asyncio
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
 from PIL import Image
 
+from casa.media.caption_file import captions_from_frames
+from casa.media.subtitles import FORMATS, Caption, captions_text
 from casa.serving.baseline import InsertionTally
-from casa.serving.limits import Limits
-from casa.serving.load import STREAM_SECONDS, Recent, slow_sentence
-from casa.serving.metrics import Metrics
-from casa.serving.outbox import Outbox
-from casa.serving.transcript import Transcript
-from casa.streaming import Event, StreamingSession
+from casa.serving.metrics import STREAM_SECONDS, Metrics, RecentCounts
+from casa.streaming import SessionEvent, StreamingSession
 from casa.streaming.pacing import Clock
+
+# in the order in which a slow reader loses them; answers, errors and the rest are lost only if nothing else waits
+LOSABLE = ("usage", "dropped", "caption")
+TYPES = {"srt": "application/x-subrip", "vtt": "text/vtt", "jsonl": "application/jsonl"}
+
+Message = dict[str, Any]  # as JSON holds it
+
+
+class Outbox:
+    """Messages on their way to one reader, put from any thread.
+
+    To be made in the event loop of its reader. What is too much leaves at the front, least important kinds first.
+
+    Args:
+        max_messages: that wait.
+        on_lost: called for each caption that is lost because the reader is slow. `missed` counts them.
+    """
+
+    def __init__(self, max_messages: int, on_lost: Callable[[], None] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ready = asyncio.Event()
+        self._messages: deque[Message] = deque()
+        self._lock = threading.Lock()
+        self._max, self._on_lost = max_messages, on_lost
+        self.missed = 0
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def put(self, message: Message) -> None:
+        with self._lock:
+            if len(self._messages) >= self._max:
+                self._lose_one()
+            self._messages.append(message)
+        # the loop may have ended, and the reader with it
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._ready.set)
+
+    async def get(self) -> Message:
+        """The next message; captions and usage say how many captions were missed until then."""
+        while True:
+            with self._lock:
+                if self._messages:
+                    message = self._messages.popleft()
+                    return message | {"missed": self.missed} if message["type"] in ("caption", "usage") else message
+                self._ready.clear()
+            await self._ready.wait()
+
+    def _lose_one(self) -> None:
+        order = {kind: place for place, kind in enumerate(LOSABLE)}
+        index = min(range(len(self._messages)), key=lambda n: order.get(self._messages[n]["type"], len(LOSABLE)))
+        if self._messages[index]["type"] == "caption":
+            self.missed += 1
+            if self._on_lost is not None:
+                self._on_lost()
+        del self._messages[index]
+
+
+class Transcript:
+    """The captions of one stream, the newest `max_captions` of them."""
+
+    def __init__(self, max_captions: int) -> None:
+        self._said: deque[tuple[float, tuple[str, float | None]]] = deque(maxlen=max_captions)
+        self._lock = threading.Lock()
+
+    def add(self, time: float, text: str, lag: float | None = None) -> None:
+        """Adds a caption. A reader that goes back in its video may say earlier times again.
+
+        Args:
+            time: of the frame, in seconds.
+            text: what was said.
+            lag: seconds from the frame's arrival to the text.
+        """
+        with self._lock:
+            self._said.append((time, (text, lag)))
+
+    def captions(self) -> list[Caption]:
+        """In order of time; of two at the same time the later one stands."""
+        with self._lock:
+            at = dict(self._said)
+        times = sorted(at)
+        said = [at[time] for time in times]
+        return captions_from_frames(times, [text for text, _ in said], lags=[lag for _, lag in said])
+
+    def file(self, kind: str) -> str:
+        """The text of a subtitle file. kind: "srt", "vtt" or "jsonl"."""
+        return captions_text(self.captions(), FORMATS[f".{kind}"])
+
+
+class Shelf:
+    """Transcripts by stream. Those of streams that have ended stay for `seconds`, the newest `max_ended` of them."""
+
+    def __init__(self, max_ended: int, seconds: float, clock: Clock = monotonic) -> None:
+        self._max, self._seconds, self._clock = max_ended, seconds, clock
+        self._live: dict[str, Transcript] = {}
+        self._ended: OrderedDict[str, tuple[float, Transcript]] = OrderedDict()
+
+    def open(self, name: str, transcript: Transcript) -> None:
+        self._live[name] = transcript
+
+    def end(self, name: str) -> None:
+        if (transcript := self._live.pop(name, None)) is not None:
+            self._ended[name] = (self._clock(), transcript)
+        self._tidy()
+
+    def find(self, name: str) -> Transcript | None:
+        self._tidy()
+        ended = self._ended.get(name)
+        return self._live.get(name) if ended is None else ended[1]
+
+    def __len__(self) -> int:
+        return len(self._live) + len(self._ended)
+
+    def _tidy(self) -> None:
+        oldest = self._clock() - self._seconds
+        while self._ended and (len(self._ended) > self._max or next(iter(self._ended.values()))[0] < oldest):
+            self._ended.popitem(last=False)
 
 
 @dataclass(frozen=True)
-class Ticket:
+class QueuedFrame:
     """A frame in line. number: counted from 1, as sent. time: in the video, in seconds. arrived: monotonic."""
 
     number: int
@@ -31,21 +152,22 @@ class Ticket:
     arrived: float = field(default_factory=monotonic)
 
 
-@dataclass(frozen=True)
-class Turn:
-    """What a stream is given at once: a frame or a question."""
-
-    kind: str  # as in Event: "caption" or "answer"
-    ticket: Ticket | None = None
-    question: str = ""
-    arrived: float = 0.0
-
-
 class LiveStream:
-    """fps: frames a second that it means to send; a caption is cut 1 / fps seconds after its first token.
+    """What a stream's reader is told, and what is counted.
 
-    dropped, cut: frames that were not watched, and captions and answers that time cut, so far. cache_bytes: what its
-    session held after its last turn.
+    Args:
+        name: of the stream and its session.
+        fps: frames a second that it means to send; a caption is cut 1 / fps seconds after its first token.
+        outbox: of its reader.
+        transcript: of its captions.
+        metrics: of the server.
+        load: where what became of frames is counted, for all streams together.
+        clock: in seconds.
+
+    Attributes:
+        dropped: frames so far that were not watched.
+        truncated: captions and answers so far that time cut.
+        cache_bytes: what its session held after its last turn.
     """
 
     def __init__(
@@ -55,46 +177,17 @@ class LiveStream:
         outbox: Outbox,
         transcript: Transcript,
         metrics: Metrics,
-        load: Recent | None = None,
+        load: RecentCounts | None = None,
         clock: Clock = monotonic,
     ) -> None:
-        """load: where what became of frames is counted, for all streams together."""
         self.name, self.fps, self.outbox, self.transcript = name, fps, outbox, transcript
-        self._metrics, self._clock = metrics, clock
-        self._recent = [Recent(STREAM_SECONDS, clock), *([] if load is None else [load])]
+        self._metrics = metrics
+        self._recent = [RecentCounts(STREAM_SECONDS, clock), *([] if load is None else [load])]
         self.session: StreamingSession | None = None
         self.tally: InsertionTally | None = None
-        self.paused = False
-        self.dropped = self.cut = 0
+        self.dropped = self.truncated = 0
         self.cache_bytes = 0
-        self._ticket: Ticket | None = None
-        self._came = 0.0  # since when a frame waits, the same one or those that replaced it
-        self._questions: deque[tuple[str, float]] = deque()
-        self._place = 0.0  # where in the video the last frame stood
-
-    @property
-    def waits(self) -> bool:
-        return self.waits_since is not None
-
-    @property
-    def waits_since(self) -> float | None:
-        """Since when something waits; None if nothing does."""
-        if self._questions:
-            return self._questions[0][1]
-        return self._came if self._ticket is not None and not self.paused else None
-
-    @property
-    def questions(self) -> int:
-        return len(self._questions)
-
-    def offer(self, ticket: Ticket) -> None:
-        if self.paused:
-            return
-        if self._ticket is not None:
-            self.drop()
-        else:
-            self._came = ticket.arrived
-        self._ticket = ticket
+        self._time = 0.0  # where in the video the last frame stood
 
     def drop(self, *, late: bool = True) -> None:
         """Counts a frame that will not be watched. late: for want of time."""
@@ -104,100 +197,60 @@ class LiveStream:
         self._metrics.count("dropped")
         self.outbox.put({"type": "dropped", "count": self.dropped})
 
-    def pause(self, paused: bool) -> None:
-        """A paused stream watches nothing and still answers."""
-        self.paused = paused
-        if paused:
-            self._ticket = None
-
-    def ask(self, question: str) -> None:
-        self._questions.append((question, self._clock()))
-
-    def take(self) -> Turn | None:
-        """The next turn, if anything waits."""
-        if self._questions:
-            question, arrived = self._questions.popleft()
-            return Turn("answer", question=question, arrived=arrived)
-        if self._ticket is not None and not self.paused:
-            ticket, self._ticket = self._ticket, None
-            return Turn("caption", ticket, arrived=ticket.arrived)
-        return None
-
-    def budget(self, turn: Turn, limits: Limits) -> float:
-        """Seconds that this turn's words may take, from the first one on."""
-        return limits.answer_seconds if turn.kind == "answer" else min(1 / self.fps, limits.caption_seconds)
-
-    def patience(self, limits: Limits) -> float:
-        """Seconds that it waits while others speak: half the time of a caption, so that it is in time for the next."""
-        return min(1 / self.fps, limits.caption_seconds) / 2
-
-    def told(self, turn: Turn, event: Event, seconds: float) -> None:
-        """Passes on what a turn came to. seconds: how long it took. On the model's thread, as soon as it is there."""
-        lag = self._clock() - turn.arrived
+    def on_event(self, event: SessionEvent) -> None:
+        """Passes on what a turn came to. On the model's thread, as soon as it is there."""
         self.measure()
-        if not event.whole:
-            self.cut += 1
-            self._metrics.count("cut")
-            self._count("cut")
+        if not event.complete:
+            self.truncated += 1
+            self._metrics.count("truncated")
+            self._count("truncated")
         if event.error is not None:
-            self.fail(turn, event.error)
-        elif turn.ticket is not None:
-            self._caption(turn.ticket, event, lag, seconds)
+            self.fail(event.error, event.tag)
+        elif isinstance(event.tag, QueuedFrame):
+            self._caption(event.tag, event)
         else:
             self._metrics.count("answers")
             if self.tally is not None:
-                self.tally.answer(turn.question, event.text)
-            self.outbox.put(
-                {
-                    "type": "answer",
-                    "question": turn.question,
-                    "text": event.text,
-                    "time": self._place,
-                    "lag": round(lag, 4),
-                    "whole": event.whole,
-                }
-            )
+                self.tally.answer(str(event.tag), event.text)
+            said = {"question": event.tag, "text": event.text, "complete": event.complete}
+            self.outbox.put({"type": "answer", **said, "time": self._time, "lag": round(event.lag, 4)})
 
-    def fail(self, turn: Turn, sentence: str) -> None:
-        """Says that a turn came to nothing."""
+    def fail(self, sentence: str, tag: object = None) -> None:
+        """Says that a turn came to nothing. tag: the frame that it was, or the question."""
         self._metrics.count("errors")
-        about = {} if turn.ticket is None else {"frame": turn.ticket.number}
+        about = {"frame": tag.number} if isinstance(tag, QueuedFrame) else {}
         self.outbox.put({"type": "error", "message": sentence, "fatal": False, **about})
 
     def measure(self) -> None:
         """Notes what the session holds, for whoever asks from another thread."""
         self.cache_bytes = 0 if self.session is None else self.session.usage.cache_bytes
 
-    def _caption(self, ticket: Ticket, event: Event, lag: float, seconds: float) -> None:
-        self._place = ticket.time
+    def _caption(self, frame: QueuedFrame, event: SessionEvent) -> None:
+        self._time = frame.time
         self._metrics.count("frames")
         self._count("watched")
-        self._metrics.observe(lag)
-        about = {"frame": ticket.number, "time": ticket.time, "lag": round(lag, 4)}
+        self._metrics.observe(event.lag)
+        about = {"frame": frame.number, "time": frame.time, "lag": round(event.lag, 4), "complete": event.complete}
         if event.text:
             self._metrics.count("captions")
-            self.transcript.add(ticket.time, event.text, lag)
-            self.outbox.put({"type": "caption", **about, "text": event.text, "whole": event.whole})
-        counts = {"whole": event.whole, "dropped": self.dropped, "cut": self.cut}
-        counts["advice"] = slow_sentence(self.fps, self._recent[0])
-        self.outbox.put({"type": "usage", **about, **self._usage(event, seconds), **counts})
+            self.transcript.add(frame.time, event.text, event.lag)
+            self.outbox.put({"type": "caption", **about, "text": event.text})
+        counts = {"dropped": self.dropped, "truncated": self.truncated, "advice": self._recent[0].advice(self.fps)}
+        self.outbox.put({"type": "usage", **about, **self._usage(event), **counts})
 
     def _count(self, kind: str) -> None:
         for recent in self._recent:
             recent.count(kind)
 
-    def _usage(self, event: Event, seconds: float) -> dict[str, Any]:
+    def _usage(self, event: SessionEvent) -> Message:
         if self.session is None:
             return {}
-        usage = self.session.usage
-        insertion = None
-        if self.tally is not None:
-            insertion = self.tally.frame(usage.image_tokens, event.text, seconds)
+        usage, tally = self.session.usage, self.tally
         return {
             "watched": self.session.frames,
-            "latency": round(seconds, 4),
+            "latency": round(event.latency, 4),
             "cache_bytes": usage.cache_bytes,
             "text_tokens": usage.text_tokens,
             "image_tokens": usage.image_tokens,
-            "insertion": insertion,
+            "insertion": tally and tally.frame(usage.image_tokens, event.text, event.latency),
         }

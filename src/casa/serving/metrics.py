@@ -1,7 +1,26 @@
-"""Counts of a server in Prometheus' text format (version 0.0.4)."""
+"""What a server counts and measures: figures for Prometheus, and what this machine sustains beside what is asked of it.
+
+    model's thread --stepped--> seconds, turns, streams in a step  -> frames a second that it sustains
+    streams        --count--->  watched, dropped, truncated in the last minute -> whether it is overloaded
+
+A frame's cost is its share of the steps in which it was watched: streams that wait together share a step, so a frame
+costs less the more of them there are. How much less is tried once, at start (`probe`), on pictures of noise; from then
+on what the streams really cost counts, with that shape. Before anything was measured, nothing is claimed and everybody
+is let in.
+"""
 
 import threading
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from time import monotonic
+
+import numpy as np
+from PIL import Image
+
+from casa.errors import UserError
+from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.streaming import Sampling, StreamingEngine, WatchCounts
+from casa.streaming.pacing import Clock
 
 COUNTERS = {
     "frames": "Frames watched.",
@@ -9,7 +28,7 @@ COUNTERS = {
     "answers": "Questions answered in streams.",
     "dropped": "Frames replaced by a newer one, or refused, before they were watched.",
     "missed": "Captions that slow readers lost.",
-    "cut": "Captions and answers cut at their budget.",
+    "truncated": "Captions and answers cut at their budget.",
     "errors": "Messages, frames and requests that were refused.",
     "streams": "Streams opened.",
     "chats": "Chat completions begun.",
@@ -24,7 +43,17 @@ GAUGES = {
     "asked_fps": "Frames a second that the live streams mean to send.",
 }
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-PREFIX = "casa"
+RECENT_SECONDS = 60.0
+STREAM_SECONDS = 20.0  # over which a single stream is judged
+MIN_FPS = 0.1  # not worth asking for less
+PROBE_ROWS = (1, 2, 4, 8, 16)
+PROBE_SIDE = 448
+PROBE_WORDS = 4
+REMEDY = "ask for fewer frames a second, send smaller pictures, or have fewer streams at once"
+
+
+class OverloadedError(UserError):
+    """One stream more than this machine sustains."""
 
 
 class Metrics:
@@ -36,9 +65,9 @@ class Metrics:
         self._buckets = [0] * len(BUCKETS)
         self._seconds, self._observed = 0.0, 0
 
-    def count(self, name: str, by: int = 1) -> None:
+    def count(self, name: str) -> None:
         with self._lock:
-            self._counts[name] += by
+            self._counts[name] += 1
 
     def counted(self, name: str) -> int:
         with self._lock:
@@ -52,23 +81,185 @@ class Metrics:
                 self._buckets[index] += seconds <= edge
 
     def text(self, gauges: Mapping[str, float]) -> str:
-        """The page for a scraper. gauges: today's value of each of GAUGES."""
+        """Prometheus' text format (version 0.0.4). gauges: today's value of each of GAUGES."""
         lines = []
+
+        def head(name: str, kind: str, meaning: str) -> None:
+            lines.extend([f"# HELP casa_{name} {meaning}", f"# TYPE casa_{name} {kind}"])
+
         with self._lock:
             for name, meaning in COUNTERS.items():
-                lines += _head(f"{name}_total", "counter", meaning)
-                lines.append(f"{PREFIX}_{name}_total {self._counts[name]}")
+                head(f"{name}_total", "counter", meaning)
+                lines.append(f"casa_{name}_total {self._counts[name]}")
             for name, meaning in GAUGES.items():
-                lines += _head(name, "gauge", meaning)
-                lines.append(f"{PREFIX}_{name} {gauges[name]}")
-            lines += _head("lag_seconds", "histogram", "Seconds from a frame's arrival to its caption.")
-            for edge, count in zip(BUCKETS, self._buckets, strict=True):
-                lines.append(f'{PREFIX}_lag_seconds_bucket{{le="{edge:g}"}} {count}')
-            lines.append(f'{PREFIX}_lag_seconds_bucket{{le="+Inf"}} {self._observed}')
-            lines.append(f"{PREFIX}_lag_seconds_sum {self._seconds:.6f}")
-            lines.append(f"{PREFIX}_lag_seconds_count {self._observed}")
+                head(name, "gauge", meaning)
+                lines.append(f"casa_{name} {gauges[name]}")
+            head("lag_seconds", "histogram", "Seconds from a frame's arrival to its caption.")
+            for edge, count in zip(
+                [*map("{:g}".format, BUCKETS), "+Inf"], [*self._buckets, self._observed], strict=True
+            ):
+                lines.append(f'casa_lag_seconds_bucket{{le="{edge}"}} {count}')
+            lines.append(f"casa_lag_seconds_sum {self._seconds:.6f}")
+            lines.append(f"casa_lag_seconds_count {self._observed}")
         return "\n".join(lines) + "\n"
 
 
-def _head(name: str, kind: str, meaning: str) -> list[str]:
-    return [f"# HELP {PREFIX}_{name} {meaning}", f"# TYPE {PREFIX}_{name} {kind}"]
+class RecentCounts:
+    """Counts of the last so many seconds; any thread may count."""
+
+    def __init__(self, seconds: float, clock: Clock = monotonic) -> None:
+        self._seconds, self._clock = seconds, clock
+        self._lock = threading.Lock()
+        self._parts: deque[tuple[int, Counter[str]]] = deque()  # whole seconds, oldest first
+        self._began: float | None = None
+
+    def count(self, kind: str, by: int = 1) -> None:
+        now = self._clock()
+        with self._lock:
+            if not self._parts or self._parts[-1][0] != int(now):
+                self._parts.append((int(now), Counter()))
+            self._parts[-1][1][kind] += by
+            self._began = now if self._began is None else self._began
+            self._forget(now)
+
+    def totals(self) -> Counter[str]:
+        with self._lock:
+            self._forget(self._clock())
+            return sum((counts for _, counts in self._parts), Counter())
+
+    @property
+    def is_too_much(self) -> bool:
+        """Whether the machine is too slow for what it was given, as in `WatchCounts`."""
+        counts = self.totals()
+        return WatchCounts(counts["watched"], counts["dropped"], counts["truncated"]).is_too_much
+
+    def advice(self, fps: float) -> str | None:
+        """What a stream is told that means to send `fps` frames a second; None if all is well."""
+        if not self.is_too_much:
+            return None
+        counts, now = self.totals(), self._clock()
+        so_far = now - (now if self._began is None else self._began)
+        watched = counts["watched"] / max(1.0, min(self._seconds, so_far))
+        cuts = "1 caption was" if counts["truncated"] == 1 else f"{counts['truncated']} captions were"
+        cut = f", and {cuts} cut short" if counts["truncated"] else ""
+        return (
+            f"This machine is too slow for that: of {fps:g} frames a second it watches about {watched:.2g}{cut}. "
+            f"{REMEDY[0].upper()}{REMEDY[1:]}."
+        )
+
+    def _forget(self, now: float) -> None:
+        while self._parts and self._parts[0][0] < now - self._seconds:
+            self._parts.popleft()
+
+
+class LoadMeter:
+    """What the machine sustains, and whether one more stream fits.
+
+    Args:
+        rows: the most streams that share a step.
+        share: of what the machine sustains that streams may ask for in all.
+        clock: in seconds.
+    """
+
+    def __init__(self, rows: int, share: float = 1.0, clock: Clock = monotonic) -> None:
+        self.rows, self._share, self._clock = rows, share, clock
+        self._lock = threading.Lock()
+        self._shape: dict[int, float] = {}  # rows of a step -> its seconds, as tried at start
+        self._steps: deque[tuple[float, float, int, int]] = deque()  # when, seconds, streams in it, turns that ended
+        self.recent = RecentCounts(RECENT_SECONDS, clock)
+
+    def stepped(self, seconds: float, rows: int, turns: int) -> None:
+        """A step over so many streams, in which so many turns came to their end."""
+        now = self._clock()
+        with self._lock:
+            self._steps.append((now, seconds, rows, turns))
+            while self._steps[0][0] < now - RECENT_SECONDS:
+                self._steps.popleft()
+
+    def tried(self, rows: int, seconds: float) -> None:
+        """How long a step over so many streams takes, each with a frame and a few words."""
+        with self._lock:
+            self._shape[rows] = seconds
+
+    def sustained(self, streams: int) -> float | None:
+        """Frames a second that this machine watches where so many streams want all of them; None if nobody knows."""
+        rows = max(1, min(streams, self.rows))
+        with self._lock:
+            seconds, turns = sum(step[1] for step in self._steps), sum(step[3] for step in self._steps)
+            if turns and seconds > 0:
+                usual = sum(step[1] * step[2] for step in self._steps) / seconds
+                return turns / seconds * self._each(usual) / self._each(rows)
+            return 1 / self._each(rows) if self._shape else None
+
+    def _each(self, rows: float) -> float:
+        """Seconds of a frame in a step over so many, as tried, or between and beyond the sizes that were."""
+        if not self._shape:
+            return 1.0
+        sizes = sorted(self._shape)
+        # a larger batch is never dearer: where it seemed so, something else ran
+        costs = np.minimum.accumulate([self._shape[size] / size for size in sizes])
+        return float(np.interp(rows, sizes, costs))
+
+    def admit(self, fps: float, asked: Iterable[float]) -> str | None:
+        """What to tell a new stream of so many frames a second, beside others that ask for `asked`; None if it fits.
+
+        The first is let in whatever it asks for: what is too much is dropped, and costs nobody else.
+
+        Raises:
+            OverloadedError: it is more than this machine sustains.
+        """
+        others = list(asked)
+        sustained, total = self.sustained(len(others) + 1), sum(others)
+        if sustained is None or total + fps <= self._share * sustained:
+            return None
+        machine = f"this machine watches about {sustained:.2g} frames a second with this model"
+        if not others:
+            return f"{machine[0].upper()}{machine[1:]}; of {fps:g} the others will be dropped. To lose none, {REMEDY}."
+        number = "1 stream asks" if len(others) == 1 else f"{len(others)} streams ask"
+        left = self._share * sustained - total
+        possible = f"ask for at most {_below(left)} (fps), or " if left >= MIN_FPS else ""
+        raise OverloadedError(
+            f"{machine}, and {number} for {total:.3g} already; {possible}come back when there are fewer streams."
+        )
+
+    def report(self, asked: Iterable[float]) -> dict[str, float | int | None]:
+        """sustained_fps, asked_fps: frames a second; watched, dropped, truncated: in the last minute."""
+        wanted = list(asked)
+        sustained, counts = self.sustained(len(wanted)), self.recent.totals()
+        return {
+            "sustained_fps": None if sustained is None else round(sustained, 2),
+            "asked_fps": round(sum(wanted), 2),
+            **{kind: counts[kind] for kind in ("watched", "dropped", "truncated")},
+        }
+
+
+def _below(fps: float) -> str:
+    """A rate as text, never above it."""
+    digits = 0 if fps >= 10 else 1
+    return f"{int(fps * 10**digits) / 10**digits:.{digits}f}".removesuffix(".0")
+
+
+def probe(
+    load: LoadMeter,
+    model: CasaForConditionalGeneration,
+    processor: CasaProcessor,
+    seconds: float = 2.0,
+    clock: Clock = monotonic,
+) -> None:
+    """Tries steps over one stream and more, on the model's thread, for about so long; over one in any case."""
+    engine = StreamingEngine(model, processor, max_sessions=max(PROBE_ROWS), max_batch_size=load.rows)
+    noise = np.random.default_rng(0).integers(0, 255, (PROBE_SIDE, PROBE_SIDE, 3), dtype=np.uint8)
+    picture, begun, took = Image.fromarray(noise), clock(), 0.0
+    # the first one warms up, and counts only if there is no time for another
+    for rows in (1, *(rows for rows in PROBE_ROWS if rows <= load.rows)):
+        if took and clock() - begun + 2 * took > seconds:
+            return
+        while len(engine) < rows:
+            # an endless talker, so that a step has words in it
+            engine.open(str(len(engine)), max_new_tokens=PROBE_WORDS, sampling=Sampling(stop_bias=-1e9))
+        for name in range(rows):
+            engine.offer(str(name), picture)
+        start = clock()
+        engine.step()
+        took = clock() - start
+        load.tried(rows, took)

@@ -1,21 +1,20 @@
 """Live sessions at constant memory: one stream, or many in one batch on one model."""
 
-from casa.streaming.bound import forgets
-from casa.streaming.engine import Event, StreamingEngine
-from casa.streaming.pacing import Count, FrameCaption, watch, watch_live
+from casa.streaming.engine import SessionEvent, StreamingEngine
+from casa.streaming.pacing import FrameCaption, WatchCounts, watch, watch_live
 from casa.streaming.sampling import Sampling
 from casa.streaming.session import StreamingSession
-from casa.streaming.usage import Usage
+from casa.streaming.state import Usage, supports_text_bound
 
 __all__ = [
-    "Count",
-    "Event",
     "FrameCaption",
     "Sampling",
+    "SessionEvent",
     "StreamingEngine",
     "StreamingSession",
     "Usage",
-    "forgets",
+    "WatchCounts",
+    "supports_text_bound",
     "watch",
     "watch_live",
 ]

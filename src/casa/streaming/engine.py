@@ -4,99 +4,128 @@ Sessions join and leave at any time, and each says what it would say alone: they
 frame that is no picture, a failure or a budget that is spent shows in that session's own event and nowhere else.
 
     offer(a, frame)  offer(b, frame)          frames wait, the newest of a session wins
-    step()                                    one pass over all sessions with a frame waiting -> events
+    step()                                    one batch of all sessions with a frame waiting -> events
 
-A step can be halted: what is half said then goes on in the next one, beside the frames that have come meanwhile.
+A step can yield before it is done: what is half said goes on in the next one, beside the frames that came meanwhile.
 """
 
 import logging
+import math
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.models.loading import sentence_of
-from casa.streaming.session import StreamingSession
-from casa.streaming.together import Call, Said, run_each
+from casa.streaming.batch import ShouldStop, StepRequest, run_isolated
+from casa.streaming.pacing import Clock, TimeBudget
+from casa.streaming.session import Frame, StreamingSession
 
 log = logging.getLogger("casa.streaming")
 
-Cut = Callable[[], bool]
-
 
 @dataclass(frozen=True)
-class Event:
+class SessionEvent:
     """What a step gave a session: text ("" if it had nothing to say), or why there is none.
 
-    kind: "caption" or "answer". whole: False if time cut it.
+    Args:
+        session: its name.
+        kind: what the text is.
+        tag: the caller's own, as given with the frame or question.
+        text: the caption or answer.
+        error: a sentence, where something failed.
+        complete: False if time cut the text.
+        lag: seconds since the frame or question came.
+        latency: seconds since its turn began.
     """
 
     session: str
-    kind: str
+    kind: Literal["caption", "answer"]
+    tag: object
     text: str = ""
     error: str | None = None
-    whole: bool = True
+    complete: bool = True
+    lag: float = 0.0
+    latency: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A frame or a question in line, and then in its steps.
+
+    since: when the first of the frames came that have replaced one another, and then when the turn began. budget: of
+    its words, over all steps that it takes. request: by which it goes on, where a step has yielded in its middle.
+    """
+
+    name: str
+    seat: "_Seat"
+    kind: Literal["caption", "answer"]
+    given: Any
+    tag: object
+    arrived: float
+    since: float
+    budget: TimeBudget | None = None
+    request: StepRequest | None = None
+
+    def begin(self, should_stop: ShouldStop | None) -> StepRequest:
+        """What the session feeds. Raises whatever the session raises."""
+
+        def stops() -> bool:
+            spent = self.budget is not None and self.budget()
+            return spent or (should_stop is not None and should_stop())
+
+        if self.request is not None:
+            return replace(self.request, should_stop=stops)
+        session = self.seat.session
+        return (session.prepare if self.kind == "caption" else session.prepare_question)(self.given, stops)
+
+    def event(self, now: float, **about: Any) -> SessionEvent:
+        return SessionEvent(self.name, self.kind, self.tag, lag=now - self.arrived, latency=now - self.since, **about)
 
 
 @dataclass
 class _Seat:
     session: StreamingSession
-    half: "_Turn | None" = None  # what a step that was halted has left
-    frame: Any = None
-    questions: deque[str] = field(default_factory=deque)
+    caption_seconds: float
+    answer_seconds: float
+    half: _Turn | None = None  # what a step that yielded has left
+    frame: _Turn | None = None
+    questions: deque[_Turn] = field(default_factory=deque)
     dropped: int = 0
     paused: bool = False
 
     @property
-    def waits(self) -> bool:
-        return self.half is not None or bool(self.questions) or (self.frame is not None and not self.paused)
+    def next(self) -> _Turn | None:
+        return self.half or (self.questions[0] if self.questions else self.frame)
 
-
-@dataclass(frozen=True)
-class _Turn:
-    """What a session is given in one step: a frame, a question, or the call by which one of these goes on."""
-
-    name: str
-    seat: _Seat
-    kind: str
-    given: Any
-
-    def call(self, cut: Cut | None) -> Call | Event:
-        """What the session feeds; the event at once if it cannot."""
-        if isinstance(self.given, Call):
-            return replace(self.given, cut=cut)
-        prepare = self.seat.session.prepare if self.kind == "caption" else self.seat.session.prepare_question
-        try:
-            return prepare(self.given, cut)
-        except (ValueError, TypeError) as error:  # no picture, or no room for the question: words for the user
-            return Event(self.name, self.kind, error=sentence_of(error))
-        except Exception as error:
-            return self.failed(error)
-
-    def event(self, said: Said | Exception) -> Event:
-        """What the pass came to, taken over by the session."""
-        if isinstance(said, Exception):
-            return self.failed(said)
-        try:
-            return Event(self.name, self.kind, self.seat.session.accept(said), whole=said.whole)
-        except Exception as error:
-            return self.failed(error)
-
-    def failed(self, error: Exception) -> Event:
-        log.error("a turn of session %r failed", self.name, exc_info=error)
-        sentence = f"the model failed at this ({type(error).__name__}); it was left out."
-        return Event(self.name, self.kind, error=sentence)
+    def take(self, clock: Clock) -> _Turn | None:
+        """The next turn, which waits no more."""
+        if (turn := self.next) is None or turn is self.half:
+            self.half = None
+            return turn
+        if turn is self.frame:
+            self.frame = None
+        else:
+            self.questions.popleft()
+        seconds = self.caption_seconds if turn.kind == "caption" else self.answer_seconds
+        return replace(turn, since=clock(), budget=TimeBudget(clock, seconds))
 
 
 class StreamingEngine:
-    """Sessions by name. `offer` and `ask` may be called from any thread while another one steps.
+    """Sessions by name. All methods may be called from any thread while another one steps.
 
-    most_sessions: more are refused. most_rows: sessions in one pass; the rest have their turn in the next one.
-    most_questions: of one session that wait for their answers; more are refused.
+    Args:
+        model: shared by all sessions.
+        processor: the model's own.
+        max_sessions: more are refused.
+        max_batch_size: sessions in one step; the rest have their turn in the next one.
+        max_questions: of one session that wait for their answers; more are refused.
+        clock: seconds, by which turns are timed.
     """
 
     def __init__(
@@ -104,15 +133,17 @@ class StreamingEngine:
         model: CasaForConditionalGeneration,
         processor: CasaProcessor,
         *,
-        most_sessions: int = 64,
-        most_rows: int = 16,
-        most_questions: int = 16,
+        max_sessions: int = 64,
+        max_batch_size: int = 16,
+        max_questions: int = 16,
+        clock: Clock = time.monotonic,
     ) -> None:
-        if most_sessions < 1 or most_rows < 1 or most_questions < 1:
-            raise UserError("most_sessions, most_rows and most_questions are 1 or more.")
-        self.model, self.processor = model, processor
-        self.most_sessions, self.most_rows, self.most_questions = most_sessions, most_rows, most_questions
+        if max_sessions < 1 or max_batch_size < 1 or max_questions < 1:
+            raise UserError("max_sessions, max_batch_size and max_questions are 1 or more.")
+        self.model, self.processor, self._clock = model, processor, clock
+        self.max_sessions, self.max_batch_size, self.max_questions = max_sessions, max_batch_size, max_questions
         self._seats: dict[str, _Seat] = {}
+        self._in_step: set[str] = set()
         self._lock = threading.RLock()
         self._stepping = threading.Lock()
 
@@ -124,17 +155,33 @@ class StreamingEngine:
         with self._lock:
             return name in self._seats
 
-    def open(self, name: str, session: StreamingSession | None = None, **settings: Any) -> StreamingSession:
-        """A new session of that name, with StreamingSession's settings; or `session`, loaded or forked elsewhere.
+    def open(
+        self,
+        name: str,
+        session: StreamingSession | None = None,
+        *,
+        caption_seconds: float = math.inf,
+        answer_seconds: float = math.inf,
+        **settings: Any,
+    ) -> StreamingSession:
+        """Opens a session.
 
-        Raises UserError if the name is taken or the engine is full.
+        Args:
+            name: what it is called from now on.
+            session: one that was made, loaded or forked elsewhere; None makes a new one.
+            caption_seconds: the most that one caption may take from its first token on.
+            answer_seconds: the same for an answer.
+            **settings: `StreamingSession`'s, of a new one.
+
+        Raises:
+            UserError: the name is taken, or the engine is full.
         """
         with self._lock:
             self._check_seat(name)
         made = session if session is not None else StreamingSession(self.model, self.processor, **settings)
         with self._lock:
             self._check_seat(name)
-            self._seats[name] = _Seat(made)
+            self._seats[name] = _Seat(made, caption_seconds, answer_seconds)
         return made
 
     def close(self, name: str) -> None:
@@ -144,9 +191,10 @@ class StreamingEngine:
             del self._seats[name]
 
     def pause(self, name: str, paused: bool = True) -> None:
-        """A paused session watches nothing and still answers; frames offered meanwhile replace one another."""
+        """A paused session watches nothing and still answers: frames that wait, or come meanwhile, are passed over."""
         with self._lock:
-            self._seat(name).paused = paused
+            seat = self._seat(name)
+            seat.paused, seat.frame = paused, None
 
     def session(self, name: str) -> StreamingSession:
         with self._lock:
@@ -158,41 +206,54 @@ class StreamingEngine:
             return self.open(twin, self.session(name).fork())
 
     def save(self, name: str, path: str | Path) -> None:
+        """Saves a session; `open` takes what `StreamingSession.load` makes of the file."""
         with self._stepping:
             self.session(name).save(path)
 
-    def load(self, name: str, path: str | Path) -> StreamingSession:
-        return self.open(name, StreamingSession.load(path, self.model, self.processor))
+    def offer(self, name: str, frame: Frame, tag: object = None, arrived: float | None = None) -> bool:
+        """Hands a session its next frame.
 
-    def offer(self, name: str, frame: Any) -> bool:
-        """Hands a session its next frame, or what its `look` made of one, in any thread, ahead of its turn.
+        Args:
+            name: of the session.
+            frame: as for `step`, or what its `encode` made of one, in any thread, ahead of its turn.
+            tag: comes back with the event.
+            arrived: when the frame came, by the engine's clock; now if left out.
 
-        False if one was waiting still, which is dropped and counted.
+        Returns:
+            False if one was waiting still, which is dropped and counted.
         """
+        now = self._clock() if arrived is None else arrived
         with self._lock:
             seat = self._seat(name)
-            late = seat.frame is not None
-            seat.dropped += late
-            seat.frame = frame
-            return not late
+            if seat.paused:
+                return True
+            late = seat.frame
+            seat.dropped += late is not None
+            since = now if late is None else late.since
+            seat.frame = _Turn(name, seat, "caption", frame, tag, now, since)
+            return late is None
 
-    def ask(self, name: str, question: str) -> None:
+    def ask(self, name: str, question: str, tag: object = None) -> None:
         """Has a question answered before the session's next frame; each takes a turn, in the order asked.
 
-        Raises UserError if too many wait already.
+        Raises:
+            UserError: too many wait already.
         """
-        with self._lock:
-            questions = self._seat(name).questions
-            if len(questions) >= self.most_questions:
-                raise UserError(f"{len(questions)} questions of session {name!r} wait for answers; ask again later.")
-            questions.append(question)
-
-    def forget(self, name: str) -> None:
-        """Drops what waits in a session, or is half said; its state is as it was before that."""
+        now = self._clock()
         with self._lock:
             seat = self._seat(name)
+            if len(seat.questions) >= self.max_questions:
+                raise UserError(f"{len(seat.questions)} questions wait for their answers; ask again later.")
+            seat.questions.append(_Turn(name, seat, "answer", question, tag, now, now))
+
+    def forget(self, name: str) -> bool:
+        """Drops what waits in a session, or is half said; its state is as before that. False if there was nothing."""
+        with self._lock:
+            seat = self._seat(name)
+            waited = seat.next is not None
             seat.half, seat.frame = None, None
             seat.questions.clear()
+            return waited
 
     def dropped(self, name: str) -> int:
         """Frames that were replaced before they had their turn."""
@@ -203,69 +264,88 @@ class StreamingEngine:
     def waiting(self) -> int:
         """Sessions with something to do."""
         with self._lock:
-            return sum(seat.waits for seat in self._seats.values())
+            return sum(seat.next is not None for seat in self._seats.values())
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether something that is half said has no place in the step under way."""
+        with self._lock:
+            return any(seat.half is not None and name not in self._in_step for name, seat in self._seats.items())
+
+    def waiting_since(self) -> dict[str, float]:
+        """Since when those wait that have something to do, have not begun, and are not in the step under way."""
+        with self._lock:
+            waiting = [seat.next for name, seat in self._seats.items() if name not in self._in_step]
+            return {turn.name: turn.since for turn in waiting if turn is not None and turn.request is None}
 
     def step(
         self,
-        cut: Cut | None = None,
-        cuts: Mapping[str, Cut] | None = None,
-        halt: Callable[[], bool] | None = None,
-        tell: Callable[[Event], None] | None = None,
-    ) -> list[Event]:
-        """One pass over the sessions that have a question or a frame waiting, those that waited longest first.
+        should_stop: ShouldStop | None = None,
+        should_yield: ShouldStop | None = None,
+        on_event: Callable[[SessionEvent], None] | None = None,
+    ) -> list[SessionEvent]:
+        """One batch of the sessions that have a question or a frame waiting, those that waited longest first.
 
-        cut: asked before every token; once it says True, all captions end where they are. cuts: of some sessions, by
-        name, asked in its place; it ends the caption of that session, and the others go on.
-        halt: asked after every token; once it says True, the step ends. What is half said goes on in the next one, by
-        that one's cuts; until it is said, its session is as it was before, also for `save` and `fork`.
-        tell: called with each event as soon as it is there, others being half said still.
         Whatever fails in a turn is that session's event, and the session then is as it was before.
+
+        Args:
+            should_stop: asked before every token; once it says True, all captions end where they are.
+            should_yield: asked after every token; once it says True, the step ends. What is half said goes on in the
+                next one; until it is said, its session is as it was before, also for `save` and `fork`.
+            on_event: called with each event as soon as it is there, while others are half said still.
         """
         with self._stepping:
             turns = self._take_turns()
-            calls: dict[int, Call] = {}
-            events: dict[int, Event] = {}
+            events: dict[str, SessionEvent] = {}
+            requests: dict[str, StepRequest] = {}
 
-            def end(at: int, event: Event) -> None:
+            def end(name: str, **about: Any) -> None:
                 with self._lock:
-                    # who has gone meanwhile, or come anew under the same name, is told nothing
-                    if self._seats.get(turns[at].name) is not turns[at].seat:
+                    self._in_step.discard(name)
+                    # a session that was closed meanwhile is told nothing, nor is a new one of its name
+                    if self._seats.get(name) is not turns[name].seat:
                         return
-                events[at] = event
-                if tell is not None:
-                    tell(event)
+                events[name] = turns[name].event(self._clock(), **about)
+                if on_event is not None:
+                    on_event(events[name])
 
-            for at, turn in enumerate(turns):
-                call = turn.call((cuts or {}).get(turn.name, cut))
-                if isinstance(call, Call):
-                    calls[at] = call
-                else:
-                    end(at, call)
-            places = list(calls)
-            for row, found in run_each(self.model, list(calls.values()), halt):
-                at = places[row]
-                if isinstance(found, Call):
-                    turns[at].seat.half = replace(turns[at], given=found)
-                else:
-                    end(at, turns[at].event(found))
-            return [events[at] for at in sorted(events)]
+            def fail(name: str, error: Exception) -> None:
+                log.error("a turn of session %r failed", name, exc_info=error)
+                end(name, error=f"the model failed at this ({type(error).__name__}); it was left out.")
 
-    def _take_turns(self) -> list[_Turn]:
-        turns = []
+            for name, turn in turns.items():
+                try:
+                    requests[name] = turn.begin(should_stop)
+                except (ValueError, TypeError) as error:  # no picture, or no room for the question: words for the user
+                    end(name, error=sentence_of(error))
+                except Exception as error:
+                    fail(name, error)
+            names = list(requests)
+            for row, found in run_isolated(self.model, list(requests.values()), should_yield):
+                name = names[row]
+                if isinstance(found, StepRequest):
+                    turns[name].seat.half = replace(turns[name], request=found)
+                elif isinstance(found, Exception):
+                    fail(name, found)
+                else:
+                    try:
+                        text = turns[name].seat.session.accept(found)
+                    except Exception as error:
+                        fail(name, error)
+                    else:
+                        end(name, text=text, complete=found.complete)
+            self._in_step = set()
+            return [events[name] for name in turns if name in events]
+
+    def _take_turns(self) -> dict[str, _Turn]:
+        turns = {}
         with self._lock:
             for name, seat in list(self._seats.items()):
-                if not seat.waits or len(turns) == self.most_rows:
-                    continue
-                # who had a turn goes to the end of the line
-                self._seats[name] = self._seats.pop(name)
-                if seat.half is not None:
-                    turns.append(seat.half)
-                    seat.half = None
-                elif seat.questions:
-                    turns.append(_Turn(name, seat, "answer", seat.questions.popleft()))
-                else:
-                    turns.append(_Turn(name, seat, "caption", seat.frame))
-                    seat.frame = None
+                if len(turns) < self.max_batch_size and (turn := seat.take(self._clock)) is not None:
+                    # who had a turn goes to the end of the line
+                    self._seats[name] = self._seats.pop(name)
+                    turns[name] = turn
+            self._in_step = set(turns)
         return turns
 
     def _seat(self, name: str) -> _Seat:
@@ -276,5 +356,5 @@ class StreamingEngine:
     def _check_seat(self, name: str) -> None:
         if name in self._seats:
             raise UserError(f"there is a session {name!r} already; choose another name.")
-        if len(self._seats) >= self.most_sessions:
-            raise UserError(f"all {self.most_sessions} sessions are taken; close one first.")
+        if len(self._seats) >= self.max_sessions:
+            raise UserError(f"all {self.max_sessions} sessions are taken; close one first.")

@@ -1,11 +1,12 @@
-"""How a session picks the next token: greedy or sampled, through transformers' own logits processors where they exist.
+"""How words are found: the settings by which a token is chosen, and the loop in which all texts are generated.
 
-Shapes: V vocabulary.
+Shapes: n texts in one batch, V vocabulary.
 """
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,22 +20,29 @@ from transformers import (
 )
 
 from casa.errors import UserError
+from casa.models import CasaCache, CasaForConditionalGeneration
 
 COLDEST = 1e-4  # below that logits divided by the temperature may be infinite, and nothing but the best is left anyway
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a session does with its logits, in this order.
+    """What is done with the logits before a token is chosen, in this order.
 
-    stop_bias: added to the logits of the stop tokens; above 0 says less, below 0 more.
-    repetition: taken from a token's logit for each time that it was said, a saying counting `decay` as much at every
-        token after it. 0 leaves repetition alone.
-    presence_penalty, frequency_penalty: taken from a token's logit if it was said in this caption, and for each time
-        that it was; below 0 they are added. 0 leaves it alone. As OpenAI's and vLLM's.
-    no_repeat: no run of so many tokens is said twice within what is remembered; 0 allows it.
-    temperature: 0 is greedy. top_k 0 and top_p 1 keep the whole vocabulary.
-    memory: tokens of what was said before that `repetition` and `no_repeat` look at.
+    Args:
+        temperature: 0 is greedy.
+        top_k: draw from the k likeliest tokens; 0 keeps the whole vocabulary.
+        top_p: draw from the likeliest tokens of this probability in all; 1 keeps the whole vocabulary.
+        stop_bias: added to the logits of the stop tokens; above 0 says less, below 0 more.
+        repetition: taken from a token's logit for each time that it was said; 0 leaves repetition alone.
+        decay: how much of a saying counts one token later.
+        no_repeat_ngram_size: no run of so many tokens is said twice within `memory`; 0 allows it.
+        memory: tokens said before that `repetition` and `no_repeat_ngram_size` look at.
+        presence_penalty: taken from a token's logit if this caption has said it; below 0 it is added. OpenAI's.
+        frequency_penalty: the same for each time that this caption has said it.
+
+    Raises:
+        UserError: a setting is out of its bounds.
     """
 
     temperature: float = 0.0
@@ -43,7 +51,7 @@ class Sampling:
     stop_bias: float = 0.0
     repetition: float = 0.0
     decay: float = 0.9
-    no_repeat: int = 0
+    no_repeat_ngram_size: int = 0
     memory: int = 64
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -55,15 +63,15 @@ class Sampling:
             raise UserError(f"top_k is {self.top_k} and top_p {self.top_p}; top_k is 0 or more, top_p in (0, 1].")
         if not 0 <= self.decay < 1:
             raise UserError(f"decay is {self.decay}; give a number from 0 up to, but not including, 1.")
-        if self.repetition < 0 or self.no_repeat < 0 or self.memory < 0:
-            raise UserError("repetition, no_repeat and memory are 0 or more.")
+        if self.repetition < 0 or self.no_repeat_ngram_size < 0 or self.memory < 0:
+            raise UserError("repetition, no_repeat_ngram_size and memory are 0 or more.")
         if not (math.isfinite(self.presence_penalty) and math.isfinite(self.frequency_penalty)):
             raise UserError("presence_penalty and frequency_penalty are numbers, best from -2 to 2.")
-        if not all(isinstance(number, int) for number in (self.top_k, self.no_repeat, self.memory)):
-            raise UserError("top_k, no_repeat and memory are whole numbers.")
+        if not all(isinstance(number, int) for number in (self.top_k, self.no_repeat_ngram_size, self.memory)):
+            raise UserError("top_k, no_repeat_ngram_size and memory are whole numbers.")
 
     def to_dict(self) -> dict[str, Any]:
-        return {known.name: getattr(self, known.name) for known in fields(Sampling)}
+        return asdict(self)
 
     def pick(
         self,
@@ -71,11 +79,19 @@ class Sampling:
         said: list[int],
         generator: torch.Generator,
         stops: frozenset[int] = frozenset(),
-        earlier: list[int] | None = None,
+        earlier: Sequence[int] = (),
     ) -> int:
-        """The next token from logits (V,). said: of this caption; earlier: of the captions before."""
+        """The next token.
+
+        Args:
+            logits: (V,), of the next token.
+            said: tokens of this caption so far.
+            generator: what is drawn from.
+            stops: the stop tokens.
+            earlier: tokens of the captions before.
+        """
         scores = logits.float().cpu()[None]
-        before = [*(earlier or ()), *said][-self.memory :] if self.memory else []
+        before = [*earlier, *said][-self.memory :] if self.memory else []
         if self.repetition and before:
             scores = scores - self.repetition * self._counts(before, scores.shape[-1], stops)
         if said and (self.presence_penalty or self.frequency_penalty):
@@ -85,17 +101,16 @@ class Sampling:
         processors = LogitsProcessorList()
         if self.stop_bias and stops:
             # transformers takes numbers that are floats only, here and below
-            bias: Any = {(stop,): float(self.stop_bias) for stop in stops}
-            processors.append(SequenceBiasLogitsProcessor(bias))
-        if self.no_repeat and len(before) >= self.no_repeat:
-            processors.append(NoRepeatNGramLogitsProcessor(self.no_repeat))
+            processors.append(SequenceBiasLogitsProcessor([[[stop], float(self.stop_bias)] for stop in stops]))
+        if self.no_repeat_ngram_size and len(before) >= self.no_repeat_ngram_size:
+            processors.append(NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size))
         if not greedy:
             processors.append(TemperatureLogitsWarper(float(self.temperature)))
             if self.top_k:
                 processors.append(TopKLogitsWarper(self.top_k))
             if self.top_p < 1:
                 processors.append(TopPLogitsWarper(self.top_p))
-        scores = processors(torch.tensor([before], dtype=torch.int64), scores)  # type: ignore[arg-type]
+        scores = processors(torch.LongTensor([before]), cast("torch.FloatTensor", scores))
         if greedy:
             return int(scores[0].argmax())
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=generator))
@@ -106,3 +121,55 @@ class Sampling:
         counts = torch.zeros(vocabulary).index_add(0, torch.tensor(before), self.decay**ages)
         counts[list(stops)] = 0.0
         return counts
+
+
+class RunningText(Protocol):
+    """A text while it is generated: a caption, an answer, a choice of a chat."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it goes on."""
+        ...
+
+    @property
+    def last(self) -> int:
+        """The token to feed next; of a text that has ended, any."""
+        ...
+
+    def take(self, logits: Tensor) -> bool:
+        """Chooses the next token from logits (V,); True if the text has ended."""
+        ...
+
+
+def decode(
+    model: CasaForConditionalGeneration,
+    inputs: Mapping[str, Tensor],
+    cache: CasaCache,
+    texts: Sequence[RunningText],
+    *,
+    drop_ended: bool = False,
+) -> Iterator[list[int]]:
+    """Reads a prompt, and then goes on with all texts in step. Yields after each pass which of them ended with it.
+
+    Args:
+        model: what is asked for logits.
+        inputs: the first call of all rows; a single row is read once and repeated for every text.
+        cache: filled as the texts go on.
+        texts: one per row.
+        drop_ended: makes the batch smaller as texts end. Otherwise their rows run on, unheard, which costs less where
+            texts are short.
+    """
+    rows = list(enumerate(texts))
+    while True:
+        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        if len(logits) < len(rows):
+            cache.batch_repeat_interleave(len(rows))
+            logits = logits.expand(len(rows), -1)
+        yield [number for at, (number, text) in enumerate(rows) if text.is_open and text.take(logits[at])]
+        still = [at for at, (_, text) in enumerate(rows) if text.is_open]
+        if not still:
+            return
+        if drop_ended and len(still) < len(rows):
+            cache.batch_select_indices(torch.tensor(still, device=model.device))
+            rows = [rows[at] for at in still]
+        inputs = {"input_ids": torch.tensor([[text.last] for _, text in rows], device=model.device)}

@@ -1,9 +1,9 @@
 """StreamingSession: one model watching one stream, frame by frame, for as long as it likes.
 
-Each frame opens a new window: its image tokens replace those of the frame before, and the text model's cache
-grows by the few tokens said about it. With `max_text_tokens`, the oldest text beyond the prompt is forgotten
-and the positions of what stays are closed up, so that a session is constant in memory for ever, also while it
-is asked about one frame again and again (see `bound`).
+Each frame opens a new window: its image tokens replace those of the frame before, and the text model's cache grows by
+the few tokens said about it. With `max_text_tokens`, the oldest text beyond the prompt is forgotten and the positions
+of what stays are closed up, so that a session is constant in memory for ever, also while it is asked about one frame
+again and again (see `state`).
 
 What is fed for one frame, of a model with delimiters around images (`pending` is what the last step left):
 
@@ -14,11 +14,12 @@ A model without a suffix takes the last pending token behind the image, so that 
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -28,33 +29,45 @@ from casa.layers import turner
 from casa.media.pictures import check_picture
 from casa.models import CasaCache, CasaForConditionalGeneration, CasaProcessor
 from casa.models.generation import stop_ids
-from casa.streaming import store
-from casa.streaming.bound import make_room, unforgetting
+from casa.streaming import state
+from casa.streaming.batch import ShouldStop, StepRequest, StepResult, encode_images, run_all
 from casa.streaming.sampling import Sampling
-from casa.streaming.together import Call, Said, looked_at, run_together
-from casa.streaming.usage import Usage
+from casa.streaming.state import Usage
 
-FEWEST_SINKS = 4  # the first tokens that attention leans on, whatever they say
+MIN_SINKS = 4  # the first tokens that attention leans on, whatever they say
 
 
 @dataclass(frozen=True)
-class Looked:
-    """A frame as it is fed: token ids before and after it, and its pixels, or the features that were made of them."""
+class EncodedFrame:
+    """A frame as it is fed: token ids before and after it, and its pixels, or what was made of them."""
 
     before: list[int]
     after: list[int]
     images: dict[str, Tensor]
 
 
+Frame = Image.Image | np.ndarray | EncodedFrame
+
+
 class StreamingSession:
     """Captions for a live stream of frames.
 
-    prompt: what the user asks for, in the chat template's user turn; None takes the processor's own.
-    max_text_tokens: bound on the cached text, and on that of the open window; None lets both grow by what is said. The
-        prompt (and at least the first 4 tokens) is never forgotten. (A model with history=-1 keeps all images anyway.)
-    max_new_tokens: the longest caption. sampling, seed: greedy unless asked.
-    `notes` is the caller's own: whatever JSON holds, saved and loaded with the session, as one file.
-    Raises UserError for a bound too small for the prompt, or of a model whose text cannot be forgotten (`bound`).
+    Args:
+        model: what watches.
+        processor: the model's own.
+        prompt: what the user asks for, in the chat template's user turn; None takes the processor's own.
+        max_text_tokens: bound on the cached text, and on that of the open window; None lets both grow by what is said.
+            The prompt (and at least the first 4 tokens) is never forgotten. (A model with history=-1 keeps all images
+            anyway.)
+        max_new_tokens: of the longest caption.
+        sampling: how words are picked; greedy if left out.
+        seed: of the draws.
+
+    Attributes:
+        notes: the caller's own: whatever JSON holds, saved and loaded with the session, as one file.
+
+    Raises:
+        UserError: the bound is too small for the prompt, or the model cannot forget its text.
     """
 
     def __init__(
@@ -76,13 +89,13 @@ class StreamingSession:
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling if sampling is not None else Sampling()
         self.frames = 0
-        self._cut = 0
         self.notes: dict[str, Any] = {}
+        self._truncated = 0
         self._generator = torch.Generator().manual_seed(seed)
         self._earlier: list[int] = []  # what was said, for repetition control
         self._cache = model.new_cache()
         tokens = self._prompt_tokens(self.prompt)
-        self._sinks = max(FEWEST_SINKS, len(tokens))
+        self._sinks = max(MIN_SINKS, len(tokens))
         self._check_bound()
         # the last token of the prompt waits: without a suffix it is the one that sees the first frame
         self._pending = tokens[-1:]
@@ -97,45 +110,52 @@ class StreamingSession:
         if not stops:
             raise UserError("the model has no stop token; set generation_config.eos_token_id.")
         self._stops, self._stop = frozenset(stops), stops[0]
-        decoder = model.decoder
-        rotaries = decoder.rotaries(range(len(decoder.blocks)), model.device, model.dtype)
+        rotaries = model.decoder.rotaries(range(len(model.decoder.blocks)), model.device, model.dtype)
         self._turns = [turner(rotary) for rotary in rotaries]
 
-    def step(self, frame: Any, cut: Callable[[], bool] | None = None) -> str:
-        """Watches a frame (PIL.Image, or uint8 (H, W, 3)) and returns what it says: "" if nothing.
+    def step(self, frame: Frame, should_stop: ShouldStop | None = None) -> str:
+        """Watches a frame and returns what it says: "" if nothing.
 
-        cut: asked before every token; once it says True, the caption ends where it is (a live stream's budget), but
-        not before a word of it can be read. Only a model that stops by itself says nothing; `usage.cut` counts.
-        Raises TypeError or ValueError for anything that is no picture; whatever is raised, the session is as before.
+        Args:
+            frame: PIL.Image, or uint8 (H, W, 3), or what `encode` made of one.
+            should_stop: asked before every token; once it says True, the caption ends where it is (a live stream's
+                budget), but not before a word of it can be read. Only a model that stops by itself says nothing.
+
+        Raises:
+            TypeError: the frame is no picture; whatever is raised, the session is as before.
+            ValueError: likewise.
         """
-        return self.accept(*run_together(self._model, [self.prepare(frame, cut)]))
+        request = self.prepare(frame, should_stop)
+        return self.accept(*run_all(self._model, [request]))
 
-    def ask(self, question: str, cut: Callable[[], bool] | None = None) -> str:
+    def ask(self, question: str, should_stop: ShouldStop | None = None) -> str:
         """Answers a question about the frame at hand; captioning goes on with the next frame."""
-        return self.accept(*run_together(self._model, [self.prepare_question(question, cut)]))
+        request = self.prepare_question(question, should_stop)
+        return self.accept(*run_all(self._model, [request]))
 
     @staticmethod
-    def check(frame: Any) -> Image.Image:
+    def check(frame: Image.Image | np.ndarray) -> Image.Image:
         """The frame as a picture. Raises TypeError or ValueError for anything that is none; asks no model."""
         return check_picture(frame)
 
-    def look(self, frame: Any) -> Looked:
+    def encode(self, frame: Image.Image | np.ndarray) -> EncodedFrame:
         """Encodes and projects a frame ahead of its turn; `step` takes the result in its place, from any thread."""
         before, after, pixels = self._processor.frame(check_picture(frame))
-        return Looked(before, after, looked_at(self._model, pixels))
+        return EncodedFrame(before, after, encode_images(self._model, pixels))
 
-    def prepare(self, frame: Any, cut: Callable[[], bool] | None = None) -> Call:
-        """What this session feeds for a frame; hand it to `run_together`, and what comes back to `accept`.
+    def prepare(self, frame: Frame, should_stop: ShouldStop | None = None) -> StepRequest:
+        """What this session feeds for a frame, for a batch; hand what comes back to `accept`.
 
-        The session is as it was until then, whatever becomes of the call.
+        The session is as it was until then, whatever becomes of the request.
         """
-        seen = frame if isinstance(frame, Looked) else Looked(*self._processor.frame(check_picture(frame)))
-        tokens, after = self._pending + seen.before, seen.after
+        if not isinstance(frame, EncodedFrame):
+            frame = EncodedFrame(*self._processor.frame(check_picture(frame)))
+        tokens, after = self._pending + frame.before, frame.after
         if not after:
             tokens, after = tokens[:-1], tokens[-1:]
-        return self._call(tokens + after, len(tokens), seen.images, cut)
+        return self._request(tokens + after, len(tokens), frame.images, should_stop)
 
-    def prepare_question(self, question: str, cut: Callable[[], bool] | None = None) -> Call:
+    def prepare_question(self, question: str, should_stop: ShouldStop | None = None) -> StepRequest:
         """The same for a question about the frame at hand. Raises UserError for one that the bound has no room for."""
         tokens = self._pending + self._turn_tokens(question)
         needed = self._sinks + len(tokens) + self.max_new_tokens
@@ -144,41 +164,41 @@ class StreamingSession:
                 f"this question, its answer and the prompt need {needed} tokens, and max_text_tokens is "
                 f"{self.max_text_tokens}; ask in fewer words."
             )
-        return self._call(tokens, None, {}, cut)
+        return self._request(tokens, None, {}, should_stop)
 
-    def accept(self, said: Said) -> str:
-        """Takes over the state that a call has left; its caption."""
-        text = self._reads(said.tokens)
-        self._cut += not said.whole
-        self._cache, self._pending, self._generator = said.cache, [said.pending], said.call.draws
-        self._earlier = [*self._earlier, *said.tokens][-self.sampling.memory :] if self.sampling.memory else []
-        self.frames += said.call.place is not None
+    def accept(self, result: StepResult) -> str:
+        """Takes over the state that a request has left; its caption."""
+        text = self._to_text(result.tokens)
+        self._truncated += not result.complete
+        self._cache, self._pending, self._generator = result.cache, [result.pending], result.request.generator
+        self._earlier = [*self._earlier, *result.tokens][-self.sampling.memory :] if self.sampling.memory else []
+        self.frames += result.request.image_index is not None
         return text
 
-    def _call(
-        self, tokens: list[int], place: int | None, pixels: dict[str, Tensor], cut: Callable[[], bool] | None
-    ) -> Call:
-        # what the call does, it does to a twin: a pass that fails leaves nothing behind
-        cache, draws = self._cache.twin(), _generator(self._generator.get_state())
+    def _request(
+        self, tokens: list[int], image_index: int | None, images: dict[str, Tensor], should_stop: ShouldStop | None
+    ) -> StepRequest:
+        # what the request does, it does to a twin: a batch that fails leaves nothing behind
+        cache, generator = self._cache.twin(), _generator(self._generator.get_state())
         if self.max_text_tokens is not None:
             # all the room that a caption may need is made first: nothing is forgotten while one is said
-            count, opens = len(tokens) + self.max_new_tokens, place is not None
-            make_room(cache, count, self.max_text_tokens, self._sinks, self._turns, opens)
-        return Call(
+            count, opens = len(tokens) + self.max_new_tokens, image_index is not None
+            state.make_room(cache, count, self.max_text_tokens, self._sinks, self._turns, opens)
+        return StepRequest(
             cache=cache,
             tokens=tokens,
-            place=place,
-            pixels=pixels,
-            pick=lambda logits, said: self.sampling.pick(logits, said, draws, self._stops, self._earlier),
+            image_index=image_index,
+            images=images,
+            pick=lambda logits, said: self.sampling.pick(logits, said, generator, self._stops, self._earlier),
             stops=self._stops,
             stop=self._stop,
-            most=self.max_new_tokens,
-            draws=draws,
-            reads=self._reads,
-            cut=cut,
+            max_new_tokens=self.max_new_tokens,
+            generator=generator,
+            to_text=self._to_text,
+            should_stop=should_stop,
         )
 
-    def _reads(self, tokens: Sequence[int]) -> str:
+    def _to_text(self, tokens: Sequence[int]) -> str:
         return self._processor.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
 
     @property
@@ -197,20 +217,10 @@ class StreamingSession:
     @property
     def usage(self) -> Usage:
         """What is held now."""
-        cache = self._cache
-        return Usage(
-            text_tokens=cache.num_text,
-            image_tokens=cache.image_tokens,
-            cache_bytes=cache.num_bytes,
-            text_bytes=cache.text_bytes,
-            image_bytes=cache.image_bytes,
-            window_bytes=cache.num_bytes - cache.text_bytes - cache.image_bytes,
-            held_bytes=cache.held_bytes,
-            cut=self._cut,
-        )
+        return Usage.of(self._cache, self._truncated)
 
     @property
-    def most_step_tokens(self) -> int:
+    def max_step_tokens(self) -> int:
         """The most text tokens that a step can add: those around the frame, and the longest caption."""
         return 2 + sum(map(len, self._processor.around_frame)) + self.max_new_tokens
 
@@ -225,24 +235,13 @@ class StreamingSession:
 
     def save(self, path: str | Path) -> None:
         """Writes the session's state (not the model) as one safetensors file, whole or not at all."""
-        settings = {
-            "prompt": self.prompt,
-            "max_text_tokens": self.max_text_tokens,
-            "max_new_tokens": self.max_new_tokens,
-            "sampling": self.sampling.to_dict(),
-            "frames": self.frames,
-            "cut": self._cut,
-            "sinks": self._sinks,
-            "pending": self._pending,
-            "earlier": self._earlier,
-            "notes": self.notes,
-        }
-        store.save(path, self._cache, settings, self._generator.get_state())
+        settings = {name: getattr(self, name) for name in SETTINGS} | {"sampling": self.sampling.to_dict()}
+        state.save(path, self._model, self._cache, settings, self._generator.get_state())
 
     @staticmethod
     def saved_notes(path: str | Path) -> dict[str, Any]:
         """The notes of a saved session, without loading it. Raises UserError if the file is none."""
-        return store.read_settings(path).get("notes", {})
+        return state.read_settings(path)["notes"]
 
     @classmethod
     def load(
@@ -250,20 +249,15 @@ class StreamingSession:
     ) -> "StreamingSession":
         """A session that goes on exactly where the saved one stopped.
 
-        Raises UserError if the file is no saved session, or one of another model.
+        Raises:
+            UserError: the file is no saved session, or one of another model.
         """
-        cache, settings, generator = store.load(path, model)
+        cache, settings, generator = state.load(path, model)
         session = cls.__new__(cls)
         session._bind(model, processor)
-        session.prompt = settings["prompt"]
-        session.max_text_tokens = settings["max_text_tokens"]
-        session.max_new_tokens = settings["max_new_tokens"]
+        for name in SETTINGS:
+            setattr(session, name, settings[name])
         session.sampling = Sampling(**settings["sampling"])
-        session.frames = settings["frames"]
-        session._cut = settings.get("cut", 0)
-        session.notes = settings.get("notes", {})
-        session._sinks = settings["sinks"]
-        session._pending, session._earlier = list(settings["pending"]), list(settings["earlier"])
         session._generator, session._cache = _generator(generator), cache
         return session
 
@@ -284,14 +278,19 @@ class StreamingSession:
         bound = self.max_text_tokens
         if bound is None:
             return
-        if (kind := unforgetting(self._model)) is not None:
+        if (kind := state.why_unbounded(self._model)) is not None:
             raise UserError(f"{kind} cannot forget its text; leave max_text_tokens out.")
-        needed = self._sinks + self.most_step_tokens
+        needed = self._sinks + self.max_step_tokens
         if bound < needed:
             raise UserError(
                 f"max_text_tokens is {bound}, but the prompt ({self._sinks}) and one frame need {needed}; "
                 "raise it, or lower max_new_tokens."
             )
+
+
+# what is saved of a session as it is
+SETTINGS = ("prompt", "max_text_tokens", "max_new_tokens", "frames", "notes")
+SETTINGS += ("_truncated", "_sinks", "_pending", "_earlier")
 
 
 def _generator(state: Tensor) -> torch.Generator:

@@ -51,7 +51,7 @@ export function explain(insertion) {
 
 /** A caption: under the picture, and in the list of all. */
 export function said(event) {
-  const words = event.whole ? event.text : `${event.text} …`;
+  const words = event.complete ? event.text : `${event.text} …`;
   at("caption").textContent = words;
   at("caption").classList.remove("old");
   clearTimeout(fading);

@@ -11,9 +11,8 @@ from typing import Any
 from PIL import Image
 
 from casa.errors import UserError
-from casa.serving.limits import Limits
+from casa.serving.limits import Limits, number, readable, whole_number
 from casa.serving.pictures import read_address, read_video
-from casa.serving.stream_messages import number, readable
 from casa.streaming import Sampling
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -23,9 +22,9 @@ DETAILS = {"auto": None, "high": None, "original": None, "low": 512}  # of a pic
 KINDS = ("text", "image_url", "video_url")  # of the parts of a message
 EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
 
-MOST_TOKENS = ("max_tokens", "max_completion_tokens")  # of both the smaller counts
+MAX_TOKENS = ("max_tokens", "max_completion_tokens")  # of both the smaller counts
 OBEYED = {
-    *("model", "messages", *MOST_TOKENS, "temperature", "top_p", "top_k", "seed", "stop"),
+    *("model", "messages", *MAX_TOKENS, "temperature", "top_p", "top_k", "seed", "stop"),
     *("presence_penalty", "frequency_penalty", "n", "logprobs", "top_logprobs", "stream", "stream_options"),
 }
 # Who asks, and how OpenAI may charge and cache it: of no consequence to what is answered.
@@ -64,15 +63,23 @@ class RequestError(UserError):
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """messages: for the processor's chat template, pictures opened. pictures: how many there are.
+    """What is asked for, checked.
 
-    choices: answers wanted. top_logprobs: how many of the likeliest tokens are told beside each token and its
-    log-probability; None: tell none at all. obfuscate: whether a stream's events get random characters, so that their
-    sizes tell nobody what is in them.
+    Args:
+        messages: for the processor's chat template, pictures opened.
+        max_tokens: of the longest answer.
+        sampling: how words are picked.
+        seed: of the draws.
+        stop: texts before which an answer ends.
+        stream: whether it is told in pieces.
+        include_usage: whether a stream ends with counts of tokens.
+        choices: answers wanted.
+        top_logprobs: how many of the likeliest tokens are told beside each token and its log-probability; None tells
+            none at all.
+        obfuscate: whether a stream's events get random characters, so that their sizes tell nobody what is in them.
     """
 
     messages: list[dict[str, Any]]
-    pictures: int
     max_tokens: int
     sampling: Sampling
     seed: int
@@ -89,7 +96,7 @@ def parse_body(body: bytes, limits: Limits) -> Any:
 
     Python reads JSON in one go, with every other thread waiting: what can only be refused is not read.
     """
-    if sum(map(body.count, (b",", b"[", b"{"))) > MARKS_PER_CHAR * _most_chars(limits):
+    if sum(map(body.count, (b",", b"[", b"{"))) > MARKS_PER_CHAR * _max_chars(limits):
         raise _too_long("messages")
     try:
         return json.loads(body)
@@ -122,7 +129,7 @@ def read_chat(body: Any, name: str, limits: Limits, allow_fetch: bool) -> ChatRe
         raise RequestError(f"{where} needs stream to be true.", where, "invalid_value")
     # the cheap parts first: pictures are opened last
     found: dict[str, Any] = {
-        "max_tokens": min(limits.chat_tokens, *(_whole(body, limit, 1, 10**6, 10**6) for limit in MOST_TOKENS)),
+        "max_tokens": min(limits.chat_tokens, *(_whole(body, limit, 1, 10**6, 10**6) for limit in MAX_TOKENS)),
         "sampling": Sampling(
             temperature=_number(body, "temperature", 0, 2, 0.0),
             # 0 keeps the likeliest token, which is what the smallest positive number does
@@ -140,8 +147,7 @@ def read_chat(body: Any, name: str, limits: Limits, allow_fetch: bool) -> ChatRe
         "top_logprobs": _whole(body, "top_logprobs", 0, 20, 0) if logprobs else None,
         "obfuscate": obfuscate,
     }
-    messages, pictures = _messages(body.get("messages"), limits, allow_fetch)
-    return ChatRequest(messages=messages, pictures=pictures, **found)
+    return ChatRequest(messages=_messages(body.get("messages"), limits, allow_fetch), **found)
 
 
 def _check_field(key: str, value: Any) -> None:
@@ -182,15 +188,18 @@ def _flag(given: dict[str, Any], name: str, where: str = "") -> bool:
     return bool(value)
 
 
-def _number(body: dict[str, Any], name: str, low: float, high: float, default: float, whole: bool = False) -> float:
+def _number(body: dict[str, Any], name: str, low: float, high: float, default: float) -> float:
     try:
-        return number(body, name, low, high, default, whole=whole)
+        return number(body, name, low, high, default)
     except UserError as error:
         raise RequestError(str(error), name, "invalid_value") from error
 
 
 def _whole(body: dict[str, Any], name: str, low: int, high: int, default: int) -> int:
-    return int(_number(body, name, low, high, default, whole=True))
+    try:
+        return whole_number(body, name, low, high, default)
+    except UserError as error:
+        raise RequestError(str(error), name, "invalid_value") from error
 
 
 def _stop(value: Any) -> tuple[str, ...]:
@@ -200,7 +209,7 @@ def _stop(value: Any) -> tuple[str, ...]:
     return tuple(stop)
 
 
-def _messages(given: Any, limits: Limits, allow_fetch: bool) -> tuple[list[dict[str, Any]], int]:
+def _messages(given: Any, limits: Limits, allow_fetch: bool) -> list[dict[str, Any]]:
     if not isinstance(given, list) or not given:
         raise RequestError("messages is a list of at least one message.", "messages")
     # a message is a token at the least
@@ -219,7 +228,7 @@ def _messages(given: Any, limits: Limits, allow_fetch: bool) -> tuple[list[dict[
             raise RequestError(f"a chat has at most {limits.chat_pictures} pictures here.", where)
         # an empty part is work too
         chars += sum(max(1, len(part["text"])) if isinstance(part.get("text"), str) else 1 for part in parts)
-        if chars > _most_chars(limits):
+        if chars > _max_chars(limits):
             raise _too_long(where)
         content: list[dict[str, Any]] = []
         for part in parts:
@@ -231,10 +240,10 @@ def _messages(given: Any, limits: Limits, allow_fetch: bool) -> tuple[list[dict[
         messages.append({"role": ROLES[role], "content": content})
     if messages[-1]["role"] != "user":
         raise RequestError("the last message is the user's, which is answered.", "messages")
-    return messages, pictures
+    return messages
 
 
-def _most_chars(limits: Limits) -> int:
+def _max_chars(limits: Limits) -> int:
     return CHARS_PER_TOKEN * limits.prompt_tokens
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from casa.streaming import Sampling, StreamingEngine, StreamingSession
-from casa.streaming.together import run_together
+from casa.streaming.batch import run_all
 from casa.testing import noise_frames, tiny_casa, tiny_processor
 
 VARIANTS = {
@@ -50,8 +50,8 @@ def test_frames_looked_at_ahead_stand_beside_those_that_were_not(model, same_sta
         calls = []
         for number, (session, picture) in enumerate(zip(sessions, pictures, strict=True)):
             ahead = (number + turn) % 3 == 0
-            calls.append(session.prepare(session.look(picture) if ahead else picture))
-        said = run_together(model, calls)
+            calls.append(session.prepare(session.encode(picture) if ahead else picture))
+        said = run_all(model, calls)
         heard = [session.accept(one) for session, one in zip(sessions, said, strict=True)]
         assert heard == [single.step(picture) for single, picture in zip(singles, pictures, strict=True)]
     for session, single in zip(sessions, singles, strict=True):
@@ -63,8 +63,8 @@ def test_a_budget_that_is_spent_ends_its_own_caption_only(model, same_state):
     for turn, budgets in enumerate(((1, None, None), (None, 3, None), (4, None, 0), (None, None, None))):
         pictures = [noise_frames(seed, 4)[turn] for seed in range(3)]
         pairs = zip(sessions, pictures, budgets, strict=True)
-        said = run_together(model, [session.prepare(picture, after(budget)) for session, picture, budget in pairs])
-        assert [one.whole for one in said] == [budget is None for budget in budgets]
+        said = run_all(model, [session.prepare(picture, after(budget)) for session, picture, budget in pairs])
+        assert [one.complete for one in said] == [budget is None for budget in budgets]
         # the first word is said, also of a budget that was never there
         assert [len(one.tokens) for one in said] == [5 if budget is None else max(1, budget) for budget in budgets]
         heard = [session.accept(one) for session, one in zip(sessions, said, strict=True)]
@@ -74,19 +74,18 @@ def test_a_budget_that_is_spent_ends_its_own_caption_only(model, same_state):
         same_state(session, single)
 
 
-def test_a_pass_ends_when_every_budget_is_spent():
-    """Of an engine: some sessions have budgets of their own, the others one for all."""
-    model = tiny_casa()
-    engine = StreamingEngine(model, tiny_processor())
-    for seed, name in enumerate("abc"):
-        engine.open(name, **TALKING)
+def test_a_batch_ends_when_every_budget_is_spent():
+    """Of an engine, whose clock ticks with every pass: a budget begins with the first token."""
+    model, passes = tiny_casa(), []
+    engine = StreamingEngine(model, tiny_processor(), clock=lambda: len(passes))
+    for seed, (name, seconds) in enumerate({"a": 3, "b": 0, "c": 2}.items()):
+        engine.open(name, caption_seconds=seconds, **TALKING)
         engine.offer(name, noise_frames(seed, 1)[0])
-    passes = []
     handle = model.register_forward_hook(lambda *_: passes.append(1))
-    events = engine.step(cut=lambda: True, cuts={"a": after(3), "c": after(2)})
+    events = engine.step()
     handle.remove()
     assert len(passes) == 4, "the frames, and the three tokens of a"
-    assert [(event.session, event.whole, bool(event.text)) for event in events] == [
+    assert [(event.session, event.complete, bool(event.text)) for event in events] == [
         ("a", False, True),
         ("b", False, True),
         ("c", False, True),
@@ -120,8 +119,8 @@ def test_time_cuts_no_caption_before_a_word_of_it_can_be_read(tokens, said, whol
     engine.offer("a", noise_frames(0, 1)[0])
     events = []
     while engine.waiting:
-        events += engine.step(cut=lambda: True, halt=lambda: halted)
+        events += engine.step(should_stop=lambda: True, should_yield=lambda: halted)
     (event,) = events
-    assert (event.whole, bool(event.text)) == (whole, said > sum(token < 2 for token in tokens))
-    assert session.usage.cut == (not whole)
-    assert session.fork().usage.cut == (not whole)
+    assert (event.complete, bool(event.text)) == (whole, said > sum(token < 2 for token in tokens))
+    assert session.usage.truncated == (not whole)
+    assert session.fork().usage.truncated == (not whole)

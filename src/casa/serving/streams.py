@@ -1,0 +1,366 @@
+"""One WebSocket of /v1/streams, from its hello to its end.
+
+    reader    hello -> questions, pause ... -> the worker; frames -> the newest waits
+    opener    the newest frame, opened as a picture -> the worker
+    sender    the stream's outbox -> events
+
+What a client may say in JSON, beside its frames, which are binary:
+
+    hello, first    {"type": "hello", "prompt": ..., "fps": 2, "max_text_tokens": ..., "max_new_tokens": ...,
+                     "seed": 0, "sampling": {"temperature": 0.7, ...}, "token": ...}     all of it optional
+    then            {"type": "frame", "time": 1.5}     where the next binary message stands in the video, in seconds
+                    {"type": "ask", "question": "..."}
+                    {"type": "pause"}   {"type": "resume"}   {"type": "close"}
+
+A wrong message is answered by an error event and forgotten; what cannot go on ends with a fatal one and a close code.
+The reader waits for neither, so that the newest frame wins and questions are heard however fast frames come.
+Whatever ends one ends all, and frees the session.
+"""
+
+import asyncio
+import json
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, TypeVar
+
+from fastapi import WebSocket, WebSocketDisconnect
+
+from casa.errors import UserError
+from casa.serving.admission import RateLimiter, ServerState, bearer
+from casa.serving.baseline import InsertionTally
+from casa.serving.limits import Limits, number, whole_number, words
+from casa.serving.live import LiveStream, Outbox, QueuedFrame, Transcript
+from casa.serving.metrics import OverloadedError
+from casa.serving.pictures import read_frame
+from casa.streaming import Sampling, supports_text_bound
+
+NORMAL, POLICY, FAILED, LATER = 1000, 1008, 1011, 1013
+CLOSING_SECONDS = 0.5  # until a stream that has just been left counts no more
+KEYS = {
+    "hello": {"prompt", "fps", "max_text_tokens", "max_new_tokens", "sampling", "seed", "token"},
+    "frame": {"time"},
+    "ask": {"question"},
+    "pause": set(),
+    "resume": set(),
+    "close": set(),
+}
+LONGEST_VIDEO = 365 * 24 * 3600.0
+
+log = logging.getLogger("casa.serving")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a client asks of its stream. settings: StreamingSession's."""
+
+    fps: float
+    settings: dict[str, Any]
+    token: str
+
+
+def read_message(text: str, limits: Limits) -> dict[str, Any]:
+    """A JSON object with a known type and nothing that this type does not have. Raises UserError otherwise."""
+    if len(text) > limits.message_bytes:
+        raise UserError(f"a message has at most {limits.message_bytes} characters.")
+    try:
+        message = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError("this is no JSON; text messages are JSON objects, and frames are binary.") from error
+    kind = message.get("type") if isinstance(message, dict) else None
+    if not isinstance(kind, str) or kind not in KEYS:
+        raise UserError(f"a message is a JSON object whose type is one of {', '.join(KEYS)}.")
+    if unknown := sorted(message.keys() - KEYS[kind] - {"type"}):
+        known = ", ".join(sorted(KEYS[kind])) or "nothing else"
+        raise UserError(f"a message of type {kind} has no {unknown[0][:80]!r}; it has {known}.")
+    return message
+
+
+def read_hello(message: dict[str, Any], limits: Limits, fps: float, bounded: bool = True) -> Hello:
+    """The first message. Without a seed, a fresh one is drawn.
+
+    Args:
+        message: as `read_message` gave it.
+        limits: the server's.
+        fps: unless the client says otherwise.
+        bounded: whether text has a bound unless the client says so.
+
+    Raises:
+        UserError: a value is out of bounds.
+    """
+    if message["type"] != "hello":
+        raise UserError("the first message is of type hello.")
+    bound = whole_number(message, "max_text_tokens", 1, limits.max_text_tokens, limits.text_tokens)
+    settings: dict[str, Any] = {
+        "max_text_tokens": bound if bounded or message.get("max_text_tokens") is not None else None,
+        "max_new_tokens": whole_number(message, "max_new_tokens", 1, limits.new_tokens, min(32, limits.new_tokens)),
+        "seed": whole_number(message, "seed", 0, 2**63 - 1, secrets.randbits(62)),
+        "sampling": _sampling(message.get("sampling")),
+    }
+    if message.get("prompt") is not None:
+        settings["prompt"] = words(message, "prompt", limits)
+    token = message.get("token")
+    fps = number(message, "fps", 0.01, limits.frames_per_second, fps)
+    return Hello(fps, settings, token if isinstance(token, str) else "")
+
+
+def read_time(message: dict[str, Any]) -> float:
+    """Where the next frame stands in its video, in seconds."""
+    if message.get("time") is None:
+        raise UserError("a frame message has a time.")
+    return number(message, "time", 0, LONGEST_VIDEO, 0.0)
+
+
+def _sampling(given: object) -> Sampling:
+    defaults = Sampling().to_dict()
+    found = given or {}
+    if not isinstance(found, dict) or not found.keys() <= defaults.keys():
+        raise UserError(f"sampling is an object with any of {', '.join(sorted(defaults))}.")
+    read: dict[str, Any] = {}
+    for name, default in defaults.items():
+        if isinstance(default, int):
+            read[name] = whole_number(found, name, -1000, 1000, default)
+        else:
+            read[name] = float(number(found, name, -1000, 1000, default))
+    return Sampling(**read)
+
+
+class _Closed(Exception):  # noqa: N818  (no error, but the way out)
+    """The conversation is over. message: the last, fatal error event, if there is one."""
+
+    def __init__(self, code: int, message: str | None = None) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
+
+
+@dataclass(frozen=True)
+class _ReceivedFrame:
+    """As it came: its number, place in the video in seconds, bytes, and when."""
+
+    number: int
+    time: float
+    data: bytes
+    arrived: float
+
+
+class Conversation:
+    """One client's stream."""
+
+    def __init__(self, socket: WebSocket, state: ServerState) -> None:
+        self._socket, self._state, self._limits, self._worker = socket, state, state.limits, state.worker
+        self._outbox = Outbox(state.limits.outbox, lambda: state.metrics.count("missed"))
+        self._stream: LiveStream | None = None
+        self._frames = RateLimiter(state.limits.frames_per_second)
+        self._messages = RateLimiter(state.limits.messages_per_second)
+        self._begun = monotonic()
+        self._number, self._faults, self._paused = 0, 0, False
+        self._time: float | None = None  # of the next frame, if its sender has said so
+        self._newest: _ReceivedFrame | None = None  # not opened yet
+        self._arrived = asyncio.Event()
+
+    async def run(self) -> None:
+        """Returns when the socket is closed, by whichever side."""
+        await self._socket.accept()
+        self._state.connections += 1
+        try:
+            if self._state.connections > self._limits.connections:
+                raise _Closed(LATER, f"all {self._limits.connections} connections are taken; try again later.")
+            await self._all(await self._open())
+        except _Closed as end:
+            await self._close(end)
+        except WebSocketDisconnect:
+            pass
+        except Exception as error:
+            log.exception("a stream ended by a fault of the server")
+            await self._close(_Closed(FAILED, f"the server failed at this ({type(error).__name__}); try again."))
+        finally:
+            self._state.connections -= 1
+            if self._stream is not None:
+                self._state.shelf.end(self._stream.name)
+                self._worker.close(self._stream)
+
+    async def _open(self) -> LiveStream:
+        """Reads the hello and opens the stream."""
+        state = self._state
+        try:
+            text = await self._receive(self._limits.hello_seconds, "send a hello first, as JSON.")
+            if not isinstance(text, str):
+                raise UserError("the first message is a hello, as JSON.")
+            message = read_message(text, self._limits)
+            hello = read_hello(message, self._limits, state.fps, supports_text_bound(state.model))
+        except UserError as error:
+            raise _Closed(POLICY, str(error)) from error
+        if not state.admits(hello.token or bearer(self._socket.headers.get("authorization", ""))):
+            raise _Closed(POLICY, "give the server's token in the hello, or as Authorization: Bearer <token>.")
+        name, transcript = secrets.token_urlsafe(12), Transcript(self._limits.captions)
+        stream = LiveStream(name, hello.fps, self._outbox, transcript, state.metrics, self._worker.load.recent)
+        # known from here on, so that it is closed whatever happens while it is opened
+        self._stream = stream
+        try:
+            advice = await self._admitted(stream, hello.settings)
+        except UserError as error:
+            full = isinstance(error, OverloadedError)
+            full = full or len(self._worker.engine) >= self._worker.engine.max_sessions
+            raise _Closed(LATER if full else POLICY, str(error)) from error
+        except Exception as error:
+            raise _Closed(FAILED, f"the stream cannot be opened ({type(error).__name__}).") from error
+        session = stream.session
+        assert session is not None
+        costs, processor = state.costs, state.processor
+        if costs is not None:
+            # on the model's thread, which the tokenizer belongs to as well
+            stream.tally = await self._call(lambda: InsertionTally(costs, processor, session.usage.text_tokens))
+        state.shelf.open(name, transcript)
+        state.metrics.count("streams")
+        self._begun = monotonic()
+        known = costs and {"cache_bytes": "computed", "latency": "measured" if costs.is_measured else None}
+        self._outbox.put(
+            {
+                "type": "ready",
+                "stream": name,
+                "model": state.name,
+                "fps": hello.fps,
+                "prompt": session.prompt,
+                "max_text_tokens": session.max_text_tokens,
+                "cache_bytes": session.usage.cache_bytes,
+                "advice": advice,
+                "insertion": known,
+            }
+        )
+        return stream
+
+    async def _admitted(self, stream: LiveStream, settings: dict[str, Any]) -> str | None:
+        """Opens the stream; what it is to be told."""
+        try:
+            return await asyncio.wrap_future(self._worker.open(stream, **settings))
+        except OverloadedError:
+            # a page that goes from one video to the next opens a stream while it closes another
+            await asyncio.sleep(CLOSING_SECONDS)
+            return await asyncio.wrap_future(self._worker.open(stream, **settings))
+
+    async def _call(self, job: Callable[[], T]) -> T:
+        return await asyncio.wrap_future(self._worker.call(job))
+
+    async def _all(self, stream: LiveStream) -> None:
+        parts = (self._read(stream), self._open_frames(stream), self._send())
+        tasks = [asyncio.create_task(part) for part in parts]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, stream: LiveStream) -> None:
+        while True:
+            given = await self._receive(self._limits.idle_seconds, "nothing was sent for too long.")
+            is_frame = isinstance(given, bytes)
+            self._number += is_frame
+            try:
+                if not self._messages.take():
+                    raise UserError(f"more than {self._limits.messages_per_second:g} messages a second; send fewer.")
+                if isinstance(given, bytes):
+                    self._frame(stream, given)
+                else:
+                    self._message(stream, read_message(given, self._limits))
+            except UserError as error:
+                self._wrong(str(error), self._number if is_frame else None)
+
+    def _frame(self, stream: LiveStream, data: bytes) -> None:
+        """Lets a frame wait in place of the one that waits already, if there is one."""
+        time, self._time = self._time, None
+        arrived = monotonic()
+        if len(data) > self._limits.frame_bytes:
+            raise UserError(f"a frame has at most {self._limits.frame_bytes} bytes; send a smaller picture.")
+        if not self._frames.take():
+            stream.drop(late=False)
+            raise UserError(f"more than {self._limits.frames_per_second:g} frames a second; send fewer.")
+        if self._paused:
+            return
+        if self._newest is not None:
+            stream.drop()
+        place = arrived - self._begun if time is None else time
+        self._newest = _ReceivedFrame(self._number, round(place, 3), data, arrived)
+        self._arrived.set()
+
+    async def _open_frames(self, stream: LiveStream) -> None:
+        thread, loop = self._state.frame_thread, asyncio.get_running_loop()
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            frame, self._newest = self._newest, None
+            if frame is None:
+                continue
+            try:
+                picture = await loop.run_in_executor(thread, read_frame, frame.data, self._limits)
+            except UserError as error:
+                self._wrong(str(error), frame.number)
+            except MemoryError:
+                self._wrong("there is not enough memory for this frame; send a smaller picture.", frame.number)
+            else:
+                self._faults = 0
+                self._worker.offer(stream, QueuedFrame(frame.number, frame.time, picture, frame.arrived))
+
+    def _message(self, stream: LiveStream, message: dict[str, Any]) -> None:
+        kind = message["type"]
+        if kind == "frame":
+            self._time = read_time(message)
+        elif kind == "ask":
+            self._worker.ask(stream, words(message, "question", self._limits))
+            self._faults = 0
+        elif kind in ("pause", "resume"):
+            self._paused, self._newest = kind == "pause", None
+            self._worker.pause(stream, self._paused)
+            self._outbox.put({"type": "paused" if self._paused else "resumed"})
+        elif kind == "close":
+            raise _Closed(NORMAL)
+        else:
+            raise UserError("hello was said already.")
+
+    async def _send(self) -> None:
+        while True:
+            event = await self._outbox.get()
+            try:
+                async with asyncio.timeout(self._limits.send_seconds):
+                    await self._socket.send_json(event)
+            except TimeoutError as error:
+                raise _Closed(POLICY) from error
+
+    async def _receive(self, seconds: float, sentence: str) -> str | bytes:
+        """The next message. Raises _Closed if none comes in time, WebSocketDisconnect at the end."""
+        try:
+            async with asyncio.timeout(seconds):
+                message = await self._socket.receive()
+        except TimeoutError as error:
+            raise _Closed(POLICY, sentence) from error
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code") or NORMAL)
+        data = message.get("bytes")
+        return data if data is not None else message.get("text") or ""
+
+    def _wrong(self, sentence: str, frame: int | None = None) -> None:
+        """Answers a wrong message. frame: number of the one that is wrong."""
+        self._state.metrics.count("errors")
+        self._faults += 1
+        if self._faults >= self._limits.faults:
+            raise _Closed(POLICY, f"{sentence} That makes {self._faults} wrong messages in a row; the stream ends.")
+        about = {} if frame is None else {"frame": frame}
+        self._outbox.put({"type": "error", "message": sentence, "fatal": False, **about})
+
+    async def _close(self, end: _Closed) -> None:
+        """The last words, if the other side still listens, and a close code."""
+        try:
+            async with asyncio.timeout(self._limits.send_seconds):
+                while len(self._outbox) and end.code == NORMAL:
+                    await self._socket.send_json(await self._outbox.get())
+                if end.message is not None:
+                    self._state.metrics.count("errors")
+                    await self._socket.send_json({"type": "error", "message": end.message, "fatal": True})
+                await self._socket.close(end.code)
+        except (TimeoutError, WebSocketDisconnect, RuntimeError, OSError):
+            pass  # it has gone

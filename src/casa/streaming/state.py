@@ -1,0 +1,198 @@
+"""What a live session holds: how much it is, how it is kept below a bound on its text, and how it is saved.
+
+Two things hold text, and each is kept within the bound. The text model's cache has all of it; its oldest tokens behind
+the sinks (the prompt, mostly) are forgotten, and later ones move up. The open window in the CASA layers has what was
+said of the frame at hand; once questions about that frame make it too much, the window begins again at its images:
+
+    cache     sinks  . . . . .  text text text text      next
+    window    images  . . . . . . . . . . . . . . .      next
+
+That is what the CASA layers would see had the frame been shown once more, and it costs nothing. So one may ask about a
+frame for ever, as one may watch for ever.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from casa.atomic import replacing
+from casa.errors import UserError
+from casa.layers import LayerWindow, WindowExtent, WindowState
+from casa.models import CasaCache, CasaForConditionalGeneration
+from casa.models.cache import Seen
+from casa.models.insertion import StreamState
+
+FORMAT, ANY_FORMAT = "casa session 4", "casa session "
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a session holds in memory, and how often time cut it short.
+
+    Args:
+        text_tokens: in the text model's cache.
+        image_tokens: in the visible windows.
+        cache_bytes: all of it: text_bytes, image_bytes and window_bytes.
+        text_bytes: the text model's cache.
+        image_bytes: image keys and values of the visible windows; under insertion they are part of text_bytes.
+        window_bytes: the text of the open window in the CASA layers.
+        held_bytes: the memory that this takes: cache_bytes, the room that buffers keep for the text to come, and
+            whatever in them nobody reads. Sessions that remember the same are equal, whatever room they have.
+        truncated: captions and answers so far that time cut short, in which case something was said, if not all.
+    """
+
+    text_tokens: int
+    image_tokens: int
+    cache_bytes: int
+    text_bytes: int
+    image_bytes: int
+    window_bytes: int
+    held_bytes: int = field(default=0, compare=False)
+    truncated: int = field(default=0, compare=False)
+
+    @classmethod
+    def of(cls, cache: CasaCache, truncated: int = 0) -> "Usage":
+        return cls(
+            text_tokens=cache.num_text,
+            image_tokens=cache.image_tokens,
+            cache_bytes=cache.num_bytes,
+            text_bytes=cache.text_bytes,
+            image_bytes=cache.image_bytes,
+            window_bytes=cache.num_bytes - cache.text_bytes - cache.image_bytes,
+            held_bytes=cache.held_bytes,
+            truncated=truncated,
+        )
+
+
+def supports_text_bound(model: CasaForConditionalGeneration) -> bool:
+    """Whether a model can have a bound on its text.
+
+    Not under insertion, nor where all text is one window, nor with blocks that forget by themselves.
+    """
+    return why_unbounded(model) is None
+
+
+def why_unbounded(model: CasaForConditionalGeneration) -> str | None:
+    """What kind of model it is that can have no bound; None of one that can."""
+    if model.fusion.method == "insertion":
+        return "an insertion model"
+    if model.fusion.split == "sample":
+        return 'a model with split="sample"'
+    return "a model with sliding-window attention" if model.new_cache().slides else None
+
+
+def make_room(
+    cache: CasaCache, count: int, bound: int, sinks: int, turns: Sequence[Callable[[Tensor, int], Tensor]], opens: bool
+) -> None:
+    """Makes room for `count` more tokens of text below the bound, in a cache of one row.
+
+    Args:
+        cache: shortened in place.
+        count: tokens to come.
+        bound: of all text.
+        sinks: the first tokens, never forgotten.
+        turns: as in `CasaCache.drop_text`.
+        opens: whether a frame is among what comes. It closes the open window, whose text then needs no room.
+    """
+    windows = cache.windows
+    if windows is not None and not opens and windows.text_tokens[0] + count > bound:
+        windows.forget_text()
+    surplus = cache.num_text + count - bound
+    if surplus > 0:
+        # an eighth of the bound at a time, so that it happens rarely
+        wanted = max(surplus, (bound - sinks) // 8)
+        cache.drop_text(sinks, min(wanted, max(0, cache.num_text - sinks)), turns)
+
+
+def save(
+    path: str | Path, model: CasaForConditionalGeneration, cache: CasaCache, settings: dict[str, Any], draws: Tensor
+) -> None:
+    """Writes cache, settings and generator state as one safetensors file, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    tensors = {"generator": draws}
+    for index, layer in enumerate(cache.text.layers):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is not None and values is not None:
+            tensors |= {f"text.{index}.key": keys, f"text.{index}.value": values}
+    described: dict[str, Any] = {"format": FORMAT, "model": _signature(model), "settings": settings}
+    described |= {"num_text": cache.num_text, "seen": [astuple(row) for row in cache.seen]}
+    if (stream := cache.stream) is not None:
+        tensors |= {"stream.mask": stream.mask, "stream.next": stream.next_position, "stream.images": stream.images}
+    if cache.windows is not None:
+        described["windows"] = [[(w.images, w.text, w.behind) for w in row] for row in cache.windows.windows]
+        described["image_slots"] = [layer.images for layer in cache.windows.layers]
+        for index, window in enumerate(cache.windows.layers):
+            tensors |= {f"window.{index}.key": window.key, f"window.{index}.value": window.value}
+    try:
+        with replacing(path) as unfinished:
+            # copies: a safetensors file wants whole, separate tensors
+            whole = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+            save_file(whole, unfinished, {"casa": json.dumps(described, separators=(",", ":"))})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the session cannot be saved as {path}: {error}") from error
+
+
+def load(path: str | Path, model: CasaForConditionalGeneration) -> tuple[CasaCache, dict[str, Any], Tensor]:
+    """The cache, settings and generator state that `save` wrote.
+
+    Raises:
+        UserError: the file is no saved session, or one of another model.
+    """
+    described, tensors = _read(path, True)
+    if described["model"] != _signature(model):
+        raise UserError(f"{path} is a session of another model; load it with the model that it was made with.")
+    generator = tensors.pop("generator")
+    tensors = {name: value.to(model.device) for name, value in tensors.items()}
+    cache = model.new_cache()
+    for index in range(len(model.decoder.blocks)):
+        if f"text.{index}.key" in tensors:
+            cache.text.update(tensors[f"text.{index}.key"], tensors[f"text.{index}.value"], index)
+    cache.num_text = described["num_text"]
+    cache.seen = [Seen(*row) for row in described["seen"]]
+    if "stream.mask" in tensors:
+        cache.stream = StreamState(*(tensors[f"stream.{name}"] for name in ("mask", "next", "images")))
+    if "windows" in described:
+        layers = [
+            LayerWindow(tensors[f"window.{index}.key"], tensors[f"window.{index}.value"], images)
+            for index, images in enumerate(described["image_slots"])
+        ]
+        cache.windows = WindowState([[WindowExtent(*one) for one in row] for row in described["windows"]], layers)
+    return cache, described["settings"], generator
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that `save` wrote. Raises UserError for anything else."""
+    return _read(path, False)[0]["settings"]
+
+
+def _read(path: str | Path, with_tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description, and the tensors too if they are wanted."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            described = json.loads((file.metadata() or {}).get("casa", "{}"))
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys() if with_tensors}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise UserError(f"there is no saved session at {path}.") from error
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not a saved session; give the file that session.save wrote.") from error
+    if (found := described.get("format")) != FORMAT:
+        if str(found).startswith(ANY_FORMAT):
+            raise UserError(f"{path} is a session that another version of casa saved; begin a new one.")
+        raise UserError(f"{path} is not a saved session; give the file that session.save wrote.")
+    return described, tensors
+
+
+def _signature(model: CasaForConditionalGeneration) -> list[Any]:
+    """What tells whether a session fits a model."""
+    config, fusion = model.config.get_text_config(), model.fusion
+    sizes = [len(model.decoder.blocks), config.num_key_value_heads, model.decoder.attention(0).head_dim]
+    return [*sizes, list(model.fused_blocks), fusion.method, fusion.placement, str(model.dtype)]
