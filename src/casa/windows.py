@@ -45,9 +45,9 @@ class ImageSpan:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of one sample's text, and the images standing in it (in order, side by side in memory).
+    """A stretch of one sample's text, and the images that stand in it (in order, side by side in memory).
 
-    Text `text_start:query_start` is there as keys only; text `query_start:text_stop` has queries too.
+    Text `text_start:query_start` has keys only; text `query_start:text_stop` has queries too.
     """
 
     sample: int
@@ -111,16 +111,22 @@ class WindowLayout:
         history: int = 0,
         past: Sequence[int] | None = None,
     ) -> "WindowLayout":
-        """The layout of samples whose images stand at known places.
+        """Makes the layout of samples whose images stand at known places.
 
-        text_lengths: text tokens of each sample.
-        insertions: for each sample, (text position, number of image tokens) of each image, in order. The
-            position counts in the sample's own text, 0..length; at `length` an image stands after all text.
-        split: "image" lets every run of images with no text between them open a window; "sample" makes each
-            sample one window.
-        history: how many earlier windows of the sample keep their images visible; -1 for all.
-        past: for each sample, how many of its first text tokens have no query.
-        Raises UserError for anything out of range or out of order, and for an image of no tokens.
+        Args:
+            text_lengths: Text tokens of each sample.
+            insertions: For each sample, (text position, number of image tokens) of each image, in order. The
+                position counts in the sample's own text, 0..length; at `length` an image stands after all text.
+            split: "image" lets every run of images with no text between them open a window; "sample" makes each
+                sample one window.
+            history: How many earlier windows of the sample keep their images visible; -1 for all.
+            past: For each sample, how many of its first text tokens have no query.
+
+        Returns:
+            The layout.
+
+        Raises:
+            UserError: Something is out of range or out of order, or an image has no tokens.
         """
         lengths = tuple(index(length) for length in text_lengths)
         places = tuple(tuple((index(p), index(n)) for p, n in sample) for sample in insertions)
@@ -268,13 +274,13 @@ class WindowLayout:
         return torch.cat([image, text], dim=1)
 
     def on(self, device: torch.device | str, name: str) -> Tensor:
-        """The tensor attribute `name` on a device, copied there once for this layout."""
+        """Returns the tensor attribute `name` on a device, copied there once for this layout."""
         tensor = getattr(self, name)
         device = torch.device(device)
         return tensor if device == tensor.device else self.cached((name, device), lambda: tensor.to(device))
 
     def cached(self, key: Hashable, build: Callable[[], Built]) -> Built:
-        """What `build` makes, made once for this layout: plans and index tensors that all layers share.
+        """Returns what `build` makes, made once for this layout: plans and index tensors that all layers share.
 
         Like the layout's own tensors, it is made outside inference mode.
         """

@@ -17,6 +17,7 @@ from casa.windows import WindowLayout
 COMPILER = shutil.which(flex._cxx())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="FlexAttention on a CPU is compiled with a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own compiler, in places that vary by version
 def test_forward_equals_the_reference(tools):

@@ -33,9 +33,13 @@ HEAD_NORMS = ("q_norm", "k_norm")
 class CasaAttention(nn.Module):
     """A CASA layer with weights of its own, made from a block's self-attention module.
 
-    attention: has `q_proj`, `k_proj`, `v_proj`, `o_proj`, `head_dim` and perhaps `q_norm`, `k_norm`; all are
-        copied with their biases and dtypes. Raises ValueError if one is missing.
-    gate: "tanh" multiplies the output by tanh of a scalar that starts at zero (Flamingo's gate).
+    Args:
+        attention: Has `q_proj`, `k_proj`, `v_proj`, `o_proj`, `head_dim` and perhaps `q_norm`, `k_norm`; all are
+            copied with their biases and dtypes.
+        gate: "tanh" multiplies the output by tanh of a scalar that starts at zero (Flamingo's gate).
+
+    Raises:
+        ValueError: One of the projections is missing.
     """
 
     def __init__(self, attention: nn.Module, gate: str | None = None) -> None:
@@ -77,11 +81,18 @@ def casa_update(
     gate: Tensor | None = None,
     replaces: bool = False,
 ) -> Tensor:
-    """What the CASA layer number `layer` gives the text, with projections from `weights`.
+    """Computes what a CASA layer adds to the text.
 
-    hidden: (B, L, d) after the block's input norm. replaces: the layer stands in for self-attention, so text
-    that sees no image still gets its attention to the window's text. Padding gets zeros, and so does text that sees no
-    image: whatever its numbers come to, they are nobody's, in the gradients too.
+    Args:
+        weights: The module with the projections.
+        hidden: (B, L, d) after the block's input norm.
+        step: This forward pass.
+        layer: The layer's number.
+        gate: A scalar whose tanh multiplies the update.
+        replaces: The layer stands in for self-attention, so text that sees no image still attends to its window's text.
+
+    Returns:
+        (B, L, d). Zeros for padding and for text that sees no image, in the gradients too.
     """
     get = weights.get_submodule
     flat = hidden.flatten(0, -2)
@@ -129,7 +140,7 @@ class ImageNorm:
 
 
 def rms_norm(image: Tensor, eps: float) -> Tensor:
-    """Image tokens (N, d) over their root mean square, in float32 whatever the dtype, as the block's norm does it."""
+    """Divides image tokens (N, d) by their root mean square, in float32 as the block's norm does."""
     wide = image.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(image.dtype)
 
@@ -137,12 +148,16 @@ def rms_norm(image: Tensor, eps: float) -> Tensor:
 def project_images(
     images: Tensor | Sequence[Tensor], sources: Sequence[nn.Module], norms: Sequence[ImageNorm], group: int = 8
 ) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values (N, Hkv, D) of the image tokens (N, d) for every layer, before rotary positions.
+    """Computes the keys and values of image tokens for every layer, before rotary positions.
 
-    images: the image tokens; where they change with depth, those of each layer.
-    sources: modules with `k_proj`, `v_proj` and, where the backbone has one, `k_norm`; one per layer.
-    norms: the input norm of each layer's block.
-    group: layers joined in one product. More layers make a better product and more memory held at once.
+    Args:
+        images: The image tokens (N, d); where they change with depth, those of each layer.
+        sources: Modules with `k_proj`, `v_proj` and, where the backbone has one, `k_norm`; one per layer.
+        norms: The input norm of each layer's block.
+        group: Layers joined in one product. More layers make a better product and hold more memory at once.
+
+    Returns:
+        Key and value (N, Hkv, D) of each layer.
     """
     found: list[tuple[Tensor, Tensor]] = []
     each = [images] * len(sources) if isinstance(images, Tensor) else images

@@ -38,7 +38,7 @@ class Join:
 
 @dataclass(frozen=True)
 class Keep:
-    """What stays after the call: indices (B, I) and (B, W) into the packed images and text, and the extents."""
+    """What stays after a call: indices (B, I) and (B, W) into the packed images and text, and the extents."""
 
     image_index: Tensor
     text_index: Tensor
@@ -71,13 +71,24 @@ def plan_call(
     keep: bool = False,
     device: torch.device | str = "cpu",
 ) -> CallPlan:
-    """Plans a call over `valid` (B, L), True where a token is real.
+    """Plans a call over a batch.
 
-    image_places: (row, index in the row before which the image stands) of each new image, in order.
-    image_lengths: image tokens of each.
-    sample_starts: per row, the indices at which packed samples start (None: a row is one sample).
-    state: what earlier calls left; cannot be combined with packed samples. keep: plan the next state too.
-    Raises UserError for images out of range, out of order or inside padding.
+    Args:
+        valid: bool (B, L), True where a token is real.
+        image_places: (row, index in the row before which the image stands) of each new image, in order.
+        image_lengths: Image tokens of each.
+        split: As for `WindowLayout`.
+        history: As for `WindowLayout`.
+        sample_starts: Per row, the indices at which packed samples start (None: a row is one sample).
+        state: What earlier calls left; cannot be combined with packed samples.
+        keep: Plan the next state too.
+        device: Of the index tensors.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UserError: An image is out of range, out of order or inside padding.
     """
     if state is not None and sample_starts is not None:
         raise UserError("packed rows cannot continue a cache; pass one sample per row.")
@@ -127,7 +138,7 @@ def plan_call(
 def images_by_row(
     places: Sequence[tuple[int, int]], lengths: Sequence[int], real: list[list[int]], length: int
 ) -> list[list[tuple[int, int]]]:
-    """Per row, (number of the row's real tokens before the image, its tokens), all checked."""
+    """Checks places of images and sorts them by row: (real tokens of the row before the image, its tokens)."""
     if len(places) != len(lengths):
         raise UserError(
             f"there are {len(lengths)} images but {len(places)} image_positions; give one position per image."

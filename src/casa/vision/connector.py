@@ -62,7 +62,7 @@ class Projector(nn.Module):
 
 
 def parse_compressor(spec: str) -> tuple[str, int]:
-    """Kind and number of "pool:2", "pixel_shuffle:2", "q_former:32". Raises UserError for anything else."""
+    """Returns kind and number of "pool:2", "pixel_shuffle:2", "q_former:32". Raises UserError for anything else."""
     kind, _, number = str(spec).partition(":")
     if kind not in LEAST:
         close = get_close_matches(kind, LEAST, n=1)
@@ -76,12 +76,21 @@ def parse_compressor(spec: str) -> tuple[str, int]:
 
 
 def make_compressor(spec: str, width: int, heads: int | None = None) -> nn.Module:
-    """A compressor for tokens of `width` channels: `forward((N, width), grids)` gives `((N', width), grids')`.
+    """Makes a compressor for tokens of `width` channels: `forward((N, width), grids)` gives `((N', width), grids')`.
 
     Its `grids(grids)` gives grids' without computing, and `reset_parameters()` fresh weights, for callers that
     initialise modules wholesale (transformers' `post_init`) and would undo the start chosen here.
-    heads: attention heads of a Q-Former; about 64 channels each if left out.
-    Raises UserError for a spec that `parse_compressor` refuses, or for heads that do not divide the width.
+
+    Args:
+        spec: "pool:2", "pixel_shuffle:2", "q_former:32".
+        width: d.
+        heads: Attention heads of a Q-Former; about 64 channels each if None.
+
+    Returns:
+        The module.
+
+    Raises:
+        UserError: `parse_compressor` refuses the spec, or the heads do not divide the width.
     """
     kind, number = parse_compressor(spec)
     if kind == "q_former":

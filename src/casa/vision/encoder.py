@@ -68,8 +68,12 @@ SPECS: dict[str, EncoderSpec] = {}
 def register_encoder(model_type: str, spec: EncoderSpec) -> None:
     """Makes an image encoder known to `adapt`, and its folders to everything that loads models.
 
-    model_type: that of its config's class. An encoder of one's own is made known to transformers' AutoConfig and
-    AutoModel as well. Its image processor, where it has one, is registered by its own module, with AutoImageProcessor.
+    transformers' AutoConfig and AutoModel learn of it too, if `spec.model` is a class. An image processor of its own is
+    registered by its own module, with AutoImageProcessor.
+
+    Args:
+        model_type: The `model_type` of its config's class.
+        spec: What casa needs to know of it.
     """
     SPECS[model_type] = spec
     if not isinstance(spec.model, str):
@@ -124,10 +128,18 @@ def new_encoder(config: Any) -> "PreTrainedModel":
 
 
 def load_encoder(path: Any, **kwargs: Any) -> Any:
-    """`from_pretrained` for an encoder's folder, or for that of a whole model (SigLIP, a VLM): its tower alone.
+    """Loads an encoder from its folder, or the tower alone from the folder of a whole model (SigLIP, a VLM).
 
-    kwargs are those of transformers; with `output_loading_info=True` it returns (encoder, info), where the
-    weights of a whole model's other parts are not counted as unexpected. Raises UserError for other encoders.
+    Args:
+        path: As for `from_pretrained`.
+        kwargs: Those of `from_pretrained`.
+
+    Returns:
+        The encoder; with `output_loading_info=True` (encoder, info), where the weights of a whole model's other parts
+        are not counted as unexpected.
+
+    Raises:
+        UserError: casa does not know the encoder, or the whole model is quantised.
     """
     from transformers import AutoConfig
 
@@ -150,7 +162,7 @@ def load_encoder(path: Any, **kwargs: Any) -> Any:
 
 
 def tower_config_of(config: Any) -> Any:
-    """The image encoder's config: this one, or the one inside a whole model's. Raises UserError if there is none."""
+    """Returns the image encoder's config: this one, or the one inside a whole model's. Raises UserError without one."""
     if not is_known(config) and (inner := _inner(config)) is not None:
         config = inner
     spec_of(config)
@@ -187,10 +199,18 @@ def token_grids(config: Any, image_grid_thw: Tensor) -> Grids:
 
 
 def encode(encoder: nn.Module, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-    """(N, (1 + k) * d_v): tokens of all images, each image's in reading order; extra feature sets beside them.
+    """Encodes images.
 
-    pixel_values: by the encoder's `EncoderSpec.pictures`: (P, channels of a patch), or squares (n, 3, H, W).
-    image_grid_thw: int64 (n, 3), (1, rows, columns) in patches. Raises UserError if the two do not fit.
+    Args:
+        encoder: The image encoder.
+        pixel_values: By its `EncoderSpec.pictures`: (P, channels of a patch), or squares (n, 3, H, W).
+        image_grid_thw: int64 (n, 3), (1, rows, columns) in patches.
+
+    Returns:
+        (N, (1 + k) * d_v): tokens of all images, each image's in reading order; extra feature sets beside them.
+
+    Raises:
+        UserError: The two do not fit together.
     """
     config: Any = encoder.config
     spec = spec_of(config)
