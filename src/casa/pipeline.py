@@ -81,7 +81,7 @@ class CasaPipeline:
     @torch.no_grad()
     def ask(
         self,
-        pictures: Any,
+        pictures: "Picture | Sequence[Pictures] | None",
         question: str | list[str],
         *,
         max_new_tokens: int = 64,
@@ -133,7 +133,7 @@ class CasaPipeline:
                 answers += self._generate(chats[first : first + batch_size], max_new_tokens, generate)
         return answers[0] if isinstance(question, str) else answers
 
-    def _generate(self, chats: list[Any], max_new_tokens: int, generate: dict[str, Any]) -> list[str]:
+    def _generate(self, chats: list[list[dict[str, Any]]], max_new_tokens: int, generate: dict[str, Any]) -> list[str]:
         settle()
         inputs = self.processor.apply_chat_template(
             chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -317,13 +317,11 @@ def task_scores(settings: "EvaluationSettings") -> "Evaluate":
     return scores
 
 
-def _is_list(pictures: Any) -> bool:
-    return isinstance(pictures, list | tuple)
-
-
-def _by_question(pictures: Any, question: str | list[str], count: int) -> Sequence[Any]:
+def _by_question(
+    pictures: "Picture | Sequence[Pictures] | None", question: str | list[str], count: int
+) -> "Sequence[Picture | Sequence[Pictures] | None]":
     """What each question is about."""
-    if isinstance(question, str) or not _is_list(pictures):
+    if isinstance(question, str) or not isinstance(pictures, list | tuple):
         return [pictures] * count
     if len(pictures) != count:
         raise UserError(
@@ -333,9 +331,9 @@ def _by_question(pictures: Any, question: str | list[str], count: int) -> Sequen
     return pictures
 
 
-def _chat(shown: Any, question: str) -> list[dict[str, Any]]:
+def _chat(shown: "Picture | Sequence[Pictures] | None", question: str) -> list[dict[str, Any]]:
     """One user's turn: the pictures, then the question."""
-    pictures = list(shown) if _is_list(shown) else [] if shown is None else [shown]
+    pictures = list(shown) if isinstance(shown, list | tuple) else [] if shown is None else [shown]
     names = ["The picture"] if len(pictures) == 1 else [f"Picture {number}" for number in range(1, len(pictures) + 1)]
     images = [as_picture(picture, name) for picture, name in zip(pictures, names, strict=True)]
     content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]

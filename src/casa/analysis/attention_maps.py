@@ -1,4 +1,4 @@
-"""Where text looks in each CASA layer: at itself, at other text, at image tokens (paper, "Implicit gate"; C3).
+"""Where text looks in each CASA layer: at itself, at other text, at image tokens (paper, "Implicit gate").
 
 Shapes: C CASA layers, q chosen text tokens, Hq query heads, Hkv key heads, N image and T text tokens of the call.
 

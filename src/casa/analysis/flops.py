@@ -95,7 +95,7 @@ def image_flops(model: CasaForConditionalGeneration, blocks: Sequence[Block], to
     """What the text model does with a frame's N tokens, with `before` tokens cached already.
 
     CASA and cross-attention: every fusion layer's keys and values, 2 N * weights(k_proj, v_proj); with `update_images`
-    (D4) also 2 N * weights(feed-forward) of all blocks ahead of the last fusion layer.
+    also 2 N * weights(feed-forward) of all blocks ahead of the last fusion layer.
     Insertion: every block whole, 2 N * weights(block), and its attention, 4 N (before + N) Hq D.
     """
     if model.fusion.method == "insertion":

@@ -1,4 +1,4 @@
-"""What watching costs, frame by frame: a CASA session beside insertion of the same size, in one run (C6).
+"""What watching costs, frame by frame: a CASA session beside insertion of the same size, in one run.
 
 The insertion model has the CASA model's backbone, encoder and projector, and no CASA layers. It was never trained
 to read inserted images, so it is for cost only: it is made to say, token for token, what the CASA model said. Both

@@ -29,7 +29,7 @@ def adapt(
     method: Annotated[str | None, typer.Option(help="casa (if left out), cross_attention or insertion.")] = None,
     placement: Annotated[str | None, typer.Option(help="parallel (if left out), before or replace.")] = None,
     every: Annotated[int | None, typer.Option(help="A layer in every n-th block.")] = None,
-    share_weights: Annotated[bool, typer.Option("--share-weights", help="Use the blocks' own weights (D1).")] = False,
+    share_weights: Annotated[bool, typer.Option("--share-weights", help="Use the blocks' own weights.")] = False,
     gate: Annotated[str | None, typer.Option(help="tanh, for gated cross-attention.")] = None,
     compressor: Annotated[
         list[str] | None,

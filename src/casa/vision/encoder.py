@@ -11,14 +11,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from casa.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Grids = list[tuple[int, int]]
 """Rows and columns of tokens of each image, whose tokens are in reading order."""
@@ -46,12 +46,12 @@ class EncoderSpec:
     model: "type[PreTrainedModel] | str"
     pictures: str
     run: Callable[[Any, Tensor, Tensor], Tensor]
-    width: Callable[[Any], int] = lambda config: config.hidden_size
-    merge: Callable[[Any], int] = lambda config: 1
-    depths: Callable[[Any], int] = lambda config: 0
+    width: "Callable[[PreTrainedConfig], int]" = lambda config: config.hidden_size
+    merge: "Callable[[PreTrainedConfig], int]" = lambda config: 1
+    depths: "Callable[[PreTrainedConfig], int]" = lambda config: 0
     resample: str = "bicubic"
     clip_colours: bool = False
-    image_processor: Callable[[Any, int | None], Any] | None = None
+    image_processor: "Callable[[PreTrainedConfig, int | None], Any] | None" = None
     flops: Callable[[Any, int, int], int] | None = None
 
     @property
@@ -91,19 +91,19 @@ BESIDE_TOWER = re.compile(
 )
 
 
-def kind_of(config: Any) -> str | None:
+def kind_of(config: object) -> str | None:
     """The `model_type` of a config's class. One read from a published file may itself say that of the whole model:
     transformers 5.17 keeps what the file says, and Qwen's files call a tower "qwen2_5_vl".
     """
     return getattr(type(config), "model_type", None) or getattr(config, "model_type", None)
 
 
-def is_known(config: Any) -> bool:
+def is_known(config: object) -> bool:
     """Whether `config` is one of an image encoder that casa knows (not of a whole model that has one)."""
     return kind_of(config) in SPECS
 
 
-def spec_of(config: Any) -> EncoderSpec:
+def spec_of(config: "PreTrainedConfig") -> EncoderSpec:
     """Raises UserError, naming the known encoders, for a config of anything else."""
     kind = kind_of(config)
     if kind in SPECS:
@@ -117,12 +117,12 @@ def spec_of(config: Any) -> EncoderSpec:
     )
 
 
-def encoder_class(config: Any) -> "type[PreTrainedModel]":
+def encoder_class(config: "PreTrainedConfig") -> "type[PreTrainedModel]":
     """The transformers class of an encoder, also where AutoModel does not list it."""
     return spec_of(config).model_class
 
 
-def new_encoder(config: Any) -> "PreTrainedModel":
+def new_encoder(config: "PreTrainedConfig") -> "PreTrainedModel":
     """An image encoder with fresh weights, from its config."""
     return encoder_class(config)._from_config(config)
 
@@ -161,7 +161,7 @@ def load_encoder(path: Any, **kwargs: Any) -> Any:
     return (encoder, info) if wanted else encoder
 
 
-def tower_config_of(config: Any) -> Any:
+def tower_config_of(config: "PreTrainedConfig") -> "PreTrainedConfig":
     """Returns the image encoder's config: this one, or the one inside a whole model's. Raises UserError without one."""
     if not is_known(config) and (inner := _inner(config)) is not None:
         config = inner
@@ -169,22 +169,22 @@ def tower_config_of(config: Any) -> Any:
     return config
 
 
-def _inner(config: Any) -> Any:
+def _inner(config: "PreTrainedConfig") -> "PreTrainedConfig | None":
     """Config of a whole model's tower; casa's own models say where theirs stands."""
     return getattr(config, "encoder_config", None) or getattr(config, "vision_config", None)
 
 
-def output_width(config: Any) -> int:
+def output_width(config: "PreTrainedConfig") -> int:
     """d_v of an encoder: the width of one token as the text side gets it, without extra feature sets."""
     return spec_of(config).width(config)
 
 
-def extra_depths(config: Any) -> int:
+def extra_depths(config: "PreTrainedConfig") -> int:
     """k: how many further feature sets, each d_v wide, stand beside every token (Qwen3-VL's deep-stack)."""
     return spec_of(config).depths(config)
 
 
-def token_grids(config: Any, image_grid_thw: Tensor) -> Grids:
+def token_grids(config: "PreTrainedConfig", image_grid_thw: Tensor) -> Grids:
     """Rows and columns of tokens of each image. `image_grid_thw` is int64 (n, 3), in patches, for every encoder.
 
     Raises UserError for several frames in one entry: video is read frame by frame (paper, "Set-up").
@@ -212,7 +212,7 @@ def encode(encoder: nn.Module, pixel_values: Tensor, image_grid_thw: Tensor) -> 
     Raises:
         UserError: The two do not fit together.
     """
-    config: Any = encoder.config
+    config = cast("PreTrainedConfig", encoder.config)
     spec = spec_of(config)
     if spec.pictures == "squares":
         height, width = (side // config.patch_size for side in pixel_values.shape[-2:])
