@@ -1,4 +1,4 @@
-"""Faults that somebody could make in windows, masks, caches and positions, and the tests that must notice each.
+"""Faults that somebody could make in windows, masks, caches, positions and the loops above, and tests that notice them.
 
 A fault replaces one piece of one file of the package by another. `check.py` makes them one by one in a copy, and runs
 the tests named here against it.
@@ -203,5 +203,47 @@ FAULTS = (
         "        stale = self.state.layers[0].images if self.state is not None and self.state.layers else 0\n"
         "        keep = type(keep)(F.pad(keep.image_index, (0, stale)), keep.text_index, keep.windows)\n",
         ("streaming/test_usage.py",),
+    ),
+    Fault(
+        "the cached text of a batch of sessions is padded on the right",
+        "streaming/batch.py",
+        "pad(x, (0, 0, width - x.shape[2], 0))",
+        "pad(x, (0, 0, 0, width - x.shape[2]))",
+        ("streaming/test_batch.py", "streaming/test_engine.py"),
+    ),
+    Fault(
+        "a caption that time cut is said to be complete",
+        "streaming/batch.py",
+        "self.pending, self.complete = request.stop, False",
+        "self.pending, self.complete = request.stop, True",
+        ("streaming/test_batch.py",),
+    ),
+    Fault(
+        "in a batch that gets smaller, texts go on with the cache of others",
+        "streaming/sampling.py",
+        "rows = [rows[at] for at in still]",
+        "rows = rows[-len(still) :]",
+        ("serving/test_completion.py",),
+    ),
+    Fault(
+        "a block of a recipe replaces that of its base",
+        "training/config.py",
+        "merged(before, value)",
+        "dict(value)",
+        ("training/test_reading.py",),
+    ),
+    Fault(
+        "answers that are drawn move torch's own random state",
+        "pipeline.py",
+        "with torch.random.fork_rng(devices=devices):",
+        "if devices is not None:",
+        ("test_pipeline.py",),
+    ),
+    Fault(
+        "contestants of a benchmark do not take turns",
+        "benchmarks/harness.py",
+        "    for _ in range(rounds):\n        for name, run in contestants.items():\n",
+        "    for name, run in contestants.items():\n        for _ in range(rounds):\n",
+        ("benchmarks/test_harness.py",),
     ),
 )

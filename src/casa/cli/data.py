@@ -7,27 +7,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from casa.cli.data_make import make
+from casa.cli.options import Json, console, writable
 from casa.errors import UserError
 
 if TYPE_CHECKING:
+    from numpy.random import Generator
+
     from casa.data.check import Checked
+    from casa.evaluation import Example
 
 # as casa.data.settings has them, which is not loaded for a help text
 SHAPES = (
     *("auto", "chat", "llava", "finevision", "llava-video", "live-whisperx", "vqa", "prompt-completion"),
     "caption",
 )
-# bad records that are printed one by one
-_LISTED = 20
-
+_LISTED = 20  # bad records that are printed one by one
+_QUESTIONS = 16  # drawn per picture by `casa data make`; some of them are kept
 
 data_app = typer.Typer(
     help="Look at data before training on them, or draw some.\n\nExample: casa data check pages.jsonl",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-data_app.command("make")(make)
 
 
 @data_app.callback()
@@ -47,10 +48,14 @@ def check(
     subset: Annotated[str | None, typer.Option(help="Of a hub data set.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Look at so many records only.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit status 2 if any record is bad.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    sheet: Annotated[Path | None, typer.Option(help="Show samples with their windows, as an HTML page.")] = None,
+    json: Json = False,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Show samples with their windows, as an HTML page.", callback=writable)
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, max=200, help="How many are shown.")] = 12,
-    report: Annotated[Path | None, typer.Option(help="Write every bad record here, one JSON object per line.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write every bad record here, one JSON object per line.", callback=writable)
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Count with this model's tokens: a folder, or casa-tiny.")] = None,
 ) -> None:
     """Read a data set as training would: what is in it, how long and large it is, and what cannot be used.
@@ -59,7 +64,6 @@ def check(
     """
     from rich.console import Console
 
-    from casa.atomic import check_writable
     from casa.data import Report, parse_data_settings
     from casa.data.check import check_data, image_tokens
     from casa.data.html_report import check_report_path
@@ -67,10 +71,8 @@ def check(
     values: dict[str, Any] = {"path": path, "shape": shape, "root": root, "outside": outside, "fps": fps}
     if report is not None and report.exists():
         raise UserError(f"{report} exists already: remove it, or name another file for the report.")
-    # said before the data are read, not after
     if sheet is not None:
         check_report_path(sheet)
-    check_writable(sheet, report)
     values |= {"split": split, "subset": subset, "columns": dict(map(_pair, column or ()))}
     settings = parse_data_settings({"sources": [values]}, "the options")
     count_text, count_image = (None, image_tokens) if model is None else _counters(model)
@@ -143,17 +145,14 @@ def _summary(found: "Checked") -> str:
 
 
 def _show(found: "Checked", path: str) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from casa.data.bad import REASONS
     from casa.data.check import QUANTITIES
 
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 120  # a log has no edge to wrap at
-    console.print(Text(f"{path}: {_summary(found)}", style="bold"))
+    shown = console(width=120)
+    shown.print(Text(f"{path}: {_summary(found)}", style="bold"), soft_wrap=True)
     if statistics := found.statistics():
         table = Table("per record", box=None, pad_edge=False, header_style="dim")
         for name in ("least", "median", "mean", "95 %", "most", "total"):
@@ -163,17 +162,73 @@ def _show(found: "Checked", path: str) -> None:
                 row = [f"{value:,.10g}" for value in statistics[name].values()]
                 # a sum of widths says nothing
                 table.add_row(label, *row[:-1], "" if name in ("width", "height") else row[-1])
-        console.print()
-        console.print(table)
+        shown.print()
+        shown.print(table)
     if found.report.total:
         table = Table("bad records", "", "", box=None, pad_edge=False, header_style="dim")
         for reason, count in found.report.counts.most_common():
             table.add_row(f"{count:,}", reason, REASONS[reason])
-        console.print()
-        console.print(table)
-        console.print()
+        shown.print()
+        shown.print(table)
+        shown.print()
         for origin, bad in found.report.first[:_LISTED]:
             # the data's own words are never markup
-            console.print(Text(f"{origin}: {bad}"))
+            shown.print(Text(f"{origin}: {bad}"), soft_wrap=True)
         if found.report.total > _LISTED:
-            console.print(f"and {found.report.total - _LISTED:,} more; --report FILE lists them all.")
+            shown.print(f"and {found.report.total - _LISTED:,} more; --report FILE lists them all.")
+
+
+@data_app.command("make")
+def make(
+    out: Annotated[Path, typer.Argument(help="A folder, new or empty.")],
+    pages: Annotated[int, typer.Option(min=0, help="Pages of handwritten digits.")] = 2000,
+    scenes: Annotated[int, typer.Option(min=0, help="Scenes of coloured shapes.")] = 2000,
+    clips: Annotated[int, typer.Option(min=0, help="Clips in which numbers come and go.")] = 300,
+    turns: Annotated[int, typer.Option(min=1, max=16, help="Questions about a picture, at most.")] = 8,
+    largest: Annotated[int, typer.Option(min=112, max=672, help="Longest side of a picture, in px.")] = 672,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same data.")] = 1,
+) -> None:
+    """Draw the training split of the offline tasks into files: pages.tar, scenes.tar, and clips.jsonl with its videos.
+
+    Writers, photographs and places of the held-out split are never among them.
+
+    Example: casa data make data/tiny --seed 1
+    """
+    from rich.progress import Progress, TaskID
+
+    from casa.data.made import write_clips, write_pictures
+    from casa.evaluation import page, scene, training_clip
+    from casa.evaluation import pages as page_task
+    from casa.evaluation import scenes as scene_task
+    from casa.evaluation.stream import FPS, PROMPT
+
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists already: name a new folder.")
+    if not pages + scenes + clips:
+        raise UserError("nothing is asked for: give --pages, --scenes or --clips a number above 0.")
+    draws = {"pages": page, "scenes": scene}
+    greatest = {"pages": page_task.MAX_SIDE, "scenes": scene_task.MAX_SIDE}
+    out.mkdir(parents=True, exist_ok=True)
+    with Progress(transient=True) as progress:
+        for number, (name, count) in enumerate({"pages": pages, "scenes": scenes, "clips": clips}.items()):
+            if not count:
+                continue
+            task = progress.add_task(name, total=count)
+
+            def told(done: int, task: TaskID = task) -> None:
+                progress.update(task, completed=done)
+
+            if name == "clips":
+                write_clips(
+                    out / "clips.jsonl", training_clip, count, (seed, number), prompt=PROMPT, fps=FPS, told=told
+                )
+                continue
+            sides = (page_task.MIN_SIDE, min(largest, greatest[name]))
+
+            def drawn(
+                rng: "Generator", size: tuple[int, int] | None, draw: "Callable[..., Example]" = draws[name]
+            ) -> "Example":
+                return draw(rng, "train", turns=_QUESTIONS, sizes=None if size is None else [size])
+
+            write_pictures(out / f"{name}.tar", drawn, count, (seed, number), turns=turns, sides=sides, told=told)
+    print(f"{out}: {pages:,} pages, {scenes:,} scenes, {clips:,} clips")
