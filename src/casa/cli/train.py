@@ -4,15 +4,12 @@ import json as json_module
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from casa.cli.options import DTYPES, Device, Json, Model, Out, console
 from casa.errors import UserError
-
-if TYPE_CHECKING:
-    from casa.training.config import Recipe
 
 
 def train(
@@ -36,29 +33,37 @@ def train(
 
     Example: casa train recipes/lora-own-data.yaml --set data.sources.0.path=pages.jsonl --dry-run
     """
-    from casa.training.config import open_recipe
-
     if report is not None and not dry_run:
         raise UserError("--report is for --dry-run; add it, or leave --report out.")
     changes = [*(set_ or ()), *(["data.strict=true"] if strict else [])]
-    chosen = open_recipe(recipe, changes)
     folder = out if out is not None else Path("runs") / recipe.stem
+    _quiet()
     if dry_run:
-        _plan(chosen, folder, resume, report if report is not None else Path(f"{recipe.stem}-first-batch.html"))
-    else:
-        _run(chosen, folder, resume)
+        page = report if report is not None else Path(f"{recipe.stem}-first-batch.html")
+        _plan(recipe, changes, folder, resume, page)
+        return
+    import casa
+
+    final = casa.train(recipe, folder, resume, changes=changes, report=_tell)
+    if final is not None and int(os.environ.get("RANK", "0")) == 0:
+        print(final)
 
 
-def _plan(recipe: "Recipe", folder: Path, resume: bool, report: Path) -> None:
+def _tell(sentence: str) -> None:
+    typer.echo(sentence, err=True)
+
+
+def _plan(file: Path, changes: list[str], folder: Path, resume: bool, report: Path) -> None:
     from casa.atomic import check_writable
     from casa.data.html_report import check_report_path
     from casa.pipeline import task_scores
+    from casa.training.config import open_recipe
     from casa.training.models import outline
     from casa.training.plan import make_plan, plan_tables, show_first_pack
     from casa.training.preflight import check_run
     from casa.training.run import check_folder
 
-    _quiet()
+    recipe = open_recipe(file, changes)
     check_writable(report)
     check_report_path(report)
     shown = console(width=140)
@@ -67,32 +72,19 @@ def _plan(recipe: "Recipe", folder: Path, resume: bool, report: Path) -> None:
         check_folder(recipe, folder, resume)
     except UserError as error:
         # plans are looked at while the run goes on in its folder, too
-        typer.echo(f"the run itself would not begin: {error}", err=True)
+        _tell(f"the run itself would not begin: {error}")
         resume = False
     if recipe.evaluation.tasks:
         task_scores(recipe.evaluation)
-    check_run(recipe, folder, resume=resume, processes=processes, on_message=lambda text: typer.echo(text, err=True))
+    check_run(recipe, folder, resume=resume, processes=processes, on_message=_tell)
     plan = make_plan(recipe, processes)
     shown.print(plan_tables(plan))
-    batch = show_first_pack(recipe, outline(recipe), report, on_message=lambda text: typer.echo(text, err=True))
+    batch = show_first_pack(recipe, outline(recipe), report, on_message=_tell)
     facts = batch.facts
     shown.print(
         f"\nThe first pack has {facts['samples']:,} samples, {facts['images']:,} pictures, {facts['image_tokens']:,} "
         f"image and {facts['text_tokens']:,} text tokens, {facts['learned']:,} of them learned: shown in {report}"
     )
-
-
-def _run(recipe: "Recipe", folder: Path, resume: bool) -> None:
-    from casa.pipeline import task_scores
-    from casa.training.run import train as train_by
-
-    _quiet()
-    evaluate = task_scores(recipe.evaluation) if recipe.evaluation.tasks else None
-    final = train_by(
-        recipe, folder, resume=resume, evaluate=evaluate, on_message=lambda text: typer.echo(text, err=True)
-    )
-    if final is not None and int(os.environ.get("RANK", "0")) == 0:
-        print(final)
 
 
 def _quiet() -> None:
