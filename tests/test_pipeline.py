@@ -79,6 +79,7 @@ def test_a_picture_may_come_in_any_form(eyes, pictures, tmp_path):
     assert answers == {eyes.ask(picture, "what?", max_new_tokens=5)}
 
 
+@pytest.mark.slow
 def test_each_of_several_questions_is_answered_as_by_itself(eyes, pictures):
     one, other, third = pictures
     shown = [one, [other, third], None, other, []]
@@ -94,6 +95,7 @@ def test_each_of_several_questions_is_answered_as_by_itself(eyes, pictures):
     assert eyes.ask([], []) == []
 
 
+@pytest.mark.slow
 def test_words_are_drawn_by_seed_and_torchs_own_numbers_stay(eyes, pictures):
     warm = {"temperature": 3.0, "top_p": 0.95, "top_k": 40, "max_new_tokens": 6}
     drawn = [eyes.ask(pictures[0], "which?", seed=seed, **warm) for seed in (0, 1, 2, 3)]
@@ -158,6 +160,7 @@ def test_watching_gives_the_captions_of_a_session_with_their_times():
     assert [caption.text for part in parts for caption in part] == [text for _, text in wanted]
 
 
+@pytest.mark.slow
 def test_a_live_source_keeps_pace(noise_film):
     eyes = casa.CasaPipeline(tiny_speaker(), tiny_processor())
     film = noise_film(1)
@@ -166,6 +169,7 @@ def test_a_live_source_keeps_pace(noise_film):
     assert {caption.time for caption in found} <= {0.0, 0.25, 0.5, 0.75}
 
 
+@pytest.mark.slow
 def test_evaluating_scores_the_tasks_as_the_runner_does(eyes):
     told = []
     scores = casa.evaluate(eyes, ["scenes"], seed=3, limit=1, progress=lambda *done: told.append(done))
@@ -174,6 +178,7 @@ def test_evaluating_scores_the_tasks_as_the_runner_does(eyes):
     assert casa.evaluate(eyes, ["scenes"], seed=3, limit=1) == scores
 
 
+@pytest.mark.slow
 def test_the_guide_runs(tmp_path, monkeypatch, noise_film):
     """docs/library.md, in a folder with its files."""
     guide = (Path(__file__).parents[1] / "docs" / "library.md").read_text(encoding="utf-8")

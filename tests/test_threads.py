@@ -97,6 +97,7 @@ def test_the_cores_that_this_process_may_use_are_counted(tmp_path, monkeypatch):
     assert used_seconds({0, 1}) == pytest.approx(10.26)
 
 
+@pytest.mark.slow
 def test_the_program_shares_its_cores_and_the_library_does_not():
     """In processes of their own, without the variables that the tests run under."""
     script = """

@@ -53,6 +53,7 @@ def by_the_contract(text_lengths, insertions, split, history, past):
     return torch.tensor(rows, dtype=torch.bool).reshape(len(rows), len(images) + len(texts))
 
 
+@pytest.mark.slow
 @given(definitions())
 @settings(deadline=None)
 def test_mask_is_the_contract(definition):
@@ -64,6 +65,7 @@ def test_mask_is_the_contract(definition):
     assert torch.equal(layout.sees_image, want[:, : layout.num_image].any(1))
 
 
+@pytest.mark.slow
 @given(definitions())
 @settings(deadline=None)
 def test_windows_tile_text_and_images_in_order(definition):
@@ -87,6 +89,7 @@ def test_windows_tile_text_and_images_in_order(definition):
     assert sum(w.num_query for w in layout.windows) == layout.num_query
 
 
+@pytest.mark.slow
 @given(definitions())
 @settings(deadline=None)
 def test_positions_count_from_the_window_start(definition):
@@ -106,6 +109,7 @@ def test_positions_count_from_the_window_start(definition):
     assert layout.query_index.tolist() == queried
 
 
+@pytest.mark.slow
 @given(definitions())
 @settings(deadline=None)
 def test_past_only_takes_rows_away(definition):

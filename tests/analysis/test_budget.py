@@ -133,6 +133,7 @@ FUSIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fusion", FUSIONS, ids=str)
 def test_cache_bytes_are_those_of_a_real_cache(kind, fusion):
@@ -196,6 +197,7 @@ def test_tower_flops_against_the_counter(kind):
     assert counted(lambda: model.encode_images(**pixels)) == tower_flops(model.encoder, frame)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize(
     "fusion",
@@ -359,6 +361,7 @@ def test_every_shape_is_one_that_casa_can_adapt():
     assert all(shapes_of(name, published=True) for name in SHAPES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["helium-2b", "qwen2_5-vl-3b", "qwen2_5-vl-7b"])
 def test_the_written_figures_are_those_of_today(shape):
     """docs/results holds what the command gives now, whatever the commit that it was written at."""

@@ -31,6 +31,7 @@ def share_of(path, colour):
 BLUE, ORANGE, GREEN = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)
 
 
+@pytest.mark.slow
 def test_cost_shows_both_sessions(tmp_path):
     plot_cost([row(n + 1, rival=n < 20) for n in range(30)], tmp_path / "memory.png")
     with Image.open(tmp_path / "memory.png") as drawn:
@@ -45,6 +46,7 @@ def test_one_frame_and_no_rival_can_be_drawn(tmp_path):
     assert share_of(tmp_path / "memory.png", ORANGE) == 0
 
 
+@pytest.mark.slow
 def test_attention_shows_three_lines_and_the_picture(tmp_path):
     shares = attention_shares(tiny_casa(), TinySample((5, 9, 17), ((1, 4, 6),)).inputs())
     picture = Image.new("RGB", (168, 112), (250, 250, 250))

@@ -154,6 +154,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_no_implementation_loads_another():
     names = list(implementations())
     done = subprocess.run([sys.executable, "-c", LOADED, *names], capture_output=True, text=True, check=True)

@@ -93,6 +93,7 @@ def dense(query, key, value, block_mask, scale, enable_gqa):
     return scores.softmax(-1).masked_fill(~seen, 0.0) @ value
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(deadline=None, max_examples=60)
 def test_equals_the_reference_forward_and_backward(tools, data):
@@ -113,6 +114,7 @@ def test_equals_the_reference_forward_and_backward(tools, data):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(deadline=None, max_examples=40)
 def test_block_mask_is_the_layouts_mask(tools, data):

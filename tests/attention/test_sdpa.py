@@ -21,6 +21,7 @@ def stretch(key, delta):
     return key * (1 - 0.1 * delta)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call_cost", [0.0, sdpa.CALL, 1e12], ids=["never pad", "as shipped", "pad all"])
 @given(data=st.data())
 @settings(deadline=None, max_examples=60)

@@ -51,6 +51,7 @@ def stretch(key, delta):
     return key * (1 - 0.1 * delta)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(deadline=None, max_examples=150)
 def test_equals_the_reference(tools, data):

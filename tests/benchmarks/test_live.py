@@ -82,6 +82,7 @@ def checkpoint(tmp_path_factory):
     return str(tiny_checkpoint(tmp_path_factory.mktemp("checkpoint")))
 
 
+@pytest.mark.slow
 def test_a_short_stream_by_the_real_clock(checkpoint):
     found = bench_live(checkpoint, minutes=0.02, size=224, fps=5.0)
     (row,) = found.figures["minutes"]
@@ -92,6 +93,7 @@ def test_a_short_stream_by_the_real_clock(checkpoint):
     assert "keeps pace" in found.table
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not resident_bytes(), reason="this system does not tell a process's memory")
 def test_frames_that_were_watched_leave_nothing(tmp_path):
     """A film of eight frames, opened again and again: 25 laps. Python's collector, which may come late, is off."""
@@ -126,6 +128,7 @@ def test_what_cannot_be(settings):
         bench_live("casa-tiny", **settings)
 
 
+@pytest.mark.slow
 def test_sessions_that_are_sustained_and_that_are_not(checkpoint):
     found = bench_sessions(checkpoint, sessions=3, fps=2.0, size=224, seconds=0.5, max_text_tokens=None)
     loads = found.figures["loads"]

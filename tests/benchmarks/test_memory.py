@@ -79,6 +79,7 @@ def checkpoint(tmp_path_factory):
     return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
+@pytest.mark.slow
 def test_a_longer_film_takes_no_more_than_a_short_one(checkpoint, imported_once):
     """If watched frames were kept, 30 of 448 x 448 px would be 18 MB; if all decoded ones were, 36 MB."""
     settings = {"size": 448, "film_fps": 4.0, "max_text_tokens": 96, "max_new_tokens": 2}
@@ -139,6 +140,7 @@ def test_a_peak_can_be_forgotten():
     assert max_memory_allocated(torch.device("cpu")) == pytest.approx(peak_resident_bytes(), rel=0.05)
 
 
+@pytest.mark.slow
 def test_peaks_are_of_each_method_by_itself_without_loading(tmp_path, imported_once):
     """Wide keys: 96 KiB of float32 a token, so that insertion's 12 frames of 64 tokens are 75 MB in its cache."""
     torch.manual_seed(0)

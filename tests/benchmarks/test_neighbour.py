@@ -36,6 +36,7 @@ def test_a_machine_that_is_not_quiet_is_called_so():
     assert "others used 0.50 cores" in neighbour_table(found)
 
 
+@pytest.mark.slow
 def test_it_runs_in_processes_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(neighbour, "WAYS", {TORCH: ({"OMP_NUM_THREADS": "1"}, False)})
     model = tiny_checkpoint(tmp_path / "model")

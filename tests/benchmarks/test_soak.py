@@ -41,6 +41,7 @@ def bounded(model, pictures):
     return last(soak(session, pictures, 200, block=40)), allowed_bytes(session, asked=False)
 
 
+@pytest.mark.slow
 def test_bytes_are_constant_once_the_bound_is_reached(bounded):
     blocks, allowed = bounded
     assert [block["frames"] for block in blocks] == [40, 80, 120, 160, 200]
@@ -53,6 +54,7 @@ def test_bytes_are_constant_once_the_bound_is_reached(bounded):
     assert soak_summary(blocks, allowed - 10**6)["constant"] is False
 
 
+@pytest.mark.slow
 def test_without_a_bound_the_growth_is_the_texts_alone(model, pictures):
     session = watching(model, None)
     blocks = last(soak(session, pictures, 60, block=20))
@@ -66,6 +68,7 @@ def test_without_a_bound_the_growth_is_the_texts_alone(model, pictures):
     assert "bound" not in soak_table(soak_summary(blocks, None))
 
 
+@pytest.mark.slow
 def test_a_soak_that_was_killed_goes_on(model, pictures, tmp_path):
     state = tmp_path / "a.session"
     whole = last(soak(watching(model, BOUND), pictures, 45, block=10))
@@ -81,6 +84,7 @@ def test_a_soak_that_was_killed_goes_on(model, pictures, tmp_path):
     assert list(soak(session, pictures, 45)) == []
 
 
+@pytest.mark.slow
 def test_what_is_found_is_written_plotted_and_gone_on_with(tmp_path):
     checkpoint = str(tiny_checkpoint(tmp_path / "model"))
     settings = {"max_text_tokens": BOUND, "size": 56, "block": 2, "state": tmp_path / "a.session"}

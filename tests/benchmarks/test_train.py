@@ -61,6 +61,7 @@ def kept(method, *image_tokens):
     return [kept_bytes(model, step_batch(StepCase(method, count, text_tokens=64), model)) for count in image_tokens]
 
 
+@pytest.mark.slow
 def test_less_is_kept_for_the_backward_pass_than_by_insertion_and_grows_slower():
     """No clock and no allocator: every storage that autograd holds, counted once."""
     sizes = {method: kept(method, 64, 256) for method in METHODS}
@@ -114,6 +115,7 @@ def test_growth_is_compared(monkeypatch):
     assert "insertion_over" not in alone
 
 
+@pytest.mark.slow
 def test_packed_and_padded_have_the_same_loss():
     budgets = {kind: TokenBudget(text=96, image=960) for kind in KINDS}
     found = throughput(samples=16, rounds=1, draws=2, budgets=budgets)

@@ -42,6 +42,7 @@ def here(folder, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", LINES)
 def test_a_command_runs(line, here, monkeypatch, capsys):
     if "|" in line:
@@ -59,6 +60,7 @@ def test_a_command_runs(line, here, monkeypatch, capsys):
         assert (here / name).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_the_programs_run(here, capsys):
     names: dict = {}
     for text in PROGRAMS:

@@ -106,6 +106,7 @@ atexit.register(lambda: [print(t.name, "is left", file=sys.stderr) for t in thre
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("pace", PACES)
 def test_a_signal(forks, film, tmp_path, pace, number):
@@ -127,6 +128,7 @@ def test_a_signal(forks, film, tmp_path, pace, number):
     assert not (tmp_path / "a.mp4").exists(), "the captioned film needs all captions"
 
 
+@pytest.mark.slow
 def test_stopped_and_gone_on_with(forks, film, tmp_path):
     """The files are, to the byte, those of a run that nobody stopped."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -146,6 +148,7 @@ def test_stopped_and_gone_on_with(forks, film, tmp_path):
         assert (stopped / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pace", PACES)
 def test_a_second_signal_ends_at_once(forks, film, tmp_path, pace):
     """A source that never lets go, as a camera whose driver hangs."""
@@ -160,6 +163,7 @@ def test_a_second_signal_ends_at_once(forks, film, tmp_path, pace):
     assert read_captions(tmp_path / "a.srt") == read_captions(tmp_path / "a.jsonl")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pace", PACES)
 @pytest.mark.parametrize("what", ["captions", "state"])
 def test_a_full_disk(forks, film, tmp_path, pace, what):
@@ -175,6 +179,7 @@ def test_a_full_disk(forks, film, tmp_path, pace, what):
     assert captions[: len(read_captions(tmp_path / "a.jsonl"))] == read_captions(tmp_path / "a.jsonl")[: len(captions)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pace", PACES)
 def test_a_closed_pipe(forks, film, tmp_path, pace):
     """`casa caption ... | head -1`"""
@@ -186,6 +191,7 @@ def test_a_closed_pipe(forks, film, tmp_path, pace):
     assert read_captions(tmp_path / "a.srt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pace", PACES)
 def test_the_end_of_the_source(forks, film, tmp_path, pace):
     run = Run(forks, tmp_path, film, *outs(tmp_path), *PACES[pace], "--end", 1)

@@ -87,6 +87,7 @@ def assert_valid_and_then_the_same(folder: Path, whole, load) -> None:
     assert sorted(left) == ["a.jsonl", "a.srt", "a.vtt"], "a finished run leaves no state"
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path, whole, load):
     """With states as seldom as they are saved unless told; the first frame's is there with the second caption."""
     lines, wait = random.randrange(2, len(whole[1]) - 1), random.uniform(0, 0.3)
@@ -102,6 +103,7 @@ def test_killed_at_any_moment(tmp_path, whole, load):
     assert_valid_and_then_the_same(tmp_path, whole, load)
 
 
+@pytest.mark.slow
 def test_killed_while_it_saves(tmp_path, whole, load):
     saves = random.randrange(3, 16)
     with start(tmp_path, saves, "--save-every", 0) as child:

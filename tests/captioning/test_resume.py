@@ -110,6 +110,7 @@ def without_a_stop(load, tmp_path_factory):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "stops", "save_every"),
     [
@@ -133,6 +134,7 @@ def test_the_same_as_without_a_stop(source, stops, save_every, setting_of, witho
     assert files(tmp_path) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("questions", [SETTINGS["questions"], ()], ids=["a question behind the end", "no question"])
 @pytest.mark.parametrize("burns", [False, True], ids=["files", "and a video"])
 def test_stopped_when_no_frame_is_left(questions, burns, film, load, stopping, tmp_path, monkeypatch):
@@ -159,6 +161,7 @@ def test_stopped_when_no_frame_is_left(questions, burns, film, load, stopping, t
     assert burnt == [read_captions(one / "a.srt")] * 2 if burns else not burnt
 
 
+@pytest.mark.slow
 def test_the_video_of_a_folder_is_the_same_as_without_a_stop(folder_of_pictures, load, stopping, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
@@ -187,6 +190,7 @@ def test_videos_after_a_resumed_run_hold_all_captions(film, load, stopping, tmp_
     assert texts == [one.text for one in read_captions(tmp_path / "a.srt")]
 
 
+@pytest.mark.slow
 def test_without_a_state_it_begins_at_the_beginning(film, load, tmp_path):
     caption(request_to(tmp_path, film), "tiny", load)
     before = files(tmp_path)

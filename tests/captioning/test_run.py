@@ -57,6 +57,7 @@ def test_part_of_a_film(run, film):
     assert {2.0 <= at < 4.0 for at, _ in told} == {True}
 
 
+@pytest.mark.slow
 def test_questions_are_asked_at_their_second_and_once(run, film, load):
     questions = (Question(2.2, "who"), Question(99.0, "and then"))
     _, told = run(film, questions=questions)
@@ -77,11 +78,13 @@ def test_each_question_is_asked_once_in_order_whatever_the_order_given(run, film
     assert answers == [(0.0, "a"), (2.0, "b"), (2.0, "c"), (5.5, "d")]
 
 
+@pytest.mark.slow
 def test_sampling_reaches_the_session(run, film):
     drawn = [run(film, sampling=Sampling(temperature=1.5, top_k=20), seed=seed)[1] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.slow
 def test_a_video_with_captions_drawn_in_and_one_with_a_text_track(run, film, tmp_path):
     report, told = run(film, tmp_path / "a.srt", burn=tmp_path / "burnt.mp4", track=tmp_path / "track.mkv")
     assert report.said == len(told)
@@ -133,6 +136,7 @@ def test_what_comes_only_once_is_recorded_with_its_captions(run, film, tmp_path,
     assert frames[0].picture[-4:].mean() < frames[0].picture[:4].mean() - 10, "a dark band at the foot"
 
 
+@pytest.mark.slow
 def test_in_live_pace_the_counts_add_up(run, film):
     report, told = run(film, live=True, fps=20.0, end=1.0)
     count = report.count
@@ -143,6 +147,7 @@ def test_in_live_pace_the_counts_add_up(run, film):
     assert report.longest_lag >= report.last_lag > 0
 
 
+@pytest.mark.slow
 def test_live_captions_say_by_how_much_they_came_later(run, film, tmp_path):
     report, told = run(film, tmp_path / "a.jsonl", live=True, fps=20.0, end=1.0)
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
@@ -152,6 +157,7 @@ def test_live_captions_say_by_how_much_they_came_later(run, film, tmp_path):
     assert "lag" not in (tmp_path / "b.jsonl").read_text(), "a film at its own pace has no clock"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cue", [None, "said", "frame"])
 def test_in_live_pace_captions_begin_when_they_were_said(run, film, tmp_path, cue):
     questions = (Question(0.0, "who"), Question(0.5, "and then"))
@@ -201,6 +207,7 @@ def test_ctrl_c_ends_live_pace_and_its_counts_are_told(load, film, tmp_path):
     assert read_captions(tmp_path / "a.srt")
 
 
+@pytest.mark.slow
 def test_damage_is_counted_and_passed_over(run, film, tmp_path):
     data = bytearray(film.read_bytes())
     middle = len(data) // 2

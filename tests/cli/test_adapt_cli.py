@@ -66,6 +66,7 @@ def test_an_insertion_model_gets_layers(casa, tmp_path):
     assert len(json.loads(dry.out)["methods"]) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -130,6 +131,7 @@ def test_dry_run_prints_tables_and_needs_no_weights(casa, tmp_path, folders):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+@pytest.mark.slow
 def test_dry_run_of_a_published_shape(casa, tmp_path):
     file = tmp_path / "figures.json"
     result = casa("adapt", "--dry-run", "--shape", "qwen2_5-vl-7b", "--json", "--out", file)

@@ -114,6 +114,7 @@ def assert_sentence(result, *words: str, said: str = "") -> None:
         assert word in result.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["ask", "caption", "demo"])
 @pytest.mark.parametrize("holds", FILES)
 def test_files_that_are_not_what_they_seem(casa, files, out, verb, holds):
@@ -127,6 +128,7 @@ def test_files_that_are_not_what_they_seem(casa, files, out, verb, holds):
     assert_sentence(result, f"casa: {sentence.format(file=file)}\n", said=said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["ask", "caption", "demo", "eval"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_models_that_are_none(casa, files, out, tmp_path, verb, kind):
@@ -143,6 +145,7 @@ def test_models_that_are_none(casa, files, out, tmp_path, verb, kind):
     assert_sentence(result, f"casa: {sentence.format(model=model, file=model)}\n", said=said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("holds", ["a film", "a picture"])
 @pytest.mark.parametrize("fps", ["0", "-1", "nan", "inf"])
 def test_rates_that_are_none(casa, files, out, holds, fps):
@@ -188,6 +191,7 @@ def test_a_config_of_nonsense(casa, checkpoint, changed, files):
     assert_sentence(result, "unknown fusion key 'placment'. Did you mean 'placement'?")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{% if %}", b"\xff"])
 @pytest.mark.parametrize(
     "name", ["tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"]

@@ -15,6 +15,7 @@ def film(noise_film):
     return noise_film(3)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed(casa, checkpoint, film, tmp_path, monkeypatch):
     """Ctrl-C, of which a kill is the harder case (tests/captioning/test_kill.py)."""
     one, two = tmp_path / "one", tmp_path / "two"

@@ -42,6 +42,7 @@ def folder(tmp_path_factory, checkpoint):
     return folder
 
 
+@pytest.mark.slow
 def test_trained_resumed_and_asked(casa, folder, tmp_path):
     recipe, out = folder / "mine.yaml", tmp_path / "run"
     result = casa("train", recipe, "--out", out, "--set", "optimisation.new_lr=1e-3")
@@ -72,6 +73,7 @@ def test_trained_resumed_and_asked(casa, folder, tmp_path):
     assert (answer.status, answer.err) == (0, "")
 
 
+@pytest.mark.slow
 def test_offline_tasks_are_scored_while_it_trains(casa, folder, tmp_path):
     tasks = ("--set", "evaluation.every=2", "--set", "evaluation.tasks=[pages, scenes]", "--set", "evaluation.limit=1")
     result = casa("train", folder / "mine.yaml", "--out", tmp_path / "run", *tasks)
@@ -97,6 +99,7 @@ ACCELERATE = [
 ]
 
 
+@pytest.mark.slow
 def test_two_processes(folder, tmp_path):
     program, out = Path(sys.executable).with_name("casa"), tmp_path / "run"
     command = [sys.executable, *ACCELERATE, program, "train", folder / "mine.yaml", "--out", out]
@@ -117,6 +120,7 @@ def test_two_processes(folder, tmp_path):
     CasaForConditionalGeneration.from_pretrained(out / "final")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_well(folder, tmp_path):
     program, out = Path(sys.executable).with_name("casa"), tmp_path / "run"
     command = [program, "train", folder / "mine.yaml", "--out", out, "--set", "optimisation.steps=2000"]
@@ -132,6 +136,7 @@ def test_sigterm_saves_and_ends_well(folder, tmp_path):
     assert newest_checkpoint(out) is not None
 
 
+@pytest.mark.slow
 def test_bad_data_of_every_kind_never_stops_a_run(casa, folder, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(folder / "data", data)

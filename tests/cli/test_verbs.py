@@ -67,6 +67,7 @@ def test_ask_takes_words_like_special_tokens(casa, checkpoint, picture):
     assert (said.status, said.err) == (0, "")
 
 
+@pytest.mark.slow
 def test_ask_takes_several_pictures_and_draws_words(casa, checkpoint, picture, tmp_path, monkeypatch):
     Image.new("RGB", (56, 84), "green").save(tmp_path / "other.png")
     one, other = str(picture), str(tmp_path / "other.png")
@@ -121,6 +122,7 @@ def test_a_bound_on_text_means_the_same_for_every_verb():
     assert all(isinstance(default, int) for _, _, default in found.values())
 
 
+@pytest.mark.slow
 def test_caption_prints_and_writes(casa, checkpoint, video, tmp_path):
     files = [tmp_path / f"captions.{kind}" for kind in ("srt", "vtt", "jsonl")]
     burned = tmp_path / "captioned.mp4"
@@ -147,6 +149,7 @@ def test_adapt_joins_two_folders(casa, tmp_path):
     assert CasaProcessor.from_pretrained(out).image_token == "<image>"
 
 
+@pytest.mark.slow
 def test_eval_prints_one_json_object(casa, checkpoint, tmp_path):
     kept = tmp_path / "scores.json"
     result = casa(

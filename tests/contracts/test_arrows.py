@@ -140,6 +140,7 @@ def test_the_readme_has_the_same_list():
     assert set(re.findall(r"`(\w+) → ([\w.]+)`", told[1])) == EXCEPTIONS.keys()
 
 
+@pytest.mark.slow
 def test_every_exception_is_in_use(monkeypatch):
     for exception in [*EXCEPTIONS]:
         monkeypatch.delitem(EXCEPTIONS, exception)
@@ -200,6 +201,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 LOADED = "import sys; print(sorted({n.split('.')[0] for n in sys.modules} & {'transformers', 'PIL', 'av'}))"
 
 
+@pytest.mark.slow
 def test_the_torch_rooms_load_torch_alone():
     rooms = "import casa, casa.windows, casa.attention.sdpa, casa.attention.reference, casa.layers"
     result = python(f"{rooms}\n{LOADED}\nimport PIL\n{LOADED}")
@@ -246,6 +248,7 @@ except ConnectionError as error:
 """
 
 
+@pytest.mark.slow
 def test_importing_changes_no_threads_seeds_or_environment_and_opens_no_socket():
     result = python(QUIET)
     every = str(len(list(SOURCE.rglob("*.py"))))

@@ -25,6 +25,7 @@ def test_every_fault_has_its_place_and_its_tests():
             assert (FOLDER.parent / test).is_file(), fault.name
 
 
+@pytest.mark.slow
 def test_a_fault_is_noticed_and_a_harmless_change_is_not(tmp_path):
     tree = copied(tmp_path)
     kept = (tree / "src" / "casa" / "windows.py").read_text()

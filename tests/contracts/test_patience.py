@@ -41,6 +41,7 @@ def _measured(node: ast.AST) -> bool:
     return any(getattr(call, "attr", getattr(call, "id", "")) in CLOCKS for call in calls)
 
 
+@pytest.mark.slow
 def test_no_test_is_in_a_hurry():
     files = sorted(TESTS.rglob("*.py"))
     found = [f"{path.relative_to(TESTS)}, {line}" for path in files for line in hasty(ast.parse(path.read_text()))]

@@ -135,6 +135,7 @@ class TestKept:
                 writer.write(Image.new("RGB", (64, 32), (0, 20 * k, 0)), time=k / 10)
         assert kept(video, *how) == video_frames(video, *how) != before
 
+    @pytest.mark.slow
     def test_what_is_wrong_is_not_kept(self, video, tmp_path, caplog):
         how = (2.0, 0.0, None, 32, 480, False)
         kept = KeptFrames(tmp_path / "frames")

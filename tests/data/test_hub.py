@@ -67,6 +67,7 @@ def test_every_row_goes_to_one_reader(folder, world):
     assert sorted(seen) == list(range(ROWS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [0, 4])
 @pytest.mark.parametrize("reader", [Shard(), Shard(1, 2)])
 def test_resumed_anywhere_it_is_the_same_stream(folder, shuffle, reader):
@@ -183,6 +184,7 @@ class Opened:
         return opened(self.folder, shard, shuffle=4)
 
 
+@pytest.mark.slow
 def test_readers_in_processes_of_their_own(folder):
     """`datasets` sees that it is in one of a loader's processes, and must not deal the rows out once more."""
     budget = TokenBudget(40, 40)

@@ -87,6 +87,7 @@ def test_sides_are_whole_cells_within_bounds(tmp_path):
     assert told == list(range(1, 201))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fps", [2.0, 3.0, 30.0])
 def test_words_stay_with_their_frames(tmp_path, fps):
     said = ("", "407", "", "", "8", "15")

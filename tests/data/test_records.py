@@ -118,6 +118,7 @@ def sources(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(
     stops=st.lists(st.integers(0, 40), min_size=1, max_size=3),
@@ -181,6 +182,7 @@ def test_files_come_in_another_order_each_epoch(tmp_path):
     assert len(epochs) == 3
 
 
+@pytest.mark.slow
 def test_sources_are_drawn_by_weight(tmp_path):
     write(tmp_path / "a.jsonl", ["a"] * 10)
     write(tmp_path / "b.jsonl", ["b"] * 10)
@@ -256,6 +258,7 @@ def test_compressed_shards_lie_beside_plain_ones(tmp_path, compression):
     assert [name(record) for record in opened(tmp_path / f"b.jsonl{compression}")] == ["b0", "b1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
 def test_a_compressed_file_that_is_cut_off_costs_its_rest(tmp_path, compression):
     from backports import zstd
@@ -458,6 +461,7 @@ def test_a_stream_crosses_processes_before_it_begins(tmp_path):
     assert first(pickle.loads(pickle.dumps(records)), 9) == first(records, 9)
 
 
+@pytest.mark.slow
 def test_the_room_is_light():
     """Reading JSON needs neither torch's friends nor the extras; they come with the files that need them."""
     heavy = {"transformers", "datasets", "pyarrow", "pandas", "av", "matplotlib", "torch"}

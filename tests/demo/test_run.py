@@ -25,6 +25,7 @@ def here(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_shipped_way_writes_everything_and_compares_with_the_truth(here, tmp_path, monkeypatch):
     clip = shipped_film(here / "film.mp4")
     monkeypatch.setattr(run, "shipped_film", lambda: clip)
@@ -58,6 +59,7 @@ def test_the_shipped_way_writes_everything_and_compares_with_the_truth(here, tmp
     assert all(str(path) in text for path in found.files)
 
 
+@pytest.mark.slow
 def test_a_video_of_ones_own_has_no_truth(here, tmp_path):
     lines: list[str] = []
     (tmp_path / "captions.srt").write_text("of an earlier run")

@@ -15,6 +15,7 @@ def examples():
     return [page(seed, split, turns=8) for seed in SEEDS for split in ("train", "held_out")]
 
 
+@pytest.mark.slow
 def test_sizes(examples):
     for example in examples:
         assert example.image.mode == "RGB"

@@ -51,6 +51,7 @@ def oracle_sessions():
     return Oracle
 
 
+@pytest.mark.slow
 def test_an_oracle_scores_full_marks():
     scores = evaluate(["pages", "scenes", "stream"], oracle(), oracle_sessions(), seed=SEED, limit=LIMIT)
     assert scores == {

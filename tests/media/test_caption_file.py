@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("captions")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @given(captions=said)
 @settings(max_examples=60, deadline=None)
@@ -132,6 +133,7 @@ for k in range(10**9):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_in_the_middle_of_writing(tmp_path, kind):

@@ -35,6 +35,7 @@ def noisy_clip(folder, clips, suffix):
     return clips.write(path, range(0, 1600, 40), format="mpegts" if suffix == "ts" else None, picture=picture)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["mkv", "ts", "avi"])
 def test_flipped_bytes_in_the_middle(tmp_path, clips, suffix):
     """Noise over some packets, the container's own bytes included: the video goes on behind it."""
@@ -54,6 +55,7 @@ def test_flipped_bytes_in_the_middle(tmp_path, clips, suffix):
     assert suffix == "mkv" or frames.counts.skipped >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["mkv", "ts", "avi"])
 def test_flipped_bytes_within_a_picture_are_counted(tmp_path, clips, suffix):
     """The container is whole, so every damaged packet is seen."""
@@ -73,6 +75,7 @@ def test_flipped_bytes_within_a_picture_are_counted(tmp_path, clips, suffix):
     assert times[-1] > 1.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["a part of a key frame", "a whole frame"])
 def test_a_lost_packet_of_a_transport_stream_is_counted(tmp_path, clips, place):
     """188 bytes that never came, as over a bad line: the stream's own count of its packets tells."""

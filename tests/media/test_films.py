@@ -138,6 +138,7 @@ def films(tmp_path_factory):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILMS)
 def test_every_frame_at_its_time(films, name):
     path = films(name)
@@ -196,6 +197,7 @@ def sentence(function, *given):
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FILMS if name != "parts.mpjpeg"])
 def test_a_text_track_beside_every_codec(films, tmp_path, name):
     """Either the film with its text, on one clock; or a sentence at once, which names the endings that do."""
@@ -380,6 +382,7 @@ def with_sound(path, late, begin=0.0):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["mkv", "mp4", "ts"])
 @pytest.mark.parametrize(("late", "begin"), [(1.0, 0.0), (-1.0, 0.0), (1.0, 5.0), (0.7, 0.0)])
 def test_a_picture_that_comes_before_or_after_the_sound(tmp_path, suffix, late, begin):

@@ -111,6 +111,7 @@ def test_a_live_stream_that_breaks_off_comes_back(server, clip):
     assert len(server.asked) == 5
 
 
+@pytest.mark.slow
 def test_a_live_stream_that_stalls_comes_back(server, clip):
     """Connected, and not a byte more: the camera's power is gone, and nobody says so."""
     data = clip("ts")
@@ -228,6 +229,7 @@ class TestPlaylists:
         assert playlist.asked.count("/live.m3u8") == 1
         assert source.counts.reconnects == 0
 
+    @pytest.mark.slow
     def test_one_that_grows_and_ends(self, playlist, clips, caplog):
         playlist.steps = [3, 4, 5, 5, 7, "end"]
         source = open_source(playlist.url, fps=100, backoff=QUICK)
@@ -236,6 +238,7 @@ class TestPlaylists:
         assert source.counts.reconnects == 0
         assert not caplog.records, "nothing broke off"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("back", [[(2, 6), (4, 7), "end"], ["end"]], ids=["a window of it", "the whole of it"])
     def test_one_that_is_cut_and_comes_back(self, playlist, clips, back):
         playlist.steps = [3, 4, *["gone"] * 6, *back]

@@ -434,6 +434,7 @@ def test_paths_bytes_and_addresses(tmp_path):
             as_picture(wrong)
 
 
+@pytest.mark.slow
 def test_a_web_address_is_fetched(tmp_path):
     noisy().save(tmp_path / "a.png")
 

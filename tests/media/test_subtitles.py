@@ -36,6 +36,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("subtitles")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 @given(given_captions=st.lists(captions, max_size=6))
 @settings(max_examples=150, deadline=None)

@@ -71,6 +71,7 @@ def open_gates(model):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fusion",
     [
@@ -121,6 +122,7 @@ def test_left_padded_rows_are_each_row_alone(model, samples, close):
         close(row[-len(sample.ids) :], wanted)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_pieces_are_one_pass(model, samples, close):
     for sample, wanted in zip(samples, alone(model, samples), strict=True):
@@ -141,6 +143,7 @@ def test_images_matter_and_the_future_does_not(model, samples):
     assert float(changed[2:].min()) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", [*FUSIONS, {"method": "insertion"}], ids=str)
 @torch.no_grad()
 def test_variants_keep_packed_batched_and_pieces_equal(kind, samples, fusion, close):
@@ -159,6 +162,7 @@ def test_variants_keep_packed_batched_and_pieces_equal(kind, samples, fusion, cl
     assert cache.image_tokens > 0
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_gradients_of_packed_rows_are_those_of_each_sample(kind, samples):
     with torch.enable_grad():
@@ -175,6 +179,7 @@ def test_gradients_of_packed_rows_are_those_of_each_sample(kind, samples):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [None, "20KB"])
 @torch.no_grad()
 def test_saved_is_loaded(model, kind, samples, shards, tmp_path):
@@ -214,6 +219,7 @@ def test_the_folded_projection_is_each_blocks_norm_then_its_projections(kind):
         torch.testing.assert_close(value.flatten(1), source.v_proj(normed), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_beams_are_the_same_batched_and_alone(kind, samples):
     model = tiny_casa_over(kind)
@@ -238,6 +244,7 @@ def test_a_vlm_comes_frozen_but_for_fusion_and_the_last_tower_blocks(kind):
     assert any("patch_embed" in name or "embeddings" in name for name in frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_a_path_will_do(kind, tmp_path):
     backbone = tiny_backbone(kind)
@@ -277,6 +284,7 @@ def test_auto_classes_know_the_parts():
         assert type(tiny_backbone(kind).config) in AutoModelForImageTextToText._model_mapping
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_sampled_rows_are_the_same_batched_and_alone(model, samples, monkeypatch):
     """Each row draws with a seed of its own; what a batch changes of a row's probabilities would change its words."""
@@ -299,6 +307,7 @@ def test_sampled_rows_are_the_same_batched_and_alone(model, samples, monkeypatch
     assert together != [row[0, -5:].tolist() for row in greedy], "they were drawn"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_fixed_seed_repeats_a_batch(model, samples):
     how = {"max_new_tokens": 5, "do_sample": True, "top_k": 20, "eos_token_id": None, "pad_token_id": 0}

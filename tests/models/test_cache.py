@@ -128,6 +128,7 @@ def two_rows(model):
         return rows, model(**joined, use_cache=True).past_key_values
 
 
+@pytest.mark.slow
 def test_reorder_select_and_repeat_move_whole_rows(model, close):
     rows, cache = two_rows(model)
     first, second = (after(model, fed(model, row), 11, 12)[0] for row in rows)
@@ -142,6 +143,7 @@ def test_reorder_select_and_repeat_move_whole_rows(model, close):
         close(after(model, moved, 11, 12), torch.stack(wanted))
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_cache_goes_its_own_way(model):
     cache = fed(model)
     wanted = after(model, cache, 11, 12)
@@ -153,6 +155,7 @@ def test_a_copy_of_a_cache_goes_its_own_way(model):
     assert (cache.num_text, twin.num_text) == (7, 8)
 
 
+@pytest.mark.slow
 def test_what_a_twin_is_fed_leaves_no_trace(model):
     cache = fed(model)
     wanted = after(model, cache, 11, 12)
@@ -165,6 +168,7 @@ def test_what_a_twin_is_fed_leaves_no_trace(model):
     assert torch.equal(after(model, cache, 11, 12), wanted)
 
 
+@pytest.mark.slow
 def test_a_window_begins_again_at_its_images(fused, close):
     """What comes next sees the frame as if nothing had been said of it."""
     cache = fed(fused)
@@ -183,6 +187,7 @@ def test_a_window_begins_again_at_its_images(fused, close):
     close(*several)
 
 
+@pytest.mark.slow
 def test_crop_takes_back_what_was_said(fused, close):
     cache = fed(fused)
     wanted = after(fused, cache, 11, 12, 13)

@@ -28,6 +28,7 @@ def test_every_from_pretrained_knows_its_name(tiny):
     assert tiny[0].dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_it_sees(tiny):
     """A small sample of the offline tasks; docs/results has the large one. The bars leave room for chance."""
     eyes = casa.CasaPipeline(*tiny)

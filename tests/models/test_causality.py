@@ -24,6 +24,7 @@ def heard(model, inputs, which):
     return logits.detach(), torch.autograd.grad(logits.square().sum(), pixels)[0]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_no_future_token_changes_an_earlier_logit(model, close):
     wanted = model(**TEXT.inputs()).logits
@@ -34,6 +35,7 @@ def test_no_future_token_changes_an_earlier_logit(model, close):
         assert not torch.allclose(found[:, changed], wanted[:, changed])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(("picture", "tokens", "place"), [(0, slice(0, 16), 2), (1, slice(16, 28), 5)])
 def test_no_future_frame_changes_an_earlier_logit(model, close, picture, tokens, place):
@@ -59,6 +61,7 @@ def test_no_gradient_flows_from_an_earlier_logit_to_a_later_frame(model):
 
 
 # a picture of the past stands before one of its tokens, which sees it
+@pytest.mark.slow
 @SEVERAL
 @given(past=texts(fewest=1, behind=False), futures=st.tuples(texts(fewest=1), texts(fewest=1)))
 def test_no_future_whatever_changes_what_is_before_it(few, close, past, futures):
@@ -75,6 +78,7 @@ def test_no_future_whatever_changes_what_is_before_it(few, close, past, futures)
     close(*found)
 
 
+@pytest.mark.slow
 @SEVERAL
 @given(mine=texts(fewest=1, behind=False), others=st.tuples(texts(fewest=1), texts(fewest=1)), first=st.booleans())
 def test_no_row_touches_another_whatever_it_holds(few, close, mine, others, first):
@@ -98,6 +102,7 @@ def test_no_row_touches_another(model, close):
     assert not torch.allclose(first[1], second[1])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_no_packed_sample_touches_another(model, close):
     other = TinySample((40, 41, 42, 43), ((1, 1, 2),), seed=2)

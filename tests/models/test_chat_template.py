@@ -117,6 +117,7 @@ def processor(request):
     return tiny_chat_processor(template=request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part",
     [
@@ -153,6 +154,7 @@ def test_pictures_come_as_transformers_and_openai_write_them(processor, part, tm
         assert torch.equal(found["pixel_values"], wanted["pixel_values"])
 
 
+@pytest.mark.slow
 def test_pictures_beside_a_chat_fill_the_parts_without_one(processor):
     chats = [user({"type": "image"}, "a", image()), user("b", {"type": "image"})]
     small, large = PICTURE.resize((28, 28)), PICTURE.resize((56, 56))
@@ -167,6 +169,7 @@ def test_pictures_beside_a_chat_fill_the_parts_without_one(processor):
     assert len(processor.apply_chat_template(chats)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "words"),
     [
@@ -251,6 +254,7 @@ def chat_of(words):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["<image>", "<end> <user>", "</s>", "<IMAGE>", "a <"])
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_what_people_type_is_text_with_any_template(words, kind):

@@ -30,6 +30,7 @@ def kind_of_fusion(request):
     return request.param
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_pickled_and_copied_models_are_the_model(kind, kind_of_fusion):
@@ -43,6 +44,7 @@ def test_pickled_and_copied_models_are_the_model(kind, kind_of_fusion):
     assert torch.equal(model(**inputs).logits, wanted)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", BACKBONES)
 @pytest.mark.parametrize("method", ["casa", "insertion"])

@@ -41,6 +41,7 @@ def near(found, wanted):
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2_5_vl"])
 @torch.no_grad()
 def test_logits_are_the_same_and_graphs_are_few(kind):
@@ -58,6 +59,7 @@ def test_logits_are_the_same_and_graphs_are_few(kind):
     assert counters["stats"]["unique_graphs"] == made, "other images need no other graphs"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="kernels for a CPU are C++")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own compiler, in places that vary by version
 @torch.no_grad()
@@ -68,6 +70,7 @@ def test_generated_kernels_give_the_same():
     assert counters["inductor"], "nothing was generated"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_insertion_compiles_too():
     model = small(1, method="insertion")
@@ -75,6 +78,7 @@ def test_insertion_compiles_too():
     near(compiled(**floats(SAMPLE), use_cache=False).logits, model(**floats(SAMPLE), use_cache=False).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, of hidden states it traces
 def test_gradients_are_the_same():
     model = small(2)
@@ -89,6 +93,7 @@ def test_gradients_are_the_same():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_cache_goes_on_in_a_compiled_model():
     model = small(1)
@@ -108,6 +113,7 @@ def test_a_cache_goes_on_in_a_compiled_model():
     assert caches == [8, 8]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_a_processor_makes_can_be_given():
     model = small(1)

@@ -56,6 +56,7 @@ def assert_same(ours, theirs):
         assert json.loads((ours / file).read_text()) == json.loads((theirs / file).read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "fusion"),
     [
@@ -316,6 +317,7 @@ def measured(*arguments):
     return int(run.stdout.splitlines()[-1]), sum(file.stat().st_size for file in written)
 
 
+@pytest.mark.slow
 @IN_PROC
 def test_peak_memory_stays_below_the_models_size(llama, tower, tmp_path):
     """Every resident page counts, those mapped from the files too: the peak is about two tensors, not the model."""
@@ -328,6 +330,7 @@ def test_peak_memory_stays_below_the_models_size(llama, tower, tmp_path):
     assert peak < 0.4 * size
 
 
+@pytest.mark.slow
 @IN_PROC
 def test_an_insertion_model_of_casas_own_is_read_whole_and_once(tmp_path):
     insertion = FusionConfig(method="insertion")

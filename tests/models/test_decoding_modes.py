@@ -34,6 +34,7 @@ def model(request):
     return tiny_casa(**FUSIONS[request.param])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample", [ECHO, ROWS[0], ROWS[1]], ids=["echo", "images", "text"])
 def test_assisted_says_what_greedy_says(model, sample, monkeypatch):
     wanted = generate(model, sample.inputs())

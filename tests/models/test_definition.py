@@ -117,6 +117,7 @@ def check(model, samples, close):
         close(model(**sample.inputs()).logits[0], by_hand(model, sample))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_model_is_what_the_paper_writes(fused, samples, close):
     check(fused, samples, close)

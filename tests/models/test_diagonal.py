@@ -102,6 +102,7 @@ def parts(config):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2_5_vl", "gemma3_text"])
 @pytest.mark.parametrize("method", ["casa", "insertion"])
 def test_a_pass_leaves_the_config_as_it_was_even_if_it_fails(monkeypatch, kind, method):

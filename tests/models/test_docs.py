@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from casa.evaluation import page
 
@@ -11,6 +12,7 @@ GUIDE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="u
 PROGRAMS = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_programs_run(tmp_path, monkeypatch, capsys):
     drawn = page(np.random.default_rng(3), "held_out", sizes=[(224, 224)])
     drawn.image.save(tmp_path / "page.png")

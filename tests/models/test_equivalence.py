@@ -39,12 +39,14 @@ def the_same(model, found, wanted, close):
         close(ours.get(name, zero), theirs.get(name, zero))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_packed_samples_are_each_sample_alone(model, samples, close):
     packed = model(**as_packed(samples)).logits[0]
     close(packed, torch.cat([model(**sample.inputs()).logits[0] for sample in samples]))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_packed_rows_with_padding_behind_are_each_sample_alone(model, samples, close):
     rows = [samples[:2], samples[2:]]
@@ -66,6 +68,7 @@ def test_packed_rows_with_padding_behind_are_each_sample_alone(model, samples, c
         assert len(found) > len(alone), f"row {row} has no padding behind it"
 
 
+@pytest.mark.slow
 def test_packed_gradients_are_the_sum_of_each_sample_alone(model, samples, close):
     weights = torch.randn(sum(len(s.ids) for s in samples), 61, dtype=torch.float64)
     together = gradients(model, (model(**as_packed(samples)).logits[0] * weights).sum())
@@ -78,6 +81,7 @@ def test_packed_gradients_are_the_sum_of_each_sample_alone(model, samples, close
         close(together[name], alone[name])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_left_padded_batch_is_each_row_alone(model, samples, close):
     logits = model(**as_batch(samples)).logits
@@ -85,6 +89,7 @@ def test_left_padded_batch_is_each_row_alone(model, samples, close):
         close(row[-len(sample.ids) :], model(**sample.inputs()).logits[0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_left_padded_batch_goes_on_as_each_row_alone(model, samples, close):
     batch = as_batch(samples)
@@ -100,6 +105,7 @@ def test_left_padded_batch_goes_on_as_each_row_alone(model, samples, close):
             close(logits[row], model(input_ids=torch.tensor([[token]]), past_key_values=own).logits[0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_token_by_token_is_one_pass(model, samples, close):
     for sample in samples:
@@ -114,6 +120,7 @@ def test_token_by_token_with_gradients_is_one_pass(few, samples, close):
     the_same(few, in_calls(few, calls, grad=True)[0], few(**sample.inputs()).logits, close)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("late", [False, True], ids=["at the end of a call", "at the start of a call"])
 def test_prefill_then_tokens_is_one_pass(model, samples, close, late):
@@ -123,6 +130,7 @@ def test_prefill_then_tokens_is_one_pass(model, samples, close, late):
             close(in_calls(model, sample.calls(range(prompt, len(sample.ids)), late))[0], whole)
 
 
+@pytest.mark.slow
 @SEVERAL
 @given(drawn=texts_in_pieces())
 def test_pieces_of_any_size_are_one_pass(few, close, drawn):
@@ -131,6 +139,7 @@ def test_pieces_of_any_size_are_one_pass(few, close, drawn):
         close(in_calls(few, sample.calls(cuts, late))[0], few(**sample.inputs()).logits)
 
 
+@pytest.mark.slow
 @SEVERAL
 @given(drawn=texts_in_pieces())
 def test_pieces_of_any_size_have_the_gradients_of_one_pass(few, close, drawn):
@@ -138,6 +147,7 @@ def test_pieces_of_any_size_have_the_gradients_of_one_pass(few, close, drawn):
     the_same(few, in_calls(few, sample.calls(cuts, late), grad=True)[0], few(**sample.inputs()).logits, close)
 
 
+@pytest.mark.slow
 @SEVERAL
 @given(rows=st.lists(texts(), min_size=2, max_size=3))
 def test_any_left_padded_batch_is_each_row_alone(few, close, rows):
@@ -147,6 +157,7 @@ def test_any_left_padded_batch_is_each_row_alone(few, close, rows):
 
 
 # a picture behind all text of a sample would be the next one's
+@pytest.mark.slow
 @SEVERAL
 @given(samples=st.lists(texts(behind=False), min_size=1, max_size=3))
 def test_any_texts_packed_are_each_alone(few, close, samples):
@@ -162,6 +173,7 @@ def test_a_picture_at_the_border_of_packed_samples_is_the_next_ones(few, close):
     close(packed[3:], few(**TinySample((8, 9), ((0, 2, 2),), seed=9).inputs()).logits[0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_stream_of_frames_is_one_interleaved_pass(model, close):
     """Each call ends the old window with what was said, shows a frame, and goes on token by token."""
@@ -185,6 +197,7 @@ def test_images_with_no_text_between_calls_join_one_window(fused, close):
     assert cache.windows.windows[0][-1].images == 6
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_rows_get_images_in_different_calls(model, close):
     """In the second call only row 1 has a new image; in the third only row 0."""

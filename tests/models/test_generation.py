@@ -30,6 +30,7 @@ def by_hand(model, sample):
     return list(ids[-NEW:])
 
 
+@pytest.mark.slow
 def test_greedy_is_the_best_token_each_time_cached_or_not(model):
     sample = ROWS[0]
     wanted = by_hand(model, sample)
@@ -37,6 +38,7 @@ def test_greedy_is_the_best_token_each_time_cached_or_not(model):
     assert generate(model, sample.inputs(), use_cache=False)[0].tolist() == wanted
 
 
+@pytest.mark.slow
 def test_a_batch_is_each_row_alone(model):
     together = generate(model, as_batch(ROWS))
     assert together.tolist() == [generate(model, row.inputs())[0].tolist() for row in ROWS]
@@ -68,6 +70,7 @@ def test_sampling_is_the_same_cached_or_not_and_among_the_likeliest(few):
         assert all(token in some for token, some in zip(new, likeliest.tolist(), strict=True))
 
 
+@pytest.mark.slow
 def test_beams_of_a_batch_are_those_of_each_row(model):
     together = generate(model, as_batch(ROWS), num_beams=3)
     assert together.tolist() == [generate(model, row.inputs(), num_beams=3)[0].tolist() for row in ROWS]
@@ -119,6 +122,7 @@ def test_text_only_generation_is_the_backbones(casa_of):
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_generation_goes_on_from_a_cache_with_a_new_image(model):
     """All ids so far are given, as in transformers, and image_positions count in them (see test_second_turn)."""
     whole = TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 1, 2), (5, 2, 2)), seed=21)

@@ -124,6 +124,7 @@ def with_eyes(backbone, **fusion):
     return adapt(backbone, FusionConfig(**fusion), vision=tiny_encoder(dtype=torch.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["model", "file", "folder"])
 @pytest.mark.parametrize("fusion", [{}, {"placement": "replace", "every": 2}], ids=str)
 def test_it_is_the_model_of_its_plain_weights(plain, folder, tmp_path, given, fusion):
@@ -150,6 +151,7 @@ def test_it_is_the_model_of_its_plain_weights(plain, folder, tmp_path, given, fu
     assert model.backbone.model.layers[0].mlp.up_proj.weight.grad.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", ["Q8_0", "Q4_1"])
 def test_packed_weights_are_unpacked(plain, tmp_path, packed):
     kind = gguf.GGMLQuantizationType[packed]
@@ -174,6 +176,7 @@ def test_weights_that_are_still_packed_are_refused(folder):
         with_eyes(model)
 
 
+@pytest.mark.slow
 def test_the_command_makes_a_folder_with_model_and_processor(plain, folder, tmp_path, monkeypatch, capsys):
     tower = tmp_path / "tower"
     tiny_encoder(dtype=torch.float32).save_pretrained(tower)

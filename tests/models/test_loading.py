@@ -29,6 +29,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", ["5GB", "20KB"], ids=["one file", "sharded"])
 def test_loaded_is_saved_bit_for_bit(few, tmp_path, shards):
     few.save_pretrained(tmp_path, max_shard_size=shards)

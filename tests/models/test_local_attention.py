@@ -74,6 +74,7 @@ def in_calls(model, calls):
     return torch.cat(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", [name for name in FUSIONS if "replace" not in name])
 @torch.no_grad()
 def test_text_alone_is_the_backbone_bit_for_bit(kind, fusion):
@@ -96,6 +97,7 @@ def test_a_sliding_window_is_felt(kind):
     assert float(moved[3:].min()) > 1e-6
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_packed_batched_and_pieces_are_each_sample_alone(model, close):
     wanted = [model(**sample.inputs()).logits[0] for sample in SAMPLES]
@@ -107,6 +109,7 @@ def test_packed_batched_and_pieces_are_each_sample_alone(model, close):
             close(in_calls(model, sample.calls(cuts)), one)
 
 
+@pytest.mark.slow
 def test_generation_is_the_same_cached_or_not(model):
     how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     for inputs in (as_batch(SAMPLES), SAMPLES[0].inputs()):
@@ -115,6 +118,7 @@ def test_generation_is_the_same_cached_or_not(model):
             assert torch.equal(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", [name for name in FUSIONS if name != "insertion"])
 def test_drafts_are_taken_back_from_a_cache_that_slides(kind, fusion):
     model = casa_of(kind, fusion)

@@ -95,6 +95,7 @@ def test_a_model_with_a_loss_chunk_never_holds_all_logits(method):
     assert sum(sizes) == 2 * 11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [None, 1, 100])
 @pytest.mark.parametrize("count", [None, 0, torch.tensor(0), torch.tensor(7)])
 def test_nothing_to_learn_is_a_loss_of_zero_whatever_the_chunk(chunk, count):

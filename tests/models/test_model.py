@@ -18,6 +18,7 @@ def gradients(model, inputs):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_a_deep_copy_is_whole_and_independent(model):
     twin = copy.deepcopy(model)
     with torch.no_grad():

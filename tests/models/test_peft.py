@@ -45,6 +45,7 @@ def logits(model, sample=SAMPLE, **how):
     return model(**sample.inputs(), **how).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "fusion", [{}, {"share_weights": True}, {"placement": "replace", "every": 2}, {"method": "insertion"}], ids=str
@@ -77,6 +78,7 @@ def test_an_adapter_on_keys_moves_what_images_are_found_by(close):
         close(logits(wrapped), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("choice", CHOICES)
 def test_trained_merged_saved_loaded(kind, choice, close, tmp_path):

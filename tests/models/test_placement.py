@@ -52,6 +52,7 @@ def said(model):
     return model(**inputs).logits, tokens.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", WHOLE | SPLIT)
 def test_a_placed_model_answers_as_a_plain_one(saved, tmp_path, where):
     model, folder = saved

@@ -50,6 +50,7 @@ def loaded(folder, way, **more):
     return CasaForConditionalGeneration.from_pretrained(folder, quantization_config=settings).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "fusion", [{}, {"placement": "replace", "every": 2}, {"method": "insertion"}, {"update_images": True}], ids=str
@@ -69,6 +70,7 @@ def test_it_says_nearly_the_same(tmp_path, way, fusion):
     assert tokens.shape == (1, 11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_saved_small_is_loaded_small(tmp_path, way):
     saved(tmp_path / "full")
@@ -159,6 +161,7 @@ def test_a_quantised_backbone_is_not_adapted(tmp_path):
         adapt(backbone, FusionConfig(), vision=tiny_encoder(dtype=torch.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_backbone_that_was_made_plain_again_is(tmp_path, way):
     tiny_text_model(dtype=torch.float32, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "text")

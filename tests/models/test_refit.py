@@ -55,6 +55,7 @@ def test_compressor_and_gist_come_along():
         adapt(tiny_casa(method="insertion", **choice), FusionConfig(compressor="q_former:2"))
 
 
+@pytest.mark.slow
 def test_folder_to_folder(tmp_path):
     before = tiny_checkpoint(tmp_path / "before", method="insertion")
     outlined = convert(before, tmp_path / "after", beside=auto_processor(before).save_pretrained)

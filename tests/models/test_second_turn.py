@@ -60,6 +60,7 @@ def same(found, wanted):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # generate hands out single precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("added", ADDED)
 def test_rows_of_a_batch_go_on_with_the_whole_chat(model, added):
     """Of any lengths, though the processor pads the second turn otherwise than the first."""
@@ -72,6 +73,7 @@ def test_rows_of_a_batch_go_on_with_the_whole_chat(model, added):
     same(generate(model, as_batch(chats), past_key_values=cache), generate(model, as_batch(chats)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", range(3))
 def test_one_row_goes_on(few, row):
     cache, (said,) = first_turn(few, [FIRST[row]])
@@ -84,6 +86,7 @@ def test_one_row_goes_on(few, row):
         assert held.num_rows == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_every_family_goes_on(kind):
     model = tiny_casa_over(kind)
@@ -105,6 +108,7 @@ def test_rows_of_a_sliding_window_are_padded_as_they_were():
         generate(model, as_batch(chats), past_key_values=cache)
 
 
+@pytest.mark.slow
 def test_new_text_alone_has_its_own_places(few):
     """With an attention mask over cache and new text; rows of the new text are padded on the left."""
     cache, said = first_turn(few, FIRST)
@@ -148,6 +152,7 @@ def test_kept_features_go_on_as_pixels_do(casa_of, kept):
     assert several.sequences.tolist() == wanted.sequences.tolist() * 2
 
 
+@pytest.mark.slow
 def test_what_stands_where_the_cache_ends_is_old_if_it_was_seen(few):
     """A picture behind all text of the first turn, one before the first new token, and both."""
     ended = TinySample((40, 6, 13, 22), ((2, 2, 2), (4, 1, 3)), seed=31)
@@ -163,6 +168,7 @@ def test_what_stands_where_the_cache_ends_is_old_if_it_was_seen(few):
         same(generate(few, chat.inputs(), past_key_values=cache), generate(few, chat.inputs()))
 
 
+@pytest.mark.slow
 def test_beams_and_several_answers_go_on_and_leave_the_cache(few):
     cache, said = first_turn(few, FIRST)
     chats = as_batch([longer(*row) for row in zip(FIRST, said, UNEVEN, strict=True)])
@@ -197,6 +203,7 @@ def test_beams_and_several_answers_go_on_and_leave_the_cache(few):
     assert found.tolist() == generate(few, whole).sequences[:, -NEW:].tolist()
 
 
+@pytest.mark.slow
 def test_a_row_that_ended_early_holds_what_it_said_and_no_padding(few):
     free = generate(few, as_batch(FIRST)).sequences[:, 5:].tolist()
     stop = free[0][1]
@@ -222,6 +229,7 @@ def test_a_row_that_ended_early_holds_what_it_said_and_no_padding(few):
         few(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache)
 
 
+@pytest.mark.slow
 def test_a_mask_may_hide_the_last_cached_tokens_of_a_row(model, close):
     rows = [TinySample((5, 9, 17, 4, 33), ((1, 2, 3),), seed=11), TinySample((7, 30, 11, 6, 3), ((0, 1, 1),), seed=21)]
     mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1]])

@@ -66,6 +66,7 @@ def test_text_looks_at_their_tokens(tower, model, close):
     close(torch.cat([first.logits, second.logits], dim=1), whole)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_saved_is_loaded(tower, model, tmp_path):
     model.save_pretrained(tmp_path)
@@ -105,6 +106,7 @@ def test_a_tower_called_by_the_name_of_its_whole_model(tmp_path):
     torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_5_vl_vision"])
 def test_published_vlms_and_their_towers_are_taken(name, tmp_path):
     vlm = published(tmp_path / "vlm", name)
@@ -169,6 +171,7 @@ def test_settings_of_generation_come_along(tmp_path):
         assert {key: found[key] for key in settings} == settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["over text", "over a VLM", "insertion"])
 def test_a_fused_model_lends_its_tower(tmp_path, kind):
     """Another text model sees with it: `vision=` a checkpoint of casa's own, wherever its tower stands."""

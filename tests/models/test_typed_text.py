@@ -44,6 +44,7 @@ def rendered(typed: TypedText, chat):
     return marks.read("".join(written + marks.mark(text) for written, text in chat))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @settings(max_examples=60, deadline=None)
 @given(chat=CHAT)
@@ -60,6 +61,7 @@ def test_only_what_the_template_wrote_is_a_special_token(kind, chat):
     assert typed.encode_spelled(spelled).ids == wanted["input_ids"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @settings(max_examples=60, deadline=None)
 @given(

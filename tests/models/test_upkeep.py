@@ -29,6 +29,7 @@ VOCABULARIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", VOCABULARIES)
 @torch.no_grad()
 def test_old_tokens_keep_their_logits_in_another_vocabulary(kind, tmp_path):
@@ -81,6 +82,7 @@ def gradients(model):
 FUSIONS = [{}, {"placement": "before"}, {"placement": "replace", "every": 2}, {"update_images": True}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2_5_vl"])
 @pytest.mark.parametrize("fusion", [*FUSIONS, {"method": "insertion"}, {"method": "cross_attention"}], ids=str)
 def test_checkpointed_gradients_are_the_same(kind, fusion):

@@ -44,6 +44,7 @@ def model(request):
     return tiny_casa(**VARIANTS[request.param])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_packed_padded_and_in_pieces_are_each_sample_alone(model, close):
     alone = [model(**sample.inputs()).logits[0] for sample in SAMPLES]
@@ -66,6 +67,7 @@ def test_queried_images_in_the_stream_have_places_in_three_axes_too(close):
     test_packed_padded_and_in_pieces_are_each_sample_alone(model, close)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_they_generate_and_come_back_from_disk(model, tmp_path):
     inputs = SAMPLES[0].inputs()

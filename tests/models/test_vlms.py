@@ -65,6 +65,7 @@ def twins(request):
     return tiny_backbone(request.param), model.eval().requires_grad_(True)
 
 
+@pytest.mark.slow
 @SEVERAL
 @given(rows=st.lists(texts(apart=True), min_size=1, max_size=3))
 def test_insertion_is_the_vlms_own_forward_for_any_texts_and_pictures(twins, rows):

@@ -28,6 +28,7 @@ def weights(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_the_same_as_uninterrupted(tmp_path):
     # as many threads as here: sums in another order would differ in their last bits
     threads = str(torch.get_num_threads())
@@ -59,6 +60,7 @@ def test_losses_fall_and_are_written_down(tmp_path):
     assert run.step == 12
 
 
+@pytest.mark.slow
 def test_a_page_learnt_by_heart_is_read():
     settings = replace(TINY, steps=200, hidden_size=24, rate=1e-2, bf16=False, ema=0.8, score_pages=1)
     run, seed = Run.start(settings), (settings.seed, 987654321, 0)

@@ -53,6 +53,7 @@ def test_each_way_is_scored_by_the_tasks_own_measure():
     assert found["chart"]["seen"]["questions"] == 4
 
 
+@pytest.mark.slow
 def test_a_model_is_asked(tmp_path, capsys):
     small = {"stem_sizes": (4, 4), "hidden_size": 8, "dilations": (1,)}
     encoder = PageEncoder(PageEncoderConfig(**small))

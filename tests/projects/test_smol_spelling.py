@@ -87,6 +87,7 @@ def text_model(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_code_learns_to_spell(text_model, tmp_path):
     settings = Settings(
         text=str(text_model), shapes=((1, 64, 64),), hidden_size=16, stem_sizes=(8, 8), dilations=(1, 2),

@@ -156,6 +156,7 @@ def test_a_style_is_never_trained_on(emoji, monkeypatch):
     assert not answers & {"teapot", "flag peru"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not __import__("pathlib").Path(CHROMIUM).exists(), reason="needs Chromium")
 def test_the_browser_draws_many_documents_at_once():
     rng = np.random.default_rng(1)

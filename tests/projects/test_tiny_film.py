@@ -60,6 +60,7 @@ def test_truth_is_given_by_frame():
     assert len([text for text in clip.truth([k / 2 for k in range(120)]) if text]) == len(clip.captions)
 
 
+@pytest.mark.slow
 def test_a_film_and_its_truth(tmp_path):
     told = []
     for name in ("a.mp4", "b.mp4"):

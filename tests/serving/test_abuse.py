@@ -115,6 +115,7 @@ def closed_with(one):
         return events, closed.rcvd.code if closed.rcvd is not None else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "frame", [b"no picture" * 9, claimed_png(60_000, 60_000), claimed_png(6_000, 6_000), b"\xff\xd8\xff" + bytes(99)]
 )
@@ -129,6 +130,7 @@ def test_a_frame_that_is_no_picture(busy, client, frames, watcher, frame):
     keep_on(watcher, misuse)
 
 
+@pytest.mark.slow
 def test_text_instead_of_json_until_patience_ends(busy, client):
     with client(busy) as one:
         one.hello()
@@ -140,6 +142,7 @@ def test_text_instead_of_json_until_patience_ends(busy, client):
         assert code == 1008
 
 
+@pytest.mark.slow
 def test_wrong_frames_with_a_time_each_until_patience_ends(busy, client):
     with client(busy) as one:
         one.hello()
@@ -150,6 +153,7 @@ def test_wrong_frames_with_a_time_each_until_patience_ends(busy, client):
         assert closed_with(one)[1] == 1008
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_server_is_said_and_nobody_elses(busy, client, monkeypatch, caplog):
     def fail(*_):
         raise ZeroDivisionError
@@ -164,6 +168,7 @@ def test_a_fault_of_the_server_is_said_and_nobody_elses(busy, client, monkeypatc
     assert "a fault of the server" in caplog.text
 
 
+@pytest.mark.slow
 def test_oversized_frames_and_messages(busy, client, frames, watcher):
     def misuse(_):
         with client(busy) as one:
@@ -179,6 +184,7 @@ def test_oversized_frames_and_messages(busy, client, frames, watcher):
     keep_on(watcher, misuse)
 
 
+@pytest.mark.slow
 def test_a_client_that_vanishes_in_mid_frame(busy, client, raw_bytes, until):
     before = busy._state.worker.streams
     one = client(busy)
@@ -192,6 +198,7 @@ def test_a_client_that_vanishes_in_mid_frame(busy, client, raw_bytes, until):
     one.socket.close()
 
 
+@pytest.mark.slow
 def test_200_connects_and_drops_leave_nothing(busy, raw_bytes, until, watcher):
     state = busy._state
     before = state.worker.streams
@@ -216,6 +223,7 @@ def test_200_connects_and_drops_leave_nothing(busy, raw_bytes, until, watcher):
     assert len(state.shelf) <= LIMITS.ended_streams + before
 
 
+@pytest.mark.slow
 def test_a_slow_reader_delays_nobody_and_is_let_go(busy, client, until):
     state, before = busy._state, busy._state.worker.streams
     # small buffers below, so that a reader that reads nothing is soon felt above
@@ -254,6 +262,7 @@ def test_too_many_frames_are_dropped_and_counted(busy, client, frames):
         assert any(event["type"] == "dropped" for event in events)
 
 
+@pytest.mark.slow
 def test_more_sessions_and_connections_than_allowed(busy, client, until):
     opened = [client(busy) for _ in range(3)]
     for one in opened:
@@ -271,6 +280,7 @@ def test_more_sessions_and_connections_than_allowed(busy, client, until):
         one.socket.close()
 
 
+@pytest.mark.slow
 def test_oversized_bodies(busy, watcher):
     def misuse(number):
         connection = http.client.HTTPConnection("127.0.0.1", busy.port, timeout=PATIENCE)
@@ -291,6 +301,7 @@ def test_oversized_bodies(busy, watcher):
     keep_on(watcher, misuse, 2)
 
 
+@pytest.mark.slow
 def test_a_body_that_never_ends(busy):
     connection = http.client.HTTPConnection("127.0.0.1", busy.port, timeout=PATIENCE)
     try:
@@ -304,6 +315,7 @@ def test_a_body_that_never_ends(busy):
         connection.close()
 
 
+@pytest.mark.slow
 def test_a_reader_of_a_chat_that_goes_away(busy, until):
     body = {"model": "tiny", "stream": True, "temperature": 2, "messages": [{"role": "user", "content": "tell"}]}
     for stream in (True, False):
@@ -323,6 +335,7 @@ def held():
     return resident_bytes()
 
 
+@pytest.mark.slow
 def test_memory_returns_to_where_it_was_after_every_kind_of_abuse(
     busy, client, frames, encode, raw_bytes, until, watcher
 ):

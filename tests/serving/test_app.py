@@ -156,6 +156,7 @@ def test_an_insertion_model_remembers_all_and_is_refused_a_bound(client):
     thread.join()
 
 
+@pytest.mark.slow
 def test_insertion_is_measured_at_start(serving, client, frames):
     with serving(measure_seconds=0.1) as server, client(server) as one:
         assert one.hello()["insertion"] == {"cache_bytes": "computed", "latency": "measured"}

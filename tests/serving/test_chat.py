@@ -132,6 +132,7 @@ def test_seeds_and_lengths(ai):
     assert one.usage.completion_tokens <= 1
 
 
+@pytest.mark.slow
 def test_without_a_seed_no_two_answers_are_the_same(ai):
     asked = {"model": "tiny", "messages": [{"role": "user", "content": "tell"}], "max_tokens": 16, "temperature": 2.0}
     assert len({ai.chat.completions.create(**asked).choices[0].message.content for _ in range(5)}) > 2
@@ -286,6 +287,7 @@ def test_chats_beyond_the_limit_are_told_to_wait(serving, until):
             until(lambda: state.chats.here == 0)
 
 
+@pytest.mark.slow
 def test_chats_wait_for_their_turn_and_who_goes_is_forgotten(serving, until):
     with serving(limits=Limits(chats=1, waiting_chats=3)) as server, ThreadPoolExecutor(4) as threads:
         state, hold = server._state, threading.Event()

@@ -81,6 +81,7 @@ def told(pieces, index):
     return "".join(piece.text for piece in pieces if piece.index == index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", [{}, {"placement": "before", "history": 1}, {"method": "insertion"}])
 def test_several_answers_are_those_of_single_requests(asked, fusion):
     """Whatever the batch they are said in: the first has the request's seed, the others seeds drawn from it."""

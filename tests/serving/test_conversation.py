@@ -44,6 +44,7 @@ def kept_busy(submit):
         end.set()
 
 
+@pytest.mark.slow
 def test_captions_are_those_of_a_session_alone(server, client, model, pictures, frames):
     sampling = {"temperature": 1.2, "top_k": 20}
     session = StreamingSession(
@@ -74,6 +75,7 @@ def test_captions_are_those_of_a_session_alone(server, client, model, pictures, 
     assert inserted[-1] - inserted[0] > held[-1] - held[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_frames_of_three_formats(server, client, model, pictures, encode, kind):
     sent = [encode(picture, kind) for picture in pictures[:4]]
@@ -85,6 +87,7 @@ def test_frames_of_three_formats(server, client, model, pictures, encode, kind):
     assert any(heard)
 
 
+@pytest.mark.slow
 def test_captions_as_files_while_it_runs_and_afterwards(server, client, frames):
     with client(server) as one:
         name = one.hello(fps=0.01)["stream"]
@@ -148,6 +151,7 @@ def test_times_are_the_clocks_where_nothing_else_is_said(server, client, frames)
     assert 0 <= first < second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "message",
     [
@@ -236,6 +240,7 @@ def test_pages_of_other_sites_are_turned_away(server, client):
         assert one.hello()["type"] == "ready"
 
 
+@pytest.mark.slow
 def test_names_that_the_server_goes_by(serving):
     for settings, status in [({"hosts": ["Casa.Example"]}, 200), ({"token": "secret"}, 200), ({}, 403)]:
         with serving(**settings) as server:

@@ -101,6 +101,7 @@ def speaker():
     return tiny_casa()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "clean"), MADE)
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())

@@ -99,6 +99,7 @@ def in_a_loop(scenario):
     return asyncio.run(run())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "fps", "picture", "max_batch_size", "seconds", "cut"),
     [
@@ -184,6 +185,7 @@ def refused(opened):
     return str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tried", [False, True])
 def test_no_more_are_let_in_than_the_machine_sustains_and_those_lose_next_to_nothing(machine, model, tried):
     def scenario():
@@ -212,6 +214,7 @@ def test_no_more_are_let_in_than_the_machine_sustains_and_those_lose_next_to_not
     assert not made.worker.load.recent.is_too_much
 
 
+@pytest.mark.slow
 def test_what_would_be_possible_is_said_and_is(machine):
     def scenario():
         made = machine(picture=0.2, reading=0.05)
@@ -237,6 +240,7 @@ def test_what_would_be_possible_is_said_and_is(machine):
     assert [stream.name for stream in made.streams] == ["first", "second"]
 
 
+@pytest.mark.slow
 def test_the_first_is_let_in_and_told_what_it_will_lose(machine):
     def scenario():
         made = machine(picture=0.2, reading=0.05)
@@ -259,6 +263,7 @@ def test_the_first_is_let_in_and_told_what_it_will_lose(machine):
     assert load.recent.is_too_much
 
 
+@pytest.mark.slow
 def test_advice_and_overload_end_when_the_machine_keeps_up_again(machine):
     def scenario():
         made = machine(picture=0.6)
@@ -272,6 +277,7 @@ def test_advice_and_overload_end_when_the_machine_keeps_up_again(machine):
     assert in_a_loop(scenario) == (True, False, None)
 
 
+@pytest.mark.slow
 def test_frames_that_come_too_soon_are_nobodys_slowness(machine, pictures):
     def scenario():
         made = machine(picture=0.01)
@@ -305,6 +311,7 @@ def test_rates_are_those_of_the_last_minute_and_then_those_tried():
     assert load.sustained(1) == pytest.approx(10)
 
 
+@pytest.mark.slow
 def test_the_server_says_that_it_is_overloaded(serving, client, frames, monkeypatch):
     def health(server):
         with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health", timeout=PATIENCE) as answer:
@@ -332,6 +339,7 @@ def test_the_server_says_that_it_is_overloaded(serving, client, frames, monkeypa
             assert closed.value.rcvd.code == 1013
 
 
+@pytest.mark.slow
 def test_what_is_tried_at_start_is_known_before_the_first_stream(serving, client):
     with serving(measure_seconds=0.1) as server, client(server) as one:
         one.hello()

@@ -118,6 +118,7 @@ def shades(frames):
     return [round(float(np.asarray(frame).mean()) / 10) for frame in frames]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mp4", "mov", "mkv"])
 def test_a_video_becomes_frames_evenly_spaced(film, kind):
     # two a second

@@ -45,6 +45,7 @@ def checkpoint(tmp_path):
     return tmp_path / "mine"
 
 
+@pytest.mark.slow
 def test_it_says_where_it_is(casa, checkpoint, monkeypatch):
     served = []
 
@@ -80,6 +81,7 @@ def listening_addresses(port):
     return found
 
 
+@pytest.mark.slow
 def test_the_command_itself_serves_this_machine_only_until_ctrl_c(checkpoint):
     command = [sys.executable, "-c", "from casa.cli.main import run; run()", "serve", str(checkpoint), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:

@@ -96,6 +96,7 @@ def test_a_second_request_that_does_not_end_is_let_go_too(impatient, timers, unt
         assert is_cut(raw)
 
 
+@pytest.mark.slow
 def test_who_does_not_read_is_let_go(impatient, timers, until):
     connections = impatient._server.server_state.connections
     before = len(connections)
@@ -135,6 +136,7 @@ def test_pings_without_end_from_one_who_does_not_read(impatient, raw_bytes, unti
     until(lambda: state.connections == 0)
 
 
+@pytest.mark.slow
 def test_who_is_silent_in_mid_frame_and_answers_no_ping_has_vanished(serving, client, frames, raw_bytes, until):
     with serving(limits=Limits(ping_seconds=1.0, caption_seconds=60.0)) as server:
         state = server._state

@@ -389,6 +389,7 @@ def test_each_caption_is_cut_at_its_own_streams_budget_and_told_at_once(worker, 
     assert events[0]["complete"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("worker", [16, 1], indirect=True)
 def test_an_answer_without_end_costs_no_other_stream_its_captions(worker, pictures):
     async def scenario():

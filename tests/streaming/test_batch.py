@@ -43,6 +43,7 @@ def after(tokens):
     return lambda: next(asked, True)
 
 
+@pytest.mark.slow
 def test_frames_looked_at_ahead_stand_beside_those_that_were_not(model, same_state):
     sessions, singles = talking(model, 3), talking(model, 3)
     for turn in range(3):
@@ -58,6 +59,7 @@ def test_frames_looked_at_ahead_stand_beside_those_that_were_not(model, same_sta
         same_state(session, single)
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_spent_ends_its_own_caption_only(model, same_state):
     sessions, singles = talking(model, 3), talking(model, 3)
     for turn, budgets in enumerate(((1, None, None), (None, 3, None), (4, None, 0), (None, None, None))):
@@ -102,6 +104,7 @@ class Spelling(Sampling):
         return (*self.tokens, 2)[len(said)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "said", "whole"),
     [

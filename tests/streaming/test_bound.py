@@ -14,6 +14,7 @@ FRAMES = np.random.default_rng(0).integers(0, 255, (6, 56, 84, 3), dtype=np.uint
 SETTINGS = {"max_text_tokens": 48, "max_new_tokens": 3}
 
 
+@pytest.mark.slow
 def test_questions_about_one_frame_may_go_on_for_ever(forgetting):
     """In a session of its own, and beside one that watches on; the answers are the same."""
     engine = StreamingEngine(forgetting, tiny_processor())
@@ -42,6 +43,7 @@ def test_questions_about_one_frame_may_go_on_for_ever(forgetting):
     assert sessions[0].step(FRAMES[0]) is not None
 
 
+@pytest.mark.slow
 def test_a_question_is_asked_of_the_window_at_hand_while_there_is_room(forgetting):
     """Up to the bound, a bounded session says what one without says."""
     model, processor = forgetting, tiny_processor()

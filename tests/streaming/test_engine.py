@@ -26,6 +26,7 @@ def alone(model, name, count):
     return [session.step(frame) for frame in noise_frames(seed, count)]
 
 
+@pytest.mark.slow
 def test_each_session_says_what_it_says_alone(shared):
     engine = StreamingEngine(shared, tiny_processor())
     heard = {name: [] for name in STREAMS}
@@ -65,6 +66,7 @@ def test_all_who_wait_share_one_batch(plain, monkeypatch):
     assert sizes == [3, 3, 3, 3]
 
 
+@pytest.mark.slow
 def test_state_in_company_is_state_alone(shared, same_state):
     engine = StreamingEngine(shared, tiny_processor())
     for name in ("a", "b"):
@@ -101,6 +103,7 @@ def test_sessions_join_and_leave_at_any_time(plain):
     assert len(engine) == 2
 
 
+@pytest.mark.slow
 def test_bounded_sessions_forget_in_company_as_alone(forgetting, same_state):
     settings = {"max_text_tokens": 32, "max_new_tokens": 5}
     engine = StreamingEngine(forgetting, tiny_processor())

@@ -39,6 +39,7 @@ def hooked(model, hook):
     handle.remove()
 
 
+@pytest.mark.slow
 def test_halted_after_every_token_each_says_what_it_says_alone(shared, same_state):
     engine, singles = opened(shared)
     steps = 0
@@ -65,6 +66,7 @@ def test_halted_after_every_token_each_says_what_it_says_alone(shared, same_stat
     assert steps > 4, "the captions were halted"
 
 
+@pytest.mark.slow
 def test_frames_that_come_share_a_step_with_what_is_half_said(shared, same_state):
     engine, singles = opened(shared)
     left = {name: noise_frames(seed, 5)[::-1] for name, (seed, _) in STREAMS.items()}

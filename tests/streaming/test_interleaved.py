@@ -87,6 +87,7 @@ def check(model, processor, turns):
     return texts
 
 
+@pytest.mark.slow
 def test_a_stream_with_a_question_is_one_interleaved_pass(model, processor):
     """The question comes after the second frame, and is answered from it."""
     texts = check(model, processor, [*FRAMES[:2], "who", *FRAMES[2:]])
@@ -97,6 +98,7 @@ frames = st.builds(noise, st.integers(0, 99), st.integers(1, 3), st.integers(1, 
 questions = st.sampled_from(["who", "is it 7?"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["parallel", "replace", "history"], indirect=True)
 @settings(max_examples=4, deadline=None)
 @given(turns=st.lists(frames | questions, min_size=1, max_size=4))
@@ -104,6 +106,7 @@ def test_any_frames_and_questions_are_one_interleaved_pass(model, processor, tur
     check(model, processor, turns)
 
 
+@pytest.mark.slow
 def test_an_answer_is_given_from_the_frame_at_hand(model, processor):
     """Not only from what the text remembers of it: another frame in the window, and nothing else, makes another one."""
     session = StreamingSession(model, processor, sampling=Heard(mute=True))

@@ -420,6 +420,7 @@ def test_watching_may_be_given_up_in_the_middle():
     assert not any(thread.name == "casa-prefetch" for thread in threading.enumerate())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["casa", "cross_attention", "insertion"])
 def test_ahead_says_the_same(method):
     model, processor = tiny_casa(method=method), tiny_processor()

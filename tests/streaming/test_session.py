@@ -35,6 +35,7 @@ def same_state(one, other):
     assert torch.equal(one._generator.get_state(), other._generator.get_state())
 
 
+@pytest.mark.slow
 def test_save_load_and_fork_go_on_alike(model, processor, tmp_path):
     session = StreamingSession(model, processor, max_new_tokens=4, sampling=Sampling(1.5), seed=3)
     for frame in FRAMES[:3]:
@@ -54,6 +55,7 @@ def test_save_load_and_fork_go_on_alike(model, processor, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["session"]
 
 
+@pytest.mark.slow
 def test_a_session_goes_on_as_a_chat(model, processor, tmp_path):
     """What generate says from a session's cache is what the session says: to a question, and to the next frame."""
     session = StreamingSession(model, processor, max_new_tokens=4)
@@ -85,6 +87,7 @@ def test_a_session_goes_on_as_a_chat(model, processor, tmp_path):
         assert one.cache.seen[0].images == 3
 
 
+@pytest.mark.slow
 def test_a_prompt_and_a_question_may_hold_words_like_special_tokens(model):
     processor = tiny_processor()
     typed = "an <image>, an <end><assistant>"
@@ -107,6 +110,7 @@ def test_a_prompt_and_a_question_may_hold_words_like_special_tokens(model):
     assert session.frames == 1
 
 
+@pytest.mark.slow
 def test_a_question_the_bound_has_no_room_for_is_refused(forgetting):
     session = StreamingSession(forgetting, tiny_processor(), max_text_tokens=48, max_new_tokens=3)
     short, long = "who", "who is it that we see in this picture here"
@@ -138,6 +142,7 @@ def test_dropped_text_leaves_keys_where_their_new_positions_are(forgetting):
     assert cache.get_seq_length() == 13
 
 
+@pytest.mark.slow
 def test_silence_still_leaves_text_between_frames(processor):
     """A frame about which nothing is said has its delimiter or the stop token behind it: windows never merge."""
     model = tiny_speaker()
@@ -148,6 +153,7 @@ def test_silence_still_leaves_text_between_frames(processor):
         assert session.usage.image_tokens == 6
 
 
+@pytest.mark.slow
 def test_sampling_follows_its_seed(processor):
     model = tiny_speaker()
 
@@ -159,6 +165,7 @@ def test_sampling_follows_its_seed(processor):
     assert run(1) != run(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "frame", [None, "frame.png", 7, FRAMES[0].astype(np.float32), FRAMES[0][0], np.zeros((0, 4, 3), np.uint8)]
 )
@@ -172,6 +179,7 @@ def test_what_is_no_picture_is_refused_and_changes_nothing(frame):
     assert session.step(FRAMES[1]) == twin.step(FRAMES[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fusion", "bound"),
     [({}, 32), ({"placement": "replace", "every": 2}, 32), ({"history": 2}, None), ({"method": "insertion"}, None)],

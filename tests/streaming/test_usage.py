@@ -32,6 +32,7 @@ def token_bytes(model):
     return one * kept, one * fused
 
 
+@pytest.mark.slow
 def test_image_state_is_constant_and_the_cache_grows_by_text_alone(processor):
     model = tiny_speaker()
     session = StreamingSession(model, processor, max_new_tokens=3)
@@ -47,6 +48,7 @@ def test_image_state_is_constant_and_the_cache_grows_by_text_alone(processor):
         assert now.window_bytes <= 6 * window  # a frame's delimiter, its caption and what the frame before left
 
 
+@pytest.mark.slow
 def test_of_120_frames_of_many_sizes_the_memory_is_that_of_the_visible_ones(forgetting):
     """In every layer; the text's memory is the text and an eighth; what windows take beyond images is bounded."""
     session = StreamingSession(forgetting, tiny_processor(), max_new_tokens=8)
@@ -68,6 +70,7 @@ def test_of_120_frames_of_many_sizes_the_memory_is_that_of_the_visible_ones(forg
         assert now.cache_bytes <= now.held_bytes <= held
 
 
+@pytest.mark.slow
 def test_a_bound_on_text_holds_for_ever(forgetting):
     """Text never exceeds the bound, and nothing is held but it, its room, the visible frames and their window."""
     session = StreamingSession(forgetting, tiny_processor(), max_text_tokens=32, max_new_tokens=3)
@@ -91,6 +94,7 @@ def small():
     return adapt(tiny_text_model(num_hidden_layers=2), FusionConfig(), vision=tiny_encoder()).eval()
 
 
+@pytest.mark.slow
 def test_of_300_frames_with_a_bound_the_last_150_take_no_more_memory_than_the_first(small):
     session = StreamingSession(small, tiny_processor(), max_text_tokens=48, max_new_tokens=18)
     # one image token; what it says is long now and then, longer than a window's buffer has room for

@@ -53,6 +53,7 @@ def test_blocks_that_replace_self_attention_keep_no_more_than_it():
     assert counts == [10 * 3 * TEXT_BLOCK, 10 * (3 * TEXT_BLOCK + ATTENTION)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["casa", "insertion"])
 def test_it_is_near_what_autograd_keeps(method):
     """Measured: 2 % less for CASA, 13 % for insertion; little of what this model keeps is not in its blocks."""
@@ -66,6 +67,7 @@ def test_it_is_near_what_autograd_keeps(method):
     assert found == pytest.approx(whole, rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_plan_counts_a_full_pack(values, made):
     """Patches: four for each image token; tokens of the text model: with the images' under insertion."""
     blocks = {"optimisation": {"gradient_checkpointing": True, "trainable": "added", "tower_blocks": 1}}

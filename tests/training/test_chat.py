@@ -192,6 +192,7 @@ NOTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_a_prompt_is_learned_from_as_it_is_asked(kind, chat, picture):
     """One turn or two: the tokens before the last answer are those that a model is given."""

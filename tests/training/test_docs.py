@@ -22,6 +22,7 @@ KEPT = [line for kind, kept, text in BLOCKS if kind == "sh" and kept for line in
 RECIPES = [yaml.safe_load(text) for kind, _, text in BLOCKS if kind == "yaml"]
 
 
+@pytest.mark.slow
 def test_the_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (record,) = [json.loads(text) for kind, _, text in BLOCKS if kind == "json"]

@@ -24,6 +24,7 @@ def test_little_of_the_budgets_stays_empty():
 GAPS = {"image": 0.02, "video": 0.005, "live": 0.05}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", BUDGETS)
 def test_few_gaps_are_left_in_any_stage(stage):
     """Of the budget that a stage's samples run out of; how empty the other one stays is theirs to say."""
@@ -33,6 +34,7 @@ def test_few_gaps_are_left_in_any_stage(stage):
     assert (found.padded_waste > 0.2) == (stage != "live")
 
 
+@pytest.mark.slow
 def test_frames_fill_the_buffer_by_their_bytes():
     """So readers of videos have tens of samples to choose from, and live captions fewer than that."""
     choice = {stage: measured(stage).choice for stage in BUDGETS}

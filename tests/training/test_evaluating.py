@@ -37,6 +37,7 @@ def kept(out):
     return newest.name, [entry["step"] for entry in log if any(name.startswith("eval_") for name in entry)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "scored"), [(2, []), (4, [2])])
 def test_nothing_is_measured_in_the_step_of_a_signal(values, tmp_path, step, scored):
     """In the midst of a run of four steps, and in its last one."""
@@ -49,6 +50,7 @@ def test_nothing_is_measured_in_the_step_of_a_signal(values, tmp_path, step, sco
     assert "held-out loss" in (final / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_signal_while_measuring_ends_the_run_at_that_step(values, tmp_path, monkeypatch):
     saving = {"every": 100}
     once = parse_recipe(values(evaluation={"every": 2, "tasks": ["pages"]}, saving=saving))

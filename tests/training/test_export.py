@@ -55,6 +55,7 @@ def same(folder, wanted, dtype=None):
         assert torch.equal(named[name], kept), name
 
 
+@pytest.mark.slow
 def test_a_model_folder_loses_the_state_of_its_run(tmp_path):
     model, ema = trained_a_little()
     checkpoint = tmp_path / "checkpoint-3"
@@ -68,6 +69,7 @@ def test_a_model_folder_loses_the_state_of_its_run(tmp_path):
     assert not left & {"trainer_state.json", "rng_state.pth", EMA_FILE}
 
 
+@pytest.mark.slow
 @alone
 @pytest.mark.parametrize(("dtype", "tie"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
 def test_shards_are_joined(tmp_path, monkeypatch, dtype, tie):
@@ -94,6 +96,7 @@ def test_shards_are_joined(tmp_path, monkeypatch, dtype, tie):
     same(export_checkpoint(checkpoint, tmp_path / "average", average=True), ema.average, dtype)
 
 
+@pytest.mark.slow
 @alone
 def test_another_dtype_and_no_average(tmp_path):
     model, _ = trained_a_little()

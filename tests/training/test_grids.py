@@ -23,6 +23,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=25, deadline=None)
 @given(width=st.integers(1, 300), height=st.integers(1, 300), most=st.none() | st.integers(1, 40))

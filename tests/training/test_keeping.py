@@ -11,6 +11,7 @@ from casa.training.trainer import cache_features
 FROZEN = {"frozen": (r"^vision\.",)}
 
 
+@pytest.mark.slow
 def test_the_losses_are_the_same(small, tmp_path):
     choices = {"plain": {}, "kept": {"feature_cache_gb": 0.1}, "little": {"feature_cache_gb": 1e-6}}
     runs = {}
@@ -27,6 +28,7 @@ def test_the_losses_are_the_same(small, tmp_path):
     assert runs["little"].dataset.collator.cache.encodes > kept.encodes
 
 
+@pytest.mark.slow
 def test_going_on_is_the_same_too(small, tmp_path):
     small.trainer(tmp_path, **FROZEN, feature_cache_gb=0.1).train()
     whole = small.curve(tmp_path)
@@ -36,6 +38,7 @@ def test_going_on_is_the_same_too(small, tmp_path):
     assert small.curve(tmp_path) == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_folder_serves_another_run(small, tmp_path):
     """The same losses, and not one picture encoded, whether or not memory holds them too."""
     kept = {**FROZEN, "feature_cache_dir": str(tmp_path / "features")}
@@ -52,6 +55,7 @@ def test_a_folder_wants_memory_too(small, tmp_path):
         small.trainer(tmp_path, **FROZEN, feature_cache_dir=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_what_its_own_tower_made(small, tmp_path):
     """Also where the tower that it was begun from has become another one since."""
     kept = {**FROZEN, "feature_cache_gb": 0.1, "feature_cache_dir": str(tmp_path / "features")}

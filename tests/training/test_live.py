@@ -65,6 +65,7 @@ def live(picture, words, prompt="say it"):
     return Record((*lead, Message("assistant", tuple(parts))), Origin("live.jsonl", 1)), frames
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delimited", [True, False])
 @pytest.mark.parametrize("prompt", ["what is new", None])
 @pytest.mark.parametrize("prefix", ["", "<user>"])

@@ -56,6 +56,7 @@ def whole_norm(self, hidden_states):
     return self.weight * hidden_states * torch.rsqrt(spread + self.variance_epsilon)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_training_is_one_sample_at_a_time(name, samples, monkeypatch):
     monkeypatch.setattr(HeliumRMSNorm, "forward", whole_norm)

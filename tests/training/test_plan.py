@@ -34,6 +34,7 @@ def on_standins(recipe, made):
     return replace(recipe, model=model, data=replace(recipe.data, sources=sources))
 
 
+@pytest.mark.slow
 def test_every_recipe_has_a_plan_and_a_first_batch(shipped, made, tmp_path):
     recipe = on_standins(open_recipe(shipped), made)
     plan = make_plan(recipe, processes=2)

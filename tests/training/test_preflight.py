@@ -101,6 +101,7 @@ def test_weights_that_are_not_there_or_cut_off(values, made, refused, tmp_path, 
     assert f"{part} has no weights" in refused(values(model=model))
 
 
+@pytest.mark.slow
 def test_room_for_all_checkpoints_is_looked_for_at_the_start(values, refused, tmp_path, monkeypatch):
     plain = values(saving={"every": 1, "keep": 2}, optimisation={"ema_decay": 0.9})
     recipe = parse_recipe(plain)
@@ -120,6 +121,7 @@ def test_room_for_all_checkpoints_is_looked_for_at_the_start(values, refused, tm
     assert written == pytest.approx(result, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("budget", "oversize", "word"),
     [
@@ -175,6 +177,7 @@ def test_a_budget_that_holds_few_is_told(values, made, tmp_path):
     assert "1 fit into a pack of 64 text" in sentence
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_gone_on_from(values, made, tmp_path):
     out = tmp_path / "run"
     train(parse_recipe(values(optimisation={"steps": 2, "decay_steps": 0})), out)

@@ -51,6 +51,7 @@ def alone(small, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(small, alone, tmp_path):
     # one test, so that the processes are started once
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]

@@ -58,6 +58,7 @@ def test_every_sample_is_seen_once_and_bad_records_are_named(records):
         assert batch.facts["learned"] == int((batch.inputs["labels"] != -100).sum())
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_every_batch(records):
     batches = list(reader(records)[0])
     assert len(batches) > 10
@@ -78,6 +79,7 @@ def test_it_goes_on_twice(records):
     assert [shown(b) for b in second] == [shown(b) for b in batches[8:]]
 
 
+@pytest.mark.slow
 def test_positions_stay_small(records):
     endless = ListedRecords(records)
     read = PackReader(endless, SampleMaker(PROCESSOR, BUDGET), PackCollator(PROCESSOR), PACKING)
@@ -206,6 +208,7 @@ class OpenedFiles:
         return open_records(self.settings, seed=3, shard=shard)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exhausted", ["leave", "stop", "repeat"])
 @pytest.mark.parametrize("buffer", [1, 6])
 def test_after_an_end_nothing_comes(tmp_path, exhausted, buffer):

@@ -33,6 +33,7 @@ def same(found, wanted):
         assert found[step] == pytest.approx(loss, rel=1e-6), step
 
 
+@pytest.mark.slow
 def test_the_curve_of_a_broken_run_is_the_whole_ones(small, whole, tmp_path):
     first = small.trainer(tmp_path)
     first.add_callback(Break(5))
@@ -45,6 +46,7 @@ def test_the_curve_of_a_broken_run_is_the_whole_ones(small, whole, tmp_path):
     assert len(set(whole.values())) == len(whole)
 
 
+@pytest.mark.slow
 def test_so_is_that_of_one_with_muon(small, whole, tmp_path):
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
@@ -61,6 +63,7 @@ def test_so_is_that_of_one_with_muon(small, whole, tmp_path):
     assert any("momentum" in state for state in saved["state"].values())
 
 
+@pytest.mark.slow
 def test_random_numbers_matter_here(small, whole, tmp_path):
     """The test above would see a run that goes on with other random numbers, or other data."""
     first = small.trainer(tmp_path)
@@ -72,6 +75,7 @@ def test_random_numbers_matter_here(small, whole, tmp_path):
     assert small.curve(tmp_path)[4] != pytest.approx(whole[4], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_processes_that_read_ahead_change_nothing(small, tmp_path):
     curves = []
     for name, broken in (("whole", False), ("broken", True)):
@@ -105,6 +109,7 @@ def wait_for_steps(small, folder, process, count):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed(small, whole, script, tmp_path):
     killed = start(script, tmp_path, "slow=0.3", "hold=7")
     # past the pause behind a step, so that a checkpoint or another step may be hit
@@ -119,6 +124,7 @@ def test_killed_at_any_moment_and_resumed(small, whole, script, tmp_path):
     same(small.curve(tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_killed_while_checkpointing_and_resumed(small, whole, script, tmp_path):
     killed = start(script, tmp_path, "die=6")
     killed.communicate()
@@ -138,6 +144,7 @@ class Asked(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_what_was_done(small, whole, tmp_path):
     asked = small.trainer(tmp_path, save_every=100)
     asked.add_callback(Asked())
@@ -172,6 +179,7 @@ def test_the_newest_few_are_kept(small, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_finished_and_goes_on_as_its_settings_say_now(small, tmp_path):
     run = small.trainer(tmp_path, steps=2, save_every=2)
     run.train()

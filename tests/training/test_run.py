@@ -38,6 +38,7 @@ def adapted(made, **more):
     return {"backbone": str(made.text), "vision": str(made.tower), **more}
 
 
+@pytest.mark.slow
 def test_a_run_gives_a_model_and_resuming_gives_the_same(values, made, tmp_path):
     """Both from a text model: projector and fusion layers are new, and drawn by the seed."""
     recipe = parse_recipe(values(model=adapted(made), evaluation={"every": 2, "data": values()["data"], "packs": 2}))
@@ -86,6 +87,7 @@ def test_a_run_gives_a_model_and_resuming_gives_the_same(values, made, tmp_path)
     assert parse_recipe(yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])) == recipe
 
 
+@pytest.mark.slow
 def test_data_that_end_are_measured_at_the_end_and_end_for_good(values, made, tmp_path):
     evaluation = {"every": 1000, "data": values()["data"], "packs": 1}
     blocks = {"data": {"exhausted": "leave"}, "optimisation": {"steps": 1000}, "evaluation": evaluation}
@@ -110,6 +112,7 @@ def test_data_that_end_are_measured_at_the_end_and_end_for_good(values, made, tm
     assert all(torch.equal(again[name], weight) for name, weight in weights.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "raised", "sentence"),
     [
@@ -139,6 +142,7 @@ def test_a_finished_model_stays_until_the_next_is_whole(values, tmp_path, monkey
     assert not list(out.glob(".*"))
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_resumed_and_merged(values, made, tmp_path):
     lora = {"rank": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]}
     blocks = {
@@ -174,6 +178,7 @@ def test_adapters_are_trained_resumed_and_merged(values, made, tmp_path):
         torch.testing.assert_close(again.get_parameter(name), parameter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("added", ["full", "adapters"])
 def test_averages_of_adapters_are_merged_and_odd_folders_refused(values, made, tmp_path, added):
     lora = {"rank": 2, "target_modules": ["q_proj"], "added": added}
@@ -274,6 +279,7 @@ class Rates(TrainerCallback):
         self.found.append({group["name"]: group["lr"] for group in optimizer.param_groups})
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_recipes_rates(values, tmp_path):
     started = parse_recipe(values(optimisation={"steps": 2, "decay_steps": 0}))
     train(started, tmp_path / "run")
@@ -284,6 +290,7 @@ def test_a_run_goes_on_with_the_recipes_rates(values, tmp_path):
     assert [found["existing"] for found in rates.found] == pytest.approx([1e-3, 1e-3])
 
 
+@pytest.mark.slow
 def test_the_rate_of_muon_may_change_and_muon_may_not(values, tmp_path):
     started = parse_recipe(values(optimisation={"steps": 2, "decay_steps": 0, "muon_lr": 0.01}))
     train(started, tmp_path / "run")
@@ -296,6 +303,7 @@ def test_the_rate_of_muon_may_change_and_muon_may_not(values, tmp_path):
         train(without, tmp_path / "run", resume=True)
 
 
+@pytest.mark.slow
 def test_an_insertion_model_is_frozen_and_gets_layers(values, made, tmp_path):
     """Route (b) over a model of casa's own; its pictures are those of its own processor."""
     optimisation = {"trainable": "added", "tower_blocks": 1, "frozen": [r"^projector\."]}

@@ -20,6 +20,7 @@ def names(folder):
     return [path.name for path in saved_checkpoints(folder)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["_save_optimizer_and_scheduler", "_save_rng_state", "save_model"])
 def test_killed_while_a_checkpoint_is_written(small, whole, tmp_path, monkeypatch, where):
     run = small.trainer(tmp_path)
@@ -55,6 +56,7 @@ def test_killed_before_the_name_is_whole(small, tmp_path, monkeypatch):
     assert names(tmp_path) == ["checkpoint-3"]
 
 
+@pytest.mark.slow
 def test_data_that_end_on_a_saved_step_leave_its_checkpoint_alone(small, tmp_path, monkeypatch):
     """It is the only one: were it written anew, there would be a moment without any."""
     rename, named = os.rename, []
@@ -101,6 +103,7 @@ def test_under_lora_the_frozen_weights_need_no_room(small, tmp_path, monkeypatch
         small.trainer(tmp_path / "less", steps=1, own_model=model, trainable="as given").train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["os", "torch"])
 def test_a_disk_that_fills_up_while_writing_leaves_the_checkpoint_before(small, tmp_path, monkeypatch, kind):
     run = small.trainer(tmp_path, keep=1)
@@ -140,6 +143,7 @@ def spoil(run, step, change):
     model.forward = forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_stops_before_weights_change(small, tmp_path, value):
     run = small.trainer(tmp_path)
@@ -161,6 +165,7 @@ def test_a_loss_that_is_no_number_stops_before_weights_change(small, tmp_path, v
     assert facts["batches"][0]["records"][0].startswith("drawn:")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [1.0, 0.0])
 def test_a_gradient_that_is_no_number_stops_too(small, tmp_path, clip):
     run = small.trainer(tmp_path, max_grad_norm=clip)

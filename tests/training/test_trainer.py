@@ -119,6 +119,7 @@ def test_uneven_batches_accumulate_to_the_mean_over_tokens(small, tmp_path):
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_blocks_that_run_again_give_the_same_gradients(small, tmp_path):
     plain, _ = first_gradients(small, tmp_path / "plain")
     again, run = first_gradients(small, tmp_path / "again", gradient_checkpointing=True)
@@ -127,6 +128,7 @@ def test_blocks_that_run_again_give_the_same_gradients(small, tmp_path):
         torch.testing.assert_close(again[name], gradient, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_bf16_keeps_a_float32_master_of_what_is_trained(small, tmp_path):
     single, _ = first_gradients(small, tmp_path / "single", dtype=torch.float32)
     frozen = (r"^backbone\.model\.embed_tokens",)
@@ -144,6 +146,7 @@ def test_bf16_keeps_a_float32_master_of_what_is_trained(small, tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_the_average_follows_the_weights_and_survives_a_resume(small, tmp_path):
     run = small.trainer(tmp_path, steps=4, save_every=2, ema_decay=0.5)
     run.train()
