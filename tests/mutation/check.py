@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from faults import FAULTS, Fault
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("src", "tests", "pyproject.toml")
+COPIED = ("src", "tests", "docs", "recipes", "pyproject.toml")
 
 
 def copied(folder: Path) -> Path:
-    """The package, its tests and their settings, in a new folder below `folder`."""
+    """The package, its tests and what they read, in a new folder below `folder`."""
     tree = folder / "tree"
     tree.mkdir(parents=True)
     for name in COPIED:

@@ -349,13 +349,13 @@ class Recipe(TrainerSettings):
         return {name: plain_values(getattr(self, name)) for name in names}
 
 
-def parse_recipe(values: Any) -> Recipe:
-    """A recipe from plain values.
+def parse_recipe(values: Any, name: str = "the recipe") -> Recipe:
+    """A recipe from plain values. name: what sentences call it.
 
     Raises:
         UserError: an unknown, missing, wrongly typed or impossible value.
     """
-    return build(Recipe, values, what="the recipe")
+    return build(Recipe, values, what=name)
 
 
 def open_recipe(source: "str | Path | Mapping[str, Any] | Recipe", changes: Sequence[str] = ()) -> Recipe:
@@ -371,7 +371,7 @@ def open_recipe(source: "str | Path | Mapping[str, Any] | Recipe", changes: Sequ
     values = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else read_recipe(Path(source))
     for change in changes:
         _change(values, change)
-    return parse_recipe(values)
+    return parse_recipe(values, str(source) if isinstance(source, str | Path) else "the recipe")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
