@@ -40,11 +40,11 @@ def test_both_say_the_same_number_of_tokens(rows):
 
 
 def test_insertion_is_given_up_at_a_bound(model):
-    few = list(compare(model, tiny_processor(), FRAMES[:5], max_new_tokens=2, most_frames=3))
+    few = list(compare(model, tiny_processor(), FRAMES[:5], max_new_tokens=2, max_frames=3))
     assert [row.insertion is None for row in few] == [False] * 3 + [True] * 2
-    few = list(compare(model, tiny_processor(), FRAMES[:5], max_new_tokens=2, most_image_tokens=12))
+    few = list(compare(model, tiny_processor(), FRAMES[:5], max_new_tokens=2, max_image_tokens=12))
     assert [row.insertion is None for row in few] == [False] * 2 + [True] * 3
-    few = list(compare(model, tiny_processor(), FRAMES[:3], max_new_tokens=2, most_seconds=1e-9))
+    few = list(compare(model, tiny_processor(), FRAMES[:3], max_new_tokens=2, max_seconds=1e-9))
     assert [row.insertion is None for row in few] == [False, True, True]
 
 

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from casa.data import Origin, Picture, SourceSettings, Text
-from casa.data.pictures import Files
-from casa.data.shapes.context import Context
+from casa.data.pictures import RowContext
 
 
 def png(colour: str = "red", size: tuple[int, int] = (8, 6)) -> bytes:
@@ -32,12 +31,12 @@ def root(tmp_path: Path) -> Path:
 def context(root: Path) -> Any:
     """Makes the context of a row in `root`; videos have one frame per 1/fps seconds, without being read."""
 
-    def frames(path: Path, fps: float, start: float, end: float | None, side: int, most: int, thin: bool):
+    def frames(path: Path, fps: float, start: float, end: float | None, side: int, max_frames: int, thin: bool):
         count = round(((3.0 if end is None else end) - start) * fps)
         return [Picture(png(), start + k / fps) for k in range(count)]
 
-    def make(**settings: Any) -> Context:
-        return Context(Origin("rows.jsonl", 7), Files(root), SourceSettings("rows.jsonl", **settings), frames)
+    def make(**settings: Any) -> RowContext:
+        return RowContext(Origin("rows.jsonl", 7), SourceSettings("rows.jsonl", **settings), root, frames_of=frames)
 
     return make
 

@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 
-from casa.data import BadRecord, Origin, Report
-from casa.data import bad as bad_module
-from casa.data.bad import reported
+from casa.data import BadRecord, BadRecordReport, Origin
+from casa.data import record as record_module
+from casa.data.record import read_report
 from casa.errors import UserError
 
 GONE = BadRecord("missing-picture", "There is no picture a.png: check the path.")
@@ -16,7 +16,7 @@ GONE = BadRecord("missing-picture", "There is no picture a.png: check the path."
 def test_each_origin_is_named_once_and_counted_every_time(tmp_path):
     path = tmp_path / "bad.jsonl"
     for _ in range(2):  # a run, and the run that resumes it
-        report = Report(path)
+        report = BadRecordReport(path)
         for line in (3, 3, 4):
             report.add(Origin("שלום.jsonl", line), GONE)
         assert report.counts == {"missing-picture": 3}
@@ -29,24 +29,24 @@ def test_each_origin_is_named_once_and_counted_every_time(tmp_path):
 def test_a_line_cut_off_by_a_crash_is_ended(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"origin": "x:1"')
-    Report(path).add(Origin("x", 2), GONE)
+    BadRecordReport(path).add(Origin("x", 2), GONE)
     assert json.loads(path.read_text().splitlines()[1])["origin"] == "x:2"
 
 
 def test_a_report_is_read_line_by_line_whatever_stands_in_it(tmp_path):
     path = tmp_path / "bad.jsonl"
-    report = Report(path)
+    report = BadRecordReport(path)
     report.add(Origin("a\u2028b.jsonl", 1), BadRecord("wrong-type", "A value is 'x\u2028y\x85z'."))
     report.add(Origin("c.jsonl", 2), GONE)
     path.write_bytes(path.read_bytes() + b'[]\n{"origin": "x:3"}\n\xff\n{"origin": "d.jso')
     wanted = [("a\u2028b.jsonl:1", "wrong-type"), ("c.jsonl:2", "missing-picture")]
-    assert list(reported(path.read_bytes())) == wanted
+    assert list(read_report(path.read_bytes())) == wanted
 
 
 def test_the_file_and_the_memory_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(bad_module, "MOST_LINES", 5)
-    monkeypatch.setattr(bad_module, "MOST_KEPT", 3)
-    report = Report(tmp_path / "bad.jsonl")
+    monkeypatch.setattr(record_module, "MAX_LINES", 5)
+    monkeypatch.setattr(record_module, "MAX_KEPT", 3)
+    report = BadRecordReport(tmp_path / "bad.jsonl")
     for line in range(10):
         report.add(Origin("x", line), GONE)
     assert report.total == 10
@@ -55,7 +55,7 @@ def test_the_file_and_the_memory_are_bounded(tmp_path, monkeypatch):
 
 
 def test_a_report_that_cannot_be_written_stops_nothing(tmp_path):
-    report = Report(tmp_path / "no folder" / "bad.jsonl")
+    report = BadRecordReport(tmp_path / "no folder" / "bad.jsonl")
     report.add(Origin("x", 1), GONE)
     report.add(Origin("x", 2), GONE)
     assert report.total == 2
@@ -65,7 +65,7 @@ def test_a_report_that_cannot_be_written_stops_nothing(tmp_path):
 
 def test_strict_stops_at_the_line():
     with pytest.raises(UserError, match=r"^x\.jsonl:3: There is no picture"):
-        Report(strict=True).add(Origin("x.jsonl", 3), GONE)
+        BadRecordReport(strict=True).add(Origin("x.jsonl", 3), GONE)
 
 
 def test_it_crosses_processes():
@@ -74,5 +74,5 @@ def test_it_crosses_processes():
 
 
 def test_half_a_character_in_a_name_is_no_obstacle(tmp_path):
-    Report(tmp_path / "bad.jsonl").add(Origin("\udcff.jsonl", 1), GONE)
+    BadRecordReport(tmp_path / "bad.jsonl").add(Origin("\udcff.jsonl", 1), GONE)
     assert "?.jsonl:1" in (tmp_path / "bad.jsonl").read_text()

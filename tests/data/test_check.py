@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from casa.data import Message, Origin, Picture, Record, Text, parse_data_settings
-from casa.data.check import Sample, check_data, image_tokens
+from casa.data.check import SampledRecord, check_data, image_tokens
 from casa.data.html_report import BudgetBar, SampleCard, ShownPicture, ShownText, ShownWindow, write_report
 from casa.data.sheet import record_windows, write_sheet
 from casa.errors import UserError
@@ -161,7 +161,7 @@ def test_any_text_can_be_shown(tmp_path, text):
     origin = Origin("long/" * 50 + "x\udcff" * 90, 1)
     record = Record((Message("user", (Text(text),)), Message("assistant", parts)), origin)
     thumbnails = [Image.new("RGB", (w, h)) for w, h in ((1, 200), (200, 1), (30, 30))]
-    write_sheet([Sample(record, thumbnails, 9)], tmp_path / "sheet.html", "t" * 500, "n" * 500)
+    write_sheet([SampledRecord(record, thumbnails, 9)], tmp_path / "sheet.html", "t" * 500, "n" * 500)
     page = Page(tmp_path / "sheet.html")
     assert len(page.pictures) == 3
     assert "and 49 windows more" in page.text

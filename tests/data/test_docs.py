@@ -9,9 +9,8 @@ import pytest
 import yaml
 
 from casa.data import SourceSettings, parse_data_settings, parse_row
-from casa.data.bad import REASONS
-from casa.data.formats import READERS, pieces_of, reader_of
-from casa.data.formats.row import START
+from casa.data.formats import READERS, START, file_parts, read_rows
+from casa.data.record import REASONS
 from casa.data.shapes import SHAPES, recognised
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
@@ -39,7 +38,7 @@ def files(root):
 def test_every_example_is_a_record_of_its_shape(files, context, shape, kind, text):
     path = files / f"example.{kind}"
     path.write_text(json.dumps([json.loads(text)]) if kind == "json" else text)
-    rows = [row.value for row in reader_of(path)(pieces_of(path)[0], START, lambda row: True)]
+    rows = [row.value for row in read_rows(file_parts(path)[0], START, lambda row: True)]
     assert rows
     for row in rows:
         assert recognised({"messages": row} if isinstance(row, list) else row) == shape

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from casa.data import BadRecord, open_records, parse_data_settings
-from casa.data.frames import video_frames
-from casa.data.kept_frames import KeptFrames
+from casa.data.frames import CachedFrames, video_frames
 from casa.errors import UserError
 from casa.media import VideoWriter
 
@@ -118,7 +117,7 @@ class TestKept:
     def test_a_video_is_decoded_once(self, video, tmp_path):
         folder, how = tmp_path / "frames", (2.0, 0.0, None, 32, 480, False)
         wanted = video_frames(video, *how)
-        first, other = KeptFrames(folder), KeptFrames(folder)
+        first, other = CachedFrames(folder), CachedFrames(folder)
         assert first(video, *how) == wanted == first(video, *how) == other(video, *how)
         assert (first.decoded, first.found, other.decoded, other.found) == (1, 1, 0, 1)
         # another span, another size
@@ -128,7 +127,7 @@ class TestKept:
 
     def test_a_video_that_was_written_anew_is_another_one(self, video, tmp_path):
         how = (2.0, 0.0, None, 32, 480, False)
-        kept = KeptFrames(tmp_path / "frames")
+        kept = CachedFrames(tmp_path / "frames")
         before = kept(video, *how)
         with VideoWriter(video, (64, 32), 10.0) as writer:
             for k in range(10):
@@ -138,7 +137,7 @@ class TestKept:
     @pytest.mark.slow
     def test_what_is_wrong_is_not_kept(self, video, tmp_path, caplog):
         how = (2.0, 0.0, None, 32, 480, False)
-        kept = KeptFrames(tmp_path / "frames")
+        kept = CachedFrames(tmp_path / "frames")
         with pytest.raises(BadRecord, match="over before start"):
             kept(video, 2.0, 5.0, None, 32, 480, False)
         wanted = kept(video, *how)
@@ -160,7 +159,7 @@ class TestKept:
         def full(*args, **kwargs):
             raise OSError(28, "No space left on device")
 
-        kept = KeptFrames(tmp_path / "frames")
+        kept = CachedFrames(tmp_path / "frames")
         monkeypatch.setattr(np, "savez", full)
         how = (2.0, 0.0, None, 32, 480, False)
         assert kept(video, *how) == kept(video, *how) == video_frames(video, *how)
@@ -169,7 +168,7 @@ class TestKept:
         ]
         assert not list((tmp_path / "frames").rglob("*.npz"))
         with pytest.raises(UserError, match="name another keep_frames"):
-            KeptFrames(video / "frames")
+            CachedFrames(video / "frames")
 
     def test_records_are_the_same(self, video, tmp_path, monkeypatch):
         (tmp_path / "rows.jsonl").write_text('{"video": "v.mp4", "words": [[0.1, 0.4, "407"]], "video_end": 2.0}\n')
@@ -177,5 +176,5 @@ class TestKept:
         (wanted,) = open_records(settings)
         assert list(open_records(settings, keep_frames=tmp_path / "frames")) == [wanted]
         assert len(list((tmp_path / "frames").rglob("*.npz"))) == 1
-        monkeypatch.setattr("casa.data.kept_frames.video_frames", None)
+        monkeypatch.setattr("casa.data.frames.video_frames", None)
         assert list(open_records(settings, keep_frames=tmp_path / "frames")) == [wanted]

@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from casa.data import BadRecord, Message, Origin, Picture, Record, Text, open_pictures
-from casa.data.pictures import Files
+from casa.data import BadRecord, Message, Origin, Picture, Record, SourceSettings, Text, open_pictures
+from casa.data.pictures import RowContext
+
+
+def row(root, members=(), **settings) -> RowContext:
+    return RowContext(Origin("rows.jsonl", 1), SourceSettings("rows.jsonl", **settings), root, dict(members))
 
 
 def record(*sources) -> Record:
@@ -26,7 +30,7 @@ def test_a_truncated_jpeg_is_refused_when_it_is_opened(root):
     whole = (root / "n.jpg").read_bytes()
     (root / "n.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(BadRecord, match=r"n\.jpg is damaged or cut off"):
-        open_pictures(record(Files(root).picture("n.jpg").source))
+        open_pictures(record(row(root).picture("n.jpg").source))
     with pytest.raises(BadRecord, match="Picture 2 is damaged or cut off") as refused:
         open_pictures(record(root / "a.png", whole[: len(whole) // 2]))
     assert refused.value.reason == "unreadable-picture"
@@ -42,7 +46,7 @@ def test_what_is_no_picture_is_refused(root, content):
 @pytest.mark.parametrize("value", ["a.png", "./a.png", "sub/../a.png", "file://{root}/a.png", "{root}/a.png"])
 def test_paths_within_the_root(root, value):
     (root / "sub").mkdir()
-    found = Files(root).picture(value.format(root=root))
+    found = row(root).picture(value.format(root=root))
     assert Path(found.source).samefile(root / "a.png")
 
 
@@ -57,9 +61,9 @@ def test_paths_out_of_the_root_are_refused_unless_allowed(root, value):
     (inside / "linked").symlink_to(root)
     value = value.format(outside=root / "secret.png")
     with pytest.raises(BadRecord, match="set root to a folder that holds it") as refused:
-        Files(inside).picture(value)
+        row(inside).picture(value)
     assert refused.value.reason == "outside"
-    assert Path(Files(inside, outside=True).picture(value).source).samefile(root / "secret.png")
+    assert Path(row(inside, outside=True).picture(value).source).samefile(root / "secret.png")
 
 
 def test_nothing_is_told_about_files_outside(root):
@@ -68,7 +72,7 @@ def test_nothing_is_told_about_files_outside(root):
     sentences = set()
     for there in ("../a.png", "../z.png"):
         with pytest.raises(BadRecord) as refused:
-            Files(inside).picture(there)
+            row(inside).picture(there)
         sentences.add(str(refused.value).replace(there, "x"))
     assert len(sentences) == 1
 
@@ -95,7 +99,7 @@ def test_nothing_is_told_about_files_outside(root):
 )
 def test_what_names_no_picture_is_refused(root, value, reason):
     with pytest.raises(BadRecord) as refused:
-        Files(root).picture(value)
+        row(root).picture(value)
     assert refused.value.reason == reason
 
 
@@ -109,5 +113,5 @@ def test_bytes_in_every_wrapping(root):
         "data:image/png;base64," + code,
         "DATA:image/png;base64," + code[:10] + "\n" + code[10:],
     ):
-        assert Files(root).picture(value).source == data
-    assert Files(root, members={"z.png": data}).picture("z.png").source == data
+        assert row(root).picture(value).source == data
+    assert row(root, members={"z.png": data}).picture("z.png").source == data

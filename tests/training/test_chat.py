@@ -6,8 +6,7 @@ import pytest
 from PIL import Image
 
 from casa import CasaProcessor
-from casa.data.bad import BadRecord
-from casa.data.record import Picture
+from casa.data.record import BadRecord, Picture
 from casa.models import processor_for
 from casa.testing import TEMPLATES, TOKENIZERS, tiny_chat_processor, tiny_encoder, tiny_processor, tiny_tokenizer
 from casa.training.config import TokenBudget
@@ -140,12 +139,11 @@ def test_any_script_is_learned_whole(chat, answer):
 @pytest.mark.parametrize("processor", [SHIPPED, tiny_processor()], ids=["shipped", "tiny"])
 def test_a_row_is_trained_as_the_same_chat_is_asked(tmp_path, picture, processor, content, parts):
     from casa.data import SourceSettings, parse_row
-    from casa.data.pictures import Files
+    from casa.data.pictures import RowContext
     from casa.data.record import Origin
-    from casa.data.shapes.context import Context
 
     shown = [picture().source, picture().source]
-    context = Context(Origin("x", 1), Files(tmp_path), SourceSettings("x"))
+    context = RowContext(Origin("x", 1), SourceSettings("x"), tmp_path)
     row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "7"}], "images": shown}
     sample = SampleMaker(processor, BIG)(parse_row(row, context))[0]
     asked = [

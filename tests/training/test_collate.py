@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from casa.data.bad import BadRecord
-from casa.data.record import Origin, Picture
+from casa.data.record import BadRecord, Origin, Picture
 from casa.models.losses import IGNORE_INDEX
 from casa.testing import tiny_processor
 from casa.training.config import TokenBudget

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from casa.data.bad import BadRecord
-from casa.data.record import Picture
+from casa.data.record import BadRecord, Picture
 from casa.errors import UserError
 from casa.models.image_processing_casa import CasaFlexibleImageProcessor, CasaSquareImageProcessor, image_processor_for
 from casa.testing import tiny_casa_over, tiny_processor

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from casa.data.bad import BadRecord
-from casa.data.record import Picture
+from casa.data.record import BadRecord, Picture
 from casa.testing import tiny_casa, tiny_processor
 from casa.training.config import TokenBudget
 from casa.training.feature_cache import FeatureCache, FeatureFolder

@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from casa import CasaForConditionalGeneration, StreamingSession, WindowLayout
-from casa.data.bad import BadRecord
-from casa.data.record import Message, Origin, Record, Text
+from casa.data.record import BadRecord, Message, Origin, Record, Text
 from casa.models import processor_for
 from casa.streaming import Sampling
 from casa.testing import TOKENIZERS, tiny_casa, tiny_encoder, tiny_processor, tiny_tokenizer

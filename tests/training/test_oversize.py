@@ -2,8 +2,7 @@
 
 import pytest
 
-from casa.data.bad import BadRecord
-from casa.data.record import Message, Origin, Record, Text
+from casa.data.record import BadRecord, Message, Origin, Record, Text
 from casa.testing import tiny_processor
 from casa.training.config import TokenBudget
 from casa.training.samples import OversizeSettings, SampleMaker

@@ -19,9 +19,9 @@ from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, CasaProcessor, FusionConfig
 from casa.streaming import Sampling, StreamingSession, Usage
 
-MOST_FRAMES = 120
-MOST_IMAGE_TOKENS = 24_000
-MOST_SECONDS = 30.0
+MAX_FRAMES = 120
+MAX_IMAGE_TOKENS = 24_000
+MAX_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class CostRow:
 class Comparison:
     """Two sessions side by side, one frame at a time.
 
-    most_frames, most_image_tokens, most_seconds (of its own work): where the insertion session stops, since its cost
+    max_frames, max_image_tokens, max_seconds (of its own work): where the insertion session stops, since its cost
         grows without end. None: never.
     session: further arguments of both sessions (prompt, max_new_tokens); `casa` is the CASA session.
     Raises UserError for a model that is an insertion model itself.
@@ -56,9 +56,9 @@ class Comparison:
         model: CasaForConditionalGeneration,
         processor: CasaProcessor,
         *,
-        most_frames: int | None = MOST_FRAMES,
-        most_image_tokens: int | None = MOST_IMAGE_TOKENS,
-        most_seconds: float | None = MOST_SECONDS,
+        max_frames: int | None = MAX_FRAMES,
+        max_image_tokens: int | None = MAX_IMAGE_TOKENS,
+        max_seconds: float | None = MAX_SECONDS,
         sampling: Sampling | None = None,
         **session: Any,
     ) -> None:
@@ -72,7 +72,7 @@ class Comparison:
             insertion_twin(model), processor, sampling=repeater, **session
         )
         self._device = model.device
-        self._most_frames, self._most_tokens, self._most_seconds = most_frames, most_image_tokens, most_seconds
+        self._max_frames, self._max_tokens, self._max_seconds = max_frames, max_image_tokens, max_seconds
         self._compared, self._spent = 0, 0.0
 
     def step(self, frame: Any) -> CostRow:
@@ -103,9 +103,9 @@ class Comparison:
 
     def _full(self, usage: Usage) -> bool:
         bounds = (
-            (self._compared, self._most_frames),
-            (usage.image_tokens, self._most_tokens),
-            (self._spent, self._most_seconds),
+            (self._compared, self._max_frames),
+            (usage.image_tokens, self._max_tokens),
+            (self._spent, self._max_seconds),
         )
         return any(most is not None and reached >= most for reached, most in bounds)
 

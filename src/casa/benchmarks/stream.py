@@ -45,7 +45,7 @@ def bench_stream(
         raise UserError(f"frames is {frames}; give at least 4, so that quarters can be compared.", field="frames")
     loaded, processor = load_pretrained(model, device)
     both = Comparison(
-        loaded, processor, most_frames=max_inserted, most_image_tokens=None, max_text_tokens=max_text_tokens
+        loaded, processor, max_frames=max_inserted, max_image_tokens=None, max_text_tokens=max_text_tokens
     )
     rows = [both.step(frame) for frame in islice(handwriting(seed, size), frames)]
     found: Figures = {"frames": frames, "text_tokens_said": sum(row.tokens for row in rows)}

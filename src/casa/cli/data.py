@@ -64,7 +64,7 @@ def check(
     """
     from rich.console import Console
 
-    from casa.data import Report, parse_data_settings
+    from casa.data import BadRecordReport, parse_data_settings
     from casa.data.check import check_data, image_tokens
     from casa.data.html_report import check_report_path
 
@@ -84,7 +84,7 @@ def check(
             count_text=count_text,
             count_image=count_image,
             samples=samples,
-            report=Report(report),
+            report=BadRecordReport(report),
             progress=lambda rows: status.update(f"{rows:,} records read"),
         )
     if sheet is not None and found.samples:
@@ -148,8 +148,8 @@ def _show(found: "Checked", path: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from casa.data.bad import REASONS
     from casa.data.check import QUANTITIES
+    from casa.data.record import REASONS
 
     shown = console(width=120)
     shown.print(Text(f"{path}: {_summary(found)}", style="bold"), soft_wrap=True)

@@ -12,9 +12,8 @@ for record in records:                  # casa.data.Record
 state = records.state_dict()            # plain values (JSON); load_state_dict(state) goes on right after
 """
 
-from casa.data.bad import BadRecord, Report
 from casa.data.pictures import open_pictures
-from casa.data.record import Message, Origin, Picture, Record, Text
+from casa.data.record import BadRecord, BadRecordReport, Message, Origin, Picture, Record, Text
 from casa.data.records import Records, open_records
 from casa.data.settings import DataSettings, Shard, SourceSettings, parse_data_settings
 from casa.data.shapes import SHAPES, parse_row
@@ -22,13 +21,13 @@ from casa.data.shapes import SHAPES, parse_row
 __all__ = [
     "SHAPES",
     "BadRecord",
+    "BadRecordReport",
     "DataSettings",
     "Message",
     "Origin",
     "Picture",
     "Record",
     "Records",
-    "Report",
     "Shard",
     "SourceSettings",
     "Text",

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from casa.data.bad import BadRecord, Report
 from casa.data.pictures import open_one
-from casa.data.record import Record, Text
+from casa.data.record import BadRecord, BadRecordReport, Record, Text
 from casa.data.records import Records
 from casa.data.settings import DataSettings, Shard
 
@@ -34,7 +33,7 @@ _MOST_THUMBNAILS = 24
 
 
 @dataclass
-class Sample:
+class SampledRecord:
     """A record to look at, and its first pictures, made small. tokens: of its images. number: among the good ones."""
 
     record: Record
@@ -50,8 +49,8 @@ class Checked:
     records: int = 0
     complete: bool = True
     values: dict[str, array] = field(default_factory=lambda: {name: array("q") for name in QUANTITIES})
-    samples: list[Sample] = field(default_factory=list)
-    report: Report = field(default_factory=Report)
+    samples: list[SampledRecord] = field(default_factory=list)
+    report: BadRecordReport = field(default_factory=BadRecordReport)
 
     def statistics(self) -> dict[str, dict[str, float]]:
         """least, median, mean, 95 %, most and total of each quantity that was counted."""
@@ -94,7 +93,7 @@ def check_data(
     count_text: Callable[[str], int] | None = None,
     count_image: Callable[[int, int], int] = image_tokens,
     samples: int = 12,
-    report: Report | None = None,
+    report: BadRecordReport | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Checked:
     """Reads every record once, in the order of the files, and decodes its pictures.
@@ -106,7 +105,7 @@ def check_data(
         UserError: data that are not there. Bad records are counted.
     """
     once = DataSettings(settings.sources, shuffle=0, exhausted="leave")
-    found = Checked(report=report or Report())
+    found = Checked(report=report or BadRecordReport())
     records = Records(once, 0, Shard(), found.report)
     chance = random.Random(0)
     for record in _limited(records, limit, found, progress):
@@ -125,7 +124,7 @@ def check_data(
         # every record has the same chance to be seen
         place = len(found.samples) if len(found.samples) < samples else chance.randrange(found.records)
         if place < samples:
-            sample = Sample(record, [_small(image) for image in thumbnails], tokens, found.records)
+            sample = SampledRecord(record, [_small(image) for image in thumbnails], tokens, found.records)
             found.samples[place : place + 1] = [sample]
     found.samples.sort(key=lambda sample: sample.number)
     return found

@@ -6,30 +6,40 @@ seconds   0.0   0.5   1.0   1.5 ...      at 2 frames per second
 import io
 import logging
 import math
+import os
+from itertools import accumulate, pairwise
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from casa.data.bad import BadRecord
-from casa.data.record import Picture
+from casa.data.record import BadRecord, Picture
+from casa.disk_cache import DiskCache
 from casa.errors import UserError
 from casa.media import read_frames
 from casa.media.decoder import import_av
 
-# of what `video_frames` makes of a file: to be raised with every change of it, since kept_frames.py keeps it
+# of what `video_frames` makes of a file: to be raised with every change of it, since `CachedFrames` keeps it
 VERSION = 2
 # More of a clip than this may not be damaged: what is said of the whole would be learned from a part.
-MOST_DAMAGE = 0.1
+MAX_DAMAGE = 0.1
 
 log = logging.getLogger("casa.data")
 
 
 def video_frames(
-    path: Path, fps: float, start: float, end: float | None, side: int, most: int, thin: bool
+    path: Path, fps: float, start: float, end: float | None, max_side: int, max_frames: int, thin: bool
 ) -> list[Picture]:
-    """The frames on screen at start, start + 1/fps, ... before `end` (seconds), longest side at most `side` px.
+    """The frames on screen at start, start + 1/fps, ... before `end` (seconds).
 
-    most: frames at most. thin: a longer video is looked at less often, evenly; otherwise it is refused.
+    Args:
+        path: the video.
+        fps: frames looked at per second.
+        start: seconds from the video's beginning.
+        end: seconds; None for the video's end.
+        max_side: longest side of a frame in px; larger ones are made smaller.
+        max_frames: of the whole span.
+        thin: look less often at a longer video, evenly, rather than refuse it.
 
     Raises:
         BadRecord: no readable video, one that is damaged or cut off in more than a tenth, no frame in that span, or too
@@ -42,21 +52,21 @@ def video_frames(
             seconds = reader.info.duration if end is None else min(end, reader.info.duration)
         wanted = (seconds - start) * fps
         # what does not say how long it is shows that it is too long when it is read
-        if math.isfinite(wanted) and wanted > most:
+        if math.isfinite(wanted) and wanted > max_frames:
             if not thin:
-                raise _too_long(path, most, fps)
-            fps *= most / wanted
+                raise _too_long(path, max_frames, fps)
+            fps *= max_frames / wanted
         pictures = []
         with read_frames(path, fps, start, end) as reader:
             for frame in reader:
                 # what a file says about its length is not always so
-                if len(pictures) > most:
-                    raise _too_long(path, most, fps)
-                pictures.append(Picture(_png(frame.image, side), frame.time))
+                if len(pictures) > max_frames:
+                    raise _too_long(path, max_frames, fps)
+                pictures.append(Picture(_png(frame.image, max_side), frame.time))
         counts = reader.counts
     except UserError as error:
         raise BadRecord("unreadable-video", str(error)) from error
-    if counts.skipped > MOST_DAMAGE * (counts.skipped + counts.decoded):
+    if counts.skipped > MAX_DAMAGE * (counts.skipped + counts.decoded):
         raise BadRecord(
             "damaged-video",
             f"{path} is damaged or cut off ({counts.skipped} packets or frames cannot be read): copy it again.",
@@ -65,21 +75,83 @@ def video_frames(
         log.warning("%s: %d damaged packets or frames were passed over", path, counts.skipped)
     if not pictures:
         raise BadRecord("unreadable-video", f"{path} has no frame between {start} and {end} s: mend the times.")
-    return pictures[:most]
+    return pictures[:max_frames]
 
 
-def _png(image: Image.Image, side: int) -> bytes:
+class CachedFrames:
+    """`video_frames` with a folder that keeps its results, for later epochs and other runs.
+
+        <key>.npz      frames: PNG files one after the other; lengths: of each; times: seconds
+
+    The key stands for the file (path, time, size), what is looked at and how: a file written anew is another video.
+    found, decoded: how often frames were in the folder, and how often they were not. Raises UserError if the folder
+    cannot be made.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._cache = DiskCache(folder, ".npz", "frames", "keep_frames")
+        self.found = self.decoded = 0
+
+    def __call__(
+        self, path: Path, fps: float, start: float, end: float | None, max_side: int, max_frames: int, thin: bool
+    ) -> list[Picture]:
+        """As `video_frames`; what is wrong with a video is not kept."""
+        how = fps, start, end, max_side, max_frames, thin
+        try:
+            # before it is opened: a video that is replaced meanwhile is not kept under the other's key
+            there = path.stat()
+            key = VERSION, os.path.realpath(path), there.st_mtime_ns, there.st_size, *how
+        except OSError:
+            # opening it says what is wrong with the file
+            key = None
+        pictures = None if key is None else _read(self._cache.path(key))
+        if pictures is not None:
+            self.found += 1
+            return pictures
+        pictures = video_frames(path, *how)
+        self.decoded += 1
+        if key is not None:
+            self._cache.put(key, lambda file: _write(file, pictures))
+        return pictures
+
+
+def _write(file: Path, pictures: list[Picture]) -> None:
+    frames = [picture.source for picture in pictures if isinstance(picture.source, bytes)]
+    with open(file, "wb") as out:
+        np.savez(
+            out,
+            frames=np.frombuffer(b"".join(frames), dtype=np.uint8),
+            lengths=np.array([len(frame) for frame in frames], dtype=np.int64),
+            times=np.array([picture.time for picture in pictures], dtype=np.float64),
+        )
+
+
+def _read(file: Path) -> list[Picture] | None:
+    """None for what is not there or not whole."""
+    try:
+        with open(file, "rb") as opened, np.load(opened) as held:
+            frames, lengths, times = held["frames"].tobytes(), held["lengths"].tolist(), held["times"].tolist()
+    # over a damaged file, zipfile and numpy raise what they like
+    except Exception:
+        return None
+    bounds = list(accumulate(lengths, initial=0))
+    if len(lengths) != len(times) or bounds[-1] != len(frames) or not lengths:
+        return None
+    return [Picture(frames[begin:end], time) for (begin, end), time in zip(pairwise(bounds), times, strict=True)]
+
+
+def _png(image: Image.Image, max_side: int) -> bytes:
     """Encoded without loss, at the speed of a lightly packed file, since it is read once and soon."""
     longest = max(image.size)
-    if longest > side:
-        size = tuple(max(1, round(length * side / longest)) for length in image.size)
-        image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+    if longest > max_side:
+        width, height = (max(1, round(length * max_side / longest)) for length in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
     held = io.BytesIO()
     image.save(held, "PNG", compress_level=1)
     return held.getvalue()
 
 
-def _too_long(path: Path, most: int, fps: float) -> BadRecord:
+def _too_long(path: Path, max_frames: int, fps: float) -> BadRecord:
     return BadRecord(
-        "too-long", f"{path} has more than {most} frames at {fps:g} a second: raise most_frames, or lower fps."
+        "too-long", f"{path} has more than {max_frames} frames at {fps:g} a second: raise max_frames, or lower fps."
     )

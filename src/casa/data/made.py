@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from casa.atomic import replacing
-from casa.data.drawn import ClipSource, PictureSource
 from casa.errors import UserError
 from casa.media import VideoWriter
 
@@ -26,6 +25,12 @@ _QUALITY = 95  # of JPEG: handwriting keeps its edges
 _CRF = 18
 _AFTER = 0.1  # of the time between two frames, from a frame to its words: no rounding gives them to another one
 
+# Draws one example: source(rng, size) with size = (height, width) in px, or None for any, gives an object with `image`
+# (PIL, of that size) and `turns` (objects with `question` and `answer`). With worker processes, sources must be
+# picklable: functions, or dataclasses, at module level.
+PictureSource = Callable[[np.random.Generator, tuple[int, int] | None], Any]
+# Gives an object with `height`, `width`, `frames()` (pictures) and `captions()` (one text per frame, "" being silence).
+ClipSource = Callable[[np.random.Generator], Any]
 Told = Callable[[int], None]
 
 

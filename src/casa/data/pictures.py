@@ -1,4 +1,4 @@
-"""Pictures as rows name them: a path below the root, a data: URI, bytes, or what `datasets` makes of an image column.
+"""Pictures and videos as rows name them: paths below the root, data: URIs, bytes, or what `datasets` makes of pictures.
 
 A row is foreign text: its paths never lead out of the root unless the settings allow it, and nothing is downloaded.
 """
@@ -6,17 +6,17 @@ A row is foreign text: its paths never lead out of the root unless the settings 
 import io
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
-from casa.data.bad import BadRecord
-from casa.data.record import Picture, Record
+from casa.data.frames import video_frames
+from casa.data.record import BadRecord, Origin, Picture, Record
+from casa.data.settings import SourceSettings
 from casa.errors import UserError
 from casa.media import open_picture
 from casa.media.pictures import data_bytes
@@ -46,19 +46,30 @@ def open_one(picture: Picture, number: int = 1) -> Image.Image:
         raise BadRecord("unreadable-picture", sentence) from error
 
 
-@dataclass(frozen=True)
-class Files:
-    """Finds the files that a row names.
+# (video, fps, start and end in seconds, longest side in px, frames at most, whether a longer one is thinned)
+FramesOf = Callable[[Path, float, float, float | None, int, int, bool], list[Picture]]
 
-    root: where relative paths start. outside: whether paths may lead out of it. members: files that travel with the
-    row, by name (a WebDataset sample's), which come before files on disk.
+
+@dataclass(frozen=True)
+class RowContext:
+    """What a row's reader needs besides the row: it finds the pictures and videos that the row names.
+
+    root: the folder where relative paths start. members: files that travel with the row, by name (a WebDataset
+    sample's), which come before files on disk. frames_of: reads a video.
     """
 
+    origin: Origin
+    settings: SourceSettings
     root: Path
-    outside: bool = False
     members: Mapping[str, bytes] = field(default_factory=dict)
+    frames_of: FramesOf = video_frames
 
-    def picture(self, value: Any) -> Picture:
+    def frames(self, path: Path, start: float = 0.0, end: float | None = None, *, thin: bool) -> list[Picture]:
+        """A video's frames as the settings say. thin: look less often at a long one, rather than refuse it."""
+        chosen = self.settings
+        return self.frames_of(path, chosen.fps, start, end, chosen.frame_side, chosen.max_frames, thin)
+
+    def picture(self, value: object) -> Picture:
         """A picture from a path, a data: URI, bytes, or {"bytes": ..., "path": ...}. Raises BadRecord."""
         if isinstance(value, Mapping):
             if value.get("bytes") is not None:
@@ -82,7 +93,7 @@ class Files:
             raise BadRecord("missing-picture", "A picture is null: give its path, or leave the record out.")
         raise BadRecord("wrong-type", f"A picture is a {type(value).__name__}: give a path, a data: URI or bytes.")
 
-    def path(self, value: Any, kind: str) -> Path:
+    def path(self, value: object, kind: str) -> Path:
         """An existing file that the row names; kind: "picture" or "video". Raises BadRecord."""
         if not isinstance(value, str) or not value.strip():
             reason = "wrong-type" if value and not isinstance(value, str) else "missing-picture"
@@ -97,7 +108,7 @@ class Files:
             raise BadRecord("wrong-type", f"The path of the {kind} holds a zero byte: mend it.")
         joined = os.path.join(self.root, value)
         try:
-            inside = self.outside or _is_below(joined, str(self.root))
+            inside = self.settings.outside or _is_below(joined, str(self.root))
             there = inside and os.path.isfile(joined)
         except (OSError, ValueError) as error:
             raise BadRecord(
@@ -137,6 +148,6 @@ def _of_bytes(data: bytes) -> Picture:
     return Picture(data)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 100 else text[:97] + "..."

@@ -1,8 +1,14 @@
 """Records of all sources of a run, drawn by weight, as one iterable that can stop and go on anywhere.
 
 The order depends on the data, the settings, the seed and the reader, on nothing else: not on when it was interrupted.
+
+    Records     draws from sources by weight
+    _Source     parses rows into records, epoch after epoch
+    _Shuffled   mixes rows in blocks
+    FileRows, HubRows   give the rows of an epoch, from any position on
 """
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,23 +16,22 @@ from typing import Any
 
 import numpy as np
 
-from casa.data.bad import BadRecord, NoRecord, Report
-from casa.data.frames import video_frames
+from casa.data.files import data_files
+from casa.data.formats import START, FilePart, Row, file_parts, read_rows
+from casa.data.frames import CachedFrames, video_frames
 from casa.data.hub import PREFIX, HubRows
-from casa.data.kept_frames import KeptFrames
-from casa.data.pictures import Files
-from casa.data.record import Origin, Record
-from casa.data.rows import FileRows, Found, Rows
+from casa.data.pictures import FramesOf, RowContext
+from casa.data.record import BadRecord, BadRecordReport, NoRecord, Origin, Record
 from casa.data.settings import DataSettings, Shard, SourceSettings
 from casa.data.shapes import parse_row
-from casa.data.shapes.context import Context, FramesOf
-from casa.data.shuffling import Shuffled
 from casa.errors import UserError
 
 _DRAWS = 1024  # drawn at once: one generator per draw would cost more than a row
 # A reader's share of one epoch may be a damaged file, and of the next a whole one. A source is given up after so many
 # rows without a good one, the end of an epoch counting as several.
 _BARREN, _END = 1000, 50
+# A block of shuffled rows ends here even if it has fewer rows: rows may carry pictures.
+BLOCK_BYTES = 256 * 1024 * 1024
 
 
 def open_records(
@@ -37,10 +42,14 @@ def open_records(
     report: str | os.PathLike[str] | None = None,
     keep_frames: str | os.PathLike[str] | None = None,
 ) -> "Records":
-    """The records of a run, as one of its readers sees them.
+    """Opens the records of a run, as one of its readers sees them.
 
-    shard: which reader this is; alone if None. report: a folder for the lists of bad records, one file per reader.
-    keep_frames: a folder in which frames of videos are kept, so that none is decoded twice.
+    Args:
+        settings: the sources, and how they are mixed.
+        seed: of all orders.
+        shard: which reader this is; alone if None.
+        report: a folder for the lists of bad records, one file per reader.
+        keep_frames: a folder in which frames of videos are kept, so that none is decoded twice.
 
     Raises:
         UserError: data that are not there, or an extra that is not installed. Bad records raise nothing here.
@@ -50,8 +59,8 @@ def open_records(
     if report is not None:
         name = "bad-records.jsonl" if shard.count == 1 else f"bad-records-{shard.rank}-{shard.worker}.jsonl"
         path = Path(report) / name
-    frames_of = video_frames if keep_frames is None else KeptFrames(keep_frames)
-    return Records(settings, seed, shard, Report(path, settings.strict), frames_of)
+    frames_of = video_frames if keep_frames is None else CachedFrames(keep_frames)
+    return Records(settings, seed, shard, BadRecordReport(path, settings.strict), frames_of)
 
 
 class Records(Iterator[Record]):
@@ -62,7 +71,12 @@ class Records(Iterator[Record]):
     """
 
     def __init__(
-        self, settings: DataSettings, seed: int, shard: Shard, report: Report, frames_of: FramesOf = video_frames
+        self,
+        settings: DataSettings,
+        seed: int,
+        shard: Shard,
+        report: BadRecordReport,
+        frames_of: FramesOf = video_frames,
     ) -> None:
         self.report = report
         self._settings, self._seed, self._shard = settings, seed, shard
@@ -78,7 +92,7 @@ class Records(Iterator[Record]):
     @property
     def epochs(self) -> list[int]:
         """How many times each source was given whole."""
-        return [source.epoch for source in self._sources]
+        return [source.rows.epoch for source in self._sources]
 
     def __iter__(self) -> "Records":
         if self._ended:
@@ -95,12 +109,20 @@ class Records(Iterator[Record]):
 
     def rows(self) -> Iterator[Record | None]:
         """Row by row: its record, or None if it was bad (and counted) or holds none by its nature."""
-        while (row := self._row()) is not None:
-            yield self._parsed(*row)
+        while (found := self._next_row()) is not None:
+            source, row = found
+            try:
+                record = source.parse(row)
+            except BadRecord as bad:
+                self.report.add(row.origin, bad)
+                record = None
+            except NoRecord:
+                record = None
+            yield record
 
     def skip(self) -> bool:
         """Passes over the next row, unread; False if there is none."""
-        return self._row() is not None
+        return self._next_row() is not None
 
     def refuse(self, origin: Origin, bad: BadRecord) -> None:
         """Counts a record that turned out bad only when it was used. Raises UserError where settings are strict."""
@@ -142,13 +164,13 @@ class Records(Iterator[Record]):
         for source, entry in zip(self._sources, state["sources"], strict=True):
             source.load_state_dict(entry)
 
-    def _row(self) -> "tuple[_Source, Found] | None":
+    def _next_row(self) -> "tuple[_Source, Row] | None":
         """The next row and its source; None at the end."""
         while not self._ended:
             source = self._draw()
-            found = source.next() if source is not None else None
-            if source is not None and found is not None:
-                return source, found
+            row = source.rows.next() if source is not None else None
+            if source is not None and row is not None:
+                return source, row
             if source is None or self._settings.exhausted == "stop":
                 self._ended = True
             else:
@@ -170,52 +192,33 @@ class Records(Iterator[Record]):
         self._draws += 1
         return self._sources[min(chosen, len(giving) - 1)]
 
-    def _parsed(self, source: "_Source", found: Found) -> Record | None:
-        try:
-            return source.parse(found)
-        except BadRecord as bad:
-            self.report.add(found.origin, bad)
-            return None
-        except NoRecord:
-            return None
-
 
 class _Source:
-    """One source: its rows in their order, and how they are read. left: it has ended and is not begun again.
+    """One source: its rows in their order, and how they are read.
 
-    gave: whether this epoch had a good record. barren: rows since the last one, about.
+    left: it has ended and is not begun again. gave: whether this epoch had a good record. barren: rows since the last
+    good one, about.
     """
 
     def __init__(
         self, settings: SourceSettings, number: int, shuffle: int, seed: int, shard: Shard, frames_of: FramesOf
     ) -> None:
         self._settings, self._frames_of = settings, frames_of
+        self._root = None if settings.root is None else Path(settings.root).expanduser()
         # all readers must agree on the order of files, and no two sources share an order of rows
-        own = seed + number
-        rows: Rows
-        if settings.path.startswith(PREFIX):
-            rows = HubRows(settings, shard, own, shuffle > 1)
-        else:
-            rows = FileRows(settings.path, shard, own, shuffle > 1, settings.split)
-        self._rows, self._fingerprint = Shuffled(rows, [seed, number, shard.index], shuffle), rows.fingerprint()
+        kind = HubRows if settings.path.startswith(PREFIX) else FileRows
+        rows = kind(settings, shard, seed + number, shuffle > 1)
+        self.rows = _Shuffled(rows, [seed, number, shard.index], shuffle)
         self.left = self.gave = False
         self.barren = 0
 
-    @property
-    def epoch(self) -> int:
-        return self._rows.epoch
-
-    def next(self) -> Found | None:
-        return self._rows.next()
-
-    def parse(self, found: Found) -> Record:
+    def parse(self, row: Row) -> Record:
         """Raises BadRecord, NoRecord."""
         self.barren += 1
-        if isinstance(found.row.value, BadRecord):
-            raise found.row.value
-        root = found.folder if self._settings.root is None else Path(self._settings.root).expanduser()
-        files = Files(root, self._settings.outside, found.row.members)
-        record = parse_row(found.row.value, Context(found.origin, files, self._settings, self._frames_of))
+        if isinstance(row.value, BadRecord):
+            raise row.value
+        root = row.folder if self._root is None else self._root
+        record = parse_row(row.value, RowContext(row.origin, self._settings, root, row.members, self._frames_of))
         self.gave, self.barren = True, 0
         return record
 
@@ -230,23 +233,120 @@ class _Source:
                 f"{self._settings.path} has no record that can be read, or fewer records than readers: "
                 f"`casa data check {self._settings.path}` tells more."
             )
-        self.gave = False
-        self._rows.next_epoch()
+        self.begin_again()
 
     def begin_again(self) -> None:
         self.left = self.gave = False
-        self._rows.next_epoch()
+        self.rows.next_epoch()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "data": self._fingerprint,
-            "left": self.left,
-            "gave": self.gave,
-            "barren": self.barren,
-            **self._rows.state_dict(),
-        }
+        own = {"data": self.rows.fingerprint, "left": self.left, "gave": self.gave, "barren": self.barren}
+        return own | self.rows.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # positions that older versions saved say nothing of the last
-        self.left, self.gave, self.barren = state["left"], state["gave"], state.get("barren", 0)
-        self._rows.load_state_dict(state)
+        self.left, self.gave, self.barren = state["left"], state["gave"], state["barren"]
+        self.rows.load_state_dict(state)
+
+
+class _Shuffled:
+    """One source's rows in a random order, epoch after epoch, from a state of a few numbers.
+
+    Rows are shuffled in blocks: a block's order depends on seed, epoch and the block's number alone. A state therefore
+    says where the block begins and how many of its rows were given; to resume, the block is read again. While one block
+    is given, the next is read, a row at a time, so that training never waits for a whole one.
+
+        file      a b c d | e f g h | i j
+        given     c a d b | f h e g | j i
+
+    block: rows that are mixed; 0 and 1 keep the order. epoch: the one being given.
+    """
+
+    def __init__(self, rows: "FileRows | HubRows", seed: list[int], block: int) -> None:
+        self._rows, self._seed, self._size = rows, seed, max(1, block)
+        self.fingerprint = rows.fingerprint
+        self.load_state_dict({"epoch": 0, "block": 0, "position": None, "given": 0})
+
+    def next(self) -> Row | None:
+        """The next row of the epoch; None at its end (`next_epoch` goes on)."""
+        while self._given >= len(self._order):
+            if not self._next_block():
+                return None
+        at = self._order[self._given]
+        row, self._block[at] = self._block[at], None
+        self._given += 1
+        self._read_ahead()
+        return row
+
+    def next_epoch(self) -> None:
+        """From the beginning, in another order."""
+        self.load_state_dict({"epoch": self.epoch + 1, "block": 0, "position": None, "given": 0})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "block": self._number, "position": self._position, "given": self._given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self._number, self._position = state["epoch"], state["block"], state["position"]
+        self._given = state["given"]
+        self._source: Iterator[Row] | None = None
+        self._block: list[Row | None] = []
+        self._order: list[int] = []
+        self._ahead: list[Row] = []
+        self._ahead_bytes = 0
+
+    def _next_block(self) -> bool:
+        """Makes the rows read ahead the block at hand; False if there are none."""
+        if self._source is None:
+            self._source = self._rows.start(self.epoch, self._position)
+        else:
+            self._number, self._given, self._position = self._number + 1, 0, self._ahead_position
+        while self._read_ahead():
+            pass
+        self._block = [*self._ahead]
+        self._ahead, self._ahead_bytes = [], 0
+        self._ahead_position = self._rows.position()
+        order = np.arange(len(self._block))
+        if self._size > 1:
+            np.random.default_rng([*self._seed, self.epoch, self._number]).shuffle(order)
+        self._order = order.tolist()
+        return bool(self._order)
+
+    def _read_ahead(self) -> bool:
+        """Reads one row ahead; False if the block is full or the source at its end."""
+        if self._source is None or len(self._ahead) >= self._size or self._ahead_bytes >= BLOCK_BYTES:
+            return False
+        row = next(self._source, None)
+        if row is None:
+            return False
+        self._ahead.append(row)
+        self._ahead_bytes += row.size
+        return True
+
+
+class FileRows:
+    """Rows of local files. shuffled: their parts come in another order each epoch."""
+
+    def __init__(self, settings: SourceSettings, shard: Shard, seed: int, shuffled: bool) -> None:
+        self._files = data_files(settings.path, settings.split)
+        self._shard, self._seed, self._shuffled = shard, seed, shuffled
+        self._parts: list[FilePart] | None = None
+        self._at: tuple[int, int, int] = (0, *START)
+        named = [f"{file.name} {file.stat().st_size}" for file in self._files]
+        self.fingerprint = hashlib.sha256("\n".join(named).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+    def start(self, epoch: int, position: list[Any] | None = None) -> Iterator[Row]:
+        """The rows of an epoch, from a position on (None: all). One iteration at a time."""
+        if self._parts is None:
+            self._parts = [part for file in self._files for part in file_parts(file)]
+        parts = self._shard.share(len(self._parts), [self._seed, epoch] if self._shuffled else None)
+        self._at = (0, *START) if position is None else (position[0], position[1], position[2])
+        while self._at[0] < len(parts):
+            number, *cursor = self._at
+            chosen, mine = parts[number]
+            for row in read_rows(self._parts[chosen], (cursor[0], cursor[1]), mine):
+                self._at = (number + 1, *START) if row.last else (number, *row.after)
+                yield row
+            self._at = (number + 1, *START)
+
+    def position(self) -> list[Any]:
+        """Where the running iteration stands, before the next row, as plain values."""
+        return list(self._at)

@@ -6,8 +6,11 @@ sources:
 shuffle: 1000
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+import numpy as np
 
 from casa.settings import build, require
 
@@ -28,7 +31,7 @@ class SourceSettings:
     root: the folder that relative picture paths start from; the data file's own if None.
     outside: whether paths in the data may lead out of the root (an absolute path, "..", a link).
     fps: how often a video is looked at. frame_side: longest side of its frames in px; larger ones are made smaller.
-    most_frames: per record. A longer video is looked at less often; longer live captions are refused, since words
+    max_frames: per record. A longer video is looked at less often; longer live captions are refused, since words
     belong to their frames.
     columns: names in the data for the names that a shape knows, such as {image: photo, caption: title}.
     prompt: what the user asks where the data do not say (captions); None leaves it to the shape.
@@ -42,7 +45,7 @@ class SourceSettings:
     outside: bool = False
     fps: float = 2.0
     frame_side: int = 448
-    most_frames: int = 480
+    max_frames: int = 480
     columns: dict[str, str] = field(default_factory=dict)
     prompt: str | None = None
     split: str = "train"
@@ -53,7 +56,7 @@ class SourceSettings:
         require(self.weight > 0, "weight", self.weight, "above 0")
         require(0 < self.fps <= 60, "fps", self.fps, "above 0, at most 60")
         require(28 <= self.frame_side <= 8192, "frame_side", self.frame_side, "from 28 to 8192 px")
-        require(self.most_frames >= 1, "most_frames", self.most_frames, "1 or more")
+        require(self.max_frames >= 1, "max_frames", self.max_frames, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,12 @@ class DataSettings:
         require(0 <= self.shuffle <= 10_000_000, "shuffle", self.shuffle, "from 0 to 10,000,000 rows")
 
 
-def parse_data_settings(values: Any, at: str = "data") -> DataSettings:
-    """From plain values; `at` is their place. UserError, with a suggestion, for an unknown key; for a wrong type or
-    value too."""
+def parse_data_settings(values: Mapping[str, object], at: str = "data") -> DataSettings:
+    """Settings from plain values; `at` is their place in sentences.
+
+    Raises:
+        UserError: an unknown key (with a suggestion), a wrong type or an impossible value.
+    """
     return build(DataSettings, values, at)
 
 
@@ -106,3 +112,24 @@ class Shard:
     def count(self) -> int:
         """How many readers there are."""
         return self.world * self.workers
+
+    def share(self, parts: int, order: Sequence[int] | None) -> list[tuple[int, Callable[[int], bool]]]:
+        """This reader's parts of a source, by number, each with the question which of its rows (from 0) are wanted.
+
+        With at least as many parts (files, or row groups of parquet) as readers, each part goes to one reader;
+        otherwise every reader passes over the others' rows, so that all rows are read, and none twice:
+
+            3 readers, 5 parts    a -> 0   b -> 1   c -> 2   d -> 0   e -> 1
+            3 readers, 1 part     rows 0 1 2 3 4 5 6 ... -> 0 1 2 0 1 2 0 ...
+
+        Args:
+            parts: how many there are.
+            order: seeds of the order in which they come, the same for all readers; None keeps it.
+        """
+        numbers = np.arange(parts)
+        if order is not None:
+            np.random.default_rng(order).shuffle(numbers)
+        count, index = self.count, self.index
+        if parts >= count:
+            return [(int(part), lambda row: True) for part in numbers[index::count]]
+        return [(int(part), lambda row, part=int(part): (part + row) % count == index) for part in numbers]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from casa.data.check import Sample
+from casa.data.check import SampledRecord
 from casa.data.html_report import SampleCard, ShownPicture, ShownText, ShownWindow, counted, write_report
 from casa.data.record import Picture, Record, Text
 from casa.windows import WindowLayout
@@ -15,7 +15,9 @@ UNLEARNED = "assistant, not learned"
 MAX_WINDOWS, MAX_PICTURES = 12, 8
 
 
-def write_sheet(samples: Sequence[Sample], path: str | os.PathLike[str], title: str = "", note: str = "") -> None:
+def write_sheet(
+    samples: Sequence[SampledRecord], path: str | os.PathLike[str], title: str = "", note: str = ""
+) -> None:
     """Writes the samples as cards. title, note: two lines above them.
 
     Raises:
@@ -49,7 +51,7 @@ def record_windows(record: Record) -> list[tuple[list[int], list[tuple[str, str]
     return found
 
 
-def _card(sample: Sample) -> SampleCard:
+def _card(sample: SampledRecord) -> SampleCard:
     record = sample.record
     windows = record_windows(record)
     pictures = list(record.pictures())
@@ -62,7 +64,7 @@ def _card(sample: Sample) -> SampleCard:
 
 
 def _window(
-    sample: Sample, pictures: Sequence[Picture], numbers: Sequence[int], said: Sequence[tuple[str, str]]
+    sample: SampledRecord, pictures: Sequence[Picture], numbers: Sequence[int], said: Sequence[tuple[str, str]]
 ) -> ShownWindow:
     shown = [number for number in numbers[:MAX_PICTURES] if number < len(sample.thumbnails)]
     times = {number: pictures[number].time for number in shown}

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from casa.atomic import write_text
-from casa.data.bad import REASONS, reported
+from casa.data.record import REASONS, read_report
 from casa.errors import UserError
 from casa.figures import BLUE, ORANGE, new_figure, quieten, write_png
 from casa.provenance import provenance
@@ -74,7 +74,7 @@ def count_bad(folder: Path) -> Counter[str]:
     """
     reasons: dict[str, str] = {}
     for path in sorted(folder.glob("bad-records*.jsonl")):
-        reasons.update(reported(path.read_bytes()))
+        reasons.update(read_report(path.read_bytes()))
     return Counter(reasons.values())
 
 

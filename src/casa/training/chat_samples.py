@@ -27,8 +27,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from casa.data.bad import BadRecord
-from casa.data.record import Message, Picture, Role, Text
+from casa.data.record import BadRecord, Message, Picture, Role, Text
 from casa.errors import UserError
 from casa.models import CasaProcessor
 from casa.models.chat_template import TypedText, free_marks

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from casa.kept_files import KeptFiles
+from casa.disk_cache import DiskCache
 from casa.training.samples import SizedPicture
 
 Encode = Callable[[Tensor, Tensor], Tensor]
@@ -107,7 +107,7 @@ class FeatureFolder:
     """
 
     def __init__(self, folder: str | Path, encoder: str) -> None:
-        self._files = KeptFiles(Path(folder) / encoder, ".safetensors", "image tokens", "feature_cache_dir")
+        self._files = DiskCache(Path(folder) / encoder, ".safetensors", "image tokens", "feature_cache_dir")
         self.hits = 0
 
     @property

@@ -30,6 +30,7 @@ from casa.analysis.anatomy import blocks_of, frame_of, matrix_features, tower_wi
 from casa.analysis.budget import fused_token_bytes
 from casa.analysis.budget_table import readable
 from casa.data import SourceSettings
+from casa.data.files import data_files
 from casa.data.html_report import (
     BudgetBar,
     SampleCard,
@@ -41,7 +42,6 @@ from casa.data.html_report import (
 )
 from casa.data.hub import PREFIX
 from casa.data.pictures import open_one
-from casa.data.places import data_files
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration
 from casa.models.adapt import encoder_blocks

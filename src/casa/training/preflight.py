@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from casa.data import BadRecord, DataSettings, Record, Records, Report, Shard, SourceSettings
+from casa.data import BadRecord, BadRecordReport, DataSettings, Record, Records, Shard, SourceSettings
 from casa.errors import UserError
 from casa.models.generation import stop_ids
 from casa.models.loading import UNREADABLE, resolve, sentence_of
@@ -118,7 +118,7 @@ def _check_position(recipe: Recipe, checkpoint: Path, processes: int) -> None:
         position.check_readers(workers)
         for number, left in position.positions.items():
             shard = Shard(rank, processes, number, max(1, workers))
-            Records(recipe.data, recipe.seed, shard, Report()).load_state_dict(json.loads(left)["source"])
+            Records(recipe.data, recipe.seed, shard, BadRecordReport()).load_state_dict(json.loads(left)["source"])
 
 
 def _check_room(model: Any, recipe: Recipe, out: Path) -> None:
@@ -170,7 +170,7 @@ def _check_source(source: SourceSettings, maker: SampleMaker) -> str | None:
 
 def _first_records(source: SourceSettings) -> Iterator[Record | str]:
     """Records from the beginning; for a bad row, its place and what is wrong with it."""
-    report = Report()
+    report = BadRecordReport()
     records = Records(DataSettings((source,), shuffle=0, exhausted="leave"), 0, Shard(), report)
     for record in islice(records.rows(), _MAX_ROWS):
         if record is not None:

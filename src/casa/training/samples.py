@@ -19,8 +19,7 @@ from typing import Any
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
 
-from casa.data.bad import BadRecord
-from casa.data.record import Message, Origin, Picture, Record, Text
+from casa.data.record import BadRecord, Message, Origin, Picture, Record, Text
 from casa.errors import UserError
 from casa.media import pictures as media
 from casa.models import CasaProcessor

@@ -18,7 +18,7 @@ from casa.errors import UserError
 _log = logging.getLogger(__name__)
 
 
-class KeptFiles:
+class DiskCache:
     """what: is kept, and setting: names the folder, in the words of warnings and errors. written: files so far.
 
     Raises UserError if the folder cannot be made.

@@ -17,9 +17,9 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from casa.data import BadRecord
-from casa.data.formats import COMPRESSED, COMPRESSIONS, READERS, json_array, jsonl, pieces_of, reader_of
-from casa.data.formats.row import START
+from casa.data import BadRecord, formats
+from casa.data.files import COMPRESSIBLE, COMPRESSIONS, ENDINGS
+from casa.data.formats import READERS, START, file_parts, read_rows
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 ROWS = st.lists(st.fixed_dictionaries({"image": TEXT, "caption": TEXT}), max_size=8)
@@ -30,7 +30,7 @@ def everything(row: int) -> bool:
 
 
 def read(path: Path, start=START, mine=everything) -> list[Any]:
-    return [row for piece in pieces_of(path) for row in reader_of(path)(piece, start, mine)]
+    return [row for part in file_parts(path) for row in read_rows(part, start, mine)]
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -79,12 +79,12 @@ def test_what_was_written_is_read_from_any_row_on(tmp_path_factory, kind, rows):
     path = write(tmp_path_factory.mktemp("rows") / f"rows{kind}", rows)
     found = read(path)
     assert [row.value for row in found] == rows
-    lines = [row.line for row in found]
+    lines = [row.origin.line for row in found]
     assert lines == sorted(lines)
-    for piece in pieces_of(path):
-        whole = list(reader_of(path)(piece, START, everything))
+    for part in file_parts(path):
+        whole = list(read_rows(part, START, everything))
         for number, row in enumerate(whole):
-            again = list(reader_of(path)(piece, row.after, everything))
+            again = list(read_rows(part, row.after, everything))
             assert again == whole[number + 1 :]
 
 
@@ -94,13 +94,13 @@ def test_rows_of_other_readers_are_passed_over(tmp_path, kind):
     path = write(tmp_path / f"rows{kind}", rows)
     parts = [read(path, mine=lambda row, k=k: row % 2 == k) for k in range(2)]
     assert [[row.value for row in part] for part in parts] == [rows[::2], rows[1::2]]
-    assert [row.line for row in sorted([*parts[0], *parts[1]], key=lambda row: row.line)] == [
-        r.line for r in read(path)
+    assert [row.origin.line for row in sorted([*parts[0], *parts[1]], key=lambda row: row.origin.line)] == [
+        r.origin.line for r in read(path)
     ]
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-@pytest.mark.parametrize("kind", sorted(COMPRESSED - {".ndjson", ".tsv"}))
+@pytest.mark.parametrize("kind", sorted({*COMPRESSIBLE} - {".ndjson", ".tsv"}))
 def test_a_compressed_file_is_read_as_what_it_holds(tmp_path, kind, compression):
     rows = [{"image": f"{k}.png", "caption": "x\n" * k} for k in range(7)]
     plain = write(tmp_path / f"rows{kind}", rows)
@@ -108,9 +108,9 @@ def test_a_compressed_file_is_read_as_what_it_holds(tmp_path, kind, compression)
     path = packed(plain, compression)
     found = read(path)
     assert [row.value for row in found] == rows
-    assert found == wanted
-    for row in found:
-        assert read(path, row.after) == wanted[row.line - wanted[0].line + 1 :] or kind in (".csv", ".json")
+    assert [(row.origin.line, row.origin.entry) for row in found] == [(r.origin.line, r.origin.entry) for r in wanted]
+    for number, row in enumerate(found):
+        assert read(path, row.after) == found[number + 1 :]
         assert [again.value for again in read(path, row.after)] == rows[rows.index(row.value) + 1 :]
     assert [row.value for row in read(path, mine=lambda row: row % 2 == 1)] == rows[1::2]
 
@@ -131,9 +131,13 @@ def test_entries_of_one_line_have_origins_of_their_own(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"a": k} for k in range(20)]))
     found = read(path)
-    assert {(row.line, row.entry) for row in found} == {(1, f"row {k}") for k in range(1, 21)}
+    assert {(row.origin.line, row.origin.entry) for row in found} == {(1, f"row {k}") for k in range(1, 21)}
     path.write_text("".join(json.dumps({"a": k}) for k in range(3)))
-    assert [(row.line, row.entry) for row in read(path)] == [(1, "row 1"), (1, "row 2"), (1, "row 3")]
+    assert [(row.origin.line, row.origin.entry) for row in read(path)] == [(1, "row 1"), (1, "row 2"), (1, "row 3")]
+
+
+def test_every_ending_has_a_reader():
+    assert set(READERS) == set(ENDINGS)
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -153,13 +157,13 @@ def test_json_lines_with_bom_crlf_blanks_emoji_and_a_cut_off_end(tmp_path):
         b'\xef\xbb\xbf{"a": 1}\r\n\r\n' + '{"a": "🚀 שלום \u2028"}\r\n'.encode() + b'nonsense\n{"a": [1, 2'
     )
     found = read(path)
-    assert [row.line for row in found] == [1, 3, 4, 5]
+    assert [row.origin.line for row in found] == [1, 3, 4, 5]
     assert [row.value for row in found[:2]] == [{"a": 1}, {"a": "🚀 שלום \u2028"}]
     assert [row.value.reason for row in found[2:]] == ["not-json", "not-json"]
     assert "the file ends here" not in str(found[2].value)
     assert "the file ends here" in str(found[3].value)
     path.write_bytes(b'\xef\xbb\xbf\r\n{"a": 1}')
-    assert [(row.line, row.value) for row in read(path)] == [(2, {"a": 1})]
+    assert [(row.origin.line, row.value) for row in read(path)] == [(2, {"a": 1})]
 
 
 @pytest.mark.parametrize("line", [b"\xff\xfe", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}", b"{'a': 1}", b"\0"])
@@ -178,7 +182,7 @@ def test_a_line_of_20_mb_is_read(tmp_path):
 
 
 def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl, "LONGEST", 100)
+    monkeypatch.setattr(formats, "MAX_ROW_BYTES", 100)
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": "' + "x" * 250 + '"}\n{"a": 1}\n' + "y" * 100 + "\n" + "z" * 99 + "\n")
     found = read(path)
@@ -188,18 +192,18 @@ def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch):
         "too-long",
         "not-json",
     ]
-    assert next(iter(reader_of(path)(pieces_of(path)[0], found[0].after, everything))).value == {"a": 1}
+    assert next(iter(read_rows(file_parts(path)[0], found[0].after, everything))).value == {"a": 1}
 
 
 def test_a_json_list_names_the_lines_where_rows_begin(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('\ufeff[\n  {"a": 1},\n  {"a":\n   2},\n\n  {"a": 3}]\n')
-    assert [(row.line, row.value) for row in read(path)] == [(2, {"a": 1}), (3, {"a": 2}), (6, {"a": 3})]
+    assert [(row.origin.line, row.value) for row in read(path)] == [(2, {"a": 1}), (3, {"a": 2}), (6, {"a": 3})]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_a_json_list_is_read_in_pieces_of_any_size(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(json_array, "_CHUNK", chunk)
+    monkeypatch.setattr(formats, "_CHUNK", chunk)
     rows = [{"a": "x" * k, "b": [k, {"c": "]}"}]} for k in range(20)]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows, indent=2))
@@ -223,7 +227,7 @@ def test_a_damaged_json_list_is_read_up_to_the_damage(tmp_path, text, good, line
     path.write_text(text)
     *rows, last = read(path)
     assert len(rows) == good
-    assert (last.value.reason, last.line, last.last) == ("not-json", line, True)
+    assert (last.value.reason, last.origin.line, last.last) == ("not-json", line, True)
 
 
 def test_json_lines_and_single_objects_under_the_name_json(tmp_path):
@@ -238,7 +242,7 @@ def test_tables_with_quotes_line_ends_and_other_separators(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_bytes('\ufeffimage;caption\r\na.png;"A cat;\r\nasleep"\r\n\r\nb.png;שלום 🚀\r\nc.png\r\n'.encode())
     found = read(path)
-    assert [row.line for row in found] == [3, 5, 6]
+    assert [row.origin.line for row in found] == [3, 5, 6]
     assert found[0].value == {"image": "a.png", "caption": "A cat;\r\nasleep"}
     assert found[1].value == {"image": "b.png", "caption": "שלום 🚀"}
     assert "1 cells, and the header 2" in str(found[2].value)
@@ -256,8 +260,8 @@ def test_a_quote_that_is_never_closed_is_one_bad_row(tmp_path):
 
 def test_the_rows_of_a_parquet_file_keep_their_numbers(tmp_path):
     path = write(tmp_path / "rows.parquet", [{"image": str(k), "caption": "x"} for k in range(7)])
-    assert len(pieces_of(path)) == 3
-    assert [row.line for row in read(path)] == [1, 2, 3, 4, 5, 6, 7]
+    assert len(file_parts(path)) == 3
+    assert [row.origin.line for row in read(path)] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_damaged_parquet_is_one_bad_row_per_place(tmp_path):
@@ -268,7 +272,7 @@ def test_damaged_parquet_is_one_bad_row_per_place(tmp_path):
     path.write_bytes(data[:4] + b"\xff" * 60 + data[64:])
     found = read(path)
     assert found[0].value.reason == "unreadable-file"
-    assert [row.line for row in found[1:]] == [4, 5, 6, 7]
+    assert [row.origin.line for row in found[1:]] == [4, 5, 6, 7]
 
 
 def test_a_tar_sample_is_its_members(tmp_path):
@@ -292,7 +296,13 @@ def test_a_tar_sample_is_its_members(tmp_path):
         {"messages": [{"role": "user"}]},
     ]
     assert found[0].members["x/1.jpg"] == b"one"
-    assert [(row.line, row.entry) for row in found] == [(1, "x/1"), (2, "y/1"), (3, "2"), (4, "3"), (5, "4")]
+    assert [(row.origin.line, row.origin.entry) for row in found] == [
+        (1, "x/1"),
+        (2, "y/1"),
+        (3, "2"),
+        (4, "3"),
+        (5, "4"),
+    ]
 
 
 @pytest.mark.parametrize(("keep", "whole"), [(700, 0), (1536, 1), (1600, 1), (2600, 1), (2700, 2), (4608, 3)])

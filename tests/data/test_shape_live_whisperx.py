@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from casa.data import BadRecord, Picture, Text, parse_row
-from casa.data.bad import NoRecord
-from casa.data.shapes.live_whisperx import interleaved
+from casa.data.record import NoRecord
+from casa.data.shapes import interleaved
 
 WORDS = [[1.1, 1.4, "And"], [1.4, 1.8, " she"], [2.2, 2.9, "won"]]
 
