@@ -62,12 +62,12 @@ class Comparison:
         sampling: Sampling | None = None,
         **session: Any,
     ) -> None:
-        self._script = _Script()
-        speaker = _Noted(**(sampling or Sampling()).to_dict(), script=self._script)
+        self._script: list[int] = []
+        speaker = _Scripted(**(sampling or Sampling()).to_dict(), script=self._script)
         self.casa = StreamingSession(model, processor, sampling=speaker, **session)
         # a bound on the text is CASA's alone: insertion cannot forget
         session.pop("max_text_tokens", None)
-        repeater = _Dictated(script=self._script)
+        repeater = _Scripted(script=self._script, repeats=True)
         self._insertion: StreamingSession | None = StreamingSession(
             insertion_twin(model), processor, sampling=repeater, **session
         )
@@ -77,9 +77,9 @@ class Comparison:
 
     def step(self, frame: Any) -> CostRow:
         """Shows both the frame (PIL.Image, or uint8 (H, W, 3)); the caption is the CASA session's."""
-        self._script.tokens.clear()
+        self._script.clear()
         caption, ours = self._timed(self.casa, frame)
-        said = len(self._script.tokens)
+        said = len(self._script)
         theirs = None
         if self._insertion is not None:
             _, theirs = self._timed(self._insertion, frame)
@@ -139,18 +139,15 @@ def insertion_twin(model: CasaForConditionalGeneration) -> CasaForConditionalGen
     return twin.eval()
 
 
-@dataclass
-class _Script:
-    """What the CASA session said about the current frame, stop token included."""
-
-    tokens: list[int] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
-class _Noted(Sampling):
-    """Picks as usual and writes it down."""
+class _Scripted(Sampling):
+    """Picks as usual and writes the tokens down; or `repeats` what was written, whatever the logits are.
 
-    script: _Script = field(default_factory=_Script)
+    script: what the CASA session said about the current frame, stop token included.
+    """
+
+    script: list[int] = field(default_factory=list)
+    repeats: bool = False
 
     def pick(
         self,
@@ -160,24 +157,9 @@ class _Noted(Sampling):
         stops: frozenset[int] = frozenset(),
         earlier: Sequence[int] = (),
     ) -> int:
+        # a repeater reads the logits too, as every way of picking does
         token = super().pick(logits, said, generator, stops, earlier)
-        self.script.tokens.append(token)
+        if self.repeats:
+            return self.script[len(said)]
+        self.script.append(token)
         return token
-
-
-@dataclass(frozen=True)
-class _Dictated(Sampling):
-    """Says what was written down, whatever the logits are; reads them first, as every way of picking does."""
-
-    script: _Script = field(default_factory=_Script)
-
-    def pick(
-        self,
-        logits: Tensor,
-        said: list[int],
-        generator: torch.Generator,
-        stops: frozenset[int] = frozenset(),
-        earlier: Sequence[int] = (),
-    ) -> int:
-        super().pick(logits, said, generator, stops, earlier)
-        return self.script.tokens[len(said)]
