@@ -141,4 +141,5 @@ class Speller(nn.Module):
     @torch.no_grad()
     def right(self, code: Tensor, ids: Tensor) -> Tensor:
         """Whether the best of all V words is the right one: (M, 1 + OWN) for (M, width) and (M, 1 + OWN)."""
-        return self.scores(code, self.words).argmax(-1) == ids
+        # the code comes in bfloat16 where the encoder ran in it
+        return self.scores(code.to(self.asks.weight.dtype), self.words).argmax(-1) == ids
