@@ -122,7 +122,7 @@ class Learner(nn.Module):
         cells = self.encoder(seen)
         found = {"cells": cells, "classes": self.encoder.classifier(cells)}
         if self.speller is not None:
-            found["written"] = self.encoder._written(cells)
+            found["written"] = self.encoder.part("written", cells)
         return found | {name: head(cells) for name, head in self.heads.named_children()}
 
     def text_losses(self, found: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:

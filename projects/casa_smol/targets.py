@@ -87,12 +87,12 @@ def _around(glyphs: Glyphs, inside: np.ndarray) -> np.ndarray:
     """uint8 (1 + FOLLOWING, G + 1): classes of the characters around each; the last column is for no character."""
     count = len(glyphs.classes)
     found = np.full((1 + FOLLOWING, count + 1), UNKNOWN, dtype=np.uint8)
+    seen = np.where(inside, glyphs.classes, UNKNOWN)
     for slot, step in enumerate((-1, *range(1, 1 + FOLLOWING))):
         other = np.arange(count) + step
-        known = (other >= 0) & (other < count)
-        other = np.where(known, other, 0)
-        same = known & (glyphs.runs[other] == glyphs.runs) if count else known
-        found[slot, :-1] = np.where(same, np.where(inside[other], glyphs.classes[other], UNKNOWN), 0) if count else 0
+        there = (other >= 0) & (other < count)
+        other[~there] = 0
+        found[slot, :-1] = np.where(there & (glyphs.runs[other] == glyphs.runs), seen[other], 0)
     return found
 
 

@@ -13,16 +13,16 @@ from casa.benchmarks.attention import (
     CPU_SHAPES,
     CUDA_SHAPES,
     RIVALS,
+    AttentionShape,
     Clock,
     Contestant,
-    WindowShape,
     attention_table,
     race,
 )
 from casa.errors import UserError
 from casa.windows import WindowLayout
 
-SMALL = (WindowShape("even", 3, 4, (2, 2)), WindowShape("ragged", 3, 4, (1, 5)))
+SMALL = (AttentionShape("even", 3, 4, (2, 2)), AttentionShape("ragged", 3, 4, (1, 5)))
 
 
 def bench_attention(*shapes, **settings):
@@ -64,7 +64,7 @@ def test_shapes_on_cuda_are_the_papers_batch_and_decode_steps():
     assert all(window.num_query == 1 for window in decode.windows)
 
 
-@pytest.mark.parametrize("shape", [*SMALL, WindowShape("decode", 3, 4, (2, 5), queries=1)])
+@pytest.mark.parametrize("shape", [*SMALL, AttentionShape("decode", 3, 4, (2, 5), queries=1)])
 def test_work_counts_visible_pairs_and_each_tensor_once(shape):
     layout = shape.layout(seed=1)
     flops, moved = bench._work(layout, Hq=4, Hkv=2, D=8, size=2)
@@ -73,7 +73,7 @@ def test_work_counts_visible_pairs_and_each_tensor_once(shape):
 
 
 def test_a_decode_step_is_timed_forward_only():
-    rows = bench_attention(WindowShape("decode", 2, 4, (1, 3), queries=1), impls=("sdpa",), repeats=1)
+    rows = bench_attention(AttentionShape("decode", 2, 4, (1, 3), queries=1), impls=("sdpa",), repeats=1)
     assert [(row["impl"], row["both_ms"], row["both_ratio"]) for row in rows] == [
         ("dense mask", None, None),
         ("sdpa", None, None),
@@ -110,7 +110,7 @@ def test_flex_on_a_cpu_is_timed_forward_only_and_says_so(uncompiled):
 
 
 def test_flex_that_has_no_backward_to_do_without_gives_no_reason(uncompiled):
-    *_, flexed = bench_attention(WindowShape("decode", 2, 4, (1, 3), queries=1), impls=("flex",), repeats=1)
+    *_, flexed = bench_attention(AttentionShape("decode", 2, 4, (1, 3), queries=1), impls=("flex",), repeats=1)
     assert flexed["forward_ms"] is not None
     assert (flexed["both_ms"], flexed["reason"]) == (None, None)
 
@@ -192,7 +192,7 @@ def test_rivals_mean_the_same(monkeypatch):
     monkeypatch.setattr(theirs, "varlen_attn", varlen_attn)
     monkeypatch.setattr(flexible, "flex_attention", flex_attention)
     monkeypatch.setattr(torch, "compile", lambda function, **more: function)
-    for shape in (SMALL[1], WindowShape("decode", 3, 4, (2, 5), queries=1)):
+    for shape in (SMALL[1], AttentionShape("decode", 3, 4, (2, 5), queries=1)):
         layout = shape.layout(seed=1)
         sizes = [(layout.num_query, 4), *[(layout.num_text, 2)] * 2, *[(layout.num_image, 2)] * 2]
         given = [torch.randn(*size, 8, dtype=torch.float64) for size in sizes]

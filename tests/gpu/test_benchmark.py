@@ -1,10 +1,10 @@
 """The attention benchmark on the GPU: every contestant runs, agrees with the dense mask, and is timed by events."""
 
-from casa.benchmarks.attention import WindowShape, bench_attention
+from casa.benchmarks.attention import AttentionShape, bench_attention
 
 SMALL = (
-    WindowShape("packed", 4, 200, (16, 60)),
-    WindowShape("decode", 8, 200, (1, 30), queries=1),
+    AttentionShape("packed", 4, 200, (16, 60)),
+    AttentionShape("decode", 8, 200, (1, 30), queries=1),
 )
 
 

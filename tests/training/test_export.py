@@ -9,7 +9,7 @@ from casa import CasaForConditionalGeneration
 from casa.errors import UserError
 from casa.testing import tiny_casa, tiny_processor
 from casa.training.checkpoints import EMA_FILE, Ema
-from casa.training.fsdp import write_shards
+from casa.training.fsdp import read_moments, read_weights, write_shards
 from casa.training.models import export_checkpoint
 
 alone = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -109,6 +109,40 @@ def test_another_dtype_and_no_average(tmp_path):
     with pytest.raises(UserError, match="no running average"):
         export_checkpoint(checkpoint, tmp_path / "other", average=True)
     assert not (tmp_path / "other").exists()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@alone
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: next(folder.glob("*.safetensors")).unlink(), "damaged|lacks a part"),
+        (lambda folder: cut(next(folder.glob("*.safetensors"))), "damaged|cannot be read"),
+        (lambda folder: next(folder.glob("*.safetensors")).write_bytes(b""), "damaged"),
+        (lambda folder: (folder / "processes.json").unlink(), "damaged"),
+        (lambda folder: (folder / "processes.json").write_text("not JSON"), "damaged"),
+        (lambda folder: (folder / "processes.json").write_text("2"), "lacks a part"),
+    ],
+    ids=["missing", "cut", "empty", "no count", "broken count", "of two processes"],
+)
+def test_shards_that_are_damaged_or_missing_are_refused(tmp_path, damage, words):
+    model, ema = trained_a_little()
+    optimiser = torch.optim.AdamW(model.parameters())
+    checkpoint = tmp_path / "checkpoint-3"
+    model.config.save_pretrained(ended(checkpoint, model))
+    write_shards(checkpoint, model, optimiser, ema)
+    damage(checkpoint / "sharded")
+    for read in (
+        lambda: export_checkpoint(checkpoint, tmp_path / "out"),
+        lambda: read_weights(checkpoint, model, ema),
+        lambda: read_moments(checkpoint, model, optimiser),
+    ):
+        with pytest.raises(UserError, match=f"({words}).*another checkpoint"):
+            read()
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):

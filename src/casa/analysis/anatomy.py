@@ -61,7 +61,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Frame:
+class FrameShape:
     """One frame on its way: patches into the tower, tokens out of it, tokens that the text model is given.
 
     rows, columns: in patches. connected: n, tokens of the tower, or of the connector that folds them. tokens: N, after
@@ -104,7 +104,7 @@ def blocks_of(model: CasaForConditionalGeneration) -> list[Block]:
     return found
 
 
-def frame_of(model: CasaForConditionalGeneration, height: int, width: int) -> Frame:
+def frame_of(model: CasaForConditionalGeneration, height: int, width: int) -> FrameShape:
     """What a picture of `height` x `width` pixels becomes, as the processors have it but for their bounds on size.
 
     Towers of one size take it at theirs.
@@ -118,7 +118,7 @@ def frame_of(model: CasaForConditionalGeneration, height: int, width: int) -> Fr
     if not min(grids[0]):
         raise UserError(f"a picture of {height} x {width} pixels is less than one image token; give a larger one.")
     connected, final = count_tokens(model.joined_grids(grids)), count_tokens(model.final_grids(grids))
-    return Frame(rows, columns, connected, final)
+    return FrameShape(rows, columns, connected, final)
 
 
 def _patches(config: Any, height: int, width: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from casa.analysis.anatomy import (
     Block,
-    Frame,
+    FrameShape,
     blocks_of,
     connector_weights,
     feature_sets,
@@ -33,7 +33,7 @@ def attention_flops(queries: int, keys: int, channels: int) -> int:
     return 4 * queries * keys * channels
 
 
-def tower_flops(encoder: nn.Module, frame: Frame) -> int:
+def tower_flops(encoder: nn.Module, frame: FrameShape) -> int:
     """2 P * weights(patch embedding, blocks) + 2 N * weights(merger) + the blocks' attention.
 
     Attention of a block: 4 * width * sum of n * n over the windows of n patches that it looks at: all P at once, or
@@ -59,7 +59,7 @@ def tower_flops(encoder: nn.Module, frame: Frame) -> int:
     return 2 * frame.patches * early + 2 * merged * late + 4 * width * pairs
 
 
-def _window_pairs(frame: Frame, side: int) -> int:
+def _window_pairs(frame: FrameShape, side: int) -> int:
     """Sum of n * n over squares of `side` patches, cut off at the edges."""
 
     def parts(length: int) -> list[int]:
@@ -68,7 +68,7 @@ def _window_pairs(frame: Frame, side: int) -> int:
     return sum((rows * columns) ** 2 for rows in parts(frame.rows) for columns in parts(frame.columns))
 
 
-def connect_flops(model: CasaForConditionalGeneration, frame: Frame) -> int:
+def connect_flops(model: CasaForConditionalGeneration, frame: FrameShape) -> int:
     """2 n * weights(projector or connector) + the compressor's, times the feature sets that the tower hands out.
 
     n: the tower's tokens; where a VLM's connector folds them, the folded ones.
@@ -109,7 +109,7 @@ def image_flops(model: CasaForConditionalGeneration, blocks: Sequence[Block], to
     return total
 
 
-def frame_flops(model: CasaForConditionalGeneration, frame: Frame, before: int) -> int:
+def frame_flops(model: CasaForConditionalGeneration, frame: FrameShape, before: int) -> int:
     """Tower, connector and compressor, and the text model's share; `before`: tokens cached already (insertion only)."""
     own = tower_flops(model.encoder, frame) + connect_flops(model, frame)
     return own + image_flops(model, blocks_of(model), frame.tokens, before)

@@ -138,7 +138,7 @@ RIVALS: dict[str, Callable[[WindowLayout, torch.device], Rival]] = {
 
 
 @dataclass(frozen=True)
-class WindowShape:
+class AttentionShape:
     """`windows` windows of one image of `image` tokens and `text[0]`..`text[1]` text tokens each.
 
     queries: how many of a window's text tokens, the last, have a query; None for all, in one packed sample. With a
@@ -165,7 +165,7 @@ class WindowShape:
 class Setup:
     """What is timed on a kind of device. heads: of queries and keys, and their width."""
 
-    shapes: tuple[WindowShape, ...]
+    shapes: tuple[AttentionShape, ...]
     impls: tuple[str, ...]
     rivals: tuple[str, ...]
     dtype: torch.dtype
@@ -173,20 +173,20 @@ class Setup:
 
 
 CPU_SHAPES = (
-    WindowShape("64 x (64 + 16)", 64, 64, (16, 16)),
-    WindowShape("16 x (256 + 64)", 16, 256, (64, 64)),
-    WindowShape("8 x (1024 + 128)", 8, 1024, (128, 128)),
-    WindowShape("ragged 16 x (256 + 4..90)", 16, 256, (4, 90)),
+    AttentionShape("64 x (64 + 16)", 64, 64, (16, 16)),
+    AttentionShape("16 x (256 + 64)", 16, 256, (64, 64)),
+    AttentionShape("8 x (1024 + 128)", 8, 1024, (128, 128)),
+    AttentionShape("ragged 16 x (256 + 4..90)", 16, 256, (4, 90)),
 )
 CUDA_SHAPES = (
     # the paper's packed batch, 2,048 text and 20,480 image tokens (section 4)
-    WindowShape("packed 16 x (1280 + 128)", 16, 1280, (128, 128)),
-    WindowShape("packed 16 x (1280 + 16..240)", 16, 1280, (16, 240)),
-    WindowShape("packed 128 x (160 + 16)", 128, 160, (16, 16)),
+    AttentionShape("packed 16 x (1280 + 128)", 16, 1280, (128, 128)),
+    AttentionShape("packed 16 x (1280 + 16..240)", 16, 1280, (16, 240)),
+    AttentionShape("packed 128 x (160 + 16)", 128, 160, (16, 16)),
     # a frame of 896 px is 1,024 tokens
-    WindowShape("decode 1 x (1024 + 16)", 1, 1024, (16, 16), queries=1),
-    WindowShape("decode 16 x (1024 + 1..32)", 16, 1024, (1, 32), queries=1),
-    WindowShape("decode 256 x (1024 + 1..32)", 256, 1024, (1, 32), queries=1),
+    AttentionShape("decode 1 x (1024 + 16)", 1, 1024, (16, 16), queries=1),
+    AttentionShape("decode 16 x (1024 + 1..32)", 16, 1024, (1, 32), queries=1),
+    AttentionShape("decode 256 x (1024 + 1..32)", 256, 1024, (1, 32), queries=1),
 )
 SETUPS = {
     "cpu": Setup(CPU_SHAPES, ("reference", "sdpa", "flex"), (DENSE,), torch.float32, (8, 2, 64)),
@@ -195,7 +195,7 @@ SETUPS = {
 
 
 def bench_attention(
-    shapes: Sequence[WindowShape] | None = None,
+    shapes: Sequence[AttentionShape] | None = None,
     impls: Sequence[str] | None = None,
     device: str = "cpu",
     repeats: int = 9,

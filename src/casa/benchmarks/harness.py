@@ -89,7 +89,7 @@ class Benchmark:
             earlier = json.loads(Path(path).read_text(encoding="utf-8"))
             same = earlier["bench"] == self.name
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no record of a benchmark: name what --out wrote.") from error
+            raise UserError(f"{path} is no record of a benchmark: name a file that one wrote.") from error
         other = [name for name, value in self.settings.items() if earlier.get(name) != value]
         if not same or other:
             raise UserError(f"{path} is of another benchmark, or with another {', '.join(other) or 'name'}.")

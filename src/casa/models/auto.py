@@ -41,7 +41,7 @@ def pick_device(device: str) -> str:
     if wanted is None or wanted.type not in ("cpu", "cuda"):
         raise UserError(f"device {device!r} is not known; use auto, cpu or cuda.")
     if wanted.type == "cuda" and not there:
-        raise UserError("this machine has no CUDA device; leave out --device, or use --device cpu.")
+        raise UserError("this machine has no CUDA device; use auto or cpu.")
     if wanted.type == "cuda" and (wanted.index or 0) >= there:
         raise UserError(f"this machine has no {device}, only {', '.join(f'cuda:{i}' for i in range(there))}.")
     return device

@@ -24,7 +24,7 @@ from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.models.loading import sentence_of
 from casa.streaming.batch import ShouldStop, StepRequest, run_isolated
 from casa.streaming.pacing import Clock, TimeBudget
-from casa.streaming.session import Frame, StreamingSession
+from casa.streaming.session import StepFrame, StreamingSession
 
 log = logging.getLogger("casa.streaming")
 
@@ -210,7 +210,7 @@ class StreamingEngine:
         with self._stepping:
             self.session(name).save(path)
 
-    def offer(self, name: str, frame: Frame, tag: object = None, arrived: float | None = None) -> bool:
+    def offer(self, name: str, frame: StepFrame, tag: object = None, arrived: float | None = None) -> bool:
         """Hands a session its next frame.
 
         Args:

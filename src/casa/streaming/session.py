@@ -46,7 +46,7 @@ class EncodedFrame:
     images: dict[str, Tensor]
 
 
-Frame = Image.Image | np.ndarray | EncodedFrame
+StepFrame = Image.Image | np.ndarray | EncodedFrame
 
 
 class StreamingSession:
@@ -113,7 +113,7 @@ class StreamingSession:
         rotaries = model.decoder.rotaries(range(len(model.decoder.blocks)), model.device, model.dtype)
         self._turns = [turner(rotary) for rotary in rotaries]
 
-    def step(self, frame: Frame, should_stop: ShouldStop | None = None) -> str:
+    def step(self, frame: StepFrame, should_stop: ShouldStop | None = None) -> str:
         """Watches a frame and returns what it says: "" if nothing.
 
         Args:
@@ -143,7 +143,7 @@ class StreamingSession:
         before, after, pixels = self._processor.frame(check_picture(frame))
         return EncodedFrame(before, after, encode_images(self._model, pixels))
 
-    def prepare(self, frame: Frame, should_stop: ShouldStop | None = None) -> StepRequest:
+    def prepare(self, frame: StepFrame, should_stop: ShouldStop | None = None) -> StepRequest:
         """What this session feeds for a frame, for a batch; hand what comes back to `accept`.
 
         The session is as it was until then, whatever becomes of the request.

@@ -138,7 +138,11 @@ class PageEncoder(PreTrainedModel):
     def tokens(self, pixel_values: Tensor) -> Tensor:
         """(n, rows * columns, width): the parts of each token side by side, tokens in reading order."""
         cells = self(pixel_values)
-        return torch.cat([getattr(self, f"_{part}")(cells) for part in self.config.token_parts], dim=-1)
+        return torch.cat([self.part(name, cells) for name in self.config.token_parts], dim=-1)
+
+    def part(self, name: str, cells: Tensor) -> Tensor:
+        """(n, rows * columns, width): one part of the tokens, by its name in `PARTS`, of what `forward` returns."""
+        return getattr(self, f"_{name}")(cells)
 
     def folded(self) -> "PageEncoder":
         """The same encoder with every BatchNorm worked into the convolution before it, as it is in `eval` mode."""
