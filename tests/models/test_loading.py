@@ -61,7 +61,7 @@ def test_tied_embeddings_stay_tied(tmp_path):
 
 def test_config_reads_back_and_refuses_unknown_fusion(folder):
     assert CasaConfig.from_pretrained(folder).typed_fusion == FusionConfig()
-    with pytest.raises(UserError, match="Did you mean 'history'"):
+    with pytest.raises(UserError, match="did you mean 'history'"):
         CasaConfig(fusion={"histroy": 1})
     with pytest.raises(UserError, match="'nothing' is not one"):
         CasaConfig(text_config={"model_type": "nothing"})
@@ -108,7 +108,7 @@ DAMAGE = {
     "pickle only": (pickled, "no file named model.safetensors"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "config cut off": (lambda f: (f / "config.json").write_text("{"), "not a valid JSON file"),
-    "fusion key": (lambda f: rewrite_config(f, lambda c: c["fusion"].update(histroy=1)), "Did you mean 'history'"),
+    "fusion key": (lambda f: rewrite_config(f, lambda c: c["fusion"].update(histroy=1)), "did you mean 'history'"),
     "other family": (lambda f: rewrite_config(f, lambda c: c["text_config"].update(model_type="gpt2")), "Known: "),
     "value": (lambda f: rewrite_config(f, lambda c: c["text_config"].update(hidden_size="x")), "hidden_size"),
     "not casa": (lambda f: rewrite_config(f, lambda c: c.update(model_type="llama")), "make one of it with adapt"),

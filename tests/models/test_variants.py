@@ -237,7 +237,7 @@ class TestGist:
 @pytest.mark.parametrize(
     ("fusion", "words"),
     [
-        ({"output": "zeros"}, "Did you mean 'zero'"),
+        ({"output": "zeros"}, "did you mean 'zero'"),
         ({"output": "zero", "share_weights": True}, "weights of their own"),
         ({"method": "insertion", "update_images": True}, "leave out update_images"),
         ({"gist": -1}, "give a number of tokens"),
@@ -248,3 +248,23 @@ class TestGist:
 def test_what_makes_no_sense_is_refused(fusion, words):
     with pytest.raises(UserError, match=words):
         FusionConfig(**fusion)
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields"),
+    [
+        (FusionConfig.parallel(gate="tanh"), {"placement": "parallel", "gate": "tanh"}),
+        (FusionConfig.before(history=1), {"placement": "before", "history": 1}),
+        (FusionConfig.replace(), {"placement": "replace", "every": 4}),
+        (FusionConfig.replace(every=2, split="sample"), {"placement": "replace", "every": 2, "split": "sample"}),
+        (FusionConfig.cross_attention(placement="before"), {"method": "cross_attention", "placement": "before"}),
+        (FusionConfig.insertion(compressor="pool:2"), {"method": "insertion", "compressor": "pool:2"}),
+    ],
+)
+def test_presets_are_the_usual_ones(preset, fields):
+    assert preset == FusionConfig(**fields)
+
+
+def test_a_preset_refuses_an_unknown_value():
+    with pytest.raises(UserError, match="gate is 'tan'; did you mean 'tanh'"):
+        FusionConfig.parallel(gate="tan")

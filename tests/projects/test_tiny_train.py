@@ -211,7 +211,7 @@ def test_the_recipe_is_read_and_written_back():
         (("tower", "channels"), {"digits": 1}, "did you mean 'digit'?"),
         (("tower", "exact"), ["shade"], "exact is 'shade'; it must be one of the channels"),
         (("text", "vocabulary"), 10, "text.vocabulary is 10"),
-        (("fusion", "fusion"), {"placement": "paralel"}, "Did you mean 'parallel'?"),
+        (("fusion", "fusion"), {"placement": "paralel"}, "did you mean 'parallel'?"),
         (("fusion", "batch"), {"pages": 3}, "batch names 'pages'"),
         (("fusion", "dropout"), 1.0, "dropout is 1.0"),
         (("workers",), 2, "workers is 2"),

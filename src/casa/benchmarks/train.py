@@ -48,11 +48,11 @@ PARTS = ("memory", "throughput", "packing")
 TINY = "tiny"
 METHODS = {
     "casa": FusionConfig(),
-    "before": FusionConfig(placement="before"),
-    "replace": FusionConfig(placement="replace", every=4),
+    "before": FusionConfig.before(),
+    "replace": FusionConfig.replace(every=4),
     "update_images": FusionConfig(update_images=True),
-    "cross_attention": FusionConfig(method="cross_attention"),
-    "insertion": FusionConfig(method="insertion"),
+    "cross_attention": FusionConfig.cross_attention(),
+    "insertion": FusionConfig.insertion(),
 }
 LOSS_CHUNK = 1024
 STEPS = 2  # the second has moments, and meets what the first has left

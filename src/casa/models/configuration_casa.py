@@ -1,28 +1,27 @@
 """CasaConfig and FusionConfig: the text model's config, the image encoder's, and how they are fused."""
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from casa.errors import UserError
 from casa.models.loading import resolve
+from casa.settings import near
 from casa.vision import kind_of, parse_compressor
 
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "method": ("casa", "cross_attention", "insertion"),
-    "placement": ("parallel", "before", "replace"),
-    "split": ("image", "sample"),
-    "gate": (None, "tanh"),
-    "output": ("copy", "zero"),
-}
+Method = Literal["casa", "cross_attention", "insertion"]
+Placement = Literal["parallel", "before", "replace"]
+Split = Literal["image", "sample"]
+Gate = Literal["tanh", None]
+Output = Literal["copy", "zero"]
 
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """The fusion of a text model with images.
+    """The fusion of a text model with images. The presets name the usual ones: `FusionConfig.replace(every=4)`.
 
     method: "casa"; "cross_attention", the same layers with images as their only keys and no rotary positions;
         "insertion", image tokens in the text stream.
@@ -44,44 +43,66 @@ class FusionConfig:
     Raises UserError for a value that is unknown or makes no sense beside the others.
     """
 
-    method: str = "casa"
-    placement: str = "parallel"
+    method: Method = "casa"
+    placement: Placement = "parallel"
     every: int = 1
     layers: tuple[int, ...] | None = None
     share_weights: bool = False
-    gate: str | None = None
-    output: str = "copy"
-    split: str = "image"
+    gate: Gate = None
+    output: Output = "copy"
+    split: Split = "image"
     history: int = 0
     update_images: bool = False
     gist: int = 0
     compressor: str | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                near = get_close_matches(str(value), [str(c) for c in choices], 1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise UserError(f"fusion {name} is {value!r}; choose one of {_join(choices)}.{hint}")
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                shown = [str(choice) for choice in choices]
+                raise UserError(f"fusion {name} is {value!r}; {near(value, shown, 'choose one of')}")
         if not isinstance(self.every, int) or self.every < 1:
             raise UserError(f"fusion every is {self.every!r}; give a whole number of 1 or more.")
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
         if not isinstance(self.history, int) or self.history < -1:
             raise UserError(f"fusion history is {self.history!r}; give 0 or more windows, or -1 for all.")
-        if self.gate is not None and (self.share_weights or self.placement == "replace"):
-            raise UserError("a gate needs layers with weights of their own; drop it, or share_weights and replace.")
-        if self.output == "zero" and (self.share_weights or self.placement == "replace"):
-            raise UserError(
-                "output='zero' needs layers with weights of their own; drop it, or share_weights and replace."
-            )
+        for given, name in ((self.gate is not None, "a gate"), (self.output == "zero", "output='zero'")):
+            if given and self.borrows:
+                raise UserError(
+                    f"{name} needs layers with weights of their own; drop it, or share_weights and replace."
+                )
         if self.method == "insertion" and self.update_images:
             raise UserError("insertion updates image tokens in every block anyway; leave out update_images.")
         if not isinstance(self.gist, int) or isinstance(self.gist, bool) or self.gist < 0:
             raise UserError(f"fusion gist is {self.gist!r}; give a number of tokens, 0 for none.")
         if self.compressor is not None:
             parse_compressor(self.compressor)
+
+    @classmethod
+    def parallel(cls, **fields: Any) -> "FusionConfig":
+        """CASA⊕, layers beside the blocks' self-attention. fields: any other of `FusionConfig`."""
+        return cls(placement="parallel", **fields)
+
+    @classmethod
+    def before(cls, **fields: Any) -> "FusionConfig":
+        """CASA→, layers before the blocks' self-attention. fields: any other of `FusionConfig`."""
+        return cls(placement="before", **fields)
+
+    @classmethod
+    def replace(cls, every: int = 4, **fields: Any) -> "FusionConfig":
+        """CASA∨, layers in place of the self-attention of every n-th block. fields: any other of `FusionConfig`."""
+        return cls(placement="replace", every=every, **fields)
+
+    @classmethod
+    def cross_attention(cls, **fields: Any) -> "FusionConfig":
+        """The first baseline: images are a layer's only keys; `gate="tanh"` is Flamingo's. fields: any other."""
+        return cls(method="cross_attention", **fields)
+
+    @classmethod
+    def insertion(cls, **fields: Any) -> "FusionConfig":
+        """The second baseline: image tokens in the text stream. fields: `gist` and `compressor`."""
+        return cls(method="insertion", **fields)
 
     def blocks(self, count: int) -> tuple[int, ...]:
         """The blocks, of `count`, that get a layer. Raises UserError if one is missing or none keeps self-attention."""
@@ -108,24 +129,28 @@ class FusionConfig:
         return "image" if self.method == "cross_attention" else "both"
 
     def to_dict(self) -> dict[str, Any]:
-        values = asdict(self)
+        values = dataclasses.asdict(self)
         values["layers"] = None if self.layers is None else list(self.layers)
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "FusionConfig":
         """Reads what `to_dict` wrote. Raises UserError for an unknown key."""
-        known = [f.name for f in fields(cls)]
+        known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                near = get_close_matches(str(key), known, 1)
-                hint = f" Did you mean {near[0]!r}?" if near else f" Known keys: {', '.join(known)}."
-                raise UserError(f"unknown fusion key {key!r}.{hint}")
+                raise UserError(f"unknown fusion key {key!r}; {near(key, known)}")
         return cls(**values)
 
 
-def _join(choices: tuple[str | None, ...]) -> str:
-    return ", ".join(repr(choice) for choice in choices)
+# what each field of few values may be
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "method": get_args(Method),
+    "placement": get_args(Placement),
+    "split": get_args(Split),
+    "gate": get_args(Gate),
+    "output": get_args(Output),
+}
 
 
 class CasaConfig(PreTrainedConfig):
