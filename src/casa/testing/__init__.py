@@ -1,14 +1,19 @@
 """Tiny random models and inputs, offline and in float64, for tests: of casa itself and of what is built on it."""
 
-from casa.testing.backbones import BACKBONES, TEXT_BACKBONES, VLM_BACKBONES, tiny_backbone, tiny_casa_over
 from casa.testing.chats import SPECIAL_TOKENS, TEMPLATES, TOKENIZERS, tiny_chat_processor, tiny_tokenizer
-from casa.testing.pictures import claimed_png, noise_frames
 from casa.testing.tiny import (
+    BACKBONES,
+    TEXT_BACKBONES,
+    VLM_BACKBONES,
     VOCABULARY,
     TinySample,
     as_batch,
     as_packed,
+    claimed_png,
+    noise_frames,
+    tiny_backbone,
     tiny_casa,
+    tiny_casa_over,
     tiny_checkpoint,
     tiny_encoder,
     tiny_images,

@@ -11,9 +11,9 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from casa.models import CasaProcessor
+from casa.testing.tiny import tiny_image_processor
 
 TOKENIZERS = ("gpt2", "roberta", "llama", "first", "always", "bert", "words")
 SPECIAL_TOKENS = ("<unk>", "<pad>", "<s>", "</s>", "<user>", "<assistant>", "<end>", "<image>")
@@ -141,10 +141,8 @@ def _numbered(special: Sequence[str], words: set[str]) -> dict[str, int]:
 
 def tiny_chat_processor(kind: str = "gpt2", template: str = "places", **settings: Any) -> CasaProcessor:
     """A processor with a tokenizer of `TOKENIZERS` and a template of `TEMPLATES`, or the text of one."""
-    size = {"shortest_edge": 28 * 28, "longest_edge": 64 * 28 * 28}
-    pixels = Qwen2VLImageProcessorPil(patch_size=14, temporal_patch_size=1, merge_size=2, size=size)
     return CasaProcessor(
-        pixels,
+        tiny_image_processor(),
         tiny_tokenizer(kind),
         chat_template=TEMPLATES.get(template, template),
         stream_prompt="say it",

@@ -1,17 +1,32 @@
-"""A tiny Llama with a tiny tower, pictures of random pixels, and the ways to hand a text with pictures to a model."""
+"""Tiny random models of every family that casa knows, and the ways to hand a text with pictures to them.
 
-from collections.abc import Sequence
+Models are in float64 unless asked otherwise; most have three blocks and 61 tokens. Pictures of `TinySample` fit all of
+them but SmolVLM, whose tower takes squares of 16 patches (`in_squares`).
+"""
+
+import struct
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -19,39 +34,95 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from casa.models import CasaForConditionalGeneration, CasaProcessor, FusionConfig, adapt
 
 VOCABULARY = 61
+SIZES = ((56, 84), (28, 28), (84, 56))  # height and width of pictures of noise in px, in turn
+_TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+_TOWER = {"depth": 2, "hidden_size": 16, "num_heads": 2, "patch_size": 14, "temporal_patch_size": 1}
+_QWEN_TOWER = _TOWER | {"out_hidden_size": 32, "intermediate_size": 24}
+_MARKS = {"image_token_id": 58, "video_token_id": 59, "vision_start_token_id": 56, "vision_end_token_id": 57}
+
+
+def _text(name: str, **changes: Any) -> Callable[[], Any]:
+    return lambda: AutoModelForCausalLM.from_config(getattr(transformers, name)(**(_TEXT | changes)))
+
+
+def _vlm(name: str, text: dict[str, Any], tower: dict[str, Any], **top: Any) -> Callable[[], Any]:
+    def build() -> Any:
+        config = getattr(transformers, name)(
+            text_config=_TEXT | text, vision_config=tower, tie_word_embeddings=False, **top
+        )
+        return AutoModelForImageTextToText.from_config(config)
+
+    return build
+
+
+def _qwen_vl(name: str, tower: dict[str, Any]) -> Callable[[], Any]:
+    return _vlm(name, {"rope_parameters": _MROPE}, tower, **_MARKS)
+
+
+TEXT_BACKBONES: dict[str, Callable[[], Any]] = {
+    "llama": _text("LlamaConfig"),
+    "mistral": _text("MistralConfig", sliding_window=None),
+    "qwen2": _text("Qwen2Config"),
+    "qwen3": _text("Qwen3Config"),
+    "smollm3": _text("SmolLM3Config", no_rope_layers=[1, 0, 1]),
+    "helium": _text("HeliumConfig"),
+    "gemma3_text": _text(
+        "Gemma3TextConfig",
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        sliding_window=64,
+        query_pre_attn_scalar=16,
+    ),
+}
+
+VLM_BACKBONES: dict[str, Callable[[], Any]] = {
+    "qwen2_vl": _qwen_vl("Qwen2VLConfig", _TOWER | {"embed_dim": 16, "hidden_size": 32}),
+    "qwen2_5_vl": _qwen_vl("Qwen2_5_VLConfig", _QWEN_TOWER | {"fullatt_block_indexes": [1]}),
+    "qwen3_vl": _qwen_vl(
+        "Qwen3VLConfig", _QWEN_TOWER | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
+    ),
+    "smolvlm": _vlm(
+        "SmolVLMConfig",
+        {"model_type": "llama"},
+        {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        image_token_id=58,
+        scale_factor=2,
+    ),
+}
+
+BACKBONES = TEXT_BACKBONES | VLM_BACKBONES
 
 
 def tiny_text_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> LlamaForCausalLM:
     """A Llama of a few thousand parameters, with grouped-query attention."""
-    values: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+    values: dict[str, Any] = _TEXT | {"head_dim": None} | changes
     torch.manual_seed(seed)
-    return spread(LlamaForCausalLM(LlamaConfig(**(values | changes)))).to(dtype)
+    return spread(LlamaForCausalLM(LlamaConfig(**values))).to(dtype)
 
 
 def tiny_encoder(seed: int = 1, dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
     """A Qwen2.5-VL image tower of two blocks, 28 px per token."""
-    values: dict[str, Any] = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_heads": 2,
-        "patch_size": 14,
-        "temporal_patch_size": 1,
-        "out_hidden_size": 24,
-        "fullatt_block_indexes": [1],
-    }
+    values: dict[str, Any] = _QWEN_TOWER | {"out_hidden_size": 24, "fullatt_block_indexes": [1]}
     config = Qwen2_5_VLVisionConfig(**(values | changes))
     torch.manual_seed(seed)
     return spread(Qwen2_5_VisionTransformerPretrainedModel._from_config(config)).to(dtype)
@@ -75,6 +146,23 @@ def tiny_speaker(**fusion: Any) -> CasaForConditionalGeneration:
     head[2] = head[3:].mean(0) * 3
     model.generation_config.eos_token_id = 2
     return model
+
+
+def tiny_backbone(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A model of a family, with weights large enough that every part of it matters."""
+    torch.manual_seed(seed)
+    return spread(BACKBONES[kind]()).to(dtype).eval()
+
+
+def tiny_casa_over(kind: str, seed: int = 0, **fusion: Any) -> CasaForConditionalGeneration:
+    """The same, fused in float64; text-only models with a Qwen2.5-VL tower. All of it can be trained."""
+    vision = tiny_encoder(seed + 1) if kind in TEXT_BACKBONES else None
+    model = adapt(tiny_backbone(kind, seed), FusionConfig(**fusion), vision=vision)
+    torch.manual_seed(seed + 2)
+    for name in ("projector", "compressor", "gist"):
+        if (part := getattr(model, name, None)) is not None:
+            spread(part)
+    return model.eval().requires_grad_(True)
 
 
 def tiny_images(
@@ -185,6 +273,12 @@ TEMPLATE = (
 )
 
 
+def tiny_image_processor() -> Qwen2VLImageProcessorPil:
+    """28 px per token, 1 to 64 tokens a picture."""
+    size = {"shortest_edge": 28 * 28, "longest_edge": 64 * 28 * 28}
+    return Qwen2VLImageProcessorPil(patch_size=14, temporal_patch_size=1, merge_size=2, size=size)
+
+
 def tiny_processor(delimited: bool = True) -> CasaProcessor:
     """One token per letter, digit or blank; with a delimiter behind each image, or without."""
     letters = [*"0123456789abcdefghijklmnopqrstuvwxyz .?ABCDEFGHIJKLMN"]
@@ -195,15 +289,11 @@ def tiny_processor(delimited: bool = True) -> CasaProcessor:
     tokenizer.add_special_tokens(list(SPECIAL))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
     fast.add_special_tokens({"additional_special_tokens": [*SPECIAL[3:]]})
-    pixels = Qwen2VLImageProcessorPil(
-        patch_size=14,
-        temporal_patch_size=1,
-        merge_size=2,
-        size={"shortest_edge": 28 * 28, "longest_edge": 64 * 28 * 28},
-    )
     template = TEMPLATE if delimited else TEMPLATE.replace("<frame>", "")
     suffix = "<frame>" if delimited else ""
-    return CasaProcessor(pixels, fast, chat_template=template, frame_suffix=suffix, stream_prompt="say it")
+    return CasaProcessor(
+        tiny_image_processor(), fast, chat_template=template, frame_suffix=suffix, stream_prompt="say it"
+    )
 
 
 def tiny_checkpoint(folder: Path, **fusion: Any) -> Path:
@@ -216,7 +306,7 @@ def tiny_checkpoint(folder: Path, **fusion: Any) -> Path:
     return folder
 
 
-def spread(module: Any) -> Any:
+def spread(module: torch.nn.Module) -> Any:
     """Random weights large enough that every part of a tiny model changes its output; norms near one."""
     for name, parameter in module.named_parameters():
         if "norm" in name and name.endswith("weight"):
@@ -226,3 +316,19 @@ def spread(module: Any) -> Any:
         else:
             torch.nn.init.normal_(parameter, std=0.1)
     return module
+
+
+def noise_frames(seed: int, count: int) -> list[np.ndarray]:
+    """`count` frames of noise, uint8 (H, W, 3), of three sizes; which one comes first hangs on the seed."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, 255, (*SIZES[(seed + n) % 3], 3), dtype=np.uint8) for n in range(count)]
+
+
+def claimed_png(width: int, height: int) -> bytes:
+    """A PNG that claims a size in px, and of whose pixels hardly any are there."""
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", size) + _chunk(b"IDAT", zlib.compress(bytes(100)))
+
+
+def _chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
