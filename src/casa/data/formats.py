@@ -8,13 +8,14 @@ raises nothing about the file's content: what cannot be read is a row whose valu
 import csv
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from casa.data.files import ending_of, open_file, read_errors
 from casa.data.record import BadRecord, Origin, first_line
@@ -69,20 +70,18 @@ def read_jsonl(part: FilePart, cursor: Cursor, mine: Mine) -> Iterator[Row]:
     with open_file(part.path) as file:
         file.seek(offset)
         while line := file.readline(MAX_ROW_BYTES):
-            number += 1
-            offset += len(line)
-            whole = len(line) < MAX_ROW_BYTES or line.endswith(b"\n")
-            ended = whole
-            while not ended and (rest := file.readline(MAX_ROW_BYTES)):
-                offset += len(rest)
-                ended = rest.endswith(b"\n")
+            number, offset, piece = number + 1, offset + len(line), line
+            while len(piece) == MAX_ROW_BYTES and not piece.endswith(b"\n"):
+                piece = file.readline(MAX_ROW_BYTES)
+                offset += len(piece)
             if not mine(number - 1):
                 continue
-            line = line.removeprefix(_BOM) if number == 1 else line
-            if not whole:
+            if piece is not line:
                 bad = BadRecord("too-long", f"The line has more than {_MEBIBYTES} MiB: split the file at its rows.")
                 yield part.row(number, bad, (number, offset))
-            elif line.strip():
+                continue
+            line = line.removeprefix(_BOM) if number == 1 else line
+            if line.strip():
                 yield part.row(number, _parsed(line), (number, offset), len(line))
 
 
@@ -101,7 +100,7 @@ def _parsed(line: bytes) -> Any:
 
 
 _CHUNK = 1 << 20  # characters
-_BLANK = " \t\r\n"
+_INK = re.compile(r"[^ \t\r\n]")
 
 
 def read_json(part: FilePart, cursor: Cursor, mine: Mine) -> Iterator[Row]:
@@ -115,82 +114,76 @@ def read_json(part: FilePart, cursor: Cursor, mine: Mine) -> Iterator[Row]:
     if first.lstrip()[:1] != b"[" and first.strip() and not isinstance(_parsed(first), BadRecord):
         yield from read_jsonl(part, cursor, mine)
         return
-    with open_file(part.path) as binary:
-        # bytes that are no UTF-8 become halves of characters, which the shapes refuse by row
-        text = io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        for number, (line, value, size) in enumerate(_json_values(_JsonText(text)), start=1):
+    with _open_text(part.path) as file:
+        for number, (line, value, size) in enumerate(_json_values(_JsonText(file)), start=1):
             if number > cursor[0] and mine(number - 1):
                 last = isinstance(value, BadRecord)
                 yield part.row(line, value, (number, 0), size, entry=f"row {number}", last=last)
 
 
-class _JsonText:
-    """A text of which only the part being decoded is kept. at: the next character of `held`. whole: all is read."""
+def _open_text(path: Path) -> TextIO:
+    # bytes that are no UTF-8 become halves of characters, which the shapes refuse by row
+    return io.TextIOWrapper(open_file(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
 
-    def __init__(self, file: io.TextIOWrapper) -> None:
+
+class _JsonText:
+    """A text of which only the part being decoded is kept. at, line: of the next character. whole: all is read."""
+
+    def __init__(self, file: TextIO) -> None:
         self._file = file
-        self.held, self.at, self.whole = "", 0, False
-        # the line of the character up to which line ends were counted
-        self._line, self._counted = 1, 0
+        self.held, self.at, self.line, self.whole = "", 0, 1, False
 
     def more(self) -> bool:
         """Reads on, as much again as is held; False at the end of the file."""
-        self.line()
-        self.held, self.at, self._counted = self.held[self.at :], 0, 0
-        read = self._file.read(max(_CHUNK, len(self.held)))
-        self.held += read
-        self.whole = not read
+        kept = self.held[self.at :]
+        read = self._file.read(max(_CHUNK, len(kept)))
+        self.held, self.at, self.whole = kept + read, 0, not read
         return not self.whole
+
+    def skip(self, end: int) -> None:
+        self.line += self.held.count("\n", self.at, end)
+        self.at = end
 
     def peek(self) -> str:
         """The next character that is no blank, or "" at the end."""
-        while True:
-            while self.at < len(self.held):
-                if self.held[self.at] not in _BLANK:
-                    return self.held[self.at]
-                self.at += 1
+        while (found := _INK.search(self.held, self.at)) is None:
+            self.skip(len(self.held))
             if not self.more():
                 return ""
-
-    def line(self) -> int:
-        """The line of the next character, from 1."""
-        self._line += self.held.count("\n", self._counted, self.at)
-        self._counted = self.at
-        return self._line
+        self.skip(found.start())
+        return found.group()
 
 
 def _json_values(text: _JsonText) -> Iterator[tuple[int, object, int]]:
     """(line, value or BadRecord, characters) of every entry of a list, or of values one after another."""
     decode = json.JSONDecoder().raw_decode
     listed = text.peek() == "["
-    text.at += listed
+    text.skip(text.at + listed)
     while (mark := text.peek()) and mark != "]":
         # what was read is dropped now and then, not at every row
         if text.at > _CHUNK:
             text.more()
-        line = text.line()
         while True:
             try:
                 value, end = decode(text.held, text.at)
             except (ValueError, RecursionError):
                 if len(text.held) < MAX_ROW_BYTES and text.more():
                     continue
-                yield line, BadRecord("not-json", "From here on the file is no JSON, or cut off: mend it."), 0
+                yield text.line, BadRecord("not-json", "From here on the file is no JSON, or cut off: mend it."), 0
                 return
             # a value that touches the end of what is held may go on behind it
             if end < len(text.held) or text.whole:
                 break
             text.more()
-        yield line, value, end - text.at
-        text.at = end
-        if listed and text.peek() == ",":
-            text.at += 1
-        elif listed and text.peek() != "]":
+        yield text.line, value, end - text.at
+        text.skip(end)
+        if listed and text.peek() not in (",", "]"):
             bad = BadRecord("not-json", "The list of rows does not go on with a comma or end with ]: mend it.")
-            yield text.line(), bad, 0
+            yield text.line, bad, 0
             return
+        text.skip(text.at + (listed and text.peek() == ","))
     if listed and mark != "]":
-        yield text.line(), BadRecord("not-json", "The file ends within its list of rows: copy it again."), 0
+        yield text.line, BadRecord("not-json", "The file ends within its list of rows: copy it again."), 0
 
 
 def read_csv(part: FilePart, cursor: Cursor, mine: Mine) -> Iterator[Row]:
@@ -198,34 +191,22 @@ def read_csv(part: FilePart, cursor: Cursor, mine: Mine) -> Iterator[Row]:
 
     Cells may hold line ends in quotes; a row's line is the one where it ends.
     """
-    with open_file(part.path) as file:
-        lines = _csv_lines(file)
-        first = next(lines, "")
-        table = csv.reader(chain([first], lines), delimiter=max(",;\t", key=first.count))
+    with _open_text(part.path) as text:
+        first = text.readline(MAX_ROW_BYTES)
+        lines = chain([first], iter(lambda: text.readline(MAX_ROW_BYTES), ""))
+        table = csv.reader(lines, delimiter=max(",;\t", key=first.count))
         header, number = _csv_cells(table), 0
         while (cells := _csv_cells(table)) is not None:
-            if cells == []:
+            number += cells != []
+            if cells == [] or number <= cursor[0] or not mine(number - 1):
                 continue
-            number += 1
-            if number <= cursor[0] or not mine(number - 1):
-                continue
-            value: object = cells
-            if not isinstance(header, list):
-                value = header
-            elif isinstance(cells, list):
+            value: object = cells if isinstance(header, list) else header
+            if isinstance(header, list) and isinstance(cells, list):
                 counts = f"{len(cells)} cells, and the header {len(header)}"
                 wrong = BadRecord("wrong-type", f"The row has {counts}: put text with commas in quotes.")
                 value = dict(zip(header, cells, strict=True)) if len(cells) == len(header) else wrong
             size = sum(map(len, cells)) if isinstance(cells, list) else 0
             yield part.row(table.line_num, value, (number, 0), size)
-
-
-def _csv_lines(file: BinaryIO) -> Iterator[str]:
-    start = True
-    while line := file.readline(MAX_ROW_BYTES):
-        # bytes that are no UTF-8 become halves of characters, which the shapes refuse by row
-        yield (line.removeprefix(_BOM) if start else line).decode("utf-8", "surrogateescape")
-        start = False
 
 
 def _csv_cells(table: Iterator[list[str]]) -> list[str] | BadRecord | None:
@@ -298,75 +279,59 @@ def read_tar(part: FilePart, cursor: Cursor, mine: Mine) -> Iterator[Row]:
         0001.jpg 0001.json 0002.jpg 0002.txt ...
 
     A .json member is the row, of any shape; pictures that it does not name are its `image` (or `images`). A .txt member
-    is the caption. A sample's line is its number, and its key its entry.
+    is the caption. A sample's line is its number, and its key its entry. Members are read as they come, so that a
+    compressed file is never gone back in.
     """
-    before, offset = cursor
+    number, end = cursor
+    damage: list[str] = []
     with open_file(part.path) as file:
-        file.seek(offset)
-        for number, sample in enumerate(_tar_samples(file, before, mine), start=before + 1):
+        file.seek(end)
+        for key, entries in groupby(_tar_members(file, damage), _tar_key):
+            members: dict[str, bytes] = {}
+            size, fault, cut = 0, None, False
+            for member in entries:
+                size += member.size
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                if size > MAX_ROW_BYTES:
+                    members.clear()
+                    fault = BadRecord("too-long", f"The sample has more than {_MEBIBYTES} MiB: leave it out.")
+                elif mine(number):
+                    file.seek(member.offset_data)
+                    members[member.name] = file.read(member.size)
+                    if cut := len(members[member.name]) < member.size:
+                        fault = BadRecord("unreadable-file", "The tar ends within this sample: copy it again.")
+                        break
+            number += 1
             if mine(number - 1):
-                members = {} if sample.fault is not None else sample.members
-                value = _tar_row(members) if sample.fault is None else sample.fault
-                size, after = sum(map(len, members.values())), (number, sample.end)
-                yield part.row(number, value, after, size, entry=sample.key, members=members, last=sample.last)
+                value = fault or _tar_row(members)
+                yield part.row(number, value, (number, end), size, entry=key, members=members, last=cut)
+            if cut:
+                return
+        if damage and mine(number):
+            fault = BadRecord("unreadable-file", f"The file is no tar from here on ({damage[0]}): copy it again.")
+            yield part.row(number + 1, fault, (number + 1, end), last=True)
 
 
-@dataclass
-class _TarSample:
-    """members: what was read, by name. size: of all of them. end: the byte where the next sample begins."""
-
-    key: str
-    end: int = 0
-    size: int = 0
-    members: dict[str, bytes] = field(default_factory=dict)
-    fault: BadRecord | None = None
-    last: bool = False
-
-
-def _tar_samples(file: BinaryIO, number: int, mine: Mine) -> Iterator[_TarSample]:
-    """The samples from where the file is, that of `number` (from 0) first; only those that are `mine` are read.
-
-    Members are read as they come, so that a compressed file is never gone back in.
-    """
-    held: _TarSample | None = None
-    end = file.tell()
-    why: str | None = None
+def _tar_members(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
+    """The files of a tar; where it is damaged or cut off it ends, and `damage` says why."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 # tarfile remembers every member it met
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
-                if not member.isfile():
-                    continue
-                folder, slash, name = member.name.rpartition("/")
-                key = folder + slash + name.partition(".")[0]
-                if held is not None and key != held.key:
-                    yield held
-                    held, number = None, number + 1
-                held = held or _TarSample(key)
-                held.size += member.size
-                held.end = end = tar.offset
-                if held.size > MAX_ROW_BYTES:
-                    held.members.clear()
-                    held.fault = BadRecord("too-long", f"The sample has more than {_MEBIBYTES} MiB: leave it out.")
-                elif mine(number):
-                    file.seek(member.offset_data)
-                    held.members[member.name] = file.read(member.size)
-                    if len(held.members[member.name]) < member.size:
-                        held.fault = BadRecord("unreadable-file", "The tar ends within this sample: copy it again.")
-                        held.last = True
-                        break
-            else:
-                file.seek(tar.offset)
-                # tarfile takes the end of the file for the end of the tar, which has a mark of its own
-                why = None if file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE) else "it has no end"
+                if member.isfile():
+                    yield member
+            file.seek(tar.offset)
+            # tarfile takes the end of the file for the end of the tar, which has a mark of its own
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                damage.append("it has no end")
     except (tarfile.TarError, *read_errors()) as error:
-        why = str(error) or "cut off"
-    if held is not None:
-        yield held
-    if why is not None:
-        fault = BadRecord("unreadable-file", f"The file is no tar from here on ({why}): copy it again.")
-        yield _TarSample("", end, fault=fault, last=True)
+        damage.append(str(error) or "cut off")
+
+
+def _tar_key(member: tarfile.TarInfo) -> str:
+    folder, slash, name = member.name.rpartition("/")
+    return folder + slash + name.partition(".")[0]
 
 
 def _tar_row(members: Mapping[str, bytes]) -> dict[str, Any] | BadRecord:

@@ -1,13 +1,13 @@
-"""The shapes of rows that people have, to records: one small reader per shape, and telling them apart by their keys.
+"""The shapes of rows that people have, to records: one small reader per shape, told apart by their keys.
 
-A reader is given a row (a mapping) and its context, and raises BadRecord for what cannot be learned from. docs/data.md
-has an example of each.
+A reader is given a row and its context, and raises BadRecord for what cannot be learned from. docs/data.md has an
+example of each.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from casa.data.pictures import RowContext
 from casa.data.record import BadRecord, Message, NoRecord, Picture, Record, Text
@@ -20,17 +20,14 @@ from casa.data.turns import (
     first_of,
     list_of,
     many,
-    read_messages,
     record_of,
+    record_of_chat,
     refuse,
-    row_pictures,
     seconds_of,
     text_of,
     with_system,
 )
 
-CAPTION_PROMPT = "Describe the picture."
-LIVE_PROMPT = "Describe what is new."
 # columns of captions and of questions; the answer's names are of one answer, and of the list that it is from
 _IMAGE = ("image", "file_name", "filename", "image_path", "picture")
 _CAPTION = ("caption", "text", "description")
@@ -39,11 +36,6 @@ _ANSWERS = (("multiple_choice_answer", "answer", "answers"), ("label", "labels")
 _TIMED = ("words", "text_stream", "segments")
 # words may lie this far outside of a clip and still be its own, in seconds
 _SLACK = 1.0
-
-_PART = "write it as a part of the content, {type: video, video: ...}"
-_VIDEOS: Mapping[str, str] = {"video": _PART, "videos": _PART}
-_CHOICES = "write it into the question, and the answer as words"
-_ASKED: Mapping[str, str] = dict.fromkeys(("choices", "options", "context", "hint", "passage"), _CHOICES)
 
 
 def parse_row(row: object, context: RowContext) -> Record:
@@ -63,8 +55,9 @@ def parse_row(row: object, context: RowContext) -> Record:
             raise BadRecord("wrong-type", f"The row has no column {actual!r}: mend columns in the settings.")
         row = {**{key: value for key, value in row.items() if key != actual}, known: row[actual]}
     refuse(row, ROW, "The row")
-    shape = context.settings.shape
-    return with_system(SHAPES[recognised(row) if shape == "auto" else shape](row, context), row)
+    shape = SHAPES[recognised(row) if context.settings.shape == "auto" else context.settings.shape]
+    refuse(row, shape.refused, "The row")
+    return with_system(shape.read(row, context), row)
 
 
 def recognised(row: Fields) -> str:
@@ -94,28 +87,19 @@ def recognised(row: Fields) -> str:
     raise BadRecord("unknown-shape", f"The row's keys ({keys}) fit no shape: name the shape, or map its columns.")
 
 
-def read_chat(row: Fields, context: RowContext) -> Record:
-    """{"messages": [{"role": ..., "content": ...}, ...], "images": [...]}"""
-    refuse(row, _VIDEOS, "The row")
-    pictures = row_pictures(row, context.picture)
-    return record_of(read_messages(list_of(row.get("messages"), "messages"), pictures, context), context.origin)
+def _chat(row: Fields, context: RowContext) -> Record:
+    return record_of_chat(row, context, list_of(row.get("messages"), "messages"))
 
 
-def read_llava(row: Fields, context: RowContext) -> Record:
-    """{"image": ..., "conversations": [{"from": "human", "value": "<image>..."}, {"from": "gpt", "value": ...}]}"""
-    refuse(row, {"videos": "name one film, in video"}, "The row")
-    entries, pictures = list_of(row.get("conversations"), "conversations"), row_pictures(row, context.picture)
-    return record_of(read_messages(entries, pictures, context), context.origin)
+def _llava(row: Fields, context: RowContext) -> Record:
+    return record_of_chat(row, context, list_of(row.get("conversations"), "conversations"))
 
 
-def read_llava_video(row: Fields, context: RowContext) -> Record:
-    """LLaVA's conversation about a `video`: one tag, <image> or <video>, stands for all of its frames.
-
-    The video is read once all else is right.
-    """
+def _llava_video(row: Fields, context: RowContext) -> Record:
+    """One tag, <image> or <video>, stands for all frames. The video is read once all else is right."""
     path = context.path(row.get("video"), "video")
     video, entries = Picture(path), list_of(row.get("conversations"), "conversations")
-    record = record_of(read_messages(entries, [video], context, tags=(TAG, "<video>")), context.origin)
+    record = record_of_chat(row, context, entries, pictures=[video], tags=(TAG, "<video>"))
     frames = context.frames(path, thin=True)
     messages = [
         replace(message, parts=tuple(p for part in message.parts for p in (frames if part is video else [part])))
@@ -124,59 +108,42 @@ def read_llava_video(row: Fields, context: RowContext) -> Record:
     return replace(record, messages=tuple(messages))
 
 
-def read_finevision(row: Fields, context: RowContext) -> Record:
-    """{"images": [...], "texts": [{"user": ..., "assistant": ...}, ...]}"""
+def _finevision(row: Fields, context: RowContext) -> Record:
     entries: list[Fields] = []
     for entry in list_of(row.get("texts"), "texts"):
         if not isinstance(entry, Mapping):
             raise BadRecord("wrong-type", "An entry of texts is no object with user and assistant.")
         asked, said = (text_of(entry.get(side), side) for side in ("user", "assistant"))
         beside = {key: value for key, value in entry.items() if key not in ("user", "assistant")}
-        entries.append({"role": "user", "content": asked if asked.strip() else ""})
-        entries.append({**beside, "role": "assistant", "content": said})
-    pictures = row_pictures(row, context.picture)
-    return record_of(read_messages(entries, pictures, context, placed=False), context.origin)
+        entries += _question(asked), {**beside, "role": "assistant", "content": said}
+    return record_of_chat(row, context, entries, placed=False)
 
 
-def read_prompt_completion(row: Fields, context: RowContext) -> Record:
-    """{"prompt": ..., "completion": ...}, two texts or the two parts of a chat; only the completion is learned."""
+def _prompt_completion(row: Fields, context: RowContext) -> Record:
     if row.get("label") is False:
         raise BadRecord("unfollowed-field", "The row has label false, a bad answer: leave the record out.")
-    refuse(row, _VIDEOS, "The row")
-    turns: list[Sequence[object]] = []
-    for key, role in (("prompt", "user"), ("completion", "assistant")):
-        said = row.get(key)
-        turns.append([{"role": role, "content": said}] if isinstance(said, str) else list_of(said, key))
-    pictures = row_pictures(row, context.picture)
-    entries = [*turns[0], *turns[1]]
-    return record_of(read_messages(entries, pictures, context, read=len(turns[0]), placed=False), context.origin)
+    prompt, completion = (
+        [{"role": role, "content": row[key]}] if isinstance(row.get(key), str) else list_of(row.get(key), key)
+        for key, role in (("prompt", "user"), ("completion", "assistant"))
+    )
+    return record_of_chat(row, context, [*prompt, *completion], read=len(prompt), placed=False)
 
 
-def read_vqa(row: Fields, context: RowContext) -> Record:
-    """{"image": ..., "question": ..., "answers": [...]}: the first answer is learned, all are the record's references.
-
-    Of VQAv2's, `multiple_choice_answer` is learned.
-    """
-    refuse(row, _ASKED, "The row")
+def _vqa(row: Fields, context: RowContext) -> Record:
+    """The first answer is learned, all are the record's references. Of VQAv2's, `multiple_choice_answer` is learned."""
     question = text_of(column_of(row, _QUESTION, "question"), "The question")
-    accepted = list(dict.fromkeys(text.strip() for text in _accepted(row) if text.strip()))
-    entries = [
-        {"role": "user", "content": question if question.strip() else ""},
-        {"role": "assistant", "content": accepted[0] if accepted else ""},
-    ]
-    pictures = row_pictures(row, context.picture)
-    return record_of(read_messages(entries, pictures, context, placed=False), context.origin, accepted)
-
-
-def _accepted(row: Fields) -> Iterator[str]:
-    """The answers that a row gives; the one to learn first."""
-    found = [names for names in _ANSWERS if any(row.get(name) is not None for name in names)]
-    if len(found) != 1:
-        named = " and ".join(name for names in found for name in names if row.get(name) is not None)
-        why = f"has {named}: say which is the answer" if found else "has no answer: name its column"
+    found = [name for names in _ANSWERS for name in names if row.get(name) is not None]
+    kinds = [names for names in _ANSWERS if set(names) & set(found)]
+    if len(kinds) != 1:
+        why = f"has {' and '.join(found)}: say which is the answer" if found else "has no answer: name its column"
         raise BadRecord("unknown-shape" if found else "wrong-type", f"The row {why}, columns: {{answer: ...}}.")
-    for name in found[0]:
-        yield from _answers(row.get(name))
+    accepted = [text.strip() for name in found for text in _answers(row[name]) if text.strip()]
+    entries = [_question(question), {"role": "assistant", "content": accepted[0] if accepted else ""}]
+    return record_of_chat(row, context, entries, placed=False, references=dict.fromkeys(accepted))
+
+
+def _question(text: str) -> Fields:
+    return {"role": "user", "content": text if text.strip() else ""}
 
 
 def _answers(value: object) -> Iterator[str]:
@@ -187,21 +154,16 @@ def _answers(value: object) -> Iterator[str]:
             yield text_of(entry, "An answer")
 
 
-def read_caption(row: Fields, context: RowContext) -> Record:
-    """{"image": ..., "caption": ...}: the user asks the settings' `prompt`, and the caption answers."""
-    image, words = column_of(row, _IMAGE, "image"), column_of(row, _CAPTION, "caption")
-    said = text_of(words, "The caption")
-    asked = Message("user", (context.picture(image), Text(context.settings.prompt or CAPTION_PROMPT)))
-    return record_of([asked, Message("assistant", (Text(said),) if said.strip() else ())], context.origin)
+def _caption(row: Fields, context: RowContext) -> Record:
+    """The user asks the settings' `prompt`, and the caption answers."""
+    image, said = column_of(row, _IMAGE, "image"), text_of(column_of(row, _CAPTION, "caption"), "The caption")
+    asked = Text(context.settings.prompt or "Describe the picture.")
+    messages = [Message("user", (context.picture(image), asked)), Message("assistant", (Text(said),))]
+    return record_of(messages, context)
 
 
-def read_live(row: Fields, context: RowContext) -> Record:
-    """A video, and words with the times at which they are said, in Live-WhisperX's form or a flat one.
-
-        [{"role": "user", "content": [{"type": "video", "video": "game.mp4", "video_start": 12.0, "video_end": 14.0},
-                                      {"type": "text", "text": "", "title": "The final"}]},
-         {"role": "assistant", "content": [{"type": "text_stream", "text_stream": [[12.1, 12.4, "And"], ...]}]}]
-        {"video": "game.mp4", "video_start": 12.0, "words": [{"start": 12.1, "end": 12.4, "word": "And"}, ...]}
+def _live(row: Fields, context: RowContext) -> Record:
+    """A video, and words with the times at which they are said: flat, or as parts of a chat, Live-WhisperX's form.
 
     Each frame is followed by the words that begin before the next one. The video is read once all else is right. The
     last line of the set's own file is a list of the bytes where its lines begin: that is no record (NoRecord).
@@ -232,9 +194,9 @@ def read_live(row: Fields, context: RowContext) -> Record:
         raise BadRecord(
             "wrong-type", f"No word is said between {start:g} and {end:g} s: count all times from the video's start."
         )
-    said = Message("assistant", tuple(interleaved(context.frames(path, start, end, thin=False), words)))
-    prompt = asked or [Text(context.settings.prompt or LIVE_PROMPT)]
-    return record_of([Message("user", tuple(prompt)), said], context.origin)
+    prompt = asked or [Text(context.settings.prompt or "Describe what is new.")]
+    said = interleaved(context.frames(path, start, end, thin=False), words)
+    return record_of([Message("user", tuple(prompt)), Message("assistant", tuple(said))], context)
 
 
 def interleaved(frames: Sequence[Picture], words: Sequence[Text]) -> Parts:
@@ -272,18 +234,35 @@ def _object_parts(messages: object) -> Iterator[Fields]:
     """The parts of a chat's contents that are objects."""
     for message in messages if isinstance(messages, (list, tuple)) else ():
         content = message.get("content") if isinstance(message, Mapping) else None
-        for part in content if isinstance(content, (list, tuple)) else ():
-            if isinstance(part, Mapping):
-                yield part
+        yield from (part for part in many(content) if isinstance(part, Mapping))
 
 
-SHAPES: Mapping[str, Callable[[Fields, RowContext], Record]] = {
-    "chat": read_chat,
-    "llava": read_llava,
-    "finevision": read_finevision,
-    "llava-video": read_llava_video,
-    "live-whisperx": read_live,
-    "vqa": read_vqa,
-    "prompt-completion": read_prompt_completion,
-    "caption": read_caption,
+class Shape(NamedTuple):
+    """How rows of one shape are read, and which of their fields cannot be followed, each with its remedy."""
+
+    read: Callable[[Fields, RowContext], Record]
+    refused: Mapping[str, str] = {}
+
+
+_PART: Mapping[str, str] = dict.fromkeys(
+    ("video", "videos"), "write it as a part of the content, {type: video, video: ...}"
+)
+_ASKED = ("choices", "options", "context", "hint", "passage")
+SHAPES: Mapping[str, Shape] = {
+    # {"messages": [{"role": ..., "content": ...}, ...], "images": [...]}
+    "chat": Shape(_chat, _PART),
+    # {"image": ..., "conversations": [{"from": "human", "value": "<image>..."}, {"from": "gpt", "value": ...}]}
+    "llava": Shape(_llava, {"videos": "name one film, in video"}),
+    # {"images": [...], "texts": [{"user": ..., "assistant": ...}, ...]}
+    "finevision": Shape(_finevision),
+    # {"video": ..., "conversations": ...}
+    "llava-video": Shape(_llava_video),
+    # {"video": "game.mp4", "video_start": 12.0, "words": [{"start": 12.1, "end": 12.4, "word": "And"}, ...]}
+    "live-whisperx": Shape(_live),
+    # {"image": ..., "question": ..., "answers": [...]}
+    "vqa": Shape(_vqa, dict.fromkeys(_ASKED, "write it into the question, and the answer as words")),
+    # {"prompt": ..., "completion": ...}, two texts or the two parts of a chat; only the completion is learned
+    "prompt-completion": Shape(_prompt_completion, _PART),
+    # {"image": ..., "caption": ...}
+    "caption": Shape(_caption),
 }

@@ -1,14 +1,7 @@
 """Turns of a conversation, from the values of rows: who speaks, clean text, and pictures at their places.
 
 Fields beside the words that change what is learned are followed where a record can say so, and refused by name where
-not (docs/data.md says the same):
-
-    followed    weight, train, training, loss of a message      an answer that is read and not learned
-                system, system_prompt of a row                  a system's turn before all others
-    refused     what stands in `ROW` and `MESSAGE`              tools, pairs of good and bad answers, sound, ...
-    passed over every other key                                 id, source, score: notes of whoever made the set
-
-An empty field (null, "", [], {}, false) says nothing.
+not (`ROW`, `MESSAGE`). Every other key is a note of whoever made the set. An empty field says nothing.
 """
 
 import math
@@ -17,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from casa.data.pictures import RowContext
-from casa.data.record import BadRecord, Message, Origin, Picture, Record, Role, Text
+from casa.data.record import BadRecord, Message, Picture, Record, Role, Text
 
 Fields = Mapping[str, Any]
 Parts = list[Text | Picture]
@@ -25,13 +18,9 @@ Parts = list[Text | Picture]
 TAG = "<image>"
 # what conversations call the three sides
 ROLES: Mapping[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model"), "assistant"),
 }
 
 _TOOLS = "calls of tools are not learned: leave the record out, or write the call as words"
@@ -60,89 +49,87 @@ MESSAGE: Mapping[str, str] = {
     "refusal": "write it as the answer's words, or leave the record out",
 }
 _LEARNED = ("weight", "train", "training", "loss")
-_SYSTEM = ("system", "system_prompt")
+# what a content's parts are, and the keys that name their file
+_KINDS = {
+    **dict.fromkeys(("text", "input_text", "output_text"), "text"),
+    **dict.fromkeys(("image", "image_url", "input_image"), "image"),
+    **dict.fromkeys(("video", "video_url", "input_video"), "video"),
+}
+_FILES = {"image": ("image", "image_url", "url", "path", "bytes"), "video": ("video", "video_url", "url", "path")}
 
-_IMAGE = ("image", "image_url", "input_image")
-_VIDEO = ("video", "video_url", "input_video")
-_TEXT = ("text", "input_text", "output_text")
 
-
-def read_messages(
-    entries: Iterable[object],
-    pictures: Sequence[Picture],
+def record_of_chat(
+    row: Fields,
     context: RowContext,
+    entries: Iterable[object],
     *,
+    pictures: Sequence[Picture] | None = None,
     read: int = 0,
     placed: bool = True,
     tags: Sequence[str] = (TAG,),
-) -> list[Message]:
-    """The messages of a chat, with the pictures of its row at their places.
+    references: Iterable[str] = (),
+) -> Record:
+    """A record from the messages of a chat, with the pictures of its row at their places.
 
     A place is an image part without a file, or a tag in a text; beside image parts a tag is only text.
 
     Args:
-        entries: objects with role and content (or from and value). Content is a string, or parts: text; image_url with
+        row: Holds the pictures, as `image` or `images`.
+        context: Finds what the row names.
+        entries: Objects with role and content (or from and value). Content is a string, or parts: text; image_url with
             a path or a data: URI; image with its file, or as a place; video.
-        pictures: those of the row, in the order of their places.
-        context: finds what the parts name.
-        read: so many of the first messages are not learned, whoever speaks.
-        placed: pictures for which no text has a place are an error; otherwise they stand before a user's first words.
-        tags: what marks a place in a text.
+        pictures: Those of the row, in the order of their places; None reads them from it.
+        read: So many of the first messages are not learned, whoever speaks.
+        placed: Pictures for which no text has a place are an error; otherwise they stand before a user's first words.
+        tags: What marks a place in a text.
+        references: As in `Record`.
 
     Raises:
-        BadRecord: what the row says is no chat, or cannot be followed.
+        BadRecord: What the row says is no chat, holds nothing to learn, or cannot be followed.
     """
     turns = [_turn(entry) for entry in entries]
-    contents = [content for _, content, _ in turns]
-    parted = any(_kind(part) in (*_IMAGE, *_VIDEO) for content in contents for part in many(content))
-    told = parted or placed or any(tag in text for content in contents for text in _texts(content) for tag in tags)
-    placer = PicturePlacer(pictures if told else (), () if parted else tags)
-    found = [
-        Message(role, tuple(_parts(content, placer, context)), learn and number >= read)
+    given = row_pictures(row, context.picture) if pictures is None else pictures
+    parts = [part for _, content, _ in turns for part in content]
+    parted = any(kind != "text" for kind, _ in parts)
+    told = parted or placed or any(tag in text for _, text in parts for tag in tags)
+    places = _Places(given if told else (), () if parted else tags)
+    messages = [
+        Message(role, tuple(_filled(content, places, context)), learn and number >= read)
         for number, (role, content, learn) in enumerate(turns)
     ]
-    placer.check()
-    if told:
-        return found
-    first = next((number for number, message in enumerate(found) if message.role == "user"), None)
-    return [
-        replace(message, parts=(*pictures, *message.parts)) if number == first else message
-        for number, message in enumerate(found)
-    ]
+    places.check()
+    if not told and (asked := next((message for message in messages if message.role == "user"), None)) is not None:
+        messages[messages.index(asked)] = replace(asked, parts=(*given, *asked.parts))
+    return record_of(messages, context, references)
 
 
-def record_of(messages: Sequence[Message], origin: Origin, references: Iterable[str] = ()) -> Record:
-    """A record, if it holds something to learn: every answer has words, and every question words or pictures.
+def record_of(messages: Sequence[Message], context: RowContext, references: Iterable[str] = ()) -> Record:
+    """A record, if every answer has words, every question words or pictures, and one answer is to be learned.
 
-    references: as in `Record`. Raises BadRecord.
+    Raises BadRecord.
     """
-    answered = False
     for number, message in enumerate(messages, start=1):
         spoken = bool(message.text.strip())
-        if message.role == "assistant":
-            answered |= message.learn
-            if not spoken:
-                raise BadRecord("empty-answer", f"Turn {number}, an assistant's, is empty: leave the record out.")
-        elif message.role == "user" and not spoken and not any(isinstance(part, Picture) for part in message.parts):
+        if message.role == "assistant" and not spoken:
+            raise BadRecord("empty-answer", f"Turn {number}, an assistant's, is empty: leave the record out.")
+        if message.role == "user" and not spoken and not any(isinstance(part, Picture) for part in message.parts):
             raise BadRecord("empty-question", f"Turn {number}, a user's, is empty: leave the record out.")
-        elif message.role == "system" and number > 1:
+        if message.role == "system" and number > 1:
             raise BadRecord("wrong-type", f"Turn {number} is a system's: put it first.")
-    if not answered:
-        some = any(message.role == "assistant" for message in messages)
-        why = "No assistant's turn is to be learned" if some else "No turn is an assistant's"
+    answers = [message for message in messages if message.role == "assistant"]
+    if not any(answer.learn for answer in answers):
+        why = "No assistant's turn is to be learned" if answers else "No turn is an assistant's"
         raise BadRecord("empty-answer", f"{why}: there is nothing to learn.")
-    return Record(tuple(messages), origin, tuple(references))
+    return Record(tuple(messages), context.origin, tuple(references))
 
 
 def with_system(record: Record, row: Fields) -> Record:
     """The record, led by the system prompt that a row keeps beside its turns, if it does. Raises BadRecord."""
-    said = [text_of(row[name], name) for name in _SYSTEM if not _is_empty(row.get(name))]
+    said = [text_of(row[name], name) for name in ("system", "system_prompt") if not _is_empty(row.get(name))]
     if not any(text.strip() for text in said):
         return record
     first = record.messages[0]
-    if first.role == "system":
-        said.append(first.text)
-    if len(set(said)) > 1:
+    if len({*said, *([first.text] if first.role == "system" else [])}) > 1:
         raise BadRecord("unfollowed-field", "The row has two system prompts that differ: leave one out.")
     if first.role == "system":
         return record
@@ -152,67 +139,8 @@ def with_system(record: Record, row: Fields) -> Record:
 def refuse(fields: Fields, known: Mapping[str, str], what: str) -> None:
     """Raises BadRecord for a field of `known` that says something. what: its owner, for the sentence."""
     for name, remedy in known.items():
-        if name in fields and not _is_empty(fields[name]):
+        if not _is_empty(fields.get(name)):
             raise BadRecord("unfollowed-field", f"{what} has {name}, which cannot be followed: {remedy}.")
-
-
-class PicturePlacer:
-    """Deals pictures out to their places in the text, in order, and checks that the two agree.
-
-    tags: what marks a place in plain text; none where text is only text.
-    """
-
-    def __init__(self, pictures: Iterable[Picture], tags: Sequence[str] = (TAG,)) -> None:
-        self._pictures = list(pictures)
-        self._places = 0
-        self._tags = tags
-
-    def next(self) -> Parts:
-        """What stands at the next place: a picture, or nothing if there are none left (`check` says so)."""
-        self._places += 1
-        return [*self._pictures[self._places - 1 : self._places]]
-
-    def split(self, text: str) -> Parts:
-        r"""Text cut at its tags, with a picture at each.
-
-        A line end beside a tag, and blanks around that, belong to the tag, as does what is blank between two tags; a
-        blank within a line is text: "See <image>\nand <image> there." is "See ", a picture, "and ", another, " there.".
-        """
-        for tag in self._tags[1:]:
-            text = text.replace(tag, self._tags[0])
-        if not self._tags or self._tags[0] not in text:
-            return [Text(text)] if text else []
-        pieces = text.split(self._tags[0])
-        parts: Parts = []
-        for number, piece in enumerate(pieces):
-            if number:
-                parts += self.next()
-                behind = piece.lstrip()
-                piece = behind if "\n" in piece[: len(piece) - len(behind)] else piece
-            if number < len(pieces) - 1:
-                before = piece.rstrip()
-                piece = before if "\n" in piece[len(before) :] else piece
-            parts += [Text(piece)] if piece.strip() else []
-        return parts
-
-    def check(self) -> None:
-        """Raises BadRecord unless there was one place for each picture."""
-        given = len(self._pictures)
-        if self._places == given:
-            return
-        are = "is 1 picture" if given == 1 else f"are {given} pictures"
-        places = "1 place" if self._places == 1 else f"{self._places} places"
-        if self._places > given:
-            raise BadRecord(
-                "tag-without-picture",
-                f"The text has {places} for pictures, and there {are}: give the missing ones, or leave out "
-                f"{self._tags[0] if self._tags else 'the part'}.",
-            )
-        raise BadRecord(
-            "picture-without-tag",
-            f"There {are}, and the text has {places} for them: write "
-            f"{self._tags[0] if self._tags else 'an image part'} where each stands.",
-        )
 
 
 def text_of(value: object, what: str) -> str:
@@ -275,8 +203,8 @@ def row_pictures(row: Fields, picture: Callable[[object], Picture]) -> list[Pict
     return [picture(value) for value in several or one]
 
 
-def _turn(entry: object) -> tuple[Role, Any, bool]:
-    """Who speaks, the content, and whether it is to be learned, if an assistant's."""
+def _turn(entry: object) -> tuple[Role, list[tuple[str, Any]], bool]:
+    """Who speaks, the content as (kind, text or part), and whether it is to be learned, if an assistant's."""
     if not isinstance(entry, Mapping):
         raise BadRecord("wrong-type", "A message is no object with role and content.")
     who = first_of(entry, "role", "from")
@@ -290,59 +218,55 @@ def _turn(entry: object) -> tuple[Role, Any, bool]:
         raise BadRecord(
             "unfollowed-field", "A message has mask, which sets read in two ways: write train: true or false instead."
         )
-    given = {name: entry[name] for name in _LEARNED if entry.get(name) is not None}
-    for name, value in given.items():
-        why = ""
-        if value not in (0, 1):
-            why = "only 0 (read) and 1 (learned) are followed"
-        elif value and role != "assistant":
-            why = "only answers are learned"
-        if why:
+    learn = True
+    for name, value in ((name, entry[name]) for name in _LEARNED if entry.get(name) is not None):
+        if value not in (0, 1) or (value and role != "assistant"):
+            why = "only answers are learned" if value in (0, 1) else "only 0 (read) and 1 (learned) are followed"
             raise BadRecord("unfollowed-field", f"A message by the {role} has {name} {value!r:.40}: {why}.")
-    return role, first_of(entry, "content", "value"), all(given.values())
-
-
-def _kind(part: object) -> object:
-    return part.get("type") if isinstance(part, Mapping) else "text"
-
-
-def _texts(content: object) -> list[str]:
-    """All strings of a content, whatever else is in it."""
-    parts = [part.get("text") if isinstance(part, Mapping) else part for part in many(content)]
-    return [text for text in parts if isinstance(text, str)]
-
-
-def _parts(content: object, placer: PicturePlacer, context: RowContext) -> Parts:
+        learn = learn and bool(value)
+    content = first_of(entry, "content", "value")
     if not isinstance(content, (list, tuple)):
-        return placer.split(text_of(content, "A message's content"))
+        return role, [("text", text_of(content, "A message's content"))], learn
+    return role, [_kind_and_value(part) for part in content], learn
+
+
+def _kind_and_value(part: object) -> tuple[str, Any]:
+    if isinstance(part, str):
+        return "text", text_of(part, "A text part")
+    kind = part.get("type") if isinstance(part, Mapping) else "text"
+    known = _KINDS.get(kind) if isinstance(kind, str) else None
+    if known is None:
+        raise BadRecord("wrong-type", f"A part is of the type {kind!r:.40}, not text, image, image_url or video.")
+    if known == "text":
+        return known, text_of(part.get("text") if isinstance(part, Mapping) else None, "A text part")
+    return known, part
+
+
+def _filled(content: Iterable[tuple[str, Any]], places: "_Places", context: RowContext) -> Parts:
     found: Parts = []
-    for part in content:
-        kind = _kind(part)
-        if isinstance(part, str) or kind in _TEXT:
-            found += placer.split(text_of(part if isinstance(part, str) else part.get("text"), "A text part"))
-        elif kind in _IMAGE:
-            value = _named(part, "image", "image_url", "url", "path", "bytes")
-            found += placer.next() if value is None else [context.picture(value)]
-        elif kind in _VIDEO:
-            path = context.path(_named(part, "video", "video_url", "url", "path"), "video")
-            start, end = part.get("video_start") or 0.0, part.get("video_end")
-            found += context.frames(path, seconds_of(start), None if end is None else seconds_of(end), thin=True)
+    for kind, part in content:
+        if kind == "text":
+            found += places.split(part)
+        elif kind == "image":
+            value = _named(part, kind)
+            found += places.next() if value is None else [context.picture(value)]
         else:
-            known = "text, image, image_url or video"
-            raise BadRecord("wrong-type", f"A part is of the type {kind!r:.40}, not {known}.")
+            start, end = part.get("video_start") or 0.0, part.get("video_end")
+            path = context.path(_named(part, kind), "video")
+            found += context.frames(path, seconds_of(start), None if end is None else seconds_of(end), thin=True)
     # words in a row are one text to the model
     joined: Parts = []
     for part in found:
-        if joined and isinstance(part, Text) and isinstance(joined[-1], Text):
-            joined[-1] = Text(joined[-1].text + part.text)
+        if joined and isinstance(part, Text) and isinstance(last := joined[-1], Text):
+            joined[-1] = Text(last.text + part.text)
         else:
             joined.append(part)
     return joined
 
 
-def _named(part: Fields, *keys: str) -> Any:
-    """The first of the keys that holds something; {"url": ...} inside counts as what it names."""
-    for key in keys:
+def _named(part: Fields, kind: str) -> Any:
+    """What the part names; {"url": ...} inside counts as what it names."""
+    for key in _FILES[kind]:
         value = part.get(key)
         if isinstance(value, Mapping) and "bytes" not in value:
             value = value.get("url") or value.get("path")
@@ -351,12 +275,69 @@ def _named(part: Fields, *keys: str) -> Any:
     return None
 
 
+class _Places:
+    """Deals pictures out to their places in the text, in order, and checks that the two agree.
+
+    tags: what marks a place in plain text; none where text is only text.
+    """
+
+    def __init__(self, pictures: Iterable[Picture], tags: Sequence[str]) -> None:
+        self._pictures = list(pictures)
+        self._met = 0
+        self._tags = tags
+
+    def next(self) -> Parts:
+        """What stands at the next place: a picture, or nothing if there are none left (`check` says so)."""
+        self._met += 1
+        return [*self._pictures[self._met - 1 : self._met]]
+
+    def split(self, text: str) -> Parts:
+        r"""Text cut at its tags, with a picture at each.
+
+        A line end beside a tag, and blanks around that, belong to the tag, as does what is blank between two tags; a
+        blank within a line is text: "See <image>\nand <image> there." is "See ", a picture, "and ", another, " there.".
+        """
+        for tag in self._tags[1:]:
+            text = text.replace(tag, self._tags[0])
+        if not self._tags or self._tags[0] not in text:
+            return [Text(text)] if text else []
+        pieces = text.split(self._tags[0])
+        parts: Parts = []
+        for number, piece in enumerate(pieces):
+            if number:
+                parts += self.next()
+                behind = piece.lstrip()
+                piece = behind if "\n" in piece[: len(piece) - len(behind)] else piece
+            if number < len(pieces) - 1:
+                before = piece.rstrip()
+                piece = before if "\n" in piece[len(before) :] else piece
+            parts += [Text(piece)] if piece.strip() else []
+        return parts
+
+    def check(self) -> None:
+        """Raises BadRecord unless there was one place for each picture."""
+        given, met = len(self._pictures), self._met
+        are = "is 1 picture" if given == 1 else f"are {given} pictures"
+        places = "1 place" if met == 1 else f"{met} places"
+        if met > given:
+            what = self._tags[0] if self._tags else "the part"
+            raise BadRecord(
+                "tag-without-picture",
+                f"The text has {places} for pictures, and there {are}: give the missing ones, or leave out {what}.",
+            )
+        if met < given:
+            what = self._tags[0] if self._tags else "an image part"
+            raise BadRecord(
+                "picture-without-tag",
+                f"There {are}, and the text has {places} for them: write {what} where each stands.",
+            )
+
+
 def _is_empty(value: object) -> bool:
-    if isinstance(value, Mapping):
-        # tables fill all keys of an object
-        return all(map(_is_empty, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_empty, value))
+    # tables fill all keys of an object
+    inner = value.values() if isinstance(value, Mapping) else value
+    if isinstance(value, (Mapping, list, tuple)) and isinstance(inner, Iterable):
+        return all(map(_is_empty, inner))
     return value is None or value is False or value == ""
 
 
