@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from casa.benchmarks import train
+from casa.benchmarks.packing import SampleLength
 from casa.benchmarks.train import (
     IMAGE_STAGE,
     KINDS,
@@ -31,7 +32,6 @@ from casa.benchmarks.train import (
 )
 from casa.errors import UserError
 from casa.training.config import TokenBudget
-from casa.training.packing import SampleLength
 
 
 def test_every_method_trains_on_the_same_batch():

@@ -6,8 +6,8 @@ import torch
 from casa.data.record import BadRecord, Origin, Picture
 from casa.models.losses import IGNORE_INDEX
 from casa.testing import tiny_processor
+from casa.training.collator import PackCollator
 from casa.training.config import TokenBudget
-from casa.training.packed_dataset import PackCollator
 from casa.training.samples import SampleMaker, SizedPicture, TrainingSample
 
 PROCESSOR = tiny_processor()

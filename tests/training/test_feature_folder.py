@@ -10,7 +10,7 @@ from safetensors.torch import save
 
 from casa.errors import UserError
 from casa.testing import tiny_casa, tiny_processor
-from casa.training.feature_cache import FeatureFolder, encoder_digest
+from casa.training.collator import FeatureFolder, encoder_digest
 
 TENSORS = {"image_features": torch.randn(6, 8, dtype=torch.bfloat16), "image_grid_thw": torch.tensor([[1, 4, 6]])}
 KEY = (b"digest", None)
@@ -21,7 +21,7 @@ def same(one, other):
 
 
 def test_what_is_kept_is_found_by_another_process_with_the_same_tower(tmp_path):
-    FeatureFolder(tmp_path, "tower").put(KEY, TENSORS)
+    FeatureFolder(tmp_path, "tower").keep(KEY, TENSORS)
     again = FeatureFolder(tmp_path, "tower")
     assert same(again.get(KEY), TENSORS)
     assert again.get((b"digest", 12)) is None, "made smaller, it is another picture"
@@ -34,26 +34,26 @@ def test_what_is_kept_is_found_by_another_process_with_the_same_tower(tmp_path):
 )
 def test_a_file_that_is_broken_is_as_none_and_is_written_again(tmp_path, damage):
     folder = FeatureFolder(tmp_path, "tower")
-    folder.put(KEY, TENSORS)
+    folder.keep(KEY, TENSORS)
     (path,) = tmp_path.rglob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-5] if damage is None else damage)
     assert folder.get(KEY) is None
-    folder.put(KEY, TENSORS)
+    folder.keep(KEY, TENSORS)
     assert same(folder.get(KEY), TENSORS)
     assert [found.name for found in path.parent.iterdir()] == [path.name]
 
 
 def test_a_full_disk_ends_the_keeping_and_not_the_run(tmp_path, monkeypatch, caplog):
     folder = FeatureFolder(tmp_path, "tower")
-    folder.put(KEY, TENSORS)
+    folder.keep(KEY, TENSORS)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("casa.training.feature_cache.save_file", full)
+    monkeypatch.setattr("casa.training.collator.save_file", full)
     with caplog.at_level(logging.WARNING):
         for number in range(3):
-            folder.put((b"other", number), TENSORS)
+            folder.keep((b"other", number), TENSORS)
     assert [record.message.count("No space left on device") for record in caplog.records] == [1]
     assert same(folder.get(KEY), TENSORS)
     assert len(list(tmp_path.rglob("*.*"))) == 1
@@ -87,7 +87,7 @@ def test_a_tower_has_a_name_of_its_own():
 def test_what_is_read_maps_no_file(tmp_path):
     """A process may have some 65,000 maps, and a run has more pictures."""
     folder = FeatureFolder(tmp_path, "tower")
-    folder.put(KEY, TENSORS)
+    folder.keep(KEY, TENSORS)
     held = [folder.get(KEY) for _ in range(20)]
     assert all(same(one, TENSORS) for one in held)
     maps = Path("/proc/self/maps")

@@ -8,9 +8,8 @@ import torch
 
 from casa.data.record import BadRecord, Picture
 from casa.testing import tiny_casa, tiny_processor
+from casa.training.collator import FeatureCache, FeatureFolder, PackCollator
 from casa.training.config import TokenBudget
-from casa.training.feature_cache import FeatureCache, FeatureFolder
-from casa.training.packed_dataset import PackCollator
 from casa.training.samples import SampleMaker
 
 PROCESSOR = tiny_processor()
@@ -37,7 +36,7 @@ def test_a_batch_says_the_same_and_the_second_opens_nothing(model, chat, picture
     first = kept(samples)
     assert "pixel_values" not in first
     torch.testing.assert_close(model(**first).loss, model(**plain).loss, rtol=1e-9, atol=1e-12)
-    monkeypatch.setattr("casa.training.packed_dataset.open_one", lambda *_: pytest.fail("opened again"))
+    monkeypatch.setattr("casa.training.collator.open_one", lambda *_: pytest.fail("opened again"))
     second = kept(samples)
     assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
     assert (kept.cache.encodes, kept.cache.hits) == (3, 3)

@@ -12,8 +12,8 @@ from casa.data.record import BadRecord, Message, Origin, Record, Text
 from casa.models import processor_for
 from casa.streaming import Sampling
 from casa.testing import TOKENIZERS, tiny_casa, tiny_encoder, tiny_processor, tiny_tokenizer
+from casa.training.collator import PackCollator
 from casa.training.config import TokenBudget
-from casa.training.packed_dataset import PackCollator
 from casa.training.samples import SampleMaker
 
 BIG = TokenBudget(10_000, 100_000)

@@ -5,8 +5,8 @@ import torch
 from transformers.models.helium.modeling_helium import HeliumRMSNorm
 
 from casa.testing import tiny_casa, tiny_casa_over, tiny_processor
+from casa.training.collator import PackCollator
 from casa.training.config import TokenBudget
-from casa.training.packed_dataset import PackCollator
 from casa.training.samples import SampleMaker
 
 MODELS = {

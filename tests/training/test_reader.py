@@ -11,8 +11,9 @@ from casa.data.record import Message, Origin, Picture, Record, Text
 from casa.data.settings import Shard
 from casa.errors import UserError
 from casa.testing import tiny_processor
+from casa.training.collator import PackCollator
 from casa.training.config import PackingSettings, TokenBudget
-from casa.training.packed_dataset import DataPosition, PackCollator, PackedDataset, PackReader, packed_dataloader
+from casa.training.packed_dataset import DataPosition, PackedDataset, PackReader, packed_dataloader
 from casa.training.samples import SampleMaker
 from tests.training.small_run import ListedRecords
 

@@ -18,7 +18,8 @@ from casa.errors import UserError
 from casa.training.checkpoints import newest_checkpoint
 from casa.training.config import parse_recipe
 from casa.training.models import export_checkpoint, load_model, load_processor
-from casa.training.run import RECIPE, claim_folder, open_dataset, train
+from casa.training.packed_dataset import open_dataset
+from casa.training.run import RECIPE, claim_folder, train
 
 # PEFT asks by a name that transformers is about to leave behind
 
@@ -346,7 +347,7 @@ def test_frames_of_videos_are_kept_where_the_recipe_says(values, tmp_path):
     loaded = load_model(recipe)
     assert open_dataset(recipe, loaded).open_records(shard=Shard()) is not None
     assert not (tmp_path / "frames").exists(), "a dry run writes nothing"
-    open_dataset(recipe, loaded, tmp_path).open_records(shard=Shard())
+    open_dataset(recipe, loaded, keep_frames=recipe.dataloader.frame_cache_dir).open_records(shard=Shard())
     assert (tmp_path / "frames").is_dir()
     with pytest.raises(UserError, match=r"dataloader\.frame_cache_dir is ''; it must be the name of a folder"):
         parse_recipe(values(dataloader={"frame_cache_dir": ""}))

@@ -32,6 +32,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 
 from casa.analysis.shapes import shapes_of
 from casa.benchmarks.harness import Benchmark, Figures, in_own_process, table, take_turns
+from casa.benchmarks.packing import SampleLength, measure_packing, spread_lengths, stage_lengths
 from casa.errors import UserError
 from casa.memory import max_memory_allocated, memory_allocated, peak_resident_bytes, reset_peak_memory
 from casa.models import CasaForConditionalGeneration, FusionConfig, adapt
@@ -39,7 +40,7 @@ from casa.models.auto import pick_device
 from casa.models.losses import IGNORE_INDEX
 from casa.models.modeling_casa import new_backbone
 from casa.training.config import BUDGETS, PackingSettings, TokenBudget
-from casa.training.packing import Packer, SampleLength, measure_packing, spread_lengths, stage_lengths
+from casa.training.packed_dataset import Packer
 from casa.vision import new_encoder
 
 Batch = dict[str, Tensor]
@@ -359,7 +360,7 @@ def memory_table(found: Figures) -> str:
 
 def ways_of(lengths: Sequence[SampleLength], budget: TokenBudget) -> dict[str, list[list[int]]]:
     """Numbers of the samples of every batch: packed; and padded, in the order they came."""
-    packer: Packer = Packer(budget, len(lengths))
+    packer: Packer[SampleLength] = Packer(PackingSettings(budget=budget, buffer_size=len(lengths)))
     for length in lengths:
         packer.add(length)
     number = {id(length): index for index, length in enumerate(lengths)}

@@ -6,44 +6,170 @@
 
 Waiting samples are not saved (their pictures may be large) but made again: from the last noted place at or before the
 oldest of them, the records are read once more, and what has been packed already is passed over. Each worker of the
-loader is a reader of its own, and they give batches in turns:
-
-    reader 0   batch 0         batch 2         batch 4
-    reader 1           batch 1         batch 3         ...
-
-Readers run ahead of the training loop, so where the loop stands is not where they are. Every batch therefore carries
-its reader's position; the position of the dataset is those of the last batches that were used, and whose turn is next.
+loader is a reader of its own, and they give batches in turns. Readers run ahead of the training loop, so every batch
+carries its reader's position; the position of the dataset is those of the last batches that were used.
 """
 
-import copy
 import json
 import signal
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from casa.data import BadRecord, Origin, Record, Shard
-from casa.data.pictures import open_one
+from casa.data import BadRecord, DataSettings, Origin, Record, Shard, open_records
 from casa.errors import UserError
-from casa.models import CasaProcessor
-from casa.models.losses import IGNORE_INDEX
-from casa.training.config import PackingSettings
-from casa.training.feature_cache import FeatureCache
-from casa.training.packing import Packer
-from casa.training.samples import PictureGrids, SampleMaker, SizedPicture, TrainingSample
+from casa.training.collator import PackCollator, Tensors
+from casa.training.config import PackingSettings, Recipe
+from casa.training.models import LoadedModel
+from casa.training.optimizer import below_lora
+from casa.training.samples import SampleMaker, TrainingSample, fold_of
 
 NOTE_EVERY = 32  # records between places that are noted
 HOPELESS = 1000  # refusals of what was refused before, with no batch between; fewer may be chance in a mixture
+ENOUGH = 0.99  # of either budget: a pack as full as this is not improved on, or added to
+TRIES = 64  # other packs that are tried, at most
 
-PreparedPictures = list[dict[str, Tensor]]
-"""Of each picture of a sample: `pixel_values`, or `image_features` where these are kept, and `image_grid_thw`."""
+
+class Packable(Protocol):
+    """What can be packed. held_bytes: memory that it takes while it waits, beside its tokens."""
+
+    @property
+    def text_tokens(self) -> int: ...
+
+    @property
+    def image_tokens(self) -> int: ...
+
+    @property
+    def held_bytes(self) -> int: ...
+
+
+Item = TypeVar("Item", bound=Packable)
+
+
+class Packer(Generic[Item]):
+    """Fills packs: a greedy knapsack over two budgets at once, from a buffer in which no item waits for ever.
+
+        buffer, oldest first    a   b   c   d   e   f ...
+        pack                    a                           the oldest always goes
+                                a + d                       then the one that points most nearly where room is left
+                                a + d + f + ...             until none fits
+        instead, perhaps        a + b + e                   if much of both budgets is left: the fullest of the packs
+                                                            that begin with the oldest and one of the next
+        before, perhaps         c                           which is a full pack alone, and would only fill the buffer
+
+    All packs but those full ones take the oldest item, and so do all once it has waited for `patience` packs: one with
+    k others before it waits for at most k + `patience`. Those that have waited for as long are taken, oldest first,
+    before all others that fit. The same items in the same order give the same packs.
+
+    Attributes:
+        packs: How many were made.
+    """
+
+    def __init__(self, settings: PackingSettings) -> None:
+        self.settings, self.packs = settings, 0
+        self._waiting: list[tuple[Item, int]] = []  # with the number of packs when it came, oldest first
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a pack should be made before more is added."""
+        held = sum(item.held_bytes for item, _ in self._waiting)
+        return len(self._waiting) >= self.settings.buffer_size or held >= self.settings.buffer_mb * 2**20
+
+    @property
+    def waiting(self) -> list[Item]:
+        """Those that wait, oldest first."""
+        return [item for item, _ in self._waiting]
+
+    def add(self, item: Item) -> None:
+        """Raises ValueError for an item that no pack can hold."""
+        budget = self.settings.budget
+        if not budget.holds(item.text_tokens, item.image_tokens):
+            raise ValueError(f"{item.text_tokens} text and {item.image_tokens} image tokens are more than {budget}.")
+        self._waiting.append((item, self.packs))
+
+    def pack(self) -> list[Item]:
+        """The next pack, in the order of arrival; empty only if none waits."""
+        if not self._waiting:
+            return []
+        sizes = np.array([(item.text_tokens, item.image_tokens) for item, _ in self._waiting], dtype=np.float64)
+        goes = self._choose(sizes / (self.settings.budget.text, self.settings.budget.image))
+        chosen = [item for (item, _), taken in zip(self._waiting, goes, strict=True) if taken]
+        self._waiting = [entry for entry, taken in zip(self._waiting, goes, strict=True) if not taken]
+        self.packs += 1
+        return chosen
+
+    def _choose(self, sizes: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Which of those that wait go. sizes: (n, 2), in shares of the budgets."""
+        waited = [self.packs - since for _, since in self._waiting]
+        patience, budget = self.settings.patience, self.settings.budget
+        full = sizes.max(axis=1) >= ENOUGH
+        if full.any() and waited[0] < patience:
+            # pieces of long videos, which hold most bytes of the buffer
+            return np.arange(len(sizes)) == full.argmax()
+        # sums of sizes and budgets are compared as shares; half a token is above all rounding
+        slack = 0.5 / max(budget.text, budget.image)
+        free = np.ones(len(sizes), dtype=bool)
+        room = np.ones(2)
+        for index, packs in enumerate(waited):
+            if index and packs < patience:
+                break
+            if (sizes[index] <= room + slack).all():
+                free[index] = False
+                room = room - sizes[index]
+        filled, left = _fill(sizes, free[None], room[None], slack)
+        # few large samples, as of videos, leave gaps that other choices would not
+        if left.min() > 1.0 - ENOUGH:
+            starts = np.flatnonzero(free & (sizes <= room + slack).all(axis=1))[:TRIES]
+            each = np.repeat(free[None], len(starts), axis=0)
+            each[np.arange(len(starts)), starts] = False
+            filled, left = _fill(sizes, np.vstack([filled, each]), np.vstack([left, room - sizes[starts]]), slack)
+        return ~filled[left.min(axis=1).argmin()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Packs made, and since which of them each waiting item waits; the items themselves are the caller's."""
+        return {"packs": self.packs, "since": [since for _, since in self._waiting]}
+
+    def load_state_dict(self, state: dict[str, Any], items: Iterable[Item | None]) -> None:
+        """Goes on from `state_dict`, with the items that waited then; None for one that is lost."""
+        self.packs = state["packs"]
+        self._waiting = [(item, since) for item, since in zip(items, state["since"], strict=True) if item is not None]
+
+
+def _fill(
+    sizes: NDArray[np.float64], free: NDArray[np.bool_], room: NDArray[np.float64], slack: float
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Adds to c packs what fits into each: the largest share of what is left, on both axes together; of equals, the
+    oldest.
+
+    Args:
+        sizes: (n, 2), of n items that wait, in shares of the budgets.
+        free: (c, n), True for those that are not in a pack.
+        room: (c, 2), shares of the budgets that are left.
+
+    Returns:
+        free and room, as they are then.
+    """
+    free, room = free.copy(), room.copy()
+    while True:
+        fits = free & (sizes <= room[:, None] + slack).all(axis=-1)
+        rows = np.flatnonzero(fits.any(axis=1))
+        if not len(rows):
+            return free, room
+        score = np.where(fits, np.maximum(room, 0.0) @ sizes.T, -1.0)
+        chosen = score.argmax(axis=1)[rows]
+        free[rows, chosen] = False
+        room[rows] -= sizes[chosen]
 
 
 class RecordSource(Protocol):
@@ -62,103 +188,19 @@ class RecordSource(Protocol):
         ...
 
 
-class PackCollator:
-    """Makes batches of one row, as CasaForConditionalGeneration takes them; pictures are opened here.
-
-        input_ids     a a a a a b b b      two samples
-        position_ids  0 1 2 3 4 0 1 2      restart with every sample: that is how samples are kept apart
-        labels        - - - a a - b b      answers only; the first token of a sample is never one
-
-    Args:
-        blank: a batch without a picture gets a blank one, in a sample of one token that nothing is learned from, so
-            that every parameter takes part in every step (distributed training waits for all gradients of all ranks).
-
-    Attributes:
-        cache: gives a picture's image tokens in place of its pixels.
-    """
-
-    def __init__(self, processor: CasaProcessor, *, fold: int | None = None, blank: bool = True) -> None:
-        self.processor, self.fold, self.blank = processor, fold, blank
-        self.cache: FeatureCache | None = None
-        self._grids = PictureGrids(processor.image_processor, fold)
-
-    def prepare(self, sample: TrainingSample) -> PreparedPictures:
-        """Opens and prepares a sample's pictures. Raises BadRecord for one that cannot be read."""
-        found = []
-        for number, sized in enumerate(sample.pictures, start=1):
-            pixels = partial(self._opened, sized, number)
-            found.append(pixels() if self.cache is None else self.cache.get(sized, pixels))
-        return found
-
-    def _opened(self, sized: SizedPicture, number: int) -> dict[str, Tensor]:
-        image = open_one(sized.picture, number)
-        try:
-            return self._pixels(image, sized.max_tokens)
-        except ValueError as error:
-            raise BadRecord("unreadable-picture", f"Picture {number} cannot be prepared: {error}") from error
-
-    def _pixels(self, image: Image.Image, max_tokens: int | None) -> dict[str, Tensor]:
-        arguments = copy.deepcopy(self._grids.arguments(max_tokens))
-        found = self.processor.image_processor(images=[image], return_tensors="pt", **arguments)
-        return {name: found[name] for name in ("pixel_values", "image_grid_thw")}
-
-    def __call__(
-        self, samples: Sequence[TrainingSample], prepared: Sequence[PreparedPictures] | None = None
-    ) -> dict[str, Tensor]:
-        """The batch of these samples, of T text tokens, n pictures, P patches and N image tokens.
-
-        Args:
-            prepared: what `prepare` gave for each sample; they are prepared now if left out.
-
-        Returns:
-            input_ids, position_ids and labels, int64 (1, T); image_positions, int64 (n, 2); image_grid_thw, int64
-            (n, 3); pixel_values, float32 (P, c), or (n, 3, H, W) for encoders that see squares, or in their place
-            image_features (N, d_v), if they are kept.
-        """
-        if prepared is None:
-            prepared = [self.prepare(sample) for sample in samples]
-        ids: list[int] = []
-        positions: list[int] = []
-        labels: list[int] = []
-        places: list[tuple[int, int]] = []
-        pictures = [picture for each in prepared for picture in each]
-        for sample in samples:
-            places += [(0, len(ids) + place) for place in sample.places]
-            labels.append(IGNORE_INDEX)
-            pairs = zip(sample.ids[1:], sample.learn[1:], strict=True)
-            labels += [token if learned else IGNORE_INDEX for token, learned in pairs]
-            positions += range(len(sample.ids))
-            ids += sample.ids
-        if not pictures and self.blank:
-            places.append((0, len(ids)))
-            ids.append(ids[-1] if ids else 0)
-            positions.append(0)
-            labels.append(IGNORE_INDEX)
-            blank = self._pixels(Image.new("RGB", (32, 32)), 1)
-            pictures = [blank if self.cache is None else self.cache.encoded(blank)]
-        batch = {
-            "input_ids": torch.tensor([ids]),
-            "position_ids": torch.tensor([positions]),
-            "labels": torch.tensor([labels]),
-        }
-        if pictures:
-            batch["image_positions"] = torch.tensor(places)
-            batch |= {name: torch.cat([picture[name] for picture in pictures]) for name in pictures[0]}
-        return batch
-
-
 @dataclass
 class PackedBatch:
     """One pack.
 
     Attributes:
-        inputs: what the model is called with.
-        position: of the reader behind this batch, as JSON. reader: its number.
-        facts: whole numbers for logs: samples, text_tokens, image_tokens, images, learned, dropped.
-        origins: where its records were read.
+        inputs: What the model is called with.
+        position: Of the reader behind this batch, as JSON.
+        reader: Its number.
+        facts: Whole numbers for logs: samples, text_tokens, image_tokens, images, learned, dropped.
+        origins: Where its records were read.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: Tensors
     position: str = ""
     reader: int = 0
     facts: dict[str, int] = field(default_factory=dict)
@@ -174,7 +216,7 @@ class PackReader:
     """Batches of one reader, one pack each. When records end, what waits is packed, and then it ends too.
 
     Raises:
-        UserError: records repeat, and none of them can be learned from.
+        UserError: Records repeat, and none of them can be learned from.
     """
 
     def __init__(
@@ -186,20 +228,19 @@ class PackReader:
         number: int = 0,
     ) -> None:
         self._source, self._maker, self._collator, self._number = source, maker, collator, number
-        self._packer: Packer[TrainingSample] = Packer.from_settings(settings)
+        self._saved: dict[str, Any] | None = None
+        self._packer: Packer[TrainingSample] = Packer(settings)
         self._read = 0  # records taken from the source
         self._ended = False  # whether it has no more
         self._noted: deque[tuple[int, dict[str, Any]]] = deque()
-        self._saved: dict[str, Any] | None = None
-        self._refused: set[Origin] = set()  # since the last batch
-        self._again = 0  # of these, how many had been refused before
+        self._refused: Counter[Origin] = Counter()  # since the last batch, by record
 
     def load(self, position: str) -> None:
         """Goes on behind the batch that carried this position. To be called before the first batch."""
         self._saved = json.loads(position)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        records = self._begin()
+        records = iter(self._source) if self._saved is None else self._go_on(self._saved)
         while True:
             while not (self._ended or self._packer.is_full):
                 samples = self._next(records)
@@ -213,16 +254,12 @@ class PackReader:
             batch = self._batch(self._packer.pack())
             if batch is not None:
                 self._refused.clear()
-                self._again = 0
                 yield batch
             elif not self._ended:
                 self._check_hope()
 
-    def _begin(self) -> Iterator[Record]:
+    def _go_on(self, saved: dict[str, Any]) -> Iterator[Record]:
         """The records from where a saved position left them, with the samples that waited in the packer again."""
-        saved, self._saved = self._saved, None
-        if saved is None:
-            return iter(self._source)
         self._source.load_state_dict(saved["source"])
         self._read = saved["noted_at"]
         records = iter(self._source)
@@ -230,13 +267,9 @@ class PackReader:
         found: dict[tuple[int, ...], TrainingSample] = {}
         while self._read < saved["read"] and (samples := self._next(records)) is not None:
             found |= {(s.record, s.part): s for s in samples if (s.record, s.part) in keys}
-        # a record that can no longer be read has been refused by now
-        there = [(key, since) for key, since in zip(keys, saved["packer"]["since"], strict=True) if key in found]
-        state = {"packs": saved["packer"]["packs"], "since": [since for _, since in there]}
-        self._packer.load_state_dict(state, [found[key] for key, _ in there])
+        self._packer.load_state_dict(saved["packer"], [found.get(key) for key in keys])
         # what was refused now was refused before the position was saved
         self._refused.clear()
-        self._again = 0
         self._maker.counts.clear()
         self._maker.counts.update(saved["counts"])
         # records that are asked again after their end would begin their next epoch
@@ -250,23 +283,22 @@ class PackReader:
         record = next(records, None)
         if record is None:
             return None
-        number = self._read
         self._read += 1
         try:
-            return [replace(sample, record=number) for sample in self._maker(record)]
+            return [replace(sample, record=self._read - 1) for sample in self._maker(record)]
         except BadRecord as bad:
             self._refuse(record.origin, bad)
             return []
 
     def _refuse(self, origin: Origin, bad: BadRecord) -> None:
         self._source.refuse(origin, bad)
-        self._again += origin in self._refused
-        self._refused.add(origin)
+        self._refused[origin] += 1
 
     def _check_hope(self) -> None:
         """Raises UserError if the same records come again and again without a batch: they would for ever."""
         waiting = self._packer.waiting
-        if self._again < HOPELESS or any(sample.origin not in self._refused for sample in waiting):
+        again = self._refused.total() - len(self._refused)
+        if again < HOPELESS or any(sample.origin not in self._refused for sample in waiting):
             return
         least = self._maker.least
         if least is not None and not waiting:
@@ -279,7 +311,7 @@ class PackReader:
     def _batch(self, pack: list[TrainingSample]) -> PackedBatch | None:
         """None if no sample of the pack could be prepared."""
         samples: list[TrainingSample] = []
-        prepared: list[PreparedPictures] = []
+        prepared: list[list[Tensors]] = []
         for sample in pack:
             try:
                 prepared.append(self._collator.prepare(sample))
@@ -304,8 +336,7 @@ class PackReader:
         waiting = self._packer.waiting
         oldest = min((sample.record for sample in waiting), default=self._read)
         if not waiting:
-            self._noted.clear()
-            self._noted.append((self._read, self._source.state_dict()))
+            self._noted = deque([(self._read, self._source.state_dict())])
         while len(self._noted) > 1 and self._noted[1][0] <= oldest:
             self._noted.popleft()
         noted_at, source = self._noted[0]
@@ -327,8 +358,8 @@ class DataPosition:
     """Which reader is next, and where each stands: what a checkpoint keeps of the data.
 
     Attributes:
-        positions: of each reader; those that have not given a batch yet have no entry.
-        taken: packs that were used, and their facts added up.
+        positions: Of each reader; those that have not given a batch yet have no entry.
+        taken: Packs that were used, and their facts added up.
     """
 
     readers: int = 1
@@ -352,12 +383,11 @@ class DataPosition:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        positions = {str(reader): position for reader, position in self.positions.items()}
-        return {"readers": self.readers, "turn": self.turn, "positions": positions, "taken": dict(self.taken)}
+        return {"readers": self.readers, "turn": self.turn, "positions": self.positions, "taken": self.taken}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DataPosition":
-        """Reads what `to_dict` gave."""
+        """Reads what `to_dict` gave, through JSON too."""
         positions = {int(reader): position for reader, position in values["positions"].items()}
         return cls(values["readers"], values["turn"], positions, Counter(values.get("taken", {})))
 
@@ -366,8 +396,9 @@ class PackedDataset(IterableDataset):
     """Batches of all readers of this process. Set `position` before iterating to go on from there.
 
     Args:
-        open_records: called with `shard=` in each reader's process; it must be picklable where workers are spawned.
-        rank, world: of this process among all.
+        open_records: Called with `shard=` in each reader's process; it must be picklable where workers are spawned.
+        rank, world: Of this process among all.
+        blank: As in `PackCollator`.
     """
 
     def __init__(
@@ -398,24 +429,49 @@ class PackedDataset(IterableDataset):
         yield from reader
 
 
+def sample_maker(packing: PackingSettings, loaded: LoadedModel) -> SampleMaker:
+    """What makes the samples of a run; the weights of its model are not looked at."""
+    fold = fold_of(below_lora(loaded.model).config)
+    return SampleMaker(loaded.processor, packing.budget, packing.oversize, fold=fold, stop=loaded.stop)
+
+
+def open_dataset(
+    recipe: Recipe,
+    loaded: LoadedModel,
+    data: DataSettings | None = None,
+    *,
+    report: Path | None = None,
+    keep_frames: str | None = None,
+) -> PackedDataset:
+    """The packs of a recipe, or of other data than its own; report, keep_frames: as in `open_records`."""
+    records = partial(open_records, data or recipe.data, seed=recipe.seed, report=report, keep_frames=keep_frames)
+    return PackedDataset(records, sample_maker(recipe.packing, loaded), recipe.packing)
+
+
 def packed_dataloader(
     dataset: PackedDataset, num_workers: int = 0, prefetch_factor: int = 2, pin_memory: bool = False
 ) -> DataLoader:
-    """A loader of the dataset's batches, with worker processes (0: none) that run `prefetch_factor` batches ahead each.
+    """A loader of the dataset's batches.
+
+    Args:
+        num_workers: Processes that read; 0 reads in this one.
+        prefetch_factor: Batches that each of them reads ahead.
 
     Raises:
-        UserError: the dataset is to go on from a position that another number of readers has left.
+        UserError: The dataset is to go on from a position that another number of readers has left.
     """
     dataset.position.check_readers(num_workers)
-    # a generator of its own: the loader draws a seed, which must not shift the model's random numbers
-    own = torch.Generator().manual_seed(0)
-    ahead: dict[str, Any] = {}
-    if num_workers:
-        ahead = {"prefetch_factor": prefetch_factor, "worker_init_fn": _prepare_worker}
     return DataLoader(
-        dataset, batch_size=None, num_workers=num_workers, collate_fn=_same, pin_memory=pin_memory, generator=own,
-        **ahead,
-    )  # fmt: skip
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_same,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        worker_init_fn=_prepare_worker,
+        # of its own: the loader draws a seed, which must not shift the model's random numbers
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 def _same(batch: Any) -> Any:

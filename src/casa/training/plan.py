@@ -46,11 +46,11 @@ from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration
 from casa.models.adapt import encoder_blocks
 from casa.models.generation import stop_ids
+from casa.training.collator import PackCollator
 from casa.training.config import Recipe, TokenBudget
 from casa.training.models import LoadedModel, load_processor, outline
 from casa.training.optimizer import STACK, below_lora, bytes_of, group_sizes, moment_bytes, parameter_groups
-from casa.training.packed_dataset import PackCollator, PackedBatch
-from casa.training.run import open_dataset
+from casa.training.packed_dataset import PackedBatch, open_dataset
 from casa.training.samples import TrainingSample, fold_of
 from casa.windows import Window, WindowLayout
 

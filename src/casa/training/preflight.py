@@ -26,9 +26,10 @@ from casa.models.loading import UNREADABLE, resolve, sentence_of
 from casa.training import checkpoints
 from casa.training.callbacks import check_reporters
 from casa.training.config import ModelSettings, Recipe
-from casa.training.models import load_processor, outline
+from casa.training.models import LoadedModel, load_processor, outline
 from casa.training.optimizer import below_lora, checkpoint_bytes, final_bytes
-from casa.training.samples import SampleMaker, fold_of
+from casa.training.packed_dataset import sample_maker
+from casa.training.samples import SampleMaker
 from casa.training.trainer import saved_position
 
 # rows that are looked through for a record that can be learned from, and records for how many of them fit a pack
@@ -64,14 +65,12 @@ def check_run(
     if begun is not None:
         _check_position(recipe, begun, processes)
     _check_room(model, recipe, out)
-    fused = below_lora(model)
-    stop = next(iter(stop_ids(fused)), None)
-    packing, processor = recipe.packing, load_processor(recipe.model)
+    stop = next(iter(stop_ids(below_lora(model))), None)
+    loaded = LoadedModel(model, load_processor(recipe.model), stop)
     for settings in (recipe.data, recipe.evaluation.data):
         for source in settings.sources if settings is not None else ():
             # one each: what records need is told by source
-            maker = SampleMaker(processor, packing.budget, packing.oversize, fold=fold_of(fused.config), stop=stop)
-            sentence = _check_source(source, maker)
+            sentence = _check_source(source, sample_maker(recipe.packing, loaded))
             if sentence is not None and on_message is not None:
                 on_message(sentence)
 

@@ -22,7 +22,6 @@ import yaml
 from transformers import PrinterCallback, TrainerCallback
 
 from casa.atomic import write_text
-from casa.data import DataSettings, open_records
 from casa.errors import UserError
 from casa.training import checkpoints
 from casa.training.callbacks import Evaluate, EvaluationCallback, ProgressCallback, reporters
@@ -31,9 +30,8 @@ from casa.training.checkpoints import FINAL, newest_checkpoint, of_all_ranks
 from casa.training.config import Recipe, open_recipe, parse_recipe
 from casa.training.models import RECIPE, LoadedModel, export_checkpoint, load_model
 from casa.training.optimizer import group_sizes
-from casa.training.packed_dataset import DataPosition, PackedDataset
+from casa.training.packed_dataset import DataPosition, open_dataset
 from casa.training.preflight import check_run
-from casa.training.samples import SampleMaker, fold_of
 from casa.training.trainer import CasaTrainer
 
 # what may differ when a run is gone on with: nothing that was trained on, or that the model is
@@ -87,7 +85,8 @@ def train(
         claim_folder(recipe, out, resume)
     say(f"reading {recipe.model.source}")
     loaded = load_model(recipe)
-    dataset = open_dataset(recipe, loaded, out)
+    frames = recipe.dataloader.frame_cache_dir
+    dataset = open_dataset(recipe, loaded, report=out, keep_frames=frames)
     for note in dataset.maker.notes:
         say(note)
     evaluation, progress = _evaluation(recipe, loaded, evaluate), ProgressCallback()
@@ -162,25 +161,12 @@ def claim_folder(recipe: Recipe, out: Path, resume: bool) -> None:
     write_text(out / RECIPE, yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True, width=110))
 
 
-def open_dataset(recipe: Recipe, loaded: LoadedModel, out: Path | None = None) -> PackedDataset:
-    """The packs of a recipe. out: where bad records are named; None writes nothing."""
-    if out is None:
-        return _dataset(recipe, loaded, recipe.data)
-    return _dataset(recipe, loaded, recipe.data, report=out, keep_frames=recipe.dataloader.frame_cache_dir)
-
-
-def _dataset(recipe: Recipe, loaded: LoadedModel, data: DataSettings, **writing: str | Path | None) -> PackedDataset:
-    packing, fold = recipe.packing, fold_of(loaded.model.config)
-    maker = SampleMaker(loaded.processor, packing.budget, packing.oversize, fold=fold, stop=loaded.stop)
-    return PackedDataset(partial(open_records, data, seed=recipe.seed, **writing), maker, packing)
-
-
 def _evaluation(recipe: Recipe, loaded: LoadedModel, evaluate: Evaluate | None) -> EvaluationCallback:
     chosen, held_out = recipe.evaluation, None
     if chosen.data is not None:
         # from its beginning at every call
         data = replace(chosen.data, exhausted="leave", shuffle=0)
-        held_out = partial(_dataset, recipe, loaded, data, keep_frames=recipe.dataloader.frame_cache_dir)
+        held_out = partial(open_dataset, recipe, loaded, data, keep_frames=recipe.dataloader.frame_cache_dir)
     return EvaluationCallback(chosen.every, held_out, chosen.packs, evaluate)
 
 

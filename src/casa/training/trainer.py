@@ -26,8 +26,8 @@ from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.threads import settle
 from casa.training import checkpoints, fsdp
 from casa.training.checkpoints import EMA_FILE, Ema, StopSignal, any_rank, mean_over_ranks, wait_for_all
+from casa.training.collator import FeatureCache, FeatureFolder, encoder_digest
 from casa.training.config import TrainerSettings
-from casa.training.feature_cache import FeatureCache, FeatureFolder, encoder_digest
 from casa.training.monitor import SpikeDetector, Throughput, save_for_inspection
 from casa.training.optimizer import (
     MuonAdamW,

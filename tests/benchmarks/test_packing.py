@@ -2,8 +2,8 @@
 
 import pytest
 
+from casa.benchmarks.packing import SampleLength, measure_packing, spread_lengths, stage_lengths
 from casa.training.config import BUDGETS, PackingSettings, TokenBudget
-from casa.training.packing import SampleLength, measure_packing, spread_lengths, stage_lengths
 
 
 def measured(stage, lengths=None, **changes):
@@ -20,6 +20,11 @@ def test_little_of_the_budgets_stays_empty():
     assert found.padded_waste > 0.5
 
 
+def gaps(found):
+    """Share of the budget that samples run out of, whichever it is, that stayed empty: the packer's part."""
+    return min(found.text_waste, found.image_waste)
+
+
 # measured over three seeds: 1.1 %, 0.2 % and 3.9 % at most
 GAPS = {"image": 0.02, "video": 0.005, "live": 0.05}
 
@@ -29,7 +34,7 @@ GAPS = {"image": 0.02, "video": 0.005, "live": 0.05}
 def test_few_gaps_are_left_in_any_stage(stage):
     """Of the budget that a stage's samples run out of; how empty the other one stays is theirs to say."""
     found = measured(stage)
-    assert found.gaps < GAPS[stage]
+    assert gaps(found) < GAPS[stage]
     # a piece of live captions is most often a pack alone, and a row alone needs no padding
     assert (found.padded_waste > 0.2) == (stage != "live")
 
@@ -42,13 +47,13 @@ def test_frames_fill_the_buffer_by_their_bytes():
     assert 4 < choice["live"] < choice["video"] < 32
     narrow = measured("live", buffer_mb=64)
     assert narrow.choice < choice["live"] / 2
-    assert narrow.gaps > measured("live").gaps
+    assert gaps(narrow) > gaps(measured("live"))
 
 
 def test_what_no_packer_could_fill_is_told_apart():
     """Two of three parts of the text budget, by hand."""
     found = measure_packing([SampleLength(2, 10)] * 40, PackingSettings(budget=TokenBudget(18, 30), buffer_size=4))
-    assert (found.image_waste, found.least_image, found.gaps) == (0, 0, 0)
+    assert (found.image_waste, found.least_image, gaps(found)) == (0, 0, 0)
     assert found.text_waste == found.least_text == pytest.approx(2 / 3)
     # two of three fit: a third of the images' budget is empty, and need not be
     found = measure_packing([SampleLength(2, 10)] * 40, PackingSettings(budget=TokenBudget(5, 30), buffer_size=4))
