@@ -1,17 +1,8 @@
 """Steps of several sessions in one batch: what a session says is the same alone and in company.
 
-Shapes: n sessions, L tokens of the call per row, S_i text tokens cached by session i, S the most of them, V vocabulary,
-Hkv key heads, D channels of a head.
-
-Every session brings the tokens around its frame. Their caches become the rows of one, text padded on the left as
-transformers has it, and their frames are encoded together. Then all rows are decoded in step:
-
-    session 0    t t t t t t          row 0    t t t t t t
-    session 1    t t                  row 1    . . . . t t
-
-Images and text of the visible windows stand in slots of their own, filled from the front (`WindowState`). What a row
-has come to is taken out as soon as its text has ended. A batch can be ended in the middle of captions, which then go on
-in another one, in whatever company.
+Shapes: n sessions, S_i text tokens cached by session i, S the most of them, V vocabulary, Hkv key heads, D channels of
+a head. Caches become rows of one, text padded on the left; images and text of the visible windows stand in slots of
+their own, filled from the front (`WindowState`). A row is taken out as soon as its text has ended.
 """
 
 import logging
@@ -27,6 +18,7 @@ from casa.models import CasaCache, CasaForConditionalGeneration
 from casa.models.cache import Seen
 from casa.models.insertion import StreamState
 from casa.streaming.sampling import decode
+from casa.streaming.state import text_of
 from casa.threads import settle
 
 UNFINISHED = "\ufffd"  # how a tokenizer shows a character of which not all bytes are there yet
@@ -39,55 +31,33 @@ log = logging.getLogger("casa.streaming")
 
 @dataclass(frozen=True)
 class StepRequest:
-    """What one session feeds.
-
-    Args:
-        cache: what the session holds.
-        tokens: text around the frame.
-        image_index: of the token before which the frame stands; None if there is no frame.
-        images: the frame, as the processor or `encode_images` made it; empty if there is none, or it is cached.
-        pick: chooses the next token, from logits (V,) and what has been said so far.
-        stops: tokens that end a caption.
-        stop: the one that stands for a caption that time or its length cut short.
-        max_new_tokens: of the longest caption.
-        generator: what `pick` draws from.
-        to_text: the text of tokens.
-        should_stop: asked before every token; once it says True, this caption ends, but never before a word of it can
-            be read. A machine that is too slow says little, not nothing; only the model's own stop token is silence.
-        said: of a caption that goes on, what an earlier batch said of it; its last token is the one to feed.
-    """
+    """What one session feeds."""
 
     cache: CasaCache
-    tokens: list[int]
-    image_index: int | None
-    images: dict[str, Tensor]
-    pick: Callable[[Tensor, list[int]], int]
-    stops: frozenset[int]
-    stop: int
+    tokens: list[int]  # text around the frame
+    image_index: int | None  # of the token before which the frame stands; None if there is no frame
+    images: dict[str, Tensor]  # the frame, as the processor or `encode_images` made it; empty if none, or cached
+    pick: Callable[[Tensor, list[int]], int]  # the next token, from logits (V,) and what has been said so far
+    stops: frozenset[int]  # tokens that end a caption
+    stop: int  # the one that stands for a caption that time or its length cut short
     max_new_tokens: int
-    generator: torch.Generator
+    generator: torch.Generator  # what `pick` draws from
     to_text: Callable[[Sequence[int]], str]
+    # Asked before every token; once it says True the caption ends, but never before a word of it can be read: a machine
+    # that is too slow says little, not nothing, and only the model's own stop token is silence.
     should_stop: ShouldStop | None = None
-    said: Sequence[int] = ()
+    said: Sequence[int] = ()  # what an earlier batch said of this caption; its last token is the one to feed
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a request came to.
-
-    Args:
-        request: what was answered.
-        tokens: the caption.
-        pending: the token that ended it, chosen and not yet fed.
-        cache: what the session goes on with.
-        complete: False if time cut the caption.
-    """
+    """What a request came to."""
 
     request: StepRequest
     tokens: list[int]
-    pending: int
-    cache: CasaCache
-    complete: bool
+    pending: int  # the token that ended the caption, chosen and not yet fed
+    cache: CasaCache  # what the session goes on with
+    complete: bool  # False if time cut the caption
 
 
 @torch.no_grad()
@@ -107,18 +77,14 @@ def run_batch(
 ) -> Iterator[tuple[int, StepResult | StepRequest]]:
     """Runs one request per session; yields the index of each and what it came to, as soon as that is known.
 
-    The cache of a single request is gone on with; those of several are copied.
-
-    Args:
-        model: the sessions' own.
-        requests: one per row.
-        should_yield: asked after every token; once it says True, the batch ends, and a caption that is half said comes
-            to a request that goes on with it.
+    `should_yield` is asked after every token. Once it says True the batch ends; what is half said comes to a request
+    that goes on with it. The cache of a single request is gone on with; those of several are copied.
     """
     settle()
     alone = len(requests) == 1
     longest = max(len(request.tokens) for request in requests)
-    inputs = {"input_ids": torch.tensor([_padded(request, longest) for request in requests])}
+    padded = [[request.stop] * (longest - len(request.tokens)) + request.tokens for request in requests]
+    inputs = {"input_ids": torch.tensor(padded)}
     if alone:
         cache = requests[0].cache
     else:
@@ -234,22 +200,13 @@ class _Caption:
         return not self.is_open
 
 
-def _padded(request: StepRequest, length: int) -> list[int]:
-    return [request.stop] * (length - len(request.tokens)) + request.tokens
-
-
 def _right_aligned(lengths: Sequence[int], longest: int) -> Tensor:
     """bool (n, longest), True where a row of that length is, padded on the left."""
     return torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
 
 
 def join(caches: Sequence[CasaCache], empty: CasaCache) -> tuple[CasaCache, Tensor]:
-    """One cache with a row per cache given (of one row each), and the mask (n, S) of its text, True where real.
-
-    Args:
-        caches: left as they are.
-        empty: a new cache of the same model, which is filled.
-    """
+    """Fills `empty` with a row per cache (of one row each); it, and the mask (n, S) of its text, True where real."""
     lengths = [cache.num_text for cache in caches]
     longest = max(lengths)
     mask = _right_aligned(lengths, longest)
@@ -258,7 +215,7 @@ def join(caches: Sequence[CasaCache], empty: CasaCache) -> tuple[CasaCache, Tens
         seen = [cache.seen[0] if cache.seen else Seen() for cache in caches]
         empty.seen = [one.moved(longest - length) for one, length in zip(seen, lengths, strict=True)]
     for index in range(max(len(cache.text.layers) for cache in caches)):
-        rows = [_keys_and_values(cache, index) for cache in caches]
+        rows = [text_of(cache, index) for cache in caches]
         if (like := next((row for row in rows if row is not None), None)) is not None:
             filled = [row or (like[0][:, :, :0], like[1][:, :, :0]) for row in rows]
             width = max(keys.shape[2] for keys, _ in filled)
@@ -292,19 +249,12 @@ def part(cache: CasaCache, row: int, empty: CasaCache) -> CasaCache:
             stream.images[row : row + 1].clone(),
         )
     for index in range(len(cache.text.layers)):
-        if (found := _keys_and_values(cache, index)) is not None:
+        if (found := text_of(cache, index)) is not None:
             keys, values = (x[row : row + 1, :, slots.to(x.device)] for x in found)
             empty.text.update(keys, values, index)
     if cache.windows is not None:
         empty.windows = _part_of_windows(cache.windows, row)
     return empty
-
-
-def _keys_and_values(cache: CasaCache, index: int) -> tuple[Tensor, Tensor] | None:
-    """Two of (n, Hkv, S, D), of a block's text; None if it has none."""
-    layer = cache.text.layers[index] if index < len(cache.text.layers) else None
-    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    return None if keys is None or values is None or keys.dim() < 4 else (keys, values)
 
 
 def _joined_windows(states: Sequence[WindowState | None]) -> WindowState | None:

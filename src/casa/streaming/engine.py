@@ -1,12 +1,7 @@
-"""StreamingEngine: many live sessions on one model, one batch per step.
+"""StreamingEngine: many live sessions on one model, one batch per step. They share forward passes, not state.
 
-Sessions join and leave at any time, and each says what it would say alone: they share forward passes, not state. A
-frame that is no picture, a failure or a budget that is spent shows in that session's own event and nowhere else.
-
-    offer(a, frame)  offer(b, frame)          frames wait, the newest of a session wins
-    step()                                    one batch of all sessions with a frame waiting -> events
-
-A step can yield before it is done: what is half said goes on in the next one, beside the frames that came meanwhile.
+offer(a, frame)  offer(b, frame)          frames wait, the newest of a session wins
+step()                                    one batch of all sessions with a frame waiting -> events
 """
 
 import logging
@@ -16,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,36 +52,24 @@ class SessionEvent:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A frame or a question in line, and then in its steps.
+    """A frame or a question in line, and then in its steps."""
 
-    since: when the first of the frames came that have replaced one another, and then when the turn began. budget: of
-    its words, over all steps that it takes. request: by which it goes on, where a step has yielded in its middle.
-    """
-
-    name: str
     seat: "_Seat"
     kind: Literal["caption", "answer"]
-    given: Any
+    prepare: Callable[[ShouldStop], StepRequest]
     tag: object
     arrived: float
-    since: float
-    budget: TimeBudget | None = None
-    request: StepRequest | None = None
+    since: float  # when the first of the frames came that have replaced one another, and then when the turn began
+    budget: ShouldStop = lambda: False  # of its words, over all steps that it takes
+    request: StepRequest | None = None  # by which it goes on, where a step has yielded in its middle
 
     def begin(self, should_stop: ShouldStop | None) -> StepRequest:
         """What the session feeds. Raises whatever the session raises."""
 
         def stops() -> bool:
-            spent = self.budget is not None and self.budget()
-            return spent or (should_stop is not None and should_stop())
+            return self.budget() or (should_stop is not None and should_stop())
 
-        if self.request is not None:
-            return replace(self.request, should_stop=stops)
-        session = self.seat.session
-        return (session.prepare if self.kind == "caption" else session.prepare_question)(self.given, stops)
-
-    def event(self, now: float, **about: Any) -> SessionEvent:
-        return SessionEvent(self.name, self.kind, self.tag, lag=now - self.arrived, latency=now - self.since, **about)
+        return self.prepare(stops) if self.request is None else replace(self.request, should_stop=stops)
 
 
 @dataclass
@@ -148,12 +132,10 @@ class StreamingEngine:
         self._stepping = threading.Lock()
 
     def __len__(self) -> int:
-        with self._lock:
-            return len(self._seats)
+        return len(self._seats)
 
     def __contains__(self, name: str) -> bool:
-        with self._lock:
-            return name in self._seats
+        return name in self._seats
 
     def open(
         self,
@@ -197,8 +179,7 @@ class StreamingEngine:
             seat.paused, seat.frame = paused, None
 
     def session(self, name: str) -> StreamingSession:
-        with self._lock:
-            return self._seat(name).session
+        return self._seat(name).session
 
     def fork(self, name: str, twin: str) -> StreamingSession:
         """A second session that goes on from where the first one is."""
@@ -227,10 +208,9 @@ class StreamingEngine:
             seat = self._seat(name)
             if seat.paused:
                 return True
-            late = seat.frame
+            late, prepare = seat.frame, partial(seat.session.prepare, frame)
             seat.dropped += late is not None
-            since = now if late is None else late.since
-            seat.frame = _Turn(name, seat, "caption", frame, tag, now, since)
+            seat.frame = _Turn(seat, "caption", prepare, tag, now, now if late is None else late.since)
             return late is None
 
     def ask(self, name: str, question: str, tag: object = None) -> None:
@@ -244,7 +224,8 @@ class StreamingEngine:
             seat = self._seat(name)
             if len(seat.questions) >= self.max_questions:
                 raise UserError(f"{len(seat.questions)} questions wait for their answers; ask again later.")
-            seat.questions.append(_Turn(name, seat, "answer", question, tag, now, now))
+            prepare = partial(seat.session.prepare_question, question)
+            seat.questions.append(_Turn(seat, "answer", prepare, tag, now, now))
 
     def forget(self, name: str) -> bool:
         """Drops what waits in a session, or is half said; its state is as before that. False if there was nothing."""
@@ -257,8 +238,7 @@ class StreamingEngine:
 
     def dropped(self, name: str) -> int:
         """Frames that were replaced before they had their turn."""
-        with self._lock:
-            return self._seat(name).dropped
+        return self._seat(name).dropped
 
     @property
     def waiting(self) -> int:
@@ -275,8 +255,8 @@ class StreamingEngine:
     def waiting_since(self) -> dict[str, float]:
         """Since when those wait that have something to do, have not begun, and are not in the step under way."""
         with self._lock:
-            waiting = [seat.next for name, seat in self._seats.items() if name not in self._in_step]
-            return {turn.name: turn.since for turn in waiting if turn is not None and turn.request is None}
+            waiting = {name: seat.next for name, seat in self._seats.items() if name not in self._in_step}
+            return {name: turn.since for name, turn in waiting.items() if turn is not None and turn.request is None}
 
     def step(
         self,
@@ -299,19 +279,20 @@ class StreamingEngine:
             events: dict[str, SessionEvent] = {}
             requests: dict[str, StepRequest] = {}
 
-            def end(name: str, **about: Any) -> None:
+            def end(name: str, text: str = "", error: Exception | str | None = None, complete: bool = True) -> None:
+                turn, now = turns[name], self._clock()
+                if isinstance(error, Exception):
+                    log.error("a turn of session %r failed", name, exc_info=error)
+                    error = f"the model failed at this ({type(error).__name__}); it was left out."
                 with self._lock:
                     self._in_step.discard(name)
                     # a session that was closed meanwhile is told nothing, nor is a new one of its name
-                    if self._seats.get(name) is not turns[name].seat:
+                    if self._seats.get(name) is not turn.seat:
                         return
-                events[name] = turns[name].event(self._clock(), **about)
+                lag, latency = now - turn.arrived, now - turn.since
+                events[name] = SessionEvent(name, turn.kind, turn.tag, text, error, complete, lag, latency)
                 if on_event is not None:
                     on_event(events[name])
-
-            def fail(name: str, error: Exception) -> None:
-                log.error("a turn of session %r failed", name, exc_info=error)
-                end(name, error=f"the model failed at this ({type(error).__name__}); it was left out.")
 
             for name, turn in turns.items():
                 try:
@@ -319,21 +300,21 @@ class StreamingEngine:
                 except (ValueError, TypeError) as error:  # no picture, or no room for the question: words for the user
                     end(name, error=sentence_of(error))
                 except Exception as error:
-                    fail(name, error)
+                    end(name, error=error)
             names = list(requests)
             for row, found in run_isolated(self.model, list(requests.values()), should_yield):
-                name = names[row]
+                name, seat = names[row], turns[names[row]].seat
                 if isinstance(found, StepRequest):
-                    turns[name].seat.half = replace(turns[name], request=found)
+                    seat.half = replace(turns[name], request=found)
                 elif isinstance(found, Exception):
-                    fail(name, found)
+                    end(name, error=found)
                 else:
                     try:
-                        text = turns[name].seat.session.accept(found)
+                        text = seat.session.accept(found)
                     except Exception as error:
-                        fail(name, error)
+                        end(name, error=error)
                     else:
-                        end(name, text=text, complete=found.complete)
+                        end(name, text, complete=found.complete)
             self._in_step = set()
             return [events[name] for name in turns if name in events]
 

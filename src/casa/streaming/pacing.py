@@ -2,13 +2,8 @@
 
     source  --reader thread-->  [newest frame]  --encoder thread-->  [newest, encoded]  --this thread-->  captions
 
-The next frame is decoded, encoded and projected while words are still being found for the last. Each box holds one
-frame. Of a file, whoever puts one waits until there is room. Live, a newer frame replaces it, and what is replaced is
-counted as dropped: nothing queues up, and lag cannot accumulate. A caption is cut at its budget, the time between two
-frames, which begins with its first token: a machine that is too slow watches fewer frames and says less of them, but
-something of each.
-
-However a watch ends, its threads have ended before it does: a process that goes while one of them computes is aborted.
+Each box holds one frame. Of a file, whoever puts one waits for room. Live, a newer frame replaces it and counts it as
+dropped, so lag cannot accumulate. All threads end before a watch does: a process must not end while one computes.
 """
 
 import inspect
@@ -18,12 +13,13 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from casa.errors import UserError
+from casa.streaming.session import StepFrame, StreamingSession
 
 MIN_FRAMES, TOO_MANY = 4, 0.2  # frames by which a machine can be judged, and the share dropped or cut that is too much
 PATIENCE = 5.0  # s that the end of a watch waits for a source that neither gives nor ends
@@ -41,22 +37,8 @@ class TimedFrame(Protocol):
     def time(self) -> float: ...
 
 
-# a frame, what the session takes of it, and when it was there
-Ready = tuple[TimedFrame, Any, float]
-
-
-class Watcher(Protocol):
-    """What is paced: a StreamingSession, or anything like it."""
-
-    def check(self, frame: Any) -> Any:
-        """The frame as a picture; raises ValueError or TypeError, here and nowhere else, if it is none."""
-        ...
-
-    def encode(self, frame: Any) -> Any:
-        """Encodes and projects a frame; may run in another thread, while `step` runs."""
-        ...
-
-    def step(self, frame: Any, should_stop: Callable[[], bool] | None = None) -> str: ...
+# a frame, what the session takes of it, and when it was there (None of a file)
+Ready: TypeAlias = tuple[TimedFrame, StepFrame, float | None]
 
 
 @dataclass(frozen=True)
@@ -102,9 +84,10 @@ class WatchCounts:
 
 
 class TimeBudget:
-    """Says True once `seconds` have passed since it was first asked: when the first token was about to be chosen.
+    """Says True once `seconds` have passed since it was first asked, which is before the first token is chosen.
 
-    spent: whether it has said so.
+    Attributes:
+        spent: whether it has said so.
     """
 
     def __init__(self, clock: Clock, seconds: float) -> None:
@@ -126,22 +109,14 @@ class Box(Generic[Item]):
     _closed: bool = False
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def put(self, item: Item) -> int:
-        """Puts an item in place of the one that lies there; how many went unread, 0 or 1."""
+    def put(self, item: Item, *, wait: bool = False) -> int:
+        """Puts an item, once there is room if it may wait; how many it replaces, 0 or 1."""
         with self._changed:
-            late = self._item is not None
-            self._item = item
+            if wait:
+                self._changed.wait_for(lambda: self._item is None or self._closed)
+            replaced, self._item = int(self._item is not None), item
             self._changed.notify_all()
-            return int(late)
-
-    def hand(self, item: Item) -> bool:
-        """Waits for room, and puts the item there; False if the box was closed before."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._item is None or self._closed)
-            if not self._closed:
-                self._item = item
-                self._changed.notify_all()
-            return not self._closed
+            return replaced
 
     def take(self) -> Item | None:
         """The item, once there is one; None when the box is closed and empty."""
@@ -159,12 +134,11 @@ class Box(Generic[Item]):
 
 
 def watch(
-    session: Watcher,
+    session: StreamingSession,
     frames: Iterable[TimedFrame],
     counts: WatchCounts | None = None,
     *,
     prefetch: bool = True,
-    clock: Clock = time.monotonic,
 ) -> Generator[FrameCaption, None, None]:
     """Watches every frame in turn, as fast as it goes.
 
@@ -175,31 +149,23 @@ def watch(
         counts: filled on the way.
         prefetch: reads and encodes the next two frames, in another thread, while words are found for this one. What is
             said is the same.
-        clock: in seconds.
 
     Raises:
         Exception: whatever the source or the session raises, after the captions of the frames before.
     """
-    counts = counts if counts is not None else WatchCounts()
-    ahead = _Prefetch(session, frames, counts, clock)
-    with closing(ahead.in_turn() if prefetch else ahead.pictures()) as found:
-        for frame, picture, _ in found:
-            began = clock()
-            text = session.step(picture)
-            counts.frames += 1
-            took = clock() - began
-            yield FrameCaption(frame.time, text, took, took, True)
+    ahead = _Prefetch(session, frames, counts or WatchCounts(), time.monotonic)
+    return ahead.captions(ahead.in_turn() if prefetch else ahead.pictures(), math.inf)
 
 
 def watch_live(
-    session: Watcher,
+    session: StreamingSession,
     frames: Iterable[TimedFrame],
     fps: float,
     *,
     counts: WatchCounts | None = None,
     in_real_time: bool = False,
     clock: Clock = time.monotonic,
-    sleep: Callable[[float], Any] | None = None,
+    sleep: Callable[[float], object] | None = None,
 ) -> Generator[FrameCaption, None, None]:
     """Watches the newest frame, always, until the stream ends; the last frame is never dropped.
 
@@ -218,22 +184,16 @@ def watch_live(
     """
     if not fps > 0:
         raise UserError(f"fps is {fps}; give a number above 0.")
-    counts = counts if counts is not None else WatchCounts()
-    with closing(_Prefetch(session, frames, counts, clock).newest(in_real_time, sleep)) as found:
-        for frame, picture, arrived in found:
-            began = clock()
-            budget = TimeBudget(clock, 1 / fps)
-            text = session.step(picture, should_stop=budget)
-            counts.frames += 1
-            counts.truncated += budget.spent
-            now = clock()
-            yield FrameCaption(frame.time, text, now - arrived, now - began, not budget.spent)
+    ahead = _Prefetch(session, frames, counts or WatchCounts(), clock)
+    return ahead.captions(ahead.newest(in_real_time, sleep), 1 / fps)
 
 
 class _Prefetch:
     """The threads ahead of the text: frames read, checked, encoded."""
 
-    def __init__(self, session: Watcher, frames: Iterable[TimedFrame], counts: WatchCounts, clock: Clock) -> None:
+    def __init__(
+        self, session: StreamingSession, frames: Iterable[TimedFrame], counts: WatchCounts, clock: Clock
+    ) -> None:
         self._session, self._source, self._counts, self._clock = session, frames, counts, clock
         self._frames = iter(frames)
         self._is_waiting = False  # for the source
@@ -243,26 +203,40 @@ class _Prefetch:
         self._encoded: Box[Ready] = Box()
         self._error: BaseException | None = None
 
+    def captions(self, ready: Generator[Ready, None, None], seconds: float) -> Generator[FrameCaption, None, None]:
+        """What is said of the frames that are ready, of each for at most so many seconds."""
+        with closing(ready):
+            for frame, picture, arrived in ready:
+                began = self._clock()
+                budget = TimeBudget(self._clock, seconds)
+                text = self._session.step(picture, should_stop=budget)
+                self._counts.frames += 1
+                self._counts.truncated += budget.spent
+                now = self._clock()
+                lag = now - (began if arrived is None else arrived)
+                yield FrameCaption(frame.time, text, lag, now - began, not budget.spent)
+
     def pictures(self) -> Generator[Ready, None, None]:
         """All frames that are pictures, in the thread that asks for them, not encoded."""
         for frame in self._reading():
-            picture = self._picture(frame)
-            if picture is not None:
-                yield frame, picture, 0.0
+            if (picture := self._picture(frame)) is not None:
+                yield frame, picture, None
 
     def in_turn(self) -> Generator[Ready, None, None]:
         """The same, encoded ahead by a thread: one waits while the next is being encoded."""
 
         def encode() -> None:
-            for frame, picture, arrived in self.pictures():
-                if not self._encoded.hand((frame, self._session.encode(picture), arrived)):
+            for frame in self._reading():
+                if (picture := self._picture(frame)) is not None:
+                    self._encoded.put((frame, self._session.encode(picture), None), wait=True)
+                if self._stopped.is_set():
                     return
 
         return self._run({encode: self._encoded})
 
-    def newest(self, in_real_time: bool, sleep: Callable[[float], Any] | None) -> Generator[Ready, None, None]:
+    def newest(self, in_real_time: bool, sleep: Callable[[float], object] | None) -> Generator[Ready, None, None]:
         """The newest frame, encoded, and when it was there; a thread reads while another one encodes."""
-        sleep = sleep if sleep is not None else self._stopped.wait
+        sleep = sleep or self._stopped.wait
 
         def read() -> None:
             began = None
@@ -280,13 +254,14 @@ class _Prefetch:
         def encode() -> None:
             while (found := self._read.take()) is not None and not self._stopped.is_set():
                 frame, arrived = found
-                picture = self._picture(frame)
-                if picture is not None:
+                if (picture := self._picture(frame)) is not None:
                     self._drop(self._encoded.put((frame, self._session.encode(picture), arrived)))
 
         return self._run({read: self._read, encode: self._encoded})
 
-    def _run(self, stages: dict[Callable[[], None], Box[Any]]) -> Generator[Ready, None, None]:
+    def _run(
+        self, stages: "dict[Callable[[], None], Box[Ready] | Box[tuple[TimedFrame, float]]]"
+    ) -> Generator[Ready, None, None]:
         """What the stages, each a thread that fills its box, come to. The first one reads the source."""
 
         def work(stage: Callable[[], None]) -> None:
@@ -305,16 +280,15 @@ class _Prefetch:
             while (found := self._encoded.take()) is not None:
                 yield found
         finally:
-            self._stop(threads, list(stages.values()))
+            self._stopped.set()
+            for box in stages.values():
+                box.close()
+            self._join(*threads)
         if self._error is not None:
             raise self._error
 
-    def _stop(self, threads: list[threading.Thread], boxes: list[Box[Any]]) -> None:
-        """Ends the threads: while one computes, as long as that takes; for a source that hangs, not for ever."""
-        self._stopped.set()
-        for box in boxes:
-            box.close()
-        reader, *others = threads
+    def _join(self, reader: threading.Thread, *others: threading.Thread) -> None:
+        """Waits for threads that compute as long as that takes; for a source that hangs, not for ever."""
         # a `Source` may be closed by any thread; a generator may not
         close = None if inspect.isgenerator(self._source) else getattr(self._source, "close", None)
         if close is not None and reader.is_alive():
@@ -336,8 +310,8 @@ class _Prefetch:
                 return
             yield frame
 
-    def _picture(self, frame: TimedFrame) -> Any:
-        """What the session is to look at; None, and counted, if it is no picture. A model that fails is not caught."""
+    def _picture(self, frame: TimedFrame) -> Image.Image | None:
+        """The frame as a picture; None, and counted, if it is none. A model that fails is not caught."""
         try:
             return self._session.check(frame.image)
         except (ValueError, TypeError):
@@ -345,6 +319,5 @@ class _Prefetch:
             return None
 
     def _drop(self, frames: int) -> None:
-        # two threads count here
-        with self._counting:
+        with self._counting:  # two threads count here
             self._counts.dropped += frames

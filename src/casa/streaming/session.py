@@ -1,16 +1,9 @@
-"""StreamingSession: one model watching one stream, frame by frame, for as long as it likes.
-
-Each frame opens a new window: its image tokens replace those of the frame before, and the text model's cache grows by
-the few tokens said about it. With `max_text_tokens`, the oldest text beyond the prompt is forgotten and the positions
-of what stays are closed up, so that a session is constant in memory for ever, also while it is asked about one frame
-again and again (see `state`).
-
-What is fed for one frame, of a model with delimiters around images (`pending` is what the last step left):
+"""StreamingSession: one model watching one stream, frame by frame, at constant memory. What is fed for one frame:
 
     pending  prefix  [image]  suffix  ->  caption tokens  stop
     `----- old window -----'  `------ new window -------'  `- pending of the next step
 
-A model without a suffix takes the last pending token behind the image, so that some text always sees the frame.
+Without a suffix the last pending token comes behind the image, so that some text always sees the frame.
 """
 
 import copy
@@ -125,13 +118,11 @@ class StreamingSession:
             TypeError: the frame is no picture; whatever is raised, the session is as before.
             ValueError: likewise.
         """
-        request = self.prepare(frame, should_stop)
-        return self.accept(*run_all(self._model, [request]))
+        return self.accept(*run_all(self._model, [self.prepare(frame, should_stop)]))
 
     def ask(self, question: str, should_stop: ShouldStop | None = None) -> str:
         """Answers a question about the frame at hand; captioning goes on with the next frame."""
-        request = self.prepare_question(question, should_stop)
-        return self.accept(*run_all(self._model, [request]))
+        return self.accept(*run_all(self._model, [self.prepare_question(question, should_stop)]))
 
     @staticmethod
     def check(frame: Image.Image | np.ndarray) -> Image.Image:
@@ -144,10 +135,7 @@ class StreamingSession:
         return EncodedFrame(before, after, encode_images(self._model, pixels))
 
     def prepare(self, frame: StepFrame, should_stop: ShouldStop | None = None) -> StepRequest:
-        """What this session feeds for a frame, for a batch; hand what comes back to `accept`.
-
-        The session is as it was until then, whatever becomes of the request.
-        """
+        """What this session feeds for a frame, in a batch; it is as it was until `accept` is given what comes back."""
         if not isinstance(frame, EncodedFrame):
             frame = EncodedFrame(*self._processor.frame(check_picture(frame)))
         tokens, after = self._pending + frame.before, frame.after
@@ -241,17 +229,13 @@ class StreamingSession:
     @staticmethod
     def saved_notes(path: str | Path) -> dict[str, Any]:
         """The notes of a saved session, without loading it. Raises UserError if the file is none."""
-        return state.read_settings(path)["notes"]
+        return state.read(path)[0]["settings"]["notes"]
 
     @classmethod
     def load(
         cls, path: str | Path, model: CasaForConditionalGeneration, processor: CasaProcessor
     ) -> "StreamingSession":
-        """A session that goes on exactly where the saved one stopped.
-
-        Raises:
-            UserError: the file is no saved session, or one of another model.
-        """
+        """A session that goes on exactly where the saved one stopped. Raises UserError for one of another model."""
         cache, settings, generator = state.load(path, model)
         session = cls.__new__(cls)
         session._bind(model, processor)
@@ -275,13 +259,11 @@ class StreamingSession:
         return tokens[1:] if tokens and tokens[0] == opening else tokens
 
     def _check_bound(self) -> None:
-        bound = self.max_text_tokens
-        if bound is None:
+        if (bound := self.max_text_tokens) is None:
             return
         if (kind := state.why_unbounded(self._model)) is not None:
             raise UserError(f"{kind} cannot forget its text; leave max_text_tokens out.")
-        needed = self._sinks + self.max_step_tokens
-        if bound < needed:
+        if bound < (needed := self._sinks + self.max_step_tokens):
             raise UserError(
                 f"max_text_tokens is {bound}, but the prompt ({self._sinks}) and one frame need {needed}; "
                 "raise it, or lower max_new_tokens."

@@ -1,14 +1,7 @@
 """What a live session holds: how much it is, how it is kept below a bound on its text, and how it is saved.
 
-Two things hold text, and each is kept within the bound. The text model's cache has all of it; its oldest tokens behind
-the sinks (the prompt, mostly) are forgotten, and later ones move up. The open window in the CASA layers has what was
-said of the frame at hand; once questions about that frame make it too much, the window begins again at its images:
-
-    cache     sinks  . . . . .  text text text text      next
-    window    images  . . . . . . . . . . . . . . .      next
-
-That is what the CASA layers would see had the frame been shown once more, and it costs nothing. So one may ask about a
-frame for ever, as one may watch for ever.
+Two things hold text. The text model's cache forgets its oldest tokens behind the sinks (the prompt, mostly); the open
+window of the CASA layers begins again at its images, as if the frame had been shown once more.
 """
 
 import json
@@ -58,23 +51,13 @@ class Usage:
 
     @classmethod
     def of(cls, cache: CasaCache, truncated: int = 0) -> "Usage":
-        return cls(
-            text_tokens=cache.num_text,
-            image_tokens=cache.image_tokens,
-            cache_bytes=cache.num_bytes,
-            text_bytes=cache.text_bytes,
-            image_bytes=cache.image_bytes,
-            window_bytes=cache.num_bytes - cache.text_bytes - cache.image_bytes,
-            held_bytes=cache.held_bytes,
-            truncated=truncated,
-        )
+        total, text, image = cache.num_bytes, cache.text_bytes, cache.image_bytes
+        counts = cache.num_text, cache.image_tokens, total, text, image, total - text - image
+        return cls(*counts, held_bytes=cache.held_bytes, truncated=truncated)
 
 
 def supports_text_bound(model: CasaForConditionalGeneration) -> bool:
-    """Whether a model can have a bound on its text.
-
-    Not under insertion, nor where all text is one window, nor with blocks that forget by themselves.
-    """
+    """Whether a model can have a bound on its text: one of CASA's windows, whose blocks do not forget by themselves."""
     return why_unbounded(model) is None
 
 
@@ -92,13 +75,8 @@ def make_room(
 ) -> None:
     """Makes room for `count` more tokens of text below the bound, in a cache of one row.
 
-    Args:
-        cache: shortened in place.
-        count: tokens to come.
-        bound: of all text.
-        sinks: the first tokens, never forgotten.
-        turns: as in `CasaCache.drop_text`.
-        opens: whether a frame is among what comes. It closes the open window, whose text then needs no room.
+    The first `sinks` tokens are never forgotten. `opens`: a frame is among what comes and closes the open window, whose
+    text then needs no room. `turns` are those of `CasaCache.drop_text`.
     """
     windows = cache.windows
     if windows is not None and not opens and windows.text_tokens[0] + count > bound:
@@ -110,19 +88,21 @@ def make_room(
         cache.drop_text(sinks, min(wanted, max(0, cache.num_text - sinks)), turns)
 
 
+def text_of(cache: CasaCache, index: int) -> tuple[Tensor, Tensor] | None:
+    """Keys and values, (n, Hkv, S, D) each, of a block's text; None if it has none."""
+    layer = cache.text.layers[index] if index < len(cache.text.layers) else None
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    return None if keys is None or values is None or keys.dim() < 4 else (keys, values)
+
+
 def save(
     path: str | Path, model: CasaForConditionalGeneration, cache: CasaCache, settings: dict[str, Any], draws: Tensor
 ) -> None:
-    """Writes cache, settings and generator state as one safetensors file, whole or not at all.
-
-    Raises:
-        UserError: it cannot be written there.
-    """
+    """Writes cache, settings and generator state as one safetensors file, whole or not at all, or raises UserError."""
     tensors = {"generator": draws}
-    for index, layer in enumerate(cache.text.layers):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is not None and values is not None:
-            tensors |= {f"text.{index}.key": keys, f"text.{index}.value": values}
+    for index in range(len(cache.text.layers)):
+        if (held := text_of(cache, index)) is not None:
+            tensors |= {f"text.{index}.key": held[0], f"text.{index}.value": held[1]}
     described: dict[str, Any] = {"format": FORMAT, "model": _signature(model), "settings": settings}
     described |= {"num_text": cache.num_text, "seen": [astuple(row) for row in cache.seen]}
     if (stream := cache.stream) is not None:
@@ -142,12 +122,8 @@ def save(
 
 
 def load(path: str | Path, model: CasaForConditionalGeneration) -> tuple[CasaCache, dict[str, Any], Tensor]:
-    """The cache, settings and generator state that `save` wrote.
-
-    Raises:
-        UserError: the file is no saved session, or one of another model.
-    """
-    described, tensors = _read(path, True)
+    """The cache, settings and generator state that `save` wrote. Raises UserError if the model is another one."""
+    described, tensors = read(path, with_tensors=True)
     if described["model"] != _signature(model):
         raise UserError(f"{path} is a session of another model; load it with the model that it was made with.")
     generator = tensors.pop("generator")
@@ -169,13 +145,9 @@ def load(path: str | Path, model: CasaForConditionalGeneration) -> tuple[CasaCac
     return cache, described["settings"], generator
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that `save` wrote. Raises UserError for anything else."""
-    return _read(path, False)[0]["settings"]
-
-
-def _read(path: str | Path, with_tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description, and the tensors too if they are wanted."""
+def read(path: str | Path, with_tensors: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description that `save` wrote, and its tensors if they are wanted. Raises UserError for any other file."""
+    wrong = f"{path} is not a saved session; give the file that session.save wrote."
     try:
         with safe_open(str(path), framework="pt") as file:
             described = json.loads((file.metadata() or {}).get("casa", "{}"))
@@ -183,11 +155,10 @@ def _read(path: str | Path, with_tensors: bool) -> tuple[dict[str, Any], dict[st
     except FileNotFoundError as error:
         raise UserError(f"there is no saved session at {path}.") from error
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not a saved session; give the file that session.save wrote.") from error
+        raise UserError(wrong) from error
     if (found := described.get("format")) != FORMAT:
-        if str(found).startswith(ANY_FORMAT):
-            raise UserError(f"{path} is a session that another version of casa saved; begin a new one.")
-        raise UserError(f"{path} is not a saved session; give the file that session.save wrote.")
+        known = str(found).startswith(ANY_FORMAT)
+        raise UserError(f"{path} is a session that another version of casa saved; begin a new one." if known else wrong)
     return described, tensors
 
 
