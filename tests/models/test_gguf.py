@@ -161,8 +161,11 @@ def test_packed_weights_are_unpacked(plain, tmp_path, packed):
             wanted = gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind)
             assert torch.equal(model.backbone.state_dict()[name], torch.tensor(wanted)), name
     found = logits(model)
-    model.save_pretrained(tmp_path / "out")
-    assert torch.equal(logits(CasaForConditionalGeneration.from_pretrained(tmp_path / "out")), found)
+    for out, settings in (("out", {}), ("added", {"added_only": True})):
+        model.save_pretrained(tmp_path / out, **settings)
+        assert torch.equal(logits(CasaForConditionalGeneration.from_pretrained(tmp_path / out)), found)
+    sizes = [(tmp_path / out / "model.safetensors").stat().st_size for out in ("out", "added")]
+    assert sizes[1] < 0.8 * sizes[0]
 
 
 def test_weights_that_are_still_packed_are_refused(folder):

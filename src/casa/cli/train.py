@@ -96,24 +96,38 @@ def _quiet() -> None:
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint-<step> of a run, with DDP or FSDP2.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint-<step> of a run; with --merged a model.")],
     out: Annotated[Path, typer.Argument(help="The new model folder.")],
     ema: Annotated[bool, typer.Option("--ema", help="The running average instead of the last weights.")] = False,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Of a model that names its backbone: the weights of both, whole.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; the checkpoint's if left out.")] = None,
 ) -> None:
     """Write a checkpoint's weights as one model: safetensors, config and processor, for from_pretrained.
 
     Example: casa export runs/mine/checkpoint-4000 ./my-casa
+
+    Example: casa export --merged ./my-small-casa ./my-casa
     """
     import torch
 
+    from casa.models.convert import merge
     from casa.models.loading import quietly
     from casa.training.models import export_checkpoint
 
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; give one of: {', '.join(DTYPES)}.")
+    narrow = getattr(torch, dtype) if dtype else None
+    if merged:
+        if ema:
+            raise UserError("--ema is of a run's checkpoint; leave out --ema or --merged.")
+        with quietly(reports=False):
+            merge(str(checkpoint), out, narrow)
+        print(f"{out}: {checkpoint} with its backbone's weights")
+        return
     with quietly(reports=False):
-        made = export_checkpoint(checkpoint, out, average=ema, dtype=getattr(torch, dtype) if dtype else None)
+        made = export_checkpoint(checkpoint, out, average=ema, dtype=narrow)
     print(f"{made}: the {'running average' if ema else 'weights'} of {checkpoint.name}")
 
 

@@ -1,18 +1,17 @@
 """adapt: gives eyes to a model that people already have; what is trained of it, and its shape from configs alone."""
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
 from casa.errors import UserError
+from casa.models.backbone_source import load_backbone, unpacked
 from casa.models.backbones import InsertionVLM, decoder_of, family_of
 from casa.models.configuration_casa import CasaConfig, FusionConfig
-from casa.models.loading import load_checked, place_of, reading, resolve
+from casa.models.loading import is_own, load_checked, resolve
 from casa.models.modeling_casa import CasaForConditionalGeneration, new_backbone
 from casa.vision import is_known, load_encoder, new_encoder
 
@@ -99,11 +98,18 @@ def adapt(backbone: Any, fusion: FusionConfig | None = None, vision: Any = None)
     Raises UserError for a backbone or an encoder that is not known, or whose weights are not complete.
     """
     fusion = fusion if fusion is not None else FusionConfig()
-    model = _own(backbone) or _unpacked(_loaded(backbone, "backbone", _load_backbone))
-    if isinstance(model, CasaForConditionalGeneration):
+    if not isinstance(backbone, nn.Module) and is_own(resolve(backbone)):
+        backbone, name = CasaForConditionalGeneration.from_pretrained(backbone), str(backbone)
+    else:
+        name = None
+    if isinstance(backbone, CasaForConditionalGeneration):
         if vision is not None:
             raise UserError(_HAS_EYES)
-        return refit(model, fusion, _joint_config(model.backbone, getattr(model, "vision", None), fusion))
+        config = _joint_config(backbone.backbone, getattr(backbone, "vision", None), fusion)
+        joined = refit(backbone, fusion, config)
+        joined.backbone_name = name or backbone.backbone_name
+        return joined
+    model = unpacked(_checked(backbone, "backbone")) if isinstance(backbone, nn.Module) else load_backbone(backbone)
     has_eyes = isinstance(decoder_of(model), InsertionVLM)
     if has_eyes:
         if vision is not None:
@@ -114,7 +120,8 @@ def adapt(backbone: Any, fusion: FusionConfig | None = None, vision: Any = None)
             "a text-only model needs an image encoder; pass vision=<a Qwen2.5-VL or SigLIP tower, or its path>."
         )
     else:
-        encoder = _loaded(vision, "image encoder", load_encoder)
+        given = isinstance(vision, nn.Module)
+        encoder = _checked(vision, "image encoder") if given else load_checked(load_encoder, vision)
         if not is_known(encoder.config):
             raise UserError(f"{encoder.config.model_type!r} is not an image encoder that casa knows.")
     config = _joint_config(model, encoder, fusion)
@@ -124,6 +131,7 @@ def adapt(backbone: Any, fusion: FusionConfig | None = None, vision: Any = None)
             part.to(model.device, model.dtype)
     joined.initialise_fusion()
     joined.generation_config = model.generation_config
+    joined.backbone_name = model.config._name_or_path if isinstance(backbone, nn.Module) else str(backbone)
     if has_eyes:
         freeze_backbone(joined)
     return joined.train(model.training)
@@ -147,62 +155,10 @@ def _parts(config: Any) -> list[Any]:
     return [config, *(found for part in inner if part is not None for found in _parts(part))]
 
 
-def _own(given: Any) -> CasaForConditionalGeneration | None:
-    """A model of casa's own, or one from its path; None if it is anything else."""
-    if isinstance(given, CasaForConditionalGeneration):
-        return given
-    if isinstance(given, nn.Module) or not _is_own(resolve(given)):
-        return None
-    return CasaForConditionalGeneration.from_pretrained(given)
-
-
-def _is_own(path: Any) -> bool:
-    """Whether a folder holds a model of casa's own."""
-    file = Path(str(path)) / "config.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8")).get("model_type") == CasaConfig.model_type
-    except (OSError, ValueError, AttributeError):
-        # what is wrong with it is said by whoever loads it
-        return False
-
-
-def _loaded(given: Any, what: str, load: Any) -> PreTrainedModel:
+def _checked(given: nn.Module, what: str) -> PreTrainedModel:
     if isinstance(given, PreTrainedModel):
         return given
-    if isinstance(given, nn.Module):
-        raise UserError(f"the {what} is a {type(given).__name__}; give a transformers model or its path.")
-    place, told = place_of(given)
-    if not told:
-        return load_checked(load, given)
-    with reading(given, "GGUF weights"):
-        return load_checked(load, place, **told)
-
-
-def _unpacked(model: PreTrainedModel) -> PreTrainedModel:
-    """A model as transformers would have it from plain weights, where those of a GGUF file were unpacked for it.
-
-    Raises UserError if they are still packed, or quantised otherwise.
-    """
-    method = getattr(model, "quantization_method", None)
-    if not getattr(model, "is_quantized", False) or getattr(method, "value", method) != "gguf":
-        return model
-    if not all(parameter.is_floating_point() for parameter in model.parameters()):
-        raise UserError(
-            "this backbone's GGUF weights are packed, and fusion layers start as copies of its projections; read it "
-            "with quantization_config=GgufConfig(dequantize=True), or give adapt the path of the file."
-        )
-    model.hf_quantizer.remove_quantization_config(model)  # type: ignore[union-attr]
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel):
-            part.config._is_quantized = False
-    return model
-
-
-def _load_backbone(path: str, **kwargs: Any) -> Any:
-    told = {name: kwargs[name] for name in ("gguf_file",) if name in kwargs}
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False, **told)
-    kind = AutoModelForImageTextToText if issubclass(family_of(config), InsertionVLM) else AutoModelForCausalLM
-    return kind.from_pretrained(path, trust_remote_code=False, **kwargs)
+    raise UserError(f"the {what} is a {type(given).__name__}; give a transformers model or its path.")
 
 
 def has_own_tower(config: Any) -> bool:

@@ -160,6 +160,7 @@ class CasaConfig(PreTrainedConfig):
         (Llama by default), or an insertion VLM, which brings its own image encoder.
     vision_config: config of the image encoder of a text-only backbone (Qwen2.5-VL's by default); None for a VLM.
     fusion: a FusionConfig or its dict. Saved as JSON beside the weights.
+    backbone_source: in a folder without its backbone's weights, where those are: name, revision, fingerprint.
     """
 
     model_type = "casa"
@@ -170,6 +171,7 @@ class CasaConfig(PreTrainedConfig):
     fusion: dict | FusionConfig | None = None
     tie_word_embeddings: bool = False
     use_cache: bool = True
+    backbone_source: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _sub_config(self.text_config, "llama")

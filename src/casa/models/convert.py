@@ -27,6 +27,7 @@ from casa.models.adapt import ADDED, adapt, skeleton
 from casa.models.configuration_casa import CasaConfig, FusionConfig
 from casa.models.loading import UNREADABLE, check_folder, place_of, read_config, resolve, sentence_of
 from casa.models.modeling_casa import CasaForConditionalGeneration
+from casa.models.processing_casa import CasaProcessor
 from casa.vision.encoder import BESIDE_TOWER, TOWER, tower_config_of
 
 _CODES = {
@@ -299,6 +300,25 @@ def _whole(
         if beside is not None:
             beside(folder)
     return model.to("meta")
+
+
+def merge(source: Any, out: Any, dtype: torch.dtype | None = None) -> None:
+    """Writes to the new folder `out` a model with the weights of the backbone that its folder leaves out.
+
+    Args:
+        source: A folder or hub name of a model of casa's own, with its processor.
+        out: The new folder.
+        dtype: Of all weights; the model's if left out.
+
+    Raises:
+        UserError: `out` exists, or the model or its backbone cannot be read.
+    """
+    check_new(out)
+    processor = CasaProcessor.from_pretrained(source)
+    model = CasaForConditionalGeneration.from_pretrained(source, dtype=dtype or "auto")
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
 
 
 def _check_room(out: Any, folder: Path, needed: int) -> None:

@@ -4,6 +4,7 @@ Only JSON, safetensors and GGUF are read: no pickle, no code from the checkpoint
 """
 
 import copy
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -29,10 +30,27 @@ SHIPPED = ("casa-tiny",)
 
 
 def resolve(name_or_path: Any) -> Any:
-    """The folder of a shipped checkpoint; anything else, and a local folder of that name, stays as it is."""
-    if name_or_path in SHIPPED and not os.path.isdir(name_or_path):
+    """The folder of a shipped checkpoint, or of the weights in an installed package; anything else stays as it is."""
+    if not isinstance(name_or_path, str) or os.path.exists(name_or_path):
+        return name_or_path
+    if name_or_path in SHIPPED:
         return str(ASSETS / name_or_path)
-    return name_or_path
+    try:
+        files = importlib.metadata.files(name_or_path) or ()
+    except (ModuleNotFoundError, ValueError):  # no package, or no name of one
+        return name_or_path
+    folders = {str(Path(str(file.locate())).parent) for file in files if file.suffix in (".gguf", ".safetensors")}
+    return folders.pop() if len(folders) == 1 else name_or_path
+
+
+def is_own(place: Any) -> bool:
+    """Whether a folder holds a model of casa's own."""
+    try:
+        config = json.loads((Path(str(place)) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        # what is wrong with it is said by whoever loads it
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "casa"
 
 
 @contextmanager
@@ -204,7 +222,7 @@ def read_config(path: Any, **hub: Any) -> Any:
 _BLOCK = 64
 _ROWS = 32
 # where a hub's config is looked for
-_WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def leave_odd_shapes(settings: Any, kind: Any, path: Any, given: Mapping[str, Any]) -> Any:
@@ -218,7 +236,7 @@ def leave_odd_shapes(settings: Any, kind: Any, path: Any, given: Mapping[str, An
         return settings
     config = given.get("config")
     if not isinstance(config, PreTrainedConfig):
-        there = {name: given[name] for name in _WHERE if name in given}
+        there = {name: given[name] for name in WHERE if name in given}
         config = kind.config_class.from_pretrained(config or path, **there)
     with torch.device("meta"):
         # building a model writes into its config

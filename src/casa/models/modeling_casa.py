@@ -24,6 +24,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from casa.errors import UserError
 from casa.layers import AttentionRecorder, CasaAttention
+from casa.models.backbone_source import save_added, with_backbone
 from casa.models.backbones import Decoder, InsertionVLM, decoder_of, family_of
 from casa.models.cache import CasaCache
 from casa.models.configuration_casa import CasaConfig
@@ -31,7 +32,7 @@ from casa.models.fusion import fuse
 from casa.models.generation import CasaGeneration
 from casa.models.image_side import CasaImageSide
 from casa.models.inputs import TextInputs, read_image_places, read_text_inputs
-from casa.models.loading import leave_odd_shapes, load_checked
+from casa.models.loading import WHERE, leave_odd_shapes, load_checked
 from casa.models.losses import CasaLosses
 from casa.models.passes import CasaPasses
 from casa.models.upkeep import CasaUpkeep
@@ -90,6 +91,7 @@ class CasaForConditionalGeneration(  # type: ignore[misc]
                 "quantization_config."
             )
         super().__init__(config)
+        self.backbone_name: str | None = None  # where the backbone was read from
         width = config.get_text_config().hidden_size
         self.fusion = fusion = config.typed_fusion
         self.backbone = backbone if backbone is not None else new_backbone(config.text_config)
@@ -115,19 +117,63 @@ class CasaForConditionalGeneration(  # type: ignore[misc]
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, backbone: str | None = None, **kwargs: Any
+    ) -> Any:
         """As in transformers, from safetensors; `casa-tiny` names the checkpoint in the package.
 
-        Raises UserError if the folder is missing or its weights are not exactly this model's.
+        backbone: of a folder that leaves out its backbone's weights, where they are, if not where the folder says.
+        Raises UserError if the folder or its backbone is missing, or the weights are not exactly this model's.
         """
         read = super().from_pretrained
 
         def load(path: Any, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
             if quantization_config is not None:
                 kwargs["quantization_config"] = leave_odd_shapes(quantization_config, cls, path, kwargs)
-            return read(path, *args, **kwargs)
+            config = kwargs.get("config")
+            if not isinstance(config, CasaConfig):
+                config = CasaConfig.from_pretrained(config or path, **{n: kwargs[n] for n in WHERE if n in kwargs})
+            if config.backbone_source is None:
+                if backbone is not None:
+                    raise UserError(f"{path} holds its backbone's weights; leave out backbone.", field="backbone")
+                return read(path, *args, **kwargs)
+            found = with_backbone(path, config, backbone, kwargs)
+            name = found.pop("backbone_name")
+            model: Any
+            model, info = read(None, *args, **kwargs | found)  # type: ignore[misc]
+            model.config.backbone_source, model.backbone_name = None, name
+            model.name_or_path = model.config.name_or_path = str(path)
+            return model, info
 
         return load_checked(load, pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: Any,
+        *args: Any,
+        added_only: bool = False,
+        backbone: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers; or only what fusion and training added or changed.
+
+        Args:
+            save_directory: The folder.
+            added_only: Leaves out the weights of the backbone that are those of its own files. The folder says where
+                these are, and `from_pretrained` reads them from there.
+            backbone: Where they are: a path, a hub id, or an installed package. Left out, where `adapt` read them.
+            args: As in transformers.
+            kwargs: As in transformers.
+
+        Raises:
+            UserError: The backbone is not named, or is another.
+        """
+        if added_only:
+            save_added(self, save_directory, backbone, **kwargs)
+        elif backbone is not None:
+            raise UserError("backbone is for added_only=True; leave it out.", field=("backbone", "added_only"))
+        else:
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def decoder(self) -> Decoder:
