@@ -41,6 +41,7 @@ def test_cost_shows_both_sessions(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["memory.png"]
 
 
+@pytest.mark.slow
 def test_one_frame_and_no_rival_can_be_drawn(tmp_path):
     plot_cost([row(1, rival=False)], tmp_path / "memory.png")
     assert share_of(tmp_path / "memory.png", ORANGE) == 0
@@ -60,6 +61,7 @@ def test_attention_shows_three_lines_and_the_picture(tmp_path):
     assert differs[:, 700:].mean() > 0.1
 
 
+@pytest.mark.slow
 def test_the_same_figure_has_the_same_bytes(tmp_path):
     for name in ("a.png", "b.png"):
         plot_cost([row(n + 1) for n in range(5)], tmp_path / name)

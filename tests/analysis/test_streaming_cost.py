@@ -39,6 +39,7 @@ def test_both_say_the_same_number_of_tokens(rows):
     assert all(row.casa.seconds > 0 and row.insertion.seconds > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_insertion_is_given_up_at_a_bound(model):
     few = list(compare(model, tiny_processor(), FRAMES[:5], max_new_tokens=2, max_frames=3))
     assert [row.insertion is None for row in few] == [False] * 3 + [True] * 2
@@ -48,6 +49,7 @@ def test_insertion_is_given_up_at_a_bound(model):
     assert [row.insertion is None for row in few] == [False, True, True]
 
 
+@pytest.mark.slow
 def test_text_may_be_bounded_for_casa_alone(model):
     comparison = Comparison(model, tiny_processor(), max_text_tokens=24, max_new_tokens=3)
     rows = [comparison.step(frame) for frame in [*FRAMES, *FRAMES]]

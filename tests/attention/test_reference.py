@@ -25,7 +25,7 @@ def whole_mask(query, text_key, text_value, image_key, image_value, layout, atte
 
 
 @given(data=st.data())
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 def test_reference_is_softmax_under_the_mask(tools, data):
     layout = data.draw(tools.layouts())
     attend = data.draw(st.sampled_from(["both", "image"]))

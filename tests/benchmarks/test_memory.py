@@ -89,6 +89,7 @@ def test_a_longer_film_takes_no_more_than_a_short_one(checkpoint, imported_once)
     assert found.table.count("\n") == 3
 
 
+@pytest.mark.slow
 def test_a_film_shows_a_new_picture_each_time_that_it_is_watched(tmp_path):
     assert write_film(tmp_path / "a.mp4", 4.0, 112, film_fps=25.0, fps=2.0, seed=0) == 100
     assert probe(tmp_path / "a.mp4").frames == 100
@@ -109,6 +110,7 @@ def test_numbers_that_cannot_be(settings, word):
         bench_memory("casa-tiny", **settings)
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_is_told_and_answers_or_says_why_not(tmp_path, monkeypatch):
     (tmp_path / "measuring.py").write_text(MEASURING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)

@@ -15,6 +15,7 @@ def checkpoint(tmp_path_factory):
     return str(tiny_checkpoint(tmp_path_factory.mktemp("checkpoint")))
 
 
+@pytest.mark.slow
 def test_both_take_the_same_turns_and_only_insertion_grows_by_its_images():
     generator = np.random.default_rng(0)
     frames = (generator.integers(0, 255, (56, 84, 3), dtype=np.uint8) for _ in itertools.count())
@@ -27,6 +28,7 @@ def test_both_take_the_same_turns_and_only_insertion_grows_by_its_images():
     assert turns["insertion"][-1].cache_tokens == 12 * 9
 
 
+@pytest.mark.slow
 def test_turns_are_told_and_plotted(checkpoint, tmp_path):
     found = bench_turns(checkpoint, turns=10, tokens=2, size=224, peak=False)
     assert {name: row["turns"] for name, row in found.figures.items()} == {"casa": 10, "insertion": 10}
@@ -36,6 +38,7 @@ def test_turns_are_told_and_plotted(checkpoint, tmp_path):
     assert (tmp_path / "turns.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_stream_is_told_by_its_quarters(checkpoint):
     found = bench_stream(checkpoint, frames=8, size=224, max_inserted=4)
     assert {name: found.figures[name]["frames"] for name in ("casa", "insertion")} == {"casa": 8, "insertion": 4}

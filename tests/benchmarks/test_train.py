@@ -34,6 +34,7 @@ from casa.errors import UserError
 from casa.training.config import TokenBudget
 
 
+@pytest.mark.slow
 def test_every_method_trains_on_the_same_batch():
     cases = [StepCase(method, image_tokens=16, text_tokens=16) for method in METHODS]
     models = {case.method: fresh_model(case.method) for case in cases}

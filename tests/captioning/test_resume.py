@@ -177,6 +177,7 @@ def test_the_video_of_a_folder_is_the_same_as_without_a_stop(folder_of_pictures,
     assert times == pytest.approx([k / 3 for k in range(18)], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_videos_after_a_resumed_run_hold_all_captions(film, load, stopping, tmp_path):
     go_on = stopping(8)
     with pytest.raises(StoppedError):

@@ -28,6 +28,7 @@ def test_every_sampled_frame_of_a_file_is_watched(run, film, load, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.srt", "a.vtt"]
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures(run, film, tmp_path):
     (tmp_path / "pictures").mkdir()
     for frame in read_frames(film):
@@ -46,6 +47,7 @@ def as_matroska(film, path):
     return path
 
 
+@pytest.mark.slow
 def test_a_pipe(run, film, tmp_path, monkeypatch):
     with as_matroska(film, tmp_path / "film.mkv").open("rb") as file:
         monkeypatch.setattr("sys.stdin", file)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 
+@pytest.mark.slow
 def test_what_is_made_can_be_trained_on(casa, tmp_path):
     out = tmp_path / "tiny"
     result = casa("data", "make", out, "--pages", 3, "--scenes", 2, "--clips", 1, "--largest", 140)

@@ -55,6 +55,7 @@ def test_what_cannot_be_is_refused(casa, arguments, sentence, monkeypatch, tmp_p
     assert result.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_packing_alone(casa, tmp_path):
     result = casa("bench", "train", "--parts", "packing", "--json", "--out", tmp_path / "train.json")
     found = json.loads(result.out)

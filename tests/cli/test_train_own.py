@@ -189,6 +189,7 @@ def test_a_dry_run_trains_nothing(casa, folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_template_whose_answers_cannot_be_learned_as_they_stand_is_told_of(casa, folder, checkpoint, tmp_path):
     odd = tmp_path / "odd"
     shutil.copytree(checkpoint, odd)

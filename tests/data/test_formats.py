@@ -250,6 +250,7 @@ def test_tables_with_quotes_line_ends_and_other_separators(tmp_path):
     assert read(path)[0].value == {"image": "a.png", "caption": "A, b; c"}
 
 
+@pytest.mark.slow
 def test_a_quote_that_is_never_closed_is_one_bad_row(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('image,caption\na.png,"' + "x\n" * 100_000 + "b.png,y\n")

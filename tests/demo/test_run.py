@@ -72,6 +72,7 @@ def test_a_video_of_ones_own_has_no_truth(here, tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "stays"
 
 
+@pytest.mark.slow
 def test_bad_requests_are_refused_before_anything_is_written(here, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "text.mp4").write_text("no video")

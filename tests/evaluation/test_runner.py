@@ -85,6 +85,7 @@ def test_every_page_brings_one_question_of_each_kind():
         assert [turn.kind for turn in example.turns] == ["line", "digit"]
 
 
+@pytest.mark.slow
 def test_pictures_can_be_smaller():
     seen = {"pages": [], "scenes": [], "stream": []}
 

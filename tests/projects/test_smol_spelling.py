@@ -94,6 +94,7 @@ def test_a_run_in_bfloat16_is_scored(text_model, tmp_path):
     assert 0 <= train(tmp_path, settings, workers=0).log[-1]["held_out"]["own"] <= 1
 
 
+@pytest.mark.slow
 def test_a_code_learns_to_spell(text_model, tmp_path):
     settings = Settings(
         text=str(text_model), shapes=((1, 64, 64),), hidden_size=16, stem_sizes=(8, 8), dilations=(1, 2),
