@@ -77,7 +77,7 @@ def _bounds_of(kind: type) -> list[tuple[str, Bounds, bool]]:
 def require(holds: bool, name: str, value: Any, wanted: str) -> None:
     """For a dataclass's `__post_init__`: ImpossibleError unless the value of the field `name` makes sense."""
     if not holds:
-        raise ImpossibleError(f"{name} is {shown(value)}; it must be {wanted}.")
+        raise ImpossibleError(f"{name} is {shown(value)}; it must be {wanted}.", field=name)
 
 
 def build(kind: Any, values: Any, at: str = "", what: str = "the settings") -> Any:

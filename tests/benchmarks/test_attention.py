@@ -19,6 +19,7 @@ from casa.benchmarks.attention import (
     attention_table,
     race,
 )
+from casa.benchmarks.settings import AttentionSettings
 from casa.errors import UserError
 from casa.windows import WindowLayout
 
@@ -27,13 +28,15 @@ SMALL = (AttentionShape("even", 3, 4, (2, 2)), AttentionShape("ragged", 3, 4, (1
 
 def bench_attention(*shapes, **settings):
     """Its rows, with heads of 8."""
-    settings = {"heads": (8, 2, 8), **settings}
-    return bench.bench_attention(shapes or SMALL, **settings).figures["rows"]
+    chosen = AttentionSettings(**{"device": "cpu"} | settings)
+    return bench.bench_attention(chosen, shapes or SMALL, heads=(8, 2, 8)).figures["rows"]
 
 
 def test_rows_table_and_record():
     threads = torch.get_num_threads()
-    found = bench.bench_attention(SMALL, impls=("reference", "sdpa"), repeats=2, seed=3, heads=(8, 2, 8))
+    found = bench.bench_attention(
+        AttentionSettings("cpu", ("reference", "sdpa"), repeats=2, seed=3), SMALL, heads=(8, 2, 8)
+    )
     rows = found.figures["rows"]
     assert torch.get_num_threads() == threads
     assert [(row["shape"], row["impl"]) for row in rows] == [
@@ -203,7 +206,7 @@ def test_rivals_mean_the_same(monkeypatch):
         RIVALS["FlexAttention"](WindowLayout.from_insertions([3], [[(0, 1)]], history=1), torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("more", "words"), [({"impls": ("spda",)}, "known are"), ({"repeats": 0}, "at least 1")])
+@pytest.mark.parametrize(("more", "words"), [({"impls": ("spda",)}, "known are"), ({"repeats": 0}, "1 or more")])
 def test_refusals(more, words):
     with pytest.raises(UserError, match=words):
         bench_attention(**more)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from casa.benchmarks import live
 from casa.benchmarks.live import bench_live, bench_sessions, by_minute, feed, laps, live_summary, search, try_load
+from casa.benchmarks.settings import LiveSettings, StreamSettings
 from casa.errors import UserError
 from casa.media import VideoWriter
 from casa.memory import resident_bytes
@@ -84,7 +85,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_short_stream_by_the_real_clock(checkpoint):
-    found = bench_live(checkpoint, minutes=0.02, size=224, fps=5.0)
+    found = bench_live(LiveSettings(checkpoint, minutes=0.02, size=224, fps=5.0))
     (row,) = found.figures["minutes"]
     assert row["frames"] == found.figures["frames"] == 6
     assert 1 <= row["watched"] <= 6
@@ -125,17 +126,17 @@ def test_frames_that_were_watched_leave_nothing(tmp_path):
 @pytest.mark.parametrize("settings", [{"minutes": 0.0}, {"fps": 0.0}, {"minutes": math.nan}])
 def test_what_cannot_be(settings):
     with pytest.raises(UserError, match="above 0"):
-        bench_live("casa-tiny", **settings)
+        LiveSettings(**settings)
 
 
 @pytest.mark.slow
 def test_sessions_that_are_sustained_and_that_are_not(checkpoint):
-    found = bench_sessions(checkpoint, sessions=3, fps=2.0, size=224, seconds=0.5, max_text_tokens=None)
+    found = bench_sessions(StreamSettings(checkpoint, size=224, fps=2.0), 3, seconds=0.5)
     loads = found.figures["loads"]
     assert loads[0]["sessions"] == 1
     assert [load["frames"] for load in loads] == [load["sessions"] for load in loads]
     assert all(load["watched"] + load["dropped"] == load["frames"] for load in loads)
-    slow = bench_sessions(checkpoint, sessions=8, fps=1e6, size=224, seconds=4e-6, max_text_tokens=None)
+    slow = bench_sessions(StreamSettings(checkpoint, size=224, fps=1e6), 8, seconds=4e-6)
     assert [load["sessions"] for load in slow.figures["loads"]] == [1]
     assert slow.figures["sustained"] == 0
     assert "False" in slow.table

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from casa.benchmarks import soak, stream
 from casa.benchmarks.harness import handwriting, in_own_process, write_film
+from casa.benchmarks.settings import MemorySettings, StreamSettings
 from casa.benchmarks.soak import bench_memory
 from casa.benchmarks.stream import peak_of_turns
 from casa.errors import UserError
@@ -82,8 +84,8 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.slow
 def test_a_longer_film_takes_no_more_than_a_short_one(checkpoint, imported_once):
     """If watched frames were kept, 30 of 448 x 448 px would be 18 MB; if all decoded ones were, 36 MB."""
-    settings = {"size": 448, "film_fps": 4.0, "max_text_tokens": 96, "max_new_tokens": 2}
-    found = bench_memory(str(checkpoint), minutes=0.3, short=0.05, **settings)
+    settings = MemorySettings(str(checkpoint), 0.3, 0.05, size=448, film_fps=4.0, max_text_tokens=96)
+    found = bench_memory(settings, max_new_tokens=2)
     assert [(row["decoded"], row["frames"]) for row in found.figures["films"]] == [(12, 6), (72, 36)]
     assert found.figures["more_bytes"] < 9e6  # from one run to the next a peak differs by less than 1e6
     assert found.table.count("\n") == 3
@@ -107,7 +109,7 @@ def test_a_film_shows_a_new_picture_each_time_that_it_is_watched(tmp_path):
 )
 def test_numbers_that_cannot_be(settings, word):
     with pytest.raises(UserError, match=word):
-        bench_memory("casa-tiny", **settings)
+        bench_memory(MemorySettings(**settings))
 
 
 @pytest.mark.slow
@@ -152,10 +154,8 @@ def test_peaks_are_of_each_method_by_itself_without_loading(tmp_path, imported_o
     model.generation_config.eos_token_id = 2
     model.save_pretrained(tmp_path)
     tiny_processor().save_pretrained(tmp_path)
-    peaks = {
-        method: stream.in_own_process(peak_of_turns, str(tmp_path), "cpu", method, 12, 2, 224, 0)
-        for method in ("casa", "insertion")
-    }
+    settings = asdict(StreamSettings(str(tmp_path), frames=12, size=224, tokens=2, device="cpu"))
+    peaks = {method: stream.in_own_process(peak_of_turns, settings, method) for method in ("casa", "insertion")}
     token = 2 * 3 * 32 * 128 * 4
     difference = 11 * 64 * token
     assert difference > 60e6

@@ -4,6 +4,7 @@ import pytest
 
 from casa.benchmarks import neighbour
 from casa.benchmarks.neighbour import TORCH, WAYS, bench_neighbour, neighbour_summary, neighbour_table
+from casa.benchmarks.settings import NeighbourSettings
 from casa.errors import UserError
 from casa.testing import tiny_checkpoint
 
@@ -40,16 +41,16 @@ def test_a_machine_that_is_not_quiet_is_called_so():
 def test_it_runs_in_processes_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(neighbour, "WAYS", {TORCH: ({"OMP_NUM_THREADS": "1"}, False)})
     model = tiny_checkpoint(tmp_path / "model")
-    found = bench_neighbour(str(model), size=224, rounds=1, seconds=0.01, warm=0.01)
+    found = bench_neighbour(NeighbourSettings(str(model), 224, rounds=1, seconds=0.01), warm=0.01)
     assert found.figures["ways"][TORCH]["slower_quiet"] == 1.0
     assert found.figures["ways"][TORCH]["most_ms"] > 0
     assert found.figures["others_quiet"] >= 0
 
 
 def test_what_cannot_be_measured(tmp_path, monkeypatch):
-    for wrong in ({"rounds": 0}, {"seconds": 0.0}):
-        with pytest.raises(UserError, match="1 or more"):
-            bench_neighbour("casa-tiny", **wrong)
+    for wrong, words in (({"rounds": 0}, "rounds is 0; it must be 1 or more"), ({"seconds": 0.0}, "above 0")):
+        with pytest.raises(UserError, match=words):
+            NeighbourSettings(**wrong)
     monkeypatch.setattr("casa.threads.STAT", str(tmp_path / "none"))
     with pytest.raises(UserError, match="on Linux"):
-        bench_neighbour("casa-tiny")
+        bench_neighbour(NeighbourSettings())

@@ -2,12 +2,14 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from casa.benchmarks.settings import SoakSettings
 from casa.benchmarks.soak import allowed_bytes, bench_soak, soak, soak_summary, soak_table
 from casa.errors import UserError
 from casa.streaming import StreamingSession
@@ -87,19 +89,19 @@ def test_a_soak_that_was_killed_goes_on(model, pictures, tmp_path):
 @pytest.mark.slow
 def test_what_is_found_is_written_plotted_and_gone_on_with(tmp_path):
     checkpoint = str(tiny_checkpoint(tmp_path / "model"))
-    settings = {"max_text_tokens": BOUND, "size": 56, "block": 2, "state": tmp_path / "a.session"}
-    running = bench_soak(checkpoint, 4, **settings)
+    settings, state = SoakSettings(checkpoint, 4, BOUND, size=56, block=2), tmp_path / "a.session"
+    running = bench_soak(settings, state)
     next(running).write(tmp_path / "a.json")
     record = json.loads((tmp_path / "a.json").read_text())
     assert (record["bench"], record["frames"], len(record["blocks"])) == ("soak", 2, 1)
     with pytest.raises(UserError, match="other settings"):
-        next(bench_soak(checkpoint, 4, **settings | {"size": 84}, resume=True))
+        next(bench_soak(replace(settings, size=84), state, resume=True))
     with pytest.raises(UserError, match="raise frames"):
-        next(bench_soak(checkpoint, 2, **settings, resume=True))
-    (found,) = bench_soak(checkpoint, 4, **settings, resume=True)
+        next(bench_soak(replace(settings, frames=2), state, resume=True))
+    (found,) = bench_soak(settings, state, resume=True)
     assert [block["process"] for block in found.figures["blocks"]] == [0, 1]
     assert "never above its bound: True" in found.table
-    assert not settings["state"].exists()
+    assert not state.exists()
     found.plot(tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
@@ -107,4 +109,4 @@ def test_what_is_found_is_written_plotted_and_gone_on_with(tmp_path):
 @pytest.mark.parametrize("numbers", [{"frames": 0}, {"frames": 5, "block": 0}])
 def test_numbers_that_cannot_be(numbers):
     with pytest.raises(UserError, match="1 or more"):
-        next(bench_soak("casa-tiny", **numbers))
+        SoakSettings(**numbers)

@@ -5,7 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from casa.benchmarks.stream import bench_stream, bench_turns, fixed_turns
+from casa.benchmarks import stream
+from casa.benchmarks.settings import StreamSettings
+from casa.benchmarks.stream import bench_stream, fixed_turns
 from casa.errors import UserError
 from casa.testing import tiny_casa, tiny_checkpoint, tiny_processor
 
@@ -30,7 +32,7 @@ def test_both_take_the_same_turns_and_only_insertion_grows_by_its_images():
 
 @pytest.mark.slow
 def test_turns_are_told_and_plotted(checkpoint, tmp_path):
-    found = bench_turns(checkpoint, turns=10, tokens=2, size=224, peak=False)
+    found = bench_stream(StreamSettings(checkpoint, 10, 224, tokens=2, peak=False))
     assert {name: row["turns"] for name, row in found.figures.items()} == {"casa": 10, "insertion": 10}
     assert len(found.figures["casa"]["first_token_ms"]) == 2
     assert found.table.count("\n") == 2
@@ -39,8 +41,9 @@ def test_turns_are_told_and_plotted(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stream_is_told_by_its_quarters(checkpoint):
-    found = bench_stream(checkpoint, frames=8, size=224, max_inserted=4)
+def test_a_stream_is_told_by_its_quarters(checkpoint, monkeypatch):
+    monkeypatch.setattr(stream, "MAX_INSERTED", 4)
+    found = bench_stream(StreamSettings(checkpoint, 8, 224))
     assert {name: found.figures[name]["frames"] for name in ("casa", "insertion")} == {"casa": 8, "insertion": 4}
     casa = found.figures["casa"]
     assert casa["image_tokens"] == [64, 64]
@@ -48,9 +51,15 @@ def test_a_stream_is_told_by_its_quarters(checkpoint):
     assert found.table.count("\n") == 2
 
 
-@pytest.mark.parametrize("settings", [{"turns": 5}, {"tokens": 1}])
-def test_too_little_to_measure_is_refused(settings):
-    with pytest.raises(UserError, match="give at least"):
-        bench_turns("casa-tiny", **{"turns": 10, "tokens": 2} | settings)
-    with pytest.raises(UserError, match="at least 4"):
-        bench_stream("casa-tiny", frames=3)
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"frames": 5, "tokens": 2}, "at least 10"),
+        ({"tokens": 1}, "tokens is 1; it must be 2 or more, or null"),
+        ({"frames": 3}, "at least 4"),
+        ({"tokens": 2, "sessions": 2}, "two measurements"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        bench_stream(StreamSettings(**settings))

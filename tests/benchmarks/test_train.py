@@ -7,13 +7,14 @@ import torch
 
 from casa.benchmarks import train
 from casa.benchmarks.packing import SampleLength
+from casa.benchmarks.settings import METHODS as NAMES
+from casa.benchmarks.settings import TrainSettings
 from casa.benchmarks.train import (
     IMAGE_STAGE,
     KINDS,
     METHODS,
     PROPORTIONED,
     RandomSamples,
-    StepCase,
     bench_train,
     drawn_lengths,
     fresh_model,
@@ -36,9 +37,9 @@ from casa.training.config import TokenBudget
 
 @pytest.mark.slow
 def test_every_method_trains_on_the_same_batch():
-    cases = [StepCase(method, image_tokens=16, text_tokens=16) for method in METHODS]
-    models = {case.method: fresh_model(case.method) for case in cases}
-    batches = [step_batch(case, models[case.method]) for case in cases]
+    assert tuple(METHODS) == NAMES
+    models = {method: fresh_model(method) for method in METHODS}
+    batches = [step_batch(TrainSettings(text_tokens=16), model, 16) for model in models.values()]
     for batch in batches:
         assert batch.keys() == batches[0].keys()
         assert all(torch.equal(batch[name], batches[0][name]) for name in batch)
@@ -51,7 +52,7 @@ def test_every_method_trains_on_the_same_batch():
 
 
 def test_a_step_is_measured():
-    found = measure_step({"method": "casa", "image_tokens": 16, "text_tokens": 16})
+    found = measure_step({"text_tokens": 16, "device": "cpu"}, "casa", 16)
     assert found["peak"] >= found["before"] > 0
     assert found["step"] == found["peak"] - found["before"]
     assert 0 < found["kept"] < found["peak"]
@@ -59,7 +60,7 @@ def test_a_step_is_measured():
 
 def kept(method, *image_tokens):
     model = fresh_model(method)
-    return [kept_bytes(model, step_batch(StepCase(method, count, text_tokens=64), model)) for count in image_tokens]
+    return [kept_bytes(model, step_batch(TrainSettings(text_tokens=64), model, count)) for count in image_tokens]
 
 
 @pytest.mark.slow
@@ -92,13 +93,14 @@ def test_what_is_kept_is_counted_by_hand():
 
 
 def test_growth_is_compared(monkeypatch):
-    def pretended(function, case):
+    def pretended(function, settings, method, image_tokens):
         assert function is measure_step
-        size = 100 + case["image_tokens"] * {"insertion": 10, "casa": 2, "replace": 1}[case["method"]]
+        assert settings["image_tokens"] == (64, 16)
+        size = 100 + image_tokens * {"insertion": 10, "casa": 2, "replace": 1}[method]
         return {"before": 100, "peak": size, "step": size - 100, "kept": 2 * size, "loss": 1.0}
 
     monkeypatch.setattr(train, "in_own_process", pretended)
-    found = train_memory([StepCase(name, count) for name in ("casa", "replace", "insertion") for count in (64, 16)])
+    found = train_memory(TrainSettings(image_tokens=(64, 16), methods=("casa", "replace", "insertion")))
     assert [row["image_tokens"] for row in found["rows"]] == [16] * 3 + [64] * 3
     assert found["bytes_per_image_token"] == {
         "peak": {"casa": 2, "replace": 1, "insertion": 10},
@@ -112,14 +114,14 @@ def test_growth_is_compared(monkeypatch):
     }
     assert found["insertion_over"]["replace"]["growth of peak"] == 10
     assert "64" in memory_table(found)
-    alone = train_memory([StepCase("casa", count) for count in (64, 16)])
+    alone = train_memory(TrainSettings(image_tokens=(64, 16), methods=("casa",)))
     assert "insertion_over" not in alone
 
 
 @pytest.mark.slow
 def test_packed_and_padded_have_the_same_loss():
     budgets = {kind: TokenBudget(text=96, image=960) for kind in KINDS}
-    found = throughput(samples=16, rounds=1, draws=2, budgets=budgets)
+    found = throughput(TrainSettings(drawn=16, rounds=1, device="cpu"), draws=2, budgets=budgets)
     for kind in KINDS:
         row = found["kinds"][kind]
         first, second = row["draws"]
@@ -183,12 +185,10 @@ def test_pictures_are_as_square_as_can_be(tokens, sides):
 
 @pytest.mark.parametrize(
     "choice",
-    [{"method": "other"}, {"image_tokens": 18}, {"text_tokens": 4}, {"samples": 0}],
+    [{"methods": ("other",)}, {"image_tokens": (18,)}, {"text_tokens": 4}, {"samples": 0}, {"parts": ("other",)}],
 )
 def test_cases_that_cannot_be_are_refused(choice):
     with pytest.raises(UserError):
-        StepCase(**({"method": "casa", "image_tokens": 16} | choice))
+        TrainSettings(**choice)
     with pytest.raises(UserError, match="two or more"):
-        train_memory([StepCase("casa", 16)] * 2)
-    with pytest.raises(UserError, match="choose among"):
-        bench_train(["other"])
+        bench_train(TrainSettings(("memory",), image_tokens=(16, 16), device="cpu"))

@@ -42,7 +42,7 @@ def test_a_target_that_is_there_is_refused_before_anything_is_read(casa, tmp_pat
         (("export", "nowhere", "out", "--dtype", "int4"), "give one of"),
         (("bench", "train", "--parts", "memry"), "choose among"),
         (("bench", "train", "--parts", "memory", "--image-tokens", "many"), "whole numbers"),
-        (("bench", "train", "--parts", "memory", "--methods", "casa,insert"), "method is 'insert'; give one of"),
+        (("bench", "train", "--parts", "memory", "--methods", "casa,insert"), "methods has 'insert'; choose among"),
         (("bench", "train", "--parts", "memory", "--image-tokens", "64,66"), "multiples of 4"),
         (("bench", "train", "--parts", "memory", "--device", "cpu", "--image-tokens", "64"), "two or more"),
     ],

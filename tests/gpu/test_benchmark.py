@@ -1,6 +1,7 @@
 """The attention benchmark on the GPU: every contestant runs, agrees with the dense mask, and is timed by events."""
 
 from casa.benchmarks.attention import AttentionShape, bench_attention
+from casa.benchmarks.settings import AttentionSettings
 
 SMALL = (
     AttentionShape("packed", 4, 200, (16, 60)),
@@ -9,7 +10,7 @@ SMALL = (
 
 
 def test_all_contestants_agree_and_are_timed(device):
-    found = bench_attention(SMALL, device=str(device), repeats=2)
+    found = bench_attention(AttentionSettings(str(device), repeats=2), SMALL)
     rows = found.figures["rows"]
     assert [row["shape"] for row in rows[:: len(rows) // 2]] == ["packed", "decode"]
     for row in rows:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from faults import FAULTS, Fault
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("src", "tests", "docs", "recipes", "pyproject.toml")
+COPIED = ("src", "tests", "docs", "recipes", "pyproject.toml", "Makefile")
 
 
 def copied(folder: Path) -> Path:

@@ -32,7 +32,9 @@ from casa.attention import casa_attention, implementations
 from casa.attention.common import AttentionRequest
 from casa.attention.dispatch import refusal
 from casa.benchmarks.harness import Benchmark, Figures, table
+from casa.benchmarks.settings import AttentionSettings
 from casa.errors import UserError
+from casa.models.auto import pick_device
 from casa.windows import WindowLayout
 
 DENSE = "dense mask"
@@ -195,45 +197,41 @@ SETUPS = {
 
 
 def bench_attention(
+    settings: AttentionSettings,
     shapes: Sequence[AttentionShape] | None = None,
-    impls: Sequence[str] | None = None,
-    device: str = "cpu",
-    repeats: int = 9,
-    seed: int = 0,
     heads: tuple[int, int, int] | None = None,
 ) -> Benchmark:
     """Rows for each shape: the rivals first, then each implementation.
 
-    What is None is as in SETUPS. What an implementation refuses, its backward or all of a shape, is not timed and its
-    row says why; so does that of a contestant that fails on CUDA or in compiling, and the rest goes on.
+    Shapes and heads are by default those of the device (`SETUPS`). What an implementation refuses, its backward or all
+    of a shape, is not timed and its row says why; so does that of a contestant that fails on CUDA or in compiling, and
+    the rest goes on.
 
     Raises:
-        UserError: an unknown implementation, or fewer than one repeat.
+        UserError: An unknown implementation.
     """
-    where = torch.device(device)
-    setup = SETUPS["cuda" if where.type == "cuda" else "cpu"]
-    impls, heads = impls or setup.impls, heads or setup.heads
+    device = torch.device(pick_device(settings.device))
+    setup = SETUPS["cuda" if device.type == "cuda" else "cpu"]
+    impls, (Hq, Hkv, D) = settings.impls or setup.impls, heads or setup.heads
     for impl in impls:
         if impl not in implementations():
             raise UserError(f"cannot time {impl!r}; known are {', '.join(implementations())}.")
-    if repeats < 1:
-        raise UserError(f"repeats is {repeats}; give at least 1.", field="repeats")
-    clock, rows = Clock(where), []
+    clock, rows = Clock(device), []
     for shape in shapes or setup.shapes:
-        layout, (Hq, Hkv, D) = shape.layout(seed), heads
+        layout = shape.layout(settings.seed)
         sizes = [(layout.num_query, Hq), *[(layout.num_text, Hkv)] * 2, *[(layout.num_image, Hkv)] * 2]
-        generator = torch.Generator().manual_seed(seed)
-        tensors = [torch.randn(*size, D, generator=generator).to(where, setup.dtype) for size in sizes]
+        generator = torch.Generator().manual_seed(settings.seed)
+        tensors = [torch.randn(*size, D, generator=generator).to(device, setup.dtype) for size in sizes]
         trained = shape.queries is None
         contestants = [Contestant.rival(name, layout, clock, trained) for name in setup.rivals]
         contestants += [Contestant.of_casa(impl, layout, clock, trained, tensors[0]) for impl in impls]
-        race(contestants, tensors, repeats)
-        work = _work(layout, *heads, size=tensors[0].element_size()) if clock.cuda else None
+        race(contestants, tensors, settings.repeats)
+        work = _work(layout, Hq, Hkv, D, size=tensors[0].element_size()) if clock.cuda else None
         rows += [{"shape": shape.name, "impl": one.name, **one.figures(contestants[0], work)} for one in contestants]
-    settings: Figures = {"seed": seed, "repeats": repeats}
+    told: Figures = {"seed": settings.seed, "repeats": settings.repeats}
     if clock.cuda:
-        settings |= {"dtype": str(setup.dtype), "heads": list(heads)}
-    return Benchmark("attention", settings, {"rows": rows}, attention_table(rows), device)
+        told |= {"dtype": str(setup.dtype), "heads": [Hq, Hkv, D]}
+    return Benchmark("attention", told, {"rows": rows}, attention_table(rows), str(device))
 
 
 class Times(NamedTuple):

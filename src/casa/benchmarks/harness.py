@@ -1,7 +1,6 @@
 """What all benchmarks share: contestants take turns in one run, and what they took is a record, a table and a plot.
 
-A benchmark is a function that returns a `Benchmark`. `casa bench` prints its table or its record, writes the record,
-draws its plot, and compares it with an earlier record.
+A benchmark is a function of its settings (`casa.benchmarks.settings`) that returns a `Benchmark`.
 """
 
 import json
@@ -94,15 +93,12 @@ class Benchmark:
         if not same or other:
             raise UserError(f"{path} is of another benchmark, or with another {', '.join(other) or 'name'}.")
         then = dict(_numbers(earlier))
-        rows = [
-            {"figure": name, "now": now, "then": then[name], "ratio": now / then[name] if then[name] else None}
-            for name, now in _numbers(self.figures)
-            if name in then
-        ]
-        return table(rows, {"figure": "{figure}", "now": "{now:.6g}", "then": "{then:.6g}", "ratio": "{ratio:.2f}"})
+        both = [(name, now, then[name]) for name, now in _numbers(self.figures) if name in then]
+        rows = [{"name": name, "now": a, "then": b, "ratio": a / b if b else None} for name, a, b in both]
+        return table(rows, {"figure": "{name}", "now": "{now:.6g}", "then": "{then:.6g}", "ratio": "{ratio:.2f}"})
 
 
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping | list | tuple):
         for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from _numbers(inner, f"{name}.{key}" if name else str(key))
@@ -150,12 +146,10 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells)
 
 
-def in_own_process(function: Callable[..., T], *arguments: Any, environment: dict[str, str] | None = None) -> T:
-    """What a function of the package returns in a new process, which has a peak of memory of its own.
+def in_own_process(function: Callable[..., T], *arguments: object, environment: dict[str, str] | None = None) -> T:
+    """What a function at the top of a module returns in a new process, which has a peak of memory of its own.
 
-    Args:
-        function: At the top of a module.
-        arguments: As its result, anything that JSON holds.
+    Arguments and result are what JSON holds.
 
     Raises:
         UserError: The process fails, of memory perhaps.
@@ -185,9 +179,9 @@ def handwriting(seed: int, size: int) -> Iterator[Image.Image]:
 
 
 def write_film(path: Path, seconds: float, size: int, film_fps: float, fps: float, seed: int) -> int:
-    """Writes a film of so many seconds, with `film_fps` frames a second; how many those are.
+    """Writes a film of `film_fps` frames a second, and returns how many those are.
 
-    It is out of a few drawn frames, `fps` of them a second: whoever looks so often sees each.
+    It shows a few drawn frames in turn, `fps` of them a second: whoever looks so often sees each.
     """
     frames, part = round(seconds * film_fps), fps / film_fps
     drawn = islice(handwriting(seed, size), min(DRAWN, math.ceil(frames * part) + 1))

@@ -1,10 +1,7 @@
 """Live streams by the clock: one for minutes, and as many as this machine sustains.
 
-bench_live        a film is watched as a camera's stream would be, decoded again and again. Lag is from when a frame
-                  was due to when its caption was there: whatever falls behind shows in it, or as dropped frames.
-bench_sessions    more and more sessions in one batch, each with a new frame every 1 / fps seconds. Their number is
-                  looked for by a clock of the streams' own, which the steps move as they are measured; what was
-                  found is then tried by the real clock, with frames that come as JPEG.
+A film is watched as a camera's stream would be, decoded again and again. Lag is from when a frame was due to when its
+caption was there: whatever falls behind shows in it, or as dropped frames.
 """
 
 import math
@@ -22,7 +19,7 @@ from typing import NamedTuple, Protocol
 from PIL import Image
 
 from casa.benchmarks.harness import Benchmark, Figures, handwriting, percentiles, table, write_film
-from casa.errors import UserError
+from casa.benchmarks.settings import LiveSettings, StreamSettings
 from casa.media import read_frames
 from casa.media.pictures import picture_from
 from casa.memory import resident_bytes
@@ -33,6 +30,7 @@ LAP = 60.0  # s of film, which then begins again
 CAMERA_FPS = 10.0
 WARM = 2  # steps before the clock counts
 POLL_SECONDS = 0.001  # between looks at whether a frame has come
+LOAD_SECONDS = 10.0  # for which every number of sessions is tried
 
 
 class LapFrame(NamedTuple):
@@ -53,43 +51,25 @@ def laps(path: Path, fps: float, seconds: float, lap: float) -> Iterator[LapFram
                 yield LapFrame(frame.image, time)
 
 
-def bench_live(
-    model: str = "casa-tiny",
-    minutes: float = 10.0,
-    size: int = 448,
-    fps: float = 2.0,
-    max_text_tokens: int | None = 256,
-    seed: int = 0,
-    device: str = "auto",
-) -> Benchmark:
-    """Watches for so many minutes, which it takes.
-
-    Raises:
-        UserError: a rate, a length or a size that cannot be.
-    """
-    if not (math.isfinite(minutes) and minutes > 0 and math.isfinite(fps) and fps > 0):
-        raise UserError("minutes and fps are above 0.", field=("minutes", "fps"))
-    loaded, processor = load_pretrained(model, device)
-    seconds = 60 * minutes
+def bench_live(settings: LiveSettings) -> Benchmark:
+    """Watches for so many minutes, which it takes."""
+    model, processor = load_pretrained(settings.model, settings.device)
+    seconds, fps, bound = 60 * settings.minutes, settings.fps, settings.max_text_tokens or None
     lap = min(LAP, max(2.0, math.ceil(seconds)))
-    session = StreamingSession(loaded, processor, max_text_tokens=max_text_tokens, max_new_tokens=16)
+    session = StreamingSession(model, processor, max_text_tokens=bound, max_new_tokens=16)
     with TemporaryDirectory() as folder:
         film = Path(folder) / "film.mp4"
-        write_film(film, lap, size, CAMERA_FPS, min(fps, CAMERA_FPS), seed)
+        write_film(film, lap, settings.size, CAMERA_FPS, min(fps, CAMERA_FPS), settings.seed)
         # what is slow the first time only (codec, kernels) is no part of watching
         session.step(next(laps(film, fps, seconds, lap)).image)
         moments = watch_live(session, laps(film, fps, seconds, lap), fps, in_real_time=True)
         rows = list(by_minute(moments, fps, seconds, lambda: (session.usage.cache_bytes, resident_bytes())))
     found = live_summary(rows, fps)
     columns = {"minute": "{minute}", "frames": "{frames}", "dropped": "{dropped}", "cut": "{cut}"}
-    columns |= {
-        "lag, median": "{median_lag_ms:.0f} ms",
-        "most": "{max_lag_ms:.0f} ms",
-        "cache": "{cache_bytes!K:.0f} KiB",
-    }
-    shown = f"{table(rows, columns)}\nkeeps pace: {found['keeps_pace']}"
-    settings = {"size": size, "seed": seed, "max_text_tokens": max_text_tokens}
-    return Benchmark("live", settings, found, shown, str(loaded.device), model)
+    columns |= {"lag, median": "{median_lag_ms:.0f} ms", "most": "{max_lag_ms:.0f} ms"}
+    shown = f"{table(rows, columns | {'cache': '{cache_bytes!K:.0f} KiB'})}\nkeeps pace: {found['keeps_pace']}"
+    told = {"size": settings.size, "seed": settings.seed, "max_text_tokens": bound}
+    return Benchmark("live", told, found, shown, str(model.device), settings.model)
 
 
 def by_minute(
@@ -97,18 +77,20 @@ def by_minute(
 ) -> Iterator[Figures]:
     """Rows of the moments, one for each minute of the stream; a minute of which nothing was watched has a row too.
 
-    held: bytes of the cache and of the process, now.
+    Args:
+        moments: In order of their times.
+        fps: Frames that are due each second.
+        seconds: Length of the stream.
+        held: Bytes of the cache and of the process, now.
     """
-    minute, part = 0, []
-    last = math.ceil(seconds / 60 - 1e-9)
-    for moment in moments:
-        while moment.time >= 60 * (minute + 1) - 1e-6:
-            yield _minute(minute, part, fps, seconds, held())
-            minute, part = minute + 1, []
-        part.append(moment)
-    while minute < last:
+    waiting = iter(moments)
+    moment = next(waiting, None)
+    for minute in range(math.ceil(seconds / 60 - 1e-9)):
+        part = []
+        while moment is not None and moment.time < 60 * (minute + 1) - 1e-6:
+            part.append(moment)
+            moment = next(waiting, None)
         yield _minute(minute, part, fps, seconds, held())
-        minute, part = minute + 1, []
 
 
 def _minute(minute: int, part: list[FrameCaption], fps: float, seconds: float, held: tuple[int, int]) -> Figures:
@@ -139,11 +121,11 @@ def live_summary(minutes: list[Figures], fps: float) -> Figures:
     minute, when all that is made once is there, to that of the last; None where there is no third.
     """
     worst = max(minute["median_lag_ms"] for minute in minutes)
-    dropped, cut = (sum(minute[name] for minute in minutes) for name in ("dropped", "cut"))
+    frames, dropped, cut = (sum(minute[name] for minute in minutes) for name in ("frames", "dropped", "cut"))
     growth = minutes[-1]["resident_bytes"] - minutes[1]["resident_bytes"] if len(minutes) > 2 else None
     return {
         "fps": fps,
-        "frames": sum(minute["frames"] for minute in minutes),
+        "frames": frames,
         "dropped": dropped,
         "cut": cut,
         "accumulated_lag_ms": round(minutes[-1]["median_lag_ms"] - minutes[0]["median_lag_ms"], 1),
@@ -154,32 +136,20 @@ def live_summary(minutes: list[Figures], fps: float) -> Figures:
     }
 
 
-def bench_sessions(
-    model: str = "casa-tiny",
-    sessions: int = 32,
-    fps: float = 2.0,
-    size: int = 224,
-    max_text_tokens: int | None = 128,
-    seed: int = 0,
-    device: str = "auto",
-    seconds: float = 10.0,
-) -> Benchmark:
-    """Loads of 1, 2, 4, ... up to `sessions`, each for `seconds`, which it takes; behind the first that is not
-    sustained, those halfway between it and the last that was.
+def bench_sessions(settings: StreamSettings, most: int, seconds: float = LOAD_SECONDS) -> Benchmark:
+    """More and more sessions in one batch, each with a new frame every 1 / fps seconds, by the real clock.
 
-    Raises:
-        UserError: a rate, a size or a number that cannot be.
+    Loads are 1, 2, 4, ... up to `most` sessions, each for `seconds`, which it takes; behind the first that is not
+    sustained, those halfway between it and the last that was.
     """
-    if sessions < 1 or not fps > 0 or not seconds > 0:
-        raise UserError("sessions is 1 or more, and fps and seconds are above 0.", field=("sessions", "fps"))
-    loaded, processor = load_pretrained(model, device)
+    model, processor = load_pretrained(settings.model, settings.device)
+    fps, bound = settings.fps, settings.max_text_tokens or None
 
     def load(count: int) -> Figures:
-        engine = StreamingEngine(loaded, processor, max_sessions=count, max_batch_size=count)
-        films = {}
-        for number in range(count):
-            engine.open(str(number), max_text_tokens=max_text_tokens, max_new_tokens=16)
-            films[str(number)] = handwriting(seed + number, size)
+        engine = StreamingEngine(model, processor, max_sessions=count, max_batch_size=count)
+        films = {str(number): handwriting(settings.seed + number, settings.size) for number in range(count)}
+        for name in films:
+            engine.open(name, max_text_tokens=bound, max_new_tokens=16)
         for _ in range(WARM):
             for name, film in films.items():
                 engine.offer(name, next(film))
@@ -187,20 +157,19 @@ def bench_sessions(
         frames = max(1, round(seconds * fps))
         return try_load(engine, {name: [_jpeg(f) for f in islice(film, frames)] for name, film in films.items()}, fps)
 
-    loads = search(load, sessions)
+    loads = search(load, most)
     sustained = max((one["sessions"] for one in loads if one["sustained"]), default=0)
     columns = {"sessions": "{sessions}", "step, median": "{median_ms:.1f} ms", "95th": "{p95_ms:.1f} ms"}
     columns |= {"frames": "{frames}", "dropped": "{dropped}", "behind": "{behind_ms:.0f} ms"}
     columns |= {"cache of all": "{bytes!K:.0f} KiB", "sustained": "{sustained}"}
     shown = f"{table(loads, columns)}\na step may take {1000 / fps:.0f} ms"
-    settings = {"size": size, "seed": seed, "max_text_tokens": max_text_tokens}
+    told = {"size": settings.size, "seed": settings.seed, "max_text_tokens": bound}
     found = {"fps": fps, "sustained": sustained, "loads": loads}
-    return Benchmark("stream", settings, found, shown, str(loaded.device), model)
+    return Benchmark("stream", told, found, shown, str(model.device), settings.model)
 
 
 def try_load(engine: StreamingEngine, clips: Mapping[str, list[bytes]], fps: float) -> Figures:
-    """By the real clock: frames come as JPEG whether the engine is ready or not, and are opened beside it, in a thread
-    of their own.
+    """By the real clock: frames come as JPEG whether the engine is ready or not, and are opened in a thread beside it.
 
     frames: that came, of all sessions; watched and dropped: of these. median_ms, p95_ms: of a step over all sessions.
     behind_ms: from the last frame's coming until all was said. bytes: of all caches at the end. sustained: no frame was

@@ -9,11 +9,13 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from statistics import median
 
 from casa.benchmarks.harness import Benchmark, Figures, handwriting, in_own_process, table, take_turns
+from casa.benchmarks.settings import NeighbourSettings
 from casa.errors import UserError
 from casa.threads import CHOSEN, settle, share_cores, used_seconds
 
@@ -26,48 +28,42 @@ WAYS: dict[str, tuple[dict[str, str], bool]] = {
     "one thread": ({"OMP_NUM_THREADS": "1"}, False),
 }
 PICTURES = 16
+WARM = 2.0  # s of watching that do not count
 QUIET = 0.15  # cores that others may use on a machine that is called quiet
 NEIGHBOUR = "while True: pass"
 
 
-def bench_neighbour(
-    model: str = "casa-tiny", size: int = 336, rounds: int = 5, seconds: float = 3.0, seed: int = 0, warm: float = 2.0
-) -> Benchmark:
-    """Every way in turn, `rounds` times, quiet and busy. seconds: of each turn, after `warm` more that do not count.
+def bench_neighbour(settings: NeighbourSettings, warm: float = WARM) -> Benchmark:
+    """Every way in turn, `rounds` times, quiet and busy.
 
     Raises:
-        UserError: the system does not tell what its cores do, or a process fails.
+        UserError: The system does not tell what its cores do, or a process fails.
     """
-    if rounds < 1 or not seconds > 0:
-        raise UserError("rounds is 1 or more, and seconds above 0.", field=("rounds", "seconds"))
     try:
         used_seconds(os.sched_getaffinity(0))
     except (AttributeError, OSError, ValueError) as error:
         raise UserError("this system does not tell what its cores do; measure on Linux.") from error
     kept = {key: value for key, value in os.environ.items() if not key.startswith(CHOSEN)}
-    ways = {
-        name: partial(
-            in_own_process, watch_quiet_and_busy, model, size, seed, seconds, warm, shares, environment=kept | variables
-        )
-        for name, (variables, shares) in WAYS.items()
-    }
-    found = neighbour_summary(take_turns(ways, rounds))
-    settings = {"size": size, "rounds": rounds, "seconds": seconds, "seed": seed}
-    return Benchmark("neighbour", settings, found, neighbour_table(found), model=model)
+    watch = partial(in_own_process, watch_quiet_and_busy, asdict(settings), warm)
+    ways = {name: partial(watch, shares, environment=kept | chosen) for name, (chosen, shares) in WAYS.items()}
+    found = neighbour_summary(take_turns(ways, settings.rounds))
+    told = {name: getattr(settings, name) for name in ("size", "rounds", "seconds", "seed")}
+    return Benchmark("neighbour", told, found, neighbour_table(found), model=settings.model)
 
 
-def watch_quiet_and_busy(model: str, size: int, seed: int, seconds: float, warm: float, shares: bool) -> Figures:
+def watch_quiet_and_busy(settings: Figures, warm: float, shares: bool) -> Figures:
     """In a process of its own: milliseconds of every frame, quiet and beside a process that computes.
 
     others: cores that other processes used meanwhile, in the quiet part.
     """
+    chosen = NeighbourSettings(**settings)
     if shares:
         share_cores()
     from casa.models.auto import load_pretrained
     from casa.streaming import StreamingSession
 
-    session = StreamingSession(*load_pretrained(model, "cpu"), max_text_tokens=128)
-    pictures = list(islice(handwriting(seed, size), PICTURES))
+    session = StreamingSession(*load_pretrained(chosen.model, "cpu"), max_text_tokens=128)
+    pictures = list(islice(handwriting(chosen.seed, chosen.size), PICTURES))
     cores = os.sched_getaffinity(0)
 
     def watch(seconds: float) -> list[float]:
@@ -81,13 +77,13 @@ def watch_quiet_and_busy(model: str, size: int, seed: int, seconds: float, warm:
 
     watch(warm)  # caches are filled
     begun, before = time.monotonic(), used_seconds(cores) - time.process_time()
-    found: Figures = {"quiet": watch(seconds)}
+    found: Figures = {"quiet": watch(chosen.seconds)}
     others = used_seconds(cores) - time.process_time() - before
     found["others"] = max(0.0, others / (time.monotonic() - begun))
     with subprocess.Popen([sys.executable, "-c", NEIGHBOUR]) as neighbour:
         try:
             watch(warm)  # in which threads are chosen anew
-            found["busy"] = watch(seconds)
+            found["busy"] = watch(chosen.seconds)
         finally:
             neighbour.kill()
     return found
@@ -101,22 +97,20 @@ def neighbour_summary(turns: dict[str, list[Figures]]) -> Figures:
     that the figures say something of this machine.
     """
 
-    def medians(way: str, kind: str) -> list[float]:
-        return [median(turn[kind]) for turn in turns[way]]
-
     def ratio(above: list[float], below: list[float]) -> float:
         return round(median(a / b for a, b in zip(above, below, strict=True)), 3)
 
-    ways = {}
-    for way in turns:
-        quiet, busy = medians(way, "quiet"), medians(way, "busy")
-        ways[way] = {
-            "quiet_ms": round(median(quiet), 1),
-            "busy_ms": round(median(busy), 1),
+    quiet, busy = ({way: [median(turn[kind]) for turn in turns[way]] for way in turns} for kind in ("quiet", "busy"))
+    ways = {
+        way: {
+            "quiet_ms": round(median(quiet[way]), 1),
+            "busy_ms": round(median(busy[way]), 1),
             "most_ms": max(max(turn["busy"]) for turn in turns[way]),
-            "slower_quiet": ratio(quiet, medians(TORCH, "quiet")),
-            "slower_busy": ratio(busy, quiet),
+            "slower_quiet": ratio(quiet[way], quiet[TORCH]),
+            "slower_busy": ratio(busy[way], quiet[way]),
         }
+        for way in turns
+    }
     others = round(median(turn["others"] for found in turns.values() for turn in found), 2)
     return {"others_quiet": others, "is_quiet": others <= QUIET, "ways": ways}
 

@@ -1,9 +1,7 @@
 """Does watching stay the same size for ever?
 
-bench_soak      one session over a hundred thousand frames and more, its memory and latency followed all the way.
-                Every frame is encoded, captioned and measured as any other. After every block of frames the result
-                is on disk, with the session beside it, so that a soak that was killed can go on.
-bench_memory    host memory of captioning a long film over that of a short one, each in a process of its own
+`bench_soak` follows memory and latency of one session over a hundred thousand frames and more; one that was killed
+goes on. `bench_memory` compares host memory of captioning a long film with that of a short one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +22,7 @@ from casa.benchmarks.harness import (
     table,
     write_film,
 )
+from casa.benchmarks.settings import MemorySettings, SoakSettings
 from casa.captioning import CaptionRequest, caption
 from casa.errors import UserError
 from casa.memory import peak_resident_bytes, resident_bytes
@@ -34,47 +33,37 @@ DRAWN = 480  # different frames: four minutes of film, shown again and again
 MAX_NEW_TOKENS = 16
 
 
-def bench_soak(
-    model: str = "casa-tiny",
-    frames: int = 100_000,
-    max_text_tokens: int | None = 128,
-    size: int = 112,
-    block: int = 1000,
-    seed: int = 0,
-    device: str = "auto",
-    state: Path | None = None,
-    resume: bool = False,
-) -> Iterator[Benchmark]:
+def bench_soak(settings: SoakSettings, state: Path | None = None, resume: bool = False) -> Iterator[Benchmark]:
     """What is found so far, after every block of frames.
 
     Args:
-        block: Frames in a row of the result.
+        settings: How many frames, and which.
         state: Where the session is saved after each block; it is gone at the end.
         resume: Go on with the session there.
 
     Raises:
-        UserError: numbers that cannot be, or a state of other settings.
+        UserError: A state of other settings, or of as many frames.
     """
-    if frames < 1 or block < 1:
-        raise UserError("frames and block are 1 or more.", field=("frames", "block"))
-    loaded, processor = load_pretrained(model, device)
-    settings = {"size": size, "seed": seed, "max_text_tokens": max_text_tokens, "max_new_tokens": MAX_NEW_TOKENS}
-    settings |= {"block": block}
+    model, processor = load_pretrained(settings.model, settings.device)
+    bound = settings.max_text_tokens or None
+    told = {"size": settings.size, "seed": settings.seed, "max_text_tokens": bound, "max_new_tokens": MAX_NEW_TOKENS}
+    told["block"] = settings.block
     if resume and state is not None and state.exists():
-        session = StreamingSession.load(state, loaded, processor)
-        if session.notes.get("settings") != settings | {"model": model}:
+        session = StreamingSession.load(state, model, processor)
+        if session.notes.get("settings") != told | {"model": settings.model}:
             raise UserError(
                 f"{state} is of a soak with other settings; give those, or leave out resume.", field="resume"
             )
-        if session.frames >= frames:
+        if session.frames >= settings.frames:
             raise UserError(f"that soak has seen {session.frames} frames already; raise frames.", field="frames")
     else:
-        session = StreamingSession(loaded, processor, max_text_tokens=max_text_tokens, max_new_tokens=MAX_NEW_TOKENS)
-        session.notes["settings"] = settings | {"model": model}
-    for blocks in soak(session, list(islice(handwriting(seed, size), DRAWN)), frames, block=block, state=state):
+        session = StreamingSession(model, processor, max_text_tokens=bound, max_new_tokens=MAX_NEW_TOKENS)
+        session.notes["settings"] = told | {"model": settings.model}
+    pictures = list(islice(handwriting(settings.seed, settings.size), DRAWN))
+    for blocks in soak(session, pictures, settings.frames, block=settings.block, state=state):
         found = soak_summary(blocks, allowed_bytes(session, asked=False))
         shown, panels = soak_table(found), soak_panels(blocks)
-        yield Benchmark("soak", settings, found | {"blocks": blocks}, shown, str(loaded.device), model, panels)
+        yield Benchmark("soak", told, found | {"blocks": blocks}, shown, str(model.device), settings.model, panels)
     if state is not None:
         state.unlink(missing_ok=True)
 
@@ -109,12 +98,12 @@ def soak(
 def _watch(
     session: StreamingSession, pictures: Sequence[Image.Image], count: int, clock: Callable[[], float]
 ) -> Figures:
-    """A block: so many frames in a row, the last one counted as `frames`.
+    """A block of `count` frames; `frames` is the number of the last one.
 
-    median_ms, p95_ms, max_ms: a frame's time, from pixels to its whole caption. cpu_ms: of processor time a frame, on
+    median_ms, p95_ms, max_ms: a frame's time, from pixels to its whole caption. cpu_ms: processor time of a frame, on
     average, which other work on the machine does not lengthen. cache_bytes, text_tokens: the least and the most that
     the session held after a frame. image_tokens: the most. said: frames with a caption. resident_bytes: of the process,
-    at the end. process: counts the processes of a soak that was taken up again, from 0.
+    at the end.
     """
     took, usages, said = [], [], 0
     started = process_time()
@@ -126,9 +115,12 @@ def _watch(
         usages.append(session.usage)
     cpu = 1000 * (process_time() - started) / count
     held, text = [usage.cache_bytes for usage in usages], [usage.text_tokens for usage in usages]
+    middle, high, most = percentiles(took, 50, 95, 100, digits=2)
     return {
         "frames": session.frames,
-        **dict(zip(("median_ms", "p95_ms", "max_ms"), percentiles(took, 50, 95, 100, digits=2), strict=True)),
+        "median_ms": middle,
+        "p95_ms": high,
+        "max_ms": most,
         "cpu_ms": round(cpu, 2),
         "cache_bytes": [min(held), max(held)],
         "text_tokens": [min(text), max(text)],
@@ -175,22 +167,22 @@ def soak_summary(blocks: list[Figures], allowed: int | None) -> Figures:
 
 def soak_table(found: Figures) -> str:
     """The summary as a few lines."""
-    names = {"median_ms": "a frame, median", "cpu_ms": "its processor time"}
-    rows = [{"title": title, "unit": "ms", "block": found[name]} for name, title in names.items()]
-    for name, title, unit, size in (
-        ("most_cache_bytes", "cache, most", "KiB", 2**10),
-        ("resident_bytes", "process, at its end", "MiB", 2**20),
-    ):
-        rows.append({"title": title, "unit": unit, "block": [value / size for value in found[name]]})
+    rows = [
+        {"title": title, "unit": unit, "block": [value / size for value in found[name]]}
+        for name, title, unit, size in (
+            ("median_ms", "a frame, median", "ms", 1),
+            ("cpu_ms", "its processor time", "ms", 1),
+            ("most_cache_bytes", "cache, most", "KiB", 2**10),
+            ("resident_bytes", "process, at its end", "MiB", 2**20),
+        )
+    ]
     blocks = {title: f"{{block[{at}]:.1f}} {{unit}}" for at, title in enumerate(("first", "second", "last"))}
-    said = (
-        f"{found['frames']:,} frames, {found['said']:,} of them with a caption; most text {found['most_text_tokens']}"
-    )
-    bound = ""
+    told = "{frames:,} frames, {said:,} of them with a caption; most text {most_text_tokens}".format(**found)
+    told += f"\n{table(rows, {'block': '{title}', **blocks})}"
     if found["constant"] is not None:
-        most, allowed = found["most_cache_bytes_of_all"], found["allowed_cache_bytes"]
-        bound = f"\nnever above its bound: {found['constant']} ({most:,} of {allowed:,} bytes)"
-    return f"{said}\n{table(rows, {'block': '{title}', **blocks})}{bound}"
+        bound = "\nnever above its bound: {constant} ({most_cache_bytes_of_all:,} of {allowed_cache_bytes:,} bytes)"
+        told += bound.format(**found)
+    return told
 
 
 def soak_panels(blocks: list[Figures]) -> tuple[Panel, ...]:
@@ -211,46 +203,33 @@ def soak_panels(blocks: list[Figures]) -> tuple[Panel, ...]:
     )
 
 
-def bench_memory(
-    model: str = "casa-tiny",
-    minutes: float = 60.0,
-    short: float = 1.0,
-    size: int = 112,
-    fps: float = 2.0,
-    film_fps: float = 25.0,
-    max_text_tokens: int | None = None,
-    seed: int = 0,
-    max_new_tokens: int = 32,
-) -> Benchmark:
+def bench_memory(settings: MemorySettings, max_new_tokens: int = 32) -> Benchmark:
     """Peak bytes of two processes that caption films of both lengths, into a file, and what the long one has more.
 
-    Args:
-        minutes: Of the long film; short: of the short one.
-        fps: Frames watched per second; film_fps: frames that are there, all of them decoded.
-        max_text_tokens: With a bound, what is left is not the text's.
-
     Raises:
-        UserError: numbers that cannot be, or a system that does not tell what a process holds.
+        UserError: Numbers that cannot be, or a system that does not tell what a process holds.
     """
-    if not 0 < short < minutes:
-        raise UserError("give a short and a long film: 0 < short < minutes.", field=("short", "minutes"))
-    if not 0 < fps <= film_fps:
-        raise UserError(f"{fps} of {film_fps} frames per second cannot be watched; give 0 < fps <= film_fps.")
+    short, minutes, fps, film_fps = settings.short, settings.minutes, settings.fps, settings.film_fps
+    bound = settings.max_text_tokens or None
+    if short >= minutes:
+        raise UserError("short is less than minutes; give a short and a long film.", field=("short", "minutes"))
+    if fps > film_fps:
+        raise UserError(f"fps is {fps}, and film_fps {film_fps}; give no more than that.", field=("fps", "film_fps"))
     if not peak_resident_bytes():
         raise UserError("this system does not tell how much memory a process has held; measure on Linux.")
     films = []
     with TemporaryDirectory() as folder:
         for length in (short, minutes):
             path = Path(folder) / "film.mp4"
-            decoded = write_film(path, 60 * length, size, film_fps, fps, seed)
-            held = in_own_process(peak_of_captioning, str(model), str(path), fps, max_text_tokens, max_new_tokens)
+            decoded = write_film(path, 60 * length, settings.size, film_fps, fps, settings.seed)
+            held = in_own_process(peak_of_captioning, settings.model, str(path), fps, bound, max_new_tokens)
             films.append({"minutes": length, "decoded": decoded, **held})
     more = films[1]["peak_bytes"] - films[0]["peak_bytes"]
     columns = {"film": "{minutes:g} min", "decoded": "{decoded:,}", "watched": "{frames:,}", "captions": "{captions}"}
     shown = table(films, columns | {"peak of the process": "{peak_bytes!M:.0f} MiB"})
-    settings = {"size": size, "fps": fps, "film_fps": film_fps, "max_text_tokens": max_text_tokens, "seed": seed}
+    told = {"size": settings.size, "fps": fps, "film_fps": film_fps, "max_text_tokens": bound, "seed": settings.seed}
     found = {"films": films, "more_bytes": more}
-    return Benchmark("memory", settings, found, f"{shown}\nmore: {more / 1e6:.1f} MB", model=model)
+    return Benchmark("memory", told, found, f"{shown}\nmore: {more / 1e6:.1f} MB", model=settings.model)
 
 
 def peak_of_captioning(

@@ -4,14 +4,11 @@
                   step: the peak less what was held before the step, of the process on a CPU and of torch on CUDA; with
                   gradients and AdamW's moments of all that is trained, of which CASA has more: its own layers'.
                   kept: of that, what the forward pass keeps for the backward one, counted, the same on every machine.
-    throughput    packed rows beside padded batches of the same samples, in turns:
-
+    throughput    packed rows beside padded batches of the same samples, in turns. Image tokens are made beforehand,
+                  without gradients: the tower sees no padding either way.
                   padded     a a a a . . . .        as many rows as a pack holds samples, in the order they came, filled
                              b b b b b b b b        up to the longest: the text model computes the filling as well
-                             c c . . . . . .
-                  packed     a a a a b b b b b b b b c c        one row, filled to its budget
-
-                  Image tokens are made without gradients, and beforehand: the tower sees no padding either way.
+                  packed     a a a a b b b b b b b b        one row, filled to its budget
     packing       what stays empty of the paper's budgets, with the reader's own buffer
 
 Weights and pictures are random. Shapes: T text tokens, N image tokens, n samples of one picture each, P patches.
@@ -21,18 +18,21 @@ import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import accumulate
 from statistics import median
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 from casa.analysis.shapes import shapes_of
 from casa.benchmarks.harness import Benchmark, Figures, in_own_process, table, take_turns
 from casa.benchmarks.packing import SampleLength, measure_packing, spread_lengths, stage_lengths
+from casa.benchmarks.settings import TrainSettings
 from casa.errors import UserError
 from casa.memory import max_memory_allocated, memory_allocated, peak_resident_bytes, reset_peak_memory
 from casa.models import CasaForConditionalGeneration, FusionConfig, adapt
@@ -45,7 +45,6 @@ from casa.vision import new_encoder
 
 Batch = dict[str, Tensor]
 
-PARTS = ("memory", "throughput", "packing")
 TINY = "tiny"
 METHODS = {
     "casa": FusionConfig(),
@@ -67,65 +66,25 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class StepCase:
-    """One training step to measure. method: a name of `METHODS`. shape: tiny, or a name of `casa.analysis.shapes`.
-
-    samples: in the row, of one picture each. frozen_tower: image tokens are made without gradients.
-    """
-
-    method: str
-    image_tokens: int
-    text_tokens: int = 256
-    samples: int = 4
-    shape: str = TINY
-    device: str = "cpu"
-    checkpoint_blocks: bool = False
-    frozen_tower: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UserError(f"method is {self.method!r}; give one of: {', '.join(METHODS)}.")
-        if self.samples < 1 or self.image_tokens % self.samples or self.text_tokens % self.samples:
-            raise UserError(f"give image and text tokens in multiples of {self.samples}, the samples of a row.")
-        if self.image_tokens < self.samples or self.text_tokens < 2 * self.samples:
-            raise UserError("give every sample a picture of one token or more, and two text tokens or more.")
-
-
-def bench_train(
-    parts: Sequence[str] = PARTS,
-    cases: Sequence[StepCase] = (),
-    samples: int = 64,
-    rounds: int = 3,
-    shape: str = TINY,
-    device: str = "auto",
-    seed: int = 0,
-) -> Benchmark:
+def bench_train(settings: TrainSettings) -> Benchmark:
     """The parts that are asked for.
 
-    Args:
-        cases: Whose memory is measured.
-        samples: To go through packed and padded, `rounds` times.
-
     Raises:
-        UserError: an unknown part, too few cases or samples, or a process that fails, of memory perhaps.
+        UserError: Too few numbers of image tokens, or a process that fails, of memory perhaps.
     """
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise UserError(f"parts has {unknown[0]!r}; choose among: {', '.join(PARTS)}.", field="parts")
-    where = str(pick_device(device))
-    found: Figures = {}
+    settings = replace(settings, device=str(pick_device(settings.device)))
+    figures: Figures = {}
     tables = []
-    if "memory" in parts:
-        found["memory"] = train_memory(cases)
-        tables.append(memory_table(found["memory"]))
-    if "throughput" in parts:
-        found["throughput"] = throughput(samples, rounds, shape=shape, device=where, seed=seed)
-        tables.append(throughput_table(found["throughput"]))
-    if "packing" in parts:
-        found["packing"] = packing(seed=seed)
-        tables.append(packing_table(found["packing"]))
-    return Benchmark("train", {"seed": seed}, found, "\n\n".join(tables), where)
+    if "memory" in settings.parts:
+        figures["memory"] = train_memory(settings)
+        tables.append(memory_table(figures["memory"]))
+    if "throughput" in settings.parts:
+        figures["throughput"] = throughput(settings)
+        tables.append(throughput_table(figures["throughput"]))
+    if "packing" in settings.parts:
+        figures["packing"] = packing(seed=settings.seed)
+        tables.append(packing_table(figures["packing"]))
+    return Benchmark("train", {"seed": settings.seed}, figures, "\n\n".join(tables), settings.device)
 
 
 def fresh_model(method: str, shape: str = TINY, device: str = "cpu", seed: int = 0) -> CasaForConditionalGeneration:
@@ -200,42 +159,34 @@ class RandomSamples:
         for length in lengths:
             ids = torch.randint(1, vocabulary, (length.text_tokens,), generator=generator)
             self.ids.append(ids.to(model.device))
-            images: Batch = {}
-            if length.image_tokens:
-                images = random_picture(model, length.image_tokens, generator)
-                if encoded:
-                    with torch.no_grad():
-                        images["image_features"] = model.encode_images(**images)
-                    del images["pixel_values"]
+            images = random_picture(model, length.image_tokens, generator) if length.image_tokens else {}
+            if images and encoded:
+                with torch.no_grad():
+                    images["image_features"] = model.encode_images(**images)
+                del images["pixel_values"]
             self.images.append(images)
 
     def packed(self, chosen: Sequence[int]) -> Batch:
         """Samples in one row."""
         ids = [self.ids[index] for index in chosen]
-        lengths = [len(each) for each in ids]
         row = torch.cat(ids)
-        starts = [sum(lengths[:number]) for number in range(len(ids))]
+        starts = list(accumulate(map(len, ids), initial=0))[:-1]
         labels = row.clone()
         labels[starts] = IGNORE_INDEX  # nothing predicts the first token of a sample
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(row.device)
-        batch = {"input_ids": row, "labels": labels, "position_ids": positions}
-        places = [(0, start) for start in starts]
-        return {name: value[None] for name, value in batch.items()} | self._images(chosen, places)
+        positions = torch.cat([torch.arange(len(each)) for each in ids]).to(row.device)
+        batch = {"input_ids": row[None], "labels": labels[None], "position_ids": positions[None]}
+        return batch | self._images(chosen, [(0, start) for start in starts])
 
     def padded(self, chosen: Sequence[int]) -> Batch:
         """A row for each sample, padded on the left."""
         ids = [self.ids[index] for index in chosen]
-        empty = [max(map(len, ids)) - len(each) for each in ids]
-
-        def filled(rows: Sequence[Tensor], value: int) -> Tensor:
-            pairs = zip(rows, empty, strict=True)
-            return torch.stack([torch.cat([row.new_full((count,), value), row]) for row, count in pairs])
-
         labels = [torch.cat([each.new_full((1,), IGNORE_INDEX), each[1:]]) for each in ids]
+        filled = partial(pad_sequence, batch_first=True, padding_side="left")
+        empty = [max(map(len, ids)) - len(each) for each in ids]
         return {
-            "input_ids": filled(ids, 0),
-            "attention_mask": filled([torch.ones_like(each) for each in ids], 0),
-            "labels": filled(labels, IGNORE_INDEX),
+            "input_ids": filled(ids),
+            "attention_mask": filled([torch.ones_like(each) for each in ids]),
+            "labels": filled(labels, padding_value=IGNORE_INDEX),
             **self._images(chosen, list(enumerate(empty))),
         }
 
@@ -249,29 +200,29 @@ class RandomSamples:
         return {"image_positions": torch.tensor([place for _, place in shown], device=self.ids[0].device), **joined}
 
 
-def step_batch(case: StepCase, model: CasaForConditionalGeneration) -> Batch:
-    """The case's samples in one row, every picture before its sample's text: what `model` takes, labels included."""
-    each = SampleLength(case.text_tokens // case.samples, case.image_tokens // case.samples)
-    samples = RandomSamples(model, [each] * case.samples, case.seed, encoded=False)
-    return samples.packed(range(case.samples))
+def step_batch(settings: TrainSettings, model: CasaForConditionalGeneration, image_tokens: int) -> Batch:
+    """A row of samples, every picture before its sample's text: what `model` takes, labels included."""
+    count = settings.samples
+    each = SampleLength(settings.text_tokens // count, image_tokens // count)
+    return RandomSamples(model, [each] * count, settings.seed, encoded=False).packed(range(count))
 
 
-def measure_step(settings: Figures) -> Figures:
+def measure_step(settings: Figures, method: str, image_tokens: int) -> Figures:
     """Bytes of a training step in this process: `before` it, at its `peak`, and the `step`'s own, the difference; and
-    those that are `kept` for the backward pass. settings: of a `StepCase`."""
-    case = StepCase(**settings)
-    device = torch.device(case.device)
-    model = fresh_model(case.method, case.shape, case.device, seed=case.seed)
-    if case.frozen_tower:
+    those that are `kept` for the backward pass. settings: of `TrainSettings`, as plain values."""
+    chosen = TrainSettings(**settings)
+    device = torch.device(chosen.device)
+    model = fresh_model(method, chosen.shape, chosen.device, chosen.seed)
+    if chosen.frozen_tower:
         model.encoder.requires_grad_(False)
-    if case.checkpoint_blocks:
+    if chosen.checkpoint_blocks:
         model.gradient_checkpointing_enable()
-    batch = step_batch(case, model)
+    batch = step_batch(chosen, model, image_tokens)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     # threads, code and work space of torch's kernels: 50 MiB on a CPU, whatever the step
-    warming = step_batch(replace(case, image_tokens=16 * case.samples, text_tokens=16 * case.samples), model)
-    model(**warming, use_cache=False).loss.backward()
+    few = 16 * chosen.samples
+    model(**step_batch(replace(chosen, text_tokens=few), model, few), use_cache=False).loss.backward()
     optimiser.zero_grad()
     before = memory_allocated(device)
     reset_peak_memory(device)  # making the model may have held more than a step does
@@ -308,43 +259,50 @@ def kept_bytes(model: torch.nn.Module, batch: Batch) -> int:
     return sum(kept.values())
 
 
-def train_memory(cases: Sequence[StepCase]) -> Figures:
-    """Every case in a process of its own, and what is told of them: per method, bytes that each further image token
-    takes at the peak and of what is kept; and how many times as much insertion takes as each of the others."""
-    counts = sorted({case.image_tokens for case in cases})
+def train_memory(settings: TrainSettings) -> Figures:
+    """Every method and number of image tokens in a process of its own, and what is told of them: bytes that each
+    further image token takes, at the peak and kept; and how many times as much insertion takes as each other method.
+
+    Raises:
+        UserError: There is one number of image tokens, or the system does not tell what a process has held.
+    """
+    counts = sorted(set(settings.image_tokens))
     if len(counts) < 2:
         raise UserError("give two or more numbers of image tokens, to see how memory grows.", field="image_tokens")
-    if cases[0].device == "cpu" and not peak_resident_bytes():
+    if settings.device == "cpu" and not peak_resident_bytes():
         raise UserError("this system does not tell how much memory a process has held; measure on Linux.")
     rows: list[Figures] = [
-        {"method": case.method, "image_tokens": case.image_tokens, **in_own_process(measure_step, asdict(case))}
-        for case in sorted(cases, key=lambda case: case.image_tokens)
+        {"method": method, "image_tokens": count, **in_own_process(measure_step, asdict(settings), method, count)}
+        for count in counts
+        for method in settings.methods
     ]
-    by_method: dict[str, list[Figures]] = {}
-    for row in rows:
-        by_method.setdefault(row["method"], []).append(row)
+    by_method = {method: [row for row in rows if row["method"] == method] for method in settings.methods}
     growth = {
         size: {
             method: (found[-1][size] - found[0][size]) / (counts[-1] - counts[0]) for method, found in by_method.items()
         }
         for size in ("peak", "kept")
     }
-    compared: Figures = {}
-    inserted = by_method.pop("insertion", None)
-    for method, found in by_method.items() if inserted else ():
-        compared[method] = {
-            size: {
-                str(row["image_tokens"]): round(other[size] / row[size], 2)
-                for other, row in zip(inserted or (), found, strict=True)
-            }
+
+    def compared(method: str) -> Figures:
+        pairs = list(zip(by_method["insertion"], by_method[method], strict=True))
+        ratios: Figures = {
+            size: {str(row["image_tokens"]): round(other[size] / row[size], 2) for other, row in pairs}
             for size in ("step", "kept")
         }
         for size, each in growth.items():
-            ratio = round(each["insertion"] / each[method], 2) if each[method] > 0 else None
-            compared[method][f"growth of {size}"] = ratio
+            ratios[f"growth of {size}"] = round(each["insertion"] / each[method], 2) if each[method] > 0 else None
+        return ratios
+
+    case = ("text_tokens", "samples", "shape", "device", "checkpoint_blocks", "frozen_tower", "seed")
     each_token = {size: {method: round(more) for method, more in each.items()} for size, each in growth.items()}
-    found = {"case": asdict(cases[0]), "rows": rows, "bytes_per_image_token": each_token}
-    return found | ({"insertion_over": compared} if compared else {})
+    found = {
+        "case": {name: getattr(settings, name) for name in case},
+        "rows": rows,
+        "bytes_per_image_token": each_token,
+    }
+    others = [method for method in settings.methods if method != "insertion"] if "insertion" in by_method else []
+    return found | ({"insertion_over": {method: compared(method) for method in others}} if others else {})
 
 
 def memory_table(found: Figures) -> str:
@@ -387,33 +345,24 @@ def drawn_lengths(kind: str, samples: int, budget: TokenBudget, seed: int = 0) -
     return [SampleLength(max(2, int(length.text_tokens / text)), int(length.image_tokens / image)) for length in found]
 
 
-def throughput(
-    samples: int = 64,
-    rounds: int = 3,
-    draws: int = DRAWS,
-    shape: str = TINY,
-    device: str = "cpu",
-    seed: int = 0,
-    budgets: Mapping[str, TokenBudget] = KINDS,
-) -> Figures:
+def throughput(settings: TrainSettings, draws: int = DRAWS, budgets: Mapping[str, TokenBudget] = KINDS) -> Figures:
     """Seconds of one pass over the samples, forward and backward, packed and padded, in turns; medians over rounds, for
     each kind of samples and each draw of them. The losses of both ways are the same mean over tokens, told along.
 
     What packing gains hangs on how lengths are spread. budgets: of packs, by kind.
     """
-    if samples < 2 or rounds < 1 or draws < 1:
-        raise UserError("give two samples or more, a round or more, and a draw or more.")
-    model = fresh_model("casa", shape, device, seed=seed)
+    model = fresh_model("casa", settings.shape, settings.device, settings.seed)
     model.encoder.requires_grad_(False)
     kinds: Figures = {}
     for kind, budget in budgets.items():
         found = [
-            _packed_and_padded(model, drawn_lengths(kind, samples, budget, each), budget, rounds, each)
-            for each in range(seed, seed + draws)
+            _packed_and_padded(model, drawn_lengths(kind, settings.drawn, budget, seed), budget, settings.rounds, seed)
+            for seed in range(settings.seed, settings.seed + draws)
         ]
         usual = round(median(each["packed_over_padded"] for each in found), 2)
         kinds[kind] = {"budget": [budget.text, budget.image], "packed_over_padded": usual, "draws": found}
-    return {"settings": {"samples": samples, "rounds": rounds, "shape": shape}, "kinds": kinds}
+    told = {"samples": settings.drawn, "rounds": settings.rounds, "shape": settings.shape}
+    return {"settings": told, "kinds": kinds}
 
 
 def _packed_and_padded(
