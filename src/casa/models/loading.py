@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.quantizers.base import get_keys_to_not_convert
-from transformers.utils import cached_file, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from casa.errors import UserError
 
@@ -161,6 +161,35 @@ def find_file(name: Any, file: str, **hub: Any) -> Path | None:
     """
     found = cached_file(str(resolve(name)), file, _raise_exceptions_for_missing_entries=False, **hub)
     return None if found is None else Path(found)
+
+
+def weight_files(name: Any, **hub: Any) -> list[Path]:
+    """The safetensors files of a checkpoint, found like `find_file` does. Raises UserError if one is missing."""
+    if (single := find_file(name, SAFE_WEIGHTS_NAME, **hub)) is not None:
+        return [single]
+    index = find_file(name, SAFE_WEIGHTS_INDEX_NAME, **hub)
+    if index is None:
+        if any(path.suffix in (".bin", ".pt", ".pth") for path in Path(str(name)).glob("*.*")):
+            raise UserError(
+                f"{name} holds its weights as pickles, which casa does not open; "
+                "load them with transformers and save_pretrained them as safetensors first."
+            )
+        raise UserError(
+            f"{name} has no {SAFE_WEIGHTS_NAME} nor an index of several; give the folder that save_pretrained wrote."
+        )
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError):
+        names = []
+    # no file outside of the folder
+    if not names or any(Path(file).name != file for file in names):
+        raise UserError(f"{index} cannot be read; fetch it again.")
+    found = []
+    for file in names:
+        if (path := find_file(name, file, **hub)) is None:
+            raise UserError(f"{file} is missing in {name}; fetch it again.")
+        found.append(path)
+    return found
 
 
 def read_text(file: Path) -> str:
