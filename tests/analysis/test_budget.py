@@ -12,18 +12,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Siglip2VisionConfig, SiglipVisionConfig
 
-from casa.analysis.anatomy import blocks_of, frame_of
 from casa.analysis.budget import (
     Scene,
     budget_of,
     budgets,
     fused_token_bytes,
+    readable,
+    tables,
     text_cache_bytes,
     text_token_bytes,
     variants,
 )
-from casa.analysis.budget_table import readable, tables
-from casa.analysis.flops import attention_flops, connect_flops, frame_flops, token_flops, tower_flops
+from casa.analysis.flops import (
+    attention_flops,
+    blocks_of,
+    connect_flops,
+    frame_flops,
+    frame_of,
+    token_flops,
+    tower_flops,
+)
 from casa.analysis.shapes import SHAPES, shapes_of
 from casa.errors import UserError
 from casa.models import FusionConfig, adapt

@@ -7,8 +7,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from casa import CasaForConditionalGeneration, CasaProcessor, FusionConfig, adapt
-from casa.analysis.anatomy import frame_of
-from casa.analysis.flops import tower_flops
+from casa.analysis.flops import frame_of, tower_flops
 from casa.errors import UserError
 from casa.models.auto import processor_for
 from casa.models.image_processing_casa import image_processor_for

@@ -25,10 +25,13 @@ from casa.windows import ImageSpan, WindowLayout
 class AttentionShares:
     """Attention of chosen text tokens in every CASA layer. A row of own + other_text + image sums to one.
 
-    blocks: the block that each layer belongs to. tokens: the chosen tokens, by index in the text.
-    own, other_text, image: float64 (C, q), attention to itself, to all other visible text, to all visible images.
-    num_other, num_image: int64 (q,), how many other text tokens and image tokens the token sees.
-    image_weights: float64 (C, q, N). images, grids: the images' places in N, and their (rows, columns).
+    Attributes:
+        blocks: The block that each layer belongs to.
+        tokens: The chosen tokens, by index in the text.
+        own, other_text, image: float64 (C, q), attention to itself, to all other visible text, to all visible images.
+        num_other, num_image: int64 (q,), how many other text tokens and image tokens the token sees.
+        image_weights: float64 (C, q, N).
+        images, grids: The images' places in N, and their (rows, columns).
     """
 
     blocks: tuple[int, ...]
@@ -55,7 +58,11 @@ class AttentionShares:
     def image_map(self, layer: int, token: int, image: int = -1) -> Tensor:
         """Attention of text token `token` to each token of one image in CASA layer `layer`: float64 (rows, columns).
 
-        image: its number in the call, by default the last. Raises UserError for a token that was not chosen.
+        Args:
+            image: Its number in the call, by default the last.
+
+        Raises:
+            UserError: The token was not chosen, or there is no image.
         """
         if token not in self.tokens:
             raise UserError(f"token {token} was not measured; choose one of {list(self.tokens)}.")
@@ -75,9 +82,13 @@ def attention_shares(
 ) -> AttentionShares:
     """Runs the model once over one text with images and measures where the tokens look.
 
-    inputs: as from the processor, one row without padding. tokens: indices in its text; by default all that see
-    an image. A token that a model writes is decided one place earlier: look there for what it was read from.
-    Raises UserError for several rows, a token out of range, or an insertion model, which has no such layers.
+    Args:
+        inputs: As from the processor, one row without padding.
+        tokens: Indices in its text; by default all that see an image. A token that a model writes is decided one place
+            earlier: look there for what it was read from.
+
+    Raises:
+        UserError: Several rows, a token out of range, or an insertion model, which has no such layers.
     """
     if not model.fused_blocks:
         raise UserError("this model has no CASA layers to look into; use one with method 'casa' or 'cross_attention'.")

@@ -1,7 +1,7 @@
-"""What every method costs for a given model, side by side, from configs alone: parameters, training and cache bytes,
-floating-point operations. Parameters are counted on the model itself, built on the meta device.
+"""What every method costs for a given model, side by side, from configs alone, and tables of it for people.
 
-Shapes: Hkv key heads, D channels of a head, N image tokens of a frame.
+Costs are parameters, training and cache bytes, and floating-point operations. Parameters are counted on the model
+itself, built on the meta device. Shapes: Hkv key heads, D channels of a head, N image tokens of a frame.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from rich.console import Group
+from rich.table import Table
 
-from casa.analysis.anatomy import Block, blocks_of, frame_of
-from casa.analysis.flops import frame_flops, seen, token_flops
+from casa.analysis.flops import Block, blocks_of, frame_flops, frame_of, token_flops
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, FusionConfig
 from casa.models.adapt import ADDED, skeleton
@@ -33,8 +34,13 @@ MASTER_BYTES = 4  # a copy of each trained weight in float32
 
 @dataclass(frozen=True)
 class Scene:
-    """What is watched. height, width: of a frame, in pixels. frames: after how many frames to look. text_per_frame:
-    text tokens of a turn; 18 are the paper's 16 and two delimiters. dtype: of weights, gradients and caches.
+    """What is watched.
+
+    Attributes:
+        height, width: Of a frame, in pixels.
+        frames: After how many frames to look.
+        text_per_frame: Text tokens of a turn; 18 are the paper's 16 and two delimiters.
+        dtype: Of weights, gradients and caches.
     """
 
     height: int = 896
@@ -62,10 +68,11 @@ class Moment:
 class Budget:
     """One method's costs. Counts are of parameters or tokens; sizes are bytes.
 
-    frozen, existing, new: parameters that are not trained, trained and the backbone's or tower's own, trained and
-    added by `adapt` (paper, section 4: route a trains all; route b the new ones and four blocks of the tower).
-    text_token_bytes: text cache, per token. window_token_bytes: more for each text token of the open window.
-    frame_bytes: keys and values of one frame in all layers; kept for ever if `frame_stays`, else while it is visible.
+    Attributes:
+        frozen, existing, new: Parameters that are not trained, trained and the backbone's or tower's own, trained and
+            added by `adapt` (paper, section 4: route a trains all; route b the new ones and four blocks of the tower).
+        text_token_bytes, window_token_bytes: Text cache, per token, and more for each text token of the open window.
+        frame_bytes: Keys and values of one frame in all layers; kept for ever if `frame_stays`, else while visible.
     """
 
     name: str
@@ -110,7 +117,7 @@ def fused_token_bytes(blocks: Sequence[Block], size: int) -> int:
 
 def text_cache_bytes(blocks: Sequence[Block], tokens: int, size: int) -> int:
     """The text cache with so many tokens in it; a block with a sliding window keeps one less than its span."""
-    kept = (tokens if block.span is None else seen(block, min(tokens, block.span - 1)) for block in blocks)
+    kept = (tokens if block.span is None else min(tokens, block.span - 1) for block in blocks)
     return sum(2 * b.key * size * count for b, count in zip(blocks, kept, strict=True) if b.caches)
 
 
@@ -188,10 +195,16 @@ def variants(compressors: Iterable[str] = (), yours: FusionConfig | None = None)
 def budgets(
     config: Any, tower_config: Any = None, methods: dict[str, FusionConfig] | None = None, scene: Scene | None = None
 ) -> list[Budget]:
-    """The costs of every method over one backbone.
+    """The costs of every method over one backbone; a method that this backbone is too shallow for is left out.
 
-    config: of a text-only model, with a tower_config, or of an insertion VLM (see `shapes_of`).
-    Raises UserError as `adapt` does; a method that this backbone is too shallow for is left out.
+    Args:
+        config: Of a text-only model, with a `tower_config`, or of an insertion VLM (see `shapes_of`).
+        tower_config: Of the image encoder that a text-only model is to get.
+        methods: By their names; all of `METHODS` if left out.
+        scene: What is watched.
+
+    Raises:
+        UserError: As `adapt` does.
     """
     found = []
     for name, fusion in (methods if methods is not None else variants()).items():
@@ -199,3 +212,58 @@ def budgets(
             continue
         found.append(budget_of(skeleton(config, fusion, tower_config), name, scene))
     return found
+
+
+def readable(count: float, unit: str, step: int = 1000) -> str:
+    """Three digits and a unit: 3.75 B parameters are "3.75 G", 2048 bytes in steps of 1024 "2 KiB"."""
+    prefixes = ["", "k", "M", "G", "T", "P", "E"] if step == 1000 else ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"]
+    level = 0
+    # 999.6 would be printed as 1e+03
+    while count >= 999.5 and level < len(prefixes) - 1:
+        count /= step
+        level += 1
+    places = 0 if count >= 99.95 or count == int(count) else 1 if count >= 9.995 else 2
+    return f"{count:.{places}f} {prefixes[level]}{unit}".rstrip()
+
+
+def tables(budgets: Sequence[Budget]) -> Group:
+    """Three tables, one row per method: what training holds, what a stream holds, what is computed."""
+    frames = [moment.frames for moment in budgets[0].moments] if budgets else []
+    training = _table(
+        "Parameters, and bytes that training holds",
+        ["frozen", "trained, existing", "trained, new", "weights", "gradients", "AdamW", "fp32 copies", "together"],
+        "AdamW: two float32 moments; fp32 copies of trained weights; activations come on top",
+    )
+    after = [f"after {count} frame{'s' if count > 1 else ''}" for count in frames]
+    holding = _table(
+        "What a stream holds",
+        ["tokens a frame", "a frame", "kept", "a text token", "+ in its window", *after],
+        "keys and values of all layers",
+    )
+    computing = _table(
+        "Floating-point operations",
+        [*(f"frame {count}" for count in frames), *(f"a token after {count}" for count in frames)],
+        "products of matrices, two operations per multiplication; a frame's include the image encoder's",
+    )
+    for b in budgets:
+        counts = [readable(count, "") if count else "0" for count in (b.frozen, b.existing, b.new)]
+        sizes = (b.weight_bytes, b.gradient_bytes, b.moment_bytes, b.master_bytes, b.training_bytes)
+        training.add_row(b.name, *counts, *map(_bytes, sizes))
+        kept = "for ever" if b.frame_stays else "while visible"
+        tokens = (b.text_token_bytes, b.window_token_bytes, *(moment.cache_bytes for moment in b.moments))
+        holding.add_row(b.name, str(b.frame_tokens), _bytes(b.frame_bytes), kept, *map(_bytes, tokens))
+        amounts = [*(m.frame_flops for m in b.moments), *(m.token_flops for m in b.moments)]
+        computing.add_row(b.name, *(readable(amount, "FLOP") for amount in amounts))
+    return Group(training, holding, computing)
+
+
+def _bytes(count: int) -> str:
+    return readable(count, "B", 1024) if count else "0"
+
+
+def _table(title: str, columns: Sequence[str], caption: str) -> Table:
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", show_edge=False)
+    table.add_column("method", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table

@@ -18,8 +18,13 @@ DPI = 150
 def plot_cost(rows: Sequence[CostRow], path: str | os.PathLike[str], fps: float = 2.0) -> None:
     """Writes `memory.png`: cache and latency of each frame, CASA beside insertion.
 
-    rows: of `casa.analysis.streaming_cost`. fps: how many frames a second the stream has; its limit is drawn in.
-    Raises UserError for no rows, without matplotlib, or if the file cannot be written.
+    Args:
+        rows: Of `casa.analysis.streaming_cost`.
+        path: A PNG file.
+        fps: How many frames a second the stream has; its limit is drawn in.
+
+    Raises:
+        UserError: There are no rows, matplotlib is missing, or the file cannot be written.
     """
     if not rows:
         raise UserError("no frame was watched, so there is no cost to plot; give at least one.")
@@ -28,7 +33,8 @@ def plot_cost(rows: Sequence[CostRow], path: str | os.PathLike[str], fps: float 
     frames = np.arange(1, len(rows) + 1)
     rival = [row.insertion for row in rows if row.insertion is not None]
     bytes_of = {"CASA": [row.casa.usage.cache_bytes for row in rows], "insertion": [c.usage.cache_bytes for c in rival]}
-    unit, divisor = _unit(max(max(values) for values in bytes_of.values() if values))
+    most = max(max(values) for values in bytes_of.values() if values)
+    unit, divisor = ("MiB", 2**20) if most >= 2**20 else ("KiB", 2**10)
     seconds_of = {"CASA": [row.casa.seconds for row in rows], "insertion": [cost.seconds for cost in rival]}
     for name, colour in (("insertion", ORANGE), ("CASA", BLUE)):
         held, took = np.array(bytes_of[name]) / divisor, np.array(seconds_of[name]) * 1000
@@ -68,9 +74,13 @@ def plot_attention(
 ) -> None:
     """Writes `attention.png`: per layer, attention to self, one other text token, one image token; and one map.
 
-    token: the text token whose attention to its image is laid over `picture`; `written` is what the model wrote
-    there. layer: which CASA layer's map; by default the one that looks hardest at a single place.
-    Raises UserError without matplotlib, for a token that was not measured, or if the file cannot be written.
+    Args:
+        token: The text token whose attention to its image is laid over `picture`.
+        written: What the model wrote there.
+        layer: Which CASA layer's map; by default the one that looks hardest at a single place.
+
+    Raises:
+        UserError: The token was not measured, matplotlib is missing, or the file cannot be written.
     """
     layer = shares.sharpest_layer(token) if layer is None else layer
     weights = shares.image_map(layer, token).numpy()
@@ -119,10 +129,6 @@ def _mean(values: np.ndarray) -> np.ndarray:
     """Per layer, over the tokens; what a token does not see is NaN, and zero has no logarithm."""
     seen = [row[np.isfinite(row) & (row > 0)] for row in values]
     return np.array([row.mean() if len(row) else np.nan for row in seen])
-
-
-def _unit(most: int) -> tuple[str, int]:
-    return ("MiB", 2**20) if most >= 2**20 else ("KiB", 2**10)
 
 
 def _running_median(values: np.ndarray, width: int = 9) -> np.ndarray:

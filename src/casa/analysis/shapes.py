@@ -94,7 +94,7 @@ TOWER_OF = "qwen2_5-vl-3b"  # whose image encoder a text-only model gets if noth
 
 
 def published_config(name: str) -> Any:
-    """The transformers config of a shape. Raises UserError for a name that is not in the list."""
+    """The transformers config of a shape of `SHAPES`; UserError for any other name."""
     if name not in SHAPES:
         raise UserError(f"there is no shape {name!r}; the known ones are: {', '.join(SHAPES)}.")
     values = copy.deepcopy(SHAPES[name])
@@ -104,10 +104,15 @@ def published_config(name: str) -> Any:
 def shapes_of(backbone: Any, vision: Any = None, *, published: bool = False) -> tuple[Any, Any]:
     """The configs of a backbone and of the image encoder it is to get; the latter is None if it has one of its own.
 
-    backbone: a folder, a config.json, or, if `published`, the name of a shape. vision: a folder or config.json of an
-    encoder or of a model that has one; the tower of Qwen2.5-VL-3B if left out. A model of casa's own stands for its
-    backbone and its encoder.
-    Raises UserError for what cannot be read or is not known, and for a tower that a VLM has no use for.
+    Args:
+        backbone: A folder, a config.json, or, if `published`, the name of a shape. A model of casa's own stands for its
+            backbone and its encoder.
+        vision: A folder or config.json of an encoder or of a model that has one; the tower of Qwen2.5-VL-3B if left
+            out.
+        published: The backbone is one of `SHAPES`.
+
+    Raises:
+        UserError: Something cannot be read or is not known, or a VLM has no use for a tower.
     """
     config = published_config(backbone) if published else read_config(backbone)
     if isinstance(config, CasaConfig):

@@ -43,12 +43,16 @@ class CostRow:
 
 
 class Comparison:
-    """Two sessions side by side, one frame at a time.
+    """Two sessions side by side, one frame at a time; `casa` is the CASA session.
 
-    max_frames, max_image_tokens, max_seconds (of its own work): where the insertion session stops, since its cost
-        grows without end. None: never.
-    session: further arguments of both sessions (prompt, max_new_tokens); `casa` is the CASA session.
-    Raises UserError for a model that is an insertion model itself.
+    Args:
+        max_frames, max_image_tokens, max_seconds: Where the insertion session stops, since its cost grows without end:
+            frames it watched, image tokens it holds, seconds of its own work. None: never.
+        sampling: Of the CASA session; greedy if left out.
+        session: Further arguments of both sessions, such as prompt and max_new_tokens.
+
+    Raises:
+        UserError: The model is an insertion model itself.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class Comparison:
             insertion_twin(model), processor, sampling=repeater, **session
         )
         self._device = model.device
-        self._max_frames, self._max_tokens, self._max_seconds = max_frames, max_image_tokens, max_seconds
+        self._bounds = (max_frames, max_image_tokens, max_seconds)
         self._compared, self._spent = 0, 0.0
 
     def step(self, frame: Any) -> CostRow:
@@ -85,29 +89,21 @@ class Comparison:
             _, theirs = self._timed(self._insertion, frame)
             self._compared += 1
             self._spent += theirs.seconds
-            if self._full(theirs.usage):
+            reached = (self._compared, theirs.usage.image_tokens, self._spent)
+            if any(most is not None and count >= most for count, most in zip(reached, self._bounds, strict=True)):
                 self._insertion = None
         return CostRow(caption, said, ours, theirs)
 
     def _timed(self, session: StreamingSession, frame: Any) -> tuple[str, Cost]:
-        # an accelerator works on after a call returns
-        self._wait()
-        start = perf_counter()
+        start = self._now()
         text = session.step(frame)
-        self._wait()
-        return text, Cost(perf_counter() - start, session.usage)
+        return text, Cost(self._now() - start, session.usage)
 
-    def _wait(self) -> None:
+    def _now(self) -> float:
         if self._device.type == "cuda":
+            # an accelerator works on after a call returns
             torch.cuda.synchronize(self._device)
-
-    def _full(self, usage: Usage) -> bool:
-        bounds = (
-            (self._compared, self._max_frames),
-            (usage.image_tokens, self._max_tokens),
-            (self._spent, self._max_seconds),
-        )
-        return any(most is not None and reached >= most for reached, most in bounds)
+        return perf_counter()
 
 
 def compare(
@@ -121,7 +117,8 @@ def compare(
 def insertion_twin(model: CasaForConditionalGeneration) -> CasaForConditionalGeneration:
     """An insertion model with this model's backbone, encoder and projector; weights are shared, not copied.
 
-    Raises UserError if the model is an insertion model itself.
+    Raises:
+        UserError: The model is an insertion model itself.
     """
     if model.fusion.method == "insertion":
         raise UserError("this is an insertion model already; compare a CASA or cross-attention model with it.")

@@ -53,10 +53,10 @@ def adapt(
 
     Example: casa adapt --dry-run --shape qwen2_5-vl-3b
     """
-    given = {"method": method, "placement": placement, "every": every, "gate": gate}
-    choices: dict[str, object] = {key: value for key, value in given.items() if value is not None}
-    if share_weights:
-        choices["share_weights"] = True
+    given = {"method": method, "placement": placement, "every": every, "gate": gate, "share_weights": share_weights}
+    choices: dict[str, object] = {
+        key: value for key, value in given.items() if value is not None and value is not False
+    }
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of: {', '.join(DTYPES)}.")
     choices |= _settings(set_ or (), choices)
@@ -126,8 +126,7 @@ def _estimate(
 ) -> None:
     import torch
 
-    from casa.analysis.budget import Scene, budgets, variants
-    from casa.analysis.budget_table import tables
+    from casa.analysis.budget import Scene, budgets, tables, variants
     from casa.analysis.shapes import SHAPES, shapes_of
     from casa.atomic import write_text
     from casa.models import FusionConfig

@@ -138,12 +138,18 @@ def render_digits(
     hand: Hand | None = None,
     strength: float = 0.0,
 ) -> list[NDArray[np.uint8]]:
-    """Draw scans by number, each about its height (px) high: a list of alphas, uint8 (height, width) each.
+    """Draws scans by number; together they are several times faster than one by one.
 
-    `hand` is the writer's style (drawn anew if None). `strength` 0 leaves the scans' strokes as they are
-    (slanted, turned and stretched); 1 also mixes them with their kin, bends them, presses them unevenly and
-    varies their thickness.
-    Drawing a page's digits together is several times faster than one by one.
+    Args:
+        scans: Numbers of scans, one for each digit.
+        heights: About how high each digit is, in px.
+        rng: What all is drawn from.
+        hand: The writer's style; drawn anew if None.
+        strength: 0 leaves the scans' strokes as they are (slanted, turned and stretched); 1 also mixes them with their
+            kin, bends them, presses them unevenly and varies their thickness.
+
+    Returns:
+        An alpha for each digit, uint8 (height, width).
     """
     if len(scans) == 0:
         return []

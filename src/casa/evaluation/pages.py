@@ -29,6 +29,7 @@ MIN_HEIGHT, MAX_HEIGHT = 24.0, 64.0
 MIN_PITCH, MIN_LINE_PITCH = 28.0, 30.0
 MAX_LINES = MAX_DIGITS = 6
 EVALUATION_TURNS = ("line", "digit")
+KINDS = {"line": 0.4, "digit": 0.36, "lines": 0.08, "length": 0.1, "last_line": 0.06}  # of questions, and how often
 
 _MARGIN = 5
 _DIGITS_BY_WIDTH = 0.78  # a digit and its gap are at most this wide, in digit heights; only guides the layout
@@ -59,29 +60,33 @@ def page(
     max_side: int = MAX_SIDE,
     strength: Strength = None,
 ) -> Example:
-    """Draw one page.
+    """Draws one page.
 
-    seed: any integer, or a generator to draw on. split: whose handwriting ("held_out": never trained on).
-    turns: how many questions (kinds drawn at random), or their kinds in order. sizes: (height, width) in px
-    to choose from; by default both sides are drawn evenly from the multiples of 28 in 112..max_side.
-    strength: extra bending of strokes, by default 1 for training and 0 for held-out pages.
-    `meta` holds `lines` (the texts) and `glyphs`.
+    Args:
+        seed: Any integer, or a generator to draw on.
+        split: Whose handwriting; "held_out" was never trained on.
+        turns: How many questions (kinds drawn at random), or their kinds in order.
+        sizes: (height, width) in px to choose from; by default both sides are drawn evenly from the multiples of 28 in
+            112..`max_side`.
+        max_side: px.
+        strength: Extra bending of strokes, see `draw_strength`.
+
+    Returns:
+        The page, with `lines` (the texts) and `glyphs` in its `meta`.
     """
     rng = as_generator("pages", split, seed)
     bent = draw_strength(strength, split, rng)
     height, width = draw_size(rng, sizes, MIN_SIDE, MAX_SIDE, max_side)
     alpha, glyphs = _write(height, width, split, rng, bent)
-    lines = texts(glyphs)
-    image = on_paper(alpha, rng)
+    lines, image = texts(glyphs), on_paper(alpha, rng)
     return Example(image, _ask(lines, turns, rng), {"lines": lines, "glyphs": glyphs})
 
 
 def texts(glyphs: Sequence[Glyph]) -> tuple[str, ...]:
     """The text of each line, top to bottom."""
-    lines: dict[int, str] = {}
-    for glyph in sorted(glyphs, key=lambda g: (g.line, g.column)):
-        lines[glyph.line] = lines.get(glyph.line, "") + str(glyph.digit)
-    return tuple(lines[number] for number in sorted(lines))
+    in_order = sorted(glyphs, key=lambda g: (g.line, g.column))
+    lines = itertools.groupby(in_order, key=lambda g: g.line)
+    return tuple("".join(str(glyph.digit) for glyph in line) for _, line in lines)
 
 
 def _write(
@@ -101,9 +106,7 @@ def _write(
     heights = np.clip(usual * rng.uniform(0.88, 1.12, number), MIN_HEIGHT, max(tallest, MIN_HEIGHT))
     pitches = np.maximum(MIN_LINE_PITCH, 1.15 * np.maximum(heights[:-1], heights[1:]))
     spare = room_y - pitches.sum() - (heights[0] + heights[-1]) / 2
-    gaps = np.zeros(number + 1)
-    if spare > 0:
-        gaps = spare * rng.dirichlet(np.ones(number + 1))
+    gaps = spare * rng.dirichlet(np.ones(number + 1)) if spare > 0 else np.zeros(number + 1)
     centres = _MARGIN + drop + heights[0] / 2 + gaps[0] + np.concatenate([[0], np.cumsum(pitches + gaps[1:-1])])
 
     counts = rng.integers(1, MAX_DIGITS + 1, number)
@@ -125,8 +128,7 @@ def _write(
         # digits that did not fit are dropped: zip stops at the last offset
         for column, ((digit, scan, ink), offset) in enumerate(zip(row, offsets, strict=False), start=1):
             x = start + offset
-            y = centres[line] + tilt * (x - width / 2)
-            box = stamp(alpha, ink, x, y)
+            box = stamp(alpha, ink, x, centres[line] + tilt * (x - width / 2))
             glyphs.append(Glyph(digit, scan, line + 1, column, box))
     return alpha, glyphs
 
@@ -154,11 +156,8 @@ def stamp(alpha: NDArray[np.uint8], ink: NDArray[np.uint8], x: float, y: float) 
 
 
 def _ask(lines: Sequence[str], turns: int | Sequence[str], rng: np.random.Generator) -> tuple[QuestionAnswer, ...]:
-    if isinstance(turns, int):
-        kinds = rng.choice(["line", "digit", "lines", "length", "last_line"], turns, p=[0.4, 0.36, 0.08, 0.1, 0.06])
-    else:
-        kinds = turns
-    return tuple(_turn(str(kind), lines, rng) for kind in kinds)
+    kinds = rng.choice([*KINDS], turns, p=[*KINDS.values()]).tolist() if isinstance(turns, int) else turns
+    return tuple(_turn(kind, lines, rng) for kind in kinds)
 
 
 def _turn(kind: str, lines: Sequence[str], rng: np.random.Generator) -> QuestionAnswer:

@@ -1,8 +1,4 @@
-"""Runs the offline tasks against a model and returns their scores.
-
-The model comes in as two callables, so that this file knows no model class:
-    answer(pictures, questions) -> answers     three lists of equal length; each question stands alone
-    make_session() -> session                  with session.step(picture) -> caption of that frame
+"""Runs the offline tasks against a model, which comes in as two functions, and returns their scores.
 
 Only handwriting and photographs of the held-out split are used, and only seeds of its own (`example.generator`).
 """
@@ -65,7 +61,7 @@ def evaluate(
 
     Args:
         tasks: Of pages, scenes and stream.
-        answer: Answers each question about its picture.
+        answer: Answers each question about its picture: takes and returns lists of equal length.
         make_session: Opens a session for one stream.
         seed: Another seed draws other pictures.
         limit: How many pages (one line question and one digit question each), scenes (four questions each) and numbers
@@ -86,15 +82,19 @@ def evaluate(
     least = max(pages.MIN_SIDE, scenes.MIN_SIDE)
     if largest is not None and largest < least:
         raise UserError(f"The largest picture is {largest} px; it must be {least} or more.")
-    told = progress if progress is not None else _silent
+    told = progress or (lambda task, done, total: None)
     found: dict[str, dict[str, float]] = {}
     for name in names:
         if name == "stream":
             found[name] = _score_streams(seed, limit, largest, make_session, told)
             continue
         answered: list[tuple[QuestionAnswer, str]] = []
-        for done, more in enumerate(_answers(held_out(name, seed, limit, largest), limit, answer), start=1):
-            answered += more
+        waiting: list[tuple[Image.Image, QuestionAnswer]] = []
+        for done, example in enumerate(held_out(name, seed, limit, largest), start=1):
+            waiting += [(example.image, turn) for turn in example.turns]
+            while len(waiting) >= BATCH or (waiting and done == limit):
+                answered += _answered(waiting[:BATCH], answer)
+                del waiting[:BATCH]
             told(name, done, limit)
         kinds = {"digits": "digit", "lines": "line"} if name == "pages" else {"accuracy": None}
         found[name] = {score: _match(answered, kind) for score, kind in kinds.items()} | {"n": limit}
@@ -119,19 +119,11 @@ def held_out(task: str, seed: int, limit: int, largest: int | None = None) -> It
         yield draw(rng, "held_out", turns=turns, max_side=min(largest or most, most))
 
 
-def _answers(examples: Iterable[Example], limit: int, answer: Answerer) -> Iterator[list[tuple[QuestionAnswer, str]]]:
-    """For each example, the questions that were answered meanwhile, in whole batches, with the model's answers."""
-    waiting: list[tuple[Image.Image, QuestionAnswer]] = []
-    for done, example in enumerate(examples, start=1):
-        waiting += [(example.image, turn) for turn in example.turns]
-        answered: list[tuple[QuestionAnswer, str]] = []
-        while len(waiting) >= BATCH or (waiting and done == limit):
-            batch, waiting = waiting[:BATCH], waiting[BATCH:]
-            given = answer([image for image, _ in batch], [turn.question for _, turn in batch])
-            if len(given) != len(batch):
-                raise ValueError(f"{len(batch)} questions were asked, {len(given)} answers came back.")
-            answered += [(turn, text) for (_, turn), text in zip(batch, given, strict=True)]
-        yield answered
+def _answered(asked: list[tuple[Image.Image, QuestionAnswer]], answer: Answerer) -> list[tuple[QuestionAnswer, str]]:
+    given = answer([image for image, _ in asked], [turn.question for _, turn in asked])
+    if len(given) != len(asked):
+        raise ValueError(f"{len(asked)} questions were asked, {len(given)} answers came back.")
+    return [(turn, text) for (_, turn), text in zip(asked, given, strict=True)]
 
 
 def _match(answered: Iterable[tuple[QuestionAnswer, str]], kind: str | None) -> float:
@@ -165,7 +157,3 @@ def _until(captions: list[str], most: int) -> list[str]:
     """The captions before number `most` + 1 appears."""
     new = [index for index, caption in enumerate(captions) if caption]
     return captions[: new[most]] if len(new) > most else captions
-
-
-def _silent(task: str, done: int, limit: int) -> None:
-    pass

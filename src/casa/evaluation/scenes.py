@@ -90,12 +90,19 @@ def scene(
     sizes: Sequence[tuple[int, int]] | None = None,
     max_side: int = MAX_SIDE,
 ) -> Example:
-    """Draw one scene.
+    """Draws one scene.
 
-    seed: any integer, or a generator to draw on. split: which photographs. turns: how many questions (each
-    kind that can be asked comes once before any comes again), or their kinds in order. sizes: (height, width)
-    in px to choose from; by default both sides are drawn evenly from the multiples of 28 in 112..max_side.
-    `meta` holds `shapes`, in reading order.
+    Args:
+        seed: Any integer, or a generator to draw on.
+        split: Which photographs.
+        turns: How many questions (each kind that can be asked comes once before any comes again), or their kinds in
+            order.
+        sizes: (height, width) in px to choose from; by default both sides are drawn evenly from the multiples of 28 in
+            112..`max_side`.
+        max_side: px.
+
+    Returns:
+        The scene, with `shapes` in reading order in its `meta`.
     """
     rng = as_generator("scenes", split, seed)
     height, width = draw_size(rng, sizes, MIN_SIDE, MAX_SIDE, max_side)
@@ -103,11 +110,8 @@ def scene(
     image = Image.fromarray(photo_crop(height, width, split, rng))
     for shape in shapes:
         _draw(image, shape, rng)
-    return Example(
-        image=grainy(np.asarray(image), noise(height, width, rng), rng.uniform(0, 8)),
-        turns=_ask(shapes, height, width, turns, rng),
-        meta={"shapes": shapes},
-    )
+    noisy = grainy(np.asarray(image), noise(height, width, rng), rng.uniform(0, 8))
+    return Example(noisy, _ask(shapes, height, width, turns, rng), {"shapes": shapes})
 
 
 def _place_shapes(height: int, width: int, rng: np.random.Generator) -> tuple[SceneShape, ...]:

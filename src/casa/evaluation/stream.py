@@ -146,7 +146,10 @@ class Number:
 class StreamExample:
     """A video that is drawn when asked: `frame(t)` for any time, `frames(fps)` in order.
 
-    height, width: px, multiples of 28. seconds: length. numbers: what comes and goes, in order.
+    Attributes:
+        height, width: px, multiples of 28.
+        seconds: Length.
+        numbers: What comes and goes, in order.
     """
 
     height: int
@@ -194,11 +197,8 @@ class StreamExample:
     def glyphs(self, t: float) -> list[Glyph]:
         """The digits that are there at time t, their boxes in px of the frame."""
         number = self.visible(t)
-        return (
-            []
-            if number is None
-            else [replace(glyph, box=_box_in_frame(glyph.box, self._camera, t)) for glyph in number.glyphs]
-        )
+        glyphs = () if number is None else number.glyphs
+        return [replace(glyph, box=_box_in_frame(glyph.box, self._camera, t)) for glyph in glyphs]
 
     def _sheet(self, t: float) -> Image.Image:
         """The whole sheet with its ink at time t."""
@@ -233,11 +233,15 @@ def stream(
     strength: Strength = None,
     follow: Follow | None = None,
 ) -> StreamExample:
-    """Draw one stream of `seconds` (at least 2).
+    """Draws one stream.
 
-    seed, split, strength: as for `pages.page`. sizes: (height, width) in px to choose from; by default both
-    sides are drawn evenly from the multiples of 28 in 224..max_side. follow: draws each number;
-    `next_number` by default.
+    Args:
+        seed, split, strength: As for `pages.page`.
+        seconds: Length, 2 or more.
+        sizes: (height, width) in px to choose from; by default both sides are drawn evenly from the multiples of 28 in
+            224..`max_side`.
+        max_side: px.
+        follow: Draws each number; `next_number` by default.
     """
     if not seconds >= 2:
         raise ValueError(f"a stream of {seconds} s is too short; it needs 2 s or more.")
@@ -248,8 +252,7 @@ def stream(
     hand = Hand.draw(rng)
     numbers: list[Number] = []
     for start, end in _times(seconds, rng):
-        previous = numbers[-1].text if numbers else ""
-        text = (follow or next_number)(previous, rng)
+        text = (follow or next_number)(numbers[-1].text if numbers else "", rng)
         numbers.append(_number(text, start, end, camera, hand, split, rng, bent))
     return StreamExample(
         height,
@@ -351,13 +354,10 @@ def _set_out(
 
 
 def _in_view(glyphs: Sequence[Glyph], camera: Camera, t: float) -> bool:
-    boxes = [_box_in_frame(glyph.box, camera, t) for glyph in (glyphs[0], glyphs[-1])]
-    return (
-        min(box[0] for box in boxes) >= _EDGE
-        and min(box[1] for box in boxes) >= _EDGE
-        and max(box[2] for box in boxes) <= camera.width - _EDGE
-        and max(box[3] for box in boxes) <= camera.height - _EDGE
-    )
+    first, last = (_box_in_frame(glyph.box, camera, t) for glyph in (glyphs[0], glyphs[-1]))
+    right, bottom = max(first[2], last[2]), max(first[3], last[3])
+    inside = right <= camera.width - _EDGE and bottom <= camera.height - _EDGE
+    return inside and min(*first[:2], *last[:2]) >= _EDGE
 
 
 def _box_in_frame(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from casa.analysis.anatomy import blocks_of
+from casa.analysis.flops import blocks_of
 from casa.analysis.streaming_cost import insertion_twin
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.models.chat_template import ChatText

@@ -26,9 +26,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from casa.analysis.anatomy import blocks_of, frame_of, matrix_features, tower_width
-from casa.analysis.budget import fused_token_bytes
-from casa.analysis.budget_table import readable
+from casa.analysis.budget import fused_token_bytes, readable
+from casa.analysis.flops import blocks_of, frame_of, matrix_features, tower_width
 from casa.data import SourceSettings
 from casa.data.files import data_files
 from casa.data.html_report import (
