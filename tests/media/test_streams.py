@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from casa.errors import UserError
-from casa.media import streams
+from casa.media import decoder, streams
 from casa.media.sources import open_source
 from casa.media.streams import Backoff, StreamSource, device_address, is_device, open_stream
 
@@ -56,9 +56,9 @@ class Connection:
 @pytest.fixture(autouse=True)
 def pictures(monkeypatch):
     """What a made-up connection gives has no pixels."""
-    real, black = streams.upright, np.zeros((1, 1, 3), np.uint8)
+    real, black = decoder.upright, np.zeros((1, 1, 3), np.uint8)
     monkeypatch.setattr(
-        streams, "upright", lambda raw, *aspect: real(raw, *aspect) if hasattr(raw, "pts") else (black, 0)
+        decoder, "upright", lambda raw, *aspect: real(raw, *aspect) if hasattr(raw, "pts") else (black, 0)
     )
 
 

@@ -54,19 +54,18 @@ class Checked:
 
     def statistics(self) -> dict[str, dict[str, float]]:
         """least, median, mean, 95 %, most and total of each quantity that was counted."""
-        found = {}
-        for name, values in self.values.items():
-            if values:
-                numbers = np.frombuffer(values, dtype=np.int64)
-                found[name] = {
-                    "least": int(numbers.min()),
-                    "median": float(np.median(numbers)),
-                    "mean": round(float(numbers.mean()), 2),
-                    "p95": float(np.percentile(numbers, 95)),
-                    "most": int(numbers.max()),
-                    "total": int(numbers.sum()),
-                }
-        return found
+        counted = {name: np.frombuffer(values, dtype=np.int64) for name, values in self.values.items() if values}
+        return {
+            name: {
+                "least": int(numbers.min()),
+                "median": float(np.median(numbers)),
+                "mean": round(float(numbers.mean()), 2),
+                "p95": float(np.percentile(numbers, 95)),
+                "most": int(numbers.max()),
+                "total": int(numbers.sum()),
+            }
+            for name, numbers in counted.items()
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the samples, as plain values."""

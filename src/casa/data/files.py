@@ -36,27 +36,23 @@ def data_files(path: str, split: str = "train") -> list[Path]:
     Raises:
         UserError: there are none, or files among them hold rows in a format that is not read.
     """
-    kinds = f"{', '.join(sorted(ENDINGS))}; most of them also {', '.join(COMPRESSIONS)}"
     named = Path(path).expanduser()
     if named.is_file():
         if not holds_rows(named):
-            raise UserError(f"{path} is none of the files that hold records ({kinds}): convert it to one of them.")
+            raise UserError(f"{path} is none of the files that hold records ({KINDS}): convert it to one of them.")
         return [named]
     if named.is_dir():
-        found, missing = (
-            list(_in_folder(named, split, kinds)),
-            f"{path} has no file of records ({kinds}): name a folder",
-        )
+        found = list(_in_folder(named, split))
+        missing = f"{path} has no file of records ({KINDS}): name a folder that has some."
     elif glob.has_magic(path):
-        matches = [Path(file) for file in glob.glob(str(named), recursive=True)]
-        found = list(_readable((file for file in matches if file.is_file()), kinds))
-        missing = f"No file of records ({kinds}) fits {path}: mend the pattern, or name a folder"
+        found = list(_readable(map(Path, glob.glob(str(named), recursive=True))))
+        missing = f"No file of records ({KINDS}) fits {path}: mend the pattern, or name a folder that has some."
     else:
         slashes = path.count("/") == 1 and not path.startswith((".", "/", "~"))
         hint = f"; a data set of the hub is written hub:{path}" if slashes else ""
         raise UserError(f"There is no {path}: check the path of the data{hint}.")
     if not found:
-        raise UserError(f"{missing} that has some.")
+        raise UserError(missing)
     return sorted(found)
 
 
@@ -113,9 +109,10 @@ _OPENERS: Mapping[str, Callable[[Path], object]] = {
     ".zst": _open_zstandard,
 }
 COMPRESSIONS = tuple(_OPENERS)
+KINDS = f"{', '.join(sorted(ENDINGS))}; most of them also {', '.join(COMPRESSIONS)}"
 
 
-def _in_folder(folder: Path, split: str, kinds: str, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+def _in_folder(folder: Path, split: str, above: frozenset[str] = frozenset()) -> Iterator[Path]:
     """Files of rows in a folder, searched to its bottom. above: the real folders that it lies in, against loops."""
     if (folder / _SAVED_DICT).is_file():
         splits = _listed(folder / _SAVED_DICT, "splits")
@@ -135,15 +132,15 @@ def _in_folder(folder: Path, split: str, kinds: str, above: frozenset[str] = fro
         return
     # reports of bad records may lie beside the data, and are none
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith((".", "bad-records"))]
-    yield from _readable((entry for entry in entries if entry.is_file()), kinds)
+    yield from _readable(entries)
     for entry in entries:
         if entry.is_dir():
-            yield from _in_folder(entry, split, kinds, above | {here})
+            yield from _in_folder(entry, split, above | {here})
 
 
-def _readable(files: Iterable[Path], kinds: str) -> Iterator[Path]:
-    """Those that hold rows. Raises UserError for one that does, and that nothing here reads."""
-    for file in files:
+def _readable(paths: Iterable[Path]) -> Iterator[Path]:
+    """Files that hold rows. Raises UserError for one that does, and that nothing here reads."""
+    for file in (path for path in paths if path.is_file()):
         ending, compression = ending_of(file)
         suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
         archived = len(suffixes) == 2 and suffixes[0] in ENDINGS and suffixes[1] in _ARCHIVES
@@ -151,7 +148,7 @@ def _readable(files: Iterable[Path], kinds: str) -> Iterator[Path]:
             yield file
         elif ending in _FOREIGN or (compression and ending in ("", *ENDINGS)) or archived:
             raise UserError(
-                f"{file} looks like a file of records that is not read ({kinds}): convert or unpack it, or name the "
+                f"{file} looks like a file of records that is not read ({KINDS}): convert or unpack it, or name the "
                 "others with a pattern."
             )
 

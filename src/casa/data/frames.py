@@ -7,7 +7,6 @@ import io
 import logging
 import math
 import os
-from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from casa.media import read_frames
 from casa.media.decoder import import_av
 
 # of what `video_frames` makes of a file: to be raised with every change of it, since `CachedFrames` keeps it
-VERSION = 2
+VERSION = 3
 # More of a clip than this may not be damaged: what is said of the whole would be learned from a part.
 MAX_DAMAGE = 0.1
 
@@ -81,11 +80,10 @@ def video_frames(
 class CachedFrames:
     """`video_frames` with a folder that keeps its results, for later epochs and other runs.
 
-        <key>.npz      frames: PNG files one after the other; lengths: of each; times: seconds
+        <key>.npz      times: seconds; and a PNG file for each
 
     The key stands for the file (path, time, size), what is looked at and how: a file written anew is another video.
-    found, decoded: how often frames were in the folder, and how often they were not. Raises UserError if the folder
-    cannot be made.
+    found, decoded: how often frames were in the folder, and how often not. Raises UserError if it cannot be made.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -116,28 +114,20 @@ class CachedFrames:
 
 
 def _write(file: Path, pictures: list[Picture]) -> None:
-    frames = [picture.source for picture in pictures if isinstance(picture.source, bytes)]
+    frames = [np.frombuffer(picture.source, np.uint8) for picture in pictures if isinstance(picture.source, bytes)]
     with open(file, "wb") as out:
-        np.savez(
-            out,
-            frames=np.frombuffer(b"".join(frames), dtype=np.uint8),
-            lengths=np.array([len(frame) for frame in frames], dtype=np.int64),
-            times=np.array([picture.time for picture in pictures], dtype=np.float64),
-        )
+        np.savez(out, *frames, times=np.array([picture.time for picture in pictures], dtype=np.float64))
 
 
 def _read(file: Path) -> list[Picture] | None:
     """None for what is not there or not whole."""
     try:
         with open(file, "rb") as opened, np.load(opened) as held:
-            frames, lengths, times = held["frames"].tobytes(), held["lengths"].tolist(), held["times"].tolist()
+            times = held["times"].tolist()
+            return [Picture(held[f"arr_{number}"].tobytes(), time) for number, time in enumerate(times)] or None
     # over a damaged file, zipfile and numpy raise what they like
     except Exception:
         return None
-    bounds = list(accumulate(lengths, initial=0))
-    if len(lengths) != len(times) or bounds[-1] != len(frames) or not lengths:
-        return None
-    return [Picture(frames[begin:end], time) for (begin, end), time in zip(pairwise(bounds), times, strict=True)]
 
 
 def _png(image: Image.Image, max_side: int) -> bytes:

@@ -10,8 +10,7 @@ import io
 import json
 import math
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from casa.media import VideoWriter
 
 _QUALITY = 95  # of JPEG: handwriting keeps its edges
 _CRF = 18
+_MULTIPLE = 28  # px, of which sides are multiples
 _AFTER = 0.1  # of the time between two frames, from a frame to its words: no rounding gives them to another one
 
 # Draws one example: source(rng, size) with size = (height, width) in px, or None for any, gives an object with `image`
@@ -42,19 +42,17 @@ def write_pictures(
     *,
     turns: int = 8,
     sides: tuple[int, int] | None = None,
-    multiple: int = 28,
     told: Told | None = None,
 ) -> None:
     """`count` pictures of a source with one to `turns` of their questions each, in random order.
 
-    source: called with a generator and (height, width) in px, gives an object with `image` and `turns`. sides: least
-    and greatest in px, small ones more often; the source's own if None. seed: a number and which source this is.
-    told: is told how many are written. The tar appears whole. Raises UserError if it cannot be written.
+    sides: least and greatest in px, small ones more often; the source's own if None. seed: a number and which source
+    this is. told: is told how many are written. The tar appears whole. Raises UserError if it cannot be written.
     """
-    with _new_tar(path) as tar:
+    with replacing(path) as unfinished, tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in range(count):
             rng = np.random.default_rng([*seed, number])
-            example = source(rng, None if sides is None else _size(rng, sides, multiple))
+            example = source(rng, None if sides is None else _size(rng, sides))
             wanted = int(rng.integers(1, turns + 1))
             asked = [example.turns[int(i)] for i in rng.permutation(len(example.turns))[:wanted]]
             encoded = io.BytesIO()
@@ -77,7 +75,6 @@ def write_clips(
 ) -> None:
     """`count` clips as H.264 video, and their captions as words said when their frame is seen.
 
-    source: called with a generator, gives an object with `height`, `width`, `frames()` and `captions()` at `fps`.
     A clip in which nothing is said is drawn anew. Raises UserError if a file cannot be written.
     """
     folder = path.with_suffix("")
@@ -117,17 +114,11 @@ def _chat(turns: Sequence[Any]) -> list[dict[str, Any]]:
     return messages
 
 
-def _size(rng: np.random.Generator, sides: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """Height and width in px, multiples of `multiple`; each doubling of a side is as frequent as the next."""
-    low, high = math.ceil(sides[0] / multiple), sides[1] // multiple + 1
-    height, width = (int(side) * multiple for side in low * (high / low) ** rng.random(2))
+def _size(rng: np.random.Generator, sides: tuple[int, int]) -> tuple[int, int]:
+    """Height and width in px; each doubling of a side is as frequent as the next."""
+    low, high = math.ceil(sides[0] / _MULTIPLE), sides[1] // _MULTIPLE + 1
+    height, width = (int(side) * _MULTIPLE for side in low * (high / low) ** rng.random(2))
     return height, width
-
-
-@contextmanager
-def _new_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    with replacing(path) as unfinished, tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
-        yield tar
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -2,9 +2,8 @@
 
 The order depends on the data, the settings, the seed and the reader, on nothing else: not on when it was interrupted.
 
-    Records     draws from sources by weight
-    _Source     parses rows into records, epoch after epoch
-    _Shuffled   mixes rows in blocks
+    Records             draws from sources by weight
+    _Source             mixes rows in blocks and makes records of them, epoch after epoch
     FileRows, HubRows   give the rows of an epoch, from any position on
 """
 
@@ -92,13 +91,13 @@ class Records(Iterator[Record]):
     @property
     def epochs(self) -> list[int]:
         """How many times each source was given whole."""
-        return [source.rows.epoch for source in self._sources]
+        return [source.epoch for source in self._sources]
 
     def __iter__(self) -> "Records":
         if self._ended:
             self._ended = False
             for source in self._sources:
-                source.begin_again()
+                source.next_epoch()
         return self
 
     def __next__(self) -> Record:
@@ -168,7 +167,7 @@ class Records(Iterator[Record]):
         """The next row and its source; None at the end."""
         while not self._ended:
             source = self._draw()
-            row = source.rows.next() if source is not None else None
+            row = source.next() if source is not None else None
             if source is not None and row is not None:
                 return source, row
             if source is None or self._settings.exhausted == "stop":
@@ -194,10 +193,16 @@ class Records(Iterator[Record]):
 
 
 class _Source:
-    """One source: its rows in their order, and how they are read.
+    """One source: its rows in a random order, epoch after epoch, from a state of a few numbers; and their records.
 
-    left: it has ended and is not begun again. gave: whether this epoch had a good record. barren: rows since the last
-    good one, about.
+    Rows are shuffled in blocks: a block's order depends on seed, epoch and the block's number alone. A state therefore
+    says where the block begins and how many of its rows were given; to resume, the block is read again. While one block
+    is given, the next is read, a row at a time, so that training never waits for a whole one.
+
+        file      a b c d | e f g h | i j
+        given     c a d b | f h e g | j i
+
+    left: it has ended and is not begun again.
     """
 
     def __init__(
@@ -207,19 +212,20 @@ class _Source:
         self._root = None if settings.root is None else Path(settings.root).expanduser()
         # all readers must agree on the order of files, and no two sources share an order of rows
         kind = HubRows if settings.path.startswith(PREFIX) else FileRows
-        rows = kind(settings, shard, seed + number, shuffle > 1)
-        self.rows = _Shuffled(rows, [seed, number, shard.index], shuffle)
-        self.left = self.gave = False
-        self.barren = 0
+        self._rows = kind(settings, shard, seed + number, shuffle > 1)
+        self._seed, self._size = [seed, number, shard.index], max(1, shuffle)
+        # whether this epoch had a good record; and rows since the last good one, about
+        self._gave, self._barren = False, 0
+        self._start_at(0)
 
     def parse(self, row: Row) -> Record:
         """Raises BadRecord, NoRecord."""
-        self.barren += 1
+        self._barren += 1
         if isinstance(row.value, BadRecord):
             raise row.value
         root = row.folder if self._root is None else self._root
         record = parse_row(row.value, RowContext(row.origin, self._settings, root, row.members, self._frames_of))
-        self.gave, self.barren = True, 0
+        self._gave, self._barren = True, 0
         return record
 
     def end(self, repeat: bool) -> None:
@@ -227,47 +233,21 @@ class _Source:
         if not repeat:
             self.left = True
             return
-        self.barren = 0 if self.gave else self.barren + _END
-        if self.barren >= _BARREN:
+        self._barren = 0 if self._gave else self._barren + _END
+        if self._barren >= _BARREN:
             raise UserError(
                 f"{self._settings.path} has no record that can be read, or fewer records than readers: "
                 f"`casa data check {self._settings.path}` tells more."
             )
-        self.begin_again()
+        self.next_epoch()
 
-    def begin_again(self) -> None:
-        self.left = self.gave = False
-        self.rows.next_epoch()
-
-    def state_dict(self) -> dict[str, Any]:
-        own = {"data": self.rows.fingerprint, "left": self.left, "gave": self.gave, "barren": self.barren}
-        return own | self.rows.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.left, self.gave, self.barren = state["left"], state["gave"], state["barren"]
-        self.rows.load_state_dict(state)
-
-
-class _Shuffled:
-    """One source's rows in a random order, epoch after epoch, from a state of a few numbers.
-
-    Rows are shuffled in blocks: a block's order depends on seed, epoch and the block's number alone. A state therefore
-    says where the block begins and how many of its rows were given; to resume, the block is read again. While one block
-    is given, the next is read, a row at a time, so that training never waits for a whole one.
-
-        file      a b c d | e f g h | i j
-        given     c a d b | f h e g | j i
-
-    block: rows that are mixed; 0 and 1 keep the order. epoch: the one being given.
-    """
-
-    def __init__(self, rows: "FileRows | HubRows", seed: list[int], block: int) -> None:
-        self._rows, self._seed, self._size = rows, seed, max(1, block)
-        self.fingerprint = rows.fingerprint
-        self.load_state_dict({"epoch": 0, "block": 0, "position": None, "given": 0})
+    def next_epoch(self) -> None:
+        """From the beginning, in another order."""
+        self._gave = False
+        self._start_at(self.epoch + 1)
 
     def next(self) -> Row | None:
-        """The next row of the epoch; None at its end (`next_epoch` goes on)."""
+        """The next row of the epoch; None at its end."""
         while self._given >= len(self._order):
             if not self._next_block():
                 return None
@@ -277,17 +257,18 @@ class _Shuffled:
         self._read_ahead()
         return row
 
-    def next_epoch(self) -> None:
-        """From the beginning, in another order."""
-        self.load_state_dict({"epoch": self.epoch + 1, "block": 0, "position": None, "given": 0})
-
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "block": self._number, "position": self._position, "given": self._given}
+        own = {"data": self._rows.fingerprint, "left": self.left, "gave": self._gave, "barren": self._barren}
+        return own | {"epoch": self.epoch, "block": self._number, "position": self._position, "given": self._given}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self._number, self._position = state["epoch"], state["block"], state["position"]
-        self._given = state["given"]
-        self._source: Iterator[Row] | None = None
+        self._start_at(state["epoch"], state["block"], state["position"], state["given"])
+        self.left, self._gave, self._barren = state["left"], state["gave"], state["barren"]
+
+    def _start_at(self, epoch: int, block: int = 0, position: list[Any] | None = None, given: int = 0) -> None:
+        self.left = False
+        self.epoch, self._number, self._position, self._given = epoch, block, position, given
+        self._reader: Iterator[Row] | None = None
         self._block: list[Row | None] = []
         self._order: list[int] = []
         self._ahead: list[Row] = []
@@ -295,8 +276,8 @@ class _Shuffled:
 
     def _next_block(self) -> bool:
         """Makes the rows read ahead the block at hand; False if there are none."""
-        if self._source is None:
-            self._source = self._rows.start(self.epoch, self._position)
+        if self._reader is None:
+            self._reader = self._rows.start(self.epoch, self._position)
         else:
             self._number, self._given, self._position = self._number + 1, 0, self._ahead_position
         while self._read_ahead():
@@ -312,10 +293,9 @@ class _Shuffled:
 
     def _read_ahead(self) -> bool:
         """Reads one row ahead; False if the block is full or the source at its end."""
-        if self._source is None or len(self._ahead) >= self._size or self._ahead_bytes >= BLOCK_BYTES:
+        if self._reader is None or len(self._ahead) >= self._size or self._ahead_bytes >= BLOCK_BYTES:
             return False
-        row = next(self._source, None)
-        if row is None:
+        if (row := next(self._reader, None)) is None:
             return False
         self._ahead.append(row)
         self._ahead_bytes += row.size
@@ -329,7 +309,7 @@ class FileRows:
         self._files = data_files(settings.path, settings.split)
         self._shard, self._seed, self._shuffled = shard, seed, shuffled
         self._parts: list[FilePart] | None = None
-        self._at: tuple[int, int, int] = (0, *START)
+        self._at: tuple[int, int, int] = (0, *START)  # the part, and the cursor in it
         named = [f"{file.name} {file.stat().st_size}" for file in self._files]
         self.fingerprint = hashlib.sha256("\n".join(named).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 

@@ -41,8 +41,7 @@ def record_windows(record: Record) -> list[tuple[list[int], list[tuple[str, str]
                 texts.append((who, part.text))
                 continue
             places.append((len(texts), 1))
-            if message.role == "assistant":
-                texts.append(None)
+            texts += [None] if message.role == "assistant" else []
     found = []
     for window in WindowLayout.from_insertions([len(texts)], [places]).windows:
         said = [text for text in texts[window.text_start : window.text_stop] if text is not None]
@@ -52,23 +51,19 @@ def record_windows(record: Record) -> list[tuple[list[int], list[tuple[str, str]
 
 
 def _card(sample: SampledRecord) -> SampleCard:
-    record = sample.record
-    windows = record_windows(record)
-    pictures = list(record.pictures())
-    facts = "text only"
-    if pictures:
-        facts = f"{counted(len(pictures), 'picture')}, {counted(sample.tokens, 'image token')}"
-    origin = str(replace(record.origin, path=Path(record.origin.path).name))
+    windows, pictures = record_windows(sample.record), list(sample.record.pictures())
+    facts = f"{counted(len(pictures), 'picture')}, {counted(sample.tokens, 'image token')}" if pictures else "text only"
+    origin = sample.record.origin
     shown = [_window(sample, pictures, numbers, said) for numbers, said in windows[:MAX_WINDOWS]]
-    return SampleCard(origin, facts, shown, max(0, len(windows) - MAX_WINDOWS))
+    title = str(replace(origin, path=Path(origin.path).name))
+    return SampleCard(title, facts, shown, max(0, len(windows) - MAX_WINDOWS))
 
 
 def _window(
     sample: SampledRecord, pictures: Sequence[Picture], numbers: Sequence[int], said: Sequence[tuple[str, str]]
 ) -> ShownWindow:
-    shown = [number for number in numbers[:MAX_PICTURES] if number < len(sample.thumbnails)]
-    times = {number: pictures[number].time for number in shown}
-    faces = [
+    times = {number: pictures[number].time for number in numbers[:MAX_PICTURES] if number < len(sample.thumbnails)}
+    shown = [
         ShownPicture(sample.thumbnails[number], "" if time is None else f"{time:.1f} s")
         for number, time in times.items()
     ]
@@ -77,4 +72,4 @@ def _window(
         ShownText("\n".join(text for _, text in run), who, learned=who == "assistant")
         for who, run in groupby(said, key=lambda entry: entry[0])
     ]
-    return ShownWindow(faces, texts, len(numbers) - len(shown))
+    return ShownWindow(shown, texts, len(numbers) - len(shown))

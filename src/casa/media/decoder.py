@@ -8,7 +8,7 @@ Shapes: H, W pixels.
 import math
 import os
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,8 @@ from PIL import Image
 
 from casa.errors import UserError
 from casa.media.pictures import MAX_PIXELS, as_picture, over_white, resized
-from casa.media.sampling import TOLERANCE
-from casa.media.source import SourceCounts
+from casa.media.sampling import TOLERANCE, as_they_come, on_screen, spans
+from casa.media.source import Frame, SourceCounts
 
 if TYPE_CHECKING:  # PyAV is an extra, imported only when a video is opened
     import av
@@ -425,6 +425,16 @@ def upright(raw: "av.VideoFrame | Image.Image", aspect: float) -> tuple[np.ndarr
         picture = picture[::-1]
     degrees = (90 if a < 0 else 270) if swapped else (180 if d < 0 else 0)
     return np.ascontiguousarray(picture), degrees
+
+
+def sampled(
+    timed: TimedFrames, fps: float, aspect: Callable[[], float], is_live: bool, counts: SourceCounts
+) -> Generator[Frame, None, None]:
+    """Upright frames, looked at `fps` times a second: when they come, or what is on screen at that moment."""
+    chosen = as_they_come(timed, fps) if is_live else on_screen(spans(timed, counts), fps)
+    for index, (seconds, raw) in enumerate(chosen):
+        yield Frame(upright(raw, aspect())[0], seconds, index)
+        del raw  # nothing is kept alive while the next frame is decoded
 
 
 def _display_matrix(raw: "av.VideoFrame") -> bytes | None:

@@ -13,9 +13,8 @@ from io import BytesIO
 from typing import BinaryIO
 
 from casa.errors import UserError
-from casa.media.decoder import ReadableFile, VideoDecoder, upright
+from casa.media.decoder import ReadableFile, VideoDecoder, sampled
 from casa.media.pictures import MAX_BYTES
-from casa.media.sampling import as_they_come, on_screen, spans
 from casa.media.source import Frame, VideoSource, check_fps
 from casa.media.video import Pages, is_pages
 
@@ -66,12 +65,8 @@ class PipeSource(VideoSource):
         self._pipe.close()
 
     def _read(self) -> Generator[Frame, None, None]:
-        timed = self._decoder.frames()
-        chosen = as_they_come(timed, self._fps) if self.is_live else on_screen(spans(timed, self.counts), self._fps)
-        for index, (seconds, raw) in enumerate(chosen):
-            picture, _ = upright(raw, self._decoder.aspect)
-            yield Frame(picture, seconds, index)
-            del picture, raw
+        decoder = self._decoder
+        yield from sampled(decoder.frames(), self._fps, lambda: decoder.aspect, self.is_live, self.counts)
         if not self.counts.decoded and not self._stopping.is_set():
             # plain MP4 opens, but its packets lie before the index that tells where they are
             raise UserError(self._sentence)

@@ -1,7 +1,4 @@
-"""`open_source`: whatever the user wrote, as a source of frames. Folders of pictures and Python iterators stand here.
-
-Files are in video.py, pipes in pipe.py, cameras and addresses in streams.py.
-"""
+"""`open_source`: whatever the user wrote, as a source of frames. Folders and Python iterators of pictures are here."""
 
 import math
 import os
@@ -93,10 +90,7 @@ class FolderSource(VideoSource):
     """The pictures of a directory in natural order (frame2 before frame10), one every 1/fps seconds from 0 on.
 
     Hidden files, folders and files that are not called pictures are passed over. One that is called a picture and is
-    none is skipped and counted, and its moment stays empty. Settings are those of `open_source`.
-
-    Raises:
-        UserError: There is no picture in it.
+    none is skipped and counted, and its moment stays empty. Raises UserError if there is no picture.
     """
 
     def __init__(
@@ -123,7 +117,6 @@ class FolderSource(VideoSource):
         self.duration = len(names) / fps
 
     def _read(self) -> Generator[Frame, None, None]:
-        index = 0
         for k, path in enumerate(self.paths):
             time = k / self._fps
             if time < self._start - TOLERANCE or time <= self._after + TOLERANCE:
@@ -136,18 +129,14 @@ class FolderSource(VideoSource):
                 self.counts.skipped += 1
                 continue
             self.counts.decoded += 1
-            yield Frame(picture, time, index)
-            index += 1
+            yield Frame(picture, time, self.counts.decoded - 1)
 
 
 class PictureSource(VideoSource):
     """What a Python iterator gives: pictures (PIL images, or uint8 (H, W, 3)), one every 1/fps seconds; or `Frame`s.
 
-    `Frame`s have times of their own and are sampled at `fps`. An iterator with a `close` is closed with the source.
-    What `check_picture` raises is raised when the picture is reached.
-
-    Raises:
-        UserError: The times of frames do not rise.
+    `Frame`s have times of their own, which must rise, and are sampled at `fps`. An iterator with a `close` is closed
+    with the source. What `check_picture` raises is raised when the picture is reached.
     """
 
     def __init__(self, pictures: Iterable[Picture | Frame], fps: float = 2.0, *, live: bool = False) -> None:

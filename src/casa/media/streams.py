@@ -1,20 +1,7 @@
 """Streams that may break off and come back: network addresses, cameras, the screen.
 
-A live stream is given on one rising clock whatever its own does: after a new connection, or when its clock jumps back,
-it goes on where it would be had nothing happened.
-
-    stream's clock    0 -- 1 -- 2 -- 3 x          0 -- 1 -- 2
-    given             0 -- 1 -- 2 -- 3 ...(4 s).. 7 -- 8 -- 9
-
-A file on a server (it has a length) is taken up again at the second where it broke off.
-
-Nothing that was given is given again. A new connection may begin before the last one ended: a playlist lists what was
-there, a server plays its film from the start. Its key frames then are known, by their own times and bytes, and it is
-passed over up to the last frame that was given. One that gives all of that and nothing else is over; so is a playlist
-with an end mark, and a file of known length.
-
-    stream's clock    0 -- 1 -- 2 -- 3 x      2 -- 3 -- 4 -- 5
-    given             0 -- 1 -- 2 -- 3 ..               4 -- 5
+A live stream is given on one rising clock, and nothing of it twice, however often it is connected to (`_Timeline`). A
+file on a server (it has a length) is taken up again at the second where it broke off.
 """
 
 import logging
@@ -27,8 +14,8 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
 from casa.errors import UserError
-from casa.media.decoder import BACKWARDS, KeyFrame, KeyName, TimedFrames, VideoDecoder, import_av, upright
-from casa.media.sampling import TOLERANCE, as_they_come, on_screen, spans
+from casa.media.decoder import BACKWARDS, KeyFrame, KeyName, TimedFrames, VideoDecoder, import_av, sampled
+from casa.media.sampling import TOLERANCE
 from casa.media.source import Frame, SourceCounts, VideoSource, check_fps
 
 SCHEMES = ("http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "udp", "rtp", "tcp")
@@ -229,15 +216,9 @@ class StreamSource(VideoSource):
         self._decoder.close()
 
     def _read(self) -> Generator[Frame, None, None]:
-        if self.is_live:
-            chosen = as_they_come(self._timed_live(), self._fps)
-        else:
-            chosen = on_screen(spans(self._timed_file(), self.counts), self._fps)
+        timed = self._timed_live() if self.is_live else self._timed_file()
         try:
-            for index, (seconds, raw) in enumerate(chosen):
-                picture, _ = upright(raw, self._decoder.aspect)
-                yield Frame(picture, seconds, index)
-                del picture, raw  # nothing is kept alive while the next frame is decoded
+            yield from sampled(timed, self._fps, lambda: self._decoder.aspect, self.is_live, self.counts)
             if not self.counts.decoded and not self._stopping.is_set():
                 raise UserError(f"{self._name} holds no readable frame: it is damaged, or no video.")
         finally:
@@ -254,9 +235,8 @@ class StreamSource(VideoSource):
             # a server that tells no length breaks off at the end of a file, too
             if self._stopping.is_set() or not self._decoder.lost or until >= self._decoder.duration:
                 return
-            if not self._reconnect():
+            if not self._reconnect(last):
                 return
-            self._seek(last)
 
     def _timed_live(self) -> TimedFrames:
         """(seconds, raw frame, length), rising over all connections."""
@@ -299,8 +279,8 @@ class StreamSource(VideoSource):
             except UserError:
                 self._decoder.lost = True
 
-    def _reconnect(self) -> bool:
-        """Opens the stream again, after as many attempts as it takes; False if it was closed meanwhile."""
+    def _reconnect(self, seconds: float = 0.0) -> bool:
+        """Opens the stream again at `seconds`, after as many attempts as it takes; False if it was closed meanwhile."""
         self._decoder.close()
         if not self._failures:
             self._broke_off = self._clock()
@@ -320,6 +300,7 @@ class StreamSource(VideoSource):
             except UserError:
                 continue
             self.counts.reconnects += 1
+            self._seek(seconds)
             return True
         raise UserError(
             f"{self._name} broke off and did not come back in {self._failures} attempts: check its connection."
@@ -329,11 +310,20 @@ class StreamSource(VideoSource):
 class _Timeline:
     """One rising clock over all connections of a live stream, and what of a new one was given before.
 
-    Seconds count from the first frame on. A stream without times of its own is timed by when its frames arrive.
+    Seconds count from the first frame on. A stream without times of its own is timed by when its frames arrive. After a
+    new connection, or when the stream's clock jumps back, it goes on where it would be had nothing happened:
 
-    Attributes:
-        last: Seconds of the latest frame.
-        gave_the_same: Whether this connection gave all that was given, up to the last frame, and nothing else.
+        stream's clock    0 -- 1 -- 2 -- 3 x          0 -- 1 -- 2
+        given             0 -- 1 -- 2 -- 3 ...(4 s).. 7 -- 8 -- 9
+
+    A new connection may begin before the last one ended: a playlist lists what was there, a server plays its film from
+    the start. Its key frames then are known, by their own times and bytes, and it is passed over up to the last frame
+    that was given. One that gives all of that and nothing else is over.
+
+        stream's clock    0 -- 1 -- 2 -- 3 x      2 -- 3 -- 4 -- 5
+        given             0 -- 1 -- 2 -- 3 ..               4 -- 5
+
+    last: seconds of the latest frame. gave_the_same: this connection gave all that was given, and nothing else.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:

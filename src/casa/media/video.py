@@ -1,6 +1,5 @@
 """Video files in: what a file is by its content, what it says of itself, and its frames, decoded one at a time.
 
-Host memory holds the decoder's few frames whatever the length of the video. How frames are chosen is in sampling.py.
 Pictures are films in two ways: one file with many frames (animated WebP, PNG, AVIF; a TIFF of pages), and pictures one
 after another in one file, as cameras and `ffmpeg -f image2pipe` write them.
 """
@@ -60,15 +59,15 @@ def sniff(path: str | os.PathLike[str]) -> FileKind:
         return FileKind("heic", "one")
     for begin, name, row in _IN_A_ROW:
         if head.startswith(begin) and (name != "WEBP" or head[8:12] == b"WEBP"):
+            one = FileKind(name.lower(), "one")
             try:
                 with warnings.catch_warnings(action="ignore"), Image.open(path, formats=[name]) as image:
-                    lists_others = image.format == "MPO" or "mp" in image.info
                     if name == "PNG" and getattr(image, "is_animated", False):
                         return FileKind("apng", "many", "apng")
+                    lists_others = image.format == "MPO" or "mp" in image.info
             except Exception:  # reading it as a picture says in a sentence what is wrong
-                return FileKind(name.lower(), "one")
-            is_row = not lists_others and _is_row(path, row)
-            return FileKind(name.lower(), "many", row) if is_row else FileKind(name.lower(), "one")
+                return one
+            return FileKind(one.name, "many", row) if not lists_others and _is_row(path, row) else one
     return FileKind("video", "many")
 
 
@@ -95,11 +94,6 @@ def _is_row(path: str | os.PathLike[str], format: str) -> bool:
 
 class Pages:
     """The pictures of an animated WebP or of a TIFF, through Pillow, as `VideoDecoder` gives frames.
-
-    Args:
-        file: A path, or an open file.
-        counts: Where pictures and damage are counted.
-        name: How sentences call it.
 
     Raises:
         UserError: Pillow does not read it.
@@ -212,27 +206,18 @@ def _opened(path: str | os.PathLike[str], kind: FileKind, counts: SourceCounts |
 
 
 class FileSource(VideoSource):
-    """The frames of a video file, decoded as they are asked for; what `read_frames` gives.
-
-    Attributes:
-        info: The file's `VideoInfo`.
-    """
+    """The frames of a video file, as `read_frames` gives them. info: the file's `VideoInfo`."""
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        fps: float | None,
-        start: float,
-        end: float | None,
-        after: float | None,
+        self, path: str | os.PathLike[str], fps: float | None, start: float, end: float | None, after: float | None
     ) -> None:
         if fps is not None:
             check_fps(fps)
         check_span(start, end, after)
         self._kind = sniff(path)
         self.info = _probed(path, self._kind)
-        self._path = path
-        self._fps, self._start, self._end, self._after = fps, start, math.inf if end is None else end, after
+        self._path, self._fps, self._start, self._after = path, fps, start, after
+        self._end = math.inf if end is None else end
         super().__init__(f"{path}: {self.info.width} x {self.info.height}, {self.info.codec}")
         self.duration = self.info.duration if math.isfinite(self.info.duration) else None
 

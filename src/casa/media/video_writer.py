@@ -1,8 +1,7 @@
 """Video out: pictures in, one H.264 file out, whole or not at all, the same bytes on every run.
 
 What comes only once, as from a camera, is written as it goes instead (`Recorder`): whatever happens, it can be played
-as far as it got. Frames may come at a constant rate or with their own times. Players want even sides, so an odd side
-gets one more row or column, a copy of the last. Shapes: H, W pixels.
+as far as it got. Shapes: H, W pixels.
 """
 
 import math
@@ -35,7 +34,8 @@ if TYPE_CHECKING:  # PyAV is an extra
     from av.video.stream import VideoStream
 
 _FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
-_ENCODERS = {"h264": "libx264", "hevc": "libx265"}
+_ENCODER = "libx264"
+_NO_ENCODER = f"This PyAV cannot write {_ENCODER}: install the wheel of av."
 # Written as it goes, a frame is encoded when it comes, and is on disk, in a piece of its own, when the next one is.
 _AT_ONCE = {
     "matroska": {"flush_packets": "1", "cluster_time_limit": "0"},
@@ -53,14 +53,13 @@ class VideoWriter:
         with VideoWriter("out.mp4", (640, 480), fps=30) as video:
             video.write(image)
 
-    The file appears when the block ends well; if it does not, nothing is left behind. Stored as yuv420p (BT.709), with
-    both sides made even by repeating the last row or column.
+    The file appears when the block ends well; if it does not, nothing is left behind. Stored as yuv420p (BT.709).
+    Players want even sides, so an odd side gets one more row or column, a copy of the last.
 
     Args:
         path: Ends in .mp4, .m4v, .mov or .mkv.
         size: (width, height) in pixels of every picture.
         fps: Frames per second.
-        codec: "h264" or "hevc".
         crf: Quality, from 0 (lossless) to 51; 23 is customary.
         preset: The encoder's effort, "ultrafast" to "veryslow".
         as_it_goes: Write straight to `path`, over what is there; a file that is never closed can be played, and an
@@ -76,7 +75,6 @@ class VideoWriter:
         path: str | os.PathLike[str],
         size: tuple[int, int],
         fps: float,
-        codec: str = "h264",
         crf: int = 23,
         preset: str = "veryfast",
         as_it_goes: bool = False,
@@ -85,8 +83,6 @@ class VideoWriter:
             raise UserError(f"A video of {size[0]} x {size[1]} pixels: give a width and height above 0.")
         if not (math.isfinite(fps) and 0 < fps <= 1000):
             raise UserError(f"fps is {fps}: give a number of frames per second above 0, at most 1000.", field="fps")
-        if codec not in _ENCODERS:
-            raise UserError(f"There is no codec {codec!r}: choose {' or '.join(_ENCODERS)}.")
         if not 0 <= crf <= 51:
             raise UserError(f"crf is {crf}: give a quality from 0 to 51.")
         suffix = Path(path).suffix.lower()
@@ -95,10 +91,10 @@ class VideoWriter:
         self.size = (int(size[0]), int(size[1]))
         # 29.97 is meant as 30000/1001
         self._rate = Fraction(fps).limit_denominator(1001)
-        self._path, self._format, self._encoder = path, _FORMATS[suffix], _ENCODERS[codec]
+        self._path, self._format = path, _FORMATS[suffix]
         self._av = import_av()
-        if self._encoder not in self._av.codecs_available:
-            raise UserError(f"This PyAV cannot write {self._encoder}: install the wheel of av.")
+        if _ENCODER not in self._av.codecs_available:
+            raise UserError(_NO_ENCODER)
         self._options = {"crf": str(crf), "preset": preset} | ({"tune": "zerolatency"} if as_it_goes else {})
         self._as_it_goes = as_it_goes
         self._stack = ExitStack()
@@ -114,9 +110,9 @@ class VideoWriter:
             container = self._av.open(f"file:{os.fspath(place)}", "w", format=self._format, options=options)
             stack.callback(container.close)
             try:
-                stream = container.add_stream(self._encoder, rate=self._rate, options=self._options)
+                stream = container.add_stream(_ENCODER, rate=self._rate, options=self._options)
             except (self._av.error.FFmpegError, ValueError) as error:
-                raise UserError(f"This PyAV cannot write {self._encoder}: install the wheel of av.") from error
+                raise UserError(_NO_ENCODER) from error
             stream.width, stream.height = (side + side % 2 for side in self.size)
             stream.pix_fmt = "yuv420p"
             context = stream.codec_context
@@ -206,8 +202,8 @@ class Recorder:
         recorder.close()
 
     A frame is written when the next one comes, so that what was said of it stands in it. `say` and `close` may be
-    called from another thread than the one that takes frames. The video, which begins with the first frame, can be
-    played as far as it got, also after a kill; and it never replaces another: beside `seen.mp4` comes `seen.2.mp4`.
+    called from another thread than the one that takes frames. The video can be played as far as it got, also after a
+    kill; and it never replaces another: beside `seen.mp4` comes `seen.2.mp4`.
 
     Args:
         path: As for `VideoWriter`.
@@ -261,10 +257,9 @@ class Recorder:
         if frame is None:
             return
         if self._video is None:
-            height, width = frame.picture.shape[:2]
             self._begin = frame.time if self._begin is None else self._begin
             self.place = _new_file(self._path)
-            self._video = VideoWriter(self.place, (width, height), self._fps, as_it_goes=True).__enter__()
+            self._video = VideoWriter(self.place, frame.image.size, self._fps, as_it_goes=True).__enter__()
             if frame.time > self._begin:
                 self._video.write(frame.picture, time=0.0)
         picture, caption = resized(frame.picture, *self._video.size), self._caption
@@ -278,8 +273,7 @@ def _new_file(path: Path) -> Path:
     place, number = path, 1
     while True:
         try:
-            # O_EXCL: never what somebody else has just put there
-            os.close(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            place.touch(exist_ok=False)  # never what somebody else has just put there
             return place
         except FileExistsError:
             number += 1
