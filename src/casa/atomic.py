@@ -3,13 +3,17 @@
 An exception or Ctrl-C while writing removes the unfinished file and leaves whatever was there before.
 """
 
+import hashlib
+import logging
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from casa.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -22,6 +26,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         UserError: the folder does not exist or cannot be written, or `path` is no regular file.
     """
+    target, unfinished = _begin(path)
+    try:
+        yield unfinished
+        if target.exists():
+            os.chmod(unfinished, target.stat().st_mode & 0o777)
+        os.replace(unfinished, target)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _begin(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Where `path` leads, and a fresh empty file beside that."""
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise UserError(f"{path} is a directory: name a file to write.")
@@ -37,18 +54,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): write to another folder.") from error
     os.close(descriptor)
-    try:
-        yield unfinished
-        if target.exists():
-            os.chmod(unfinished, target.stat().st_mode & 0o777)
-        os.replace(unfinished, target)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
-class _OnlyLooked(Exception):  # noqa: N818  it ends a look
-    pass
+    return target, unfinished
 
 
 def check_writable(*paths: str | os.PathLike[str] | None) -> None:
@@ -58,8 +64,7 @@ def check_writable(*paths: str | os.PathLike[str] | None) -> None:
     """
     for path in paths:
         if path is not None:
-            with suppress(_OnlyLooked), replacing(path):
-                raise _OnlyLooked
+            _begin(path)[1].unlink()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -73,3 +78,45 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
             unfinished.write_text(text, encoding="utf-8", newline="\n")
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}): free some space.") from error
+
+
+class DiskCache:
+    """A folder of files that are found again by a key, for what takes long to make. Processes may share it.
+
+        FOLDER/<two digits>/<the key's other digits><ending>
+
+    what: is kept, and setting: names the folder, in the words of warnings and errors. written: files so far. Raises
+    UserError if the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], ending: str, what: str, setting: str) -> None:
+        self._folder, self._ending, self._what = Path(folder).expanduser(), ending, what
+        self._writes = True
+        self.written = 0
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made ({error.strerror}): name another {setting}.") from error
+
+    def path(self, key: object) -> Path:
+        """The file of a key, which says all of itself by its `repr`; whether it is there or not."""
+        name = hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest()
+        return self._folder / name[:2] / f"{name[2:]}{self._ending}"
+
+    def put(self, key: object, write: Callable[[Path], None]) -> None:
+        """Has `write` fill the key's file. A folder that takes no more, its disk being full, is only read from then on.
+
+        What `write` raises apart from OSError and UserError is not caught.
+        """
+        if not self._writes:
+            return
+        path = self.path(key)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as unfinished:
+                write(unfinished)
+        except (OSError, UserError) as error:
+            self._writes = False
+            _log.warning("%s are no longer kept in %s: %s", self._what, self._folder, error)
+        else:
+            self.written += 1

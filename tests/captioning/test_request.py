@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from casa.captioning import CaptionRequest, Question, parse_option, parse_question
+from casa.captioning import CaptionRequest
+from casa.cli.live import parse_option, parse_question
 from casa.errors import UserError
 
 
@@ -85,8 +86,8 @@ def test_a_film_may_move(tmp_path):
 
 
 def test_questions_as_they_are_written():
-    assert parse_question("12.5=What is a = b?") == Question(12.5, "What is a = b?")
-    assert parse_question("0= Who? ") == Question(0.0, "Who?")
+    assert parse_question("12.5=What is a = b?") == (12.5, "What is a = b?")
+    assert parse_question("0= Who? ") == (0.0, "Who?")
 
 
 @pytest.mark.parametrize("written", ["", "12", "=Who?", "x=Who?", "-1=Who?", "nan=Who?", "inf=Who?", "12= "])

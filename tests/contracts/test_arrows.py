@@ -20,7 +20,6 @@ SMALL = {
     "memory": set(),
     "settings": {"errors"},
     "atomic": {"errors"},
-    "disk_cache": {"errors", "atomic"},
     "figures": {"errors", "atomic"},
     "provenance": {"errors"},
 }
@@ -36,7 +35,7 @@ LEVELS = (
 )
 TORCH_ONLY = {"errors", *LEVELS[0], *LEVELS[1], *LEVELS[2]}
 # beside the models, of which they know none: what they import, and which rooms may import them
-BESIDE = {"vision": set(), "media": {"atomic"}, "data": {"media", "windows", "settings", "atomic", "disk_cache"}}
+BESIDE = {"vision": set(), "media": {"atomic"}, "data": {"media", "windows", "settings", "atomic"}}
 USERS = {
     "vision": {*LEVELS[3], *LEVELS[4], *LEVELS[5], *LEVELS[6]},
     "media": {*LEVELS[5], *LEVELS[6]},

@@ -12,8 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casa.errors import UserError
-from casa.media.caption_file import CaptionFile, CaptionList, captions_from_frames
-from casa.media.subtitles import Caption, read_captions, tidy, write_captions
+from casa.media.subtitles import (
+    Caption,
+    CaptionFile,
+    CaptionList,
+    captions_from_frames,
+    read_captions,
+    tidy,
+    write_captions,
+)
 
 KINDS = ("srt", "vtt", "jsonl")
 

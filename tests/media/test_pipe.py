@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from casa.errors import UserError
-from casa.media.pipe import PipeSource, is_pipe
-from casa.media.sources import open_source
+from casa.media.sources import PipeSource, is_pipe, open_source
 from casa.testing import PATIENCE
 
 READER = """

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casa.errors import UserError
-from casa.media.caption_file import captions_from_frames
 from casa.media.subtitles import (
     FORMATS,
     Caption,
+    captions_from_frames,
     captions_text,
     read_captions,
     tidy,

@@ -1,6 +1,6 @@
 """From a source to captions on disk: what `casa caption` does, for programs too."""
 
-from casa.captioning.request import CaptionRequest, Question, parse_option, parse_question
+from casa.captioning.request import CaptionRequest, Question
 from casa.captioning.run import CaptionReport, GracefulStop, caption
 
 __all__ = [
@@ -9,6 +9,4 @@ __all__ = [
     "GracefulStop",
     "Question",
     "caption",
-    "parse_option",
-    "parse_question",
 ]

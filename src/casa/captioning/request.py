@@ -2,11 +2,13 @@
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from casa.atomic import check_writable
 from casa.errors import UserError
-from casa.media.pipe import is_pipe
+from casa.media.sources import is_pipe
 from casa.media.streams import is_address, is_device, without_secrets
 from casa.media.subtitles import FORMATS
 from casa.streaming import Sampling
@@ -75,7 +77,7 @@ class CaptionRequest:
 
     def __post_init__(self) -> None:
         for path in self.out:
-            _check_place(path, tuple(FORMATS))
+            _check_place(path, FORMATS)
         for path in self.videos:
             _check_place(path, VIDEOS)
         written = [os.path.abspath(path) for path in (*self.out, *self.videos)]
@@ -144,32 +146,9 @@ class CaptionRequest:
         return {"model": model, "source": named, **settings, "sampling": asdict(self.sampling), "questions": questions}
 
 
-def parse_option(written: str) -> tuple[str, str]:
-    """ "rtsp_transport=udp" -> ("rtsp_transport", "udp"). Raises UserError for anything else."""
-    name, mark, value = written.partition("=")
-    if not mark or not name.strip():
-        raise UserError(f'"{written}" is no option of a source; write it as rtsp_transport=udp.')
-    return name.strip(), value
-
-
-def parse_question(written: str) -> Question:
-    """ "12.5=What is on the left?" -> Question(12.5, "What is on the left?"). Raises UserError for anything else."""
-    time, mark, text = written.partition("=")
-    try:
-        seconds = float(time)
-    except ValueError:
-        seconds = math.nan
-    if not mark or not text.strip() or not (math.isfinite(seconds) and seconds >= 0):
-        raise UserError(f'"{written}" is no question with its second; write it as 12.5="What is on the left?"')
-    return Question(seconds, text.strip())
-
-
-def _check_place(path: Path, endings: tuple[str, ...]) -> None:
+def _check_place(path: Path, endings: Iterable[str]) -> None:
     if path.suffix.lower() not in endings:
         raise UserError(f"{path} has no known ending; use {', '.join(endings)}.")
-    if not path.parent.is_dir():
-        raise UserError(f"The folder of {path} does not exist: create it, or write elsewhere.")
-    if path.is_dir():
-        raise UserError(f"{path} is a directory: name a file to write.")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    check_writable(path)
+    if path.exists() and not os.access(path, os.W_OK):
         raise UserError(f"{path} cannot be written (Permission denied): write to another folder.")

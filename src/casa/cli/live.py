@@ -1,5 +1,6 @@
 """What runs until it is stopped: `casa caption` says what is new in a film or a camera, `casa serve` serves a model."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -75,7 +76,7 @@ def caption(
     if len(words) not in (1, 2):
         raise UserError("caption takes one video: casa caption casa-tiny talk.mp4 --out talk.srt")
     name, source = words if len(words) == 2 else ("casa-tiny", words[0])
-    from casa.captioning import CaptionReport, CaptionRequest, GracefulStop, parse_option, parse_question
+    from casa.captioning import CaptionReport, CaptionRequest, GracefulStop, Question
     from casa.captioning import caption as run
     from casa.models.auto import load_pretrained
     from casa.streaming import Sampling
@@ -96,7 +97,7 @@ def caption(
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_k, top_p, stop_bias, repetition, decay, no_repeat_ngram_size),
         seed=seed,
-        questions=tuple(parse_question(written) for written in ask or ()),
+        questions=tuple(Question(*parse_question(written)) for written in ask or ()),
         resume=resume,
         save_every=save_every,
         source_options=dict(parse_option(written) for written in source_options or ()),
@@ -123,6 +124,26 @@ def caption(
         print(f"{burn} was there already; this video is {report.recording}.", file=sys.stderr)
     if report.stopped:
         raise typer.Exit(stop.exit_status)
+
+
+def parse_option(written: str) -> tuple[str, str]:
+    """ "rtsp_transport=udp" -> ("rtsp_transport", "udp"). Raises UserError for anything else."""
+    name, mark, value = written.partition("=")
+    if not mark or not name.strip():
+        raise UserError(f'"{written}" is no option of a source; write it as rtsp_transport=udp.')
+    return name.strip(), value
+
+
+def parse_question(written: str) -> tuple[float, str]:
+    """ "12.5=What is on the left?" -> (12.5, "What is on the left?"). Raises UserError for anything else."""
+    time, mark, text = written.partition("=")
+    try:
+        seconds = float(time)
+    except ValueError:
+        seconds = math.nan
+    if not mark or not text.strip() or not (math.isfinite(seconds) and seconds >= 0):
+        raise UserError(f'"{written}" is no question with its second; write it as 12.5="What is on the left?"')
+    return seconds, text.strip()
 
 
 def serve(

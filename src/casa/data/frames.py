@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from casa.atomic import DiskCache
 from casa.data.record import BadRecord, Picture
-from casa.disk_cache import DiskCache
 from casa.errors import UserError
 from casa.media import read_frames
 from casa.media.decoder import import_av

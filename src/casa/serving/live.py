@@ -17,8 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from casa.media.caption_file import captions_from_frames
-from casa.media.subtitles import FORMATS, Caption, captions_text
+from casa.media.subtitles import FORMATS, Caption, captions_from_frames, captions_text
 from casa.serving.baseline import InsertionTally
 from casa.serving.metrics import STREAM_SECONDS, Metrics, RecentCounts
 from casa.streaming import SessionEvent, StreamingSession

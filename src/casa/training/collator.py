@@ -19,9 +19,9 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from casa.atomic import DiskCache
 from casa.data import BadRecord
 from casa.data.pictures import open_one
-from casa.disk_cache import DiskCache
 from casa.models import CasaProcessor
 from casa.models.losses import IGNORE_INDEX
 from casa.training.samples import PictureGrids, SizedPicture, TrainingSample
