@@ -44,7 +44,9 @@ class Bounds:
         return f"above {self.gt}" + (f" and {self._upper('at most ')}" if self._upper() else "")
 
     def _upper(self, most: str = "") -> str:
-        return f"below {self.lt}" if self.lt is not None else f"{most}{self.le}" if self.le is not None else ""
+        if self.lt is not None:
+            return "finite" if self.lt == math.inf else f"below {self.lt}"
+        return f"{most}{self.le}" if self.le is not None else ""
 
 
 Positive = Annotated[int, Bounds(ge=1)]

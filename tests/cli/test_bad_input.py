@@ -241,6 +241,23 @@ def test_tasks_devices_and_words(casa, checkpoint, files, out):
     assert_sentence(casa("bench", "attention", "--impls", "spda"), "cannot time 'spda'; known are reference, sdpa,")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("stream", "--fps", 0), "--fps is 0.0; it must be above 0 and finite."),
+        (("live", "--minutes", "inf"), "--minutes is inf; it must be above 0 and finite."),
+        (("memory", "--short", 70), "--short is 70.0, and --minutes 60.0; give it less than that."),
+        (("memory", "--fps", 30), "--fps is 30.0, and --film-fps 25.0; give no more than that."),
+        (("stream", "--tokens", 4, "--sessions", 2), "--tokens and --sessions are two measurements; give one of them."),
+        (("stream", "--plot", "a.png"), "--plot is for --tokens; add it, or leave --plot out."),
+        (("soak", "--resume"), "--resume goes on with a soak that was writing --out; name that file."),
+    ],
+)
+def test_benchmarks_that_cannot_be(casa, arguments, sentence, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert_sentence(casa("bench", *arguments), f"casa: {sentence}\n")
+
+
 def test_debug_shows_the_traceback(casa, checkpoint, files):
     with pytest.raises(ValueError, match="is empty: copy or download the picture again"):
         casa("ask", checkpoint, files["nothing"], "what?", "--debug")

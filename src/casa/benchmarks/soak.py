@@ -212,7 +212,7 @@ def bench_memory(settings: MemorySettings, max_new_tokens: int = 32) -> Benchmar
     short, minutes, fps, film_fps = settings.short, settings.minutes, settings.fps, settings.film_fps
     bound = settings.max_text_tokens or None
     if short >= minutes:
-        raise UserError("short is less than minutes; give a short and a long film.", field=("short", "minutes"))
+        raise UserError(f"short is {short}, and minutes {minutes}; give it less than that.", field=("short", "minutes"))
     if fps > film_fps:
         raise UserError(f"fps is {fps}, and film_fps {film_fps}; give no more than that.", field=("fps", "film_fps"))
     if not peak_resident_bytes():
