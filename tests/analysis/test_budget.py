@@ -266,8 +266,8 @@ def test_flops_of_a_vlms_connector():
     model = tiny_casa_over("smolvlm")
     frame = frame_of(model, 1000, 10)  # the tower takes any picture as a square of 56 px
     assert (frame.patches, frame.connected, frame.tokens) == (16, 4, 4)
-    features, grid = torch.randn(16, 16, dtype=torch.float64), torch.tensor([(1, 4, 4)])
-    assert counted(lambda: model._image_tokens(None, grid, features)) == connect_flops(model, frame)
+    features = torch.randn(16, 16, dtype=torch.float64)
+    assert counted(lambda: model.image_tokens(features, [(4, 4)])) == connect_flops(model, frame)
 
 
 def test_compressors_change_what_a_frame_is():

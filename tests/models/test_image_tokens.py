@@ -2,17 +2,17 @@
 
 import torch
 
-from casa.models.image_tokens import ImageTokens, count_tokens
+from casa.models.inputs import ImageTokens, count_tokens
 
 
 def test_places_are_rows_and_columns_in_reading_order():
     images = ImageTokens(torch.zeros(8, 4), grids=[(2, 3), (1, 2)])
-    assert images.places().tolist() == [[0, 0, 0, 1, 1, 1, 0, 0], [0, 1, 2, 0, 1, 2, 0, 1]]
+    assert images.rows_and_columns().tolist() == [[0, 0, 0, 1, 1, 1, 0, 0], [0, 1, 2, 0, 1, 2, 0, 1]]
     assert images.lengths == [6, 2]
     assert count_tokens(images.grids) == 8
 
 
 def test_no_image_is_fine():
-    none = ImageTokens.none(4, torch.float64, torch.device("cpu"))
-    assert none.places().shape == (2, 0)
+    none = ImageTokens(torch.zeros(0, 4))
+    assert none.rows_and_columns().shape == (2, 0)
     assert none.lengths == []

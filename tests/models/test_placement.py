@@ -6,7 +6,7 @@ from torch import nn
 
 from casa import CasaForConditionalGeneration
 from casa.errors import UserError
-from casa.models.placement import check_one_device
+from casa.models.passes import check_one_device
 from casa.testing import BACKBONES, TinySample, tiny_casa, tiny_casa_over
 
 accelerate = pytest.importorskip("accelerate")

@@ -7,7 +7,8 @@ from PIL import Image
 from casa import FusionConfig, adapt
 from casa.errors import UserError
 from casa.models.backbones import decoder_of
-from casa.models.image_tokens import ImageTokens, by_depth
+from casa.models.inputs import ImageTokens
+from casa.models.passes import images_by_depth
 from casa.testing import (
     BACKBONES,
     TinySample,
@@ -81,12 +82,12 @@ def test_they_generate_and_come_back_from_disk(model, tmp_path):
 def test_image_tokens_are_updated_by_each_blocks_feed_forward_network():
     model = tiny_casa(update_images=True)
     decoder, tokens = model.decoder, torch.randn(5, 32, dtype=torch.float64)
-    first, second, third = by_depth(ImageTokens(tokens), decoder, [0, 1, 2], update=True)
+    first, second, third = images_by_depth(ImageTokens(tokens), decoder, [0, 1, 2], update=True)
     block = decoder.blocks[0]
     assert first is tokens
     torch.testing.assert_close(second, tokens + block.mlp(block.post_attention_layernorm(tokens)))
     assert not torch.equal(second, third)
-    same = by_depth(ImageTokens(tokens), decoder, [0, 1, 2], update=False)
+    same = images_by_depth(ImageTokens(tokens), decoder, [0, 1, 2], update=False)
     assert all(found is tokens for found in same), "one tensor, so that all layers share one product"
 
 

@@ -85,7 +85,7 @@ FAULTS = (
     ),
     Fault(
         "rows and columns of an image swapped",
-        "models/image_tokens.py",
+        "models/inputs.py",
         "torch.stack([torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)])",
         "torch.stack([torch.arange(columns).repeat(rows), torch.arange(rows).repeat_interleave(columns)])",
         ("models/test_vlms.py", "models/test_image_tokens.py"),
@@ -191,8 +191,8 @@ FAULTS = (
     Fault(
         "plain cross-attention turns queries and image keys",
         "models/passes.py",
-        "rotaries = [None for _ in self.fused_blocks]",
-        "rotaries = decoder.rotaries(self.fused_blocks, device, dtype)",
+        "rotaries = [None for _ in self.blocks]",
+        "rotaries = decoder.rotaries(self.blocks, device, decoder.dtype)",
         ("models/test_definition.py",),
     ),
     Fault(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from casa.models.image_processing_casa import CasaSquareImageProcessor
-from casa.models.image_tokens import count_tokens
+from casa.models.inputs import count_tokens
 from casa.serving import Limits, completion
 from casa.serving.chat import ChatRequest, RequestError, read_chat
 from casa.serving.completion import Completion, Detokenizer

@@ -19,7 +19,7 @@ from casa.models import CasaForConditionalGeneration
 from casa.models.adapt import encoder_blocks
 from casa.models.backbones import InsertionVLM
 from casa.models.cache import TextCache
-from casa.models.image_tokens import count_tokens
+from casa.models.inputs import count_tokens
 from casa.vision import extra_depths, spec_of
 from casa.vision.connector import PixelShuffle, QFormer
 

@@ -113,7 +113,6 @@ class PackedStep:
     rotary: Sequence[Rotary | None]
     image_grid: Tensor | None = None
     attend: str = "both"
-    impl: str = "auto"
     state: WindowState | None = None
     record: AttentionRecorder | None = None
     next_state: WindowState | None = field(init=False, default=None)
@@ -160,7 +159,6 @@ class PackedStep:
             layout,
             scale=scale,
             attend=self.attend,
-            impl=self.impl,
             turn=self._turners[layer],
         )
         if self.next_state is not None:

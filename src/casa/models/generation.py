@@ -1,27 +1,41 @@
 """What `generate` asks of a model that has images beside its tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
-from transformers.generation.utils import GENERATION_MODES_MAPPING
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
+from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
 
 from casa.errors import UserError
 from casa.models.cache import CasaCache
+from casa.models.configuration_casa import CasaConfig, FusionConfig
 from casa.models.inputs import read_image_places
+from casa.vision import Grids, spec_of, token_grids
 
 
-def stop_ids(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
+def stop_ids(model: object, tokenizer: object = None) -> tuple[int, ...]:
     """The ids of the model's generation config, one or several there; else the tokenizer's end of text; else none."""
-    settings = getattr(model, "generation_config", None)
-    found = getattr(settings, "eos_token_id", None)
-    if found is None:
-        found = getattr(tokenizer, "eos_token_id", None)
-    if found is None:
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return _as_ids(getattr(tokenizer, "eos_token_id", None) if found is None else found)
+
+
+def _as_ids(given: int | Sequence[int] | None) -> tuple[int, ...]:
+    if given is None:
         return ()
-    return tuple(found) if isinstance(found, (list, tuple)) else (found,)
+    return tuple(given) if isinstance(given, (list, tuple)) else (given,)  # type: ignore[return-value]
 
 
 # how candidates would be drafted, and why that cannot be
@@ -112,10 +126,46 @@ def _first_real(mask: Tensor) -> list[int]:
     return mask.int().argmax(1).tolist()
 
 
-class CasaGeneration:
-    """Mixed into CasaForConditionalGeneration, before transformers' own GenerationMixin."""
+class CasaGenerativeModel(PreTrainedModel, GenerationMixin):
+    """A model whose `generate` takes images beside the text, and goes on from a filled cache."""
 
-    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+    config_class = CasaConfig
+    config: CasaConfig
+    fusion: FusionConfig
+    fused_blocks: tuple[int, ...]
+
+    def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def final_grids(self, grids: Grids) -> Grids:
+        raise NotImplementedError
+
+    def new_cache(self) -> CasaCache:
+        """An empty cache for this model."""
+        replaced = self.fused_blocks if self.fusion.placement == "replace" else ()
+        return CasaCache(self.config.get_text_config(decoder=True), replaced)
+
+    def own_cache(self, given: Cache) -> CasaCache:
+        """The cache given, or an empty one of transformers' own kind made this model's, in place.
+
+        Raises UserError for any other: of another kind, or filled by another model.
+        """
+        if isinstance(given, CasaCache):
+            return given
+        if type(given) is not DynamicCache or given.offloading or given.get_seq_length() > 0:
+            raise UserError(
+                "past_key_values must come from an earlier call of this model or from model.new_cache(), or be an "
+                "empty DynamicCache; or leave it out."
+            )
+        return self.new_cache().take_over(given)
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """As in transformers, from a filled cache too: another turn of a chat, of which only what is new is computed.
 
         past_key_values: what an earlier turn left. Then `input_ids`, and `image_positions` in them, are
@@ -126,14 +176,14 @@ class CasaGeneration:
         """
         given = kwargs.get("past_key_values")
         if given is not None:
-            kwargs["past_key_values"] = cache = self.own_cache(given)  # type: ignore[attr-defined]
+            kwargs["past_key_values"] = cache = self.own_cache(given)
             if cache.num_text:
                 kwargs |= self._continued(cache, inputs, generation_config, kwargs)
         return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _continued(
-        self, cache: CasaCache, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
+        self, cache: CasaCache, inputs: Tensor | None, config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> dict[str, Tensor | None]:
         """The mask and the images of what is new, from the arguments of `generate` and a filled cache."""
         embeds = kwargs.get("inputs_embeds")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -153,7 +203,7 @@ class CasaGeneration:
             raise UserError(f"the cache holds {cache.num_rows} rows and input_ids {rows}; give one row for each.")
         mask = kwargs.get("attention_mask")
         if mask is None:
-            mask = _mask_of(cache, length, ids if embeds is None else None, generation_config or self.generation_config)  # type: ignore[attr-defined]
+            mask = _mask_of(cache, length, ids if embeds is None else None, config or self.generation_config)
         found = continuation(cache, length, mask.bool())
         if found is None:
             if embeds is not None:
@@ -165,7 +215,9 @@ class CasaGeneration:
         images = {name: kwargs.get(name) for name in IMAGE_INPUTS}
         return {"attention_mask": found.mask.long()} | self._new_images(cache, images, found, length)
 
-    def _new_images(self, cache: CasaCache, images: dict[str, Any], found: Continuation, length: int) -> dict[str, Any]:
+    def _new_images(
+        self, cache: CasaCache, images: dict[str, Tensor | None], found: Continuation, length: int
+    ) -> dict[str, Tensor | None]:
         """The images that the cache has not seen, with their places in the new text."""
         places = images["image_positions"]
         if places is None:
@@ -191,17 +243,40 @@ class CasaGeneration:
                     f"{count} images stand before the new text of row {row}, and the cache has seen {known} there; "
                     "give all images of the chat or the new ones alone, or begin a new cache."
                 )
-        picked = self.picked(images, order)  # type: ignore[attr-defined]
+        picked = self.picked(images, order)
         if order:
             picked["image_positions"] = torch.tensor(shifted, device=places.device)
         return dict.fromkeys(IMAGE_INPUTS) | picked
 
-    def _sample(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def picked(self, images: dict[str, Tensor | None], order: Sequence[int]) -> dict[str, Tensor]:
+        """Of a call's image inputs, those of the images numbered `order`; nothing if there are none."""
+        grid, places = images["image_grid_thw"], images["image_positions"]
+        if not order or grid is None or places is None:
+            return {}
+        config = self.config.encoder_config
+        grids = token_grids(config, grid)
+        rows_of = {
+            "pixel_values": [1] * len(grids) if spec_of(config).pictures == "squares" else grid.prod(-1).tolist(),
+            "image_features": [rows * columns for rows, columns in grids],
+            "image_keys_values": [rows * columns for rows, columns in self.final_grids(grids)],
+        }
+        found = {"image_grid_thw": grid[list(order)], "image_positions": places[list(order)]}
+        for name, lengths in rows_of.items():
+            if (given := images.get(name)) is not None:
+                if len(given) != sum(lengths):
+                    raise UserError(f"image_grid_thw does not describe {name} of shape {tuple(given.shape)}.")
+                each = given.split(lengths)
+                found[name] = torch.cat([each[number] for number in order])
+        return found
+
+    def _sample(  # type: ignore[override]
+        self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any
+    ) -> GenerateDecoderOnlyOutput | Tensor:
         """As in transformers; afterwards the cache knows its text, and of no row more than it said."""
-        cache = kwargs.get("past_key_values")
-        before = cache.num_text if isinstance(cache, CasaCache) else 0
-        found = super()._sample(input_ids, *args, **kwargs)  # type: ignore[misc]
-        if isinstance(cache, CasaCache):
+        cache: CasaCache | None = kwargs.get("past_key_values")
+        before = 0 if cache is None else cache.num_text
+        found: GenerateDecoderOnlyOutput | Tensor = super()._sample(input_ids, *args, **kwargs)  # type: ignore[assignment]
+        if cache is not None:
             said = (found if isinstance(found, Tensor) else found.sequences)[:, input_ids.shape[1] :]
             _settle(cache, before, input_ids, said, kwargs["generation_config"])
         return found
@@ -212,17 +287,13 @@ class CasaGeneration:
             cache.searched = True
         return found
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Images go in with the prompt only; with a cache, later steps find them in its state."""
         first = kwargs.get("is_first_iteration", False)
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if first and cache is not None and mask is not None:
             kwargs["next_sequence_length"] = mask.shape[1] - cache.num_text
-        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, inputs_embeds=inputs_embeds, **kwargs
-        )
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         if not first and kwargs.get("use_cache", True):
             for name in IMAGE_INPUTS:
                 inputs.pop(name, None)
@@ -230,14 +301,14 @@ class CasaGeneration:
 
     def _maybe_initialize_input_ids_for_generation(
         self, inputs: Tensor | None, bos_token_id: Tensor | None, model_kwargs: dict[str, Any]
-    ) -> Tensor:
+    ) -> torch.LongTensor:
         """Where text is given as embeddings, rows are counted by them; transformers would count the first tensor's."""
         text_only = {name: value for name, value in model_kwargs.items() if name not in IMAGE_INPUTS}
         return super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, text_only)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> bool:
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise UserError(f"cache_implementation {kind!r} is not supported; leave it out for a growing cache.")
@@ -252,57 +323,52 @@ class CasaGeneration:
                 model_kwargs["past_key_values"] = several = cache.twin()
                 several.batch_repeat_interleave(times)
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.new_cache()  # type: ignore[attr-defined]
+            model_kwargs["past_key_values"] = self.new_cache()
+        return True
 
-    def _get_candidate_generator(self, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+    def _get_candidate_generator(  # type: ignore[override]
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> CandidateGenerator:
         """Assisted decoding: whoever drafts sees the text alone; this model, which decides, sees the pictures too."""
         if (cache := model_kwargs.get("past_key_values")) is not None and cache.num_text:
             raise UserError(
                 "assisted decoding begins with an empty cache (transformers would feed it what it holds already); "
                 "leave past_key_values out, or the assistance."
             )
-        if self.fusion.method == "insertion":  # type: ignore[attr-defined]
+        if self.fusion.method == "insertion":
             raise UserError(
                 "assisted decoding takes tokens back, which a cache of inserted images cannot; leave it out."
             )
-        if self.fusion.gist:  # type: ignore[attr-defined]
+        if self.fusion.gist:
             raise UserError("gist tokens have ids that who drafts does not know; leave assisted decoding out.")
         for name, reason in NO_DRAFTS.items():
             if getattr(generation_config, name, None):
                 raise UserError(f"{name} is not supported: {reason}; pass assistant_model or prompt_lookup_num_tokens.")
         text_only = {name: value for name, value in model_kwargs.items() if name not in IMAGE_INPUTS}
-        return super()._get_candidate_generator(  # type: ignore[misc]
-            generation_config=generation_config, model_kwargs=text_only, **kwargs
-        )
+        return super()._get_candidate_generator(generation_config, model_kwargs=text_only, **kwargs)  # type: ignore[misc]
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """As in transformers; gist tokens are hidden from the processors."""
         found = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
-        if not self.fusion.gist or not len(found):  # type: ignore[attr-defined]
+        if not self.fusion.gist or not len(found):
             return found
-        vocabulary = self.config.get_text_config().vocab_size  # type: ignore[attr-defined]
+        vocabulary = self.config.get_text_config().vocab_size
         return LogitsProcessorList([TextScores(found, vocabulary)])
 
     def _get_deprecated_gen_repo(
-        self, generation_mode: Any, trust_remote_code: bool, custom_generate: Any = None
+        self, generation_mode: GenerationMode, trust_remote_code: bool, custom_generate: str | None = None
     ) -> None:
         """Ways to decode that transformers has moved to code on a hub, which casa does not run."""
         if custom_generate is None and "/" in GENERATION_MODES_MAPPING.get(generation_mode, ""):
             name = generation_mode.value.replace("_", " ")
             raise UserError(f"{name} is code on a hub, which casa does not run; use greedy, sampling or beams.")
 
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **kwargs: Any,
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self, expand_size: int = 1, *args: Any, **kwargs: Any
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeats rows, each with its images, for beams or several answers. Images are encoded once."""
         images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
-        input_ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
-        )
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)  # type: ignore[misc]
         if expand_size > 1 and images["image_positions"] is not None:
             images = self._repeat_images(images, expand_size)
         kwargs.update({name: value for name, value in images.items() if value is not None})
@@ -312,25 +378,25 @@ class CasaGeneration:
         positions = images["image_positions"]
         if images["image_features"] is None and images["image_keys_values"] is None:
             with torch.no_grad():
-                images["image_features"] = self.encode_images(images["pixel_values"], images["image_grid_thw"])  # type: ignore[attr-defined]
+                images["image_features"] = self.encode_images(images["pixel_values"], images["image_grid_thw"])
         order, rows = [], []
         for row in positions[:, 0].unique().tolist():
             mine = (positions[:, 0] == row).nonzero().flatten().tolist()
             for copy in range(times):
                 order += mine
                 rows += [row * times + copy] * len(mine)
-        repeated = self.picked(images | {"pixel_values": None}, order)  # type: ignore[attr-defined]
+        repeated = self.picked(images | {"pixel_values": None}, order)
         repeated["image_positions"][:, 0] = torch.tensor(rows, device=positions.device)
         return repeated
 
 
-def _mask_of(cache: CasaCache, length: int, ids: Tensor | None, config: Any) -> Tensor:
+def _mask_of(cache: CasaCache, length: int, ids: Tensor | None, config: GenerationConfig) -> Tensor:
     """bool (B, length), where no attention_mask is given: the cached text as it is known, and of the new text all but
     padding, where transformers too would take it for such.
     """
     known = cache.known[:, :length]
     new = known.new_ones(len(known), max(0, length - cache.num_text))
-    stops, pad = _as_list(config.eos_token_id), config.pad_token_id
+    stops, pad = _as_ids(config.eos_token_id), config.pad_token_id
     if ids is not None and pad is not None and pad not in stops:
         new = ids[:, cache.num_text :] != pad
     return torch.cat([known.to(new.device), new], dim=1)
@@ -353,7 +419,7 @@ def _check_beginning(cache: CasaCache, ids: Tensor, mask: Tensor) -> None:
             )
 
 
-def _settle(cache: CasaCache, before: int, ids: Tensor, said: Tensor, config: Any) -> None:
+def _settle(cache: CasaCache, before: int, ids: Tensor, said: Tensor, config: GenerationConfig) -> None:
     """Notes what text a cache holds, and forgets what rows were padded with after their end.
 
     before: tokens it held. ids: (B, L) as given. said: (B, n) the answers; the last token of each is not cached.
@@ -372,7 +438,3 @@ def _settle(cache: CasaCache, before: int, ids: Tensor, said: Tensor, config: An
     if pad is not None and not torch.isin(pad, stops):
         kept = torch.minimum(kept, ((said != pad.to(said.device)) * (index + 1)).amax(1))
     cache.forget_last((fed.shape[1] - kept).clamp(min=0))
-
-
-def _as_list(given: Any) -> list[int]:
-    return [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]

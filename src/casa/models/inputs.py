@@ -1,14 +1,17 @@
-"""Reads a call's masks and positions the way transformers does, and refuses what cannot be meant.
+"""What a call gives the model, read the way transformers reads it; what cannot be meant is refused.
 
-Shapes: B rows, L new tokens, S cached tokens.
+Shapes: B rows, L new tokens, S cached tokens, N image tokens of all images, d width of the text model.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from casa.errors import UserError
+from casa.models.cache import CasaCache
+from casa.vision import Grids
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,15 @@ class TextInputs:
 
 @torch.compiler.disable(reason="looks at the values of masks and positions")
 def read_text_inputs(
-    rows: int,
-    length: int,
-    cached: int,
-    mask: Tensor | None,
-    position_ids: Tensor | None,
-    device: torch.device,
+    embeds: Tensor, cache: CasaCache | None, mask: Tensor | None, position_ids: Tensor | None
 ) -> TextInputs:
-    """Checks `attention_mask` and `position_ids` of a call. Raises UserError for shapes that do not fit."""
+    """Checks `attention_mask` and `position_ids` of a call with text (B, L, d) against each other and the cache."""
+    (rows, length), device = embeds.shape[:2], embeds.device
+    cached = 0
+    if cache is not None:
+        if cache.num_text and cache.num_rows != rows:
+            raise UserError(f"the cache holds {cache.num_rows} rows and this call has {rows}; give one row for each.")
+        cached, mask = cache.num_text, cache.covering(mask, length)
     if mask is not None:
         if mask.dim() != 2:
             raise UserError(f"attention_mask has shape {tuple(mask.shape)}; give (rows, cached and new tokens).")
@@ -47,23 +51,24 @@ def read_text_inputs(
                 f"{length} new tokens; it must cover both."
             )
         mask = mask.to(device)
+    starts = None
     valid = torch.ones(rows, length, dtype=torch.bool, device=device) if mask is None else mask[:, cached:].bool()
-    if position_ids is None:
-        if mask is None:
-            position_ids = torch.arange(cached, cached + length, device=device).expand(rows, -1)
-        else:
-            position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)[:, cached:]
-        return TextInputs(valid, mask, position_ids, None)
-    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != length:
-        raise UserError(f"position_ids have shape {tuple(position_ids.shape)}; give ({rows}, {length}).")
-    position_ids = position_ids.to(device).expand(rows, length)
-    return TextInputs(valid, mask, position_ids, _packed_samples(position_ids, valid))
+    if position_ids is not None:
+        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != length:
+            raise UserError(f"position_ids have shape {tuple(position_ids.shape)}; give ({rows}, {length}).")
+        position_ids = position_ids.to(device).expand(rows, length)
+        starts = _packed_samples(position_ids, valid)
+    elif mask is None:
+        position_ids = torch.arange(cached, cached + length, device=device).expand(rows, -1)
+    else:
+        position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)[:, cached:]
+    if cache is not None and mask is not None:
+        cache.check_mask(mask)
+    return TextInputs(valid, mask, position_ids, starts)
 
 
 def _packed_samples(position_ids: Tensor, valid: Tensor) -> list[list[int]] | None:
     """Where positions restart at 0 inside a row; None if they do so nowhere."""
-    if position_ids.shape[1] < 2:
-        return None
     restart = (position_ids[:, 1:] == 0) & valid[:, 1:] & valid[:, :-1]
     if not bool(restart.any()):
         return None
@@ -86,3 +91,34 @@ def read_image_places(positions: Tensor | None, images: int) -> list[tuple[int, 
     if positions.shape[0] != images:
         raise UserError(f"there are {images} images but {positions.shape[0]} image_positions; give one each.")
     return [(row, index) for row, index in positions.tolist()]
+
+
+def count_tokens(grids: Grids) -> int:
+    return sum(rows * columns for rows, columns in grids)
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The image tokens of a call in the text model's width.
+
+    tokens: (N, d), of all images. extra: k times (N, d), what joins them behind each of the first k blocks.
+    keys_values: (N, Hkv, D) each, of each fusion layer, where the caller brought them; tokens is (N, 0) then.
+    """
+
+    tokens: Tensor
+    grids: Grids = field(default_factory=list)
+    extra: Sequence[Tensor] = ()
+    keys_values: list[tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        return [rows * columns for rows, columns in self.grids]
+
+    def rows_and_columns(self) -> Tensor:
+        """int64 (2, N): row and column of each token in its image."""
+        found = [torch.zeros(2, 0, dtype=torch.int64)]
+        for rows, columns in self.grids:
+            found.append(
+                torch.stack([torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)])
+            )
+        return torch.cat(found, dim=1).to(self.tokens.device)

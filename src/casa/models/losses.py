@@ -1,8 +1,6 @@
-"""The loss of text: transformers' own from logits, or without the logits of all tokens at once.
+"""The loss of text without the logits of all tokens at once: those of a chunk are made, used and forgotten.
 
-Of the second, those of a chunk are made, used and forgotten.
-
-Shapes: T tokens, d width, V vocabulary, C tokens of a chunk.
+Shapes: B rows of L tokens, T tokens, d width, V vocabulary, C tokens of a chunk.
 
     forward     hidden (T, d)  ->  learned ones  ->  chunks (C, d)  ->  logits (C, V)  ->  one number each
     backward    the logits of a chunk are made once more, so that (T, V) never stands in memory
@@ -10,15 +8,13 @@ Shapes: T tokens, d width, V vocabulary, C tokens of a chunk.
 For Qwen2.5-VL's vocabulary of 151,936, the logits of 3,072 tokens and their gradient would take 3.7 GB in float32.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-from casa.models.inputs import TextInputs
 
 IGNORE_INDEX = -100
 """The label of a token that is not learned, as in transformers."""
@@ -51,54 +47,24 @@ def chunked_cross_entropy(
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         return F.cross_entropy(logits, wanted, reduction="sum")
 
-    sums = []
-    for part, wanted in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        if torch.is_grad_enabled():
-            sums.append(checkpoint(loss_of, part, wanted, use_reentrant=False))
-        else:
-            sums.append(loss_of(part, wanted))
-    total = torch.stack(sums).sum()
+    run = partial(checkpoint, loss_of, use_reentrant=False) if torch.is_grad_enabled() else loss_of
+    parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
+    total = torch.stack([run(part, wanted) for part, wanted in parts]).sum()
     if count is None:
         return total / labels.numel()
-    return total / _at_least_one(count, total.device)
+    return total / at_least_one(count, total.device)
 
 
-class CasaLosses:
-    """Mixed into CasaForConditionalGeneration, whose attributes these are."""
-
-    config: Any
-    decoder: Any
-    loss_function: Any
-    # with labels, the logits of so many tokens are made at once and none are returned; None returns all of them
-    loss_chunk: int | None = None
-
-    def _loss(self, logits: Tensor, labels: Tensor, text: TextInputs, kwargs: dict[str, Any]) -> Tensor:
-        labels = _within_samples(labels, text)
-        vocabulary = self.config.get_text_config().vocab_size
-        count = kwargs.get("num_items_in_batch")
-        if count is None:
-            # the mean over no token is no number; the sum over at least one is 0
-            count = (labels[:, 1:] != IGNORE_INDEX).sum()
-        count = _at_least_one(count, logits.device)
-        return self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, num_items_in_batch=count)
-
-    def _chunked_loss(self, hidden: Tensor, labels: Tensor, text: TextInputs, count: Any) -> Tensor:
-        """The same loss from hidden states (B, L, d), without the logits of all tokens at once."""
-        assert self.loss_chunk is not None
-        before = hidden[:, :-1].flatten(0, 1)
-        wanted = _within_samples(labels, text)[:, 1:].flatten().to(hidden.device)
-        return chunked_cross_entropy(before, wanted, self.decoder.logits, self.loss_chunk, count)
-
-
-def _at_least_one(count: Tensor | int, device: torch.device) -> Tensor | int:
+def at_least_one(count: Tensor | int, device: torch.device) -> Tensor | int:
+    """The number that a sum of losses is divided by: no token learned makes the loss 0, and not no number."""
     return count.to(device).clamp(min=1) if isinstance(count, Tensor) else max(1, count)
 
 
-def _within_samples(labels: Tensor, text: TextInputs) -> Tensor:
-    """The first token of a packed sample is not for the last one of the sample before it to predict."""
-    if text.sample_starts is None:
+def within_samples(labels: Tensor, sample_starts: Sequence[Sequence[int]] | None) -> Tensor:
+    """Labels (B, L) in which no packed sample predicts the first token of the next."""
+    if sample_starts is None:
         return labels
     labels = labels.clone()
-    for row, starts in enumerate(text.sample_starts):
+    for row, starts in enumerate(sample_starts):
         labels[row, starts] = IGNORE_INDEX
     return labels

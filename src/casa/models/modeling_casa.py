@@ -7,19 +7,16 @@ if the backbone has no eyes of its own, the image encoder (`vision.`) and the pr
 """
 
 import inspect
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    DynamicCache,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from casa.errors import UserError
@@ -29,18 +26,28 @@ from casa.models.backbones import Decoder, InsertionVLM, decoder_of, family_of
 from casa.models.cache import CasaCache
 from casa.models.configuration_casa import CasaConfig
 from casa.models.fusion import fuse
-from casa.models.generation import CasaGeneration
-from casa.models.image_side import CasaImageSide
-from casa.models.inputs import TextInputs, read_image_places, read_text_inputs
+from casa.models.generation import CasaGenerativeModel
+from casa.models.inputs import ImageTokens, count_tokens, read_image_places, read_text_inputs
 from casa.models.loading import WHERE, leave_odd_shapes, load_checked
-from casa.models.losses import CasaLosses
-from casa.models.passes import CasaPasses
-from casa.models.upkeep import CasaUpkeep
+from casa.models.losses import IGNORE_INDEX, at_least_one, chunked_cross_entropy, within_samples
+from casa.models.passes import FusionLayers, run_insertion
 from casa.settings import near
-from casa.vision import Projector, make_compressor, new_encoder, output_width
+from casa.vision import (
+    AveragePool,
+    Grids,
+    PixelShuffle,
+    Projector,
+    QFormer,
+    encode,
+    extra_depths,
+    make_compressor,
+    new_encoder,
+    output_width,
+    token_grids,
+)
 
 
-def new_backbone(config: Any) -> PreTrainedModel:
+def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """A text-only model or an insertion VLM with fresh weights, from its config."""
     is_vlm = issubclass(family_of(config), InsertionVLM)
     return (AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM).from_config(config)
@@ -51,7 +58,7 @@ PASSED = frozenset(TransformersKwargs.__annotations__) | {"token_type_ids", "ret
 UNREAD = ("num_items_in_batch", "token_type_ids")
 
 
-def _check_names(given: dict[str, Any]) -> None:
+def _check_names(given: Iterable[str]) -> None:
     """UserError for an argument of `forward` that nobody knows."""
     for name in given:
         if name not in PASSED:
@@ -60,12 +67,9 @@ def _check_names(given: dict[str, Any]) -> None:
             raise UserError(f"the model takes no argument {name!r}; {hint}")
 
 
-class CasaForConditionalGeneration(  # type: ignore[misc]
-    CasaGeneration, CasaUpkeep, CasaImageSide, CasaPasses, CasaLosses, PreTrainedModel, GenerationMixin
-):
+class CasaForConditionalGeneration(CasaGenerativeModel):
     """Text with images in, logits for the text out (paper, section 2; `FusionConfig` has the variants)."""
 
-    config_class = CasaConfig
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]  # noqa: RUF012
@@ -76,6 +80,15 @@ class CasaForConditionalGeneration(  # type: ignore[misc]
     _no_split_modules = ["CasaAttention", "Projector", "QFormer", "PixelShuffle"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     accepts_loss_kwargs = True
+
+    # with labels, the logits of so many tokens are made at once and none are returned; None returns all of them
+    loss_chunk: int | None = None
+    backbone: PreTrainedModel
+    vision: PreTrainedModel
+    projector: Projector
+    compressor: AveragePool | PixelShuffle | QFormer
+    gist: nn.Embedding
+    casa_layers: nn.ModuleDict
 
     def __init__(
         self,
@@ -181,10 +194,10 @@ class CasaForConditionalGeneration(  # type: ignore[misc]
         return decoder_of(self.backbone)
 
     @property
-    def encoder(self) -> nn.Module:
+    def encoder(self) -> PreTrainedModel:
         """The image encoder: this model's own, or the backbone's."""
         decoder = self.decoder
-        return decoder.tower if isinstance(decoder, InsertionVLM) else self.vision
+        return cast(PreTrainedModel, decoder.tower) if isinstance(decoder, InsertionVLM) else self.vision
 
     def get_decoder(self) -> nn.Module:
         """The text model without its head."""
@@ -202,7 +215,7 @@ class CasaForConditionalGeneration(  # type: ignore[misc]
             return self.encoder
         return self if modality is None else super().get_encoder(modality)
 
-    def set_encoder(self, encoder: nn.Module, modality: str | None = None) -> None:
+    def set_encoder(self, encoder: PreTrainedModel, modality: str | None = None) -> None:
         """Puts another image encoder in its place, for "image" or "video". Raises UserError for anything else."""
         if modality not in ("image", "video"):
             raise UserError(f"this model has no encoder for {modality}; give modality='image'.")
@@ -218,7 +231,7 @@ class CasaForConditionalGeneration(  # type: ignore[misc]
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> Any:
+    def get_output_embeddings(self) -> nn.Module | None:
         return self.backbone.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
@@ -234,29 +247,151 @@ class CasaForConditionalGeneration(  # type: ignore[misc]
         """Makes every fusion layer a copy of the self-attention of its block (paper, "Initialisation")."""
         if self.fusion.compressor is not None:
             # transformers' own initialisation has been over it
-            self.compressor.reset_parameters()  # type: ignore[operator]
-        for index, layer in self.casa_layers.items():
-            layer.copy_from(self.decoder.attention(int(index)), silent=self.fusion.output == "zero")  # type: ignore[operator]
+            self.compressor.reset_parameters()
+        for block, layer in zip(self.fused_blocks, self.fusion_layers.layers, strict=True):
+            if layer is not None:
+                layer.copy_from(self.decoder.attention(block), silent=self.fusion.output == "zero")
 
-    def new_cache(self) -> CasaCache:
-        """An empty cache for this model."""
-        replaced = self.fused_blocks if self.fusion.placement == "replace" else ()
-        return CasaCache(self.config.get_text_config(decoder=True), replaced)
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers; the backbone's own config follows.
 
-    def own_cache(self, given: Any) -> CasaCache:
-        """The cache given, or an empty one of transformers' own kind made this model's, in place.
-
-        Raises UserError for any other: of another kind, or filled by another model.
+        Raises UserError for a model with gist tokens: their ids stand behind the vocabulary, and would move.
         """
-        if isinstance(given, CasaCache):
-            return given
-        plain = type(given) is DynamicCache and not given.offloading
-        if not plain or given.get_seq_length() > 0:
+        if self.fusion.gist and (new_num_tokens is not None or pad_to_multiple_of is not None):
             raise UserError(
-                "past_key_values must come from an earlier call of this model or from model.new_cache(), or be an "
-                "empty DynamicCache; or leave it out."
+                "this model's gist tokens have ids behind its vocabulary, which would move; "
+                "resize the backbone before adapt."
             )
-        return self.new_cache().take_over(given)
+        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for config in (self.backbone.config, self.backbone.config.get_text_config(decoder=True)):
+            if hasattr(config, "vocab_size"):
+                config.vocab_size = self.config.get_text_config().vocab_size
+        return embedding
+
+    def _cast_adapter_dtype(self, *args: object, **kwargs: object) -> None:
+        """Asked by PEFT of a model that it wraps as it is, which its prompt methods do, to refuse them in time."""
+        raise UserError(
+            "PEFT's prompt methods (prompt tuning, p-tuning, prefix tuning, CPT, cartridges) put virtual tokens before "
+            "the text, where the places of images do not count them; use one that changes weights: LoRA, DoRA, IA3."
+        )
+
+    @property
+    def checkpoints_blocks(self) -> bool:
+        """Whether blocks of the text model run again in the backward pass instead of keeping their activations."""
+        return any(getattr(block, "gradient_checkpointing", False) for block in self.decoder.blocks)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, *args: int, **kwargs: int
+    ) -> None:
+        """Image keys and values reach a block beside its arguments, which reentrant checkpointing cannot follow."""
+        asked = getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
+        if enable and asked:
+            raise UserError(
+                "use_reentrant=True loses the gradients of images; leave it out, or pass use_reentrant=False."
+            )
+        if enable and asked is None:
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
+
+    # The image side depends on no text, so any of it may be done ahead, kept, and used again.
+
+    def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        """(N, d_v): the encoder's tokens. They can be kept and passed as `image_features` with any text."""
+        return encode(self.encoder, pixel_values.to(self.encoder.dtype), image_grid_thw)
+
+    def get_image_features(
+        self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: object
+    ) -> BaseModelOutputWithPooling:
+        """As VLMs of transformers have it: what a picture becomes for the text model.
+
+        Returns last_hidden_state, (N, d_v), what `encode_images` gives, and pooler_output, for each image (n, d).
+        """
+        features = self.encode_images(pixel_values, image_grid_thw)
+        images = self.image_tokens(features, token_grids(self.config.encoder_config, image_grid_thw))
+        each = images.tokens.split(images.lengths)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=cast(torch.FloatTensor, features), pooler_output=cast(torch.FloatTensor, each)
+        )
+
+    def image_keys_values(self, image_features: Tensor, image_grid_thw: Tensor) -> Tensor:
+        """(N, K): keys and values of image tokens in all fusion layers, side by side, before rotary positions.
+
+        They depend on nothing but the image and can be kept, or made while text is still being generated, and passed
+        as `image_keys_values` in place of pixels. N counts tokens after compression; K is twice the layers' key heads
+        times their channels. UserError under insertion, which has none.
+        """
+        if self.fusion.method == "insertion":
+            raise UserError("an insertion model has no fusion layers; pass image_features.")
+        images = self.image_tokens(image_features, token_grids(self.config.encoder_config, image_grid_thw))
+        pairs = self.fusion_layers.keys_values(images)
+        return torch.cat([part.flatten(1) for pair in pairs for part in pair], dim=-1)
+
+    @property
+    def fusion_layers(self) -> FusionLayers:
+        """The view of the fusion layers, beside their blocks."""
+        own = {int(block): cast(CasaAttention, layer) for block, layer in self.casa_layers.items()}
+        layers = [own.get(block) for block in self.fused_blocks]
+        return FusionLayers(self.decoder, self.fusion, self.fused_blocks, layers)
+
+    @torch.compiler.disable(reason="depends on the values of grids; encoders compile by themselves")
+    def _read_images(
+        self, pixel_values: Tensor | None, grid: Tensor | None, features: Tensor | None, keys_values: Tensor | None
+    ) -> ImageTokens | None:
+        """This call's image tokens; None if it has no images."""
+        if pixel_values is None and features is None and keys_values is None:
+            return None
+        if grid is None:
+            raise UserError("pixel_values come with image_grid_thw; the processor makes both.")
+        grids = token_grids(self.config.encoder_config, grid)
+        if keys_values is not None:
+            return self._projected_tokens(keys_values, grids)
+        if pixel_values is not None and features is None:
+            features = self.encode_images(pixel_values, grid)
+        return None if features is None else self.image_tokens(features, grids)
+
+    def image_tokens(self, features: Tensor, grids: Grids) -> ImageTokens:
+        """The encoder's tokens (N, d_v) behind connector or projector, and compressor: (N', d)."""
+        config, decoder = self.config.encoder_config, self.decoder
+        if features.shape[0] != count_tokens(grids):
+            raise UserError(f"image_grid_thw does not describe the {features.shape[0]} image tokens given.")
+        # a backbone and a tower from different places may differ in dtype
+        parts = features.to(decoder.dtype).chunk(1 + extra_depths(config), dim=-1)
+        if isinstance(decoder, InsertionVLM):
+            tokens = [decoder.connect(part, grids) for part in parts]
+        else:
+            tokens = [self.projector(part, grids) for part in parts]
+        if self.fusion.compressor is not None:
+            joined = self.joined_grids(grids)
+            tokens = [self.compressor(part, joined)[0] for part in tokens]
+        return ImageTokens(tokens[0], self.final_grids(grids), tokens[1:])
+
+    def _projected_tokens(self, keys_values: Tensor, grids: Grids) -> ImageTokens:
+        """Image tokens of which only the keys and values (N, K) are at hand."""
+        if self.fusion.method == "insertion":
+            raise UserError("an insertion model takes no image_keys_values; pass image_features.")
+        grids = self.final_grids(grids)
+        sizes = self.fusion_layers.key_sizes()
+        if keys_values.shape != (count_tokens(grids), sum(2 * heads * width for heads, width in sizes)):
+            shape = tuple(keys_values.shape)
+            raise UserError(f"image_grid_thw does not describe image_keys_values of shape {shape}.")
+        parts = keys_values.split([heads * width for heads, width in sizes for _ in range(2)], dim=-1)
+        pairs = [
+            (key.unflatten(-1, size), value.unflatten(-1, size))
+            for key, value, size in zip(parts[::2], parts[1::2], sizes, strict=True)
+        ]
+        return ImageTokens(keys_values[:, :0], grids, keys_values=pairs)
+
+    def joined_grids(self, grids: Grids) -> Grids:
+        """The tower's grids behind the VLM's own connector, if it has one."""
+        decoder = self.decoder
+        return decoder.connected(grids) if isinstance(decoder, InsertionVLM) else grids
+
+    def final_grids(self, grids: Grids) -> Grids:
+        """The tower's grids behind the connector and the compressor: one cell is one image token."""
+        joined = self.joined_grids(grids)
+        return joined if self.fusion.compressor is None else self.compressor.grids(joined)
 
     @can_return_tuple
     def forward(
@@ -275,7 +410,7 @@ class CasaForConditionalGeneration(  # type: ignore[misc]
         image_keys_values: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         record: AttentionRecorder | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> CausalLMOutputWithPast:
         """Logits (B, L, V) for text; the loss too if `labels` (B, L, -100 where none) are given.
 
@@ -293,70 +428,74 @@ class CasaForConditionalGeneration(  # type: ignore[misc]
         _check_names(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give input_ids or inputs_embeds, and not both.")
-        like = input_ids if input_ids is not None else inputs_embeds
-        assert like is not None
+        embeds = self._embedded(input_ids) if input_ids is not None else cast(Tensor, inputs_embeds)
         cache = self._cache_for(past_key_values, use_cache)
-        text = self._text_inputs(like, cache, attention_mask, position_ids)
+        text = read_text_inputs(embeds, cache, attention_mask, position_ids)
         if text.packed:
             if past_key_values is not None or use_cache:
                 raise UserError("packed rows cannot use a cache; pass use_cache=False or one sample per row.")
             cache = None
-        images = self._image_tokens(pixel_values, image_grid_thw, image_features, image_keys_values)
+        images = self._read_images(pixel_values, image_grid_thw, image_features, image_keys_values)
         places = read_image_places(image_positions, len(images.grids) if images is not None else 0)
-        source = self._source(input_ids, inputs_embeds)
-        wanted = {k: True for k in ("output_hidden_states", "output_attentions") if getattr(self.config, k, False)}
-        passed = wanted | {k: v for k, v in kwargs.items() if k not in UNREAD}
+        passed: dict[str, object] = {name: value for name, value in kwargs.items() if name not in UNREAD}
+        for name in ("output_hidden_states", "output_attentions"):
+            if getattr(self.config, name, False):
+                passed.setdefault(name, True)
         if self.fusion.method == "insertion":
-            output, hidden = self._run_insertion(source, text, places, images, cache, passed)
+            output = run_insertion(self.decoder, embeds, text, places, images, cache, passed)
         else:
-            output, hidden = self._run_fused(source, text, places, images, cache, record, passed)
+            output = self.fusion_layers.run(embeds, text, places, images, cache, record, passed)
         if cache is not None:
-            cache.count(text.mask, places, like.shape[0], like.shape[1])
+            cache.count(text.mask, places, *embeds.shape[:2])
+        hidden = cast(Tensor, output.last_hidden_state)
+        count = kwargs.get("num_items_in_batch")
         logits = loss = None
+        if labels is not None:
+            labels = within_samples(labels, text.sample_starts)
         if labels is not None and self.loss_chunk is not None:
-            loss = self._chunked_loss(hidden, labels, text, kwargs.get("num_items_in_batch"))
+            before, wanted = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(hidden.device)
+            loss = chunked_cross_entropy(before, wanted, self.decoder.logits, self.loss_chunk, count)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.decoder.logits(hidden[:, keep])
             if labels is not None:
-                loss = self._loss(logits, labels, text, kwargs)
+                count = at_least_one((labels[:, 1:] != IGNORE_INDEX).sum() if count is None else count, logits.device)
+                size = self.config.get_text_config().vocab_size
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, num_items_in_batch=count)
         return CausalLMOutputWithPast(
-            loss=loss,  # type: ignore[arg-type]
-            logits=logits,  # type: ignore[arg-type]
+            loss=cast("torch.FloatTensor | None", loss),
+            logits=cast("torch.FloatTensor | None", logits),
             past_key_values=cache,
-            hidden_states=output.hidden_states,  # type: ignore[arg-type]
+            hidden_states=output.hidden_states,
             attentions=self._attentions_by_block(output.attentions),
         )
 
-    def _attentions_by_block(self, found: tuple[Tensor, ...] | None) -> Any:
+    def _embedded(self, input_ids: Tensor) -> Tensor:
+        """(B, L, d): the text's embeddings; gist tokens have ids behind the vocabulary and embeddings here."""
+        embedding = self.decoder.embedding
+        if not self.fusion.gist:
+            return embedding(input_ids)
+        vocabulary = self.config.get_text_config().vocab_size
+        is_gist = input_ids >= vocabulary
+        embeds = embedding(input_ids.masked_fill(is_gist, 0))
+        gist = self.gist((input_ids - vocabulary).clamp(min=0))
+        return torch.where(is_gist[..., None], gist.to(embeds.dtype), embeds)
+
+    def _attentions_by_block(self, found: tuple[Tensor, ...] | None) -> tuple[torch.FloatTensor, ...] | None:
         """One entry per block; transformers leaves out those without weights, and what follows would move up."""
         replaced = self.fused_blocks if self.fusion.placement == "replace" else ()
         blocks = range(len(self.decoder.blocks))
         if not found or len(found) != len(blocks) - len(replaced):
-            return found
+            return cast("tuple[torch.FloatTensor, ...] | None", found)
         rest = iter(found)
-        return tuple(None if block in replaced else next(rest) for block in blocks)
+        entries = tuple(None if block in replaced else next(rest) for block in blocks)
+        return cast("tuple[torch.FloatTensor, ...]", entries)
 
     @torch.compiler.disable(reason="makes a cache of lists that grow")
-    def _cache_for(self, given: Any, use_cache: bool | None) -> CasaCache | None:
+    def _cache_for(self, given: Cache | None, use_cache: bool | None) -> CasaCache | None:
         if given is not None:
             return self.own_cache(given)
         if use_cache and self.training and self.checkpoints_blocks:
             raise UserError("gradient checkpointing runs blocks twice and keeps no cache; pass use_cache=False.")
         wanted = use_cache if use_cache is not None else self.config.use_cache and not self.training
         return self.new_cache() if wanted else None
-
-    @torch.compiler.disable(reason="looks at the values of masks")
-    def _text_inputs(
-        self, like: Tensor, cache: CasaCache | None, mask: Tensor | None, position_ids: Tensor | None
-    ) -> TextInputs:
-        rows, length = like.shape[:2]
-        if cache is None:
-            return read_text_inputs(rows, length, 0, mask, position_ids, like.device)
-        if cache.num_text and cache.num_rows != rows:
-            raise UserError(f"the cache holds {cache.num_rows} rows and this call has {rows}; give one row for each.")
-        mask = cache.covering(mask, length)
-        text = read_text_inputs(rows, length, cache.num_text, mask, position_ids, like.device)
-        if text.mask is not None:
-            cache.check_mask(text.mask)
-        return text

@@ -1,70 +1,91 @@
-"""The two ways through a text model's stack: beside image tokens (CASA, cross-attention), or with them in the stream.
+"""The two ways through a text model's stack: beside image tokens (fusion), or with them in the stream (insertion).
 
-Shapes: B rows, L new text tokens, d width of the text model.
+Shapes: B rows, L new text tokens, N image tokens, d width of the text model, Hkv key heads, D channels of a head.
 """
 
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from casa.layers import AttentionRecorder, DecodeStep, PackedStep, plan_call
+from casa.errors import UserError
+from casa.layers import AttentionRecorder, CasaAttention, DecodeStep, PackedStep, plan_call, project_images
 from casa.models import insertion
+from casa.models.backbones import Decoder
 from casa.models.cache import CasaCache
+from casa.models.configuration_casa import FusionConfig
 from casa.models.fusion import STEP, FusedStep, passed_down
-from casa.models.image_tokens import ImageTokens
-from casa.models.inputs import TextInputs
+from casa.models.inputs import ImageTokens, TextInputs
+
+Places = list[tuple[int, int]]
+"""Of each image: its row, and the index in this call's row before which it stands."""
 
 
-class CasaPasses:
-    """Mixed into CasaForConditionalGeneration, whose attributes these are."""
+@dataclass(frozen=True)
+class FusionLayers:
+    """The fusion layers of a model beside its text model's blocks: views, which own nothing.
 
-    config: Any
-    fusion: Any
-    decoder: Any
-    gist: Any
-    fused_blocks: Any
-    get_input_embeddings: Any
-    _layer: Any
-    _project: Any
+    blocks: those that have a layer. layers: one each; None where the block's self-attention is borrowed.
+    """
 
-    def _source(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> dict[str, Any]:
-        """Where the stack takes its text from; gist tokens have ids behind the vocabulary and embeddings here."""
-        if input_ids is None:
-            return {"inputs_embeds": inputs_embeds}
-        if not self.fusion.gist:
-            return {"input_ids": input_ids}
-        vocabulary = self.config.get_text_config().vocab_size
-        is_gist = input_ids >= vocabulary
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_gist, 0))
-        gist = self.gist((input_ids - vocabulary).clamp(min=0))
-        return {"inputs_embeds": torch.where(is_gist[..., None], gist.to(embeds.dtype), embeds)}
+    decoder: Decoder
+    config: FusionConfig
+    blocks: tuple[int, ...]
+    layers: list[CasaAttention | None]
 
-    def _run_fused(
+    @property
+    def sources(self) -> list[nn.Module]:
+        """The modules whose projections make the keys and values of each layer."""
+        pairs = zip(self.layers, self.blocks, strict=True)
+        return [self.decoder.attention(block) if layer is None else layer for layer, block in pairs]
+
+    def key_sizes(self) -> list[tuple[int, int]]:
+        """Key heads and channels of a head, of each layer."""
+        found = []
+        for source in self.sources:
+            width = cast(int, source.head_dim)
+            found.append((cast(nn.Linear, source.get_submodule("k_proj")).out_features // width, width))
+        return found
+
+    def keys_values(self, images: ImageTokens) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (N, Hkv, D) of the image tokens in every layer, before rotary positions."""
+        if images.keys_values is not None:
+            return images.keys_values
+        decoder, sources = self.decoder, self.sources
+        check_one_device(sources)
+        with fetched(decoder.blocks[block].get_submodule("input_layernorm") for block in self.blocks):
+            tokens = images_by_depth(images, decoder, self.blocks, self.config.update_images)
+            return project_images(tokens, sources, [decoder.image_norm(block) for block in self.blocks])
+
+    def run(
         self,
-        source: dict[str, Any],
+        embeds: Tensor,
         text: TextInputs,
-        places: list[tuple[int, int]],
+        places: Places,
         images: ImageTokens | None,
         cache: CasaCache | None,
         record: AttentionRecorder | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, Tensor]:
-        """The stack's output, and its last hidden states (B, L, d)."""
+        kwargs: dict[str, object],
+    ) -> BaseModelOutputWithPast:
+        """The stack's output for text (B, L, d)."""
         decoder = self.decoder
-        step = self._step(text, places, images, cache, record)
+        step = self._step(embeds, text, places, images, cache, record)
         if step is not None:
-            kwargs = {**kwargs, STEP: FusedStep(step, [self._layer(index) for index in self.fused_blocks])}
+            kwargs = {**kwargs, STEP: FusedStep(step, list(self.layers))}
         if text.sample_starts is not None:
             starts = set.intersection(*map(set, text.sample_starts))
-            kwargs = {**kwargs, **passed_down(decoder, starts, text.valid.shape[1])}
+            kwargs = {**kwargs, **passed_down(decoder, starts, embeds.shape[1])}
         # transformers recognises packed rows by their positions, and only without a mask; padding behind them has
         # positions of its own and is seen by nobody
-        output = decoder.stack(
-            **source,
+        output: BaseModelOutputWithPast = decoder.stack(
+            inputs_embeds=embeds,
             attention_mask=None if text.packed else text.mask,
             position_ids=decoder.text_positions(text.position_ids),
-            past_key_values=cache.text if cache is not None else None,
+            past_key_values=None if cache is None else cache.text,
             use_cache=cache is not None,
             **kwargs,
         )
@@ -72,97 +93,132 @@ class CasaPasses:
             cache.windows = step.next_state
         elif isinstance(step, DecodeStep):
             step.finish()
-        seen = getattr(output, "hidden_states", None)
-        if seen and seen[0] is not None and self.fusion.placement == "before" and 0 in self.fused_blocks:
+        seen = output.hidden_states
+        if seen and self.config.placement == "before" and 0 in self.blocks:
             # the first block was handed its input with the update; the first hidden states are the text's embeddings
-            embeds = source.get("inputs_embeds")
-            embeds = embeds if embeds is not None else self.get_input_embeddings()(source["input_ids"])
-            output.hidden_states = (embeds, *seen[1:])
-        return output, output.last_hidden_state
+            output.hidden_states = (embeds, *seen[1:])  # type: ignore[assignment]
+        return output
 
     @torch.compiler.disable(reason="lays out the windows of this one call")
     def _step(
         self,
+        embeds: Tensor,
         text: TextInputs,
-        places: list[tuple[int, int]],
+        places: Places,
         images: ImageTokens | None,
         cache: CasaCache | None,
         record: AttentionRecorder | None,
     ) -> PackedStep | DecodeStep | None:
         """What the layers need of this call; None if they have nothing to add."""
-        fusion, decoder = self.fusion, self.decoder
-        state = cache.windows if cache is not None else None
+        config, decoder = self.config, self.decoder
+        state = None if cache is None else cache.windows
         # text is worked on, or kept for later, even while no image has been seen
-        text_counts = fusion.placement == "replace" or (fusion.split == "sample" and fusion.attend != "image")
+        text_counts = config.placement == "replace" or (config.split == "sample" and config.attend != "image")
         if images is None and state is None and not text_counts:
             return None
-        embedding: Any = self.get_input_embeddings()
-        dtype, device = embedding.weight.dtype, text.valid.device
-        if fusion.attend == "image":
-            rotaries = [None for _ in self.fused_blocks]
+        device = text.valid.device
+        if config.attend == "image":
+            rotaries = [None for _ in self.blocks]
         else:
-            rotaries = decoder.rotaries(self.fused_blocks, device, dtype)
-        if images is None and record is None and DecodeStep.possible(state, text.valid, fusion.history):
+            rotaries = decoder.rotaries(self.blocks, device, decoder.dtype)
+        if images is None and record is None and DecodeStep.possible(state, text.valid, config.history):
             assert state is not None
-            return DecodeStep(state, rotaries, device, fusion.attend)
+            return DecodeStep(state, rotaries, device, config.attend)
         if images is None:
-            images = ImageTokens.none(self.config.get_text_config().hidden_size, dtype, device)
+            images = ImageTokens(embeds.new_zeros(0, embeds.shape[-1], dtype=decoder.dtype))
         plan = plan_call(
             text.valid,
             places,
             images.lengths,
-            split=fusion.split,
-            history=fusion.history,
+            split=config.split,
+            history=config.history,
             sample_starts=text.sample_starts,
             state=state,
             keep=cache is not None,
             device=device,
         )
-        projected = self._project(images)
-        grid = images.places() if decoder.rotary_axes > 1 else None
-        return PackedStep(plan, projected, rotaries, grid, fusion.attend, "auto", state, record)
+        grid = images.rows_and_columns() if decoder.rotary_axes > 1 else None
+        return PackedStep(plan, self.keys_values(images), rotaries, grid, config.attend, state, record)
 
-    def _run_insertion(
-        self,
-        source: dict[str, Any],
-        text: TextInputs,
-        places: list[tuple[int, int]],
-        images: ImageTokens | None,
-        cache: CasaCache | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, Tensor]:
-        """The stack's output, and its last hidden states at text positions (B, L, d)."""
-        decoder = self.decoder
-        embeds = source.get("inputs_embeds")
-        if embeds is None:
-            embeds = self.get_input_embeddings()(source["input_ids"])
-        if images is None:
-            images = ImageTokens.none(embeds.shape[-1], embeds.dtype, embeds.device)
-        three = decoder.rotary_axes > 1
-        stream = insertion.merge(
-            text.valid, places, images.lengths, text.sample_starts, images.grids if three else None
+
+def run_insertion(
+    decoder: Decoder,
+    embeds: Tensor,
+    text: TextInputs,
+    places: Places,
+    images: ImageTokens | None,
+    cache: CasaCache | None,
+    kwargs: dict[str, object],
+) -> BaseModelOutputWithPast:
+    """The stack's output for text (B, L, d) with image tokens in it; its last hidden states are those of the text."""
+    if images is None:
+        images = ImageTokens(embeds.new_zeros(0, embeds.shape[-1]))
+    three = decoder.rotary_axes > 1
+    stream = insertion.merge(text.valid, places, images.lengths, text.sample_starts, images.grids if three else None)
+    past = None if cache is None else cache.stream
+    after = stream.after(past)
+    positions = stream.positions(past)
+    if three:
+        # the first row is what packed samples are told apart by: without a cache, transformers takes any row whose
+        # numbers do not rise one by one for several samples, and images have one time for all their tokens
+        first = positions[0] if cache is not None else stream.ordinals()
+        positions = torch.cat([first[None], positions])
+    if images.extra:
+        kwargs = {**kwargs, "visual_pos_masks": stream.is_image, "deepstack_visual_embeds": images.extra}
+    if text.packed:
+        starts = stream.starts.all(0)
+        kwargs = {**kwargs, **passed_down(decoder, starts.nonzero().flatten().tolist(), len(starts))}
+    output: BaseModelOutputWithPast = decoder.stack(
+        inputs_embeds=stream.embeddings(embeds, images.tokens),
+        attention_mask=None if text.packed or bool(after.mask.all()) else after.mask.long(),
+        position_ids=positions if three else positions[0],
+        past_key_values=None if cache is None else cache.text,
+        use_cache=cache is not None,
+        **kwargs,
+    )
+    if cache is not None:
+        cache.stream = after
+    assert output.last_hidden_state is not None
+    output.last_hidden_state = stream.text_of(output.last_hidden_state)  # type: ignore[assignment]
+    return output
+
+
+def images_by_depth(images: ImageTokens, decoder: Decoder, blocks: Sequence[int], update: bool) -> list[Tensor]:
+    """What the fusion layer of each of `blocks` (rising) sees: (N, d), the same tensor where nothing has changed.
+
+    update: image tokens also go through each block's feed-forward network.
+    """
+    tokens, found, block = images.tokens, [], 0
+    for index in blocks:
+        while block < index:
+            if update:
+                tokens = tokens + decoder.feed_forward(block, tokens)
+            if block < len(images.extra):
+                tokens = tokens + images.extra[block]
+            block += 1
+        found.append(tokens)
+    return found
+
+
+@contextmanager
+def fetched(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the modules' own weights can be read, also where accelerate keeps them on disk until they are called."""
+    kept = [(module, module._hf_hook) for module in modules if hasattr(module, "_hf_hook")]
+    for module, hook in kept:
+        hook.pre_forward(module)  # type: ignore[operator, union-attr]
+    try:
+        yield
+    finally:
+        for module, hook in kept:
+            hook.post_forward(module, None)  # type: ignore[operator, union-attr]
+
+
+def check_one_device(layers: Iterable[nn.Module]) -> None:
+    """Raises UserError if layers that share image keys, values and a window state run on several devices."""
+    found = {p.device for layer in layers for p in layer.parameters() if p.device.type != "meta"}
+    if len(found) > 1:
+        names = ", ".join(sorted(map(str, found)))
+        raise UserError(
+            f"the fusion layers stand on several devices ({names}); "
+            "give a device_map that keeps backbone and casa_layers on one, or on one and on disk."
         )
-        past = cache.stream if cache is not None else None
-        after = stream.after(past)
-        positions = stream.positions(past)
-        if three:
-            # the first row is what packed samples are told apart by: without a cache, transformers takes any row whose
-            # numbers do not rise one by one for several samples, and images have one time for all their tokens
-            first = positions[0] if cache is not None else stream.ordinals()
-            positions = torch.cat([first[None], positions])
-        if images.extra:
-            kwargs = {**kwargs, "visual_pos_masks": stream.is_image, "deepstack_visual_embeds": images.extra}
-        if text.packed:
-            starts = stream.starts.all(0)
-            kwargs = {**kwargs, **passed_down(decoder, starts.nonzero().flatten().tolist(), len(starts))}
-        output = decoder.stack(
-            inputs_embeds=stream.embeddings(embeds, images.tokens),
-            attention_mask=None if text.packed or bool(after.mask.all()) else after.mask.long(),
-            position_ids=positions if three else positions[0],
-            past_key_values=cache.text if cache is not None else None,
-            use_cache=cache is not None,
-            **kwargs,
-        )
-        if cache is not None:
-            cache.stream = after
-        return output, stream.text_of(output.last_hidden_state)

@@ -27,7 +27,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.models.generation import stop_ids
-from casa.models.image_tokens import count_tokens
+from casa.models.inputs import count_tokens
 from casa.models.loading import sentence_of
 from casa.serving.chat import ChatRequest, RequestError
 from casa.streaming.batch import UNFINISHED

@@ -3,6 +3,7 @@
 from casa.vision import page_encoder, towers  # noqa: F401 (both register what they know)
 from casa.vision.connector import (
     PLACE_WIDTH,
+    AveragePool,
     PixelShuffle,
     Projector,
     QFormer,
@@ -29,6 +30,7 @@ from casa.vision.encoder import (
 
 __all__ = [
     "PLACE_WIDTH",
+    "AveragePool",
     "EncoderSpec",
     "Grids",
     "PixelShuffle",

@@ -75,7 +75,7 @@ def parse_compressor(spec: str) -> tuple[str, int]:
     return kind, int(number)
 
 
-def make_compressor(spec: str, width: int, heads: int | None = None) -> nn.Module:
+def make_compressor(spec: str, width: int, heads: int | None = None) -> "AveragePool | PixelShuffle | QFormer":
     """Makes a compressor for tokens of `width` channels: `forward((N, width), grids)` gives `((N', width), grids')`.
 
     Its `grids(grids)` gives grids' without computing, and `reset_parameters()` fresh weights, for callers that

@@ -48,6 +48,15 @@ class Decoder:
         return self.model.get_submodule(self.stack_at)
 
     @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()  # type: ignore[operator]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the text model's embeddings, and so of the text."""
+        return self.embedding.weight.dtype
+
+    @property
     def blocks(self) -> nn.ModuleList:
         return self.stack.get_submodule("layers")  # type: ignore[return-value]
 
