@@ -287,13 +287,17 @@ class CasaGenerativeModel(PreTrainedModel, GenerationMixin):
             cache.searched = True
         return found
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Images go in with the prompt only; with a cache, later steps find them in its state."""
         first = kwargs.get("is_first_iteration", False)
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if first and cache is not None and mask is not None:
             kwargs["next_sequence_length"] = mask.shape[1] - cache.num_text
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
         if not first and kwargs.get("use_cache", True):
             for name in IMAGE_INPUTS:
                 inputs.pop(name, None)

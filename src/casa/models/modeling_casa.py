@@ -374,8 +374,7 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
         grids = self.final_grids(grids)
         sizes = self.fusion_layers.key_sizes()
         if keys_values.shape != (count_tokens(grids), sum(2 * heads * width for heads, width in sizes)):
-            shape = tuple(keys_values.shape)
-            raise UserError(f"image_grid_thw does not describe image_keys_values of shape {shape}.")
+            raise UserError(f"image_grid_thw does not describe image_keys_values of shape {tuple(keys_values.shape)}.")
         parts = keys_values.split([heads * width for heads, width in sizes for _ in range(2)], dim=-1)
         pairs = [
             (key.unflatten(-1, size), value.unflatten(-1, size))
@@ -390,8 +389,8 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
 
     def final_grids(self, grids: Grids) -> Grids:
         """The tower's grids behind the connector and the compressor: one cell is one image token."""
-        joined = self.joined_grids(grids)
-        return joined if self.fusion.compressor is None else self.compressor.grids(joined)
+        grids = self.joined_grids(grids)
+        return grids if self.fusion.compressor is None else self.compressor.grids(grids)
 
     @can_return_tuple
     def forward(
