@@ -1,6 +1,6 @@
 """What `generate` asks of a model that has images beside its tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -248,7 +248,7 @@ class CasaGenerativeModel(PreTrainedModel, GenerationMixin):
             picked["image_positions"] = torch.tensor(shifted, device=places.device)
         return dict.fromkeys(IMAGE_INPUTS) | picked
 
-    def picked(self, images: dict[str, Tensor | None], order: Sequence[int]) -> dict[str, Tensor]:
+    def picked(self, images: Mapping[str, Tensor | None], order: Sequence[int]) -> dict[str, Tensor]:
         """Of a call's image inputs, those of the images numbered `order`; nothing if there are none."""
         grid, places = images["image_grid_thw"], images["image_positions"]
         if not order or grid is None or places is None:
