@@ -66,7 +66,7 @@ def _read(path: str, gguf_file: str | None = None, revision: str | None = None, 
     told = {name: value for name, value in (("gguf_file", gguf_file), ("revision", revision)) if value is not None}
     config = AutoConfig.from_pretrained(path, trust_remote_code=False, **told)
     kind = AutoModelForImageTextToText if issubclass(family_of(config), InsertionVLM) else AutoModelForCausalLM
-    return kind.from_pretrained(path, trust_remote_code=False, **told, **kwargs)
+    return kind.from_pretrained(path, config=config, trust_remote_code=False, **told, **kwargs)
 
 
 def unpacked(model: PreTrainedModel) -> PreTrainedModel:
