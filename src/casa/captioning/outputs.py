@@ -1,9 +1,8 @@
 """What a run leaves on disk: captions as they are said, a recording, videos made of all captions, and its state.
 
-The state lies beside the first caption file: the session, with its place in the video in the notes. It is written
-after the captions that it knows of, so whatever moment a run is killed at, the files hold at least what the state has
-said. What they hold from its last frame on is said again, in the same words: by the state what it knows was said of
-that frame, by the session the rest.
+The state is written after the captions that it knows of, so whatever moment a run is killed at, the files hold at least
+what the state has said. What they hold from its last frame on is said again, in the same words: by the state what it
+knows was said of that frame, by the session the rest.
 """
 
 import math
@@ -54,12 +53,14 @@ class Outputs:
     def __init__(self, request: CaptionRequest, resumed: bool = False, until: float | None = None) -> None:
         self._request = request
         with ExitStack() as stack:
-            self._files = [stack.enter_context(CaptionFile(path, resumed, until)) for path in request.out]
+            files = [stack.enter_context(CaptionFile(path, resumed, until)) for path in request.out]
             self._stack = stack.pop_all()
+        self._written: list[CaptionList] = [*files]
         self._all: CaptionList | None = None
         self._recorder: Recorder | None = None
         if request.can_be_read_again and request.videos:
             self._all = CaptionList()
+            self._written.append(self._all)
             for known in read_captions(request.out[0]) if resumed else ():
                 self._all.say(known.start, known.end, known.text)
         elif request.burn is not None:
@@ -89,7 +90,7 @@ class Outputs:
             lag: Seconds by which live text came later than its picture.
             seconds: When it stands on the source's own clock; None if its frame does not come again.
         """
-        for written in (*self._files, *([self._all] if self._all is not None else [])):
+        for written in self._written:
             written.say(at, at + self._request.hold, text, lag)
         if self._recorder is not None and seconds is not None:
             self._recorder.say(seconds, seconds + self._request.hold, text)
@@ -97,7 +98,7 @@ class Outputs:
     def close(self, duration: float | None) -> None:
         """Closes the files. duration: seconds of the whole, where it has an end."""
         end = duration if duration is not None and math.isfinite(duration) else None
-        for written in (*self._files, *([self._all] if self._all is not None else [])):
+        for written in self._written:
             written.close(end)
         if self._recorder is not None:
             self._recorder.close()
@@ -105,9 +106,11 @@ class Outputs:
     def make_videos(self) -> None:
         """Writes the videos that need all captions."""
         request = self._request
-        if self._all is not None and request.burn is not None:
+        if self._all is None:
+            return
+        if request.burn is not None:
             burn_captions(request.path, self._all.captions, request.burn, fps=request.fps)
-        if self._all is not None and request.track is not None:
+        if request.track is not None:
             add_subtitle_track(request.path, self._all.captions, request.track)
 
     def __enter__(self) -> Self:
@@ -230,7 +233,7 @@ class RunState:
             self.save(session)
 
     def save(self, session: StreamingSession) -> None:
-        """Saves the session and its position, as one file."""
+        """Saves the session and its position, as one file beside the first caption file."""
         if self._path is not None and self.position.seconds is not None:
             session.notes = {"run": self._identity, "place": asdict(self.position)}
             session.save(self._path)

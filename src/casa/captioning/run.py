@@ -123,8 +123,8 @@ class CaptionReport:
                 f"{count.truncated} cut short",
                 f"{lag}, {self.last_lag:.2f} s at the end",
             ]
-        slow = "this machine is too slow for that: look at fewer frames a second, or at smaller pictures"
-        told += [slow] if self.live and count.is_too_much else []
+            if count.is_too_much:
+                told.append("this machine is too slow for that: look at fewer frames a second, or at smaller pictures")
         told += [f"{count.skipped} no pictures"] if count.skipped else []
         told += [f"{self.damaged} damaged packets or frames"] if self.damaged else []
         told += [f"{self.reconnects} times connected again"] if self.reconnects else []

@@ -38,7 +38,7 @@ class Row:
     """
 
     origin: Origin
-    value: Any
+    value: object
     after: Cursor
     size: int = 0
     folder: Path = Path()
@@ -85,7 +85,7 @@ def read_jsonl(part: FilePart, cursor: Cursor, mine: Mine) -> Iterator[Row]:
                 yield part.row(number, _parsed(line), (number, offset), len(line))
 
 
-def _parsed(line: bytes) -> Any:
+def _parsed(line: bytes) -> object:
     """The value of a line, or a BadRecord."""
     try:
         return json.loads(line)

@@ -7,7 +7,7 @@ example of each.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from casa.data.pictures import RowContext
 from casa.data.record import BadRecord, Message, NoRecord, Picture, Record, Text
@@ -219,7 +219,7 @@ def interleaved(frames: Sequence[Picture], words: Sequence[Text]) -> Parts:
     return found
 
 
-def _word(entry: Any) -> Text:
+def _word(entry: object) -> Text:
     if isinstance(entry, Mapping):
         entry = [entry.get("start"), entry.get("end"), first_of(entry, "word", "text")]
     if not isinstance(entry, (list, tuple)) or len(entry) != 3:

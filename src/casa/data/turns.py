@@ -14,6 +14,8 @@ from casa.data.record import BadRecord, Message, Picture, Record, Role, Text
 
 Fields = Mapping[str, Any]
 Parts = list[Text | Picture]
+# of a message, before pictures are found: texts, and the image and video parts as they are written
+Content = list[str | Fields]
 
 TAG = "<image>"
 # what conversations call the three sides
@@ -89,9 +91,9 @@ def record_of_chat(
     """
     turns = [_turn(entry) for entry in entries]
     given = row_pictures(row, context.picture) if pictures is None else pictures
-    parts = [part for _, content, _ in turns for part in content]
-    parted = any(kind != "text" for kind, _ in parts)
-    told = parted or placed or any(tag in text for _, text in parts for tag in tags)
+    said = [part for _, content, _ in turns for part in content]
+    parted = not all(isinstance(part, str) for part in said)
+    told = parted or placed or any(tag in part for part in said for tag in tags)
     places = _Places(given if told else (), () if parted else tags)
     messages = [
         Message(role, tuple(_filled(content, places, context)), learn and number >= read)
@@ -156,7 +158,7 @@ def text_of(value: object, what: str) -> str:
     return value
 
 
-def list_of(value: object, what: str) -> Sequence[Any]:
+def list_of(value: object, what: str) -> Sequence[object]:
     """A list or tuple. Raises BadRecord."""
     if not isinstance(value, (list, tuple)):
         raise BadRecord("wrong-type", f"{what} is {_type_name(value)}, not a list.")
@@ -170,19 +172,19 @@ def seconds_of(value: object) -> float:
     return float(value)
 
 
-def first_of(row: Fields, *keys: str) -> Any:
+def first_of(row: Fields, *keys: str) -> object:
     """What the first of the keys holds that holds anything: tables fill the keys that a row lacks with null."""
     return next((row[key] for key in keys if row.get(key) is not None), None)
 
 
-def many(value: object) -> list[Any]:
+def many(value: object) -> list[object]:
     """None, one thing or a list of them, as a list: how sets write their image columns."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def column_of(row: Fields, names: Sequence[str], what: str) -> Any:
+def column_of(row: Fields, names: Sequence[str], what: str) -> object:
     """What the one column of those names holds. what: its name in settings. Raises BadRecord for none or several."""
     found = [name for name in names if row.get(name) is not None]
     if not found:
@@ -203,8 +205,8 @@ def row_pictures(row: Fields, picture: Callable[[object], Picture]) -> list[Pict
     return [picture(value) for value in several or one]
 
 
-def _turn(entry: object) -> tuple[Role, list[tuple[str, Any]], bool]:
-    """Who speaks, the content as (kind, text or part), and whether it is to be learned, if an assistant's."""
+def _turn(entry: object) -> tuple[Role, Content, bool]:
+    """Who speaks, what, and whether it is to be learned, if an assistant's."""
     if not isinstance(entry, Mapping):
         raise BadRecord("wrong-type", "A message is no object with role and content.")
     who = first_of(entry, "role", "from")
@@ -226,33 +228,30 @@ def _turn(entry: object) -> tuple[Role, list[tuple[str, Any]], bool]:
         learn = learn and bool(value)
     content = first_of(entry, "content", "value")
     if not isinstance(content, (list, tuple)):
-        return role, [("text", text_of(content, "A message's content"))], learn
-    return role, [_kind_and_value(part) for part in content], learn
+        return role, [text_of(content, "A message's content")], learn
+    return role, [_part(part) for part in content], learn
 
 
-def _kind_and_value(part: object) -> tuple[str, Any]:
-    if isinstance(part, str):
-        return "text", text_of(part, "A text part")
-    kind = part.get("type") if isinstance(part, Mapping) else "text"
-    known = _KINDS.get(kind) if isinstance(kind, str) else None
-    if known is None:
+def _part(part: object) -> str | Fields:
+    if not isinstance(part, Mapping):
+        return text_of(part, "A text part")
+    kind = part.get("type")
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise BadRecord("wrong-type", f"A part is of the type {kind!r:.40}, not text, image, image_url or video.")
-    if known == "text":
-        return known, text_of(part.get("text") if isinstance(part, Mapping) else None, "A text part")
-    return known, part
+    return text_of(part.get("text"), "A text part") if _KINDS[kind] == "text" else part
 
 
-def _filled(content: Iterable[tuple[str, Any]], places: "_Places", context: RowContext) -> Parts:
+def _filled(content: Content, places: "_Places", context: RowContext) -> Parts:
     found: Parts = []
-    for kind, part in content:
-        if kind == "text":
+    for part in content:
+        if isinstance(part, str):
             found += places.split(part)
-        elif kind == "image":
-            value = _named(part, kind)
+        elif _KINDS[part["type"]] == "image":
+            value = _named(part, "image")
             found += places.next() if value is None else [context.picture(value)]
         else:
             start, end = part.get("video_start") or 0.0, part.get("video_end")
-            path = context.path(_named(part, kind), "video")
+            path = context.path(_named(part, "video"), "video")
             found += context.frames(path, seconds_of(start), None if end is None else seconds_of(end), thin=True)
     # words in a row are one text to the model
     joined: Parts = []
@@ -264,7 +263,7 @@ def _filled(content: Iterable[tuple[str, Any]], places: "_Places", context: RowC
     return joined
 
 
-def _named(part: Fields, kind: str) -> Any:
+def _named(part: Fields, kind: str) -> object:
     """What the part names; {"url": ...} inside counts as what it names."""
     for key in _FILES[kind]:
         value = part.get(key)

@@ -1,8 +1,7 @@
 """The decoder under every source that FFmpeg reads: one opened video stream, its packets, its clock, upright pictures.
 
 Everything that can be refused is refused when it is opened, as one plain sentence. What is damaged is passed over and
-counted; `lost` says that the stream broke off (a connection, a device) rather than came to its end.
-Shapes: H, W pixels.
+counted. Shapes: H, W pixels.
 """
 
 import math
@@ -90,6 +89,11 @@ class VideoDecoder:
 
     Attributes:
         keys: A list, for whoever wants to know of key frames: each is put there before it is decoded.
+        lost: Whether the stream broke off (a connection, a device) rather than came to its end.
+        format: FFmpeg's names of the container, with commas.
+        timed: Whether the stream says when its frames appear.
+        count: Frames, as the file says; None if it does not.
+        codec: FFmpeg's name of how pictures are coded.
 
     Raises:
         UserError: It cannot be opened, or holds no video that can be shown.
@@ -127,6 +131,11 @@ class VideoDecoder:
         except BaseException:
             self._container.close()
             raise
+        self.format = self._container.format.name
+        self.timed = self.format not in UNTIMED
+        self.count = self.stream.frames or None
+        context = self.stream.codec_context
+        self.codec, self.summary = context.name, f"{context.width} x {context.height}, {context.name}"
         begin = self._container.start_time
         # None: whoever knows no beginning begins with the first frame
         self._begin = begin / av.time_base if begin is not None else None
@@ -165,39 +174,14 @@ class VideoDecoder:
         return decoder
 
     @property
-    def format(self) -> str:
-        """FFmpeg's names of the container, with commas."""
-        return self._container.format.name
-
-    @property
     def begin(self) -> float:
         """What the stream's own clock says at second 0."""
         return self._begin or 0.0
 
     @property
-    def codec(self) -> str:
-        """FFmpeg's name of how pictures are coded."""
-        return self.stream.codec_context.name
-
-    @property
-    def count(self) -> int | None:
-        """Frames, as the file says; None if it does not."""
-        return self.stream.frames or None
-
-    @property
-    def timed(self) -> bool:
-        """Whether the stream says when its frames appear."""
-        return self.format not in UNTIMED
-
-    @property
     def size(self) -> int:
         """Bytes of the whole, 0 where nobody knows."""
         return max(0, int(self._container.size))
-
-    @property
-    def summary(self) -> str:
-        context = self.stream.codec_context
-        return f"{context.width} x {context.height}, {context.name}"
 
     def __enter__(self) -> Self:
         return self
