@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,14 @@ def provenance(device: str = "cpu", model: str | Path | None = None) -> dict[str
     """
     import torch
 
+    versions = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     facts = {
         "commit": commit(),
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "versions": versions,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -58,10 +63,3 @@ def commit() -> str | None:
 def _git(folder: Path, *arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

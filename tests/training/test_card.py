@@ -2,7 +2,7 @@
 
 import json
 
-from casa.training.card import count_bad
+from casa.training.run import count_bad
 
 
 def test_reports_of_all_readers_are_added_up(tmp_path):

@@ -2,8 +2,8 @@
 
 import json
 
-from casa.training.card import COUNTED, made_of_records, trained_on
 from casa.training.packed_dataset import DataPosition, PackedBatch
+from casa.training.run import COUNTED, made_of_records, trained_on
 
 
 def batch(reader, samples, **counts):

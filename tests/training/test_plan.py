@@ -42,7 +42,7 @@ def test_every_recipe_has_a_plan_and_a_first_batch(shipped, made, tmp_path):
     console.print(plan_tables(plan))
     told = console.export_text()
     assert f"{recipe.optimisation.steps:,}: {recipe.optimisation.warmup_steps:,} rising" in told
-    assert sum(source.share for source in plan.sources) == pytest.approx(1)
+    assert plan.files == [1] * len(recipe.data.sources)
     rates = {name: rate for name, rate, _ in plan.groups}
     assert rates.get("frozen") is None
     assert rates.get("muon", 0) == recipe.optimisation.muon_lr
@@ -54,7 +54,7 @@ def test_every_recipe_has_a_plan_and_a_first_batch(shipped, made, tmp_path):
         assert only_matrices or "insertion" in recipe.name
     assert ("frozen" in rates) == (recipe.optimisation.trainable != "all" or bool(recipe.optimisation.frozen))
     page = tmp_path / "batch.html"
-    batch = show_first_pack(recipe, outline(recipe), page)
+    batch = show_first_pack(recipe, page)
     assert batch.facts["text_tokens"] <= recipe.packing.budget.text
     shown = page.read_text(encoding="utf-8")
     assert f"{recipe.name}: the first packed batch" in shown

@@ -12,7 +12,7 @@ from casa.training import checkpoints
 from casa.training.config import parse_recipe
 from casa.training.models import load_model, outline
 from casa.training.optimizer import checkpoint_bytes, final_bytes
-from casa.training.preflight import check_run
+from casa.training.plan import check_run
 from casa.training.run import train
 
 
@@ -114,9 +114,9 @@ def test_room_for_all_checkpoints_is_looked_for_at_the_start(values, refused, tm
     # the first checkpoint is what it was said to be
     monkeypatch.undo()
     found = {}
-    monkeypatch.setattr(checkpoints, "check_room", lambda folder, step, needed: found.update({step: needed}))
+    monkeypatch.setattr(checkpoints, "check_room", lambda folder, needed, what, _: found.update({what: needed}))
     train(recipe, tmp_path / "run")
-    assert found[1] == pytest.approx(each, rel=0.02)
+    assert found["The checkpoint of step 1 needs"] == pytest.approx(each, rel=0.02)
     written = sum(path.stat().st_size for path in (tmp_path / "run" / "final").glob("*.safetensors"))
     assert written == pytest.approx(result, rel=0.1)
 

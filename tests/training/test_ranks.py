@@ -12,11 +12,11 @@ import torch
 
 from casa import CasaForConditionalGeneration, CasaProcessor
 from casa.testing import PATIENCE
-from casa.training.card import made_of_records, trained_on
 from casa.training.checkpoints import saved_checkpoints
 from casa.training.fsdp import read_whole, stored_tensors
 from casa.training.models import export_checkpoint
 from casa.training.packed_dataset import PackedDataset
+from casa.training.run import made_of_records, trained_on
 
 STEPS = 4
 SCRIPT = Path(__file__).with_name("two_ranks.py")

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from casa.errors import UserError
 from casa.training import checkpoints
+from casa.training.callbacks import SpikeDetector
 from casa.training.checkpoints import newest_checkpoint, saved_checkpoints
 from casa.training.config import LoraSettings, SpikeSettings
 from casa.training.models import with_lora
-from casa.training.monitor import SpikeDetector
 
 
 def names(folder):

@@ -8,7 +8,7 @@ from PIL import Image
 from rich.console import Console
 
 from casa.training.callbacks import ProgressCallback, figures_line
-from casa.training.card import draw_curve
+from casa.training.run import draw_curve
 
 LOG = {
     "loss": 1.23456,

@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from casa.training.card import made_of_records, trained_on
 from casa.training.checkpoints import of_all_ranks
+from casa.training.run import made_of_records, trained_on
 
 STEPS = 4
 CHOICE = {"steps": STEPS, "gradient_accumulation_steps": 1, "save_every": 2, "ema_decay": 0.9, "max_grad_norm": 0.5}

@@ -37,14 +37,16 @@ def train(
         raise UserError("--report is for --dry-run; add it, or leave --report out.")
     changes = [*(set_ or ()), *(["data.strict=true"] if strict else [])]
     folder = out if out is not None else Path("runs") / recipe.stem
-    _quiet()
-    if dry_run:
-        page = report if report is not None else Path(f"{recipe.stem}-first-batch.html")
-        _plan(recipe, changes, folder, resume, page)
-        return
     import casa
+    from casa.models.loading import quietly
 
-    final = casa.train(recipe, folder, resume, changes=changes, report=_tell)
+    # transformers' own bars and reports are left out: casa shows its own
+    with quietly(reports=False):
+        if dry_run:
+            page = report if report is not None else Path(f"{recipe.stem}-first-batch.html")
+            _plan(recipe, changes, folder, resume, page)
+            return
+        final = casa.train(recipe, folder, resume, changes=changes, report=_tell)
     if final is not None and int(os.environ.get("RANK", "0")) == 0:
         print(final)
 
@@ -58,16 +60,13 @@ def _plan(file: Path, changes: list[str], folder: Path, resume: bool, report: Pa
     from casa.data.html_report import check_report_path
     from casa.pipeline import task_scores
     from casa.training.config import open_recipe
-    from casa.training.models import outline
-    from casa.training.plan import make_plan, plan_tables, show_first_pack
-    from casa.training.preflight import check_run
+    from casa.training.plan import check_run, make_plan, plan_tables, show_first_pack
     from casa.training.run import check_folder
 
     recipe = open_recipe(file, changes)
     check_writable(report)
     check_report_path(report)
-    shown = console(width=140)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    shown, processes = console(width=140), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         check_folder(recipe, folder, resume)
     except UserError as error:
@@ -79,20 +78,12 @@ def _plan(file: Path, changes: list[str], folder: Path, resume: bool, report: Pa
     check_run(recipe, folder, resume=resume, processes=processes, on_message=_tell)
     plan = make_plan(recipe, processes)
     shown.print(plan_tables(plan))
-    batch = show_first_pack(recipe, outline(recipe), report, on_message=_tell)
+    batch = show_first_pack(recipe, report, on_message=_tell)
     facts = batch.facts
     shown.print(
         f"\nThe first pack has {facts['samples']:,} samples, {facts['images']:,} pictures, {facts['image_tokens']:,} "
         f"image and {facts['text_tokens']:,} text tokens, {facts['learned']:,} of them learned: shown in {report}"
     )
-
-
-def _quiet() -> None:
-    """transformers' own bars and reports are left out: casa shows its own."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def export(

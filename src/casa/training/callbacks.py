@@ -1,23 +1,34 @@
-"""What is seen of a run: scores now and then, a line of progress, TensorBoard and Weights & Biases."""
+"""What is looked at in a run: losses that jump, figures per second, scores now and then, a line of progress, curves."""
 
+import json
+import math
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import wait_for_everyone
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from casa.atomic import replacing, write_text
 from casa.errors import UserError
-from casa.training.checkpoints import any_rank, wait_for_all
-from casa.training.packed_dataset import PackedDataset
-from casa.training.trainer import CasaTrainer
+from casa.memory import max_memory_allocated
+from casa.training.checkpoints import any_rank, mean_over_ranks
+from casa.training.config import SpikeSettings
+from casa.training.packed_dataset import PackedBatch, PackedDataset
+
+if TYPE_CHECKING:
+    from casa.training.trainer import CasaTrainer
 
 Evaluate = Callable[[Any, Any], dict[str, float]]
 """From a model and its processor to scores by name."""
@@ -25,22 +36,110 @@ Evaluate = Callable[[Any, Any], dict[str, float]]
 _REMEDY = {"tensorboard": "install casa-vlm[train]", "wandb": "pip install wandb"}
 
 
+class SpikeDetector:
+    """Remembers recent losses, and compares the next one with them before the weights are changed."""
+
+    def __init__(self, settings: SpikeSettings) -> None:
+        self._settings = settings
+        self.recent: deque[float] = deque(maxlen=settings.window)
+
+    def fault(self, loss: float) -> str | None:
+        """What is wrong with this step's loss, or None; only a loss with nothing wrong is remembered."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        settings = self._settings
+        if settings.factor is not None and len(self.recent) >= settings.window // 2:
+            usual = median(self.recent)
+            if loss > settings.factor * usual and loss > usual + settings.min_increase:
+                return f"the loss jumped to {loss:.4g}, from about {usual:.4g}"
+        self.recent.append(loss)
+        return None
+
+
+def save_for_inspection(
+    folder: Path, step: int, rank: int, batches: Sequence[PackedBatch], **why: str | float | list[float] | None
+) -> Path:
+    """Writes the batches of a step that went wrong, and returns their folder.
+
+    run/inspect-412/batch-0-0.safetensors     process 0, its first batch: what the model was called with
+    run/inspect-412/facts-0.json              why, recent losses, and where its records were read
+    """
+    place = folder / f"inspect-{step}"
+    place.mkdir(parents=True, exist_ok=True)
+    for number, batch in enumerate(batches):
+        with replacing(place / f"batch-{rank}-{number}.safetensors") as part:
+            save_file({name: tensor.contiguous().clone() for name, tensor in batch.inputs.items()}, part)
+    taken = [{**batch.facts, "records": list(batch.origins)} for batch in batches]
+    write_text(place / f"facts-{rank}.json", json.dumps({"step": step, **why, "batches": taken}, indent=2) + "\n")
+    return place
+
+
+class Throughput:
+    """What a run does per second, how full its packs are and what memory it takes, of all processes together."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Counts from now on."""
+        self._taken: Counter[str] = Counter()
+        self._since, self._paused = time.monotonic(), 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, time does not count: for what is no training."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - began
+
+    def add(self, batches: Sequence[PackedBatch]) -> None:
+        """Counts the batches of a step."""
+        for batch in batches:
+            if batch.facts:
+                self._taken.update({"packs": 1, **batch.facts})
+
+    def figures(self, dataset: PackedDataset, args: TrainingArguments) -> dict[str, float]:
+        """Since the last call, or since the beginning; nothing without a step between.
+
+        Returns:
+            text_tokens_per_second and images_per_second; packed_text and packed_image, the share of the packs' budgets
+            that is filled; memory_gib, the most that was held so far (of the first process: GPU memory, or the host's
+            without a GPU).
+        """
+        taken, packs = self._taken, self._taken["packs"]
+        if not packs:
+            return {}
+        seconds = max(1e-9, time.monotonic() - self._since - self._paused)
+        budget = dataset.settings.budget
+        found = {
+            "text_tokens_per_second": args.world_size * taken["text_tokens"] / seconds,
+            "images_per_second": args.world_size * taken["images"] / seconds,
+            "packed_text": taken["text_tokens"] / (packs * budget.text),
+            "packed_image": taken["image_tokens"] / (packs * budget.image),
+        }
+        self.begin()
+        found = {name: mean_over_ranks(value, args.device) for name, value in found.items()}
+        return {**found, "memory_gib": max_memory_allocated(args.device) / 2**30}
+
+
 class EvaluationCallback(TrainerCallback):
     """Every `every` steps and at the end (0: never), on the first process, with averaged weights if there are any.
 
     Random numbers, modes and gradients are left as they were. An end is the last step, or that of the data; where
-    SIGTERM breaks a run off, there is no time to measure: what has begun is finished, nothing more is begun, and scores
-    that are not all there are not noted. Give `trainer` before training begins.
+    SIGTERM breaks a run off, what has begun is finished, nothing more is begun, and scores that are not all there are
+    not noted. Give `trainer` before training begins.
 
     Args:
-        held_out: packs whose answers' mean loss is logged as `eval_loss`; the first `packs` of them at each time.
-        evaluate: gives further scores, logged as `eval_NAME`.
+        held_out: Packs whose answers' mean loss is logged as `eval_loss`; the first `packs` of them at each time.
+        evaluate: Gives further scores, logged as `eval_NAME`.
 
     Attributes:
-        scores: the last ones, by name.
+        scores: The last ones, by name.
     """
 
-    trainer: CasaTrainer
+    trainer: "CasaTrainer"
 
     def __init__(
         self,
@@ -53,22 +152,18 @@ class EvaluationCallback(TrainerCallback):
         self.scores: dict[str, float] = {}
         self._measured = 0  # the step of these scores
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """What a checkpoint's log says of its own step need not be measured again."""
         for entry in state.log_history:
-            found = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+            found = _evaluated(entry)
             if self._every and found and entry["step"] == state.global_step:
                 self.scores, self._measured = found, state.global_step
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._every and (state.global_step % self._every == 0 or state.global_step >= state.max_steps):
             self._note(state, control)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._every and self._measured != state.global_step:
             self._note(state, control)
 
@@ -82,7 +177,7 @@ class EvaluationCallback(TrainerCallback):
             # weights that are spread over processes are gathered by all of them, for the same inputs
             if state.is_world_process_zero or trainer.sharded:
                 scores = self.measure()
-            wait_for_all()
+            wait_for_everyone()
         # a signal that came meanwhile must not wait for another step
         trainer.heed_stop(control)
         if scores is None:
@@ -106,18 +201,16 @@ class EvaluationCallback(TrainerCallback):
             around.enter_context(trainer.accelerator.autocast())
             if trainer.ema is not None:
                 around.enter_context(trainer.ema.in_place())
+            around.callback(model.train, was_training)
             model.eval()
-            try:
-                if self._held_out is not None:
-                    found["loss"] = self._loss(model, self._held_out())
-                if self._evaluate is not None:
-                    asked = trainer.stop_signal.received
-                    # where all processes measure, they stop together
-                    if any_rank(asked, trainer.args.device) if trainer.sharded else asked:
-                        return None
-                    found |= self._evaluate(model, trainer.processor)
-            finally:
-                model.train(was_training)
+            if self._held_out is not None:
+                found["loss"] = self._loss(model, self._held_out())
+            if self._evaluate is not None:
+                asked = trainer.stop_signal.received
+                # where all processes measure, they stop together
+                if any_rank(asked, trainer.args.device) if trainer.sharded else asked:
+                    return None
+                found |= self._evaluate(model, trainer.processor)
         return found
 
     def _loss(self, model: Any, dataset: PackedDataset) -> float:
@@ -129,6 +222,11 @@ class EvaluationCallback(TrainerCallback):
             total += float(model(**inputs, use_cache=False).loss) * learned
             count += learned
         return total / count if count else float("nan")
+
+
+def _evaluated(entry: dict[str, float]) -> dict[str, float]:
+    """The scores in a line of the log, by name."""
+    return {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
 
 
 class ProgressCallback(TrainerCallback):
@@ -146,9 +244,7 @@ class ProgressCallback(TrainerCallback):
         self._task = TaskID(0)
         self._began, self._first = 0.0, 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._began, self._first = time.monotonic(), state.global_step
         if not state.is_world_process_zero or not self._console.is_terminal:
             return
@@ -163,32 +259,28 @@ class ProgressCallback(TrainerCallback):
         self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, figures="")
         self._bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         if logs is None or not state.is_world_process_zero:
             return
-        measured = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
-        if measured:
+        if measured := _evaluated(logs):
             names = {"loss": "held-out loss"}
             told = "  ".join(f"{names.get(key, key)} {value:.4g}" for key, value in measured.items())
             self._console.print(f"step {state.global_step:,}: {told}")
         elif "loss" in logs and self._bar is not None:
             self._bar.update(self._task, figures=figures_line(logs))
         elif "loss" in logs:
-            left = self._left(state)
-            self._console.print(f"step {state.global_step:,} of {state.max_steps:,}: {figures_line(logs)}  {left}")
+            done = max(1, state.global_step - self._first)
+            left = (time.monotonic() - self._began) / done * (state.max_steps - state.global_step)
+            told = f"{left / 3600:.1f} h left" if left >= 5400 else f"{left / 60:.0f} min left"
+            self._console.print(f"step {state.global_step:,} of {state.max_steps:,}: {figures_line(logs)}  {told}")
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._bar is not None:
             self._bar.update(self._task, description=f"saved {state.global_step:,}")
 
@@ -197,11 +289,6 @@ class ProgressCallback(TrainerCallback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-    def _left(self, state: TrainerState) -> str:
-        done = state.global_step - self._first
-        seconds = (time.monotonic() - self._began) / max(1, done) * (state.max_steps - state.global_step)
-        return f"{seconds / 3600:.1f} h left" if seconds >= 5400 else f"{seconds / 60:.0f} min left"
 
 
 def figures_line(logs: dict[str, float]) -> str:
@@ -231,20 +318,15 @@ def reporters(names: Sequence[str], out: Path) -> list[TrainerCallback]:
     """Callbacks that send logs to each: TensorBoard into out/tensorboard, Weights & Biases online.
 
     Raises:
-        UserError: one is not installed.
+        UserError: One is not installed.
     """
     check_reporters(names)
-    found: list[TrainerCallback] = []
-    for name in dict.fromkeys(names):
-        # transformers loads them only where a run asks for them
-        if name == "tensorboard":
-            from transformers.integrations import TensorBoardCallback
+    # transformers loads them only where a run asks for them
+    from transformers.integrations import TensorBoardCallback
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-            board = TensorBoardCallback()
-            board.logging_dir = str(out / "tensorboard")
-            found.append(board)
-        else:
-            from transformers.integrations import WandbCallback
-
-            found.append(WandbCallback())
+    found: list[TrainerCallback] = [kind() for kind in get_reporting_integration_callbacks(list(dict.fromkeys(names)))]
+    for callback in found:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = str(out / "tensorboard")
     return found

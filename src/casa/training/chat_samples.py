@@ -150,11 +150,11 @@ def _notes(
 
 def chat_tokens(messages: Sequence[Message], processor: CasaProcessor, stop: AnswerStop) -> ChatTokens:
     """Raises BadRecord if nothing is answered, or if text and pictures do not fit the template."""
-    last = max((number for number, message in enumerate(messages) if _is_learned(message)), default=None)
-    if last is None:
+    answers = [number for number, m in enumerate(messages) if m.role == "assistant" and m.learn and _words(m)]
+    if not answers:
         raise BadRecord("empty-answer", "No assistant says anything: there is nothing to learn.")
     # what follows the last answer is read by nobody
-    messages = messages[: last + 1]
+    messages = messages[: answers[-1] + 1]
     prompt, rest = _cut(messages, processor, stop)
     typed = processor.typed_text
     encoding = typed.encode_spelled(prompt.text)
@@ -240,8 +240,7 @@ def _cut(messages: Sequence[Message], processor: CasaProcessor, stop: AnswerStop
     """
     typed = processor.typed_text
     whole = _render(messages, processor, False)
-    answers = sum(bool(isinstance(part, Text) and part.text.strip()) for part in messages[-1].parts)
-    spans = whole.spans[-answers:]
+    spans = whole.spans[-len(_words(messages[-1])) :]
     if not spans:
         raise BadRecord("broken-text", "The model's chat template leaves the last answer out.")
     start, words = spans[0][0], spans[-1][1]
@@ -301,10 +300,9 @@ def _shared(one: str, other: str) -> int:
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _is_learned(message: Message) -> bool:
-    """Whether a message is an answer that is to be learned, and holds words."""
-    said = (part.text for part in message.parts if isinstance(part, Text))
-    return message.role == "assistant" and message.learn and any(text.strip() for text in said)
+def _words(message: Message) -> list[str]:
+    """The texts of a message that hold words."""
+    return [part.text for part in message.parts if isinstance(part, Text) and part.text.strip()]
 
 
 def _say(role: Role, words: str) -> Message:
@@ -329,7 +327,7 @@ def live_tokens(messages: Sequence[Message], processor: CasaProcessor, stop: Ans
         if message.role != "assistant":
             if any(isinstance(part, Picture) for part in message.parts):
                 raise BadRecord("wrong-type", "A user shows pictures among live frames: make two records of it.")
-            asked += [part.text for part in message.parts if isinstance(part, Text) and part.text.strip()]
+            asked += _words(message)
             continue
         if not message.learn:
             raise BadRecord("unfollowed-field", "Captions are all learned: leave those out that are not to be.")

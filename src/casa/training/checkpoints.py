@@ -18,10 +18,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
-import torch.distributed as dist
+from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
 from casa.errors import UserError
@@ -63,23 +63,21 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def check_room(folder: Path, step: int, needed: int) -> None:
-    """Raises UserError if `needed` bytes will not fit, while everything on the disk is still as it was."""
+def check_room(folder: Path, needed: int, what: str, remedy: str) -> None:
+    """Refuses to begin what will not fit, while everything on the disk is still as it was.
+
+    Args:
+        needed: Bytes.
+        what: Is to be written: the beginning of the sentence, such as "The checkpoints of this run need".
+        remedy: Its end.
+
+    Raises:
+        UserError: There is less room.
+    """
     free = free_bytes(folder)
     if free < needed + _BESIDE:
         raise UserError(
-            f"The checkpoint of step {step} needs {_size(needed + _BESIDE)}, and {folder} has {_size(free)} free: "
-            f"free some space, then resume ({_kept(folder)})."
-        )
-
-
-def check_room_at_start(folder: Path, needed: int, each: int) -> None:
-    """Raises UserError if a run's checkpoints, of `each` bytes, and its result, all `needed` bytes, will not fit."""
-    free = free_bytes(folder)
-    if free < needed + _BESIDE:
-        raise UserError(
-            f"The checkpoints of this run ({_size(each)} each) and its model need {_size(needed + _BESIDE)}, and "
-            f"{folder} has {_size(free)} free: free some space, keep fewer, or train elsewhere."
+            f"{what} {size_in_words(needed + _BESIDE)}, and {folder} has {size_in_words(free)} free: {remedy}."
         )
 
 
@@ -96,9 +94,7 @@ def reporting_full_disks(folder: Path, name: str) -> Iterator[None]:
         if cause is None and "No space left" not in str(error) and "unexpected pos" not in str(error):
             raise
         shutil.rmtree(unfinished(folder, name), ignore_errors=True)
-        raise UserError(
-            f"The disk of {folder} was full before {name} was whole: free some space, then resume ({_kept(folder)})."
-        ) from error
+        raise UserError(f"The disk of {folder} was full before {name} was whole: {how_to_resume(folder)}.") from error
 
 
 def publish(folder: Path, name: str) -> None:
@@ -130,9 +126,10 @@ def clear_unfinished(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _kept(folder: Path) -> str:
+def how_to_resume(folder: Path) -> str:
+    """What to do about a full disk."""
     last = newest_checkpoint(folder)
-    return f"{last.name} is kept" if last is not None else "there is none yet"
+    return f"free some space, then resume ({f'{last.name} is kept' if last is not None else 'there is none yet'})"
 
 
 def _set_aside(path: Path) -> Path:
@@ -151,7 +148,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _size(count: int) -> str:
+def size_in_words(count: int) -> str:
+    """Bytes in MiB or GiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
@@ -228,39 +226,17 @@ class StopSignal:
             signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
-def several_processes() -> bool:
-    """Whether the run has more than this one. What follows must be called by all of them."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether it holds on any process."""
-    if not several_processes():
-        return flag
-    held = torch.tensor(int(flag), device=device)
-    dist.all_reduce(held, op=dist.ReduceOp.MAX)
-    return bool(held)
+    """Whether it holds on any process; all of them must ask, as for what follows."""
+    return bool(cast(Tensor, reduce(torch.tensor(int(flag), device=device), "sum")))
 
 
 def mean_over_ranks(value: float, device: torch.device) -> float:
     """The mean of the processes' values."""
-    if not several_processes():
-        return value
-    held = torch.tensor(value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
-    dist.all_reduce(held)
-    return float(held) / dist.get_world_size()
+    kind = torch.float64 if device.type == "cpu" else torch.float32
+    return float(cast(Tensor, reduce(torch.tensor(value, dtype=kind, device=device), "mean")))
 
 
 def of_all_ranks(value: T) -> list[T]:
     """Every process's value, in the order of their ranks. For what is small: it is pickled."""
-    if not several_processes():
-        return [value]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
-
-
-def wait_for_all() -> None:
-    """Returns when all processes have come here."""
-    if several_processes():
-        dist.barrier()
+    return gather_object([value])

@@ -36,16 +36,15 @@ class PackCollator:
         position_ids  0 1 2 3 4 0 1 2      restart with every sample: that is how samples are kept apart
         labels        - - - a a - b b      answers only; the first token of a sample is never one
 
-    Args:
-        blank: A batch without a picture gets a blank one, in a sample of one token that nothing is learned from, so
-            that every parameter takes part in every step (distributed training waits for all gradients of all ranks).
+    A batch without a picture gets a blank one, in a sample of one token that nothing is learned from, so that every
+    parameter takes part in every step (distributed training waits for all gradients of all ranks).
 
     Attributes:
         cache: Gives a picture's image tokens in place of its pixels.
     """
 
-    def __init__(self, processor: CasaProcessor, *, fold: int | None = None, blank: bool = True) -> None:
-        self.processor, self.fold, self.blank = processor, fold, blank
+    def __init__(self, processor: CasaProcessor, *, fold: int | None = None) -> None:
+        self.processor, self.fold = processor, fold
         self.cache: FeatureCache | None = None
         self._grids = PictureGrids(processor.image_processor, fold)
 
@@ -100,22 +99,20 @@ class PackCollator:
             labels += [IGNORE_INDEX, *learned[1:]]
             positions += range(len(sample.ids))
             ids += sample.ids
-        if not pictures and self.blank:
+        if not pictures:
             places.append((0, len(ids)))
             ids.append(ids[-1] if ids else 0)
             positions.append(0)
             labels.append(IGNORE_INDEX)
             blank = self._pixels(Image.new("RGB", (32, 32)), 1)
             pictures = [blank if self.cache is None else self.cache.encoded(blank)]
-        batch = {
+        return {
             "input_ids": torch.tensor([ids]),
             "position_ids": torch.tensor([positions]),
             "labels": torch.tensor([labels]),
+            "image_positions": torch.tensor(places),
+            **{name: torch.cat([picture[name] for picture in pictures]) for name in pictures[0]},
         }
-        if pictures:
-            batch["image_positions"] = torch.tensor(places)
-            batch |= {name: torch.cat([picture[name] for picture in pictures]) for name in pictures[0]}
-        return batch
 
 
 class FeatureCache:

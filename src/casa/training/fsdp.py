@@ -21,10 +21,11 @@ Any number of processes can read what another number has written. The files are 
 import json
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -41,18 +42,14 @@ from casa.models import CasaForConditionalGeneration
 from casa.models.adapt import encoder_blocks
 from casa.models.loading import UNREADABLE, sentence_of
 
+if TYPE_CHECKING:
+    from casa.training.checkpoints import Ema
+
 FOLDER = "sharded"
 _PROCESSES = "processes.json"
 _WEIGHTS, _AVERAGE, _AVERAGE_STEPS = "weights/", "average/", "average_steps"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _ENTRY, _ATTENTION = "input_layernorm", "self_attn"
-
-
-class RunningAverage(Protocol):
-    """What is saved of an average of the weights."""
-
-    average: dict[str, Tensor]
-    steps: int
 
 
 def sharded_groups(model: CasaForConditionalGeneration) -> list[list[nn.Module]]:
@@ -94,7 +91,7 @@ def shard_model(model: nn.Module, device: torch.device, compute: torch.dtype | N
     if not isinstance(model, CasaForConditionalGeneration):
         raise UserError("sharding: fsdp takes a whole CASA model; LoRA leaves little to spread: use sharding: ddp.")
     if not (dist.is_available() and dist.is_initialized()):
-        raise UserError("sharding: fsdp needs processes to spread over: start with torchrun --nproc-per-node.")
+        raise UserError("sharding: fsdp needs processes to spread over: start with torchrun.")
     groups = sharded_groups(model)
     _agree(model, device)
     widest = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)
@@ -128,7 +125,7 @@ def reshard(model: nn.Module) -> None:
 
 def gathered(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     """Whole weights in host memory, on the process that keeps them; one by one, so that no other ever holds all."""
-    found = {}
+    found: dict[str, Tensor] = {}
     reshard(model)
     for name, value in model.state_dict().items():
         whole = full_tensor(value)
@@ -147,36 +144,28 @@ def has_shards(checkpoint: Path) -> bool:
     return (checkpoint / FOLDER).is_dir()
 
 
-def write_shards(checkpoint: Path, model: nn.Module, optimizer: Optimizer, ema: RunningAverage | None = None) -> None:
+def write_shards(checkpoint: Path, model: nn.Module, optimizer: Optimizer, ema: "Ema | None" = None) -> None:
     """Writes all of a run's tensors; every process must call."""
     reshard(model)
-    tensors = _weights_of(model)
+    tensors = _weights_of(model, ema)
     for name, parameter in model.named_parameters():
         for moment, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{moment}/{name}"] = value
-    if ema is not None:
-        tensors |= {_AVERAGE + name: average for name, average in ema.average.items()}
-        tensors[_AVERAGE_STEPS] = torch.tensor(ema.steps)
-    folder = checkpoint / FOLDER
-    alone = not dist.is_initialized()
-    with warnings.catch_warnings():
-        _expect_one_process()
-        dcp.save(
-            tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True), no_dist=alone
-        )
+    folder, alone = checkpoint / FOLDER, not dist.is_initialized()
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with _one_process_expected():
+        dcp.save(tensors, storage_writer=writer, no_dist=alone)
     if alone or dist.get_rank() == 0:
         write_text(folder / _PROCESSES, json.dumps(1 if alone else dist.get_world_size()))
 
 
-def read_weights(checkpoint: Path, model: nn.Module, ema: RunningAverage | None = None) -> None:
+def read_weights(checkpoint: Path, model: nn.Module, ema: "Ema | None" = None) -> None:
     """Puts the weights, and the averages if there are any, back where they were; every process must call."""
     reshard(model)
-    tensors, stored = _weights_of(model), stored_tensors(checkpoint)
-    if ema is not None and _AVERAGE_STEPS in stored:
-        tensors |= {_AVERAGE + name: average for name, average in ema.average.items()}
-        tensors[_AVERAGE_STEPS] = torch.tensor(0)
+    averaged = ema is not None and _AVERAGE_STEPS in stored_tensors(checkpoint)
+    tensors = _weights_of(model, ema if averaged else None)
     _load(tensors, checkpoint)
-    if ema is not None and _AVERAGE_STEPS in tensors:
+    if ema is not None and averaged:
         ema.steps = int(tensors[_AVERAGE_STEPS])
 
 
@@ -198,10 +187,10 @@ def read_whole_weights(checkpoint: Path, average: bool = False) -> dict[str, Ten
     """All weights by name, whole, in one process without others.
 
     Args:
-        average: the running averages where there are any.
+        average: The running averages where there are any.
 
     Raises:
-        UserError: there are no averages.
+        UserError: There are no averages.
     """
     stored = stored_tensors(checkpoint)
     chosen = {name.removeprefix(_WEIGHTS): name for name in stored if name.startswith(_WEIGHTS)}
@@ -210,18 +199,15 @@ def read_whole_weights(checkpoint: Path, average: bool = False) -> dict[str, Ten
         if not averages:
             raise UserError(f"{checkpoint} holds no running average: export its last weights.")
         chosen |= averages
-    tensors = read_whole(checkpoint, chosen.values())
+    tensors = read_whole(checkpoint, {key: stored[key] for key in chosen.values()})
     # averages are kept wider than weights may be; each goes as soon as it is narrowed
     return {name: tensors.pop(key).to(stored[_WEIGHTS + name].properties.dtype) for name, key in chosen.items()}
 
 
-def read_whole(checkpoint: Path, keys: Iterable[str]) -> dict[str, Tensor]:
-    """Whole tensors by their keys, in one process without others."""
-    stored = stored_tensors(checkpoint)
-    tensors = {key: torch.empty(stored[key].size, dtype=stored[key].properties.dtype) for key in keys}
-    with warnings.catch_warnings():
-        _expect_one_process()
-        _load(tensors, checkpoint, alone=True)
+def read_whole(checkpoint: Path, stored: Mapping[str, TensorStorageMetadata]) -> dict[str, Tensor]:
+    """Whole tensors by their keys, of those that `stored_tensors` tells of, in one process without others."""
+    tensors = {key: torch.empty(tensor.size, dtype=tensor.properties.dtype) for key, tensor in stored.items()}
+    _load(tensors, checkpoint, alone=True)
     return tensors
 
 
@@ -233,18 +219,21 @@ def stored_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
         found: dict[str, Any] = dict(dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
     except (*UNREADABLE, ValueError, KeyError) as error:
         raise UserError(f"{folder} is damaged ({sentence_of(error)}): take another checkpoint.") from error
-    parts = (sum(math.prod(chunk.sizes) for chunk in tensor.chunks) for tensor in found.values())
-    gaps = any(held != math.prod(tensor.size) for held, tensor in zip(parts, found.values(), strict=True))
+    gaps = any(sum(math.prod(part.sizes) for part in one.chunks) != math.prod(one.size) for one in found.values())
     if gaps or len(list(folder.glob("*.safetensors"))) != written:
         raise UserError(f"{folder} lacks a part of its tensors: take another checkpoint.")
     return found
 
 
-def _weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by key; tied parameters once, under their first name."""
+def _weights_of(model: nn.Module, ema: "Ema | None") -> dict[str, Tensor]:
+    """Parameters, saved buffers and averages by key; tied parameters once, under their first name."""
     found = {_WEIGHTS + name: parameter.detach() for name, parameter in model.named_parameters()}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return found | {_WEIGHTS + name: value for name, value in model.state_dict().items() if name not in parameters}
+    found |= {_WEIGHTS + name: value for name, value in model.state_dict().items() if name not in parameters}
+    if ema is not None:
+        found |= {_AVERAGE + name: average for name, average in ema.average.items()}
+        found[_AVERAGE_STEPS] = torch.tensor(ema.steps)
+    return found
 
 
 def _load(tensors: dict[str, Tensor], checkpoint: Path, alone: bool = False) -> None:
@@ -254,7 +243,8 @@ def _load(tensors: dict[str, Tensor], checkpoint: Path, alone: bool = False) -> 
     """
     folder = checkpoint / FOLDER
     try:
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)
+        with _one_process_expected():
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)
     # a BaseException, in which torch wraps what any of the processes has raised
     except dcp.CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
@@ -263,6 +253,9 @@ def _load(tensors: dict[str, Tensor], checkpoint: Path, alone: bool = False) -> 
         raise UserError(f"{folder} cannot be read ({sentence_of(cause)}): take another checkpoint.") from error
 
 
-def _expect_one_process() -> None:
-    # that it works without other processes, which is what was asked for
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+@contextmanager
+def _one_process_expected() -> Iterator[None]:
+    """Inside, torch does not warn that it works without other processes, where that was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

@@ -10,6 +10,7 @@ Liu et al., arXiv 2502.16982 (scale 0.2 sqrt(max side), which lets it share Adam
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -36,15 +37,6 @@ def is_new(name: str) -> bool:
 def below_lora(model: Any) -> Any:
     """The CasaForConditionalGeneration itself, which peft may have wrapped."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def written_weights(model: Any) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model: all of it or, under LoRA, the adapters and what is trained whole."""
-    if below_lora(model) is model:
-        return model.state_dict()
-    from peft import get_peft_model_state_dict
-
-    return get_peft_model_state_dict(model)
 
 
 def choose_trained(model: Any, settings: OptimisationSettings) -> None:
@@ -95,17 +87,16 @@ def parameter_groups(model: nn.Module, settings: OptimisationSettings) -> list[d
             unused.pop(pattern, None)
         if not parameter.requires_grad:
             continue
-        label, lr = _label_and_lr(name, parameter, pattern, settings)
+        if pattern is not None:
+            label, lr = pattern, settings.lr_overrides[pattern]
+        elif settings.muon_lr and is_inner(name, parameter):
+            label, lr = MUON, settings.muon_lr
+        else:
+            label, lr = ("new", settings.new_lr) if is_new(name) else ("existing", settings.existing_lr)
         decays = parameter.ndim > 1
-        group = groups.setdefault(
-            (label, decays),
-            {
-                "params": [],
-                "lr": lr,
-                "weight_decay": settings.weight_decay if decays else 0.0,
-                "name": label if decays else f"{label}, no decay",
-            },
-        )
+        decay, title = (settings.weight_decay, label) if decays else (0.0, f"{label}, no decay")
+        new = {"params": [], "lr": lr, "weight_decay": decay, "name": title}
+        group = groups.setdefault((label, decays), new)
         group["params"].append(parameter)
         if label == MUON:
             group.setdefault("parts", []).append(parts_of(name))
@@ -121,26 +112,17 @@ def parameter_groups(model: nn.Module, settings: OptimisationSettings) -> list[d
     return list(groups.values())
 
 
-def _label_and_lr(
-    name: str, parameter: Tensor, pattern: str | None, settings: OptimisationSettings
-) -> tuple[str, float]:
-    if pattern is not None:
-        return pattern, settings.lr_overrides[pattern]
-    if settings.muon_lr and is_inner(name, parameter):
-        return MUON, settings.muon_lr
-    return ("new", settings.new_lr) if is_new(name) else ("existing", settings.existing_lr)
-
-
 def group_sizes(model: nn.Module, settings: OptimisationSettings) -> list[tuple[str, float | None, int]]:
     """(name, learning rate, parameters) of each group that is trained, and of what is frozen, whose rate is None."""
-    groups: dict[str, tuple[float, int]] = {}
+    rates: dict[str, float | None] = {}
+    counts: Counter[str] = Counter()
     for group in parameter_groups(model, settings):
         name = group["name"].removesuffix(", no decay")
-        before = groups.get(name, (0.0, 0))[1]
-        groups[name] = (group["lr"], before + sum(parameter.numel() for parameter in group["params"]))
-    found: list[tuple[str, float | None, int]] = [(name, lr, count) for name, (lr, count) in groups.items()]
-    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
-    return [*found, ("frozen", None, frozen)] if frozen else found
+        rates[name] = group["lr"]
+        counts[name] += sum(parameter.numel() for parameter in group["params"])
+    if frozen := sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad):
+        rates["frozen"], counts["frozen"] = None, frozen
+    return [(name, lr, counts[name]) for name, lr in rates.items()]
 
 
 def moment_bytes(model: nn.Module, settings: OptimisationSettings) -> int:
@@ -150,13 +132,20 @@ def moment_bytes(model: nn.Module, settings: OptimisationSettings) -> int:
 
 
 def checkpoint_bytes(model: Any, settings: OptimisationSettings) -> int:
-    """Bytes of a checkpoint. model: with or without weights; as it is trained."""
+    """Bytes of a checkpoint: under LoRA, of the adapters and what is trained whole.
+
+    Args:
+        model: With or without weights; as it is trained.
+    """
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     average = 4 * sum(trained) if settings.ema_decay is not None else 0
     step_counts = 4 * len(trained)
-    whole = below_lora(model) is model
-    weights = bytes_of(model.parameters() if whole else written_weights(model).values())
-    return weights + moment_bytes(model, settings) + step_counts + average
+    written = model.parameters()
+    if below_lora(model) is not model:
+        from peft import get_peft_model_state_dict
+
+        written = get_peft_model_state_dict(model).values()
+    return bytes_of(written) + moment_bytes(model, settings) + step_counts + average
 
 
 def final_bytes(model: Any, settings: OptimisationSettings) -> int:
@@ -167,7 +156,7 @@ def final_bytes(model: Any, settings: OptimisationSettings) -> int:
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """What tensors hold together."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def is_inner(name: str, parameter: Tensor) -> bool:

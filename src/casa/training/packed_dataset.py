@@ -398,7 +398,6 @@ class PackedDataset(IterableDataset):
     Args:
         open_records: Called with `shard=` in each reader's process; it must be picklable where workers are spawned.
         rank, world: Of this process among all.
-        blank: As in `PackCollator`.
     """
 
     def __init__(
@@ -409,11 +408,10 @@ class PackedDataset(IterableDataset):
         *,
         rank: int = 0,
         world: int = 1,
-        blank: bool = True,
     ) -> None:
         self.open_records, self.maker, self.settings = open_records, maker, settings
         self.rank, self.world = rank, world
-        self.collator = PackCollator(maker.processor, fold=maker.grids.fold, blank=blank)
+        self.collator = PackCollator(maker.processor, fold=maker.grids.fold)
         self.position = DataPosition()
 
     def __iter__(self) -> Iterator[PackedBatch]:

@@ -1,34 +1,36 @@
-"""What a recipe will do, before it does it: sources, steps, parameters and rates, the memory that it takes.
+"""What a recipe will do, before it does it: what the run opens is opened, its cost is told, its first pack is shown.
 
-Nothing is read but configs: the model is an outline on the meta device. Activations are worked out from the widths of
-blocks: T tokens that the text model runs on, P patches of a pack's pictures, d and d_v widths of text model and image
-encoder, L blocks of the text model, L_v blocks of the encoder from the first that is trained on.
+Nothing is written, and no weights are read: the model is an outline on the meta device. Activations are worked out from
+widths of blocks: T tokens that the text model runs on, P patches of a pack's pictures, d and d_v widths of text model
+and image encoder, L blocks of the text model, L_v blocks of the encoder from the first that is trained on.
 
     checkpointed    T d L + P d_v L_v      the input of every block, and one block in full: that which is run again
     otherwise       every block in full
 
 In full, a block keeps about as many numbers as go into its matrices and come out of them, and what a gate is multiplied
-by: norms, queries, keys, values and the feed-forward network. Scores of attention are never kept. Frozen matrices keep
-less than this, image tokens that are updated in every block (`update_images`) more.
+by. Scores of attention are never kept. Frozen matrices keep less than this, image tokens that are updated in every
+block (`update_images`) more.
 """
 
+import json
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+from safetensors import safe_open
 from torch import nn
 
 from casa.analysis.budget import fused_token_bytes, readable
 from casa.analysis.flops import blocks_of, frame_of, matrix_features, tower_width
-from casa.data import SourceSettings
+from casa.data import BadRecord, BadRecordReport, DataSettings, Record, Records, Shard, SourceSettings
 from casa.data.files import data_files
 from casa.data.html_report import (
     BudgetBar,
@@ -45,28 +47,186 @@ from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration
 from casa.models.adapt import encoder_blocks
 from casa.models.generation import stop_ids
+from casa.models.loading import UNREADABLE, resolve, sentence_of
+from casa.training import checkpoints
+from casa.training.callbacks import check_reporters
 from casa.training.collator import PackCollator
-from casa.training.config import Recipe, TokenBudget
+from casa.training.config import ModelSettings, Recipe, TokenBudget
 from casa.training.models import LoadedModel, load_processor, outline
-from casa.training.optimizer import STACK, below_lora, bytes_of, group_sizes, moment_bytes, parameter_groups
-from casa.training.packed_dataset import PackedBatch, open_dataset
-from casa.training.samples import TrainingSample, fold_of
+from casa.training.optimizer import (
+    STACK,
+    below_lora,
+    bytes_of,
+    checkpoint_bytes,
+    final_bytes,
+    group_sizes,
+    moment_bytes,
+    parameter_groups,
+)
+from casa.training.packed_dataset import PackedBatch, open_dataset, sample_maker
+from casa.training.samples import SampleMaker, TrainingSample, fold_of
+from casa.training.trainer import saved_position
 from casa.windows import Window, WindowLayout
 
+# rows that are looked through for a record that can be learned from, and records for how many of them fit a pack
+_MAX_ROWS, _LOOKED_AT = 1000, 32
+_MAX_BYTES = 64 * 2**20  # of encoded pictures held meanwhile: frames of videos take long to decode
 _MUON_COPIES = 4  # of a stack of matrices, while they are made orthogonal
 _SIDE = 896  # px of a picture by which image tokens before and after a compressor are compared
 _MAX_SAMPLES, _MAX_WINDOWS, _MAX_PICTURES = 24, 12, 8  # that are shown of a pack, a sample and a window
 _MAX_IDS = 400  # tokens of a text that are decoded: no more could be shown
 
 
-@dataclass(frozen=True)
-class PlannedSource:
-    """One source: its share of the records, and how many files it has (None: on a hub, not looked at)."""
+def check_run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    processes: int = 1,
+    on_message: Callable[[str], None] | None = None,
+) -> None:
+    """Opens what the run will ever open: what would end it at step N is said at step 0.
 
-    path: str
-    subset: str | None
-    share: float
-    files: int | None
+        the folder of the run, those that keep frames and image tokens     can be written; have room for checkpoints
+        logging.report_to                                                  is installed
+        weights, processor                                                 are there; config and headers are read
+        data.sources, evaluation.data                                      each gives a record, and one that fits a pack
+        the checkpoint that is gone on from                                fits this run
+
+    Args:
+        resume: Whether it goes on from the newest checkpoint in `out`, which its caller has seen to be this recipe's.
+        on_message: Is called with what the run can bear.
+
+    Raises:
+        UserError: Something would end the run later, as far as it can be known.
+    """
+    for folder in (out, recipe.dataloader.feature_cache_dir, recipe.dataloader.frame_cache_dir):
+        if folder is not None:
+            _check_writable(Path(folder).expanduser())
+    check_reporters(recipe.logging.report_to)
+    _check_weights(recipe.model)
+    loaded = _outlined(recipe)
+    begun = checkpoints.newest_checkpoint(out) if resume else None
+    if begun is not None:
+        _check_position(recipe, begun, processes)
+    _check_room(loaded.model, recipe, out)
+    for settings in (recipe.data, recipe.evaluation.data):
+        for source in settings.sources if settings is not None else ():
+            # one each: what records need is told by source
+            sentence = _check_source(source, sample_maker(recipe.packing, loaded))
+            if sentence is not None and on_message is not None:
+                on_message(sentence)
+
+
+def _outlined(recipe: Recipe) -> LoadedModel:
+    """What `load_model` gives, without weights."""
+    model = outline(recipe)
+    return LoadedModel(model, load_processor(recipe.model), next(iter(stop_ids(below_lora(model))), None))
+
+
+def _check_writable(folder: Path) -> None:
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"{folder} cannot be made, since {there} is no folder: write elsewhere.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{there} cannot be written: change its permissions, or write elsewhere.")
+
+
+def _check_weights(settings: ModelSettings) -> None:
+    """Of models on this machine: that their files of weights are there and whole, by their headers."""
+    for name in (settings.checkpoint, settings.backbone, settings.vision):
+        folder = Path(str(resolve(name))) if name is not None else None
+        if folder is None or not (folder / "config.json").is_file():
+            continue  # a hub's, or refused by whoever reads the config
+        files = {path.name for path in folder.glob("*.safetensors")}
+        for index in folder.glob("*.safetensors.index.json"):
+            try:
+                files |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{name} cannot be loaded: {index.name} cannot be read; fetch it again.") from error
+        if not files and not any(any(folder.glob(kind)) for kind in ("*.gguf", "*.bin")):
+            raise UserError(
+                f"{name} has no weights beside its config.json; give the folder that save_pretrained wrote."
+            )
+        for file in sorted(files):
+            try:
+                with safe_open(folder / file, "pt"):
+                    pass
+            except UNREADABLE as error:
+                raise UserError(f"{name} cannot be loaded: {file}: {sentence_of(error)}") from error
+
+
+def _check_position(recipe: Recipe, checkpoint: Path, processes: int) -> None:
+    """That the data can be gone on with by all readers, from where the checkpoint left them."""
+    workers = recipe.dataloader.num_workers
+    positions = [saved_position(checkpoint, n, processes, recipe.sharding == "fsdp") for n in range(processes)]
+    for rank, position in enumerate(positions):
+        position.check_readers(workers)
+        for number, left in position.positions.items():
+            shard = Shard(rank, processes, number, max(1, workers))
+            Records(recipe.data, recipe.seed, shard, BadRecordReport()).load_state_dict(json.loads(left)["source"])
+
+
+def _check_room(model: Any, recipe: Recipe, out: Path) -> None:
+    """The most that lies in `out` at once: the checkpoints that are kept and a new one, or these and the result."""
+    each, result = checkpoint_bytes(model, recipe.optimisation), final_bytes(model, recipe.optimisation)
+    count, keep = math.ceil(recipe.optimisation.steps / recipe.saving.every), recipe.saving.keep
+    there = min(len(checkpoints.saved_checkpoints(out)), keep)
+    needed = max(min(count, keep + 1) * each, min(count, keep) * each + result) - there * each
+    what = f"The checkpoints of this run ({checkpoints.size_in_words(each)} each) and its model need"
+    checkpoints.check_room(out, needed, what, "free some space, keep fewer, or train elsewhere")
+
+
+def _check_source(source: SourceSettings, maker: SampleMaker) -> str | None:
+    """A sentence if most of its records fit no pack.
+
+    Raises UserError if it has no record that can be learned from, or none that fits.
+    """
+    looked = held = fits = 0
+    first: str | None = None
+    for record in _first_records(source):
+        if isinstance(record, str):
+            first = first or record
+            continue
+        looked += 1
+        held += sum(len(p.source) for p in record.pictures() if isinstance(p.source, bytes))
+        try:
+            maker(record)
+            fits += 1
+        except BadRecord as bad:
+            first = first or f"{record.origin}: {bad}"
+        if fits and (looked >= _LOOKED_AT or held > _MAX_BYTES):
+            break
+    least, most, budget = maker.least, maker.most, maker.budget
+    if fits and (2 * fits >= looked or least is None):
+        return None
+    if least is None or most is None:
+        why = f" ({first.rstrip('.')})" if first is not None else ""
+        raise UserError(
+            f"{source.path} has no record that can be learned from{why}: `casa data check {source.path}` tells more."
+        )
+    sentence = (
+        f"of the first {looked:,} records of {source.path}, {fits or 'none'} fit into a pack of {budget.text:,} "
+        f"text and {budget.image:,} image tokens: a packing.budget of {least.text:,} and {least.image:,} would "
+        f"hold the smallest, {most.text:,} and {most.image:,} all of them"
+    )
+    if not fits:
+        raise UserError(sentence[0].upper() + sentence[1:] + ".")
+    return sentence
+
+
+def _first_records(source: SourceSettings) -> Iterator[Record | str]:
+    """Records from the beginning; for a bad row, its place and what is wrong with it."""
+    report = BadRecordReport()
+    records = Records(DataSettings((source,), shuffle=0, exhausted="leave"), 0, Shard(), report)
+    for record in islice(records.rows(), _MAX_ROWS):
+        if record is not None:
+            yield record
+        elif report.first:
+            origin, bad = report.first[0]
+            yield f"{origin}: {bad}"
 
 
 @dataclass(frozen=True)
@@ -74,21 +234,17 @@ class RunPlan:
     """What a run will do.
 
     Attributes:
-        processes: that train.
+        files: How many each source has; None: on a hub, not looked at.
+        processes: That train.
         groups: (name, learning rate or None, parameters).
-        memory: bytes by what they are for, in one process without sharding.
+        memory: Bytes by what they are for, in one process without sharding.
     """
 
     recipe: Recipe
-    sources: list[PlannedSource]
+    files: list[int | None]
     processes: int
     groups: list[tuple[str, float | None, int]]
     memory: dict[str, int]
-
-    @property
-    def packs(self) -> int:
-        """Per step, on all processes."""
-        return self.recipe.optimisation.gradient_accumulation_steps * self.processes
 
     @property
     def memory_bytes(self) -> int:
@@ -98,15 +254,10 @@ class RunPlan:
 
 def make_plan(recipe: Recipe, processes: int = 1) -> RunPlan:
     """Raises UserError for a model or local data that are not there, and for patterns that fit no parameter."""
-    total = math.fsum(source.weight for source in recipe.data.sources)
-    sources = [_source(source, total) for source in recipe.data.sources]
+    sources = recipe.data.sources
+    files = [None if each.path.startswith(PREFIX) else len(data_files(each.path, each.split)) for each in sources]
     model = outline(recipe)
-    return RunPlan(recipe, sources, processes, group_sizes(model, recipe.optimisation), _memory(model, recipe))
-
-
-def _source(source: SourceSettings, total: float) -> PlannedSource:
-    files = None if source.path.startswith(PREFIX) else len(data_files(source.path, source.split))
-    return PlannedSource(source.path, source.subset, source.weight / total, files)
+    return RunPlan(recipe, files, processes, group_sizes(model, recipe.optimisation), _memory(model, recipe))
 
 
 def _memory(prepared: Any, recipe: Recipe) -> dict[str, int]:
@@ -183,20 +334,22 @@ def _features(block: nn.Module) -> int:
 
 
 def plan_tables(plan: RunPlan) -> Group:
-    """For people: what a run starts from, its sources, steps, parameters and memory."""
+    """Tells what a run starts from, its sources, steps, parameters and memory."""
     recipe = plan.recipe
     chosen, budget, saving = recipe.optimisation, recipe.packing.budget, recipe.saving
     sources = _table("Sources", "path", "subset", "share", "files")
-    for source in plan.sources:
-        files = "on the hub, not looked at" if source.files is None else f"{source.files:,}"
-        sources.add_row(source.path, source.subset or "", f"{100 * source.share:.1f} %", files)
+    total = math.fsum(source.weight for source in recipe.data.sources)
+    for source, count in zip(recipe.data.sources, plan.files, strict=True):
+        files = "on the hub, not looked at" if count is None else f"{count:,}"
+        sources.add_row(source.path, source.subset or "", f"{100 * source.weight / total:.1f} %", files)
     constant = chosen.steps - chosen.warmup_steps - chosen.decay_steps
-    text, image = (readable(plan.packs * chosen.steps * most, "") for most in (budget.text, budget.image))
+    packs = chosen.gradient_accumulation_steps * plan.processes
+    text, image = (readable(packs * chosen.steps * most, "") for most in (budget.text, budget.image))
     steps = _table("Steps", "", "")
     rising = f"{chosen.warmup_steps:,} rising, {constant:,} constant, {chosen.decay_steps:,} falling"
     accumulated = f"{plan.processes:,} processes x {chosen.gradient_accumulation_steps:,} accumulated"
     steps.add_row("steps", f"{chosen.steps:,}: {rising}")
-    steps.add_row("packs a step", f"{plan.packs:,} ({accumulated})")
+    steps.add_row("packs a step", f"{packs:,} ({accumulated})")
     steps.add_row("a pack", f"at most {budget.text:,} text and {budget.image:,} image tokens")
     steps.add_row("the whole run", f"at most {text} text and {image} image tokens")
     steps.add_row("checkpoints", f"every {saving.every:,} steps, the newest {saving.keep} kept")
@@ -244,29 +397,26 @@ class _RememberingCollator(PackCollator):
 
 
 def show_first_pack(
-    recipe: Recipe, model: Any, path: str | os.PathLike[str], on_message: Callable[[str], None] | None = None
+    recipe: Recipe, path: str | os.PathLike[str], on_message: Callable[[str], None] | None = None
 ) -> PackedBatch:
     """Shows the first batch of the first process, made as the run would make it, as an HTML page; and returns it.
 
     Args:
-        model: the run's, weights or none (`outline`).
-        on_message: is called with what the run would tell of its samples.
+        on_message: Is called with what the run would tell of its samples.
 
     Raises:
-        UserError: data or a processor are not there, or no record can be learned from.
+        UserError: Data, the model's config or its processor are not there, or no record can be learned from.
     """
-    fused = below_lora(model)
-    processor = load_processor(recipe.model)
-    dataset = open_dataset(recipe, LoadedModel(fused, processor, next(iter(stop_ids(fused)), None)))
+    loaded = _outlined(recipe)
+    dataset = open_dataset(recipe, loaded)
     if on_message is not None:
         for note in dataset.maker.notes:
             on_message(note)
-    remembering = _RememberingCollator(processor, fold=dataset.maker.grids.fold)
-    dataset.collator = remembering
+    dataset.collator = remembering = _RememberingCollator(loaded.processor, fold=dataset.maker.grids.fold)
     batch = next(iter(dataset), None)
     if batch is None:
         raise UserError("No record of the data can be learned from: `casa data check` tells why.")
-    fusion = fused.fusion
+    fusion = below_lora(loaded.model).fusion
     inserted = fusion.method == "insertion"
     what = "one stream of text and image tokens per sample" if inserted else f"windows by {fusion.split}"
     names = ", ".join(source.path for source in recipe.data.sources)
@@ -274,7 +424,7 @@ def show_first_pack(
         remembering.samples,
         path,
         budget=recipe.packing.budget,
-        tokenizer=processor.tokenizer,
+        tokenizer=loaded.processor.tokenizer,
         split="sample" if inserted else fusion.split,
         title=f"{recipe.name}: the first packed batch",
         note=f"{len(remembering.samples)} samples of {names}; {what}; samples see nothing of one another",

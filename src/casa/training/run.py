@@ -1,4 +1,4 @@
-"""train: a recipe to a model that from_pretrained takes.
+"""train: a recipe to a model that from_pretrained takes, with a card that says what it learned from.
 
 records -> samples -> packs -> CasaTrainer -> out/final
 
@@ -10,11 +10,13 @@ out/final                 model, processor, README.md    out/log.json           
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -22,16 +24,18 @@ import yaml
 from transformers import PrinterCallback, TrainerCallback
 
 from casa.atomic import write_text
+from casa.data.record import REASONS, read_report
 from casa.errors import UserError
+from casa.figures import BLUE, ORANGE, new_figure, quieten, write_png
+from casa.provenance import provenance
 from casa.training import checkpoints
 from casa.training.callbacks import Evaluate, EvaluationCallback, ProgressCallback, reporters
-from casa.training.card import RunFacts, write_card
 from casa.training.checkpoints import FINAL, newest_checkpoint, of_all_ranks
 from casa.training.config import Recipe, open_recipe, parse_recipe
 from casa.training.models import RECIPE, LoadedModel, export_checkpoint, load_model
 from casa.training.optimizer import group_sizes
 from casa.training.packed_dataset import DataPosition, open_dataset
-from casa.training.preflight import check_run
+from casa.training.plan import check_run
 from casa.training.trainer import CasaTrainer
 
 # what may differ when a run is gone on with: nothing that was trained on, or that the model is
@@ -41,6 +45,18 @@ _MAY_VARY = (
     *("steps", "warmup_steps", "decay_steps", "decay_type", "min_lr_ratio", "new_lr", "existing_lr"),
     *("max_grad_norm", "gradient_checkpointing", "loss_chunk"),
 )
+# of the card: what is counted of packs, and of records
+COUNTED = ("packs", "samples", "text_tokens", "image_tokens", "images", "learned", "dropped")
+_OVERSIZE = ("downscaled", "split", "refused", "pieces refused")
+_CURVE = "loss.png"
+_SMOOTH = 20  # entries that a point of the smoothed line looks back over
+_FRONT = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["casa"]}
+_USE = """```python
+from casa import CasaForConditionalGeneration, CasaProcessor
+
+model = CasaForConditionalGeneration.from_pretrained("this folder")
+processor = CasaProcessor.from_pretrained("this folder")
+```"""
 
 
 def train(
@@ -57,18 +73,18 @@ def train(
     Whatever the run will open is opened before its first step (`check_run`), and before anything is written.
 
     Args:
-        recipe: a file, its values, or a recipe that was read.
-        out: the folder of the run.
-        resume: go on from the newest checkpoint in `out`; without it, `out` must be new or empty.
-        evaluate: measures the model now and then; wanted where the recipe's evaluation has tasks.
-        callbacks: further ones of transformers' Trainer.
-        on_message: is called with what is done besides steps.
+        recipe: A file, its values, or a recipe that was read.
+        out: The folder of the run.
+        resume: Go on from the newest checkpoint in `out`; without it, `out` must be new or empty.
+        evaluate: Measures the model now and then; wanted where the recipe's evaluation has tasks.
+        callbacks: Further ones of transformers' Trainer.
+        on_message: Is called with what is done besides steps.
 
     Returns:
         The folder of the finished model, `out/final`; None if SIGTERM ended the run.
 
     Raises:
-        UserError: something is not there or does not fit, a loss is no number or jumps, or a disk is full.
+        UserError: Something is not there or does not fit, a loss is no number or jumps, or a disk is full.
     """
     recipe, out = open_recipe(recipe), Path(out)
     if recipe.evaluation.every and recipe.evaluation.tasks and evaluate is None:
@@ -85,8 +101,7 @@ def train(
         claim_folder(recipe, out, resume)
     say(f"reading {recipe.model.source}")
     loaded = load_model(recipe)
-    frames = recipe.dataloader.frame_cache_dir
-    dataset = open_dataset(recipe, loaded, report=out, keep_frames=frames)
+    dataset = open_dataset(recipe, loaded, report=out, keep_frames=recipe.dataloader.frame_cache_dir)
     for note in dataset.maker.notes:
         say(note)
     evaluation, progress = _evaluation(recipe, loaded, evaluate), ProgressCallback()
@@ -113,7 +128,7 @@ def train(
         return None
     positions = of_all_ranks(trainer.position)
     if first:
-        _finish(recipe, trainer, positions, evaluation.scores, out)
+        _finish(recipe, trainer, positions, evaluation.scores)
     return out / FINAL
 
 
@@ -121,7 +136,7 @@ def check_folder(recipe: Recipe, out: Path, resume: bool) -> bool:
     """Whether `out` holds what another recipe has written there before its first checkpoint. Changes nothing.
 
     Raises:
-        UserError: it cannot be this recipe's folder.
+        UserError: It cannot be this recipe's folder.
     """
     path = out / RECIPE
     if out.exists() and not out.is_dir():
@@ -158,34 +173,26 @@ def claim_folder(recipe: Recipe, out: Path, resume: bool) -> None:
             path.unlink()
         shutil.rmtree(out / "tensorboard", ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / RECIPE, yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True, width=110))
+    write_text(out / RECIPE, _yaml(recipe))
+
+
+def _yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True, width=110)
 
 
 def _evaluation(recipe: Recipe, loaded: LoadedModel, evaluate: Evaluate | None) -> EvaluationCallback:
     chosen, held_out = recipe.evaluation, None
     if chosen.data is not None:
         # from its beginning at every call
-        data = replace(chosen.data, exhausted="leave", shuffle=0)
-        held_out = partial(open_dataset, recipe, loaded, data, keep_frames=recipe.dataloader.frame_cache_dir)
+        data, frames = replace(chosen.data, exhausted="leave", shuffle=0), recipe.dataloader.frame_cache_dir
+        held_out = partial(open_dataset, recipe, loaded, data, keep_frames=frames)
     return EvaluationCallback(chosen.every, held_out, chosen.packs, evaluate)
 
 
-def _finish(
-    recipe: Recipe, trainer: CasaTrainer, positions: list[DataPosition], scores: Mapping[str, float], out: Path
-) -> None:
-    """Writes the finished model, and what is to be known of it; one of an earlier end stays until this one is whole.
-
-    positions: where each process stands in the data.
-    """
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    facts = RunFacts(
-        steps=trainer.state.global_step,
-        positions=positions,
-        scores=scores,
-        history=trainer.state.log_history,
-        parameters=group_sizes(model, recipe.optimisation),
-        device=str(trainer.args.device),
-    )
+def _finish(recipe: Recipe, trainer: CasaTrainer, positions: list[DataPosition], scores: Mapping[str, float]) -> None:
+    """Writes the finished model and its card; one of an earlier end stays until this one is whole."""
+    out, model = trainer.folder, trainer.accelerator.unwrap_model(trainer.model)
+    groups = group_sizes(model, recipe.optimisation)  # before adapters are merged
     write_text(out / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
     narrow = torch.bfloat16 if recipe.optimisation.precision == "bfloat16" else None
     written = checkpoints.unfinished(out, FINAL)
@@ -197,7 +204,25 @@ def _finish(
                 _save(model, written, narrow)
             if trainer.processor is not None:
                 trainer.processor.save_pretrained(written)
-        write_card(written, recipe, facts, out)
+        try:
+            drawn = draw_curve(trainer.state.log_history, written / _CURVE, recipe.name)
+        except UserError:
+            drawn = False  # without matplotlib: a card without its picture is a card
+        sections = [
+            _front(recipe),
+            "## Losses and scores",
+            *([f"![The loss over steps]({_CURVE})"] if drawn else []),
+            _scores(recipe, trainer, scores),
+            "## Data",
+            _data(recipe, positions, count_bad(out)),
+            "## What was trained",
+            _groups(groups),
+            "## Recipe",
+            f"```yaml\n{_yaml(recipe)}```",
+            "## Made with",
+            _made_with(str(trainer.args.device)),
+        ]
+        write_text(written / "README.md", "\n\n".join(sections) + "\n")
     checkpoints.publish(out, FINAL)
 
 
@@ -208,3 +233,134 @@ def _save(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype or parameter.dtype)
     model.save_pretrained(folder)
+
+
+def trained_on(positions: Iterable[DataPosition]) -> dict[str, int]:
+    """Totals since the run began, by the keys of `COUNTED`. positions: one of each process."""
+    found: Counter[str] = Counter()
+    for position in positions:
+        found.update(position.taken)
+    return {name: found[name] for name in COUNTED}
+
+
+def made_of_records(positions: Iterable[DataPosition]) -> Counter[str]:
+    """Records, samples, and how many records were downscaled, split or refused (`SampleMaker.counts`)."""
+    found: Counter[str] = Counter()
+    for position in positions:
+        for reader in position.positions.values():
+            found.update(json.loads(reader)["counts"])
+    return found
+
+
+def count_bad(folder: Path) -> Counter[str]:
+    """Bad records by reason, from the reports of all readers of a run.
+
+    A record is one, however many readers met it: files go to another of them each epoch.
+    """
+    reasons: dict[str, str] = {}
+    for path in sorted(folder.glob("bad-records*.jsonl")):
+        reasons.update(read_report(path.read_bytes()))
+    return Counter(reasons.values())
+
+
+def _front(recipe: Recipe) -> str:
+    """The head of a model's card: what hubs read, what it is, how it is used."""
+    source, model, fusion = recipe.model.source, recipe.model, recipe.model.fusion
+    base = {"base_model": source} if source.count("/") == 1 and not Path(source).exists() else {}
+    if model.checkpoint is not None:
+        began = f"Trained further from the CASA checkpoint `{_public_name(model.checkpoint)}`"
+    else:
+        method = "casa" if fusion is None else fusion.method
+        placement = "parallel" if fusion is None else fusion.placement
+        how = "insertion" if method == "insertion" else f"{method} ({placement})"
+        seen = f" with the image encoder of `{_public_name(model.vision)}`" if model.vision is not None else ""
+        began = f"`{_public_name(model.backbone)}`{seen}, given eyes by {how}"
+    lora = f" LoRA adapters of rank {model.lora.rank} were merged into its weights." if model.lora is not None else ""
+    return (
+        f"---\n{yaml.safe_dump({**_FRONT, **base}, sort_keys=False)}---\n\n# {recipe.name}\n\n"
+        f"{began}, with [casa](https://arxiv.org/abs/2512.19535)'s trainer.{lora}\n\n{_USE}"
+    )
+
+
+def _groups(groups: Iterable[tuple[str, float | None, int]]) -> str:
+    rows = [(f"`{group}`", "frozen" if lr is None else f"{lr:g}", f"{n:,}") for group, lr, n in groups]
+    return _table(("parameters", "learning rate", "count"), rows)
+
+
+def _made_with(device: str) -> str:
+    made = provenance(device)
+    versions = ", ".join(f"{package} {version}" for package, version in made["versions"].items())
+    return f"{versions}; Python {made['python']}; {made['device']}; commit {made['commit'] or 'unknown'}."
+
+
+def _public_name(name: str | None) -> str:
+    """A hub's name as it is; of a folder only its last part: where it lay is nobody's business."""
+    text = str(name)
+    return text if text.count("/") == 1 and not text.startswith((".", "/", "~")) else Path(text).name
+
+
+def _scores(recipe: Recipe, trainer: CasaTrainer, scores: Mapping[str, float]) -> str:
+    def logged(name: str) -> list[float]:
+        return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+    rows = [("steps", f"{trainer.state.global_step:,}")]
+    if losses := logged("loss"):
+        rows.append(("loss per answer token, first and last in the log", f"{losses[0]:.4g}, {losses[-1]:.4g}"))
+    names = {"loss": "held-out loss per answer token"}
+    rows += [(names.get(name, name), f"{value:.4g}") for name, value in scores.items()]
+    max_side = recipe.evaluation.max_side
+    if recipe.evaluation.tasks and max_side is not None:
+        rows.append(("pictures of these tasks", f"at most {max_side} px"))
+    if rates := logged("text_tokens_per_second"):
+        rows.append(("text tokens per second, median", f"{median(rates):,.0f}"))
+    if memory := logged("memory_gib"):
+        rows.append(("most memory held", f"{max(memory):.1f} GiB"))
+    return _table(("", ""), rows)
+
+
+def _data(recipe: Recipe, positions: list[DataPosition], bad: Counter[str]) -> str:
+    sources = [(f"`{_public_name(each.path)}`", each.subset or "", f"{each.weight:g}") for each in recipe.data.sources]
+    totals = [(name.replace("_", " "), f"{count:,}") for name, count in trained_on(positions).items()]
+    made = made_of_records(positions)
+    totals += [(f"records {name}", f"{made[name]:,}") for name in _OVERSIZE if made[name]]
+    text = _table(("source", "subset", "weight"), sources) + "\n\n" + _table(("trained on", ""), totals)
+    if not bad:
+        return text + "\n\nNo record had to be passed over."
+    rows = [(f"{count:,}", reason, REASONS.get(reason, "")) for reason, count in sorted(bad.items())]
+    return text + "\n\nPassed over:\n\n" + _table(("records", "reason", ""), rows)
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows))
+
+
+def draw_curve(history: Sequence[Mapping[str, float]], path: str | os.PathLike[str], title: str = "") -> bool:
+    """Draws the log's `loss`, and `eval_loss` if there is any, over steps; False if there is no loss to draw.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    steps = [entry["step"] for entry in history if "loss" in entry]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    held = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    if not losses:
+        return False
+    figure = new_figure(7, 3.4)
+    axes = figure.subplots()
+    if len(losses) < 2 * _SMOOTH:
+        dots = "o" if len(losses) < 12 else None
+        axes.plot(steps, losses, color=BLUE, linewidth=1.2, marker=dots, markersize=3, label="training")
+    else:
+        axes.plot(steps, losses, color=BLUE, linewidth=0.8, alpha=0.25)
+        smoothed = [fmean(losses[max(0, end - _SMOOTH) : end]) for end in range(1, len(losses) + 1)]
+        axes.plot(steps, smoothed, color=BLUE, linewidth=1.6, label="training")
+    if held:
+        axes.plot(*zip(*held, strict=True), color=ORANGE, marker="o", markersize=3.5, linewidth=1.4, label="held out")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per answer token")
+    quieten(axes)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=9)
+    write_png(figure, path)
+    return True

@@ -11,8 +11,9 @@ What a picture will cost is told by its header and the rules of its image proces
 
 import io
 import os
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -219,12 +220,15 @@ class SampleMaker:
         Pieces of a split record that are too large by themselves are left out, and counted as "pieces refused".
 
         Raises:
-            BadRecord: it cannot be made into a sample, or is over budget and refused.
+            BadRecord: It cannot be made into a sample, or is over budget and refused.
         """
         self.counts["records"] += 1
         # what is too long by far is not even made into tokens: of 20 MB they would take gigabytes
         whole = None if self._endless(record) else self.make(record)
-        found = [whole] if whole is not None and self._fits(whole) else list(self._made_to_fit(record, whole))
+        fitted = self._fitted(whole)
+        if fitted is not None and fitted is not whole:
+            self.counts["downscaled"] += 1
+        found = [fitted] if fitted is not None else self._pieces(record, whole)
         self.counts["samples"] += len(found)
         return found
 
@@ -239,64 +243,52 @@ class SampleMaker:
 
     def _make_piece(self, piece: Record) -> TrainingSample | None:
         """The sample of a piece whatever its size; None if it is endless, or answers nothing."""
-        if self._endless(piece):
-            return None
         try:
-            return self.make(piece)
+            return None if self._endless(piece) else self.make(piece)
         except BadRecord:
             return None
-
-    def _fits(self, sample: TrainingSample) -> bool:
-        return self.budget.holds(sample.text_tokens, sample.image_tokens)
 
     def _endless(self, record: Record) -> bool:
         """Whether a record's text is over budget even if all its tokens were the longest there are."""
         texts = (part.text for message in record.messages for part in message.parts if isinstance(part, Text))
         return sum(map(len, texts)) > self.budget.text * self._longest
 
-    def _made_to_fit(self, record: Record, whole: TrainingSample | None) -> Iterator[TrainingSample]:
+    def _pieces(self, record: Record, whole: TrainingSample | None) -> list[TrainingSample]:
+        """The samples of a record that does not fit; whole: None if it is endless."""
         too_long = whole is None or whole.text_tokens > self.budget.text
-        if whole is not None and not too_long and (smaller := self._downscaled(whole)) is not None:
-            self.counts["downscaled"] += 1
-            yield smaller
-            return
         too_large = whole is not None and whole.image_tokens > self.budget.image
         if (too_long and self.oversize.text == "refuse") or (too_large and self.oversize.images == "refuse"):
             raise self._refused(record, whole, too_long)
         self.counts["split"] += 1
-        found = 0
-        for piece in split(record, self._piece_fits):
-            sample = self._make_piece(piece)
-            if sample is not None and not self._fits(sample) and sample.text_tokens <= self.budget.text:
-                sample = self._downscaled(sample)
-            if sample is None or not self._fits(sample):
-                self.counts["pieces refused"] += 1
-                continue
-            yield replace(sample, part=found)
-            found += 1
+        pieces = [self._fitted(self._make_piece(piece)) for piece in split(record, self._piece_fits)]
+        found = [sample for sample in pieces if sample is not None]
+        if refused := len(pieces) - len(found):
+            self.counts["pieces refused"] += refused
         if not found:
             raise self._refused(record, whole, too_long)
+        return [replace(sample, part=part) for part, sample in enumerate(found)]
+
+    def _fits(self, sample: TrainingSample) -> bool:
+        return self.budget.holds(sample.text_tokens, sample.image_tokens)
 
     def _piece_fits(self, piece: Record) -> bool:
         sample = self._make_piece(piece)
         return sample is not None and self._fits(sample)
 
-    def _downscaled(self, sample: TrainingSample) -> TrainingSample | None:
-        """The sample with its largest pictures made smaller, all to one bound; None if that cannot help, or may not."""
-        if not self.grids.shrinks or self.oversize.images != "downscale":
+    def _fitted(self, sample: TrainingSample | None) -> TrainingSample | None:
+        """The sample, with its largest pictures made smaller, all to one bound, if it would not fit; None if that
+        cannot help, or may not."""
+        if sample is None or self._fits(sample):
+            return sample
+        if sample.text_tokens > self.budget.text or not self._downscales:
             return None
-        low, high = self.oversize.min_tokens, max((picture.tokens for picture in sample.pictures), default=0)
-        best = self._bounded(sample, low)
-        if best.image_tokens > self.budget.image:
-            return None
-        while low < high:
-            middle = (low + high + 1) // 2
-            tried = self._bounded(sample, middle)
-            if tried.image_tokens <= self.budget.image:
-                best, low = tried, middle
-            else:
-                high = middle - 1
-        return best
+        sizes = range(self.oversize.min_tokens, max(picture.tokens for picture in sample.pictures) + 1)
+        fit = bisect_right(sizes, self.budget.image, key=lambda size: self._bounded(sample, size).image_tokens)
+        return self._bounded(sample, sizes[fit - 1]) if fit else None
+
+    @property
+    def _downscales(self) -> bool:
+        return self.grids.shrinks and self.oversize.images == "downscale"
 
     def _bounded(self, sample: TrainingSample, bound: int) -> TrainingSample:
         sized = (p if p.tokens <= bound else self.grids.sized(p.picture, bound) for p in sample.pictures)
@@ -331,20 +323,19 @@ class SampleMaker:
         """What each of the parts takes that a record comes to, once it is split as far, and its pictures are made as
         small, as the settings allow. Empty for what cannot be told."""
         refuses = self.oversize.text == "refuse" if too_long else self.oversize.images == "refuse"
-        parts = [whole] if refuses else [self._make_piece(join([piece])) for piece in pieces_of(record)]
+        parts = [whole] if refuses else [self._make_piece(_joined([piece])) for piece in _pieces_of(record)]
         samples = [sample for sample in parts if sample is not None]
-        if self.grids.shrinks and self.oversize.images == "downscale":
+        if self._downscales:
             samples = [self._bounded(sample, self.oversize.min_tokens) for sample in samples]
         return [TokenBudget(max(2, sample.text_tokens), max(1, sample.image_tokens)) for sample in samples]
 
 
 @dataclass(frozen=True)
-class RecordPiece:
+class _Piece:
     """A turn (what a user asks and what is answered) or, live, a frame with what is said of it.
 
-    Attributes:
-        lead: what comes before all pieces: a system message; live, the prompt.
-        lent: the pictures of the last turn before that had some, if this one has none: it is about them, most likely.
+    lead: what comes before all pieces: a system message; live, the prompt.
+    lent: the pictures of the last turn before that had some, if this one has none: it is about them, most likely.
     """
 
     record: Record
@@ -353,12 +344,25 @@ class RecordPiece:
     lent: tuple[Picture, ...] = ()
 
 
-def pieces_of(record: Record) -> list[RecordPiece]:
-    """The smallest pieces that a record can be cut into."""
-    return _frames(record) if is_live(record.messages) else _turns(record)
+def split(record: Record, fits: Callable[[Record], bool]) -> list[Record]:
+    """Runs of a record's pieces, each as long as fits; a piece that does not fit alone stands alone."""
+    pieces, found, start, low = _pieces_of(record), [], 0, 1
+    while start < len(pieces):
+        left = len(pieces) - start
+        # neighbours are alike: the last run's length is where to look first, and nothing much longer is tried
+        high = min(low, left)
+        low = 1
+        while high < left and fits(_joined(pieces[start : start + high])):
+            low, high = high, min(2 * high, left)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(_joined(pieces[start : start + middle])) else (low, middle - 1)
+        found.append(_joined(pieces[start : start + low]))
+        start += low
+    return found
 
 
-def join(pieces: Sequence[RecordPiece]) -> Record:
+def _joined(pieces: Sequence[_Piece]) -> Record:
     """Neighbouring pieces as one record. Pictures are lent to the first only: they then stand before all others."""
     first = pieces[0]
     if is_live(first.messages):
@@ -370,45 +374,20 @@ def join(pieces: Sequence[RecordPiece]) -> Record:
     return replace(first.record, messages=(*first.lead, opening, *first.messages[1:], *later))
 
 
-def split(record: Record, fits: Callable[[Record], bool]) -> list[Record]:
-    """Runs of pieces, each as long as fits; a piece that does not fit alone stands alone."""
-    pieces, found, start, low = pieces_of(record), [], 0, 1
-    while start < len(pieces):
-        left = len(pieces) - start
-        # neighbours are alike: the last run's length is where to look first, and nothing much longer is tried
-        high = min(low, left)
-        low = 1
-        while high < left and fits(join(pieces[start : start + high])):
-            low, high = high, min(2 * high, left)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(join(pieces[start : start + middle])) else (low, middle - 1)
-        found.append(join(pieces[start : start + low]))
-        start += low
-    return found
+def _pieces_of(record: Record) -> list[_Piece]:
+    """The smallest pieces that a record can be cut into: turns, or frames with their words.
 
-
-def _turns(record: Record) -> list[RecordPiece]:
-    lead: list[Message] = []
-    turns: list[list[Message]] = []
-    for message in record.messages:
-        if message.role == "system" and not turns:
-            lead.append(message)
-        elif not turns or (message.role == "user" and any(m.role == "assistant" for m in turns[-1])):
-            turns.append([message])
-        else:
-            turns[-1].append(message)
-    found: list[RecordPiece] = []
-    shown: tuple[Picture, ...] = ()
-    for turn in turns:
-        own = tuple(part for message in turn for part in message.parts if isinstance(part, Picture))
-        found.append(RecordPiece(record, tuple(lead), tuple(turn), () if own else shown))
-        shown = own or shown
-    return found
-
-
-def _frames(record: Record) -> list[RecordPiece]:
-    """Frames with their words; questions in mid-stream are left out."""
+    Questions in mid-stream are left out.
+    """
+    found: list[_Piece] = []
+    if not is_live(record.messages):
+        lead, turns = _turns(record.messages)
+        shown: tuple[Picture, ...] = ()
+        for turn in turns:
+            own = tuple(part for message in turn for part in message.parts if isinstance(part, Picture))
+            found.append(_Piece(record, lead, tuple(turn), () if own else shown))
+            shown = own or shown
+        return found
     said = [number for number, message in enumerate(record.messages) if message.role == "assistant"]
     frames: list[list[Text | Picture]] = []
     early: list[Text | Picture] = []
@@ -419,4 +398,16 @@ def _frames(record: Record) -> list[RecordPiece]:
         else:
             (frames[-1] if frames else early).append(part)
     lead = record.messages[: said[0]]
-    return [RecordPiece(record, lead, (Message("assistant", tuple(frame)),)) for frame in frames]
+    return [_Piece(record, lead, (Message("assistant", tuple(frame)),)) for frame in frames]
+
+
+def _turns(messages: Sequence[Message]) -> tuple[tuple[Message, ...], list[list[Message]]]:
+    """The system messages at the beginning, and the turns behind them."""
+    start = next((number for number, message in enumerate(messages) if message.role != "system"), len(messages))
+    turns: list[list[Message]] = []
+    for message in messages[start:]:
+        answered = bool(turns) and any(earlier.role == "assistant" for earlier in turns[-1])
+        if not turns or (message.role == "user" and answered):
+            turns.append([])
+        turns[-1].append(message)
+    return tuple(messages[:start]), turns

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import wait_for_everyone
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -25,10 +26,10 @@ from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.threads import settle
 from casa.training import checkpoints, fsdp
-from casa.training.checkpoints import EMA_FILE, Ema, StopSignal, any_rank, mean_over_ranks, wait_for_all
+from casa.training.callbacks import SpikeDetector, Throughput, save_for_inspection
+from casa.training.checkpoints import EMA_FILE, Ema, StopSignal, any_rank, mean_over_ranks
 from casa.training.collator import FeatureCache, FeatureFolder, encoder_digest
 from casa.training.config import TrainerSettings
-from casa.training.monitor import SpikeDetector, Throughput, save_for_inspection
 from casa.training.optimizer import (
     MuonAdamW,
     below_lora,
@@ -107,7 +108,7 @@ class CasaTrainer(Trainer):
         # transformers switches the cache off for good, and would save that with the model
         model.config.use_cache = keeps_cache
         if self.args.n_gpu > 1:
-            raise UserError("Several accelerators need a process each: start with torchrun --nproc-per-node.")
+            raise UserError("Several accelerators need a process each: start with torchrun.")
         dataset.rank, dataset.world = self.args.process_index, self.args.world_size
         below_lora(model).loss_chunk = optimisation.loss_chunk
         if optimisation.gradient_checkpointing:
@@ -132,7 +133,7 @@ class CasaTrainer(Trainer):
             resume_from_checkpoint = checkpoints.newest_checkpoint(self.folder)
         if self.args.should_save:
             checkpoints.clear_unfinished(self.folder)
-        wait_for_all()
+        wait_for_everyone()
         self._complete = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if self._complete is not None:
             self._load_position(self._complete)
@@ -240,9 +241,8 @@ class CasaTrainer(Trainer):
         if fault is None:
             return
         step, recent = self.state.global_step + 1, list(self._spikes.recent)
-        place = save_for_inspection(
-            self.folder, step, self.args.process_index, self.batches, fault, self.last_loss, recent
-        )
+        rank, loss = self.args.process_index, repr(self.last_loss)
+        place = save_for_inspection(self.folder, step, rank, self.batches, fault=fault, loss=loss, recent=recent)
         last = checkpoints.newest_checkpoint(self.folder)
         resume = f"resume from {last.name}" if last is not None else "start again"
         raise UserError(
@@ -264,7 +264,8 @@ class CasaTrainer(Trainer):
         if self.args.should_save:
             try:
                 needed = checkpoint_bytes(self.model, self.settings.optimisation)
-                checkpoints.check_room(self.folder, step, needed)
+                what, remedy = f"The checkpoint of step {step} needs", checkpoints.how_to_resume(self.folder)
+                checkpoints.check_room(self.folder, needed, what, remedy)
             except UserError as error:
                 fault = error
         if any_rank(fault is not None, self.args.device):
@@ -273,11 +274,11 @@ class CasaTrainer(Trainer):
         with checkpoints.reporting_full_disks(self.folder, name):
             written.mkdir(parents=True, exist_ok=True)
             self._write_state(written)
-        wait_for_all()
+        wait_for_everyone()
         if self.args.should_save:
             checkpoints.publish(self.folder, name)
             checkpoints.keep_newest(self.folder, self.settings.saving.keep)
-        wait_for_all()
+        wait_for_everyone()
         self._complete = self.folder / name
 
     def _write_state(self, written: Path) -> None:
