@@ -368,13 +368,13 @@ def open_recipe(source: "str | Path | Mapping[str, Any] | Recipe", changes: Sequ
     """
     if isinstance(source, Recipe):
         source = source.to_dict()
-    values = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else read_recipe(Path(source))
+    values = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_recipe(Path(source))
     for change in changes:
         _change(values, change)
     return parse_recipe(values, str(source) if isinstance(source, str | Path) else "the recipe")
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path) -> dict[str, Any]:
     """A recipe's plain values, laid over those of its base. UserError for what is no recipe."""
     values = _read_yaml(path)
     if not isinstance(values, dict):
@@ -384,7 +384,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     name = values.pop("base")
     if not isinstance(name, str):
         raise UserError(f"base in {path} must be the path of a recipe, not {name!r}.")
-    base: Any = _read_yaml(path.parent / name)
+    base = _read_yaml(path.parent / name)
     if not isinstance(base, dict) or "base" in base:
         raise UserError(f"{path} is based on {name}, which must be a recipe without a base of its own.")
     return merged(base, values)
@@ -395,10 +395,8 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     found = copy.deepcopy(dict(base))
     for key, value in changes.items():
         before = found.get(key)
-        if isinstance(before, dict) and isinstance(value, Mapping):
-            found[key] = merged(before, value)
-        else:
-            found[key] = copy.deepcopy(value)
+        inner = isinstance(before, dict) and isinstance(value, Mapping)
+        found[key] = merged(before or {}, value) if inner else copy.deepcopy(value)
     return found
 
 
@@ -426,36 +424,31 @@ def _read_yaml(path: Path) -> Any:
 def _change(values: dict[str, Any], change: str) -> None:
     """Puts one KEY=VALUE into plain values. What is unknown or impossible is left to be refused with the rest."""
     key, equals, text = (part.strip() for part in change.partition("="))
-    if not equals or not all(key.split(".")):
+    path = key.split(".")
+    if not equals or not all(path):
         raise UserError(f"{change!r} is no setting; write it as in optimisation.steps=2000.")
-    *blocks, last = key.split(".")
-    place: Any = values
-    for number, name in enumerate(blocks):
-        at = ".".join(blocks[: number + 1])
-        if isinstance(place, list):
-            place = place[_index(name, place, at, change)]
-        else:
-            if place.get(name) is None:
-                place[name] = {}
-            place = place[name]
-        if not isinstance(place, (dict, list)):
-            raise UserError(f"{change}: {at} is a single value, and has no {last!r} inside.")
     value: Any = text
-    if _type_at(Recipe, [*blocks, last]) is not str:
+    if _type_at(Recipe, path) is not str:
         try:
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{change}: {text!r} is no value that YAML can read; put it in quotes.") from error
-    if isinstance(place, list):
-        place[_index(last, place, key, change)] = value
-    else:
-        place[last] = value
-
-
-def _index(name: str, entries: list[Any], at: str, change: str) -> int:
-    if not name.isdecimal() or int(name) >= len(entries):
-        raise UserError(f"{change}: {at} must be the number of an entry, from 0 to {len(entries) - 1}.")
-    return int(name)
+    place: Any = values
+    for depth, name in enumerate(path):
+        entry: Any = name
+        if isinstance(place, list):
+            if not name.isdecimal() or int(name) >= len(place):
+                at = ".".join(path[: depth + 1])
+                raise UserError(f"{change}: {at} must be the number of an entry, from 0 to {len(place) - 1}.")
+            entry = int(name)
+        elif not isinstance(place, dict):
+            raise UserError(f"{change}: {'.'.join(path[:depth])} is a single value, and has no {name!r} inside.")
+        if depth == len(path) - 1:
+            place[entry] = value
+            return
+        if isinstance(place, dict) and place.get(name) is None:
+            place[name] = {}
+        place = place[entry]
 
 
 def _type_at(kind: Any, path: Sequence[str]) -> Any:

@@ -168,13 +168,13 @@ def with_lora(model: CasaForConditionalGeneration, settings: LoraSettings) -> An
             raise UserError(
                 f"model.lora.target_modules: no linear layer is called {target!r}; {near(target, sorted(names))}"
             )
-    fused = [name for name in linear if name.startswith(f"{_FUSION}.")]
-    adapted = inside if settings.added == "full" else [*inside, *fused]
-    chosen = [name for name in adapted if name.rpartition(".")[2] in settings.target_modules]
-    in_full = [name for name in _IN_FULL if getattr(model, name, None) is not None]
+    adapted, in_full = inside, [name for name in _IN_FULL if getattr(model, name, None) is not None]
     if settings.added == "full":
-        layers = getattr(model, _FUSION)
+        layers = model.casa_layers
         in_full += [f"{_FUSION}.{key}" for key in layers if any(True for _ in layers[key].parameters())]
+    else:
+        adapted = [*inside, *(name for name in linear if name.startswith(f"{_FUSION}."))]
+    chosen = [name for name in adapted if name.rpartition(".")[2] in settings.target_modules]
     model.requires_grad_(False)
     config = LoraConfig(
         r=settings.rank,

@@ -261,13 +261,13 @@ class CasaTrainer(Trainer):
             return
         self.store_flos()
         fault: UserError | None = None
-        if self.args.should_save:
-            try:
+        try:
+            if self.args.should_save:
                 needed = checkpoint_bytes(self.model, self.settings.optimisation)
                 what, remedy = f"The checkpoint of step {step} needs", checkpoints.how_to_resume(self.folder)
                 checkpoints.check_room(self.folder, needed, what, remedy)
-            except UserError as error:
-                fault = error
+        except UserError as error:
+            fault = error
         if any_rank(fault is not None, self.args.device):
             raise fault or UserError("The disk of the first process is full: free some space, then resume.")
         written = checkpoints.unfinished(self.folder, name)
