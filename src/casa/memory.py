@@ -1,27 +1,28 @@
 """Memory of this process: as the system sees it (Linux; 0 where the system does not tell), or as torch does on CUDA."""
 
-import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 
-def resident_bytes() -> int:
-    """What is in memory now."""
-    try:
-        fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
-    except OSError:
-        return 0
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def peak_resident_bytes() -> int:
-    """The most that this process ever held."""
+def _status(name: str) -> int:
+    """Bytes that the system tells of this process."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
+
+
+def resident_bytes() -> int:
+    """What is in memory now."""
+    return _status("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process ever held."""
+    return _status("VmHWM")
 
 
 def memory_allocated(device: torch.device) -> int:
@@ -39,8 +40,6 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with suppress(OSError):
         # 5: the peak alone (proc_pid_clear_refs)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return

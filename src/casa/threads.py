@@ -1,14 +1,7 @@
-"""As many threads as other processes leave cores free for.
-
-After every operation torch's threads wait for one another, and spin while they do. Beside a process that computes, one
-of them is always late: two threads on two cores then take four to seventeen times as long, where one thread takes half
-as long again as two that are undisturbed, whatever goes on beside it.
+"""As many threads as other processes leave cores free for (docs/serving.md, "Beside other work").
 
     share_cores()    by the `casa` program, when it starts; a program of one's own may do the same
     settle()         on the thread that computes, between two pieces of work; does nothing unless the cores are shared
-
-How busy the cores are is read from Linux' /proc/stat; elsewhere, and where the user has set OMP_NUM_THREADS or any
-other variable of the kind, threads stay as they are.
 """
 
 import os
@@ -33,8 +26,9 @@ class Backend(Protocol):
 
 
 class Sharing:
-    """Looks at the cores now and then. cores: that this process may use. used: seconds that these were in use, and own:
-    those of this process, both so far and over all cores. backend: torch if left out.
+    """Looks at the `cores` that this process may use now and then.
+
+    `used` are the seconds that these were in use, `own` those of this process, both so far and over all cores.
     """
 
     def __init__(
@@ -47,15 +41,15 @@ class Sharing:
     ) -> None:
         self._cores, self._used, self._own, self._clock, self._backend = cores, used, own, clock, backend
         self._most: int | None = None
-        self._count = 0
-        self._calm = 0
+        self._count = self._calm = 0
         self._lock = threading.Lock()
         self._seen = self._now()
         self.others = 0.0  # cores that other processes used, from one look to the next
 
     def settle(self) -> None:
         """Gives the work of the calling thread as many threads as there are cores free."""
-        backend = self._backend or _torch()
+        if (backend := self._backend) is None:
+            import torch as backend
         with self._lock:
             if self._most is None:
                 self._most = self._count = backend.get_num_threads()
@@ -85,8 +79,10 @@ _sharing: Sharing | None = None
 
 
 def share_cores(environment: Mapping[str, str] = os.environ) -> Sharing | None:
-    """From now on `settle` keeps to the cores that are free. None, and nothing, where the user has chosen threads by
-    the environment, or the system does not tell what its cores do.
+    """From now on `settle` keeps to the cores that are free.
+
+    Nothing changes, and None is returned, where the user has chosen threads by the environment, or the system does not
+    tell what its cores do.
     """
     global _sharing
     if any(name.startswith(CHOSEN) for name in environment):
@@ -122,9 +118,3 @@ def used_seconds(cores: set[int]) -> float:
     if names:
         raise ValueError(f"{STAT} says nothing of {', '.join(sorted(names))}")
     return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _torch() -> Backend:
-    import torch
-
-    return torch

@@ -281,9 +281,9 @@ def test_chats_beyond_the_limit_are_told_to_wait(serving, until):
             with pytest.raises(openai.RateLimitError) as told:
                 ai.chat.completions.create(**asked, max_tokens=2)
             assert int(told.value.response.headers["Retry-After"]) >= 1
-            inside.pop().leave()
+            state.chats.leave(inside.pop())
             assert ai.chat.completions.create(**asked, max_tokens=2).choices
-            inside.pop().leave()
+            state.chats.leave(inside.pop())
             until(lambda: state.chats.here == 0)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from casa.models.image_processing_casa import CasaSquareImageProcessor
 from casa.models.inputs import count_tokens
-from casa.serving import Limits, completion
+from casa.serving import Limits
 from casa.serving.chat import ChatRequest, RequestError, read_chat
 from casa.serving.completion import Completion, Detokenizer
 from casa.streaming import Sampling
@@ -95,7 +95,7 @@ def test_several_answers_are_those_of_single_requests(asked, fusion):
     assert len(set(texts)) > 1
     finishes = {piece.index: piece.finish for piece in pieces if piece.finish is not None}
     assert sorted(finishes) == [0, 1, 2, 3]
-    seeds = completion._seeds(5, 4)
+    seeds = [choice._generator.initial_seed() for choice in many.choices]
     assert seeds[0] == 5
     spent = 0
     for text, seed in zip(texts, seeds, strict=True):

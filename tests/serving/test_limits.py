@@ -57,11 +57,11 @@ def test_a_line_serves_who_came_first_and_says_how_long_it_may_take():
 
     async def served(line, name, seconds):
         guest = line.join()
-        assert await guest.turn(stays)
+        assert await line.turn(guest, stays)
         order.append(name)
         now[0] += seconds
         await asyncio.sleep(0)
-        guest.leave()
+        line.leave(guest)
 
     async def scenario():
         line = ChatQueue(1, 3, lambda: now[0])
@@ -71,17 +71,17 @@ def test_a_line_serves_who_came_first_and_says_how_long_it_may_take():
         assert line.expected_seconds() == 7
         guests = [line.join() for _ in range(4)]
         assert line.join() is None
-        assert await guests[0].turn(stays)
-        waits = [asyncio.create_task(guest.turn(stays)) for guest in guests[1:]]
+        assert await line.turn(guests[0], stays)
+        waits = [asyncio.create_task(line.turn(guest, stays)) for guest in guests[1:]]
         await asyncio.sleep(0)
         assert (line.served, line.waiting, line.expected_seconds()) == (1, 3, 28)
         # one that leaves in the line makes no place, one that is called in the same moment passes it on
-        guests[2].leave()
-        guests[0].leave()
-        guests[1].leave()
+        line.leave(guests[2])
+        line.leave(guests[0])
+        line.leave(guests[1])
         assert await waits[2]
         waits[1].cancel()
-        guests[3].leave()
+        line.leave(guests[3])
         return line.here, line.served, line.waiting
 
     assert asyncio.run(scenario()) == (0, 0, 0)
@@ -97,17 +97,17 @@ def test_who_is_served_for_long_counts_before_it_has_ended():
     async def scenario():
         line = ChatQueue(2, 2, lambda: now[0])
         quick, *slow = [line.join() for _ in range(3)]
-        assert await quick.turn(stays)
+        assert await line.turn(quick, stays)
         now[0] += 1.0
-        quick.leave()
+        line.leave(quick)
         for guest in slow:
-            assert await guest.turn(stays)
+            assert await line.turn(guest, stays)
         # by the last one, until these have taken longer
         assert line.expected_seconds() == 1
         now[0] += 40.0
         assert line.expected_seconds() == 20
         for guest in slow:
-            guest.leave()
+            line.leave(guest)
         return line.served, line.expected_seconds()
 
     assert asyncio.run(scenario()) == (0, 20)
@@ -122,9 +122,9 @@ def test_who_has_gone_is_told_nothing_in_the_line(monkeypatch):
     async def scenario():
         line = ChatQueue(1, 1)
         first, second = line.join(), line.join()
-        assert await first.turn(gone)
-        assert not await second.turn(gone)
-        second.leave()
+        assert await line.turn(first, gone)
+        assert not await line.turn(second, gone)
+        line.leave(second)
         return line.here, line.waiting
 
     assert asyncio.run(scenario()) == (1, 0)

@@ -1,8 +1,7 @@
 """Who may come in, and when: the guard before every route, how often something may happen, and the line of the chats.
 
-A browser says from which page a request comes (Origin) and for which host it is meant (Host). The two must agree. But a
-page of another site may have its own name lead to this machine, and then they do: so without a token, Host must be an
-address, localhost, or a name that the server was told.
+A browser says from which page a request comes (Origin) and for which host it is meant (Host). The two must agree. A
+page of another site may have its own name lead to this machine; so without a token, Host must be a name that is known.
 """
 
 import asyncio
@@ -67,13 +66,18 @@ class RateLimiter:
         return True
 
 
+class ChatPlace:
+    """One in the line of the chats, and then among the served."""
+
+    def __init__(self) -> None:
+        self.called = asyncio.Event()
+        self.since: float | None = None  # when it was served, if it is
+
+
 class ChatQueue:
     """`places` that are served at once, and room for `room` more to wait: who asks first goes first.
 
     To be used within one event loop.
-
-    Attributes:
-        here: all that have joined and not left.
     """
 
     def __init__(self, places: int, room: int, clock: Clock = monotonic) -> None:
@@ -81,7 +85,7 @@ class ChatQueue:
         self._waiting: deque[ChatPlace] = deque()
         self._served: set[ChatPlace] = set()
         self._seconds: deque[float] = deque(maxlen=16)  # that the last ones had a place
-        self.here = 0
+        self.here = 0  # all that have joined and not left
 
     @property
     def served(self) -> int:
@@ -92,12 +96,34 @@ class ChatQueue:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def join(self) -> "ChatPlace | None":
+    def join(self) -> ChatPlace | None:
         """Somebody new, who is to `leave` whatever happens; None if there is no room."""
         if self.here >= self._places + self._room:
             return None
         self.here += 1
-        return ChatPlace(self)
+        return ChatPlace()
+
+    async def turn(self, place: ChatPlace, is_gone: Callable[[], Awaitable[bool]]) -> bool:
+        """Waits until a place is served; False if who it is for has gone before."""
+        self._waiting.append(place)
+        self._call()
+        while not place.called.is_set():
+            try:
+                async with asyncio.timeout(POLL_SECONDS):
+                    await place.called.wait()
+            except TimeoutError:
+                if await is_gone():
+                    return False
+        return True
+
+    def leave(self, place: ChatPlace) -> None:
+        if place.since is not None:
+            self._served.remove(place)
+            self._seconds.append(self._clock() - place.since)
+        elif place in self._waiting:
+            self._waiting.remove(place)
+        self.here -= 1
+        self._call()
 
     def expected_seconds(self) -> int:
         """After how long a newcomer may find room; 1 or more.
@@ -109,19 +135,6 @@ class ChatQueue:
         each = max((median(seconds) for seconds in (self._seconds, so_far) if seconds), default=0.0)
         return max(1, min(MAX_SECONDS, math.ceil(each * (self.waiting + 1) / self._places)))
 
-    def enter(self, place: "ChatPlace") -> None:
-        self._waiting.append(place)
-        self._call()
-
-    def leave(self, place: "ChatPlace") -> None:
-        if place.since is not None:
-            self._served.remove(place)
-            self._seconds.append(self._clock() - place.since)
-        elif place in self._waiting:
-            self._waiting.remove(place)
-        self.here -= 1
-        self._call()
-
     def _call(self) -> None:
         """Gives free places to those who have waited longest."""
         while self._waiting and self.served < self._places:
@@ -131,69 +144,28 @@ class ChatQueue:
             place.called.set()
 
 
-class ChatPlace:
-    """A place in the line, and then among the served. since: when it was served, if it is."""
-
-    def __init__(self, queue: ChatQueue) -> None:
-        self._queue = queue
-        self.called = asyncio.Event()
-        self.since: float | None = None
-
-    async def turn(self, is_gone: Callable[[], Awaitable[bool]]) -> bool:
-        """Waits to be served; False if who it is for has gone before."""
-        self._queue.enter(self)
-        while not self.called.is_set():
-            try:
-                async with asyncio.timeout(POLL_SECONDS):
-                    await self.called.wait()
-            except TimeoutError:
-                if await is_gone():
-                    return False
-        return True
-
-    def leave(self) -> None:
-        self._queue.leave(self)
-
-
 @dataclass
 class ServerState:
     """What all routes of one server share.
 
     Pictures are opened off the event loop: frames by one thread, in the order in which they came, each stream with one
     at most; those of chats by others, so that no chat, however many pictures it has, delays a stream's frame.
-
-    Args:
-        name: how clients call the model.
-        model: which belongs to the worker's thread.
-        processor: the model's own.
-        limits: of the server.
-        fps: of a stream that does not say.
-        token: asked of everyone, if there is one.
-        allow_fetch: whether chats may name pictures on the public internet.
-        hosts: names that the server goes by.
-        worker: the model's thread.
-        shelf: captions for download.
-        costs: None for a model that is the insertion baseline itself.
-
-    Attributes:
-        connections: WebSockets that there are now.
-        requests: HTTP requests that there are now.
     """
 
-    name: str
-    model: CasaForConditionalGeneration
+    name: str  # by which clients call the model
+    model: CasaForConditionalGeneration  # which belongs to the worker's thread
     processor: CasaProcessor
     limits: Limits
-    fps: float
-    token: str | None
-    allow_fetch: bool
-    hosts: frozenset[str]
+    fps: float  # of a stream that does not say
+    token: str | None  # asked of everyone, if there is one
+    allow_fetch: bool  # whether chats may name pictures on the public internet
+    hosts: frozenset[str]  # names that the server goes by
     worker: Worker
     shelf: Shelf
-    costs: InsertionCosts | None
+    costs: InsertionCosts | None  # None for a model that is the insertion baseline itself
     metrics: Metrics = field(default_factory=Metrics)
-    connections: int = 0
-    requests: int = 0
+    connections: int = 0  # WebSockets that there are now
+    requests: int = 0  # and HTTP requests
     frame_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "casa-frames"))
     chat_threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(READERS, "casa-chats"))
 
@@ -209,13 +181,9 @@ class ServerState:
         self.chat_threads.shutdown(wait=False, cancel_futures=True)
 
     def admits(self, token: str) -> bool:
-        """Whether this is the token, if one is asked for."""
-        return self.token is None or compare_digest(_bytes(token), _bytes(self.token))
-
-
-def _bytes(token: str) -> bytes:
-    """Whatever JSON can write, half a surrogate pair too."""
-    return token.encode("utf-8", "surrogatepass")
+        """Whether this is the token, if one is asked for: whatever JSON can write, half a surrogate pair too."""
+        own = self.token
+        return own is None or compare_digest(*(one.encode("utf-8", "surrogatepass") for one in (token, own)))
 
 
 def bearer(authorization: str) -> str:
@@ -235,13 +203,8 @@ def error_response(
 ) -> JSONResponse:
     """An error as the OpenAI interface writes it; every route answers so.
 
-    Args:
-        status: of HTTP.
-        message: a sentence.
-        param: which part of the request is wrong.
-        code: OpenAI's name for what is wrong, if there is one.
-        close: ends the connection, since a body that was not read is still on its way.
-        retry_seconds: after which another try may do, where it may (Retry-After), which clients obey.
+    `param` is the part of the request that is wrong, `code` OpenAI's name for it. `close` ends the connection, since a
+    body that was not read is still on its way. `retry_seconds`: Retry-After, where another try may do (429, 503).
     """
     kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -270,26 +233,27 @@ class Guard:
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         refused = self._refusal(headers, scope["path"] if kind == "http" else HEALTH)
-        if refused is not None and kind == "websocket":
-            # before it is accepted, this is answered as HTTP 403
-            await send({"type": "websocket.close", "code": 1008, "reason": "from another site"})
-        elif refused is not None:
+        if kind == "websocket":
+            if refused is not None:  # before it is accepted, this is answered as HTTP 403
+                await send({"type": "websocket.close", "code": 1008, "reason": "from another site"})
+            else:
+                await self._app(scope, receive, send)
+            return
+        if refused is not None:
             await refused(scope, receive, send)
-        elif kind == "websocket":
-            await self._app(scope, receive, send)
-        else:
+            return
 
-            async def send_with_headers(message: Message) -> None:
-                if message["type"] == "http.response.start":
-                    message["headers"] = [*message.get("headers", []), *HEADERS]
-                await send(message)
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *HEADERS]
+            await send(message)
 
-            counts = scope["path"] != HEALTH
-            state.requests += counts
-            try:
-                await self._app(scope, receive, send_with_headers)
-            finally:
-                state.requests -= counts
+        counts = scope["path"] != HEALTH
+        state.requests += counts
+        try:
+            await self._app(scope, receive, send_with_headers)
+        finally:
+            state.requests -= counts
 
     def _refusal(self, headers: dict[str, str], path: str) -> JSONResponse | None:
         """Why a request is turned away; None if it may come in."""

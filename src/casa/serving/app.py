@@ -9,18 +9,18 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Request, Response, WebSocket
+from fastapi import APIRouter, Depends, FastAPI, Request, Response, WebSocket
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, CasaProcessor
-from casa.serving.admission import POLL_SECONDS, ChatPlace, Guard, ServerState, error_response
+from casa.serving.admission import POLL_SECONDS, Guard, ServerState, error_response
 from casa.serving.baseline import InsertionCosts
 from casa.serving.chat import ChatRequest, RequestError, parse_body, read_chat
 from casa.serving.completion import ChatDelta, Completion
@@ -43,6 +43,7 @@ FILES = {
     "film.mp4": (FILM, "video/mp4"),
 }
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+CHUNK = "chat.completion.chunk"
 OBFUSCATED = 64  # characters: the sizes of obfuscated events are multiples of it, the head apart
 
 log = logging.getLogger("casa.serving")
@@ -130,6 +131,7 @@ def create_app(
 
 
 def _measure(state: ServerState, seconds: float) -> None:
+    """What the machine sustains, and what insertion would cost here."""
     try:
         probe(state.worker.load, state.model, state.processor, 2 * seconds)
         if state.costs is not None and not state.costs.is_measured:
@@ -138,35 +140,34 @@ def _measure(state: ServerState, seconds: float) -> None:
         log.exception("what the machine sustains could not be measured")
 
 
-def _state(request: Request | WebSocket) -> ServerState:
-    return request.app.state.casa
+async def _state(connection: HTTPConnection) -> ServerState:
+    return connection.app.state.casa
+
+
+State = Annotated[ServerState, Depends(_state)]
 
 
 @router.websocket("/v1/streams")
-async def streams(socket: WebSocket) -> None:
-    await Conversation(socket, _state(socket)).run()
+async def streams(socket: WebSocket, state: State) -> None:
+    await Conversation(socket, state).run()
 
 
 @router.get("/v1/streams/{stream}/captions.{kind}")
-async def captions(request: Request, stream: str, kind: str) -> Response:
+async def captions(state: State, stream: str, kind: str) -> Response:
     """What a stream has said until now; a stream's name is known only to who opened it."""
-    transcript = _state(request).shelf.find(stream)
+    transcript = state.shelf.find(stream)
     if transcript is None:
         return error_response(404, "there is no such stream, or it ended too long ago.")
     if kind not in TYPES:
         return error_response(404, f"captions come as {', '.join(TYPES)}.")
     text = await asyncio.to_thread(transcript.file, kind)
-    return Response(
-        text.encode(),
-        media_type=f"{TYPES[kind]}; charset=utf-8",
-        headers={"Content-Disposition": f'attachment; filename="captions.{kind}"', "Cache-Control": "no-store"},
-    )
+    headers = {"Content-Disposition": f'attachment; filename="captions.{kind}"', "Cache-Control": "no-store"}
+    return Response(text.encode(), media_type=f"{TYPES[kind]}; charset=utf-8", headers=headers)
 
 
 @router.get("/health")
-async def health(request: Request) -> Response:
+async def health(state: State) -> Response:
     """200 while the model's thread lives, 503 afterwards. Waits for nothing that the model does, and for no place."""
-    state = _state(request)
     worker = state.worker
     alive, over = worker.is_alive, worker.load.recent.is_too_much
     about = {
@@ -183,16 +184,16 @@ async def health(request: Request) -> Response:
 
 
 @router.get("/metrics")
-async def metrics(request: Request) -> Response:
+async def metrics(state: State) -> Response:
     """All figures, for Prometheus."""
-    state = _state(request)
-    load = state.worker.load.report(state.worker.asked())
+    worker = state.worker
+    load = worker.load.report(worker.asked())
     gauges = {
-        "sessions": state.worker.streams,
+        "sessions": worker.streams,
         "connections": state.connections,
         "running_chats": state.chats.served,
         "waiting_chats": state.chats.waiting,
-        "cache_bytes": state.worker.cache_bytes(),
+        "cache_bytes": worker.cache_bytes(),
         "sustained_fps": load["sustained_fps"] or 0,
         "asked_fps": load["asked_fps"] or 0,
     }
@@ -200,13 +201,12 @@ async def metrics(request: Request) -> Response:
 
 
 @router.get("/v1/models")
-async def models(request: Request) -> dict[str, Any]:
-    return {"object": "list", "data": [_model(_state(request))]}
+async def models(state: State) -> dict[str, Any]:
+    return {"object": "list", "data": [_model(state)]}
 
 
 @router.get("/v1/models/{name:path}")
-async def model(request: Request, name: str) -> Response:
-    state = _state(request)
+async def model(state: State, name: str) -> Response:
     if name != state.name:
         return error_response(404, f"there is no such model here, only {state.name!r}.", "model", "model_not_found")
     return JSONResponse(_model(state))
@@ -217,9 +217,8 @@ def _model(state: ServerState) -> dict[str, Any]:
 
 
 @router.post("/v1/chat/completions")
-async def chat(request: Request) -> Response:
+async def chat(request: Request, state: State) -> Response:
     """A chat completion as the OpenAI interface has them, whole or as server-sent events."""
-    state = _state(request)
     queue = state.chats
     if (place := queue.join()) is None:
         waits = f"{queue.served} chats are under way and {queue.here - queue.served} wait; try again later."
@@ -227,17 +226,21 @@ async def chat(request: Request) -> Response:
     begun = False
     try:
         body = await _body(request, state.limits.body_bytes, state.limits.body_seconds)
-        if not await place.turn(request.is_disconnected):
+        if not await queue.turn(place, request.is_disconnected):
             raise ClientDisconnect
-        wanted = await asyncio.get_running_loop().run_in_executor(state.chat_threads, _read, body, state)
-        answer = _ChatAnswer(state, wanted, place)
+
+        def read() -> ChatRequest:
+            return read_chat(parse_body(body, state.limits), state.name, state.limits, state.allow_fetch)
+
+        wanted = await asyncio.get_running_loop().run_in_executor(state.chat_threads, read)
+        answer = _ChatAnswer(state, wanted)
         state.metrics.count("chats")
         # errors of the prompt come before the first piece, and then as an error of their own
         first = await answer.next(request)
         if not wanted.stream:
             return JSONResponse(await answer.whole(first, request))
         begun = True
-        return _Events(answer.events(first), answer.end)
+        return _Events(answer.events(first), lambda: (answer.cancel(), queue.leave(place)))
     except ClientDisconnect:
         return Response(status_code=499)  # nobody reads it
     except Exception as error:
@@ -250,11 +253,7 @@ async def chat(request: Request) -> Response:
         return error_response(500, f"the model failed at this ({type(error).__name__}).")
     finally:
         if not begun:
-            place.leave()
-
-
-def _read(body: bytes, state: ServerState) -> ChatRequest:
-    return read_chat(parse_body(body, state.limits), state.name, state.limits, state.allow_fetch)
+            queue.leave(place)
 
 
 async def _body(request: Request, max_bytes: int, seconds: float) -> bytes:
@@ -278,7 +277,7 @@ async def _body(request: Request, max_bytes: int, seconds: float) -> bytes:
 class _Events(StreamingResponse):
     """Server-sent events; `end` is called whatever happens, also if the client goes before the first one."""
 
-    def __init__(self, events: AsyncIterator[str], end: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[str], end: Callable[[], object]) -> None:
         unbuffered = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=unbuffered)
         self._end = end
@@ -294,9 +293,9 @@ class _Events(StreamingResponse):
 class _ChatAnswer:
     """A completion under way, as its route sees it."""
 
-    def __init__(self, state: ServerState, wanted: ChatRequest, place: ChatPlace) -> None:
-        self._wanted, self._place, self._model = wanted, place, state.name
-        self._id, self._created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+    def __init__(self, state: ServerState, wanted: ChatRequest) -> None:
+        self._wanted = wanted
+        self._about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": state.name}
         self._deltas: asyncio.Queue[ChatDelta] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -324,7 +323,7 @@ class _ChatAnswer:
                     raise delta.error
                 return delta
         except BaseException:
-            self._work.cancelled = True
+            self.cancel()
             raise
 
     async def whole(self, delta: ChatDelta, request: Request) -> dict[str, Any]:
@@ -343,7 +342,7 @@ class _ChatAnswer:
             }
             for index, deltas in enumerate(said)
         ]
-        return {**self._head("chat.completion"), "choices": choices, "usage": self._usage()}
+        return {**self._about, "object": "chat.completion", "choices": choices, "usage": self._usage()}
 
     async def events(self, delta: ChatDelta) -> AsyncIterator[str]:
         """The answers as server-sent events."""
@@ -361,23 +360,22 @@ class _ChatAnswer:
                     break
                 delta = await self.next()
             if self._wanted.include_usage:
-                yield _data({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()})
+                yield _data({**self._about, "object": CHUNK, "choices": [], "usage": self._usage()})
             yield "data: [DONE]\n\n"
         except Exception as error:
             message = f"the model failed at this ({type(error).__name__})."
             yield _data({"error": {"message": message, "type": "server_error", "param": None, "code": None}})
 
-    def end(self) -> None:
-        """Nobody listens any more; its place among the chats is free again."""
+    def cancel(self) -> None:
+        """Nobody listens any more."""
         self._work.cancelled = True
-        self._place.leave()
 
     def _event(
         self, index: int, delta: dict[str, Any], finish: str | None = None, logprobs: list[dict[str, Any]] | None = None
     ) -> str:
         told = self._logprobs(logprobs) if logprobs else None
         choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": told}
-        event = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        event = {**self._about, "object": CHUNK, "choices": [choice]}
         if self._wanted.include_usage:
             event["usage"] = None  # it comes in an event of its own
         if self._wanted.obfuscate:
@@ -386,9 +384,6 @@ class _ChatAnswer:
 
     def _logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
         return None if self._wanted.top_logprobs is None else {"content": entries, "refusal": None}
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
     def _usage(self) -> dict[str, int]:
         read, said = self._work.prompt_tokens, self._work.completion_tokens
@@ -400,9 +395,8 @@ def _data(value: dict[str, Any]) -> str:
 
 
 @router.get("/about.json")
-async def about(request: Request) -> Response:
+async def about(state: State) -> Response:
     """What the page needs to know before it has a stream."""
-    state = _state(request)
     facts = {
         "model": state.name,
         "fps": state.fps,
@@ -418,7 +412,7 @@ async def about(request: Request) -> Response:
 
 @router.get("/")
 @router.get("/{name}")
-async def file(request: Request, name: str = "") -> Response:
+async def file(name: str = "") -> Response:
     """The live page, and the film that comes with it: these files and no others can be had."""
     if name not in FILES:
         return Response("There is no such page.", 404, media_type="text/plain")

@@ -1,10 +1,7 @@
 """What insertion would hold, and how much longer it would take, for the frames and captions that a stream has seen.
 
-Shapes: S tokens in insertion's cache, which are all image and text tokens so far.
-
-Bytes are computed: S times the keys and values of all blocks. Time is this frame's own, plus what attending to S cached
-tokens adds. That slope is measured once, at start, on an insertion model with the same weights (`measure`). So both
-curves begin at the same height, and no untrained model has to run beside every stream.
+Bytes are computed: all tokens so far, times the keys and values of all blocks. Time is this frame's own, plus what
+attending to the cached tokens adds. That slope is measured once, at start, on an insertion model with the same weights.
 """
 
 from time import perf_counter
@@ -12,29 +9,29 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from casa.analysis.flops import blocks_of
 from casa.analysis.streaming_cost import insertion_twin
-from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.models import CasaCache, CasaForConditionalGeneration, CasaProcessor
 from casa.models.chat_template import ChatText
 
 PICTURE_SIDE = 224
 PROBES = 8  # of which the quickest counts
 FILLED = 256  # tokens at once, to fill the long cache
-MOST_TOKENS = 4096
-MOST_PARAMETERS = 500_000_000  # of a model that is built a second time, beside the first, to be measured
+MAX_TOKENS = 4096
+MAX_PARAMETERS = 500_000_000  # of a model that is built a second time, beside the first, to be measured
 
 
 class InsertionCosts:
-    """Costs of insertion with this model's weights. `prefill` and `decode`: seconds that one new token takes longer for
-    each cached token, when it comes with a whole frame and when it comes alone; None before `measure`.
-    """
+    """Costs of insertion with this model's weights."""
 
     def __init__(self, model: CasaForConditionalGeneration, processor: CasaProcessor) -> None:
         self._model, self._processor = model, processor
         size = torch.empty((), dtype=model.dtype).element_size()
         # keys and values of each block, and how many tokens it keeps
         self._blocks = [(2 * block.key * size, block.span) for block in blocks_of(model)]
+        # seconds that one new token takes longer for each cached one, when it comes with a whole frame and when alone
         self.prefill: float | None = None
         self.decode: float | None = None
 
@@ -54,14 +51,13 @@ class InsertionCosts:
 
     @torch.no_grad()
     def measure(self, seconds: float = 2.0) -> None:
-        """Times an insertion model with a short cache and with a long one, in turns; the difference is the slope.
+        """Times an insertion model with a short cache and with a long one; the difference is the slope.
 
-        seconds: how long to fill the long cache at most, to `MOST_TOKENS`. A model of more than `MOST_PARAMETERS` is
-        left unmeasured.
+        The long one is filled for at most so many seconds. A model of more than `MAX_PARAMETERS` is left unmeasured.
         """
-        if sum(parameter.numel() for parameter in self._model.parameters()) > MOST_PARAMETERS:
+        if self._model.num_parameters() > MAX_PARAMETERS:
             return
-        twin: Any = insertion_twin(self._model)
+        twin = insertion_twin(self._model)
         short, long = twin.new_cache(), twin.new_cache()
         before, after, pixels = self._processor.frame(Image.new("RGB", (PICTURE_SIDE, PICTURE_SIDE), "grey"))
         stop = self._processor.tokenizer.eos_token_id or 0
@@ -73,37 +69,35 @@ class InsertionCosts:
         }
         frame = {name: value.to(twin.device) for name, value in frame.items()}
 
-        def held(cache: Any) -> int:
+        def timed(inputs: dict[str, Tensor], cache: CasaCache) -> float:
+            start = perf_counter()
+            logits = twin(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits[0, -1, 0].item()  # an accelerator works on after a call returns
+            return perf_counter() - start
+
+        def held(cache: CasaCache) -> int:
             return cache.num_bytes // max(1, self.cache_bytes(1))
 
-        self._timed(twin, frame, short)  # warms up
+        timed(frame, short)  # warms up
         fed = held(short)
         end = perf_counter() + seconds
-        while held(long) < MOST_TOKENS and perf_counter() < end:
-            self._timed(twin, {"input_ids": many}, long)
+        while held(long) < MAX_TOKENS and perf_counter() < end:
+            timed({"input_ids": many}, long)
         grown = max(1, held(long) - held(short))
         # in turns, so that other work on this machine falls on both alike; load only ever adds, so the least counts
-        frames, ones = {}, {}
-        for _ in range(PROBES):
-            for cache in (short, long):
-                frames.setdefault(cache is long, []).append(self._timed(twin, frame, cache))
-                ones.setdefault(cache is long, []).append(self._timed(twin, {"input_ids": one}, cache))
-        self.prefill = max(0.0, (min(frames[True]) - min(frames[False])) / grown / fed)
-        self.decode = max(0.0, (min(ones[True]) - min(ones[False])) / grown)
-
-    @staticmethod
-    def _timed(model: Any, inputs: dict[str, Any], cache: Any) -> float:
-        start = perf_counter()
-        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        logits[0, -1, 0].item()  # an accelerator works on after a call returns
-        return perf_counter() - start
+        rounds = [
+            [timed(inputs, cache) for cache in (short, long) for inputs in (frame, {"input_ids": one})]
+            for _ in range(PROBES)
+        ]
+        frame_short, one_short, frame_long, one_long = map(min, zip(*rounds, strict=True))
+        self.prefill = max(0.0, (frame_long - frame_short) / grown / fed)
+        self.decode = max(0.0, (one_long - one_short) / grown)
 
 
 class InsertionTally:
-    """Insertion's cache for one stream: all that was fed since it began."""
+    """Insertion's cache for one stream: all that was fed since it began, `tokens` of the prompt first."""
 
     def __init__(self, costs: InsertionCosts, processor: CasaProcessor, tokens: int) -> None:
-        """tokens: of the prompt, cached already."""
         self._costs, self._processor = costs, processor
         self._around = sum(map(len, processor.around_frame))
         self.tokens = tokens

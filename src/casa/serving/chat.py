@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from casa.errors import UserError
-from casa.serving.limits import Limits, number, readable, whole_number
+from casa.serving.limits import Limits, number, readable
 from casa.serving.pictures import read_address, read_video
 from casa.streaming import Sampling
 
@@ -63,32 +63,18 @@ class RequestError(UserError):
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """What is asked for, checked.
+    """What is asked for, checked."""
 
-    Args:
-        messages: for the processor's chat template, pictures opened.
-        max_tokens: of the longest answer.
-        sampling: how words are picked.
-        seed: of the draws.
-        stop: texts before which an answer ends.
-        stream: whether it is told in pieces.
-        include_usage: whether a stream ends with counts of tokens.
-        choices: answers wanted.
-        top_logprobs: how many of the likeliest tokens are told beside each token and its log-probability; None tells
-            none at all.
-        obfuscate: whether a stream's events get random characters, so that their sizes tell nobody what is in them.
-    """
-
-    messages: list[dict[str, Any]]
-    max_tokens: int
+    messages: list[dict[str, Any]]  # for the processor's chat template, pictures opened
+    max_tokens: int  # of the longest answer
     sampling: Sampling
-    seed: int
-    stop: tuple[str, ...]
-    stream: bool
-    include_usage: bool
-    choices: int = 1
-    top_logprobs: int | None = None
-    obfuscate: bool = False
+    seed: int  # of the draws
+    stop: tuple[str, ...]  # texts before which an answer ends
+    stream: bool  # whether it is told in pieces
+    include_usage: bool  # whether a stream ends with counts of tokens
+    choices: int = 1  # answers wanted
+    top_logprobs: int | None = None  # how many of the likeliest tokens are told beside each; None tells no logprobs
+    obfuscate: bool = False  # whether events get random characters, so that their sizes tell nobody what is in them
 
 
 def parse_body(body: bytes, limits: Limits) -> Any:
@@ -96,7 +82,7 @@ def parse_body(body: bytes, limits: Limits) -> Any:
 
     Python reads JSON in one go, with every other thread waiting: what can only be refused is not read.
     """
-    if sum(map(body.count, (b",", b"[", b"{"))) > MARKS_PER_CHAR * _max_chars(limits):
+    if sum(map(body.count, (b",", b"[", b"{"))) > MARKS_PER_CHAR * CHARS_PER_TOKEN * limits.prompt_tokens:
         raise _too_long("messages")
     try:
         return json.loads(body)
@@ -116,37 +102,43 @@ def read_chat(body: Any, name: str, limits: Limits, allow_fetch: bool) -> ChatRe
     if body.get("model") != name:
         given = str(body.get("model"))[:80]
         raise RequestError(f"there is no model {given!r} here, only {name!r}.", "model", "model_not_found", 404)
-    stream, options = _flag(body, "stream"), body.get("stream_options") or {}
+    options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise RequestError("stream_options is an object.", "stream_options")
     _check_rest(options, {"include_usage", "include_obfuscation"}, "stream_options")
-    logprobs, top = _flag(body, "logprobs"), body.get("top_logprobs")
-    if top and not logprobs:
-        raise RequestError("top_logprobs needs logprobs to be true.", "top_logprobs", "invalid_value")
+    stream, logprobs = _flag(body, "stream"), _flag(body, "logprobs")
     obfuscate = _flag(options, "include_obfuscation", "stream_options.")
-    if obfuscate and not stream:
-        where = "stream_options.include_obfuscation"
-        raise RequestError(f"{where} needs stream to be true.", where, "invalid_value")
-    # the cheap parts first: pictures are opened last
-    found: dict[str, Any] = {
-        "max_tokens": min(limits.chat_tokens, *(_whole(body, limit, 1, 10**6, 10**6) for limit in MAX_TOKENS)),
-        "sampling": Sampling(
-            temperature=_number(body, "temperature", 0, 2, 0.0),
-            # 0 keeps the likeliest token, which is what the smallest positive number does
-            top_p=max(1e-6, _number(body, "top_p", 0, 1, 1.0)),
-            # vLLM's -1 is all of them, too
-            top_k=max(0, _whole(body, "top_k", -1, 1_000_000, 0)),
-            presence_penalty=_number(body, "presence_penalty", -2, 2, 0.0),
-            frequency_penalty=_number(body, "frequency_penalty", -2, 2, 0.0),
-        ),
-        "seed": _whole(body, "seed", -(2**63), 2**63 - 1, secrets.randbits(62)),
-        "stop": _stop(body.get("stop")),
-        "stream": stream,
-        "include_usage": _flag(options, "include_usage", "stream_options."),
-        "choices": _whole(body, "n", 1, limits.chat_choices, 1),
-        "top_logprobs": _whole(body, "top_logprobs", 0, 20, 0) if logprobs else None,
-        "obfuscate": obfuscate,
-    }
+    for where, wanted, needed, has in (
+        ("top_logprobs", body.get("top_logprobs"), "logprobs", logprobs),
+        ("stream_options.include_obfuscation", obfuscate, "stream", stream),
+    ):
+        if wanted and not has:
+            raise RequestError(f"{where} needs {needed} to be true.", where, "invalid_value")
+    try:
+        # the cheap parts first: pictures are opened last
+        found: dict[str, Any] = {
+            "max_tokens": min(limits.chat_tokens, *(number(int, body, limit, 1, 10**6, 10**6) for limit in MAX_TOKENS)),
+            "sampling": Sampling(
+                temperature=number(float, body, "temperature", 0, 2, 0.0),
+                # 0 keeps the likeliest token, which is what the smallest positive number does
+                top_p=max(1e-6, number(float, body, "top_p", 0, 1, 1.0)),
+                # vLLM's -1 is all of them, too
+                top_k=max(0, number(int, body, "top_k", -1, 1_000_000, 0)),
+                presence_penalty=number(float, body, "presence_penalty", -2, 2, 0.0),
+                frequency_penalty=number(float, body, "frequency_penalty", -2, 2, 0.0),
+            ),
+            "seed": number(int, body, "seed", -(2**63), 2**63 - 1, secrets.randbits(62)),
+            "stop": _stop(body.get("stop")),
+            "stream": stream,
+            "include_usage": _flag(options, "include_usage", "stream_options."),
+            "choices": number(int, body, "n", 1, limits.chat_choices, 1),
+            "top_logprobs": number(int, body, "top_logprobs", 0, 20, 0) if logprobs else None,
+            "obfuscate": obfuscate,
+        }
+    except RequestError:
+        raise
+    except UserError as error:
+        raise RequestError(str(error), ".".join(error.fields), "invalid_value") from error
     return ChatRequest(messages=_messages(body.get("messages"), limits, allow_fetch), **found)
 
 
@@ -174,11 +166,8 @@ def _check_rest(given: dict[str, Any], known: set[str], where: str) -> None:
     for key, value in given.items():
         if key not in known and value not in EMPTY:
             shown = readable(key[:80])
-            raise RequestError(
-                f"{where} has {shown}, which is not supported; leave it out.",
-                f"{where}.{shown}",
-                "unsupported_parameter",
-            )
+            sentence = f"{where} has {shown}, which is not supported; leave it out."
+            raise RequestError(sentence, f"{where}.{shown}", "unsupported_parameter")
 
 
 def _flag(given: dict[str, Any], name: str, where: str = "") -> bool:
@@ -186,20 +175,6 @@ def _flag(given: dict[str, Any], name: str, where: str = "") -> bool:
     if not isinstance(value, bool | None):
         raise RequestError(f"{where}{name} is true or false.", where + name, "invalid_type")
     return bool(value)
-
-
-def _number(body: dict[str, Any], name: str, low: float, high: float, default: float) -> float:
-    try:
-        return number(body, name, low, high, default)
-    except UserError as error:
-        raise RequestError(str(error), name, "invalid_value") from error
-
-
-def _whole(body: dict[str, Any], name: str, low: int, high: int, default: int) -> int:
-    try:
-        return whole_number(body, name, low, high, default)
-    except UserError as error:
-        raise RequestError(str(error), name, "invalid_value") from error
 
 
 def _stop(value: Any) -> tuple[str, ...]:
@@ -215,7 +190,7 @@ def _messages(given: Any, limits: Limits, allow_fetch: bool) -> list[dict[str, A
     # a message is a token at the least
     if len(given) > limits.prompt_tokens:
         raise _too_long("messages")
-    messages, pictures, chars = [], 0, 0
+    messages, room, chars = [], limits.chat_pictures, CHARS_PER_TOKEN * limits.prompt_tokens
     for place, message in enumerate(given):
         where = f"messages.{place}"
         role = message.get("role") if isinstance(message, dict) else None
@@ -224,27 +199,22 @@ def _messages(given: Any, limits: Limits, allow_fetch: bool) -> list[dict[str, A
         _check_rest(message, {"role", "content", "refusal"}, where)
         parts = _parts(message, role, where)
         waiting = sum(part["type"] != "text" for part in parts)
-        if pictures + waiting > limits.chat_pictures:
+        if waiting > room:
             raise RequestError(f"a chat has at most {limits.chat_pictures} pictures here.", where)
         # an empty part is work too
-        chars += sum(max(1, len(part["text"])) if isinstance(part.get("text"), str) else 1 for part in parts)
-        if chars > _max_chars(limits):
+        chars -= sum(max(1, len(part["text"])) if isinstance(part.get("text"), str) else 1 for part in parts)
+        if chars < 0:
             raise _too_long(where)
         content: list[dict[str, Any]] = []
         for part in parts:
             waiting -= part["type"] != "text"
-            room = limits.chat_pictures - pictures - waiting
-            read = _part(part, f"{where}.content", room, limits, allow_fetch)
-            pictures += sum(one["type"] == "image" for one in read)
+            read = _part(part, f"{where}.content", room - waiting, limits, allow_fetch)
+            room -= sum(one["type"] == "image" for one in read)
             content += read
         messages.append({"role": ROLES[role], "content": content})
     if messages[-1]["role"] != "user":
         raise RequestError("the last message is the user's, which is answered.", "messages")
     return messages
-
-
-def _max_chars(limits: Limits) -> int:
-    return CHARS_PER_TOKEN * limits.prompt_tokens
 
 
 def _too_long(where: str) -> RequestError:
@@ -259,21 +229,18 @@ def _parts(message: dict[str, Any], role: str, where: str) -> list[dict[str, Any
         content = refusal or ""
     elif refusal:
         raise RequestError("a message has a content or a refusal, and only an assistant refuses.", f"{where}.refusal")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+    given = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(given, list) or not given or not all(isinstance(part, dict) for part in given):
         raise RequestError("content is a text, or a list of parts.", f"{where}.content")
-    # a refusal is what the assistant said
-    parts = [
-        {**part, "type": "text", "text": part.get("refusal"), "refusal": None}
-        if part.get("type") == "refusal"
-        else part
-        for part in parts
-    ]
-    for part in parts:
+    parts = []
+    for part in given:
+        if part.get("type") == "refusal":  # is what the assistant said
+            part = {**part, "type": "text", "text": part.get("refusal"), "refusal": None}
         if part.get("type") not in KINDS:
             raise RequestError(f"a part of a message is of type {', '.join(KINDS)}.", f"{where}.content")
         # where OpenAI may cache a prompt is of no consequence to what is answered
         _check_rest(part, {"type", part["type"], "prompt_cache_breakpoint"}, f"{where}.content")
+        parts.append(part)
     return parts
 
 

@@ -1,15 +1,8 @@
 """One chat completion, token by token, in slices, on the model's own thread; and its tokens back to text.
 
-Shapes: V vocabulary.
-
-    prompt, tokenized -> one picture after another, encoded -> the text read -> token, token, ...
-    `-- a slice ends after any of these, so that streams wait for one picture at most --------´
-
 What a streamed answer has told is never taken back. A later token can complete a character of several bytes, so of
-every text there is a part that is settled:
-
-    tokens     I   do  n't   know   \\xe2  \\x82       the last two are two thirds of a character
-    settled    "I don't know"                         the beginning of the whole, whatever comes
+every text there is a part that is settled: of "I", " do", "n't", "\\xe2", "\\x82" (two thirds of a character) it is
+"I don't". Shapes: V vocabulary.
 """
 
 import json
@@ -44,8 +37,8 @@ BY_TOKEN = {"BPEDecoder", "ByteFallback", "ByteLevel", "CTC", "Fuse", "Metaspace
 class Detokenizer:
     """What the tokens of an answer say, special ones left out. Reads the tokenizer, and keeps no text.
 
-    A tokenizer that decodes in a way unknown here, or takes blanks out of what it has decoded, settles nothing before
-    the end.
+    With a tokenizer that decodes in a way unknown here, or takes blanks out of what it has decoded, nothing is settled
+    before the end.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -113,21 +106,13 @@ class Detokenizer:
 
 @dataclass(frozen=True)
 class ChatDelta:
-    """What is new in one of the answers.
+    """What is new in one of the answers."""
 
-    Args:
-        text: to be put behind what was told.
-        finish: "stop" or "length" in the last one of its answer.
-        error: in place of all else.
-        index: of the answer.
-        logprobs: the tokens of this text as the OpenAI interface tells them, where they were asked for.
-    """
-
-    text: str = ""
-    finish: str | None = None
-    error: Exception | None = None
-    index: int = 0
-    logprobs: list[dict[str, Any]] | None = None
+    text: str = ""  # to be put behind what was told
+    finish: str | None = None  # "stop" or "length" in the last one of its answer
+    error: Exception | None = None  # in place of all else
+    index: int = 0  # of the answer
+    logprobs: list[dict[str, Any]] | None = None  # of the tokens of this text, where they were asked for
 
 
 class _Choice:
@@ -198,17 +183,8 @@ class _Choice:
 class Completion:
     """Answers to one request. Several are said in one batch, a token each at a time; none depends on another.
 
-    Args:
-        model: what answers.
-        processor: the model's own.
-        detokenizer: of the processor's tokenizer.
-        request: what was asked.
-        max_prompt: tokens of the longest prompt, pictures included.
-        on_delta: called with everything new, from the model's thread.
-
-    Attributes:
-        cancelled: to be set when nobody listens any more.
-        prompt_tokens: of the prompt, once it has been read.
+    A slice ends once the prompt is tokenized, after each picture, and after each token. `on_delta` is called with
+    everything new, from the model's thread. A prompt has at most `max_prompt` tokens, pictures included.
     """
 
     def __init__(
@@ -223,24 +199,31 @@ class Completion:
         self._model, self._processor, self._max_prompt = model, processor, max_prompt
         self.detokenizer, self.request, self.on_delta = detokenizer, request, on_delta
         self.stops = frozenset(stop_ids(model, processor.tokenizer))
-        self.choices = [_Choice(index, seed, self) for index, seed in enumerate(_seeds(request.seed, request.choices))]
+        # the first has the request's own seed, so that more answers change none
+        draws = torch.Generator().manual_seed(request.seed)
+        others = torch.randint(2**62, (request.choices - 1,), generator=draws).tolist()
+        self.choices = [_Choice(index, seed, self) for index, seed in enumerate([request.seed, *others])]
         self._stages = self._run()
-        self.prompt_tokens = 0
-        self.cancelled = False
+        self.prompt_tokens = 0  # once the prompt has been read
+        self.cancelled = False  # to be set when nobody listens any more
 
     @property
     def completion_tokens(self) -> int:
         """Of all answers together."""
         return sum(len(choice.tokens) for choice in self.choices)
 
+    @property
+    def _is_over(self) -> bool:
+        return self.cancelled or not any(choice.is_open for choice in self.choices)
+
     @torch.no_grad()
     def advance(self, until: float) -> bool:
         """Goes on until that moment; True once the answer is whole, or nobody wants it."""
-        while not self.cancelled and any(choice.is_open for choice in self.choices):
+        while not self._is_over:
             next(self._stages)
             if monotonic() >= until:
                 break
-        return self.cancelled or not any(choice.is_open for choice in self.choices)
+        return self._is_over
 
     def fail(self, error: Exception) -> None:
         self.on_delta(ChatDelta(error=error))
@@ -264,14 +247,14 @@ class Completion:
         Raises:
             RequestError: the template refuses the chat, or it is too long.
         """
+        how: dict[str, Any] = {
+            "add_generation_prompt": True,
+            "tokenize": True,
+            "return_dict": True,
+            "return_tensors": "pt",
+        }
         try:
-            written = self._processor.apply_chat_template(
-                self.request.messages,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            )
+            written = self._processor.apply_chat_template(self.request.messages, **how)
         except TemplateError as error:  # of several families: roles must take turns
             refused = f"the model's chat template refuses this chat: {sentence_of(error)}"
             raise RequestError(refused, "messages", "invalid_value") from error
@@ -281,11 +264,8 @@ class Completion:
             grids = self._model.final_grids(token_grids(self._model.config.encoder_config, grid))
             self.prompt_tokens += count_tokens(grids)
         if self.prompt_tokens > self._max_prompt:
-            raise RequestError(
-                f"the chat has {self.prompt_tokens} tokens, but at most {self._max_prompt} are taken; shorten it.",
-                "messages",
-                "context_length_exceeded",
-            )
+            long = f"the chat has {self.prompt_tokens} tokens, but at most {self._max_prompt} are taken; shorten it."
+            raise RequestError(long, "messages", "context_length_exceeded")
         # one row has no padding
         inputs.pop("attention_mask", None)
         pictures = [] if grid is None else [self._model.picked(inputs, [number]) for number in range(len(grid))]
@@ -296,9 +276,3 @@ class Completion:
 def _begun(text: str, word: str) -> int:
     """How many characters at the end of a text, fewer than all of a word's, are the word's beginning."""
     return next((n for n in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:n])), 0)
-
-
-def _seeds(seed: int, count: int) -> list[int]:
-    """A seed for each answer: the first has the request's own, so that more answers change none."""
-    draws = torch.Generator().manual_seed(seed)
-    return [seed, *torch.randint(2**62, (count - 1,), generator=draws).tolist()]

@@ -4,22 +4,17 @@ The address that was checked is the one that is connected to (a name may lead el
 redirects to is judged anew, no proxy is used, and all of it together has a limit of time and of bytes.
 """
 
-import http.client
+import asyncio
 import ipaddress
 import socket
-import ssl
-import threading
-from contextlib import closing, suppress
-from time import monotonic
-from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
+
+import httpx
 
 from casa.errors import UserError
 from casa.serving.limits import Limits
 
-CHUNK = 2**16
-REDIRECTS = (301, 302, 303, 307, 308)
-MOST_REDIRECTS = 3
+MAX_REDIRECTS = 3
 ACCEPTED = {"picture": "image/*", "video": "video/*"}
 
 
@@ -27,85 +22,60 @@ def fetch(address: str, limits: Limits, kind: str = "picture") -> bytes:
     """What lies at an http(s) address: at most `limits.body_bytes`, within `limits.fetch_seconds`.
 
     kind: "picture" or "video", which is asked for. Raises UserError otherwise, and for anything that is not on the
-    public internet.
+    public internet. Not to be called where an event loop runs.
     """
-    until = monotonic() + limits.fetch_seconds
-    for _ in range(1 + MOST_REDIRECTS):
-        found = _visit(address, limits, kind, until - monotonic())
-        if isinstance(found, bytes):
-            return found
-        address = found
-    raise UserError(f"the {kind}'s address leads on and on; send the {kind} as a data: address.")
-
-
-def _visit(address: str, limits: Limits, kind: str, seconds: float) -> bytes | str:
-    """What lies at an address, or the address that it leads to, which is judged as this one is."""
     try:
-        parts = urlsplit(address)
-        host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError as error:
+        _ = urlsplit(address).port  # httpx takes more for an address
+        url = httpx.URL(address)
+    except (httpx.InvalidURL, ValueError) as error:
         raise UserError(f"the {kind}'s address cannot be read; send the {kind} as a data: address.") from error
-    checked = public_address(host) if parts.scheme in ("http", "https") else None
-    if checked is None:
-        raise UserError(f"{host or 'this address'} is not on the public internet; send the {kind} as a data: address.")
-    late = UserError(f"{host} did not send the {kind} in time; send it as a data: address.")
-    if seconds <= 0:
-        raise late
-    line = _Line(host, port, checked, parts.scheme == "https", seconds)
-    alarm = threading.Timer(seconds, line.cut)
-    alarm.start()
+    return asyncio.run(_fetch(url, limits, kind))
+
+
+async def _fetch(url: httpx.URL, limits: Limits, kind: str) -> bytes:
+    instead = f"send the {kind} as a data: address."
     try:
-        with closing(line):
-            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-            line.request("GET", target, headers={"Accept": ACCEPTED[kind], "User-Agent": "casa"})
-            with line.getresponse() as answer:
-                if answer.status in REDIRECTS and (onward := answer.headers.get("Location")):
-                    return urljoin(address, onward)
-                if answer.status != 200:
-                    raise OSError(answer.status)
-                data = _read(answer, limits.body_bytes)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"the {kind} cannot be fetched from {host}; send it as a data: address.") from error
-    finally:
-        alarm.cancel()
-    if line.is_cut:
-        raise late
-    if len(data) > limits.body_bytes:
+        async with (
+            asyncio.timeout(limits.fetch_seconds),
+            httpx.AsyncClient(trust_env=False, timeout=None) as client,
+        ):
+            for _ in range(1 + MAX_REDIRECTS):
+                host = url.raw_host.decode()
+                checked = public_address(host) if url.scheme in ("http", "https") else None
+                if checked is None:
+                    raise UserError(f"{url.host or 'this address'} is not on the public internet; {instead}")
+                found = await _visit(client, url, checked, limits.body_bytes, ACCEPTED[kind])
+                if isinstance(found, bytes):
+                    break
+                url = found
+            else:
+                raise UserError(f"the {kind}'s address leads on and on; {instead}")
+    except TimeoutError as error:
+        raise UserError(f"{url.host} did not send the {kind} in time; {instead}") from error
+    except (OSError, httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+        raise UserError(f"the {kind} cannot be fetched from {url.host}; {instead}") from error
+    if len(found) > limits.body_bytes:
         raise UserError(f"the {kind} has more than {limits.body_bytes} bytes; send a smaller one.")
-    return data
+    return found
 
 
-def _read(answer: http.client.HTTPResponse, most: int) -> bytes:
-    data = bytearray()
-    while len(data) <= most and (part := answer.read1(CHUNK)):
-        data += part
-    return bytes(data)
-
-
-class _Line(http.client.HTTPConnection):
-    """A connection for `host`, made to the address given and no other; `cut` ends it from another thread."""
-
-    def __init__(self, host: str, port: int, address: str, secure: bool, seconds: float) -> None:
-        super().__init__(host, port, timeout=seconds)
-        if secure:
-            self.default_port = http.client.HTTPS_PORT
-        self._address, self._secure = address, secure
-        self._socket: Any = None  # kept, since an answer takes over what http.client has
-        self.is_cut = False
-
-    def connect(self) -> None:
-        self.sock = self._socket = socket.create_connection((self._address, self.port), self.timeout)
-        if self._secure:
-            context = ssl.create_default_context()
-            self.sock = self._socket = context.wrap_socket(
-                self._socket, server_hostname=self.host, do_handshake_on_connect=False
-            )
-            self._socket.do_handshake()
-
-    def cut(self) -> None:
-        self.is_cut = True
-        with suppress(OSError, AttributeError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+async def _visit(
+    client: httpx.AsyncClient, url: httpx.URL, checked: str, max_bytes: int, accept: str
+) -> bytes | httpx.URL:
+    """What lies at a URL, a little more than `max_bytes` of it at most, or where it leads. Asks `checked` alone."""
+    headers = {"Host": url.netloc.decode(), "Accept": accept, "Accept-Encoding": "identity", "User-Agent": "casa"}
+    secure = {"sni_hostname": url.raw_host.decode()}  # whose certificate it must be
+    async with client.stream("GET", url.copy_with(host=checked), headers=headers, extensions=secure) as answer:
+        if answer.has_redirect_location and (onward := answer.headers["Location"]):
+            return url.join(onward)
+        if answer.status_code != 200:
+            raise OSError(answer.status_code)
+        data = bytearray()
+        async for part in answer.aiter_raw():
+            data += part
+            if len(data) > max_bytes:
+                break
+        return bytes(data)
 
 
 def public_address(host: str) -> str | None:

@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 from casa.errors import UserError
 from casa.settings import near
 
 MIB = 2**20
-NEEDED = ("fastapi", "uvicorn", "websockets")
+NEEDED = ("fastapi", "uvicorn", "websockets", "httpx", "prometheus_client")
+Number = TypeVar("Number", int, float)
 
 
 def check_installed() -> None:
@@ -21,69 +22,46 @@ def check_installed() -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """Every figure is per server unless it says otherwise.
+    """Every figure is per server unless it says otherwise. docs/serving.md, "Limits", says more of each."""
 
-    sessions: live streams at once. load: share of what this machine sustains (see `load`) that they may ask for in all;
-    2 lets twice as many frames in, of which half are dropped.
-    connections: open WebSockets, with a stream or without one yet.
-    frame_bytes: one encoded frame. message_bytes: one JSON message. body_bytes: one HTTP body.
-    decoded_pixels: pictures with more are refused unread, frame_pixels: frames of a stream with more.
-    picture_pixels: larger ones are made smaller before the model sees them.
-    frames_per_second, messages_per_second: of one stream; bursts of two seconds' worth pass.
-    faults: wrong messages in a row before a stream is closed.
-    questions: of one stream that may wait. prompt_chars: of a prompt or question.
-    new_tokens: the longest caption that a stream may ask for. text_tokens: what a stream remembers unless it asks for
-    less or more, up to max_text_tokens.
-    chats: completions at once. waiting_chats: more that may wait for their turn, each with its body in memory.
-    chat_tokens: the longest answer. prompt_tokens, chat_pictures: of one chat.
-    chat_choices: answers that one request may ask for. video_frames, video_fps: frames of a video in a chat, in all and
-    per second. video_seconds: for decoding them.
-    hello_seconds: for a stream's first message. idle_seconds: without any message. ping_seconds: between two pings, and
-    for the answer to one. send_seconds: for one event to be taken by a reader. body_seconds: for a request to arrive.
-    fetch_seconds: for a picture from elsewhere to arrive.
-    caption_seconds, answer_seconds: the most that one caption or answer of a stream may take from its first token on.
-    outbox: events that wait for a slow reader. captions: remembered of one stream.
-    ended_streams, ended_seconds: how many streams that have ended keep their captions for download, and how long.
-    """
-
-    sessions: int = 16
-    load: float = 1.0
-    connections: int = 64
-    frame_bytes: int = 4 * MIB
-    message_bytes: int = 64 * 1024
-    body_bytes: int = 16 * MIB
-    decoded_pixels: int = 24_000_000
-    frame_pixels: int = 9_000_000
-    picture_pixels: int = 1024 * 1024
-    frames_per_second: float = 30.0
+    sessions: int = 16  # live streams at once
+    load: float = 1.0  # share of what this machine sustains that they may ask for in all; at 2 half is dropped
+    connections: int = 64  # open WebSockets, with a stream or without one yet
+    frame_bytes: int = 4 * MIB  # one encoded frame
+    message_bytes: int = 64 * 1024  # one JSON message
+    body_bytes: int = 16 * MIB  # one HTTP body
+    decoded_pixels: int = 24_000_000  # pictures with more are refused unread,
+    frame_pixels: int = 9_000_000  # and frames of a stream with more than this
+    picture_pixels: int = 1024 * 1024  # larger ones are made smaller before the model sees them
+    frames_per_second: float = 30.0  # of one stream; bursts of two seconds' worth pass, here and below
     messages_per_second: float = 90.0
-    faults: int = 20
-    questions: int = 4
-    prompt_chars: int = 2000
-    new_tokens: int = 128
-    text_tokens: int = 1024
-    max_text_tokens: int = 8192
-    chats: int = 8
-    waiting_chats: int = 16
-    chat_tokens: int = 1024
-    prompt_tokens: int = 8192
-    chat_pictures: int = 16
-    chat_choices: int = 8
-    video_frames: int = 8
-    video_fps: float = 2.0
-    video_seconds: float = 10.0
-    hello_seconds: float = 10.0
-    idle_seconds: float = 300.0
-    ping_seconds: float = 20.0
-    send_seconds: float = 20.0
-    body_seconds: float = 30.0
-    fetch_seconds: float = 10.0
-    caption_seconds: float = 2.0
-    answer_seconds: float = 5.0
-    outbox: int = 64
-    captions: int = 20_000
-    ended_streams: int = 64
-    ended_seconds: float = 900.0
+    faults: int = 20  # wrong messages in a row before a stream is closed
+    questions: int = 4  # of one stream that may wait
+    prompt_chars: int = 2000  # of a prompt or question
+    new_tokens: int = 128  # the longest caption that a stream may ask for
+    text_tokens: int = 1024  # what a stream remembers unless it asks for less or more,
+    max_text_tokens: int = 8192  # up to this
+    chats: int = 8  # completions at once
+    waiting_chats: int = 16  # more that may wait for their turn, each with its body in memory
+    chat_tokens: int = 1024  # the longest answer
+    prompt_tokens: int = 8192  # of one chat, its pictures included
+    chat_pictures: int = 16  # of one chat, the frames of its videos included
+    chat_choices: int = 8  # answers that one request may ask for
+    video_frames: int = 8  # of a video in a chat, in all
+    video_fps: float = 2.0  # and per second
+    video_seconds: float = 10.0  # for decoding them
+    hello_seconds: float = 10.0  # for a stream's first message
+    idle_seconds: float = 300.0  # without any message
+    ping_seconds: float = 20.0  # between two pings, and for the answer to one
+    send_seconds: float = 20.0  # for one event to be taken by a reader
+    body_seconds: float = 30.0  # for a request to arrive
+    fetch_seconds: float = 10.0  # for a picture from elsewhere to arrive
+    caption_seconds: float = 2.0  # the most that a stream's caption may take from its first token on,
+    answer_seconds: float = 5.0  # and an answer
+    outbox: int = 64  # events that wait for a slow reader
+    captions: int = 20_000  # remembered of one stream
+    ended_streams: int = 64  # streams that have ended and keep their captions for download
+    ended_seconds: float = 900.0  # and how long
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -94,14 +72,14 @@ class Limits:
     @classmethod
     def parse(cls, given: Iterable[str]) -> "Limits":
         """Limits from texts such as "frame_bytes=1000000". Raises UserError for a wrong name or value."""
-        kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(cls)}
+        kinds = {field.name: type(field.default) for field in fields(cls)}
         found: dict[str, Any] = {}
         for text in given:
             name, _, value = text.partition("=")
             if name not in kinds:
                 raise UserError(f"there is no limit {name!r}; {near(name, kinds, 'the limits are')}")
             try:
-                found[name] = kinds[name](value)
+                found[name] = int(value) if kinds[name] is int else float(value)
             except ValueError as error:
                 kind = "a whole number" if kinds[name] is int else "a number"
                 raise UserError(f"{name} is {value!r}; give {kind}.") from error
@@ -112,7 +90,7 @@ def words(message: Mapping[str, Any], name: str, limits: Limits) -> str:
     """A text that is there and not too long."""
     text = message.get(name)
     if not isinstance(text, str) or not text.strip() or len(text) > limits.prompt_chars:
-        raise UserError(f"{name} is a text of 1 to {limits.prompt_chars} characters.")
+        raise UserError(f"{name} is a text of 1 to {limits.prompt_chars} characters.", field=name)
     return readable(text)
 
 
@@ -121,19 +99,14 @@ def readable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def number(message: Mapping[str, Any], name: str, low: float, high: float, default: float) -> float:
-    """A number within bounds; the default if it is not there."""
+def number(
+    kind: type[Number], message: Mapping[str, Any], name: str, low: float, high: float, default: Number
+) -> Number:
+    """A float or an int within bounds; the default if it is not there. Raises UserError for anything else."""
     if (value := message.get(name)) is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise UserError(f"{name} is a number from {low:g} to {high:g}.")
-    return value
-
-
-def whole_number(message: Mapping[str, Any], name: str, low: int, high: int, default: int) -> int:
-    """The same without a fraction."""
-    if (value := message.get(name)) is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UserError(f"{name} is a whole number from {low:g} to {high:g}.")
-    return value
+    known = int if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, known) or not low <= value <= high:
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(f"{name} is {what} from {low:g} to {high:g}.", field=name)
+    return kind(value)

@@ -1,9 +1,7 @@
 """One live stream as its reader is told of it: events on their way, the captions so far, and figures.
 
-    model's thread --on_event--> LiveStream --put--> Outbox [e e e e e] --get--> the reader's own task
-                                            --add--> Transcript, on the Shelf, for download
-
-Nothing here waits: a slow reader loses the oldest captions.
+model's thread --on_event--> LiveStream --put--> Outbox [e e e e e] --get--> the reader's own task
+                                        --add--> Transcript, on the Shelf, for download
 """
 
 import asyncio
@@ -31,13 +29,10 @@ Message = dict[str, Any]  # as JSON holds it
 
 
 class Outbox:
-    """Messages on their way to one reader, put from any thread.
+    """At most `max_messages` on their way to one reader, put from any thread. Made in the event loop of its reader.
 
-    To be made in the event loop of its reader. What is too much leaves at the front, least important kinds first.
-
-    Args:
-        max_messages: that wait.
-        on_lost: called for each caption that is lost because the reader is slow. `missed` counts them.
+    Nothing here waits: what is too much leaves at the front, least important kinds first. `on_lost` is called for each
+    caption that is lost so; `missed` counts them.
     """
 
     def __init__(self, max_messages: int, on_lost: Callable[[], None] | None = None) -> None:
@@ -88,13 +83,7 @@ class Transcript:
         self._lock = threading.Lock()
 
     def add(self, time: float, text: str, lag: float | None = None) -> None:
-        """Adds a caption. A reader that goes back in its video may say earlier times again.
-
-        Args:
-            time: of the frame, in seconds.
-            text: what was said.
-            lag: seconds from the frame's arrival to the text.
-        """
+        """Adds what was said of the frame at that time; of an earlier one too, where a video was wound back."""
         with self._lock:
             self._said.append((time, (text, lag)))
 
@@ -143,10 +132,10 @@ class Shelf:
 
 @dataclass(frozen=True)
 class QueuedFrame:
-    """A frame in line. number: counted from 1, as sent. time: in the video, in seconds. arrived: monotonic."""
+    """A frame in line."""
 
-    number: int
-    time: float
+    number: int  # counted from 1, as sent
+    time: float  # in the video, in seconds
     picture: Image.Image
     arrived: float = field(default_factory=monotonic)
 
@@ -162,11 +151,6 @@ class LiveStream:
         metrics: of the server.
         load: where what became of frames is counted, for all streams together.
         clock: in seconds.
-
-    Attributes:
-        dropped: frames so far that were not watched.
-        truncated: captions and answers so far that time cut.
-        cache_bytes: what its session held after its last turn.
     """
 
     def __init__(
@@ -184,8 +168,8 @@ class LiveStream:
         self._recent = [RecentCounts(STREAM_SECONDS, clock), *([] if load is None else [load])]
         self.session: StreamingSession | None = None
         self.tally: InsertionTally | None = None
-        self.dropped = self.truncated = 0
-        self.cache_bytes = 0
+        self.dropped = self.truncated = 0  # frames that were not watched; captions and answers that time cut
+        self.cache_bytes = 0  # what its session held after its last turn
         self._time = 0.0  # where in the video the last frame stood
 
     def drop(self, *, late: bool = True) -> None:

@@ -1,12 +1,8 @@
 """What a server counts and measures: figures for Prometheus, and what this machine sustains beside what is asked of it.
 
-    model's thread --stepped--> seconds, turns, streams in a step  -> frames a second that it sustains
-    streams        --count--->  watched, dropped, truncated in the last minute -> whether it is overloaded
-
-A frame's cost is its share of the steps in which it was watched: streams that wait together share a step, so a frame
-costs less the more of them there are. How much less is tried once, at start (`probe`), on pictures of noise; from then
-on what the streams really cost counts, with that shape. Before anything was measured, nothing is claimed and everybody
-is let in.
+A frame's cost is its share of the steps in which it was watched: it costs less the more streams share a step. How much
+less is tried once, at start (`probe`), on noise; from then on what the streams really cost counts, with that
+shape. Before anything was measured, nothing is claimed and everybody is let in.
 """
 
 import threading
@@ -15,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from time import monotonic
 
 import numpy as np
+import prometheus_client as prometheus
 from PIL import Image
 
 from casa.errors import UserError
@@ -57,51 +54,31 @@ class OverloadedError(UserError):
 
 
 class Metrics:
-    """Counters, and one histogram: seconds from a frame's arrival to its caption. Any thread may count."""
+    """Counters, gauges, and one histogram: seconds from a frame's arrival to its caption. Any thread may count."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts = dict.fromkeys(COUNTERS, 0)
-        self._buckets = [0] * len(BUCKETS)
-        self._seconds, self._observed = 0.0, 0
+        self._all = own = prometheus.CollectorRegistry()
+        self._counters = {
+            name: prometheus.Counter(f"casa_{name}", text, registry=own) for name, text in COUNTERS.items()
+        }
+        self._gauges = {name: prometheus.Gauge(f"casa_{name}", text, registry=own) for name, text in GAUGES.items()}
+        meaning = "Seconds from a frame's arrival to its caption."
+        self._lag = prometheus.Histogram("casa_lag_seconds", meaning, buckets=BUCKETS, registry=own)
 
     def count(self, name: str) -> None:
-        with self._lock:
-            self._counts[name] += 1
+        self._counters[name].inc()
 
-    def counted(self, name: str) -> int:
-        with self._lock:
-            return self._counts[name]
+    def counted(self, name: str) -> float:
+        return self._all.get_sample_value(f"casa_{name}_total") or 0.0
 
     def observe(self, seconds: float) -> None:
-        with self._lock:
-            self._seconds += seconds
-            self._observed += 1
-            for index, edge in enumerate(BUCKETS):
-                self._buckets[index] += seconds <= edge
+        self._lag.observe(seconds)
 
-    def text(self, gauges: Mapping[str, float]) -> str:
-        """Prometheus' text format (version 0.0.4). gauges: today's value of each of GAUGES."""
-        lines = []
-
-        def head(name: str, kind: str, meaning: str) -> None:
-            lines.extend([f"# HELP casa_{name} {meaning}", f"# TYPE casa_{name} {kind}"])
-
-        with self._lock:
-            for name, meaning in COUNTERS.items():
-                head(f"{name}_total", "counter", meaning)
-                lines.append(f"casa_{name}_total {self._counts[name]}")
-            for name, meaning in GAUGES.items():
-                head(name, "gauge", meaning)
-                lines.append(f"casa_{name} {gauges[name]}")
-            head("lag_seconds", "histogram", "Seconds from a frame's arrival to its caption.")
-            for edge, count in zip(
-                [*map("{:g}".format, BUCKETS), "+Inf"], [*self._buckets, self._observed], strict=True
-            ):
-                lines.append(f'casa_lag_seconds_bucket{{le="{edge}"}} {count}')
-            lines.append(f"casa_lag_seconds_sum {self._seconds:.6f}")
-            lines.append(f"casa_lag_seconds_count {self._observed}")
-        return "\n".join(lines) + "\n"
+    def text(self, gauges: Mapping[str, float]) -> bytes:
+        """Prometheus' text format. gauges: today's value of each of GAUGES."""
+        for name, value in gauges.items():
+            self._gauges[name].set(value)
+        return prometheus.generate_latest(self._all)
 
 
 class RecentCounts:
@@ -120,11 +97,11 @@ class RecentCounts:
                 self._parts.append((int(now), Counter()))
             self._parts[-1][1][kind] += by
             self._began = now if self._began is None else self._began
-            self._forget(now)
 
     def totals(self) -> Counter[str]:
         with self._lock:
-            self._forget(self._clock())
+            while self._parts and self._parts[0][0] < self._clock() - self._seconds:
+                self._parts.popleft()
             return sum((counts for _, counts in self._parts), Counter())
 
     @property
@@ -146,10 +123,6 @@ class RecentCounts:
             f"This machine is too slow for that: of {fps:g} frames a second it watches about {watched:.2g}{cut}. "
             f"{REMEDY[0].upper()}{REMEDY[1:]}."
         )
-
-    def _forget(self, now: float) -> None:
-        while self._parts and self._parts[0][0] < now - self._seconds:
-            self._parts.popleft()
 
 
 class LoadMeter:
@@ -212,14 +185,16 @@ class LoadMeter:
         sustained, total = self.sustained(len(others) + 1), sum(others)
         if sustained is None or total + fps <= self._share * sustained:
             return None
-        machine = f"this machine watches about {sustained:.2g} frames a second with this model"
+        machine = f"his machine watches about {sustained:.2g} frames a second with this model"
         if not others:
-            return f"{machine[0].upper()}{machine[1:]}; of {fps:g} the others will be dropped. To lose none, {REMEDY}."
+            return f"T{machine}; of {fps:g} the others will be dropped. To lose none, {REMEDY}."
         number = "1 stream asks" if len(others) == 1 else f"{len(others)} streams ask"
         left = self._share * sustained - total
-        possible = f"ask for at most {_below(left)} (fps), or " if left >= MIN_FPS else ""
+        digits = 0 if left >= 10 else 1
+        below = int(left * 10**digits) / 10**digits  # a rate as text, never above it
+        possible = f"ask for at most {below:g} (fps), or " if left >= MIN_FPS else ""
         raise OverloadedError(
-            f"{machine}, and {number} for {total:.3g} already; {possible}come back when there are fewer streams."
+            f"t{machine}, and {number} for {total:.3g} already; {possible}come back when there are fewer streams."
         )
 
     def report(self, asked: Iterable[float]) -> dict[str, float | int | None]:
@@ -231,12 +206,6 @@ class LoadMeter:
             "asked_fps": round(sum(wanted), 2),
             **{kind: counts[kind] for kind in ("watched", "dropped", "truncated")},
         }
-
-
-def _below(fps: float) -> str:
-    """A rate as text, never above it."""
-    digits = 0 if fps >= 10 else 1
-    return f"{int(fps * 10**digits) / 10**digits:.{digits}f}".removesuffix(".0")
 
 
 def probe(

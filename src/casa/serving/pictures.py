@@ -26,9 +26,7 @@ VIDEO_OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,
 
 
 def keep_pillow_quiet() -> None:
-    """Has Python leave out Pillow's warnings, for the whole process: every picture that a client sends could bring new
-    ones. What is too large or damaged is refused in words.
-    """
+    """Leaves Pillow's warnings out, for the whole process: what is too large or damaged is refused in words."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -38,10 +36,9 @@ def read_frame(data: bytes, limits: Limits) -> Image.Image:
 
 
 def read_picture(data: bytes, limits: Limits) -> Image.Image:
-    """The bytes of a picture file as an upright RGB picture of at most `limits.picture_pixels`.
+    """The bytes of a picture file as an upright RGB picture of at most `limits.picture_pixels`. Any thread may call it.
 
-    Raises UserError for what `picture_from` does not read, and for more than `limits.decoded_pixels`. Any thread may
-    call it.
+    Raises UserError for what `picture_from` does not read, and for more than `limits.decoded_pixels`.
     """
     _check_pixels("picture", *picture_size(BytesIO(data)), limits)
     return _in_size(picture_from(BytesIO(data)), 1.0, limits)
@@ -55,9 +52,9 @@ def read_address(address: str, limits: Limits, allow_fetch: bool) -> Image.Image
 def read_video(address: str, limits: Limits, allow_fetch: bool, most: int) -> list[Image.Image]:
     """Frames of the video behind an address, as `read_address` takes it: at most `most`, and `limits.video_frames`.
 
-    Of a short one there are `limits.video_fps` a second, of a longer one fewer, evenly spaced from its beginning to its
-    end. Together they have at most the pixels of four pictures. Raises UserError for what is no video of the common
-    kinds, or takes longer to decode than `limits.video_seconds`.
+    Of a short one there are `limits.video_fps` a second, of a longer one fewer, evenly spaced. Together they have at
+    most the pixels of four pictures. Raises UserError for what is no video, or takes longer than
+    `limits.video_seconds` to decode.
     """
     data = _bytes(address, "video", limits, allow_fetch)
     if not is_video(data):

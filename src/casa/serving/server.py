@@ -1,12 +1,7 @@
-"""Runs the app with uvicorn, with the limits of the transport set to those of the app.
+"""Runs the app with uvicorn. Its connections have two clocks of their own: who does not read, or ask, is let go.
 
-uvicorn's connections have two clocks of their own: a peer that does not read, or does not ask, is let go.
-
-    silent   connected, and no whole request has come       cut after `body_seconds`, or for a newer one if many are
-    stalled  what was written to it stays unread            cut after `send_seconds`
-
-Both are cut off without another word: a polite end would wait for what the peer does not read. Who asks is not cut for
-those who do not, so that the server answers (`/health` above all) however many connect and say nothing.
+silent   connected, and no whole request has come       cut after `body_seconds`, or for a newer one if many are
+stalled  what was written to it stays unread            cut after `send_seconds`
 """
 
 import asyncio
@@ -97,7 +92,7 @@ def _listening(host: str, port: int) -> socket.socket:
 def protocols(limits: Limits) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol]]:
     """uvicorn's classes for HTTP and for WebSockets, with these limits."""
 
-    silent: dict[Any, None] = {}  # those of the server at hand, in the order in which they fell silent
+    silent: dict[_Impatient, None] = {}  # those of the server at hand, in the order in which they fell silent
     max_silent = 2 * limits.connections
 
     class Http(_Impatient, H11Protocol):
@@ -106,10 +101,11 @@ def protocols(limits: Limits) -> tuple[type[asyncio.Protocol], type[asyncio.Prot
         def expect_request(self) -> None:
             super().expect_request()
             silent[self] = None
+            # who asks is not cut for those who do not
             if len(silent) > max_silent:
                 oldest = next(iter(silent))
                 oldest.expect_nothing()
-                oldest._cut()
+                oldest.cut()
 
         def expect_nothing(self) -> None:
             super().expect_nothing()
@@ -141,14 +137,14 @@ def protocols(limits: Limits) -> tuple[type[asyncio.Protocol], type[asyncio.Prot
         def handle_cont(self, event: Any) -> None:
             # empty parts count nothing towards the largest message, and a message could have them without end
             if len(self.frames) >= MAX_PARTS:
-                self.transport.abort()
+                self.cut()
             else:
                 super().handle_cont(event)
 
         def handle_ping(self) -> None:
             # who sends pings and reads no answers would fill this server's memory with them
-            if self.is_stalled:
-                self.transport.abort()
+            if self.stall is not None:
+                self.cut()
             else:
                 super().handle_ping()
 
@@ -160,27 +156,25 @@ def call_later(seconds: float, act: Callable[[], None]) -> asyncio.TimerHandle:
 
 
 class _Impatient(asyncio.Protocol):
+    """A connection that is cut off without another word: a polite end would wait for what its peer does not read."""
+
     silent_seconds = stalled_seconds = 20.0
     transport: Any
-    _silence: asyncio.TimerHandle | None = None
-    _stall: asyncio.TimerHandle | None = None
-
-    @property
-    def is_stalled(self) -> bool:
-        return self._stall is not None
+    silence: asyncio.TimerHandle | None = None
+    stall: asyncio.TimerHandle | None = None
 
     def expect_request(self) -> None:
         self.expect_nothing()
-        self._silence = call_later(self.silent_seconds, self._cut)
+        self.silence = call_later(self.silent_seconds, self.cut)
 
     def expect_nothing(self) -> None:
-        if self._silence is not None:
-            self._silence.cancel()
-            self._silence = None
+        if self.silence is not None:
+            self.silence.cancel()
+            self.silence = None
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stall = call_later(self.stalled_seconds, self._cut)
+        self.stall = call_later(self.stalled_seconds, self.cut)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -191,11 +185,11 @@ class _Impatient(asyncio.Protocol):
         self._flows()
         super().connection_lost(exc)
 
-    def _flows(self) -> None:
-        if self._stall is not None:
-            self._stall.cancel()
-            self._stall = None
-
-    def _cut(self) -> None:
+    def cut(self) -> None:
         if self.transport is not None:
             self.transport.abort()
+
+    def _flows(self) -> None:
+        if self.stall is not None:
+            self.stall.cancel()
+            self.stall = None

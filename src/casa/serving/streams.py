@@ -1,37 +1,24 @@
-"""One WebSocket of /v1/streams, from its hello to its end.
+"""One WebSocket of /v1/streams, from its hello to its end (docs/serving.md, "Streams", has its messages and events).
 
-    reader    hello -> questions, pause ... -> the worker; frames -> the newest waits
-    opener    the newest frame, opened as a picture -> the worker
-    sender    the stream's outbox -> events
-
-What a client may say in JSON, beside its frames, which are binary:
-
-    hello, first    {"type": "hello", "prompt": ..., "fps": 2, "max_text_tokens": ..., "max_new_tokens": ...,
-                     "seed": 0, "sampling": {"temperature": 0.7, ...}, "token": ...}     all of it optional
-    then            {"type": "frame", "time": 1.5}     where the next binary message stands in the video, in seconds
-                    {"type": "ask", "question": "..."}
-                    {"type": "pause"}   {"type": "resume"}   {"type": "close"}
-
-A wrong message is answered by an error event and forgotten; what cannot go on ends with a fatal one and a close code.
-The reader waits for neither, so that the newest frame wins and questions are heard however fast frames come.
-Whatever ends one ends all, and frees the session.
+reader    hello -> questions, pause ... -> the worker; frames -> the newest waits
+opener    the newest frame, opened as a picture -> the worker
+sender    the stream's outbox -> events. Whatever ends one of the three ends all, and frees the session.
 """
 
 import asyncio
 import json
 import logging
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
 
 from casa.errors import UserError
 from casa.serving.admission import RateLimiter, ServerState, bearer
 from casa.serving.baseline import InsertionTally
-from casa.serving.limits import Limits, number, whole_number, words
+from casa.serving.limits import Limits, number, words
 from casa.serving.live import LiveStream, Outbox, QueuedFrame, Transcript
 from casa.serving.metrics import OverloadedError
 from casa.serving.pictures import read_frame
@@ -50,7 +37,6 @@ KEYS = {
 LONGEST_VIDEO = 365 * 24 * 3600.0
 
 log = logging.getLogger("casa.serving")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,30 +66,24 @@ def read_message(text: str, limits: Limits) -> dict[str, Any]:
 
 
 def read_hello(message: dict[str, Any], limits: Limits, fps: float, bounded: bool = True) -> Hello:
-    """The first message. Without a seed, a fresh one is drawn.
+    """The first message, as `read_message` gave it. Raises UserError for a value out of bounds.
 
-    Args:
-        message: as `read_message` gave it.
-        limits: the server's.
-        fps: unless the client says otherwise.
-        bounded: whether text has a bound unless the client says so.
-
-    Raises:
-        UserError: a value is out of bounds.
+    Without a seed, a fresh one is drawn. fps: unless the client says otherwise. bounded: text has a bound, likewise.
     """
     if message["type"] != "hello":
         raise UserError("the first message is of type hello.")
-    bound = whole_number(message, "max_text_tokens", 1, limits.max_text_tokens, limits.text_tokens)
+    bound = number(int, message, "max_text_tokens", 1, limits.max_text_tokens, limits.text_tokens)
+    most = limits.new_tokens
     settings: dict[str, Any] = {
         "max_text_tokens": bound if bounded or message.get("max_text_tokens") is not None else None,
-        "max_new_tokens": whole_number(message, "max_new_tokens", 1, limits.new_tokens, min(32, limits.new_tokens)),
-        "seed": whole_number(message, "seed", 0, 2**63 - 1, secrets.randbits(62)),
+        "max_new_tokens": number(int, message, "max_new_tokens", 1, most, min(32, most)),
+        "seed": number(int, message, "seed", 0, 2**63 - 1, secrets.randbits(62)),
         "sampling": _sampling(message.get("sampling")),
     }
     if message.get("prompt") is not None:
         settings["prompt"] = words(message, "prompt", limits)
     token = message.get("token")
-    fps = number(message, "fps", 0.01, limits.frames_per_second, fps)
+    fps = number(float, message, "fps", 0.01, limits.frames_per_second, fps)
     return Hello(fps, settings, token if isinstance(token, str) else "")
 
 
@@ -111,7 +91,7 @@ def read_time(message: dict[str, Any]) -> float:
     """Where the next frame stands in its video, in seconds."""
     if message.get("time") is None:
         raise UserError("a frame message has a time.")
-    return number(message, "time", 0, LONGEST_VIDEO, 0.0)
+    return number(float, message, "time", 0, LONGEST_VIDEO, 0.0)
 
 
 def _sampling(given: object) -> Sampling:
@@ -119,13 +99,9 @@ def _sampling(given: object) -> Sampling:
     found = given or {}
     if not isinstance(found, dict) or not found.keys() <= defaults.keys():
         raise UserError(f"sampling is an object with any of {', '.join(sorted(defaults))}.")
-    read: dict[str, Any] = {}
-    for name, default in defaults.items():
-        if isinstance(default, int):
-            read[name] = whole_number(found, name, -1000, 1000, default)
-        else:
-            read[name] = float(number(found, name, -1000, 1000, default))
-    return Sampling(**read)
+    return Sampling(
+        **{name: number(type(default), found, name, -1000, 1000, default) for name, default in defaults.items()}
+    )
 
 
 class _Closed(Exception):  # noqa: N818  (no error, but the way out)
@@ -134,16 +110,6 @@ class _Closed(Exception):  # noqa: N818  (no error, but the way out)
     def __init__(self, code: int, message: str | None = None) -> None:
         super().__init__(message)
         self.code, self.message = code, message
-
-
-@dataclass(frozen=True)
-class _ReceivedFrame:
-    """As it came: its number, place in the video in seconds, bytes, and when."""
-
-    number: int
-    time: float
-    data: bytes
-    arrived: float
 
 
 class Conversation:
@@ -158,7 +124,8 @@ class Conversation:
         self._begun = monotonic()
         self._number, self._faults, self._paused = 0, 0, False
         self._time: float | None = None  # of the next frame, if its sender has said so
-        self._newest: _ReceivedFrame | None = None  # not opened yet
+        # of the newest frame, which is not opened yet: number, place in the video in seconds, bytes, and when it came
+        self._newest: tuple[int, float, bytes, float] | None = None
         self._arrived = asyncio.Event()
 
     async def run(self) -> None:
@@ -184,7 +151,7 @@ class Conversation:
 
     async def _open(self) -> LiveStream:
         """Reads the hello and opens the stream."""
-        state = self._state
+        state, worker = self._state, self._worker
         try:
             text = await self._receive(self._limits.hello_seconds, "send a hello first, as JSON.")
             if not isinstance(text, str):
@@ -196,40 +163,36 @@ class Conversation:
         if not state.admits(hello.token or bearer(self._socket.headers.get("authorization", ""))):
             raise _Closed(POLICY, "give the server's token in the hello, or as Authorization: Bearer <token>.")
         name, transcript = secrets.token_urlsafe(12), Transcript(self._limits.captions)
-        stream = LiveStream(name, hello.fps, self._outbox, transcript, state.metrics, self._worker.load.recent)
+        stream = LiveStream(name, hello.fps, self._outbox, transcript, state.metrics, worker.load.recent)
         # known from here on, so that it is closed whatever happens while it is opened
         self._stream = stream
         try:
             advice = await self._admitted(stream, hello.settings)
         except UserError as error:
-            full = isinstance(error, OverloadedError)
-            full = full or len(self._worker.engine) >= self._worker.engine.max_sessions
+            full = isinstance(error, OverloadedError) or len(worker.engine) >= worker.engine.max_sessions
             raise _Closed(LATER if full else POLICY, str(error)) from error
         except Exception as error:
             raise _Closed(FAILED, f"the stream cannot be opened ({type(error).__name__}).") from error
-        session = stream.session
+        session, costs, processor = stream.session, state.costs, state.processor
         assert session is not None
-        costs, processor = state.costs, state.processor
         if costs is not None:
             # on the model's thread, which the tokenizer belongs to as well
-            stream.tally = await self._call(lambda: InsertionTally(costs, processor, session.usage.text_tokens))
+            tally = worker.call(lambda: InsertionTally(costs, processor, session.usage.text_tokens))
+            stream.tally = await asyncio.wrap_future(tally)
         state.shelf.open(name, transcript)
         state.metrics.count("streams")
         self._begun = monotonic()
-        known = costs and {"cache_bytes": "computed", "latency": "measured" if costs.is_measured else None}
-        self._outbox.put(
-            {
-                "type": "ready",
-                "stream": name,
-                "model": state.name,
-                "fps": hello.fps,
-                "prompt": session.prompt,
-                "max_text_tokens": session.max_text_tokens,
-                "cache_bytes": session.usage.cache_bytes,
-                "advice": advice,
-                "insertion": known,
-            }
-        )
+        ready = {
+            "stream": name,
+            "model": state.name,
+            "fps": hello.fps,
+            "prompt": session.prompt,
+            "max_text_tokens": session.max_text_tokens,
+            "cache_bytes": session.usage.cache_bytes,
+            "advice": advice,
+            "insertion": costs and {"cache_bytes": "computed", "latency": "measured" if costs.is_measured else None},
+        }
+        self._outbox.put({"type": "ready", **ready})
         return stream
 
     async def _admitted(self, stream: LiveStream, settings: dict[str, Any]) -> str | None:
@@ -240,9 +203,6 @@ class Conversation:
             # a page that goes from one video to the next opens a stream while it closes another
             await asyncio.sleep(CLOSING_SECONDS)
             return await asyncio.wrap_future(self._worker.open(stream, **settings))
-
-    async def _call(self, job: Callable[[], T]) -> T:
-        return await asyncio.wrap_future(self._worker.call(job))
 
     async def _all(self, stream: LiveStream) -> None:
         parts = (self._read(stream), self._open_frames(stream), self._send())
@@ -285,7 +245,7 @@ class Conversation:
         if self._newest is not None:
             stream.drop()
         place = arrived - self._begun if time is None else time
-        self._newest = _ReceivedFrame(self._number, round(place, 3), data, arrived)
+        self._newest = self._number, round(place, 3), data, arrived
         self._arrived.set()
 
     async def _open_frames(self, stream: LiveStream) -> None:
@@ -293,18 +253,18 @@ class Conversation:
         while True:
             await self._arrived.wait()
             self._arrived.clear()
-            frame, self._newest = self._newest, None
-            if frame is None:
+            if self._newest is None:
                 continue
+            (number, place, data, arrived), self._newest = self._newest, None
             try:
-                picture = await loop.run_in_executor(thread, read_frame, frame.data, self._limits)
+                picture = await loop.run_in_executor(thread, read_frame, data, self._limits)
             except UserError as error:
-                self._wrong(str(error), frame.number)
+                self._wrong(str(error), number)
             except MemoryError:
-                self._wrong("there is not enough memory for this frame; send a smaller picture.", frame.number)
+                self._wrong("there is not enough memory for this frame; send a smaller picture.", number)
             else:
                 self._faults = 0
-                self._worker.offer(stream, QueuedFrame(frame.number, frame.time, picture, frame.arrived))
+                self._worker.offer(stream, QueuedFrame(number, place, picture, arrived))
 
     def _message(self, stream: LiveStream, message: dict[str, Any]) -> None:
         kind = message["type"]

@@ -1,13 +1,7 @@
 """The model's own thread: everything that computes happens here, so that nothing on the model meets another thread.
 
-    readers' tasks --offer, ask--> the engine --+
-    routes --call--> short jobs ----------------+--> one thread: jobs, a step over all streams, a slice of one chat
-    routes --chat--> completions ---------------+
-
-It sleeps until something waits. What a stream says is cut at that stream's own budget, which begins with the first
-token, and told as soon as it is there. A step ends where another stream would wait too long; what is half said by then
-goes on in the next one, with the frames that have come. So nobody waits for a long caption or answer. Streams have a
-turn after every slice of a chat.
+readers' tasks --offer, ask--> the engine --+
+routes --call, chat--> jobs, completions ---+--> one thread: jobs, a step over all streams, a slice of one chat
 """
 
 import logging
@@ -47,13 +41,17 @@ class Work(Protocol):
 
 
 class Worker:
-    """Runs an engine. All methods but `work` may be called from any thread."""
+    """Runs an engine, and sleeps until something waits. All methods but `work` may be called from any thread.
+
+    A step ends where another stream would wait too long; what is half said by then goes on in the next one, with the
+    frames that have come. So nobody waits for a long caption or answer. A slice of a chat follows.
+    """
 
     def __init__(self, engine: StreamingEngine, limits: Limits, clock: Clock = monotonic) -> None:
         self.engine, self._limits, self._clock = engine, limits, clock
         self.load = LoadMeter(engine.max_batch_size, limits.load, clock)
         self._wake = threading.Condition()
-        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._jobs: deque[tuple[Callable[[], object], Future[Any]]] = deque()
         self._streams: dict[str, LiveStream] = {}
         self._chats: deque[Work] = deque()
         self._stopping = False
@@ -97,25 +95,24 @@ class Worker:
         with self._wake:
             if self._stopping:
                 future.cancel()
-                return future
-            self._jobs.append((job, future))
-            self._wake.notify()
+            else:
+                self._jobs.append((job, future))
+                self._wake.notify()
         return future
 
     def chat(self, work: Work) -> None:
+        """Has a completion done, a slice at a time."""
         with self._wake:
-            stopping = self._stopping
-            if not stopping:
+            if not self._stopping:
                 self._chats.append(work)
                 self._wake.notify()
-        if stopping:
-            work.fail(STOPPING)
+                return
+        work.fail(STOPPING)
 
     def open(self, stream: LiveStream, **settings: Any) -> "Future[str | None]":
-        """Gives a stream a session with these settings.
+        """Gives a stream a session with these settings; what the stream is to be told, if anything.
 
-        The future has what the stream is to be told, if anything. It raises UserError if they are wrong, and
-        OverloadedError if this machine does not sustain one more stream.
+        The future raises UserError if they are wrong, OverloadedError if there is one stream more than is sustained.
         """
 
         def job() -> str | None:
@@ -178,13 +175,10 @@ class Worker:
         with self._wake:
             self._wake.notify()
 
-    def _has_work(self) -> bool:
-        return self._stopping or bool(self._jobs) or bool(self._chats) or self.engine.waiting > 0
-
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(self._has_work)
+                self._wake.wait_for(lambda: self._stopping or self._jobs or self._chats or self.engine.waiting > 0)
                 if self._stopping:
                     return
             self.work()
@@ -231,12 +225,9 @@ class Worker:
     def _is_wanted(self, words_since: float) -> bool:
         """Whether a step is to end here, since somebody who is not in it has waited long enough.
 
-        A stream waits for half the time of a caption, so that it is in time for its next frame.
-
-        Args:
-            words_since: when the step's first words were there. Only from then on does anybody run out of patience:
-                where pictures alone take longer than that, every step would end after one word, and every caption be
-                cut after a few.
+        A stream waits for half the time of a caption, so that it is in time for its next frame. Nobody runs out of
+        patience before the step's first words were there, `words_since`: where pictures alone take longer than that,
+        every step would end after one word, and every caption be cut after a few.
         """
         now = self._clock()
         if self.engine.is_crowded and now >= words_since + SLICE_SECONDS:
