@@ -1,13 +1,10 @@
 """The library at its simplest: a model with its processor as one object that answers, captions and streams.
 
-    eyes = casa.load("casa-tiny")
-    eyes.ask("page.png", "Read line 1.")
-    for caption in eyes.watch("clip.mp4", fps=2):
-        print(caption.time, caption.text)
-    session = eyes.stream(max_text_tokens=128)
-
-Everything here goes through the public classes below it: `CasaForConditionalGeneration.generate`, `CasaProcessor` and
-`StreamingSession`. Whoever needs more control takes `eyes.model` and `eyes.processor`.
+eyes = casa.load("casa-tiny")
+eyes.ask("page.png", "Read line 1.")
+for caption in eyes.watch("clip.mp4", fps=2):
+    print(caption.time, caption.text)
+session = eyes.stream(max_text_tokens=128)
 """
 
 import os
@@ -115,30 +112,35 @@ class CasaPipeline:
         """
         if max_new_tokens < 1 or batch_size < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}; both are 1 or more.")
-        sampling = Sampling(temperature, top_k, top_p)
-        generate["do_sample"] = drawn = sampling.temperature > 0
-        if drawn:
-            generate |= {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
+        Sampling(temperature, top_k, top_p)  # checks them
+        drawn = temperature > 0
+        how = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if drawn else {}
+        generate |= {"max_new_tokens": max_new_tokens, "do_sample": drawn, **how}
         questions = [question] if isinstance(question, str) else list(question)
-        chats = [
-            _chat(shown, asked)
-            for shown, asked in zip(_by_question(pictures, question, len(questions)), questions, strict=True)
-        ]
+        shown: Sequence[Picture | Sequence[Pictures] | None] = [pictures] * len(questions)
+        if not isinstance(question, str) and isinstance(pictures, list | tuple):
+            shown = pictures
+        if len(shown) != len(questions):
+            raise UserError(
+                f"there are {len(questions)} questions and {len(shown)} entries of pictures; give one entry per "
+                "question, itself a list where a question is about several pictures."
+            )
+        chats = [_chat(about, asked) for about, asked in zip(shown, questions, strict=True)]
         answers: list[str] = []
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             if drawn:
                 torch.manual_seed(torch.seed() if seed is None else seed)
             for first in range(0, len(chats), batch_size):
-                answers += self._generate(chats[first : first + batch_size], max_new_tokens, generate)
+                answers += self._generate(chats[first : first + batch_size], generate)
         return answers[0] if isinstance(question, str) else answers
 
-    def _generate(self, chats: list[list[dict[str, Any]]], max_new_tokens: int, generate: dict[str, Any]) -> list[str]:
+    def _generate(self, chats: list[list[dict[str, Any]]], generate: dict[str, Any]) -> list[str]:
         settle()
         inputs = self.processor.apply_chat_template(
             chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device)
-        tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **generate)
+        tokens = self.model.generate(**inputs, **generate)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
@@ -166,15 +168,8 @@ class CasaPipeline:
         Raises:
             UserError: The bound is too small for the prompt and one frame.
         """
-        return StreamingSession(
-            self.model,
-            self.processor,
-            prompt,
-            max_text_tokens,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-        )
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
+        return StreamingSession(self.model, self.processor, prompt, max_text_tokens, **settings)
 
     def watch(
         self,
@@ -315,20 +310,6 @@ def task_scores(settings: "EvaluationSettings") -> "Evaluate":
         return {f"{task}_{name}": value for task, of in found.items() for name, value in of.items() if name != "n"}
 
     return scores
-
-
-def _by_question(
-    pictures: "Picture | Sequence[Pictures] | None", question: str | list[str], count: int
-) -> "Sequence[Picture | Sequence[Pictures] | None]":
-    """What each question is about."""
-    if isinstance(question, str) or not isinstance(pictures, list | tuple):
-        return [pictures] * count
-    if len(pictures) != count:
-        raise UserError(
-            f"there are {count} questions and {len(pictures)} entries of pictures; give one entry per question, itself "
-            "a list where a question is about several pictures."
-        )
-    return pictures
 
 
 def _chat(shown: "Picture | Sequence[Pictures] | None", question: str) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """As many threads as other processes leave cores free for (docs/serving.md, "Beside other work").
 
-    share_cores()    by the `casa` program, when it starts; a program of one's own may do the same
-    settle()         on the thread that computes, between two pieces of work; does nothing unless the cores are shared
+share_cores()    by the `casa` program, when it starts; a program of one's own may do the same
+settle()         on the thread that computes, between two pieces of work; does nothing unless the cores are shared
 """
 
 import os

@@ -181,7 +181,7 @@ def test_fetching_where_it_is_allowed(web, monkeypatch):
         ("/odd", LIMITS, "cannot be fetched|public internet"),
         ("/large", LIMITS, "as a picture"),
         ("/large", Limits(body_bytes=4000), "4000 bytes"),
-        ("/slow", Limits(fetch_seconds=0.3), "in time|cannot be fetched"),
+        ("/slow", Limits(fetch_seconds=1.0), "in time|cannot be fetched"),
     ]:
         del asked[:]
         with pytest.raises(UserError, match=word):

@@ -425,4 +425,4 @@ def test_who_leaves_in_the_middle_of_an_answer_is_forgotten(worker, pictures):
     text, told, sessions = run(scenario)
     assert text == StreamingSession(worker.engine.model, tiny_processor(), **SETTINGS).step(pictures[0])
     assert (told, sessions) == (0, 1)
-    assert not worker._has_work()
+    assert (worker.engine.waiting, worker.chats, len(worker._jobs)) == (0, 0, 0)

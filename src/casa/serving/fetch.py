@@ -36,8 +36,8 @@ async def _fetch(url: httpx.URL, limits: Limits, kind: str) -> bytes:
     instead = f"send the {kind} as a data: address."
     try:
         async with (
-            asyncio.timeout(limits.fetch_seconds),
             httpx.AsyncClient(trust_env=False, timeout=None) as client,
+            asyncio.timeout(limits.fetch_seconds),
         ):
             for _ in range(1 + MAX_REDIRECTS):
                 host = url.raw_host.decode()

@@ -18,7 +18,6 @@ from casa.models import CasaCache, CasaForConditionalGeneration
 from casa.models.cache import Seen
 from casa.models.insertion import StreamState
 from casa.streaming.sampling import decode
-from casa.streaming.state import text_of
 from casa.threads import settle
 
 UNFINISHED = "\ufffd"  # how a tokenizer shows a character of which not all bytes are there yet
@@ -255,6 +254,13 @@ def part(cache: CasaCache, row: int, empty: CasaCache) -> CasaCache:
     if cache.windows is not None:
         empty.windows = _part_of_windows(cache.windows, row)
     return empty
+
+
+def text_of(cache: CasaCache, index: int) -> tuple[Tensor, Tensor] | None:
+    """Keys and values, (n, Hkv, S, D) each, of a block's text; None if it has none."""
+    layer = cache.text.layers[index] if index < len(cache.text.layers) else None
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    return None if keys is None or values is None or keys.dim() < 4 else (keys, values)
 
 
 def _joined_windows(states: Sequence[WindowState | None]) -> WindowState | None:

@@ -6,7 +6,7 @@ Shapes: n texts in one batch, V vocabulary.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, cast
+from typing import Annotated, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -21,12 +21,13 @@ from transformers import (
 
 from casa.errors import UserError
 from casa.models import CasaCache, CasaForConditionalGeneration
+from casa.settings import Bounds, NonNegative, Settings
 
 COLDEST = 1e-4  # below that logits divided by the temperature may be infinite, and nothing but the best is left anyway
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Settings):
     """What is done with the logits before a token is chosen, in this order.
 
     Args:
@@ -45,26 +46,19 @@ class Sampling:
         UserError: a setting is out of its bounds.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: Annotated[float, Bounds(ge=0)] = 0.0
+    top_k: NonNegative = 0
+    top_p: Annotated[float, Bounds(gt=0, le=1)] = 1.0
     stop_bias: float = 0.0
-    repetition: float = 0.0
-    decay: float = 0.9
-    no_repeat_ngram_size: int = 0
-    memory: int = 64
+    repetition: Annotated[float, Bounds(ge=0)] = 0.0
+    decay: Annotated[float, Bounds(ge=0, lt=1)] = 0.9
+    no_repeat_ngram_size: NonNegative = 0
+    memory: NonNegative = 64
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise UserError(f"temperature is {self.temperature}; give 0 for greedy, or more.")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError(f"top_k is {self.top_k} and top_p {self.top_p}; top_k is 0 or more, top_p in (0, 1].")
-        if not 0 <= self.decay < 1:
-            raise UserError(f"decay is {self.decay}; give a number from 0 up to, but not including, 1.")
-        if self.repetition < 0 or self.no_repeat_ngram_size < 0 or self.memory < 0:
-            raise UserError("repetition, no_repeat_ngram_size and memory are 0 or more.")
+        super().__post_init__()
         if not (math.isfinite(self.presence_penalty) and math.isfinite(self.frequency_penalty)):
             raise UserError("presence_penalty and frequency_penalty are numbers, best from -2 to 2.")
         if not all(isinstance(number, int) for number in (self.top_k, self.no_repeat_ngram_size, self.memory)):
@@ -124,21 +118,19 @@ class Sampling:
 
 
 class RunningText(Protocol):
-    """A text while it is generated: a caption, an answer, a choice of a chat."""
+    """A text while it is generated: a caption, an answer, a choice of a chat. `is_open`: it goes on.
+
+    `last` is the token to feed next (of a text that has ended, any). `take` chooses one from logits (V,), and is True
+    if the text has ended with it.
+    """
 
     @property
-    def is_open(self) -> bool:
-        """Whether it goes on."""
-        ...
+    def is_open(self) -> bool: ...
 
     @property
-    def last(self) -> int:
-        """The token to feed next; of a text that has ended, any."""
-        ...
+    def last(self) -> int: ...
 
-    def take(self, logits: Tensor) -> bool:
-        """Chooses the next token from logits (V,); True if the text has ended."""
-        ...
+    def take(self, logits: Tensor) -> bool: ...
 
 
 def decode(

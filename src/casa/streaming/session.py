@@ -118,11 +118,13 @@ class StreamingSession:
             TypeError: the frame is no picture; whatever is raised, the session is as before.
             ValueError: likewise.
         """
-        return self.accept(*run_all(self._model, [self.prepare(frame, should_stop)]))
+        request = self.prepare(frame, should_stop)
+        return self.accept(*run_all(self._model, [request]))
 
     def ask(self, question: str, should_stop: ShouldStop | None = None) -> str:
         """Answers a question about the frame at hand; captioning goes on with the next frame."""
-        return self.accept(*run_all(self._model, [self.prepare_question(question, should_stop)]))
+        request = self.prepare_question(question, should_stop)
+        return self.accept(*run_all(self._model, [request]))
 
     @staticmethod
     def check(frame: Image.Image | np.ndarray) -> Image.Image:

@@ -20,6 +20,7 @@ from casa.layers import LayerWindow, WindowExtent, WindowState
 from casa.models import CasaCache, CasaForConditionalGeneration
 from casa.models.cache import Seen
 from casa.models.insertion import StreamState
+from casa.streaming.batch import text_of
 
 FORMAT, ANY_FORMAT = "casa session 4", "casa session "
 
@@ -86,13 +87,6 @@ def make_room(
         # an eighth of the bound at a time, so that it happens rarely
         wanted = max(surplus, (bound - sinks) // 8)
         cache.drop_text(sinks, min(wanted, max(0, cache.num_text - sinks)), turns)
-
-
-def text_of(cache: CasaCache, index: int) -> tuple[Tensor, Tensor] | None:
-    """Keys and values, (n, Hkv, S, D) each, of a block's text; None if it has none."""
-    layer = cache.text.layers[index] if index < len(cache.text.layers) else None
-    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    return None if keys is None or values is None or keys.dim() < 4 else (keys, values)
 
 
 def save(
