@@ -142,8 +142,10 @@ def tiny_casa(seed: int = 0, dtype: torch.dtype = torch.float64, **fusion: Any) 
 def tiny_speaker(**fusion: Any) -> CasaForConditionalGeneration:
     """`tiny_casa` whose captions differ in length, some of them empty: its stop token comes up now and then."""
     model = tiny_casa(**fusion)
-    head = model.get_output_embeddings().weight.data
-    head[2] = head[3:].mean(0) * 3
+    head = model.get_output_embeddings()
+    assert isinstance(head, torch.nn.Linear)
+    with torch.no_grad():
+        head.weight[2] = head.weight[3:].mean(0) * 3
     model.generation_config.eos_token_id = 2
     return model
 
