@@ -35,7 +35,8 @@ from projects.casa_smol.targets import FOLLOWING, NO_INK, UNKNOWN, Targets, page
 
 Batch = dict[str, Tensor]
 LOSS_WEIGHTS = {
-    "classes": 1.0, "middles": 0.5, "inks": 0.1, "grounds": 0.1, "around": 0.5, "spelled": 0.3, "counts": 0.2,
+    "classes": 1.0, "middles": 0.5, "inks": 0.1, "grounds": 0.1,
+    "around": 0.5, "spelled": 0.3, "sizes": 0.3, "counts": 0.2,
 }  # fmt: skip
 FURTHER = (2, 4, 8, 4)  # dilations of the blocks that a text model's tokens need
 
@@ -133,7 +134,10 @@ class Learner(nn.Module):
         there = (wanted != UNKNOWN).any(-1) & (batch["classes"] > 0)
         wanted = wanted[there].long()
         guessed = self.around(found["cells"].permute(0, 2, 3, 1)[there]).unflatten(-1, (1 + FOLLOWING, -1))
-        around = nn.functional.cross_entropy(guessed.flatten(0, 1).float(), wanted.flatten(), ignore_index=UNKNOWN)
+        # a batch of empty pages has none
+        around = nn.functional.cross_entropy(
+            guessed.flatten(0, 1).float(), wanted.flatten(), ignore_index=UNKNOWN, reduction="sum"
+        ) / (wanted != UNKNOWN).sum().clamp(min=1)
         ids, counts = batch["spelled"].flatten(1, 2), batch["counts"].flatten(1)
         return {"around": around} | self.speller.losses(found["written"], ids, counts, batch["others"])
 
@@ -221,7 +225,7 @@ def scores(learner: Learner, settings: Settings, split: str, worn_by: float) -> 
             spelled = spelling_of(glyphs, (256, 256), settings.token_size, encoder_of(Path(settings.text)))
             ids = torch.from_numpy(spelled.ids).flatten(0, 1)
             known = ids >= 0
-            begins = known.any(-1)
+            begins = known[:, 1:].any(-1)
             hits = learner.speller.right(found["written"][0][begins], ids[begins])
             previous.append(hits[:, 0][known[begins][:, 0]].numpy())
             own.append(hits[:, 1:][known[begins][:, 1:]].numpy())

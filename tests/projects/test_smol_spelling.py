@@ -12,14 +12,18 @@ from casa.vision.page_encoder import PageEncoder, PageEncoderConfig
 from projects.casa_smol.canvas import CLASS_OF, Canvas
 from projects.casa_smol.encoder import Run, Settings, stacked, train
 from projects.casa_smol.fonts import kins
-from projects.casa_smol.spelling import OWN, Speller, encoder_of, spelling_of
-from projects.casa_smol.targets import FOLLOWING, UNKNOWN, page, targets_of
+from projects.casa_smol.spelling import NOTHING, OWN, UNKNOWN, Speller, encoder_of, spelling_of
+from projects.casa_smol.targets import FOLLOWING, page, targets_of
+from projects.casa_smol.targets import UNKNOWN as UNSEEN
 
 WIDE = (16, 16)
+BREAK = 99
 
 
 def words(text):
     """A text as whole words, each with the blank before it, as byte-level tokenizers have them: ids are lengths."""
+    if text == "\n":
+        return [(BREAK, (0, 1))]
     found, start = [], 0
     for word in text.split(" "):
         stop = start + len(word)
@@ -41,21 +45,23 @@ def test_tokens_stand_where_their_first_letter_does():
     spots = np.argwhere(found.counts > 0)
     assert [row for row, _ in spots] == [1] * len(spots)
     said = [number for spot in spots for number in found.ids[tuple(spot)][1:] if number >= 0]
-    assert said == [5, 2, 1, 6]
-    assert found.counts.sum() == 4
-    # "seven" begins at 4 px; before the first one nothing is known, before the second it is the first
-    assert found.ids[1, 0].tolist() == [-1, 5, -1, -1]
+    assert said == [5, 2, 1, 6, BREAK]
+    assert found.counts.sum() == 5
+    # "seven" begins at 4 px, a text; before the second one stands the first; the break stands at the last letter
+    assert found.ids[1, 0].tolist() == [BREAK, 5, NOTHING, NOTHING]
     before = [found.ids[tuple(spot)][0] for spot in spots]
-    assert before[0] == -1
-    assert before[1] == 5
+    assert before[:2] == [BREAK, 5]
+    assert (found.ids[0] == NOTHING).all()
 
 
 def test_what_is_cut_off_is_no_token():
     found = spelling_of(written("seven is", x=100).found(), (128, 32), WIDE, words)
-    assert found.counts.sum() == 0
+    assert (found.ids < 0).all()
     glyphs = written("seven is one", x=-20).found()
     found = spelling_of(glyphs, (160, 32), WIDE, words)
-    assert sorted(found.ids[found.ids >= 0].tolist()) == [2, 2, 3]  # "is", and before "one"
+    # "is" and "one", each as the one before too, and the end; before "is" stands what is cut off
+    assert sorted(found.ids[found.ids >= 0].tolist()) == [2, 2, 3, 3, BREAK]
+    assert (found.ids == UNKNOWN).sum() == 1
     assert spelling_of(written("").found(), (160, 32), WIDE, words).counts.sum() == 0
 
 
@@ -73,7 +79,7 @@ def test_characters_know_their_neighbours():
     for place in range(5):
         assert around[place].tolist() == [names[place], *names[place + 2 : place + 2 + FOLLOWING]]
     assert around[5].tolist() == [0] * (1 + FOLLOWING)
-    assert (found.around[:, found.classes == 0] == UNKNOWN).all()
+    assert (found.around[:, found.classes == 0] == UNSEEN).all()
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +108,7 @@ def test_a_code_learns_to_spell(text_model, tmp_path):
     )  # fmt: skip
     run = Run.start(settings)
     batch = stacked([page((1, 1), (96, 96), "train", 0.0)], settings) | {"others": torch.arange(9) * 12345678}
-    losses = [run.learn(batch) for _ in range(100)]
+    losses = [run.learn(batch) for _ in range(160)]
     assert losses[-1]["spelled"] < 0.3 * losses[0]["spelled"]
     assert losses[-1]["around"] < losses[0]["around"]
     learner = run.learner.eval()
@@ -137,6 +143,7 @@ def test_rare_words_are_told_from_all_others():
     assert all(torch.isfinite(loss) for loss in found.values())
     none = speller.losses(torch.randn(1, 2, 8), torch.full_like(ids, -1), torch.zeros(1, 2), torch.tensor([3]))
     assert none["spelled"] == 0
+    assert none["sizes"] == 0
 
 
 def test_the_tokenizers_own_places(text_model):
