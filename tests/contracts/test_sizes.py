@@ -10,8 +10,8 @@ SOURCE = Path(casa.__file__).parent
 MAX_FILE_LINES = 500
 MAX_FILES = 200
 TINY_LINES, MAX_TINY_FILES = 60, 30
-MAX_LINES = 33_000  # to be lowered whenever the package gets smaller, and never raised
-LONGER = {"models/processing_casa.py": 546}  # files that are still too long, and may not grow
+MAX_LINES = 32_350  # to be lowered whenever the package gets smaller, and never raised
+LONGER: dict[str, int] = {}  # files that are still too long, and may not grow
 
 
 def violations(root: Path, longer: dict[str, int], max_lines: int) -> list[str]:
