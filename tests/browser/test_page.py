@@ -288,7 +288,7 @@ def test_what_is_no_video_is_a_sentence_and_what_was_said_can_still_be_had(page,
 def test_frames_are_those_that_were_watched(page, server):
     """Those that a busy server had no time for are dropped, and counted as that."""
     metrics = server._state.metrics
-    before = metrics._counts["frames"]
+    before = metrics.counted("frames")
     page.click("#film")
     wait(page, "Number(document.getElementById('frames').textContent) >= 1")
     busy = threading.Event()
@@ -304,7 +304,7 @@ def test_frames_are_those_that_were_watched(page, server):
     idle = threading.Event()
     server._state.worker.call(idle.set)
     assert idle.wait(PATIENCE)
-    wait(page, f"Number(document.getElementById('frames').textContent) === {metrics._counts['frames'] - before}")
+    wait(page, f"Number(document.getElementById('frames').textContent) === {metrics.counted("frames") - before:g}")
 
 
 LINE = """

@@ -95,7 +95,7 @@ def test_ask_takes_several_pictures_and_draws_words(casa, checkpoint, picture, t
     assert casa("ask", one, other, "which?").err == "casa: casa-tiny\n"
     assert casa("ask", "some-model", other, "which?").err == "casa: some-model\n"
     assert "There is no file slip.png" in casa("ask", "slip.png", other, "which?").err
-    assert "top_p" in casa("ask", one, "which?", "--top-p", 0).err
+    assert "--top-p" in casa("ask", one, "which?", "--top-p", 0).err
 
 
 def test_the_version_is_told_by_the_program_and_the_module(casa):

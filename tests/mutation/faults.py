@@ -228,7 +228,7 @@ FAULTS = (
     Fault(
         "a block of a recipe replaces that of its base",
         "training/config.py",
-        "merged(before, value)",
+        "merged(before or {}, value)",
         "dict(value)",
         ("training/test_reading.py",),
     ),
