@@ -304,7 +304,7 @@ def test_frames_are_those_that_were_watched(page, server):
     idle = threading.Event()
     server._state.worker.call(idle.set)
     assert idle.wait(PATIENCE)
-    wait(page, f"Number(document.getElementById('frames').textContent) === {metrics.counted("frames") - before:g}")
+    wait(page, f"Number(document.getElementById('frames').textContent) === {metrics.counted('frames') - before:g}")
 
 
 LINE = """
