@@ -182,8 +182,10 @@ class ServerState:
 
     def admits(self, token: str) -> bool:
         """Whether this is the token, if one is asked for: whatever JSON can write, half a surrogate pair too."""
-        own = self.token
-        return own is None or compare_digest(*(one.encode("utf-8", "surrogatepass") for one in (token, own)))
+        if self.token is None:
+            return True
+        given, expected = (one.encode("utf-8", "surrogatepass") for one in (token, self.token))
+        return compare_digest(given, expected)
 
 
 def bearer(authorization: str) -> str:

@@ -185,16 +185,16 @@ class LoadMeter:
         sustained, total = self.sustained(len(others) + 1), sum(others)
         if sustained is None or total + fps <= self._share * sustained:
             return None
-        machine = f"his machine watches about {sustained:.2g} frames a second with this model"
+        machine = f"this machine watches about {sustained:.2g} frames a second with this model"
         if not others:
-            return f"T{machine}; of {fps:g} the others will be dropped. To lose none, {REMEDY}."
+            return f"{machine[0].upper()}{machine[1:]}; of {fps:g} the others will be dropped. To lose none, {REMEDY}."
         number = "1 stream asks" if len(others) == 1 else f"{len(others)} streams ask"
         left = self._share * sustained - total
         digits = 0 if left >= 10 else 1
         below = int(left * 10**digits) / 10**digits  # a rate as text, never above it
         possible = f"ask for at most {below:g} (fps), or " if left >= MIN_FPS else ""
         raise OverloadedError(
-            f"t{machine}, and {number} for {total:.3g} already; {possible}come back when there are fewer streams."
+            f"{machine}, and {number} for {total:.3g} already; {possible}come back when there are fewer streams."
         )
 
     def report(self, asked: Iterable[float]) -> dict[str, float | int | None]:
