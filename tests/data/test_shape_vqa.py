@@ -9,18 +9,19 @@ from casa.data import BadRecord, parse_row
     ("row", "references"),
     [
         ({"question": "What?", "answer": "A cat."}, ["A cat."]),
-        ({"question": "What?", "answers": ["A cat.", "cat", "A cat.", " "]}, ["A cat.", "cat"]),
+        ({"question": "What?", "answers": ["A cat.", "cat", "A cat.", " "]}, ["A cat.", "cat", "A cat."]),
         ({"query": "What?", "label": ["A cat."], "human_or_machine": 0}, ["A cat."]),
         ({"query": "What?", "labels": ["A cat.", "cat"]}, ["A cat.", "cat"]),
         ({"query": "What?", "response": "A cat.", "history": None}, ["A cat."]),
-        ({"question": "What?", "answer": "A cat.", "answers": ["cat", "A cat."]}, ["A cat.", "cat"]),
+        ({"question": "What?", "answer": "A cat.", "answers": ["cat", "A cat."]}, ["cat", "A cat."]),
+        ({"question": "What?", "answer": "A cat.", "answers": ["cat", "cat"]}, ["A cat.", "cat", "cat"]),
         (
             {
                 "question": "What?",
                 "multiple_choice_answer": "A cat.",
                 "answers": [{"answer": "cat", "answer_id": 1}, {"answer": "A cat.", "answer_id": 2}],
             },
-            ["A cat.", "cat"],
+            ["cat", "A cat."],
         ),
         ({"question": "What?", "answers": {"text": ["A cat."], "answer_start": [0]}}, ["A cat."]),
     ],

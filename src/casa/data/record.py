@@ -92,8 +92,7 @@ class Message:
 class Record:
     """One conversation, or one video with its words.
 
-    references: every answer that the data accept, where they give several for one question. The first is learned; all
-    are there for metrics.
+    references: every answer that the data accept, as often as it was given. One is learned; all are there for metrics.
     """
 
     messages: tuple[Message, ...]

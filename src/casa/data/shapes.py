@@ -130,16 +130,22 @@ def _prompt_completion(row: Fields, context: RowContext) -> Record:
 
 
 def _vqa(row: Fields, context: RowContext) -> Record:
-    """The first answer is learned, all are the record's references. Of VQAv2's, `multiple_choice_answer` is learned."""
+    """The first answer is learned, all are the record's references, as often as they were given: metrics count people.
+
+    Of VQAv2's, `multiple_choice_answer` is learned. One answer beside a list of them that has it is not counted again.
+    """
     question = text_of(column_of(row, _QUESTION, "question"), "The question")
     found = [name for names in _ANSWERS for name in names if row.get(name) is not None]
     kinds = [names for names in _ANSWERS if set(names) & set(found)]
     if len(kinds) != 1:
         why = f"has {' and '.join(found)}: say which is the answer" if found else "has no answer: name its column"
         raise BadRecord("unknown-shape" if found else "wrong-type", f"The row {why}, columns: {{answer: ...}}.")
-    accepted = [text.strip() for name in found for text in _answers(row[name]) if text.strip()]
-    entries = [_question(question), {"role": "assistant", "content": accepted[0] if accepted else ""}]
-    return record_of_chat(row, context, entries, placed=False, references=dict.fromkeys(accepted))
+    given = [[text.strip() for text in _answers(row[name]) if text.strip()] for name in found]
+    learned, *rest = [text for texts in given for text in texts] or [""]
+    entries = [_question(question), {"role": "assistant", "content": learned}]
+    beside = isinstance(row[found[0]], str) and learned in rest
+    references = rest if beside else [learned, *rest] if learned else []
+    return record_of_chat(row, context, entries, placed=False, references=references)
 
 
 def _question(text: str) -> Fields:
