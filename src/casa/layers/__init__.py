@@ -1,5 +1,6 @@
 """CASA layers over a block's self-attention, their image keys and values, and their state between calls."""
 
+from casa.layers.ablation import Ablation
 from casa.layers.casa import IMAGE_PROJECTIONS, CasaAttention, ImageNorm, casa_update, project_images, rms_norm
 from casa.layers.plan import CallPlan, images_by_row, plan_call
 from casa.layers.state import LayerWindow, WindowExtent, WindowState
@@ -7,6 +8,7 @@ from casa.layers.step import AttentionRecorder, DecodeStep, PackedStep, Rotary, 
 
 __all__ = [
     "IMAGE_PROJECTIONS",
+    "Ablation",
     "AttentionRecorder",
     "CallPlan",
     "CasaAttention",

@@ -13,6 +13,7 @@ the backbone (linear, YaRN, Llama 3 ...) comes along.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from casa.attention import casa_attention
+from casa.layers.ablation import Ablation
 from casa.layers.plan import CallPlan
 from casa.layers.state import LayerWindow, WindowState
 from casa.windows import WindowLayout
@@ -115,6 +117,7 @@ class PackedStep:
     attend: str = "both"
     state: WindowState | None = None
     record: AttentionRecorder | None = None
+    ablation: Ablation | None = None
     next_state: WindowState | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -150,7 +153,8 @@ class PackedStep:
         if self.record is not None:
             usual = 1.0 if scale is None else scale * query.shape[-1] ** 0.5
             self.record(layer, query * usual, key, image_key, layout)
-        out = casa_attention(
+        attend = casa_attention if self.ablation is None else partial(self.ablation.attention, layer)
+        out = attend(
             query,
             key,
             value,

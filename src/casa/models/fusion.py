@@ -1,6 +1,6 @@
 """How CASA layers are put into a text model's blocks, and how its self-attention treats packed rows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any
@@ -21,17 +21,23 @@ FUSED = "casa_fused"  # marks a block that has its layer
 class FusedStep:
     """A step with the layers that take it: layer number n belongs to the n-th fused block."""
 
-    def __init__(self, step: Step, layers: list[nn.Module | None]) -> None:
+    def __init__(self, step: Step, layers: list[nn.Module | None], silent: Set[int] = frozenset()) -> None:
         self.step = step
         self.layers = layers
+        self.silent = silent
 
     @torch.compiler.disable(reason="every call has windows of its own, each of which would be compiled anew")
     def update(self, number: int, attention: nn.Module, hidden: Tensor, replaces: bool = False) -> Tensor:
-        """The update by layer `number`, which borrows the block's `attention` if it has no weights of its own."""
+        """The update by layer `number`, which borrows the block's `attention` if it has no weights of its own.
+
+        Zeros of a layer that is `silent`: it has run all the same, since later calls need its keys and values.
+        """
         layer = self.layers[number]
         if layer is None:
-            return casa_update(attention, hidden, self.step, number, replaces=replaces)
-        return layer(hidden, self.step, number)
+            found = casa_update(attention, hidden, self.step, number, replaces=replaces)
+        else:
+            found = layer(hidden, self.step, number)
+        return torch.zeros_like(found) if number in self.silent else found
 
 
 def fuse(blocks: nn.ModuleList, chosen: tuple[int, ...], placement: str, post_norm: str | None = None) -> None:

@@ -20,6 +20,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
 
 from casa.errors import UserError
+from casa.layers import Ablation
 from casa.models.cache import CasaCache
 from casa.models.configuration_casa import CasaConfig, FusionConfig
 from casa.models.inputs import read_image_places
@@ -133,6 +134,7 @@ class CasaGenerativeModel(PreTrainedModel, GenerationMixin):
     config: CasaConfig
     fusion: FusionConfig
     fused_blocks: tuple[int, ...]
+    ablation: Ablation | None = None  # see casa.analysis.ablated
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         raise NotImplementedError

@@ -333,7 +333,7 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
         """The view of the fusion layers, beside their blocks."""
         own = {int(block): cast(CasaAttention, layer) for block, layer in self.casa_layers.items()}
         layers = [own.get(block) for block in self.fused_blocks]
-        return FusionLayers(self.decoder, self.fusion, self.fused_blocks, layers)
+        return FusionLayers(self.decoder, self.fusion, self.fused_blocks, layers, self.ablation)
 
     @torch.compiler.disable(reason="depends on the values of grids; encoders compile by themselves")
     def _read_images(
@@ -441,7 +441,7 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
             if getattr(self.config, name, False):
                 passed.setdefault(name, True)
         if self.fusion.method == "insertion":
-            output = run_insertion(self.decoder, embeds, text, places, images, cache, passed)
+            output = run_insertion(self.decoder, embeds, text, places, images, cache, self.ablation, passed)
         else:
             output = self.fusion_layers.run(embeds, text, places, images, cache, record, passed)
         if cache is not None:

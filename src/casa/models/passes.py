@@ -5,7 +5,7 @@ Shapes: B rows, L new text tokens, N image tokens, d width of the text model, Hk
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from casa.errors import UserError
-from casa.layers import AttentionRecorder, CasaAttention, DecodeStep, PackedStep, plan_call, project_images
+from casa.layers import Ablation, AttentionRecorder, CasaAttention, DecodeStep, PackedStep, plan_call, project_images
 from casa.models import insertion
 from casa.models.backbones import Decoder
 from casa.models.cache import CasaCache
@@ -30,12 +30,14 @@ class FusionLayers:
     """The fusion layers of a model beside its text model's blocks: views, which own nothing.
 
     blocks: those that have a layer. layers: one each; None where the block's self-attention is borrowed.
+    ablation: what they are kept from, if anything.
     """
 
     decoder: Decoder
     config: FusionConfig
     blocks: tuple[int, ...]
     layers: list[CasaAttention | None]
+    ablation: Ablation | None = None
 
     @property
     def sources(self) -> list[nn.Module]:
@@ -75,7 +77,8 @@ class FusionLayers:
         decoder = self.decoder
         step = self._step(embeds, text, places, images, cache, record)
         if step is not None:
-            kwargs = {**kwargs, STEP: FusedStep(step, list(self.layers))}
+            silent = self.ablation.silent if self.ablation is not None else frozenset()
+            kwargs = {**kwargs, STEP: FusedStep(step, list(self.layers), silent)}
         if text.sample_starts is not None:
             starts = set.intersection(*map(set, text.sample_starts))
             kwargs = {**kwargs, **passed_down(decoder, starts, embeds.shape[1])}
@@ -121,7 +124,8 @@ class FusionLayers:
             rotaries = [None for _ in self.blocks]
         else:
             rotaries = decoder.rotaries(self.blocks, device, decoder.dtype)
-        if images is None and record is None and DecodeStep.possible(state, text.valid, config.history):
+        is_watched = record is not None or self.ablation is not None
+        if images is None and not is_watched and DecodeStep.possible(state, text.valid, config.history):
             assert state is not None
             return DecodeStep(state, rotaries, device, config.attend)
         if images is None:
@@ -138,7 +142,7 @@ class FusionLayers:
             device=device,
         )
         grid = images.rows_and_columns() if decoder.rotary_axes > 1 else None
-        return PackedStep(plan, self.keys_values(images), rotaries, grid, config.attend, state, record)
+        return PackedStep(plan, self.keys_values(images), rotaries, grid, config.attend, state, record, self.ablation)
 
 
 def run_insertion(
@@ -148,13 +152,23 @@ def run_insertion(
     places: Places,
     images: ImageTokens | None,
     cache: CasaCache | None,
+    ablation: Ablation | None,
     kwargs: dict[str, object],
 ) -> BaseModelOutputWithPast:
-    """The stack's output for text (B, L, d) with image tokens in it; its last hidden states are those of the text."""
+    """The stack's output for text (B, L, d) with image tokens in it; its last hidden states are those of the text.
+
+    Image tokens that are hidden keep their places, and nothing looks at them.
+    """
     if images is None:
         images = ImageTokens(embeds.new_zeros(0, embeds.shape[-1]))
     three = decoder.rotary_axes > 1
     stream = insertion.merge(text.valid, places, images.lengths, text.sample_starts, images.grids if three else None)
+    if images.extra:
+        kwargs = {**kwargs, "visual_pos_masks": stream.is_image, "deepstack_visual_embeds": images.extra}
+    if ablation is not None and "images" in ablation.hidden:
+        if text.packed:
+            raise UserError("images cannot be hidden from packed rows under insertion; give one sample per row.")
+        stream = replace(stream, mask=stream.mask & ~stream.is_image)
     past = None if cache is None else cache.stream
     after = stream.after(past)
     positions = stream.positions(past)
@@ -163,8 +177,6 @@ def run_insertion(
         # numbers do not rise one by one for several samples, and images have one time for all their tokens
         first = positions[0] if cache is not None else stream.ordinals()
         positions = torch.cat([first[None], positions])
-    if images.extra:
-        kwargs = {**kwargs, "visual_pos_masks": stream.is_image, "deepstack_visual_embeds": images.extra}
     if text.packed:
         starts = stream.starts.all(0)
         kwargs = {**kwargs, **passed_down(decoder, starts.nonzero().flatten().tolist(), len(starts))}
