@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from casa.attention import casa_attention
     from casa.errors import UserError
-    from casa.models import CasaCache, CasaConfig, CasaForConditionalGeneration, CasaProcessor, FusionConfig, adapt
+    from casa.models import (
+        CasaCache,
+        CasaConfig,
+        CasaForConditionalGeneration,
+        CasaProcessor,
+        FusionConfig,
+        ImageCache,
+        adapt,
+    )
     from casa.models.backbones import register_decoder
     from casa.pipeline import CasaPipeline, evaluate, load, train
     from casa.streaming import FrameCaption, Sampling, StreamingEngine, StreamingSession
@@ -30,6 +38,7 @@ EXPORTS = {
         "CasaForConditionalGeneration",
         "CasaProcessor",
         "FusionConfig",
+        "ImageCache",
         "adapt",
     ),
     "casa.models.backbones": ("register_decoder",),
@@ -51,6 +60,7 @@ __all__ = [
     "CasaProcessor",
     "FrameCaption",
     "FusionConfig",
+    "ImageCache",
     "Sampling",
     "StreamingEngine",
     "StreamingSession",

@@ -5,13 +5,17 @@ An exception or Ctrl-C while writing removes the unfinished file and leaves what
 
 import hashlib
 import logging
+import math
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from casa.errors import UserError
+
+STALE_SECONDS = 3600  # an unfinished file as old as that has no writer any more
 
 _log = logging.getLogger(__name__)
 
@@ -85,12 +89,17 @@ class DiskCache:
 
         FOLDER/<two digits>/<the key's other digits><ending>
 
-    what: is kept, and setting: names the folder, in the words of warnings and errors. written: files so far. Raises
-    UserError if the folder cannot be made.
+    what: is kept, and setting: names the folder, in the words of warnings and errors. max_bytes: of all files, the
+    longest unused leaving first; None sets no bound. written: files so far. Raises UserError if the folder cannot be
+    made.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], ending: str, what: str, setting: str) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], ending: str, what: str, setting: str, max_bytes: int | None = None
+    ) -> None:
         self._folder, self._ending, self._what = Path(folder).expanduser(), ending, what
+        self._max = math.inf if max_bytes is None else max_bytes
+        self._room = 0.0  # bytes that may be written before all files are counted again
         self._writes = True
         self.written = 0
         try:
@@ -115,8 +124,39 @@ class DiskCache:
             path.parent.mkdir(exist_ok=True)
             with replacing(path) as unfinished:
                 write(unfinished)
+                size = unfinished.stat().st_size
+            self._make_room(size)
         except (OSError, UserError) as error:
             self._writes = False
             _log.warning("%s are no longer kept in %s: %s", self._what, self._folder, error)
         else:
             self.written += 1
+
+    def used(self, path: Path) -> None:
+        """Notes that a file was read, by whose time others are to leave before it."""
+        with suppress(OSError):
+            os.utime(path)
+
+    def _make_room(self, written: int) -> None:
+        """Removes the files that were not used for longest, once so many more bytes are too much."""
+        self._room -= written
+        if self._max == math.inf or self._room >= 0:
+            return
+        found, now = [], time.time()
+        # these and no others: whoever names a folder may have files of his own in it
+        for path in self._folder.glob(f"[0-9a-f][0-9a-f]/*{self._ending}"):
+            with suppress(OSError):  # another process removes, too
+                about = path.stat()
+                found.append((about.st_mtime, path, about.st_size))
+        for path in self._folder.glob("[0-9a-f][0-9a-f]/.casa-*.part"):  # of writers that were killed
+            with suppress(OSError):
+                if path.stat().st_mtime < now - STALE_SECONDS:
+                    path.unlink()
+        total = sum(size for _, _, size in found)
+        left = 0.9 * self._max if total > self._max else self._max
+        for _, path, size in sorted(found):
+            if total <= left:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        self._room = (self._max - total) / 2  # another process writes, too

@@ -21,6 +21,7 @@ from casa.errors import UserError
 from casa.media.pictures import as_picture
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.models.auto import load_pretrained
+from casa.models.image_cache import ImageCache
 from casa.streaming import FrameCaption, Sampling, StreamingSession, watch, watch_live
 from casa.threads import settle
 
@@ -35,12 +36,19 @@ Pictures: TypeAlias = "Picture | Sequence[Picture] | None"
 Scores: TypeAlias = dict[str, dict[str, float]]
 
 
-def load(name_or_path: str | os.PathLike[str] = "casa-tiny", *, device: str = "auto") -> "CasaPipeline":
+def load(
+    name_or_path: str | os.PathLike[str] = "casa-tiny",
+    *,
+    device: str = "auto",
+    image_cache: "ImageCache | str | os.PathLike[str] | None" = "memory",
+) -> "CasaPipeline":
     """Loads a model and its processor, in evaluation mode, ready to use.
 
     Args:
         name_or_path: A checkpoint's folder, a hub id, or the name of a shipped model.
         device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:1".
+        image_cache: Where keys and values of pictures are kept for another question: "memory", a folder, which other
+            processes share, an `ImageCache`, or "off".
 
     Returns:
         The pipeline around both.
@@ -48,7 +56,8 @@ def load(name_or_path: str | os.PathLike[str] = "casa-tiny", *, device: str = "a
     Raises:
         UserError: There is no such model, it cannot be read, or this machine has no such device.
     """
-    return CasaPipeline(*load_pretrained(name_or_path, device))
+    kept = ImageCache.named(image_cache)
+    return CasaPipeline(*load_pretrained(name_or_path, device), kept)
 
 
 class CasaPipeline:
@@ -57,11 +66,18 @@ class CasaPipeline:
     Attributes:
         model: The transformers model. Its device is where everything is computed.
         processor: The transformers processor.
+        image_cache: Keys and values of pictures that were asked about; None keeps none.
     """
 
-    def __init__(self, model: CasaForConditionalGeneration, processor: CasaProcessor) -> None:
+    def __init__(
+        self,
+        model: CasaForConditionalGeneration,
+        processor: CasaProcessor,
+        image_cache: "ImageCache | str | os.PathLike[str] | None" = "memory",
+    ) -> None:
         self.model = model
         self.processor = processor
+        self.image_cache = ImageCache.named(image_cache)
 
     def __repr__(self) -> str:
         name = self.model.config.name_or_path or type(self.model).__name__
@@ -137,9 +153,12 @@ class CasaPipeline:
 
     def _generate(self, chats: list[list[dict[str, Any]]], generate: dict[str, Any]) -> list[str]:
         settle()
-        inputs = self.processor.apply_chat_template(
+        inputs: Any = self.processor.apply_chat_template(
             chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(self.model.device)
+        )
+        if self.image_cache is not None:
+            inputs = self.image_cache.inputs(self.model, inputs)
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         tokens = self.model.generate(**inputs, **generate)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -170,8 +170,8 @@ def answer() -> None:
 
 def handwriting(seed: int, size: int) -> Iterator[Image.Image]:
     """Frames without end, at 2 fps, of numbers in held-out handwriting that come and go, `size` x `size` px."""
-    # handwriting is drawn no smaller than this, and shrunk
-    drawn = max(size, 224)
+    # handwriting is drawn no smaller and no larger than this, and scaled
+    drawn = min(max(size, 224), 448)
     for number in count(1):
         rng = generator("stream", "held_out", seed, number)
         for frame in stream(rng, "held_out", seconds=CLIP_SECONDS, sizes=[(drawn, drawn)]).frames():

@@ -87,6 +87,17 @@ class NeighbourSettings(Settings):
 
 
 @dataclass(frozen=True)
+class QuestionsSettings(Settings):
+    """Of `bench_questions`."""
+
+    model: Model = "casa-tiny"
+    size: Size = 448
+    rounds: Annotated[Positive, "Pictures of each way, two questions each; medians are printed."] = 9
+    seed: Seed = 0
+    device: Device = "auto"
+
+
+@dataclass(frozen=True)
 class SoakSettings(Settings):
     """Of `bench_soak`."""
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from casa.cli.options import Device, Json, Temperature, TopK, TopP, writable
+from casa.cli.options import Device, ImageCache, Json, Temperature, TopK, TopP, writable
 from casa.errors import UserError
 
 
@@ -20,6 +20,7 @@ def ask(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the draws; another each time if left out.")] = None,
+    image_cache: ImageCache = "off",
     json: Json = False,
 ) -> None:
     """Answer a question about a picture, or about several in their order; prints the bare answer.
@@ -37,7 +38,8 @@ def ask(
     Sampling(temperature, top_k, top_p)
     images = [open_picture(picture) for picture in pictures]
     drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    answer = load(name, device=device).ask(images, question, max_new_tokens=max_new_tokens, **drawn)
+    eyes = load(name, device=device, image_cache=image_cache)
+    answer = eyes.ask(images, question, max_new_tokens=max_new_tokens, **drawn)
     print(json_module.dumps({"question": question, "answer": answer}, ensure_ascii=False) if json else answer)
 
 

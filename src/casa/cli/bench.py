@@ -15,6 +15,7 @@ from casa.benchmarks.settings import (
     LiveSettings,
     MemorySettings,
     NeighbourSettings,
+    QuestionsSettings,
     SoakSettings,
     StreamSettings,
     TrainSettings,
@@ -81,6 +82,13 @@ VERBS = (
         NeighbourSettings,
         "Watch frames on a quiet machine and beside a process that computes, by how threads are chosen.",
         "Takes about six minutes. Example: casa bench neighbour --out neighbour.json",
+    ),
+    Verb(
+        "questions",
+        "questions",
+        QuestionsSettings,
+        "Ask a second question about a picture: time to the first token, with what was seen kept and without.",
+        "Example: casa bench questions casa-tiny --size 448 --out questions.json",
     ),
     Verb(
         "soak",

@@ -10,6 +10,7 @@ import typer
 from casa.cli.options import (
     Decay,
     Device,
+    ImageCache,
     MaxNewTokens,
     MaxTextTokens,
     Model,
@@ -164,6 +165,7 @@ def serve(
     limit: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="One of the limits; may be given again.")
     ] = None,
+    image_cache: ImageCache = "memory",
     device: Device = "auto",
 ) -> None:
     """Serve live captions, an OpenAI-compatible chat, and a page to try both in.
@@ -192,6 +194,7 @@ def serve(
         hosts=allow_host or [],
         limits=limits,
         measure_seconds=2.0,
+        image_cache=image_cache,
     )
     server = Server(app, host, port)
     if host not in LOOPBACK and token is None:

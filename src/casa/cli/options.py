@@ -40,6 +40,9 @@ def console(width: int = 160) -> "Console":
 Model = Annotated[str, typer.Argument(help="A checkpoint's folder, or casa-tiny.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+ImageCache = Annotated[
+    str, typer.Option(metavar="WHERE", help="Pictures that were looked at are kept in: memory, a folder, or off.")
+]
 Out = Annotated[Path | None, typer.Option(help="Write the JSON here too, with commit and versions.", callback=writable)]
 # how words are picked and how long they are remembered: see casa.streaming.Sampling and StreamingSession
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens of the longest caption or answer.")]

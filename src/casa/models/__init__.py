@@ -7,6 +7,7 @@ from casa.models.adapt import adapt, freeze_backbone
 from casa.models.auto import processor_for, processor_of
 from casa.models.cache import CasaCache
 from casa.models.configuration_casa import CasaConfig, FusionConfig
+from casa.models.image_cache import ImageCache
 from casa.models.image_processing_casa import image_processor_for
 from casa.models.modeling_casa import CasaForConditionalGeneration
 from casa.models.processing_casa import CasaProcessor
@@ -23,6 +24,7 @@ __all__ = [
     "CasaForConditionalGeneration",
     "CasaProcessor",
     "FusionConfig",
+    "ImageCache",
     "adapt",
     "freeze_backbone",
     "image_processor_for",

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import sha256
 from hmac import compare_digest
 from ipaddress import ip_address
 from statistics import median
@@ -18,8 +19,10 @@ from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from torch import Tensor
 
-from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.models import CasaForConditionalGeneration, CasaProcessor, ImageCache
+from casa.models.image_cache import encode_pixels
 from casa.serving.baseline import InsertionCosts
 from casa.serving.completion import Detokenizer
 from casa.serving.limits import Limits
@@ -163,6 +166,7 @@ class ServerState:
     worker: Worker
     shelf: Shelf
     costs: InsertionCosts | None  # None for a model that is the insertion baseline itself
+    images: ImageCache | None = None  # pictures of chats that were looked at
     metrics: Metrics = field(default_factory=Metrics)
     connections: int = 0  # WebSockets that there are now
     requests: int = 0  # and HTTP requests
@@ -172,6 +176,7 @@ class ServerState:
     def __post_init__(self) -> None:
         self.chats = ChatQueue(self.limits.chats, self.limits.waiting_chats)
         self.detokenizer = Detokenizer(self.processor.tokenizer)
+        self.scope = "" if self.token is None else sha256(self.token.encode()).hexdigest()
 
     def close(self) -> None:
         """Ends the threads, once all streams and chats have ended."""
@@ -179,6 +184,14 @@ class ServerState:
         self.frame_thread.shutdown(cancel_futures=True)
         # one may wait for a picture from elsewhere
         self.chat_threads.shutdown(wait=False, cancel_futures=True)
+
+    def read_picture(self, image: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What stands for a picture's pixels. What was shown with one token is found again with that token alone."""
+        if self.images is None:
+            return encode_pixels(self.model, image)
+        return self.images.read(
+            self.model, image, "" if self.token is None else sha256(self.token.encode()).hexdigest()
+        )
 
     def admits(self, token: str) -> bool:
         """Whether this is the token, if one is asked for: whatever JSON can write, half a surrogate pair too."""

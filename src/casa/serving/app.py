@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -19,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from casa.errors import UserError
-from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.models import CasaForConditionalGeneration, CasaProcessor, ImageCache
 from casa.serving.admission import POLL_SECONDS, Guard, ServerState, error_response
 from casa.serving.baseline import InsertionCosts
 from casa.serving.chat import ChatRequest, RequestError, parse_body, read_chat
@@ -62,6 +63,7 @@ def create_app(
     hosts: Iterable[str] = (),
     measure_seconds: float = 0.0,
     limits: Limits | None = None,
+    image_cache: ImageCache | str | os.PathLike[str] | None = "memory",
 ) -> FastAPI:
     """The server as an ASGI application; `server.Server` runs it, with limits of the transport too.
 
@@ -78,6 +80,8 @@ def create_app(
             machine sustains (see `metrics`); 0: the page shows insertion's memory alone, and everybody is let in until
             streams have been watched.
         limits: everything else.
+        image_cache: where keys and values of chats' pictures are kept for another question: "memory", a folder, which
+            other servers share, an `ImageCache`, or "off".
 
     Raises:
         UserError: fps is out of bounds, or the token is empty.
@@ -102,6 +106,7 @@ def create_app(
         worker=Worker(engine, allowed),
         shelf=Shelf(allowed.ended_streams, allowed.ended_seconds),
         costs=InsertionCosts(model, processor) if model.fusion.method != "insertion" else None,
+        images=ImageCache.named(image_cache),
     )
 
     @asynccontextmanager
@@ -304,7 +309,13 @@ class _ChatAnswer:
                 loop.call_soon_threadsafe(self._deltas.put_nowait, delta)
 
         self._work = Completion(
-            state.model, state.processor, state.detokenizer, wanted, state.limits.prompt_tokens, on_delta
+            state.model,
+            state.processor,
+            state.detokenizer,
+            wanted,
+            state.limits.prompt_tokens,
+            on_delta,
+            state.read_picture,
         )
         state.worker.chat(self._work)
 

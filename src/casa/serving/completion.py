@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.models.generation import stop_ids
+from casa.models.image_cache import encode_pixels
 from casa.models.inputs import count_tokens
 from casa.models.loading import sentence_of
 from casa.serving.chat import ChatRequest, RequestError
@@ -184,7 +186,8 @@ class Completion:
     """Answers to one request. Several are said in one batch, a token each at a time; none depends on another.
 
     A slice ends once the prompt is tokenized, after each picture, and after each token. `on_delta` is called with
-    everything new, from the model's thread. A prompt has at most `max_prompt` tokens, pictures included.
+    everything new, from the model's thread. A prompt has at most `max_prompt` tokens, pictures included. `read_picture`
+    gives what stands for a picture's pixels, as `encode_pixels` does.
     """
 
     def __init__(
@@ -195,8 +198,10 @@ class Completion:
         request: ChatRequest,
         max_prompt: int,
         on_delta: Callable[[ChatDelta], None],
+        read_picture: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     ) -> None:
         self._model, self._processor, self._max_prompt = model, processor, max_prompt
+        self._read_picture = read_picture or partial(encode_pixels, model)
         self.detokenizer, self.request, self.on_delta = detokenizer, request, on_delta
         self.stops = frozenset(stop_ids(model, processor.tokenizer))
         # the first has the request's own seed, so that more answers change none
@@ -232,13 +237,13 @@ class Completion:
         """All of it; a slice ends wherever this yields."""
         inputs, pictures = self.prompt()
         yield
-        features = []
+        read = []
         for picture in pictures:
-            features.append(self._model.encode_images(picture["pixel_values"], picture["image_grid_thw"]))
+            read.append(self._read_picture(picture))
             yield
-        if features:
-            inputs["image_features"] = torch.cat(features)
-            features.clear()
+        if read:
+            inputs |= {name: torch.cat([one[name] for one in read]) for name in read[0]}
+            read.clear()
         yield from decode(self._model, inputs, self._model.new_cache(), self.choices, drop_ended=True)
 
     def prompt(self) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
@@ -258,7 +263,7 @@ class Completion:
         except TemplateError as error:  # of several families: roles must take turns
             refused = f"the model's chat template refuses this chat: {sentence_of(error)}"
             raise RequestError(refused, "messages", "invalid_value") from error
-        inputs: dict[str, Tensor] = dict(written.to(self._model.device))
+        inputs: dict[str, Tensor] = dict(written)
         self.prompt_tokens, grid = inputs["input_ids"].shape[1], inputs.get("image_grid_thw")
         if grid is not None:
             grids = self._model.final_grids(token_grids(self._model.config.encoder_config, grid))
@@ -270,7 +275,7 @@ class Completion:
         inputs.pop("attention_mask", None)
         pictures = [] if grid is None else [self._model.picked(inputs, [number]) for number in range(len(grid))]
         inputs.pop("pixel_values", None)
-        return inputs, pictures
+        return {name: tensor.to(self._model.device) for name, tensor in inputs.items()}, pictures
 
 
 def _begun(text: str, word: str) -> int:

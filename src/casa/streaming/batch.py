@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from casa.layers import LayerWindow, WindowState
 from casa.models import CasaCache, CasaForConditionalGeneration
 from casa.models.cache import Seen
+from casa.models.image_cache import encode_pixels
 from casa.models.insertion import StreamState
 from casa.streaming.sampling import decode
 from casa.threads import settle
@@ -59,15 +60,10 @@ class StepResult:
     complete: bool  # False if time cut the caption
 
 
-@torch.no_grad()
 def encode_images(model: CasaForConditionalGeneration, images: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the model makes of a frame before it reads any text; stands for the frame's pixels in a request."""
     settle()
-    grid = images["image_grid_thw"].to(model.device)
-    features = model.encode_images(images["pixel_values"].to(model.device), grid)
-    if model.fusion.method == "insertion":
-        return {"image_features": features, "image_grid_thw": grid}
-    return {"image_keys_values": model.image_keys_values(features, grid), "image_grid_thw": grid}
+    return encode_pixels(model, images)
 
 
 @torch.no_grad()
