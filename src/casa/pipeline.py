@@ -8,7 +8,7 @@ session = eyes.stream(max_text_tokens=128)
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, overload
@@ -26,12 +26,17 @@ from casa.streaming import FrameCaption, Sampling, StreamingSession, watch, watc
 from casa.threads import settle
 
 if TYPE_CHECKING:
+    from casa.data import SourceSettings
+    from casa.evaluation import Summary
     from casa.training.callbacks import Evaluate
     from casa.training.config import EvaluationSettings
 
 Picture: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes | BinaryIO | np.ndarray | torch.Tensor"
 """A path or web address, a PIL picture, an array or tensor, or the bytes of a file (docs/models.md, "Pictures")."""
 Pictures: TypeAlias = "Picture | Sequence[Picture] | None"
+
+Data: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | SourceSettings | Sequence[Data]"
+"""A path, or the settings of a source, or several of them."""
 
 Scores: TypeAlias = dict[str, dict[str, float]]
 
@@ -266,44 +271,118 @@ def train(
 
 def evaluate(
     eyes: CasaPipeline | str | os.PathLike[str],
-    tasks: Iterable[str] = ("pages", "scenes", "stream"),
+    tasks: Iterable[str] | None = None,
     *,
-    data: str | os.PathLike[str] | None = None,
+    data: "Data | None" = None,
     metrics: Sequence[str] | None = None,
+    records: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     seed: int = 0,
-    limit: int = 200,
+    limit: int | None = None,
     largest: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    **settings: Any,
 ) -> Scores:
-    """Scores a model on the offline tasks, on handwriting and photographs that were never trained on.
+    """Scores a model on the offline tasks, or on questions and answers of one's own.
 
     Args:
         eyes: What `load` gives, or the name or folder of a model.
-        tasks: Of "pages", "scenes" and "stream".
-        data: Not supported yet: questions and answers of your own.
-        metrics: Not supported yet: how answers to `data` are scored.
-        seed: Another seed draws other pictures.
-        limit: Pages, scenes, and numbers shown in streams.
-        largest: Longest side of a picture in px.
-        progress: Is called as progress(task, done, limit).
+        tasks: Of "pages", "scenes" and "stream", drawn from handwriting and photographs that were never trained on;
+            all of them if left out, and there are no `data`.
+        data: Questions with their answers, in any shape and file of docs/data.md: a path, or the fields of
+            `casa.data.SourceSettings` ({"path": ..., "shape": ...}), or a list of these.
+        metrics: How answers to `data` are scored: of `casa.evaluation.METRICS`.
+        records: A .jsonl file for every question, its references, answer, scores and time.
+        resume: Goes on with that file.
+        seed: Another seed draws other pictures, words (at a temperature above 0), and resamples.
+        limit: Pages, scenes, and numbers shown in streams (200 if left out), or rows of `data` (all if left out).
+        largest: Longest side of a task's picture in px.
+        progress: Is called as progress(task, done, limit); limit is 0 where nobody knows it.
+        settings: Of `casa.evaluation.AnswerSettings`: suffix, max_new_tokens, batch_size, temperature, ...
 
     Returns:
-        By task, its scores by name, shares from 0 to 1, and "n": {"pages": {"digits", "lines", "n"}, ...}.
+        By task, its scores by name, shares from 0 to 1, and "n": {"pages": {"digits", "lines", "n"}, ...}. Of `data`,
+        {"data": {"anls", "anls_low", "anls_high", "n", "bad"}}: each score with the ends of its 95 % interval, and how
+        many records could not be asked.
 
     Raises:
-        UserError: A task is unknown or a setting is out of range.
+        UserError: A task or metric is unknown, data cannot be opened, or a setting is out of range.
     """
     from casa.evaluation import runner
 
-    if data is not None or metrics is not None:
-        raise UserError("data and metrics of your own cannot be evaluated yet; leave them out and name tasks.")
-    names = runner.check_tasks(tasks)
+    if data is not None:
+        if tasks is not None:
+            raise UserError("tasks have data of their own; leave out tasks or data.", field=("tasks", "data"))
+        told = None if progress is None else lambda done: progress("data", done, 0)
+        more = {"records": records, "resume": resume, "seed": seed, "limit": limit, "progress": told}
+        return {"data": score_data(eyes, data, metrics or (), **more, **settings).scores()}
+    for name, given in {"metrics": metrics, "records": records, **settings}.items():
+        if given is not None:
+            raise UserError(f"{name} is for data of your own; name data, or leave it out.", field=(name, "data"))
+    names = runner.check_tasks(runner.TASKS if tasks is None else tasks)
     pipeline = eyes if isinstance(eyes, CasaPipeline) else load(eyes)
 
     def answer(pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
         return pipeline.ask(list(pictures), list(questions))
 
-    return runner.evaluate(names, answer, pipeline.stream, seed=seed, limit=limit, largest=largest, progress=progress)
+    how: dict[str, Any] = {"seed": seed, "limit": 200 if limit is None else limit, "largest": largest}
+    return runner.evaluate(names, answer, pipeline.stream, **how, progress=progress)
+
+
+def score_data(
+    eyes: CasaPipeline | str | os.PathLike[str],
+    data: "Data",
+    metrics: Sequence[str],
+    *,
+    records: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    limit: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    **settings: Any,
+) -> "Summary":
+    """Asks a model all questions of data of one's own; arguments as in `evaluate`.
+
+    Returns:
+        The scores with their intervals, and which records could not be asked.
+
+    Raises:
+        UserError: As `evaluate`.
+    """
+    from casa.evaluation.answering import Answerer
+    from casa.evaluation.metrics import check_metrics
+    from casa.evaluation.questions import AnswerSettings, read_questions
+    from casa.evaluation.scoring import RecordsFile, score_questions, summarise
+    from casa.settings import build, plain_values
+
+    names = check_metrics(metrics)
+    sources = _sources(data)
+    chosen = build(AnswerSettings, {**settings, "seed": seed})
+    pipeline = eyes if isinstance(eyes, CasaPipeline) else load(eyes)
+    run = {
+        "model": pipeline.model.config.name_or_path,
+        "data": plain_values(sources),
+        "metrics": names,
+        **plain_values(chosen),
+        "limit": limit,
+    }
+    answerer = Answerer(pipeline.model, pipeline.processor, chosen)
+    questions = read_questions(sources, suffix=chosen.suffix, limit=limit)
+    lines = score_questions(questions, answerer, names, RecordsFile(records, run, resume), progress=progress)
+    return summarise(lines, names, seed)
+
+
+def _sources(data: "Data") -> "list[SourceSettings]":
+    from casa.data import SourceSettings
+    from casa.settings import build
+
+    if isinstance(data, SourceSettings):
+        return [data]
+    if isinstance(data, str | os.PathLike):
+        return [SourceSettings(os.fspath(data))]
+    if isinstance(data, Mapping):
+        return [build(SourceSettings, data, "data")]
+    return [source for one in data for source in _sources(one)]
 
 
 def task_scores(settings: "EvaluationSettings") -> "Evaluate":

@@ -115,7 +115,7 @@ def build(kind: Any, values: Any, at: str = "", what: str = "the settings") -> A
     try:
         return make(**given)
     except ImpossibleError as error:
-        raise UserError(f"{at}.{error}" if at else str(error)) from error
+        raise UserError(f"{at}.{error}" if at else str(error), field=() if at else error.fields) from error
 
 
 def near(name: Any, known: Iterable[str], otherwise: str = "known keys:") -> str:

@@ -51,7 +51,7 @@ def test_data_without_a_good_record_fail(casa, rows, text, options):
 def test_the_help_names_every_shape():
     from typing import get_args
 
-    from casa.cli.data import SHAPES
+    from casa.cli.options import SHAPES
     from casa.data.settings import ShapeName
 
     assert get_args(ShapeName) == SHAPES

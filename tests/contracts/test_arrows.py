@@ -39,7 +39,7 @@ BESIDE = {"vision": set(), "media": {"atomic"}, "data": {"media", "windows", "se
 USERS = {
     "vision": {*LEVELS[3], *LEVELS[4], *LEVELS[5], *LEVELS[6]},
     "media": {*LEVELS[5], *LEVELS[6]},
-    "data": {"training", *LEVELS[5], *LEVELS[6]},
+    "data": {"training", "evaluation", *LEVELS[5], *LEVELS[6]},
 }
 # (room, what it imports against the list) -> why it may
 EXCEPTIONS = {

@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from casa.cli.options import Json, console, writable
+from casa.cli.options import (
+    SHAPES,
+    Column,
+    DataSplit,
+    Json,
+    Outside,
+    Root,
+    Shape,
+    Subset,
+    VideoFps,
+    console,
+    pairs,
+    writable,
+)
 from casa.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,11 +29,6 @@ if TYPE_CHECKING:
     from casa.data.check import Checked
     from casa.evaluation import Example
 
-# as casa.data.settings has them, which is not loaded for a help text
-SHAPES = (
-    *("auto", "chat", "llava", "finevision", "llava-video", "live-whisperx", "vqa", "prompt-completion"),
-    "caption",
-)
 _LISTED = 20  # bad records that are printed one by one
 _QUESTIONS = 16  # drawn per picture by `casa data make`; some of them are kept
 
@@ -39,13 +47,13 @@ def data() -> None:
 @data_app.command("check")
 def check(
     path: Annotated[str, typer.Argument(help="A file, a folder, a glob in quotes, or hub:owner/name.")],
-    shape: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}.")] = SHAPES[0],
-    root: Annotated[str | None, typer.Option(help="Where relative picture paths start.")] = None,
-    outside: Annotated[bool, typer.Option("--outside", help="Paths may lead out of the root.")] = False,
-    column: Annotated[list[str] | None, typer.Option(help="Its name here and in the data: image=photo.")] = None,
-    fps: Annotated[float, typer.Option(help="Frames of a video looked at per second.")] = 2.0,
-    split: Annotated[str, typer.Option(help="Of a hub data set, or of a saved DatasetDict.")] = "train",
-    subset: Annotated[str | None, typer.Option(help="Of a hub data set.")] = None,
+    shape: Shape = SHAPES[0],
+    root: Root = None,
+    outside: Outside = False,
+    column: Column = None,
+    fps: VideoFps = 2.0,
+    split: DataSplit = "train",
+    subset: Subset = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Look at so many records only.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit status 2 if any record is bad.")] = False,
     json: Json = False,
@@ -73,7 +81,7 @@ def check(
         raise UserError(f"{report} exists already: remove it, or name another file for the report.")
     if sheet is not None:
         check_report_path(sheet)
-    values |= {"split": split, "subset": subset, "columns": dict(map(_pair, column or ()))}
+    values |= {"split": split, "subset": subset, "columns": pairs(column, "--column", "image=photo")}
     settings = parse_data_settings({"sources": [values]}, "the options")
     count_text, count_image = (None, image_tokens) if model is None else _counters(model)
     notes = Console(stderr=True)
@@ -109,13 +117,6 @@ def _first_bad(found: "Checked") -> str:
     origin, bad = found.report.first[0]
     more = f" ({found.report.total - 1:,} more)" if found.report.total > 1 else ""
     return f"{origin}: {bad}{more}"
-
-
-def _pair(column: str) -> tuple[str, str]:
-    known, equals, actual = column.partition("=")
-    if not (known and equals and actual):
-        raise UserError(f"--column {column!r} names nothing; write its name here and in the data: image=photo.")
-    return known, actual
 
 
 def _counters(model: str) -> tuple[Callable[[str], int], Callable[[int, int], int]]:

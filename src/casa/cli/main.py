@@ -9,7 +9,7 @@ from typer.core import TyperGroup, TyperOption
 from typer.main import get_command
 
 import casa
-from casa.cli import adapt, ask, bench, data, live, train
+from casa.cli import adapt, ask, bench, data, evaluate, live, train
 from casa.errors import UserError
 from casa.threads import share_cores
 
@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 for verb in (ask.demo, ask.ask, live.caption, adapt.adapt, train.train, train.export, live.serve):
     app.command(verb.__name__)(verb)
-app.command("eval")(train.evaluate)
+app.command("eval")(evaluate.evaluate)
 app.add_typer(bench.bench_app, name="bench")
 app.add_typer(data.data_app, name="data")
 

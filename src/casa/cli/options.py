@@ -29,6 +29,17 @@ def numbers(text: str, option: str, separator: str = ",") -> list[int]:
         raise UserError(f"{option} {text!r} is not made of whole numbers.") from None
 
 
+def pairs(given: list[str] | None, option: str, example: str) -> dict[str, str]:
+    """What stands before and behind the "=" of each word given. Raises UserError, which names the option."""
+    found = {}
+    for word in given or ():
+        known, equals, actual = word.partition("=")
+        if not (known and equals and actual):
+            raise UserError(f"{option} {word!r} names nothing; write its name here and in the data: {example}.")
+        found[known] = actual
+    return found
+
+
 def console(width: int = 160) -> "Console":
     """A terminal as it is; in a file there is no edge to break lines at, and `width` is taken."""
     from rich.console import Console
@@ -55,3 +66,15 @@ NoRepeatNgramSize = Annotated[int, typer.Option(help="No run of so many tokens i
 StopBias = Annotated[float, typer.Option(help="Added to the stop token's score; above 0 says less.")]
 Seed = Annotated[int, typer.Option(help="Of the draws.")]
 MaxTextTokens = Annotated[int, typer.Option(min=0, help="Bound on the text remembered, in tokens; 0: none.")]
+# where records are read: see casa.data.SourceSettings, whose shapes these are; it is not loaded for a help text
+SHAPES = (
+    *("auto", "chat", "llava", "finevision", "llava-video", "live-whisperx", "vqa", "prompt-completion"),
+    "caption",
+)
+Shape = Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}.")]
+Root = Annotated[str | None, typer.Option(help="Where relative picture paths start.")]
+Outside = Annotated[bool, typer.Option("--outside", help="Paths may lead out of the root.")]
+Column = Annotated[list[str] | None, typer.Option(help="Its name here and in the data: image=photo.")]
+VideoFps = Annotated[float, typer.Option(help="Frames of a video looked at per second.")]
+DataSplit = Annotated[str, typer.Option(help="Of a hub data set, or of a saved DatasetDict.")]
+Subset = Annotated[str | None, typer.Option(help="Of a hub data set.")]

@@ -1,14 +1,12 @@
-"""`casa train` runs a recipe, `casa export` makes a model of a checkpoint, `casa eval` scores one."""
+"""`casa train` runs a recipe, `casa export` makes a model of a checkpoint."""
 
-import json as json_module
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from casa.cli.options import DTYPES, Device, Json, Model, Out, console
+from casa.cli.options import DTYPES, console
 from casa.errors import UserError
 
 
@@ -120,47 +118,3 @@ def export(
     with quietly(reports=False):
         made = export_checkpoint(checkpoint, out, average=ema, dtype=narrow)
     print(f"{made}: the {'running average' if ema else 'weights'} of {checkpoint.name}")
-
-
-def evaluate(
-    model: Model = "casa-tiny",
-    tasks: Annotated[
-        str, typer.Option(help="pages, scenes, stream: any of them, with commas.")
-    ] = "pages,scenes,stream",
-    seed: Annotated[int, typer.Option(help="Another seed draws other pictures.")] = 0,
-    limit: Annotated[int, typer.Option(help="Pages, scenes, and numbers shown in streams.")] = 200,
-    largest: Annotated[
-        int | None,
-        typer.Option(min=112, help="Longest side of a picture, in px; of a stream at least 224."),
-    ] = None,
-    device: Device = "auto",
-    json: Json = False,
-    out: Out = None,
-) -> None:
-    """Score a model on the offline tasks, on handwriting and photographs that were never trained on.
-
-    Example: casa eval casa-tiny --tasks pages,scenes --seed 7 --limit 100 --json
-    """
-    import casa
-    from casa.atomic import write_text
-    from casa.evaluation.runner import check_tasks
-    from casa.provenance import provenance
-
-    names = check_tasks(tasks.split(","))
-    shown = sys.stderr.isatty()
-
-    def progress(task: str, done: int, total: int) -> None:
-        if shown:
-            print(f"\r{task}: {done} of {total} ", end="\n" if done >= total else "", file=sys.stderr, flush=True)
-
-    eyes = casa.load(model, device=device)
-    scores = casa.evaluate(eyes, names, seed=seed, limit=limit, largest=largest, progress=progress)
-    if out is not None:
-        given = {"eval": model, "seed": seed, "limit": limit, **({"largest": largest} if largest is not None else {})}
-        record = {**given, **provenance(str(eyes.model.device), model), "scores": scores}
-        write_text(out, json_module.dumps(record, indent=2) + "\n")
-    if json:
-        print(json_module.dumps(scores))
-        return
-    for task, values in scores.items():
-        print(f"{task:8} " + "  ".join(f"{k} {v:.3f}" if k != "n" else f"n {v:g}" for k, v in values.items()))

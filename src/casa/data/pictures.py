@@ -19,7 +19,7 @@ from casa.data.record import BadRecord, Origin, Picture, Record
 from casa.data.settings import SourceSettings
 from casa.errors import UserError
 from casa.media import open_picture
-from casa.media.pictures import data_bytes
+from casa.media import pictures as media
 
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
@@ -44,6 +44,16 @@ def open_one(picture: Picture, number: int = 1) -> Image.Image:
         if isinstance(picture.source, bytes):
             sentence = sentence.replace("The picture", f"Picture {number}", 1)
         raise BadRecord("unreadable-picture", sentence) from error
+
+
+def picture_size(picture: Picture) -> tuple[int, int]:
+    """Width and height in px, upright, from the file's header. Raises BadRecord if there is no readable header."""
+    source = io.BytesIO(picture.source) if isinstance(picture.source, bytes) else picture.source
+    try:
+        return media.picture_size(source)
+    except UserError as error:
+        gone = not isinstance(picture.source, bytes) and not os.path.lexists(picture.source)
+        raise BadRecord("missing-picture" if gone else "unreadable-picture", str(error)) from error
 
 
 # (video, fps, start and end in seconds, longest side in px, frames at most, whether a longer one is thinned)
@@ -83,7 +93,7 @@ class RowContext:
         if isinstance(value, str):
             if value[:5].lower() == "data:":
                 try:
-                    return _of_bytes(data_bytes(value))
+                    return _of_bytes(media.data_bytes(value))
                 except UserError as error:
                     raise BadRecord("unreadable-picture", str(error)) from error
             if value in self.members:

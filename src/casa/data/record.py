@@ -104,6 +104,12 @@ class Record:
         for message in self.messages:
             yield from (part for part in message.parts if isinstance(part, Picture))
 
+    @property
+    def is_live(self) -> bool:
+        """Whether an assistant's words stand among frames with times."""
+        said = (part for message in self.messages if message.role == "assistant" for part in message.parts)
+        return any(isinstance(part, Picture) and part.time is not None for part in said)
+
 
 class BadRecord(ValueError):  # noqa: N818  it names the record, as users' reports do
     """A row, or record, that cannot be learned from. reason: a key of `REASONS`. str(): one plain sentence."""

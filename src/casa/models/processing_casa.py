@@ -307,6 +307,17 @@ class CasaProcessor(ProcessorMixin):
         variables = tuple((name, value) for name, value in known if isinstance(value, str))
         return template_form(template, image_token or self.image_token, variables)
 
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """The names that the default chat template takes, besides messages and tokens."""
+        return frozenset(
+            _get_template_variables(named_template(None, (self.chat_template, self.tokenizer.chat_template)))
+        )
+
+    def text_row(self, text: str) -> Row:
+        """The token ids of a rendered chat as `__call__` makes them, and the indices before which pictures stand."""
+        return self._encoded(text, False)
+
     def _row(self, text: str, add_special_tokens: bool, most: int | None) -> Row:
         """Token ids without image tokens, and the indices before which pictures stand. Raises UserError if a picture's
         place is not among the ids that are left when there are more than `most`.

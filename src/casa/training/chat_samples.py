@@ -309,12 +309,6 @@ def _say(role: Role, words: str) -> Message:
     return Message(role, (Text(words),))
 
 
-def is_live(messages: Sequence[Message]) -> bool:
-    """Whether an assistant's words stand among frames with times."""
-    said = (part for message in messages if message.role == "assistant" for part in message.parts)
-    return any(isinstance(part, Picture) and part.time is not None for part in said)
-
-
 def live_tokens(messages: Sequence[Message], processor: CasaProcessor, stop: AnswerStop) -> ChatTokens:
     """The first user's words are the prompt (the processor's own if there are none); later ones ask in mid-stream.
 

@@ -9,8 +9,6 @@ What a picture will cost is told by its header and the rules of its image proces
     header 1000 x 700 px  ->  resized 1008 x 700  ->  50 x 72 patches  ->  25 x 36 = 900 tokens
 """
 
-import io
-import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,12 +18,12 @@ from typing import Any
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
 
+from casa.data.pictures import picture_size
 from casa.data.record import BadRecord, Message, Origin, Picture, Record, Text
 from casa.errors import UserError
-from casa.media import pictures as media
 from casa.models import CasaProcessor
 from casa.models.image_processing_casa import CasaFlexibleImageProcessor, CasaSquareImageProcessor, bounds
-from casa.training.chat_samples import answer_stop, chat_tokens, is_live, live_tokens
+from casa.training.chat_samples import answer_stop, chat_tokens, live_tokens
 from casa.training.config import OversizeSettings, TokenBudget
 from casa.vision import spec_of
 
@@ -94,16 +92,6 @@ class TrainingSample:
         """Memory of its pictures: frames of videos, which are kept encoded; those that are files take none."""
         held = (sized.picture.source for sized in self.pictures)
         return sum(len(source) for source in held if isinstance(source, bytes))
-
-
-def picture_size(picture: Picture) -> tuple[int, int]:
-    """Width and height in px, upright, from the file's header. Raises BadRecord if there is no readable header."""
-    source = io.BytesIO(picture.source) if isinstance(picture.source, bytes) else picture.source
-    try:
-        return media.picture_size(source)
-    except UserError as error:
-        gone = not isinstance(picture.source, bytes) and not os.path.lexists(picture.source)
-        raise BadRecord("missing-picture" if gone else "unreadable-picture", str(error)) from error
 
 
 def fold_of(config: Any) -> int:
@@ -234,7 +222,7 @@ class SampleMaker:
 
     def make(self, record: Record) -> TrainingSample:
         """One sample of the whole record, whatever its size. Raises BadRecord."""
-        write = live_tokens if is_live(record.messages) else chat_tokens
+        write = live_tokens if record.is_live else chat_tokens
         tokens = write(record.messages, self.processor, self._stop)
         if not any(tokens.learn[1:]):
             raise BadRecord("empty-answer", "No token is left to learn.")
@@ -365,7 +353,7 @@ def split(record: Record, fits: Callable[[Record], bool]) -> list[Record]:
 def _joined(pieces: Sequence[_Piece]) -> Record:
     """Neighbouring pieces as one record. Pictures are lent to the first only: they then stand before all others."""
     first = pieces[0]
-    if is_live(first.messages):
+    if first.record.is_live:
         said = Message("assistant", tuple(part for piece in pieces for part in piece.messages[0].parts))
         return replace(first.record, messages=(*first.lead, said))
     opening = first.messages[0]
@@ -380,7 +368,7 @@ def _pieces_of(record: Record) -> list[_Piece]:
     Questions in mid-stream are left out.
     """
     found: list[_Piece] = []
-    if not is_live(record.messages):
+    if not record.is_live:
         lead, turns = _turns(record.messages)
         shown: tuple[Picture, ...] = ()
         for turn in turns:

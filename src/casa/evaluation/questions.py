@@ -1,0 +1,184 @@
+"""Questions with their references, read from data of one's own: every answer of every record is asked for.
+
+A question of a chat's later turn is asked with the true earlier answers before it, so that one slip is counted once and
+all questions can be answered in batches.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from casa.data.hub import PREFIX, HubRows
+from casa.data.pictures import RowContext
+from casa.data.record import BadRecord, Message, NoRecord, Picture, Record, Text
+from casa.data.records import FileRows
+from casa.data.settings import Shard, SourceSettings
+from casa.data.shapes import parse_row
+from casa.settings import NonNegative, Positive, Rate, Settings, require
+
+Adapt = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""From a row of a known set to a row of one of the shapes of `casa.data`. KeyError for a field that is not there."""
+
+
+@dataclass(frozen=True)
+class AnswerSettings(Settings):
+    """How questions are asked and answered.
+
+    suffix: stands on a line of its own behind every question. template: variables of the chat template. temperature: 0
+    is greedy. seed: of the draws.
+    """
+
+    suffix: str = ""
+    max_new_tokens: Positive = 64
+    batch_size: Positive = 16
+    temperature: Rate = 0.0
+    top_k: NonNegative = 0
+    top_p: float = 1.0
+    seed: NonNegative = 0
+    template: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
+
+    def of_generate(self) -> dict[str, Any]:
+        """The arguments of `generate`."""
+        drawn = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p} if self.temperature else {}
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": bool(self.temperature), **drawn}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a model, and what it should answer.
+
+    index: its place among all questions, from 0. record: file and line. turn: which of the record's answers, from 1.
+    messages: of the chat, the question last; of a live record all, its captions among their frames.
+    row: the set's own fields, where they are known, apart from pictures.
+    """
+
+    index: int
+    record: str
+    turn: int
+    messages: tuple[Message, ...]
+    references: tuple[str, ...]
+    is_live: bool = False
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The words of what is asked last."""
+        asked = [message for message in self.messages if message.role == "user"]
+        return asked[-1].text if asked else ""
+
+    @cached_property
+    def pictures(self) -> tuple[Picture, ...]:
+        """All pictures in the order in which the model meets them."""
+        return tuple(part for message in self.messages for part in message.parts if isinstance(part, Picture))
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Of each picture, the same for the same file, or the same bytes."""
+        return tuple(
+            str(one.source) if isinstance(one.source, Path) else hashlib.blake2b(one.source, digest_size=16).hexdigest()
+            for one in self.pictures
+        )
+
+
+@dataclass(frozen=True)
+class BadQuestion:
+    """A record, or a question, that cannot be asked: where it stands, and why."""
+
+    record: str
+    bad: BadRecord
+
+
+def read_questions(
+    sources: Sequence[SourceSettings],
+    *,
+    suffix: str = "",
+    adapt: Adapt | None = None,
+    limit: int | None = None,
+    known: Sequence[str] = (),
+) -> Iterator[Question | BadQuestion]:
+    """All questions of the sources, in the order of their files.
+
+    Args:
+        sources: Where the records are.
+        suffix: Stands on a line of its own behind every question, on how to answer it.
+        adapt: Makes a known shape of the rows of a set that has its own.
+        limit: Rows at most, good or bad.
+        known: Fields of a row that are kept beside its questions.
+
+    Raises:
+        UserError: Data that are not there.
+    """
+    index = 0
+    for source, row in islice(_rows(sources), limit):
+        fields: Mapping[str, Any] = {}
+        try:
+            if isinstance(row.value, BadRecord):
+                raise row.value
+            value = row.value
+            if isinstance(value, Mapping):
+                fields = {name: value[name] for name in known if name in value}
+                value = value if adapt is None else _adapted(adapt, value)
+            root = row.folder if source.root is None else Path(source.root).expanduser()
+            record = parse_row(value, RowContext(row.origin, source, root, row.members))
+        except BadRecord as bad:
+            yield BadQuestion(str(row.origin), bad)
+            continue
+        except NoRecord:
+            continue
+        for question in questions_of(record, suffix):
+            yield replace(question, index=index, row=fields)
+            index += 1
+
+
+def _rows(sources: Sequence[SourceSettings]) -> Iterator[tuple[SourceSettings, Any]]:
+    for source in sources:
+        kind = HubRows if source.path.startswith(PREFIX) else FileRows
+        for row in kind(source, Shard(), 0, False).start(0):
+            yield source, row
+
+
+def _adapted(adapt: Adapt, value: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        return adapt(value)
+    except KeyError as error:
+        raise BadRecord("wrong-type", f"The row has no field {error}: it is of another set, or another form.") from None
+    except (TypeError, ValueError, IndexError) as error:
+        raise BadRecord("wrong-type", f"The row is not as the set has it ({error}).") from error
+
+
+def questions_of(record: Record, suffix: str = "") -> list[Question]:
+    """One question for every answer that is to be learned; of live captions, one for all of them."""
+    origin = str(record.origin)
+    if record.is_live:
+        parts = [part for message in record.messages if message.role == "assistant" for part in message.parts]
+        said = [part.text for part in parts if isinstance(part, Text)]
+        return [Question(0, origin, 1, record.messages, (" ".join(said),), is_live=True)]
+    answers = [
+        number for number, message in enumerate(record.messages) if message.role == "assistant" and message.learn
+    ]
+    alone = len(answers) == 1 and record.references
+    return [
+        Question(
+            0,
+            origin,
+            turn,
+            _with_suffix(record.messages[:number], suffix),
+            record.references if alone else (record.messages[number].text.strip(),),
+        )
+        for turn, number in enumerate(answers, start=1)
+    ]
+
+
+def _with_suffix(messages: tuple[Message, ...], suffix: str) -> tuple[Message, ...]:
+    if not suffix or not messages or messages[-1].role != "user":
+        return messages
+    last = messages[-1]
+    return (*messages[:-1], replace(last, parts=(*last.parts, Text(f"\n{suffix}" if last.text else suffix))))

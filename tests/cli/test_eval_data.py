@@ -1,0 +1,103 @@
+"""`casa eval --data`: a real process, killed and gone on with, and what its options say."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import casa as package
+from casa.evaluation import page
+from casa.testing import PATIENCE
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pages with three questions each, and a picture that is cut off."""
+    folder = tmp_path_factory.mktemp("questions")
+    rows = []
+    for number in range(12):
+        drawn = page(np.random.default_rng(number), "held_out", turns=3, max_side=168)
+        drawn.image.save(folder / f"{number}.png")
+        rows += [
+            {"image": f"{number}.png", "question": turn.question, "answers": [turn.answer]} for turn in drawn.turns
+        ]
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:200])
+    rows.insert(5, {"image": "cut.png", "question": "Read line 1.", "answer": "1"})
+    (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def lines(path):
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in found]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_file(folder, tmp_path, casa):
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    words = ["--data", folder / "qa.jsonl", "--metric", "anls,exact", "--batch-size", 1, "--device", "cpu", "--json"]
+    first = casa("eval", "casa-tiny", *words, "--records", whole)
+    assert first.status == 0
+    assert "qa.jsonl:6: " in first.err
+    assert "cut.png is damaged or cut off" in first.err
+    command = [sys.executable, "-m", "casa", "eval", "casa-tiny", *map(str, words), "--records", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + PATIENCE
+        while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") >= 4):
+            assert time.monotonic() <= end
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert 4 <= path.read_bytes().count(b"\n") < 37
+    refused = casa("eval", "casa-tiny", *words, "--records", path)
+    assert (refused.status, "go on with it by --resume" in refused.err) == (2, True)
+    again = casa("eval", "casa-tiny", *words, "--records", path, "--resume")
+    assert again.status == 0
+    assert lines(path) == lines(whole)
+    assert json.loads(again.out) == json.loads(first.out)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "out.jsonl", "out.jsonl.run.json", "whole.jsonl", "whole.jsonl.run.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_library_and_the_program_give_the_same(folder, tmp_path, casa):
+    eyes = package.load("casa-tiny", device="cpu")
+    how = {"metrics": ["exact", "anls"], "limit": 9, "suffix": "Please.", "max_new_tokens": 8}
+    scores = package.evaluate(eyes, data={"path": str(folder / "qa.jsonl")}, **how)
+    told = casa("eval", "casa-tiny", "--data", folder / "qa.jsonl", "--metric", "exact,anls", "--limit", 9,
+                "--suffix", "Please.", "--max-new-tokens", 8, "--json", "--out", tmp_path / "eval.json")  # fmt: skip
+    assert json.loads(told.out) == scores
+    record = json.loads((tmp_path / "eval.json").read_text())
+    assert (record["scores"], record["bad"], record["limit"]) == (scores, {"unreadable-picture": 1}, 9)
+    assert (scores["data"]["n"], scores["data"]["bad"]) == (8, 1)
+    table = casa("eval", "casa-tiny", "--data", folder / "qa.jsonl", "--metric", "exact", "--limit", 9)
+    assert "8 questions" in table.out
+    assert "95 % interval" in table.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data", "qa.jsonl"], "No metric was named; choose from anls"),
+        (["--data", "qa.jsonl", "--metric", "anl"], "did you mean 'anls'"),
+        (["--data", "gone.jsonl", "--metric", "anls"], "There is no gone.jsonl"),
+        (["--metric", "anls"], "--metric is for --data"),
+        (["--records", "x.jsonl"], "--records is for --data"),
+        (["--data", "qa.jsonl", "--tasks", "pages", "--metric", "anls"], "leave out --tasks or --data"),
+        (["--data", "qa.jsonl", "--metric", "anls", "--resume"], "--resume goes on with the file of --records"),
+        (["--data", "qa.jsonl", "--metric", "anls", "--template-arg", "x"], "--template-arg 'x' names nothing"),
+        (["--data", "qa.jsonl", "--metric", "anls", "--template-arg", "x=1"], "the chat template knows no 'x'"),
+        (["--data", "qa.jsonl", "--metric", "anls", "--top-p", "0"], "--top-p is 0.0"),
+        (["--tasks", "page"], "did you mean 'pages'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(folder, monkeypatch, casa, words, said):
+    monkeypatch.chdir(folder)
+    result = casa("eval", "casa-tiny", *words)
+    assert (result.status, said in result.err, result.err.count("\n")) == (2, True, 1), result.err
