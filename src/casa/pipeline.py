@@ -366,7 +366,10 @@ def score_data(
         **plain_values(chosen),
         "limit": limit,
     }
-    answerer = Answerer(pipeline.model, pipeline.processor, chosen)
+    kept = pipeline.image_cache
+    # in memory, this run keeps by itself what it needs
+    shared = kept if kept is not None and kept.folder is not None else None
+    answerer = Answerer(pipeline.model, pipeline.processor, chosen, shared)
     questions = read_questions(sources, suffix=chosen.suffix, limit=limit)
     lines = score_questions(questions, answerer, names, RecordsFile(records, run, resume), progress=progress)
     return summarise(lines, names, seed)

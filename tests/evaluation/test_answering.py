@@ -9,6 +9,7 @@ from casa.data.record import BadRecord, Message, Picture, Text
 from casa.errors import UserError
 from casa.evaluation.answering import Answerer, shared_prefix
 from casa.evaluation.questions import AnswerSettings, Question
+from casa.models import ImageCache
 from casa.pipeline import CasaPipeline
 from casa.testing import tiny_casa, tiny_processor
 
@@ -216,3 +217,16 @@ def test_only_so_much_is_kept(asked, monkeypatch):
     given, answerer = answers(eyes, asked, batch_size=2)
     assert len(answerer._kept) == 1
     assert given == [alone(eyes, one) for one in asked]
+
+
+def test_pictures_are_found_in_a_folder_that_another_run_has_filled(asked, tmp_path, monkeypatch):
+    eyes = eyes_of()
+    wanted = [alone(eyes, one) for one in asked]
+    for looks in (5, 0):
+        cache, settings = ImageCache(0, tmp_path / "kept"), AnswerSettings(max_new_tokens=6)
+        answerer = Answerer(eyes.model, eyes.processor, settings, cache)
+        found = {}
+        for batch in answerer.batches(asked):
+            found |= dict(zip([one.index for one in batch], answerer.answer(batch), strict=True))
+        assert [found[one.index] for one in asked] == wanted
+        assert cache.misses == looks

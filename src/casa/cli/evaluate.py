@@ -13,6 +13,7 @@ from casa.cli.options import (
     Column,
     DataSplit,
     Device,
+    ImageCache,
     Json,
     MaxNewTokens,
     Model,
@@ -74,6 +75,7 @@ def evaluate(
     fps: VideoFps = 2.0,
     split: DataSplit = "train",
     subset: Subset = None,
+    image_cache: ImageCache = "off",
     device: Device = "auto",
     json: Json = False,
     out: Out = None,
@@ -98,7 +100,7 @@ def evaluate(
 
     told: dict[str, Any] = {"eval": model, "seed": seed}
     with ExitStack() as around:
-        eyes = casa.load(model, device=device)
+        eyes = casa.load(model, device=device, image_cache=image_cache)
         # what changes the model for the whole run is entered here: around.enter_context(...)
         if data is not None:
             shown = around.enter_context(_Shown(data))

@@ -19,7 +19,8 @@ from casa.data.pictures import open_one, picture_size
 from casa.data.record import BadRecord, Message, Picture
 from casa.errors import UserError
 from casa.evaluation.questions import AnswerSettings, Question
-from casa.models import CasaCache, CasaForConditionalGeneration, CasaProcessor
+from casa.models import CasaCache, CasaForConditionalGeneration, CasaProcessor, ImageCache
+from casa.models.image_cache import encode_pixels
 from casa.settings import near
 from casa.threads import settle
 from casa.vision import token_grids
@@ -41,8 +42,14 @@ class Asked:
 class Answerer:
     """One model that answers questions.
 
+    Args:
+        model: In evaluation mode.
+        processor: Its own.
+        settings: How it is asked.
+        image_cache: Pictures are looked for there, which other runs have filled, and kept there for these.
+
     Attributes:
-        encoded: pictures that went through the encoder so far.
+        encoded: Pictures that were opened so far, and went through the encoder unless the cache had them.
     """
 
     def __init__(
@@ -50,8 +57,9 @@ class Answerer:
         model: CasaForConditionalGeneration,
         processor: CasaProcessor,
         settings: AnswerSettings | None = None,
+        image_cache: ImageCache | None = None,
     ) -> None:
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.image_cache = model, processor, image_cache
         self.settings = settings if settings is not None else AnswerSettings()
         self.encoded = 0
         for name in self.settings.template.keys() - processor.template_variables:
@@ -149,16 +157,20 @@ class Answerer:
     def _image_side(self, pictures: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
         """What stands for each picture in a call, and its grid (1, 3)."""
         model = self.model
-        inputs = self.processor.image_processor(images=list(pictures), return_tensors="pt")
-        grid = inputs["image_grid_thw"].to(model.device)
-        held = model.encode_images(inputs["pixel_values"].to(model.device), grid)
         self.encoded += len(pictures)
+        inputs = self.processor.image_processor(images=list(pictures), return_tensors="pt")
+        if self.image_cache is not None:
+            places = torch.zeros(len(pictures), 2, dtype=torch.int64)
+            each = (model.picked({**inputs, "image_positions": places}, [n]) for n in range(len(pictures)))
+            made = [self.image_cache.read(model, one) for one in each]
+            return [(one[self._name], one["image_grid_thw"]) for one in made]
+        found = encode_pixels(model, inputs)
+        grid = found["image_grid_thw"]
         grids = token_grids(model.config.encoder_config, grid)
-        if not self._inserts:
-            held, grids = model.image_keys_values(held, grid), model.final_grids(grids)
+        lengths = [rows * columns for rows, columns in (grids if self._inserts else model.final_grids(grids))]
         # a view would keep all of its neighbours in memory
-        parts = held.split([rows * columns for rows, columns in grids])
-        return [(part.clone(), one) for part, one in zip(parts, grid.split(1), strict=True)]
+        parts = [part.clone() for part in found[self._name].split(lengths)]
+        return list(zip(parts, grid.split(1), strict=True))
 
     def _images(self, places: Sequence[tuple[int, int, str]]) -> dict[str, Tensor]:
         """The image inputs of a call, from (row, index, key) of each."""
