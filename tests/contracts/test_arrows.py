@@ -45,7 +45,6 @@ USERS = {
 EXCEPTIONS = {
     ("models", "media.pictures"): "every picture comes in through one door, which is no video",
     ("streaming", "media.pictures"): "the same door",
-    ("training", "media.pictures"): "the same door",
     ("training", "analysis"): "a run's plan says what it will cost",
     ("analysis", "streaming"): "the cost of a frame is that of a session",
     ("demo", "pipeline"): "the demo loads and asks as a user does",
