@@ -4,6 +4,7 @@ An exception or Ctrl-C while writing removes the unfinished file and leaves what
 """
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, Self
 
 from casa.errors import UserError
 
@@ -160,3 +162,60 @@ class DiskCache:
             path.unlink(missing_ok=True)
             total -= size
         self._room = (self._max - total) / 2  # another process writes, too
+
+
+class Journal:
+    """A file that grows by lines of JSON, for long work that may be killed between any two of them.
+
+    The first line says of what work it is. A last line that its writer did not finish is taken off when the work goes
+    on. To be used in a `with`.
+
+    Args:
+        path: The file.
+        work: What the work is; JSON-ready.
+        resume: Go on with the file that is there; otherwise a new one is begun.
+
+    Attributes:
+        entries: All that were read and added, in order.
+
+    Raises:
+        UserError: The file is of other work, or cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], work: dict[str, Any], resume: bool = False) -> None:
+        self.entries: list[dict[str, Any]] = []
+        whole = b""
+        if resume and Path(path).exists():
+            whole = Path(path).read_bytes()
+            whole = whole[: whole.rfind(b"\n") + 1]
+            try:
+                first, *self.entries = [json.loads(line) for line in whole.splitlines()] or [work]
+            except ValueError as error:
+                raise UserError(f"{path} is no journal of casa's: remove it, or begin anew without resume.") from error
+            if other := [name for name in work if not isinstance(first, dict) or first.get(name) != work[name]]:
+                raise UserError(
+                    f"{path} is of work with another {', '.join(other)}; give what that had, or leave out resume.",
+                    field=(*other, "resume"),
+                )
+        check_writable(path)
+        self._file = Path(path).open("r+b" if whole else "wb")  # noqa: SIM115  (closed by `__exit__`)
+        self._file.seek(len(whole))
+        self._file.truncate()
+        if not whole:
+            self._write(work)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Adds a line, which is on disk afterwards."""
+        self._write(entry)
+        self.entries.append(entry)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()

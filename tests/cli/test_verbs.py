@@ -91,7 +91,7 @@ def test_ask_takes_several_pictures_and_draws_words(casa, checkpoint, picture, t
     assert len({ask(one, *warm) for _ in range(6)}) > 1
     assert torch.equal(torch.get_rng_state(), before)
     # a file that comes first is no model
-    monkeypatch.setattr("casa.pipeline.load", lambda name, device: (_ for _ in ()).throw(UserError(name)))
+    monkeypatch.setattr("casa.pipeline.load", lambda name, **_: (_ for _ in ()).throw(UserError(name)))
     assert casa("ask", one, other, "which?").err == "casa: casa-tiny\n"
     assert casa("ask", "some-model", other, "which?").err == "casa: some-model\n"
     assert "There is no file slip.png" in casa("ask", "slip.png", other, "which?").err

@@ -2,8 +2,9 @@
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,12 +25,24 @@ from casa.cli.options import (
 )
 from casa.errors import UserError
 
+if TYPE_CHECKING:
+    from casa.captioning.batch import BatchRequest
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def caption(
-    words: Annotated[list[str], typer.Argument(metavar="[MODEL] SOURCE", help="casa-tiny if left out.")],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL] SOURCE", help="casa-tiny if left out.", show_default=False)
+    ] = None,
     out: Annotated[list[Path] | None, typer.Option(help="Captions as .srt, .vtt or .jsonl; may be repeated.")] = None,
+    batch: Annotated[
+        Path | None, typer.Option(help="A manifest in place of the source: films and pictures, as JSON lines.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --batch: films watched side by side.")] = 8,
+    cluster: Annotated[
+        str | None, typer.Option(help="With --batch: a Ray cluster's address, auto, or local; without it, no Ray.")
+    ] = None,
     burn: Annotated[Path | None, typer.Option(help="The video with captions drawn in (.mp4, .mkv).")] = None,
     track: Annotated[Path | None, typer.Option(help="The video file with captions as a text track.")] = None,
     fps: Annotated[float, typer.Option(help="Frames looked at per second.")] = 2.0,
@@ -73,7 +86,40 @@ def caption(
     source, or any with --live, at its own pace: the newest frame wins, and what was dropped is told at the end.
 
     Example: casa caption casa-tiny talk.mp4 --out talk.srt --burn talk-captioned.mp4
+
+    Example: casa caption casa-tiny --batch manifest.jsonl --out captions.jsonl --resume
     """
+    words = words or []
+    if batch is not None:
+        of_one = {"burn": burn, "track": track, "end": end, "live": live, "ask": ask, "cue": cue}
+        of_one |= {"source_option": source_options, "reconnect_for": reconnect_for, "start": start or None}
+        if given := [f"--{name.replace('_', '-')}" for name, value in of_one.items() if value is not None]:
+            raise UserError(f"{', '.join(given)}: for one source; leave out with --batch.")
+        if len(words) > 1 or len(out or ()) != 1:
+            raise UserError("a batch takes one output: casa caption casa-tiny --batch manifest.jsonl --out all.jsonl")
+        from casa.captioning.batch import BatchRequest
+        from casa.streaming import Sampling
+
+        _caption_batch(
+            BatchRequest(
+                manifest=batch,
+                out=(out or [])[0],
+                fps=fps,
+                prompt=prompt,
+                max_text_tokens=max_text_tokens or None,
+                max_new_tokens=max_new_tokens,
+                sampling=Sampling(temperature, top_k, top_p, stop_bias, repetition, decay, no_repeat_ngram_size),
+                seed=seed,
+                batch_size=batch_size,
+                resume=resume,
+            ),
+            *(words or ["casa-tiny"]),
+            device=device,
+            cluster=cluster,
+        )
+        return
+    if cluster is not None:
+        raise UserError("--cluster is for --batch; add it, or leave --cluster out.")
     if len(words) not in (1, 2):
         raise UserError("caption takes one video: casa caption casa-tiny talk.mp4 --out talk.srt")
     name, source = words if len(words) == 2 else ("casa-tiny", words[0])
@@ -125,6 +171,21 @@ def caption(
         print(f"{burn} was there already; this video is {report.recording}.", file=sys.stderr)
     if report.stopped:
         raise typer.Exit(stop.exit_status)
+
+
+def _caption_batch(request: "BatchRequest", model: str, device: str, cluster: str | None) -> None:
+    from casa.captioning.batch import BatchReport, caption_batch
+    from casa.pipeline import load
+
+    shown = sys.stderr.isatty()
+
+    def tell(report: BatchReport) -> None:
+        if shown:
+            print(f"\r{report.sentence():<79}", end="", file=sys.stderr, flush=True)
+
+    # a picture that two records ask about is looked at once
+    report = caption_batch(request, model, partial(load, device=device), tell, cluster)
+    print(f"{chr(13) if shown else ''}{report.sentence():<79}".rstrip() + f": {request.out}", file=sys.stderr)
 
 
 def parse_option(written: str) -> tuple[str, str]:

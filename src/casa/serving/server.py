@@ -40,6 +40,7 @@ class Server:
         http, websocket = protocols(limits)
         config: Any = uvicorn.Config(
             app,
+            loop="asyncio",  # the same everywhere, whatever else is installed
             log_level="warning",
             access_log=False,
             http=http,
