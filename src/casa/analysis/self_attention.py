@@ -33,7 +33,7 @@ def watch_self_attention(decoder: Decoder, record: SelfAttentionRecorder) -> Ite
     Blocks whose self-attention fusion replaced have none to watch. Raises UserError where the model attends otherwise
     than through torch.
     """
-    plain = decoder.stack.config._attn_implementation  # type: ignore[union-attr]
+    plain = str(decoder.stack.config._attn_implementation)  # type: ignore[union-attr]
     if plain not in ("sdpa", "eager"):
         raise UserError(f"self-attention cannot be watched under attn_implementation={plain!r}; load it with 'sdpa'.")
     handles = []

@@ -29,7 +29,7 @@ def ask(
 
     Example: casa ask ./my-casa before.png after.png "What has changed?" --temperature 0.7 --seed 1
     """
-    name, pictures, question = _sorted(words)
+    name, pictures, question = sort_words(words)
     from casa.media import open_picture
     from casa.pipeline import load
     from casa.streaming import Sampling
@@ -43,7 +43,7 @@ def ask(
     print(json_module.dumps({"question": question, "answer": answer}, ensure_ascii=False) if json else answer)
 
 
-def _sorted(words: list[str]) -> tuple[str, list[str], str]:
+def sort_words(words: list[str]) -> tuple[str, list[str], str]:
     """The model, the pictures and the question. A model is a name or a folder: a file that comes first is none."""
     if len(words) < 2:
         raise UserError('ask takes a picture and a question: casa ask casa-tiny page.png "Read line 2."')

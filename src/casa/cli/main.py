@@ -9,7 +9,7 @@ from typer.core import TyperGroup, TyperOption
 from typer.main import get_command
 
 import casa
-from casa.cli import adapt, ask, bench, data, evaluate, live, train
+from casa.cli import adapt, ask, bench, data, evaluate, inspect, live, train
 from casa.errors import UserError
 from casa.threads import share_cores
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (ask.demo, ask.ask, live.caption, adapt.adapt, train.train, train.export, live.serve):
+for verb in (ask.demo, ask.ask, inspect.inspect, live.caption, adapt.adapt, train.train, train.export, live.serve):
     app.command(verb.__name__)(verb)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(bench.bench_app, name="bench")

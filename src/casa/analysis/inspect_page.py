@@ -1,0 +1,159 @@
+"""An inspection as one HTML page that loads nothing: click a token, see where it looked.
+
+Maps of attention are kept in bytes, each as the root of its part of the map's largest value: what is small stays told
+apart from nothing. Where they would be more than `MAX_MAPS`, tokens of the question are left out first, and then heads.
+"""
+
+import base64
+import io
+import json
+import os
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from casa.analysis.attention_maps import KINDS
+from casa.analysis.inspection import Inspection
+from casa.atomic import write_text
+from casa.errors import UserError
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+MAX_MAPS = 24 * 2**20  # bytes of maps in a page
+SIDE = 768  # px of an embedded picture
+FILM_SIDE = 320  # px, of several
+
+
+def write_inspection(
+    path: str | os.PathLike[str], found: Inspection, *, model: str = "", max_maps: int = MAX_MAPS
+) -> None:
+    """Writes the page, whole or not at all.
+
+    Args:
+        path: A file that ends in .html.
+        found: What `inspect_answer` gave.
+        model: The model's name, for the heading.
+        max_maps: Bytes of attention maps in it.
+
+    Raises:
+        UserError: The file has another ending, or cannot be written.
+    """
+    check_page_path(path)
+    data = page_data(found, max_maps)
+    # what stands in a script element may not end it
+    held = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    write_text(path, _template().render(found=found, model=model, data=held, several=len(found.pictures) > 1))
+
+
+def check_page_path(path: str | os.PathLike[str]) -> None:
+    """Raises UserError unless the name ends in .html."""
+    if not os.fspath(path).lower().endswith((".html", ".htm")):
+        raise UserError(f"{path} is to be an HTML page: give it a name that ends in .html.")
+
+
+def page_data(found: Inspection, max_maps: int = MAX_MAPS) -> dict[str, Any]:
+    """What the page's script reads: plain values, and arrays as base64 of little-endian numbers, row-major."""
+    shares = found.shares
+    rows = list(range(len(shares.tokens)))
+    layers, heads, _, _ = shares.weights.shape
+    columns = shares.num_columns
+    notes = []
+    if layers * heads * columns * len(rows) > max_maps:
+        # the place before the first written token is where it comes from
+        rows = [row for row in rows if shares.tokens[row] >= _first_answered(found) - 1]
+        notes.append("Tokens of the question are left out: the maps would be too many.")
+    weights = shares.weights[:, :, rows, :columns].transpose(0, 2).transpose(1, 2)  # (q, C, Hq, N)
+    if weights.numel() > max_maps:
+        weights = weights.mean(2, keepdim=True)
+        notes.append("Maps are means over heads: those of each would be too many.")
+    scale = weights.amax(-1) if columns else weights.new_zeros(weights.shape[:-1])
+    levels = (weights / scale.clamp(min=1e-30)[..., None]).sqrt().mul(255).round().to(torch.uint8)
+    row_of = {shares.tokens[row]: number for number, row in enumerate(rows)}
+    side = SIDE if len(found.pictures) == 1 else FILM_SIDE
+    return {
+        "notes": notes,
+        "kinds": KINDS,
+        "blocks": shares.blocks,
+        "heads": heads,
+        "mapHeads": weights.shape[2],
+        "rows": len(rows),
+        "columns": columns,
+        "tokens": [
+            {
+                "text": token.text,
+                "answered": token.answered,
+                "chance": round(token.probability, 4),
+                "reads": row_of.get(place, -1),
+                "writes": row_of.get(place - 1, -1),
+            }
+            for place, token in enumerate(found.tokens)
+        ],
+        "shares": _floats(shares.shares[:, :, :, rows]),
+        "maps": _bytes(levels.contiguous().numpy().tobytes()),
+        "scales": _floats(scale),
+        "sinks": _bytes(shares.sinks[:, :, :columns].to(torch.uint8).contiguous().numpy().tobytes()),
+        "images": [
+            {
+                "label": label,
+                "src": _data_url(picture, side),
+                "start": -1 if span is None else span.start,
+                "grid": grid,
+                "width": picture.width,
+                "height": picture.height,
+            }
+            for picture, label, span, grid in zip(
+                found.pictures,
+                found.labels,
+                shares.images or [None] * len(found.pictures),
+                shares.grids or [(0, 0)] * len(found.pictures),
+                strict=True,
+            )
+        ],
+        "norms": {
+            "tokens": _floats(found.norms.tokens),
+            "layers": _floats(found.norms.layers),
+            "blocks": found.norms.blocks,
+        },
+        "lens": [
+            [
+                [[text, round(chance, 4)] for text, chance in zip(texts, chances, strict=True)]
+                for row, (texts, chances) in enumerate(zip(layer, of.tolist(), strict=True))
+                if row in set(rows)
+            ]
+            for layer, of in zip(found.guesses, found.lens.probabilities, strict=True)
+        ],
+        "inserted": found.method == "insertion",
+    }
+
+
+def _first_answered(found: Inspection) -> int:
+    return next((place for place, token in enumerate(found.tokens) if token.answered), len(found.tokens))
+
+
+def _floats(x: Tensor) -> str:
+    return _bytes(x.contiguous().numpy().astype("<f4").tobytes())
+
+
+def _bytes(raw: bytes) -> str:
+    return base64.b64encode(raw).decode()
+
+
+def _data_url(image: Image.Image, side: int) -> str:
+    small = image.convert("RGB")
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    held = io.BytesIO()
+    small.save(held, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{_bytes(held.getvalue())}"
+
+
+@cache
+def _template() -> "Template":
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(files("casa.analysis").joinpath("inspect_page.html").read_text(encoding="utf-8"))
