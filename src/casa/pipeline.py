@@ -265,7 +265,7 @@ def train(
 
     chosen = open_recipe(Path(recipe), changes)
     folder = Path(out) if out is not None else Path("runs") / Path(recipe).stem
-    measure = task_scores(chosen.evaluation) if chosen.evaluation.tasks else None
+    measure = recipe_scores(chosen.evaluation)
     return train_by(chosen, folder, resume=resume, evaluate=measure, on_message=report)
 
 
@@ -388,27 +388,39 @@ def _sources(data: "Data") -> "list[SourceSettings]":
     return [source for one in data for source in _sources(one)]
 
 
-def task_scores(settings: "EvaluationSettings") -> "Evaluate":
-    """Makes the function that measures a model on offline tasks while it trains.
+def recipe_scores(settings: "EvaluationSettings") -> "Evaluate | None":
+    """Makes the function that asks a model questions while it trains.
 
     Args:
         settings: The recipe's `evaluation`.
 
     Returns:
-        A function from a model and its processor to scores such as `pages_digits`.
+        A function from a model and its processor to scores such as `pages_digits` and `anls`, and `bad_records` where
+        some could not be asked; None if nothing is to be asked.
 
     Raises:
         UserError: A task is unknown, or what it is drawn from is not installed.
     """
     from casa.evaluation import runner
 
-    names = runner.check_tasks(settings.tasks)
+    if not settings.asks:
+        return None
+    names = runner.check_tasks(settings.tasks) if settings.tasks else []
     # what they are drawn from is an extra, and would be missed at the first measurement only
     runner.draw_one(names, settings.max_side)
 
     def scores(model: CasaForConditionalGeneration, processor: CasaProcessor) -> dict[str, float]:
-        found = evaluate(CasaPipeline(model, processor), names, limit=settings.limit, largest=settings.max_side)
-        return {f"{task}_{name}": value for task, of in found.items() for name, value in of.items() if name != "n"}
+        eyes, limit = CasaPipeline(model, processor, "off"), settings.limit
+        found: dict[str, float] = {}
+        if names:
+            of_tasks = evaluate(eyes, names, limit=limit, largest=settings.max_side)
+            found = {f"{task}_{name}": n for task, of in of_tasks.items() for name, n in of.items() if name != "n"}
+        if settings.metrics and settings.data is not None:
+            how = {"suffix": settings.suffix, "max_new_tokens": settings.max_new_tokens}
+            told = score_data(eyes, settings.data.sources, settings.metrics, limit=limit, **how)
+            found |= {name: one.score for name, one in told.metrics.items()}
+            found |= {"bad_records": sum(told.bad.values())} if told.bad else {}
+        return found
 
     return scores
 

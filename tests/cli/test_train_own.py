@@ -14,6 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import casa as package
 from casa import CasaForConditionalGeneration
 from casa.testing import PATIENCE
 from casa.training.checkpoints import newest_checkpoint
@@ -90,6 +91,30 @@ def test_offline_tasks_are_scored_while_it_trains(casa, folder, tmp_path):
     unknown = casa("train", folder / "mine.yaml", "--out", tmp_path / "b", "--set", "evaluation.tasks=[page]")
     assert unknown.status == 2
     assert "pages" in unknown.err
+
+
+@pytest.mark.slow
+def test_answers_to_held_out_questions_are_scored_while_it_trains(casa, folder, tmp_path):
+    changes = {
+        "every": 2,
+        "data": f"{{sources: [{{path: {folder / 'data' / 'pages.jsonl'}}}]}}",
+        "metrics": "[exact, cer]",
+        "suffix": "in short",
+        "max_new_tokens": 3,
+        "limit": 4,
+    }
+    words = [word for name, value in changes.items() for word in ("--set", f"evaluation.{name}={value}")]
+    result = casa("train", folder / "mine.yaml", "--out", tmp_path / "run", *words)
+    assert result.status == 0, result.err
+    log = json.loads((tmp_path / "run" / "log.json").read_text())
+    (scores,) = (entry for entry in log if "eval_cer" in entry)
+    eyes = package.load(tmp_path / "run" / "final", device="cpu")
+    how = {"metrics": ["exact", "cer"], "suffix": "in short", "max_new_tokens": 3, "limit": 4}
+    alone = package.evaluate(eyes, data=folder / "data" / "pages.jsonl", **how)["data"]
+    assert (scores["eval_exact"], scores["eval_cer"]) == (alone["exact"], alone["cer"])
+    assert "cer" in (tmp_path / "run" / "final" / "README.md").read_text()
+    unknown = casa("train", folder / "mine.yaml", "--out", tmp_path / "b", *words, "--set", "evaluation.metrics=[exat]")
+    assert (unknown.status, "did you mean 'exact'" in unknown.err) == (2, True)
 
 
 # which calls torchrun, by which tests of the trainer start DDP and FSDP2; two processes by gloo: the recipe says cpu

@@ -1,5 +1,7 @@
 """Metrics of answers: published examples, scores worked out by hand, and second implementations."""
 
+from typing import get_args, get_type_hints
+
 import anls as anls_package
 import anls_star
 import jiwer
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from casa.errors import UserError
 from casa.evaluation.metrics import ERRORS, METRICS, Score, check_metrics, choice_of, options_of
 from casa.evaluation.vqa_accuracy import vqa_words
+from casa.training.config import EvaluationSettings
 
 WORDS = st.text(st.sampled_from("abcdE 1."), max_size=9)
 PEOPLE = ["red"] * 2 + ["dark red"] * 3 + ["maroon"] * 5
@@ -168,3 +171,8 @@ def test_a_wrong_name_is_told():
         check_metrics(["anl"])
     with pytest.raises(UserError, match="No metric was named; choose from anls"):
         check_metrics([])
+
+
+def test_a_recipe_takes_the_same_metrics():
+    hint = get_type_hints(EvaluationSettings)["metrics"]
+    assert set(get_args(get_args(hint)[0])) == set(METRICS)

@@ -56,7 +56,7 @@ def _tell(sentence: str) -> None:
 def _plan(file: Path, changes: list[str], folder: Path, resume: bool, report: Path) -> None:
     from casa.atomic import check_writable
     from casa.data.html_report import check_report_path
-    from casa.pipeline import task_scores
+    from casa.pipeline import recipe_scores
     from casa.training.config import open_recipe
     from casa.training.plan import check_run, make_plan, plan_tables, show_first_pack
     from casa.training.run import check_folder
@@ -71,8 +71,7 @@ def _plan(file: Path, changes: list[str], folder: Path, resume: bool, report: Pa
         # plans are looked at while the run goes on in its folder, too
         _tell(f"the run itself would not begin: {error}")
         resume = False
-    if recipe.evaluation.tasks:
-        task_scores(recipe.evaluation)
+    recipe_scores(recipe.evaluation)
     check_run(recipe, folder, resume=resume, processes=processes, on_message=_tell)
     plan = make_plan(recipe, processes)
     shown.print(plan_tables(plan))

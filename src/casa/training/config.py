@@ -276,6 +276,8 @@ class EvaluationSettings(Settings):
 
     Attributes:
         data: records held out from training, read from their beginning: the loss on the first `packs` packs.
+        metrics: how answers to the questions of the first `limit` rows of `data` are scored, as `casa eval` does.
+        suffix, max_new_tokens: what stands behind each of these questions, and the longest answer.
         tasks: the offline tasks, `limit` examples each: of use to models that read digits, such as casa-tiny.
         max_side: longest side of their pictures in px, of a stream's frames at least 224; the tasks' own if None.
     """
@@ -283,6 +285,9 @@ class EvaluationSettings(Settings):
     every: NonNegative = 0
     data: DataSettings | None = None
     packs: Positive = 8
+    metrics: tuple[Literal["anls", "relaxed", "exact", "vqa", "cer", "wer", "contains", "mcq"], ...] = ()
+    suffix: str = ""
+    max_new_tokens: Positive = 64
     tasks: tuple[Literal["pages", "scenes", "stream"], ...] = ()
     limit: Positive = 50
     max_side: Annotated[int, Bounds(ge=112)] | None = None
@@ -291,6 +296,12 @@ class EvaluationSettings(Settings):
         super().__post_init__()
         wanted = self.data is not None or bool(self.tasks)
         require(not self.every or wanted, "every", self.every, "0, or beside data or tasks to measure")
+        require(not self.metrics or self.data is not None, "metrics", list(self.metrics), "beside data to ask about")
+
+    @property
+    def asks(self) -> bool:
+        """Whether the model is asked questions, which `train` needs a function for."""
+        return bool(self.tasks or self.metrics)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,7 @@ def train(
         recipe: A file, its values, or a recipe that was read.
         out: The folder of the run.
         resume: Go on from the newest checkpoint in `out`; without it, `out` must be new or empty.
-        evaluate: Measures the model now and then; wanted where the recipe's evaluation has tasks.
+        evaluate: Measures the model now and then; wanted where the recipe's evaluation has tasks or metrics.
         callbacks: Further ones of transformers' Trainer.
         on_message: Is called with what is done besides steps.
 
@@ -87,8 +87,11 @@ def train(
         UserError: Something is not there or does not fit, a loss is no number or jumps, or a disk is full.
     """
     recipe, out = open_recipe(recipe), Path(out)
-    if recipe.evaluation.every and recipe.evaluation.tasks and evaluate is None:
-        raise UserError("evaluation.tasks need an evaluate function to be measured by: give one, or leave tasks out.")
+    if recipe.evaluation.every and recipe.evaluation.asks and evaluate is None:
+        raise UserError(
+            "evaluation.tasks and evaluation.metrics need an evaluate function to be measured by: give one, or leave "
+            "tasks and metrics out."
+        )
     first = int(os.environ.get("RANK", "0")) == 0
 
     def say(sentence: str) -> None:
