@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from casa.analysis.ablations import NamedAblation, ablated, parse_ablation
 from casa.errors import UserError
 from casa.media.pictures import as_picture
 from casa.models import CasaForConditionalGeneration, CasaProcessor
@@ -280,6 +281,7 @@ def evaluate(
     seed: int = 0,
     limit: int | None = None,
     largest: int | None = None,
+    ablate: Sequence[str] = (),
     progress: Callable[[str, int, int], None] | None = None,
     **settings: Any,
 ) -> Scores:
@@ -297,6 +299,8 @@ def evaluate(
         seed: Another seed draws other pictures, words (at a temperature above 0), and resamples.
         limit: Pages, scenes, and numbers shown in streams (200 if left out), or rows of `data` (all if left out).
         largest: Longest side of a task's picture in px.
+        ablate: What is taken out of the model, of `casa.analysis.ABLATIONS`: "no-images", "without-layers=3,4" ...
+            Under "shuffled-images", which is for `data`, every question has the pictures of another record.
         progress: Is called as progress(task, done, limit); limit is 0 where nobody knows it.
         settings: Of `casa.evaluation.AnswerSettings`: suffix, max_new_tokens, batch_size, temperature, ...
 
@@ -314,7 +318,7 @@ def evaluate(
         if tasks is not None:
             raise UserError("tasks have data of their own; leave out tasks or data.", field=("tasks", "data"))
         told = None if progress is None else lambda done: progress("data", done, 0)
-        more = {"records": records, "resume": resume, "seed": seed, "limit": limit, "progress": told}
+        more = {"records": records, "resume": resume, "seed": seed, "limit": limit, "progress": told, "ablate": ablate}
         return {"data": score_data(eyes, data, metrics or (), **more, **settings).scores()}
     for name, given in {"metrics": metrics, "records": records, **settings}.items():
         if given is not None:
@@ -326,7 +330,19 @@ def evaluate(
         return pipeline.ask(list(pictures), list(questions))
 
     how: dict[str, Any] = {"seed": seed, "limit": 200 if limit is None else limit, "largest": largest}
-    return runner.evaluate(names, answer, pipeline.stream, **how, progress=progress)
+    model_parts, shuffles = _ablations(ablate)
+    if shuffles:
+        reason = "shuffled-images takes pictures of other records; leave it out of ablate, or name data."
+        raise UserError(reason, field=("ablate", "data"))
+    with ablated(pipeline.model, *model_parts, seed=seed):
+        return runner.evaluate(names, answer, pipeline.stream, **how, progress=progress)
+
+
+def _ablations(names: Sequence[str]) -> tuple[list[NamedAblation], bool]:
+    """What is taken out of the model, and whether pictures change places between records."""
+    parsed = [parse_ablation(name) for name in names]
+    rest = [one for one in parsed if one.name != "shuffled-images"]
+    return rest, len(rest) < len(parsed)
 
 
 def score_data(
@@ -338,6 +354,7 @@ def score_data(
     resume: bool = False,
     seed: int = 0,
     limit: int | None = None,
+    ablate: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
     **settings: Any,
 ) -> "Summary":
@@ -351,7 +368,7 @@ def score_data(
     """
     from casa.evaluation.answering import Answerer
     from casa.evaluation.metrics import check_metrics
-    from casa.evaluation.questions import AnswerSettings, read_questions
+    from casa.evaluation.questions import AnswerSettings, read_questions, shuffled_pictures
     from casa.evaluation.scoring import RecordsFile, score_questions, summarise
     from casa.settings import build, plain_values
 
@@ -366,13 +383,19 @@ def score_data(
         **plain_values(chosen),
         "limit": limit,
     }
+    model_parts, shuffles = _ablations(ablate)
+    if ablate:
+        run["ablate"] = list(ablate)
     kept = pipeline.image_cache
     # in memory, this run keeps by itself what it needs
     shared = kept if kept is not None and kept.folder is not None else None
     answerer = Answerer(pipeline.model, pipeline.processor, chosen, shared)
     questions = read_questions(sources, suffix=chosen.suffix, limit=limit)
-    lines = score_questions(questions, answerer, names, RecordsFile(records, run, resume), progress=progress)
-    return summarise(lines, names, seed)
+    if shuffles:
+        questions = shuffled_pictures(questions)
+    with ablated(pipeline.model, *model_parts, seed=seed):
+        lines = score_questions(questions, answerer, names, RecordsFile(records, run, resume), progress=progress)
+        return summarise(lines, names, seed)
 
 
 def _sources(data: "Data") -> "list[SourceSettings]":

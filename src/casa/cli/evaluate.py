@@ -68,6 +68,10 @@ def evaluate(
         int | None,
         typer.Option(min=112, help="Longest side of a task's picture, in px; of a stream at least 224."),
     ] = None,
+    ablate: Annotated[
+        list[str] | None,
+        typer.Option(help="Take out a part of the model: no-images, without-layers=3,4 ...; repeatable."),
+    ] = None,
     shape: Shape = SHAPES[0],
     root: Root = None,
     outside: Outside = False,
@@ -92,23 +96,28 @@ def evaluate(
     template = {name: _value(text) for name, text in pairs(template_arg, "--template-arg", "thinking=false").items()}
     asked = {"suffix": suffix, "template": template, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
     asked |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    _check(tasks, data, metric, records, resume)
+    _check(tasks, data, metric, records, resume, ablate or [])
     import casa
     from casa.atomic import write_text
     from casa.pipeline import score_data
     from casa.provenance import provenance
 
-    told: dict[str, Any] = {"eval": model, "seed": seed}
+    told: dict[str, Any] = {"eval": model, "seed": seed, **({"ablate": ablate} if ablate else {})}
     with ExitStack() as around:
         eyes = casa.load(model, device=device, image_cache=image_cache)
-        # what changes the model for the whole run is entered here: around.enter_context(...)
         if data is not None:
             shown = around.enter_context(_Shown(data))
             summary = score_data(
                 eyes,
                 source,
                 (metric or "").split(","),
-                **{"records": records, "resume": resume, "limit": limit, "progress": shown.answered},
+                **{
+                    "records": records,
+                    "resume": resume,
+                    "limit": limit,
+                    "progress": shown.answered,
+                    "ablate": ablate or (),
+                },
                 **asked,
                 seed=seed,
             )
@@ -117,7 +126,9 @@ def evaluate(
         else:
             names = None if tasks is None else tasks.split(",")
             limit = 200 if limit is None else limit
-            scores = casa.evaluate(eyes, names, seed=seed, limit=limit, largest=largest, progress=_progress)
+            scores = casa.evaluate(
+                eyes, names, seed=seed, limit=limit, largest=largest, ablate=ablate or (), progress=_progress
+            )
             told |= {"limit": limit, **({"largest": largest} if largest is not None else {})}
     if out is not None:
         record = {**told, **provenance(str(eyes.model.device), model), "scores": scores}
@@ -133,11 +144,18 @@ def evaluate(
             print(f"{task:8} " + "  ".join(f"{k} {v:.3f}" if k != "n" else f"n {v:g}" for k, v in values.items()))
 
 
-def _check(tasks: str | None, data: str | None, metric: str | None, records: Path | None, resume: bool) -> None:
+def _check(
+    tasks: str | None, data: str | None, metric: str | None, records: Path | None, resume: bool, ablate: list[str]
+) -> None:
     """What is wrong with the options is said before a model is read."""
     from casa.evaluation.metrics import check_metrics
     from casa.evaluation.runner import TASKS, check_tasks
 
+    if ablate:
+        from casa.analysis import parse_ablation
+
+        for name in ablate:
+            parse_ablation(name)
     if data is None:
         for option, given in (("--metric", metric), ("--records", records), ("--resume", resume or None)):
             if given is not None:

@@ -5,10 +5,10 @@ all questions can be answered in batches.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from casa.data.record import BadRecord, Message, NoRecord, Picture, Record, Text
 from casa.data.records import FileRows
 from casa.data.settings import Shard, SourceSettings
 from casa.data.shapes import parse_row
+from casa.errors import UserError
 from casa.settings import NonNegative, Positive, Rate, Settings, require
 
 Adapt = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -136,6 +137,44 @@ def read_questions(
         for question in questions_of(record, suffix):
             yield replace(question, index=index, row=fields)
             index += 1
+
+
+def shuffled_pictures(questions: Iterable[Question | BadQuestion]) -> Iterator[Question | BadQuestion]:
+    """The questions, each with the pictures of the next record that has others: what is answered without looking?
+
+    The last ones have those of the first. Where that record has fewer pictures, they come again. The references stay.
+
+    Raises:
+        UserError: All questions are about the same pictures.
+    """
+    held: list[Question | BadQuestion] = []
+    first: tuple[Picture, ...] = ()
+    keys: tuple[str, ...] = ()
+    for question in questions:
+        if isinstance(question, Question) and question.pictures and question.keys != keys:
+            if not first:
+                first = question.pictures
+            else:
+                yield from (_about(one, question.pictures) for one in held)
+                held = []
+            keys = question.keys
+        held.append(question)
+    last = next((one for one in held if isinstance(one, Question) and one.pictures), None)
+    if last is not None and last.pictures == first:
+        raise UserError("shuffled-images takes the pictures of other records, and all are about the same; give more.")
+    yield from (_about(one, first) for one in held)
+
+
+def _about(question: Question | BadQuestion, pictures: Sequence[Picture]) -> Question | BadQuestion:
+    """The question with other pictures in the places of its own."""
+    if isinstance(question, BadQuestion):
+        return question
+    left = cycle(pictures)
+    messages = tuple(
+        replace(message, parts=tuple(next(left) if isinstance(part, Picture) else part for part in message.parts))
+        for message in question.messages
+    )
+    return replace(question, messages=messages)
 
 
 def _rows(sources: Sequence[SourceSettings]) -> Iterator[tuple[SourceSettings, Any]]:
