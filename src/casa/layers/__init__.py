@@ -1,7 +1,15 @@
 """CASA layers over a block's self-attention, their image keys and values, and their state between calls."""
 
 from casa.layers.ablation import Ablation
-from casa.layers.casa import IMAGE_PROJECTIONS, CasaAttention, ImageNorm, casa_update, project_images, rms_norm
+from casa.layers.casa import (
+    IMAGE_PROJECTIONS,
+    CasaAttention,
+    ImageNorm,
+    casa_update,
+    is_its_weight,
+    project_images,
+    rms_norm,
+)
 from casa.layers.plan import CallPlan, images_by_row, plan_call
 from casa.layers.state import LayerWindow, WindowExtent, WindowState
 from casa.layers.step import AttentionRecorder, DecodeStep, PackedStep, Rotary, Rotation, Step, turner
@@ -23,6 +31,7 @@ __all__ = [
     "WindowState",
     "casa_update",
     "images_by_row",
+    "is_its_weight",
     "plan_call",
     "project_images",
     "rms_norm",

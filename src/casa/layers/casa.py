@@ -170,7 +170,7 @@ def project_images(
         while stop < min(first + group, len(layers)) and layers[stop][0] is image and layers[stop][2].eps == norm.eps:
             stop += 1
         plain, run = rms_norm(image, norm.eps), [(source, gain.gain) for _, source, gain in layers[first:stop]]
-        if all(_is_its_weight(source.get_submodule(name)) for source, _ in run for name in IMAGE_PROJECTIONS):
+        if all(is_its_weight(source.get_submodule(name)) for source, _ in run for name in IMAGE_PROJECTIONS):
             found += _joined(plain, run)
         else:
             found += [_called(plain, source, gain) for source, gain in run]
@@ -204,7 +204,7 @@ def _called(plain: Tensor, source: nn.Module, gain: Tensor) -> tuple[Tensor, Ten
     return _heads(source, key, value)
 
 
-def _is_its_weight(module: nn.Module) -> bool:
+def is_its_weight(module: nn.Module) -> bool:
     """Whether a projection is its weight and bias and nothing else, so that they can stand for it.
 
     Not so if the module is of another class (LoRA, parametrised), its weight another kind of tensor (quantised), or

@@ -109,6 +109,11 @@ def _unpickled(kind: type[nn.Module]) -> nn.Module:
     return object.__new__(_replaced(kind))
 
 
+def is_own_hook(hook: Any) -> bool:
+    """Whether a block or a self-attention has this hook from here."""
+    return getattr(hook, "func", hook) in (_beside, _ahead, _enter, _leave)
+
+
 NAME = "casa_diagonal"  # among transformers' implementations of attention, which a text model's config chooses from
 SPANS = "casa_spans"  # the argument that is passed down through the blocks
 SPAN = 256  # tokens up to which neighbours share a call: calls of fewer cost more than what they save

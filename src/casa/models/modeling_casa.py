@@ -25,6 +25,7 @@ from casa.models.backbone_source import save_added, with_backbone
 from casa.models.backbones import Decoder, InsertionVLM, decoder_of, family_of
 from casa.models.cache import CasaCache
 from casa.models.configuration_casa import CasaConfig
+from casa.models.decoding import few_logits
 from casa.models.fusion import fuse
 from casa.models.generation import CasaGenerativeModel
 from casa.models.inputs import ImageTokens, count_tokens, read_image_places, read_text_inputs
@@ -456,7 +457,9 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
             loss = chunked_cross_entropy(before, wanted, self.decoder.logits, self.loss_chunk, count)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.decoder.logits(hidden[:, keep])
+            is_token = embeds.shape[1] == 1 and cache is not None and cache.num_text > 1
+            to_logits = partial(few_logits, self.decoder) if is_token else self.decoder.logits
+            logits = to_logits(hidden[:, keep])
             if labels is not None:
                 count = at_least_one((labels[:, 1:] != IGNORE_INDEX).sum() if count is None else count, logits.device)
                 size = self.config.get_text_config().vocab_size

@@ -18,6 +18,7 @@ from casa.models import insertion
 from casa.models.backbones import Decoder
 from casa.models.cache import CasaCache
 from casa.models.configuration_casa import FusionConfig
+from casa.models.decoding import is_autocast, prepared
 from casa.models.fusion import STEP, FusedStep, passed_down
 from casa.models.inputs import ImageTokens, TextInputs
 
@@ -76,6 +77,15 @@ class FusionLayers:
         """The stack's output for text (B, L, d)."""
         decoder = self.decoder
         step = self._step(embeds, text, places, images, cache, record)
+        if cache is not None and not isinstance(step, PackedStep) and self._is_token(embeds, text, cache, kwargs):
+            quick = prepared(decoder, self.config, self.blocks, self.layers)
+            if quick.refusal is None:
+                mask = None if text.mask is None or bool(text.mask.all()) else text.mask.bool()
+                rotaries = decoder.rotaries(range(len(decoder.blocks)), embeds.device, decoder.dtype)
+                hidden = quick(embeds, text.position_ids[:, 0], mask, rotaries, cache, step)
+                if step is not None:
+                    step.finish()
+                return BaseModelOutputWithPast(last_hidden_state=cast(torch.FloatTensor, hidden))
         if step is not None:
             silent = self.ablation.silent if self.ablation is not None else frozenset()
             kwargs = {**kwargs, STEP: FusedStep(step, list(self.layers), silent)}
@@ -101,6 +111,19 @@ class FusionLayers:
             # the first block was handed its input with the update; the first hidden states are the text's embeddings
             output.hidden_states = (embeds, *seen[1:])  # type: ignore[assignment]
         return output
+
+    def _is_token(self, embeds: Tensor, text: TextInputs, cache: CasaCache, kwargs: dict[str, object]) -> bool:
+        """Whether a call is what generation repeats: one token per row, and nothing else is asked for."""
+        return (
+            embeds.shape[1] == 1
+            and cache.num_text > 0
+            and not cache.slides
+            and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_autocast())
+            and not self.decoder.stack.training
+            and self.ablation is None
+            and not any(value for name, value in kwargs.items() if name != "return_dict")
+            and bool(text.valid.all())
+        )
 
     @torch.compiler.disable(reason="lays out the windows of this one call")
     def _step(

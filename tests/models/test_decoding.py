@@ -1,0 +1,272 @@
+"""Tokens by the prepared way are those that go through the modules; what has to go there is told and noticed."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from casa import FusionConfig, adapt
+from casa.analysis.ablations import ablated
+from casa.models import decoding
+from casa.models.decoding import PreparedDecoder, prepared
+from casa.testing import BACKBONES, TinySample, as_batch, tiny_backbone, tiny_casa, tiny_casa_over, tiny_encoder
+
+PREPARED = sorted(set(BACKBONES) - {"gemma3_text"})
+PROMPT = TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 2, 3), (5, 1, 2)), seed=10)
+ROWS = (PROMPT, TinySample((7, 30, 11, 12)), TinySample((40, 6, 13), ((0, 2, 2),), seed=30))
+NEXT = ([3, 44, 9], [50, 8, 8], [27, 19, 31], [6, 6, 55])
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """How many tokens went by the prepared way."""
+    taken = []
+    through = PreparedDecoder.__call__
+
+    def count(self, *args):
+        taken.append(1)
+        return through(self, *args)
+
+    monkeypatch.setattr(PreparedDecoder, "__call__", count)
+    return taken
+
+
+def why(model):
+    """The refusal of a model, None if it is prepared."""
+    layers = model.fusion_layers
+    return prepared(layers.decoder, layers.config, layers.blocks, layers.layers).refusal
+
+
+@torch.no_grad()
+def decoded(model, inputs, steps=NEXT, grad=False):
+    """Logits of tokens fed one by one behind a prompt, by row, and the cache."""
+    with torch.set_grad_enabled(grad):
+        output = model(**inputs, use_cache=True)
+        cache, found = output.past_key_values, []
+        for ids in steps:
+            rows = cache.num_rows
+            output = model(input_ids=torch.tensor(ids[:rows])[:, None], past_key_values=cache, use_cache=True)
+            found.append(output.logits.detach())
+    return torch.cat(found, dim=1), cache
+
+
+def both_ways(model, inputs, ways, monkeypatch):
+    quick, cache = decoded(model, inputs)
+    assert len(ways) == len(NEXT)
+    with monkeypatch.context() as patched:
+        patched.setattr(PreparedDecoder, "refusal", "not now", raising=False)
+        patched.setattr(decoding, "refusal", lambda *_: "not now")
+        decoding._prepared.clear()
+        slow, other = decoded(model, inputs)
+    decoding._prepared.clear()
+    assert len(ways) == len(NEXT)
+    torch.testing.assert_close(quick, slow, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(tensors(cache), tensors(other), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def tensors(cache):
+    held = [t for layer in cache.text.layers if layer.is_initialized for t in (layer.keys, layer.values)]
+    if (state := cache.windows) is not None:
+        text = state.text_tokens
+        for layer in state.layers:
+            for row, count in enumerate(text):
+                stop = layer.images + (count if layer.capacity else 0)
+                held += [layer.key[row, :, layer.images : stop], layer.value[row, :, layer.images : stop]]
+    return held
+
+
+@pytest.mark.parametrize("kind", PREPARED)
+@pytest.mark.parametrize("fusion", [{}, {"placement": "before"}, {"placement": "replace", "every": 2}], ids=str)
+def test_families_and_placements(kind, fusion, ways, monkeypatch):
+    sample = PROMPT.in_squares() if kind == "smolvlm" else PROMPT
+    both_ways(tiny_casa_over(kind, **fusion), sample.inputs(), ways, monkeypatch)
+
+
+@pytest.mark.parametrize("inputs", [PROMPT.inputs(), as_batch(ROWS), as_batch(ROWS[1:2])], ids=["one", "rows", "text"])
+def test_variants(fusion, inputs, ways, monkeypatch):
+    if fusion.get("history") or fusion.get("method") == "insertion":
+        pytest.skip("goes through the modules")
+    both_ways(tiny_casa(**fusion), inputs, ways, monkeypatch)
+
+
+@pytest.fixture(
+    params=[
+        "parallel",
+        "before",
+        "replace",
+        "shared",
+        "before shared",
+        "gated",
+        "sample",
+        "cross",
+        "cross shared",
+        "cross gated before",
+        "cross replace",
+        "cross sample",
+        "replace sample",
+    ]
+)
+def fusion(request):
+    from tests.models.conftest import FUSIONS
+
+    return FUSIONS[request.param]
+
+
+def test_nothing_is_held_twice_and_weights_keep_their_values():
+    model = tiny_casa()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    held = sum(p.numel() for p in model.parameters())
+    decoded(model, PROMPT.inputs())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert sum(storages.values()) == 8 * held
+    assert all(not p.is_inference() and p.is_leaf for p in model.parameters())
+
+
+def test_a_prepared_model_is_saved_and_copied_as_any_other(tmp_path):
+    model = tiny_casa()
+    wanted, _ = decoded(model, PROMPT.inputs())
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(decoded(type(model).from_pretrained(tmp_path), PROMPT.inputs())[0], wanted)
+    torch.testing.assert_close(decoded(copy.deepcopy(model), PROMPT.inputs())[0], wanted)
+
+
+def test_it_trains_on_and_decodes_with_what_it_has_learnt(ways):
+    model = tiny_casa()
+    decoded(model, PROMPT.inputs())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before, _ = decoded(model, PROMPT.inputs())
+    model(**PROMPT.inputs(), labels=PROMPT.inputs()["input_ids"], use_cache=False).loss.backward()
+    optimizer.step()
+    ways.clear()
+    found, _ = decoded(model, PROMPT.inputs())
+    assert len(ways) == len(NEXT)
+    assert not torch.allclose(found, before)
+    torch.testing.assert_close(found, decoded(model, PROMPT.inputs(), grad=True)[0])
+
+
+def changed_data(model):
+    weight = model.decoder.blocks[1].self_attn.q_proj.weight
+    weight.data = weight.data * 2
+
+
+def changed_parameter(model):
+    linear = model.decoder.blocks[1].mlp.up_proj
+    linear.weight = nn.Parameter(linear.weight.detach() * 2)
+
+
+def changed_module(model):
+    block = model.decoder.blocks[0]
+    block.mlp.down_proj = copy.deepcopy(block.mlp.down_proj).requires_grad_(False)
+    block.mlp.down_proj.weight.mul_(2)
+
+
+def changed_assigned(model):
+    state = {name: value * 1.5 for name, value in model.casa_layers.state_dict().items()}
+    model.casa_layers.load_state_dict(state, assign=True)
+
+
+def changed_dtype(model):
+    model.float().double()
+
+
+@pytest.mark.parametrize("change", [changed_data, changed_parameter, changed_module, changed_assigned, changed_dtype])
+def test_what_takes_a_weights_place_is_noticed(change, ways):
+    model = tiny_casa().requires_grad_(False)
+    decoded(model, PROMPT.inputs())
+    change(model)
+    ways.clear()
+    found, _ = decoded(model, PROMPT.inputs())
+    assert len(ways) == len(NEXT)
+    torch.testing.assert_close(found, decoded(model, PROMPT.inputs(), grad=True)[0])
+
+
+def a_hook(model):
+    return model.decoder.blocks[1].mlp.register_forward_hook(lambda module, args, output: output * 0)
+
+
+def a_hook_on_a_layer(model):
+    return model.casa_layers["2"].o_proj.register_forward_pre_hook(lambda module, args: (args[0] * 0,))
+
+
+def a_forward(model):
+    norm = model.decoder.blocks[1].input_layernorm
+    norm.forward = lambda x: x * 0
+
+
+def lora(model):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(target_modules=["v_proj"], init_lora_weights=False), model)
+
+
+def compiled(model):
+    block = model.decoder.blocks[1]
+    block._compiled_call_impl = partial(block._call_impl)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (a_hook, "something is hooked to a LlamaMLP"),
+        (a_hook_on_a_layer, "something is hooked to a Linear"),
+        (a_forward, "a LlamaRMSNorm has a forward of its own"),
+        (lora, "v_proj is more than its weight: a Linear"),
+        (compiled, "a LlamaDecoderLayer has a forward of its own"),
+    ],
+)
+def test_what_modules_do_besides_is_done(change, words, ways):
+    model = tiny_casa().requires_grad_(False)
+    decoded(model, PROMPT.inputs())
+    ways.clear()
+    handle = change(model)
+    found, _ = decoded(model, PROMPT.inputs())
+    assert not ways
+    assert words in why(model)
+    torch.testing.assert_close(found, decoded(model, PROMPT.inputs(), grad=True)[0])
+    if handle is not None:
+        handle.remove()
+        decoded(model, PROMPT.inputs())
+        assert ways
+
+
+def test_other_families_other_attention_and_training_go_through_the_modules(ways):
+    assert why(tiny_casa_over("gemma3_text")) == "Gemma3DecoderLayer is not known"
+    text = tiny_backbone("llama")
+    text.set_attn_implementation("eager")
+    assert why(adapt(text, FusionConfig(), tiny_encoder())) == "attention goes another way than through torch"
+    mixed = tiny_casa()
+    mixed.casa_layers["0"].float()
+    assert why(mixed) == "weights differ in dtype or device"
+    model = tiny_casa()
+    with ablated(model, "no-self-attention"):
+        decoded(model, PROMPT.inputs())
+    decoded(model, PROMPT.inputs(), grad=True)
+    decoded(model.train(), PROMPT.inputs())
+    assert not ways
+
+
+def test_beams_and_attentions(ways):
+    model = tiny_casa()
+    inputs = PROMPT.inputs()
+    asked = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    beams = model.generate(**inputs, num_beams=3, **asked)
+    assert ways
+    ways.clear()
+    told = model.generate(**inputs, num_beams=3, output_attentions=True, return_dict_in_generate=True, **asked)
+    assert torch.equal(told.sequences, beams)
+    assert len(told.attentions) > 1
+    assert not ways
+
+
+def test_a_model_made_in_inference_mode_decodes_there(ways):
+    with torch.inference_mode():
+        model = tiny_casa()
+        found, _ = decoded(model, PROMPT.inputs())
+        assert ways
+        # the modules run on with what was joined
+        torch.testing.assert_close(model(**PROMPT.inputs()).logits[:, -1:].shape, found[:, :1].shape)
