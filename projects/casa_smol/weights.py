@@ -45,12 +45,19 @@ def learner(file: Path = WEIGHTS) -> Learner:
     return found.eval()
 
 
+def averaged(folder: Path) -> Learner:
+    """A run's learner with its averaged weights, speller and all, in eval mode."""
+    kept = torch.load(folder / "checkpoint.pt", weights_only=True)
+    average = Run.start(Settings(**kept["settings"])).average
+    average.load_state_dict(kept["average"])
+    return average.eval()
+
+
 def export(folder: Path, file: Path = WEIGHTS, pages: int = SCORED_PAGES) -> dict[str, Any]:
     """Writes the averaged weights of a run, and what they score on pages of held-out fonts and words; returns that."""
     kept = torch.load(folder / "checkpoint.pt", weights_only=True)
     settings = Settings(**kept["settings"])
-    average = Run.start(settings).average
-    average.load_state_dict(kept["average"])
+    average = averaged(folder)
     folded = average.encoder.folded()
     state = {f"encoder.{name}": tensor for name, tensor in folded.state_dict().items()}
     state |= {f"heads.{name}": tensor for name, tensor in average.heads.state_dict().items()}
