@@ -8,8 +8,9 @@ session = eyes.stream(max_text_tokens=128)
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, overload
 
@@ -27,17 +28,13 @@ from casa.streaming import FrameCaption, Sampling, StreamingSession, watch, watc
 from casa.threads import settle
 
 if TYPE_CHECKING:
-    from casa.data import SourceSettings
-    from casa.evaluation import Summary
+    from casa.evaluation.evaluator import Data, Evaluator
     from casa.training.callbacks import Evaluate
     from casa.training.config import EvaluationSettings
 
 Picture: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes | BinaryIO | np.ndarray | torch.Tensor"
 """A path or web address, a PIL picture, an array or tensor, or the bytes of a file (docs/models.md, "Pictures")."""
 Pictures: TypeAlias = "Picture | Sequence[Picture] | None"
-
-Data: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | SourceSettings | Sequence[Data]"
-"""A path, or the settings of a source, or several of them."""
 
 Scores: TypeAlias = dict[str, dict[str, float]]
 
@@ -237,6 +234,29 @@ class CasaPipeline:
             with closing(found) as captions:
                 yield from (caption for caption in captions if caption.text)
 
+    def evaluator(self, *, ablate: Sequence[str] = (), seed: int = 0, **settings: Any) -> "Evaluator":
+        """Asks this model the questions of sets: `on_data(data, metrics)`, `on_task(name)`, with their `Summary`.
+
+        Args:
+            ablate: What is taken out of the model, as in `evaluate`.
+            seed: Of words that are drawn, of resamples, and of ablations.
+            settings: Of `casa.evaluation.evaluator.Evaluator`: records, resume, limit, suffix, batch_size, ...
+
+        Returns:
+            The evaluator.
+
+        Raises:
+            UserError: A setting is out of range.
+        """
+        from casa.evaluation.evaluator import Evaluator
+
+        kept = self.image_cache
+        # in memory, a run keeps by itself what it needs
+        shared = kept if kept is not None and kept.folder is not None else None
+        around = partial(ablated, self.model, *_of_the_model(ablate), seed=seed)
+        more: dict[str, Any] = {"image_cache": shared, "ablate": ablate, "around": around, "seed": seed}
+        return Evaluator(self.model, self.processor, **more, **settings)
+
 
 def train(
     recipe: str | os.PathLike[str],
@@ -289,126 +309,74 @@ def evaluate(
 
     Args:
         eyes: What `load` gives, or the name or folder of a model.
-        tasks: Of "pages", "scenes" and "stream", drawn from handwriting and photographs that were never trained on;
-            all of them if left out, and there are no `data`.
+        tasks: Of "pages", "scenes" and "stream", drawn from handwriting and photographs that were never trained on
+            (all of them if left out, and there are no `data`); and benchmarks by name, such as "chartqa" (docs/
+            evaluation.md has them all).
         data: Questions with their answers, in any shape and file of docs/data.md: a path, or the fields of
-            `casa.data.SourceSettings` ({"path": ..., "shape": ...}), or a list of these.
+            `casa.data.SourceSettings` ({"path": ..., "shape": ...}), or a list of these. Of benchmarks, the folder or
+            file of a copy; None reads the hub.
         metrics: How answers to `data` are scored: of `casa.evaluation.METRICS`.
         records: A .jsonl file for every question, its references, answer, scores and time.
         resume: Goes on with that file.
         seed: Another seed draws other pictures, words (at a temperature above 0), and resamples.
-        limit: Pages, scenes, and numbers shown in streams (200 if left out), or rows of `data` (all if left out).
+        limit: Pages, scenes, and numbers shown in streams (200 if left out), or rows of every source and benchmark (all
+            if left out).
         largest: Longest side of a task's picture in px.
         ablate: What is taken out of the model, of `casa.analysis.ABLATIONS`: "no-images", "without-layers=3,4" ...
-            Under "shuffled-images", which is for `data`, every question has the pictures of another record.
+            Under "shuffled-images", which is not for offline tasks, every question has the pictures of another record.
         progress: Is called as progress(task, done, limit); limit is 0 where nobody knows it.
         settings: Of `casa.evaluation.AnswerSettings`: suffix, max_new_tokens, batch_size, temperature, ...
 
     Returns:
         By task, its scores by name, shares from 0 to 1, and "n": {"pages": {"digits", "lines", "n"}, ...}. Of `data`,
         {"data": {"anls", "anls_low", "anls_high", "n", "bad"}}: each score with the ends of its 95 % interval, and how
-        many records could not be asked.
+        many records could not be asked; of benchmarks too, with what else they report.
 
     Raises:
         UserError: A task or metric is unknown, data cannot be opened, or a setting is out of range.
     """
     from casa.evaluation import runner
+    from casa.evaluation.standard import STANDARD
 
-    if data is not None:
-        if tasks is not None:
-            raise UserError("tasks have data of their own; leave out tasks or data.", field=("tasks", "data"))
-        told = None if progress is None else lambda done: progress("data", done, 0)
-        more = {"records": records, "resume": resume, "seed": seed, "limit": limit, "progress": told, "ablate": ablate}
-        return {"data": score_data(eyes, data, metrics or (), **more, **settings).scores()}
-    for name, given in {"metrics": metrics, "records": records, **settings}.items():
-        if given is not None:
-            raise UserError(f"{name} is for data of your own; name data, or leave it out.", field=(name, "data"))
-    names = runner.check_tasks(runner.TASKS if tasks is None else tasks)
+    wanted = list(runner.TASKS if tasks is None else tasks)
+    named = [name for name in wanted if name in STANDARD]
+    if data is None and not named:
+        for name, given in {"metrics": metrics, "records": records, **settings}.items():
+            if given is not None:
+                raise UserError(f"{name} is for data of your own; name data, or leave it out.", field=(name, "data"))
+    elif tasks is not None and (metrics is not None or (data is not None and len(named) < len(wanted))):
+        what = "metrics" if metrics is not None else "data"
+        raise UserError(f"tasks have {what} of their own; leave out tasks or {what}.", field=("tasks", what))
+    names = runner.check_tasks(wanted, STANDARD)
     pipeline = eyes if isinstance(eyes, CasaPipeline) else load(eyes)
+    more = {"records": records, "resume": resume, "seed": seed, "limit": limit, "ablate": ablate, **settings}
+    if data is not None and tasks is None:
+        told = None if progress is None else lambda done: progress("data", done, 0)
+        return {"data": pipeline.evaluator(progress=told, **more).on_data(data, metrics or ()).scores()}
 
     def answer(pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
         return pipeline.ask(list(pictures), list(questions))
 
-    how: dict[str, Any] = {"seed": seed, "limit": 200 if limit is None else limit, "largest": largest}
-    model_parts, shuffles = _ablations(ablate)
-    if shuffles:
-        reason = "shuffled-images takes pictures of other records; leave it out of ablate, or name data."
-        raise UserError(reason, field=("ablate", "data"))
-    with ablated(pipeline.model, *model_parts, seed=seed):
-        return runner.evaluate(names, answer, pipeline.stream, **how, progress=progress)
+    found: Scores = {}
+    for name in names:
+        if name in STANDARD:
+            told = None if progress is None else lambda done, name=name: progress(name, done, 0)
+            path = None if data is None else os.fspath(data)  # type: ignore[arg-type]
+            found[name] = pipeline.evaluator(progress=told, **more).on_task(name, path, alone=len(named) == 1).scores()
+        else:
+            parts = _of_the_model(ablate)
+            if len(parts) < len(ablate):
+                reason = "shuffled-images takes pictures of other records; leave it out of ablate, or name data."
+                raise UserError(reason, field=("ablate", "data"))
+            how: dict[str, Any] = {"seed": seed, "limit": 200 if limit is None else limit, "largest": largest}
+            with ablated(pipeline.model, *parts, seed=seed):
+                found |= runner.evaluate([name], answer, pipeline.stream, **how, progress=progress)
+    return found
 
 
-def _ablations(names: Sequence[str]) -> tuple[list[NamedAblation], bool]:
-    """What is taken out of the model, and whether pictures change places between records."""
-    parsed = [parse_ablation(name) for name in names]
-    rest = [one for one in parsed if one.name != "shuffled-images"]
-    return rest, len(rest) < len(parsed)
-
-
-def score_data(
-    eyes: CasaPipeline | str | os.PathLike[str],
-    data: "Data",
-    metrics: Sequence[str],
-    *,
-    records: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    seed: int = 0,
-    limit: int | None = None,
-    ablate: Sequence[str] = (),
-    progress: Callable[[int], None] | None = None,
-    **settings: Any,
-) -> "Summary":
-    """Asks a model all questions of data of one's own; arguments as in `evaluate`.
-
-    Returns:
-        The scores with their intervals, and which records could not be asked.
-
-    Raises:
-        UserError: As `evaluate`.
-    """
-    from casa.evaluation.answering import Answerer
-    from casa.evaluation.metrics import check_metrics
-    from casa.evaluation.questions import AnswerSettings, read_questions, shuffled_pictures
-    from casa.evaluation.scoring import RecordsFile, score_questions, summarise
-    from casa.settings import build, plain_values
-
-    names = check_metrics(metrics)
-    sources = _sources(data)
-    chosen = build(AnswerSettings, {**settings, "seed": seed})
-    pipeline = eyes if isinstance(eyes, CasaPipeline) else load(eyes)
-    run = {
-        "model": pipeline.model.config.name_or_path,
-        "data": plain_values(sources),
-        "metrics": names,
-        **plain_values(chosen),
-        "limit": limit,
-    }
-    model_parts, shuffles = _ablations(ablate)
-    if ablate:
-        run["ablate"] = list(ablate)
-    kept = pipeline.image_cache
-    # in memory, this run keeps by itself what it needs
-    shared = kept if kept is not None and kept.folder is not None else None
-    answerer = Answerer(pipeline.model, pipeline.processor, chosen, shared)
-    questions = read_questions(sources, suffix=chosen.suffix, limit=limit)
-    if shuffles:
-        questions = shuffled_pictures(questions)
-    with ablated(pipeline.model, *model_parts, seed=seed):
-        lines = score_questions(questions, answerer, names, RecordsFile(records, run, resume), progress=progress)
-        return summarise(lines, names, seed)
-
-
-def _sources(data: "Data") -> "list[SourceSettings]":
-    from casa.data import SourceSettings
-    from casa.settings import build
-
-    if isinstance(data, SourceSettings):
-        return [data]
-    if isinstance(data, str | os.PathLike):
-        return [SourceSettings(os.fspath(data))]
-    if isinstance(data, Mapping):
-        return [build(SourceSettings, data, "data")]
-    return [source for one in data for source in _sources(one)]
+def _of_the_model(names: Sequence[str]) -> list[NamedAblation]:
+    """The ablations that take parts out of a model: all but that which exchanges pictures. Raises UserError."""
+    return [one for one in map(parse_ablation, names) if one.name != "shuffled-images"]
 
 
 def recipe_scores(settings: "EvaluationSettings") -> "Evaluate | None":
@@ -440,7 +408,7 @@ def recipe_scores(settings: "EvaluationSettings") -> "Evaluate | None":
             found = {f"{task}_{name}": n for task, of in of_tasks.items() for name, n in of.items() if name != "n"}
         if settings.metrics and settings.data is not None:
             how = {"suffix": settings.suffix, "max_new_tokens": settings.max_new_tokens}
-            told = score_data(eyes, settings.data.sources, settings.metrics, limit=limit, **how)
+            told = eyes.evaluator(limit=limit, **how).on_data(settings.data.sources, settings.metrics)
             found |= {name: one.score for name, one in told.metrics.items()}
             found |= {"bad_records": sum(told.bad.values())} if told.bad else {}
         return found

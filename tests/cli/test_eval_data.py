@@ -74,7 +74,8 @@ def test_the_library_and_the_program_give_the_same(folder, tmp_path, casa):
                 "--suffix", "Please.", "--max-new-tokens", 8, "--json", "--out", tmp_path / "eval.json")  # fmt: skip
     assert json.loads(told.out) == scores
     record = json.loads((tmp_path / "eval.json").read_text())
-    assert (record["scores"], record["bad"], record["limit"]) == (scores, {"unreadable-picture": 1}, 9)
+    assert (record["scores"], record["limit"]) == (scores, 9)
+    assert record["bad"] == {"data": {"unreadable-picture": 1}}
     assert (scores["data"]["n"], scores["data"]["bad"]) == (8, 1)
     table = casa("eval", "casa-tiny", "--data", folder / "qa.jsonl", "--metric", "exact", "--limit", 9)
     assert "8 questions" in table.out
@@ -88,8 +89,11 @@ def test_the_library_and_the_program_give_the_same(folder, tmp_path, casa):
         (["--data", "qa.jsonl", "--metric", "anl"], "did you mean 'anls'"),
         (["--data", "gone.jsonl", "--metric", "anls"], "There is no gone.jsonl"),
         (["--metric", "anls"], "--metric is for --data"),
-        (["--records", "x.jsonl"], "--records is for --data"),
-        (["--data", "qa.jsonl", "--tasks", "pages", "--metric", "anls"], "leave out --tasks or --data"),
+        (["--records", "x.jsonl"], "--records is for --data or benchmarks"),
+        (["--data", "qa.jsonl", "--tasks", "pages"], "leave them or --data out"),
+        (["--tasks", "chartqa", "--metric", "anls"], "--metric is for --data of your own"),
+        (["--tasks", "chartqa,pages,docvq"], "did you mean 'docvqa'"),
+        (["--tasks", "chartqa", "--data", "gone"], "There is no gone"),
         (["--data", "qa.jsonl", "--metric", "anls", "--resume"], "--resume goes on with the file of --records"),
         (["--data", "qa.jsonl", "--metric", "anls", "--template-arg", "x"], "--template-arg 'x' names nothing"),
         (["--data", "qa.jsonl", "--metric", "anls", "--template-arg", "x=1"], "the chat template knows no 'x'"),

@@ -8,7 +8,7 @@ from PIL import Image
 
 from casa.data import SourceSettings
 from casa.errors import UserError
-from casa.evaluation.questions import AnswerSettings, BadQuestion, read_questions
+from casa.evaluation.questions import AdaptedRow, AnswerSettings, BadQuestion, read_questions
 from casa.media import VideoWriter
 from casa.settings import build
 
@@ -90,12 +90,16 @@ def test_bad_rows_stand_where_they_are(folder):
 
 
 def test_rows_of_another_form_are_made_known_ones(folder):
-    def adapt(row):
-        return {"question": row["ask"], "answer": row["say"]}
+    def adapt(row, task):
+        return AdaptedRow([{"type": "image", "image": "a.png"}], f"{row['ask']} <image>", (row["say"], "or so"))
 
-    found = read(folder, {"ask": "What?", "say": "x", "kind": 3}, {"ask": "Hm?"}, adapt=adapt, known=("kind", "other"))
-    assert (found[0].text, found[0].row) == ("What?", {"kind": 3})
+    found = read(
+        folder, {"ask": "What?", "say": "x", "kind": 3}, {"ask": "Hm?"}, [1], adapt=adapt, known=("kind", "task")
+    )
+    assert (found[0].text, found[0].references) == ("What? <image>", ("x", "or so"))
+    assert found[0].row == {"kind": 3, "task": "qa"}
     assert str(found[1].bad).startswith("The row has no field 'say'")
+    assert "it is no object with fields" in str(found[2].bad)
 
 
 def test_the_same_bytes_are_the_same_picture(folder):

@@ -9,8 +9,9 @@ from casa.data.record import BadRecord, Message, Text
 from casa.errors import UserError
 from casa.evaluation.metrics import Score
 from casa.evaluation.questions import BadQuestion, Question
-from casa.evaluation.scoring import RecordsFile, interval, score_questions, summarise
+from casa.evaluation.scoring import RecordsFile, by_metric, interval, score_questions, summarise
 
+SCORERS = {name: by_metric(name) for name in ("exact", "wer")}
 RUN = {"model": "m", "metrics": ["exact"]}
 
 
@@ -43,7 +44,7 @@ def questions(count=7):
 
 def run(path=None, resume=False, most=None, **changes):
     answers = Echo(most)
-    lines = score_questions(questions(), answers, ["exact", "wer"], RecordsFile(path, RUN | changes, resume))
+    lines = score_questions(questions(), answers, SCORERS, RecordsFile(path, RUN | changes, resume))
     for line in lines:
         line.pop("seconds", None)
     return lines, answers
@@ -110,7 +111,7 @@ def test_another_run_is_refused(tmp_path):
 
 
 def test_a_summary_by_hand():
-    found = summarise(run()[0] and _with_seconds(run()[0]), ["exact", "wer"])
+    found = summarise(run()[0] and _with_seconds(run()[0]), SCORERS)
     # numbers 0, 1, 2 are right, 4, 5, 6 wrong, and 3 could not be asked
     assert found.metrics["exact"].score == 0.5
     assert found.metrics["wer"].score == 0.5
@@ -142,5 +143,5 @@ def test_rates_are_those_of_the_corpus():
 
 
 def test_nothing_that_can_be_asked():
-    lines = score_questions(iter([]), Echo(), ["exact"], RecordsFile(None, RUN))
-    assert summarise(lines, ["exact"]).scores() == {"n": 0, "bad": 0}
+    lines = score_questions(iter([]), Echo(), SCORERS, RecordsFile(None, RUN))
+    assert summarise(lines, SCORERS).scores() == {"n": 0, "bad": 0}

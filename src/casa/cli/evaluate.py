@@ -2,7 +2,6 @@
 
 import json as json_module
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,6 @@ from casa.cli.options import (
     Device,
     ImageCache,
     Json,
-    MaxNewTokens,
     Model,
     Out,
     Outside,
@@ -25,7 +23,6 @@ from casa.cli.options import (
     Temperature,
     TopK,
     TopP,
-    VideoFps,
     console,
     pairs,
 )
@@ -34,35 +31,50 @@ from casa.errors import UserError
 if TYPE_CHECKING:
     from casa.evaluation import Summary
 
+OFFLINE = ("pages", "scenes", "stream")
 _LISTED = 5  # bad records that are named on the terminal
 
 
 def evaluate(
     model: Model = "casa-tiny",
     tasks: Annotated[
-        str | None, typer.Option(help="pages, scenes, stream: any of them, with commas; all if left out.")
+        str | None,
+        typer.Option(
+            help="pages, scenes, stream (all three if left out), or benchmarks: chartqa, docvqa, infovqa, ocrbench, "
+            "textvqa, realworldqa, ai2d, gqa, mme, videomme, mvbench, nextqa, perceptiontest, mlvu; with commas."
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Questions and answers of your own: a file, folder, glob or hub:owner/name.")
+        str | None,
+        typer.Option(
+            help="Questions and answers of your own: a file, folder, glob or hub:owner/name. Of benchmarks, a copy of "
+            "the set, or a folder with one for each; the hub if left out."
+        ),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(help="Of --data: anls, relaxed, exact, vqa, cer, wer, contains, mcq, with commas.")
+        str | None,
+        typer.Option(help="Of your own data: anls, relaxed, exact, vqa, cer, wer, contains, mcq, with commas."),
     ] = None,
     records: Annotated[Path | None, typer.Option(help="Write every answer and its scores here, as JSON lines.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the file of --records.")] = False,
-    suffix: Annotated[str, typer.Option(help="Stands on a line of its own behind every question.")] = "",
+    suffix: Annotated[
+        str,
+        typer.Option(help="Stands on a line of its own behind every question, in place of a benchmark's own words."),
+    ] = "",
     template_arg: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A variable of the chat template; repeatable.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions that are answered at once.")] = 16,
-    max_new_tokens: MaxNewTokens = 64,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the longest answer; 64, or the benchmark's.")
+    ] = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     seed: Annotated[int, typer.Option(help="Another seed draws other pictures, words and resamples.")] = 0,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Pages, scenes, and numbers shown in streams (200 if left out); rows of --data."),
+        typer.Option(min=1, help="Pages, scenes, and numbers shown in streams (200 if left out); rows of other data."),
     ] = None,
     largest: Annotated[
         int | None,
@@ -76,7 +88,10 @@ def evaluate(
     root: Root = None,
     outside: Outside = False,
     column: Column = None,
-    fps: VideoFps = 2.0,
+    fps: Annotated[float | None, typer.Option(help="Frames of a video looked at per second; 2, benchmarks' 1.")] = None,
+    max_frames: Annotated[
+        int | None, typer.Option(min=1, help="Of a video; a longer one is looked at less often. 480, benchmarks' 64.")
+    ] = None,
     split: DataSplit = "train",
     subset: Subset = None,
     image_cache: ImageCache = "off",
@@ -84,89 +99,93 @@ def evaluate(
     json: Json = False,
     out: Out = None,
 ) -> None:
-    """Score a model on the offline tasks, drawn from handwriting and photographs that were never trained on; or on your
-    own questions and answers.
+    """Score a model on the offline tasks, drawn from handwriting and photographs that were never trained on; on your
+    own questions and answers; or on benchmarks by name.
 
     Example: casa eval casa-tiny --tasks pages,scenes --seed 7 --limit 100 --json
 
     Example: casa eval casa-tiny --data qa.jsonl --metric anls,exact --records answers.jsonl
+
+    Example: casa eval ./my-casa --tasks chartqa,docvqa --data ./benchmarks --records answers.jsonl
     """
-    source = {"path": data, "shape": shape, "root": root, "outside": outside, "fps": fps, "split": split}
-    source |= {"subset": subset, "columns": pairs(column, "--column", "image=photo")}
+    given = {"fps": fps, "max_frames": max_frames, "root": root}
+    source = {name: value for name, value in given.items() if value is not None} | {"outside": outside}
+    own = {"path": data, "shape": shape, "split": split, "subset": subset}
+    own |= {"columns": pairs(column, "--column", "image=photo")}
     template = {name: _value(text) for name, text in pairs(template_arg, "--template-arg", "thinking=false").items()}
-    asked = {"suffix": suffix, "template": template, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    asked |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    _check(tasks, data, metric, records, resume, ablate or [])
+    asked: dict[str, Any] = {"suffix": suffix, "template": template, "batch_size": batch_size, "seed": seed}
+    asked |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "records": records, "resume": resume}
+    asked |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    names, benchmarks = _check(tasks, data, metric, records, resume, ablate or [])
     import casa
     from casa.atomic import write_text
-    from casa.pipeline import score_data
     from casa.provenance import provenance
 
-    told: dict[str, Any] = {"eval": model, "seed": seed, **({"ablate": ablate} if ablate else {})}
-    with ExitStack() as around:
-        eyes = casa.load(model, device=device, image_cache=image_cache)
-        if data is not None:
-            shown = around.enter_context(_Shown(data))
-            summary = score_data(
-                eyes,
-                source,
-                (metric or "").split(","),
-                **{
-                    "records": records,
-                    "resume": resume,
-                    "limit": limit,
-                    "progress": shown.answered,
-                    "ablate": ablate or (),
-                },
-                **asked,
-                seed=seed,
-            )
-            scores = {"data": summary.scores()}
-            told |= {"data": data, "limit": limit, "bad": summary.bad}
-        else:
-            names = None if tasks is None else tasks.split(",")
-            limit = 200 if limit is None else limit
-            scores = casa.evaluate(
-                eyes, names, seed=seed, limit=limit, largest=largest, ablate=ablate or (), progress=_progress
-            )
-            told |= {"limit": limit, **({"largest": largest} if largest is not None else {})}
+    told: dict[str, Any] = {"eval": model, "seed": seed, **({} if data is None else {"data": data})}
+    told |= {"ablate": ablate} if ablate else {}
+    scores: dict[str, Any] = {}
+    summaries: dict[str, Summary] = {}
+    eyes = casa.load(model, device=device, image_cache=image_cache)
+    for name in names:
+        if name in OFFLINE:
+            how = {"seed": seed, "limit": 200 if limit is None else limit, "largest": largest, "ablate": ablate or ()}
+            scores |= casa.evaluate(eyes, [name], **how, progress=_progress)
+            continue
+        with _Shown(name if data is None else data) as shown:
+            ask = eyes.evaluator(limit=limit, progress=shown.answered, ablate=ablate or (), **asked)
+            if name == "data":
+                summary = ask.on_data(own | source, (metric or "").split(","))
+            else:
+                summary = ask.on_task(name, data, source, alone=len(benchmarks) == 1)
+        summaries[name], scores[name] = summary, summary.scores()
+    told |= {"limit": 200 if limit is None and not summaries else limit}
+    told |= {"largest": largest} if largest is not None else {}
+    told |= {"bad": {name: dict(one.bad) for name, one in summaries.items()}} if summaries else {}
     if out is not None:
         record = {**told, **provenance(str(eyes.model.device), model), "scores": scores}
         write_text(out, json_module.dumps(record, indent=2) + "\n")
-    if data is not None:
+    for summary in summaries.values():
         _name_bad(summary)
     if json:
         print(json_module.dumps(scores))
-    elif data is not None:
-        _show(summary, data)
-    else:
-        for task, values in scores.items():
-            print(f"{task:8} " + "  ".join(f"{k} {v:.3f}" if k != "n" else f"n {v:g}" for k, v in values.items()))
+        return
+    for name, values in scores.items():
+        if name in summaries:
+            _show(summaries[name], data if name == "data" and data is not None else name)
+        else:
+            print(f"{name:8} " + "  ".join(f"{k} {v:.3f}" if k != "n" else f"n {v:g}" for k, v in values.items()))
 
 
 def _check(
     tasks: str | None, data: str | None, metric: str | None, records: Path | None, resume: bool, ablate: list[str]
-) -> None:
-    """What is wrong with the options is said before a model is read."""
+) -> tuple[list[str], list[str]]:
+    """What is asked, in order ("data" for one's own), and which of it are benchmarks.
+
+    What is wrong with the options is said before a model is read.
+    """
     from casa.evaluation.metrics import check_metrics
-    from casa.evaluation.runner import TASKS, check_tasks
+    from casa.evaluation.runner import check_tasks
+    from casa.evaluation.standard import STANDARD
 
     if ablate:
         from casa.analysis import parse_ablation
 
         for name in ablate:
             parse_ablation(name)
-    if data is None:
-        for option, given in (("--metric", metric), ("--records", records), ("--resume", resume or None)):
-            if given is not None:
-                raise UserError(f"{option} is for --data; name a file of questions, or leave {option} out.")
-        check_tasks(TASKS if tasks is None else tasks.split(","))
-        return
-    if tasks is not None:
-        raise UserError("--tasks have data of their own; leave out --tasks or --data.")
     if resume and records is None:
         raise UserError("--resume goes on with the file of --records; name it.")
-    check_metrics([] if metric is None else metric.split(","))
+    if tasks is None and data is not None:
+        check_metrics([] if metric is None else metric.split(","))
+        return ["data"], []
+    names = check_tasks(OFFLINE if tasks is None else tasks.split(","), STANDARD)
+    benchmarks = [name for name in names if name in STANDARD]
+    if metric is not None:
+        raise UserError("--metric is for --data of your own; name a file of questions, or leave --metric out.")
+    if not benchmarks and records is not None:
+        raise UserError("--records is for --data or benchmarks; name them, or leave --records out.")
+    if data is not None and len(benchmarks) < len(names):
+        raise UserError("pages, scenes and stream have data of their own; leave them or --data out.")
+    return names, benchmarks
 
 
 def _value(text: str) -> Any:
@@ -220,4 +239,6 @@ def _show(summary: "Summary", data: str) -> None:
         table.add_column(name, justify="right")
     for name, one in summary.metrics.items():
         table.add_row(name, f"{one.score:.4f}", f"{one.low:.4f} to {one.high:.4f}", f"{one.n:,}")
+    for name, score in summary.more.items():
+        table.add_row(name, f"{score:.4f}")
     shown.print(table)

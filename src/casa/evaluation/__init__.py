@@ -7,11 +7,13 @@ from casa.evaluation.questions import AnswerSettings, Question, read_questions
 from casa.evaluation.runner import TASKS, check_tasks, evaluate
 from casa.evaluation.scenes import scene
 from casa.evaluation.scoring import RecordsFile, Summary, score_questions, summarise
+from casa.evaluation.standard import STANDARD
 from casa.evaluation.stream import StreamExample, stream, training_clip
 
 __all__ = [
     "CELL",
     "METRICS",
+    "STANDARD",
     "TASKS",
     "AnswerSettings",
     "Example",

@@ -12,6 +12,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from casa.data.formats import Row
 from casa.data.hub import PREFIX, HubRows
 from casa.data.pictures import RowContext
 from casa.data.record import BadRecord, Message, NoRecord, Picture, Record, Text
@@ -21,8 +22,18 @@ from casa.data.shapes import parse_row
 from casa.errors import UserError
 from casa.settings import NonNegative, Positive, Rate, Settings, require
 
-Adapt = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-"""From a row of a known set to a row of one of the shapes of `casa.data`. KeyError for a field that is not there."""
+
+@dataclass(frozen=True)
+class AdaptedRow:
+    """A row of a set that has a form of its own: what is shown (parts of a chat), asked and accepted."""
+
+    shown: list[dict[str, Any]]
+    question: str
+    references: tuple[str, ...]
+
+
+Adapt = Callable[[Mapping[str, Any], str], AdaptedRow]
+"""From a row, and the name of its subset or file. KeyError for a field that is not there."""
 
 
 @dataclass(frozen=True)
@@ -110,25 +121,28 @@ def read_questions(
     Args:
         sources: Where the records are.
         suffix: Stands on a line of its own behind every question, on how to answer it.
-        adapt: Makes a known shape of the rows of a set that has its own.
-        limit: Rows at most, good or bad.
-        known: Fields of a row that are kept beside its questions.
+        adapt: Reads the rows of a set that has a form of its own.
+        limit: Rows of every source at most, good or bad.
+        known: Fields of a row that are kept beside its questions; `task` is the name of its subset or file.
 
     Raises:
         UserError: Data that are not there.
     """
     index = 0
-    for source, row in islice(_rows(sources), limit):
-        fields: Mapping[str, Any] = {}
+    for source, row in rows_of(sources, limit):
+        fields: dict[str, Any] = {}
         try:
             if isinstance(row.value, BadRecord):
                 raise row.value
-            value = row.value
-            if isinstance(value, Mapping):
-                fields = {name: value[name] for name in known if name in value}
-                value = value if adapt is None else _adapted(adapt, value)
             root = row.folder if source.root is None else Path(source.root).expanduser()
-            record = parse_row(value, RowContext(row.origin, source, root, row.members))
+            context = RowContext(row.origin, source, root, row.members)
+            if adapt is None:
+                record = parse_row(row.value, context)
+            else:
+                task = source.subset or Path(row.origin.path).stem
+                record = _adapted(adapt, row.value, task, context)
+                fields = {name: row.value[name] for name in known if name in row.value}
+                fields |= {"task": task} if "task" in known else {}
         except BadRecord as bad:
             yield BadQuestion(str(row.origin), bad)
             continue
@@ -177,20 +191,30 @@ def _about(question: Question | BadQuestion, pictures: Sequence[Picture]) -> Que
     return replace(question, messages=messages)
 
 
-def _rows(sources: Sequence[SourceSettings]) -> Iterator[tuple[SourceSettings, Any]]:
+def rows_of(sources: Sequence[SourceSettings], limit: int | None = None) -> Iterator[tuple[SourceSettings, Row]]:
+    """Rows of the sources as their files have them, each with its source. UserError for data that are not there.
+
+    limit: of every source.
+    """
     for source in sources:
         kind = HubRows if source.path.startswith(PREFIX) else FileRows
-        for row in kind(source, Shard(), 0, False).start(0):
+        for row in islice(kind(source, Shard(), 0, False).start(0), limit):
             yield source, row
 
 
-def _adapted(adapt: Adapt, value: Mapping[str, Any]) -> Mapping[str, Any]:
+def _adapted(adapt: Adapt, value: object, task: str, context: RowContext) -> Record:
     try:
-        return adapt(value)
+        if not isinstance(value, Mapping):
+            raise TypeError("it is no object with fields")
+        found = adapt(value, task)
     except KeyError as error:
         raise BadRecord("wrong-type", f"The row has no field {error}: it is of another set, or another form.") from None
-    except (TypeError, ValueError, IndexError) as error:
-        raise BadRecord("wrong-type", f"The row is not as the set has it ({error}).") from error
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
+        raise BadRecord("wrong-type", f"The row is not as this set has them ({error}).") from error
+    asked = [*found.shown, {"type": "text", "text": found.question}]
+    said = found.references[0] if found.references else ""
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    return replace(parse_row({"messages": turns}, context), references=found.references)
 
 
 def questions_of(record: Record, suffix: str = "") -> list[Question]:

@@ -36,12 +36,13 @@ class CaptioningSession(Protocol):
     def step(self, frame: Image.Image, /) -> str: ...
 
 
-def check_tasks(names: Iterable[str]) -> list[str]:
-    """The names in order without repeats; UserError for one that is no task, or for none."""
+def check_tasks(names: Iterable[str], more: Iterable[str] = ()) -> list[str]:
+    """The names in order without repeats; UserError for one that is no task (nor one of `more`), or for none."""
     chosen = list(dict.fromkeys(name.strip() for name in names))
+    known = (*TASKS, *more)
     for name in chosen:
-        if name not in TASKS:
-            raise UserError(f"There is no task {name!r}; {near(name, TASKS, 'choose from')}")
+        if name not in known:
+            raise UserError(f"There is no task {name!r}; {near(name, known, 'choose from')}")
     if not chosen:
         raise UserError(f"No task was named; choose from {', '.join(TASKS)}.")
     return chosen

@@ -28,6 +28,8 @@ BLOCK_QUESTIONS, BLOCK_BYTES = 1024, 2**28  # that wait to be sorted by cost
 RESAMPLES = 1000
 
 Line = dict[str, Any]
+Scorer = Callable[[Line], Score]
+"""From a line of a question that was answered to its score."""
 OnProgress = Callable[[int], None]
 
 
@@ -140,7 +142,7 @@ class Summary:
     """What a run came to.
 
     metrics: by name. bad: how many records could not be asked, by reason. named: each of them, with why. seconds: that
-    answering took.
+    answering took. lines: of all records. more: further scores, of parts of a set.
     """
 
     metrics: Mapping[str, Interval]
@@ -148,13 +150,15 @@ class Summary:
     bad: Mapping[str, int] = field(default_factory=dict)
     named: tuple[str, ...] = ()
     seconds: float = 0.0
+    lines: Sequence[Line] = ()
+    more: Mapping[str, float] = field(default_factory=dict)
 
     def scores(self) -> dict[str, float]:
         """{"anls": ..., "anls_low": ..., "anls_high": ..., "n": questions, "bad": records}."""
         found: dict[str, float] = {}
         for name, one in self.metrics.items():
             found |= {name: one.score, f"{name}_low": one.low, f"{name}_high": one.high}
-        return {**found, "n": self.questions, "bad": sum(self.bad.values())}
+        return {**found, **self.more, "n": self.questions, "bad": sum(self.bad.values())}
 
 
 def interval(scores: Sequence[Score], seed: int = 0) -> Interval:
@@ -169,28 +173,31 @@ def interval(scores: Sequence[Score], seed: int = 0) -> Interval:
     return Interval(float(points.sum() / of.sum()), float(low), float(high), len(scores))
 
 
-def summarise(lines: Sequence[Line], metrics: Sequence[str], seed: int = 0) -> Summary:
+def summarise(lines: Sequence[Line], scorers: Mapping[str, Scorer], seed: int = 0) -> Summary:
     """What lines of records come to. Scores are made anew of the answers, as they were given."""
     good = [line for line in lines if "error" not in line]
     # a record that cannot be read costs all of its questions, and is one
     bad = {line["record"]: line for line in lines if "error" in line}
     return Summary(
-        {name: interval([_score(name, line) for line in good], seed) for name in metrics} if good else {},
+        {name: interval([score(line) for line in good], seed) for name, score in scorers.items()} if good else {},
         len(good),
         Counter(line["error"] for line in bad.values()),
         tuple(f"{record}: {line['why']}" for record, line in bad.items()),
         sum(line["seconds"] for line in good),
+        lines,
     )
 
 
-def _score(metric: str, line: Line) -> Score:
-    return METRICS[metric](line["answer"], line["references"], line["question"])
+def by_metric(name: str) -> Scorer:
+    """Scores a line by a metric of `METRICS`."""
+    metric = METRICS[name]
+    return lambda line: metric(line["answer"], line["references"], line["question"])
 
 
 def score_questions(
     questions: Iterator[Question | BadQuestion],
     answers: Answers,
-    metrics: Sequence[str],
+    scorers: Mapping[str, Scorer],
     file: RecordsFile,
     *,
     progress: OnProgress | None = None,
@@ -208,12 +215,12 @@ def score_questions(
         file.add([{"record": one.record, **_why(one.bad)} for one in bad])
         for batch in answers.batches(block):
             if not all(f"{one.record} {one.turn}" in file.lines for one in batch):
-                file.add(_answered(batch, answers, metrics))
+                file.add(_answered(batch, answers, scorers))
             told(len(file.lines))
     return file.finish()
 
 
-def _answered(batch: Sequence[Question], answers: Answers, metrics: Sequence[str]) -> list[Line]:
+def _answered(batch: Sequence[Question], answers: Answers, scorers: Mapping[str, Scorer]) -> list[Line]:
     began = perf_counter()
     given = answers.answer(batch)
     seconds = round((perf_counter() - began) / len(batch), 4)
@@ -226,9 +233,9 @@ def _answered(batch: Sequence[Question], answers: Answers, metrics: Sequence[str
             lines.append(line | _why(answer))
             continue
         line |= {"question": question.text, "references": list(question.references), "answer": answer}
-        scores = {name: round(_score(name, line).share, 6) for name in metrics}
-        row = {"row": dict(question.row)} if question.row else {}
-        lines.append(line | {"scores": scores, "seconds": seconds} | row)
+        line |= {"row": dict(question.row)} if question.row else {}
+        scores = {name: round(score(line).share, 6) for name, score in scorers.items()}
+        lines.append(line | {"scores": scores, "seconds": seconds})
     return lines
 
 
