@@ -255,6 +255,7 @@ class CasaPipeline:
         shared = kept if kept is not None and kept.folder is not None else None
         around = partial(ablated, self.model, *_of_the_model(ablate), seed=seed)
         more: dict[str, Any] = {"image_cache": shared, "ablate": ablate, "around": around, "seed": seed}
+        more["make_session"] = lambda prompt: self.stream(prompt or None)
         return Evaluator(self.model, self.processor, **more, **settings)
 
 
@@ -325,7 +326,8 @@ def evaluate(
         ablate: What is taken out of the model, of `casa.analysis.ABLATIONS`: "no-images", "without-layers=3,4" ...
             Under "shuffled-images", which is not for offline tasks, every question has the pictures of another record.
         progress: Is called as progress(task, done, limit); limit is 0 where nobody knows it.
-        settings: Of `casa.evaluation.AnswerSettings`: suffix, max_new_tokens, batch_size, temperature, ...
+        settings: Of `casa.evaluation.AnswerSettings`: suffix, max_new_tokens, batch_size, temperature, ...; and a
+            `judge` (`casa.evaluation.judge.Judge`).
 
     Returns:
         By task, its scores by name, shares from 0 to 1, and "n": {"pages": {"digits", "lines", "n"}, ...}. Of `data`,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from casa.errors import UserError
-from casa.settings import Bounds, NonNegative, Positive, Settings
+from casa.settings import Bounds, NonNegative, Positive, Settings, require
 
 PARTS = ("memory", "throughput", "packing")
 WEIGHTS = ("bf16", "fp32")
@@ -112,6 +112,25 @@ class NeighbourSettings(Settings):
     rounds: Annotated[Positive, "Turns of every way of choosing threads, quiet and busy."] = 5
     seconds: Annotated[Above0, "Of each turn."] = 3.0
     seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class EvalSettings(Settings):
+    """Of `bench_eval`."""
+
+    model: Model = "casa-tiny"
+    pictures: Annotated[Positive, "Pictures that are asked about."] = 32
+    questions: Annotated[tuple[int, ...], "Questions about each picture, one run for each number."] = (1, 5)
+    size: Size = 336
+    tokens: Annotated[Positive, "Tokens of the longest answer."] = 16
+    batch_size: Annotated[Positive, "Questions that are answered at once."] = 16
+    rounds: Annotated[Positive, "Turns of each way; medians are printed."] = 5
+    seed: Seed = 0
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.questions) and min(self.questions) > 0, "questions", self.questions, "numbers above 0")
 
 
 @dataclass(frozen=True)

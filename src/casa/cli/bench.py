@@ -13,6 +13,7 @@ import typer
 from casa.benchmarks.settings import (
     AttentionSettings,
     DecodeSettings,
+    EvalSettings,
     LiveSettings,
     MemorySettings,
     NeighbourSettings,
@@ -90,6 +91,13 @@ VERBS = (
         NeighbourSettings,
         "Watch frames on a quiet machine and beside a process that computes, by how threads are chosen.",
         "Takes about six minutes. Example: casa bench neighbour --out neighbour.json",
+    ),
+    Verb(
+        "eval",
+        "evaluation",
+        EvalSettings,
+        "Ask as `casa eval` does, and one question at a time: questions a second, with one and five a picture.",
+        "Example: casa bench eval casa-tiny --pictures 32 --out eval.json",
     ),
     Verb(
         "questions",

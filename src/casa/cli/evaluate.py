@@ -53,7 +53,7 @@ def evaluate(
     ] = None,
     metric: Annotated[
         str | None,
-        typer.Option(help="Of your own data: anls, relaxed, exact, vqa, cer, wer, contains, mcq, with commas."),
+        typer.Option(help="Of your own data: anls, relaxed, exact, vqa, cer, wer, contains, mcq, live, with commas."),
     ] = None,
     records: Annotated[Path | None, typer.Option(help="Write every answer and its scores here, as JSON lines.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the file of --records.")] = False,
@@ -80,6 +80,10 @@ def evaluate(
         int | None,
         typer.Option(min=112, help="Longest side of a task's picture, in px; of a stream at least 224."),
     ] = None,
+    judge: Annotated[
+        str | None, typer.Option(metavar="URL", help="Answers are judged too, by an OpenAI-compatible API: .../v1.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
     ablate: Annotated[
         list[str] | None,
         typer.Option(help="Take out a part of the model: no-images, without-layers=3,4 ...; repeatable."),
@@ -116,11 +120,19 @@ def evaluate(
     asked: dict[str, Any] = {"suffix": suffix, "template": template, "batch_size": batch_size, "seed": seed}
     asked |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "records": records, "resume": resume}
     asked |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    if (judge is None) != (judge_model is None):
+        raise UserError("--judge and --judge-model go together; give both, or leave both out.")
     names, benchmarks = _check(tasks, data, metric, records, resume, ablate or [])
     import casa
     from casa.atomic import write_text
     from casa.provenance import provenance
 
+    if judge is not None and judge_model is not None:
+        from casa.evaluation.judge import Judge
+
+        asked["judge"] = Judge(judge, judge_model)
+        if not {*names} - {*OFFLINE}:
+            raise UserError("--judge is for --data or benchmarks; name them, or leave --judge out.")
     told: dict[str, Any] = {"eval": model, "seed": seed, **({} if data is None else {"data": data})}
     told |= {"ablate": ablate} if ablate else {}
     scores: dict[str, Any] = {}

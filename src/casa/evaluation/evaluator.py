@@ -8,10 +8,22 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from casa.data.settings import SourceSettings
+from casa.errors import UserError
 from casa.evaluation.answering import Answerer
-from casa.evaluation.metrics import check_metrics
-from casa.evaluation.questions import Adapt, AnswerSettings, read_questions, shuffled_pictures
-from casa.evaluation.scoring import OnProgress, RecordsFile, Scorer, Summary, by_metric, score_questions, summarise
+from casa.evaluation.judge import Judge
+from casa.evaluation.live_captions import LIVE_SCORERS, LiveSession, caption_live, live_line
+from casa.evaluation.metrics import LIVE, Score, check_metrics
+from casa.evaluation.questions import Adapt, AnswerSettings, Question, read_questions, shuffled_pictures
+from casa.evaluation.scoring import (
+    Line,
+    OnProgress,
+    RecordsFile,
+    Scorer,
+    Summary,
+    by_metric,
+    score_questions,
+    summarise,
+)
 from casa.evaluation.standard import check_standard
 from casa.models import CasaForConditionalGeneration, CasaProcessor, ImageCache
 from casa.settings import build, plain_values
@@ -37,6 +49,8 @@ class Evaluator:
         image_cache: Where pictures are kept for other runs.
         ablate: Names of what is taken out of the model, which belong to the run. Under "shuffled-images" every question
             has the pictures of another record.
+        make_session: Opens a live session with a prompt, for records of live captions.
+        judge: Gives every answer a number from 0 to 1.
         around: Makes what stands around a run, such as that which takes these parts out.
         settings: Of `AnswerSettings`.
 
@@ -56,6 +70,8 @@ class Evaluator:
         progress: OnProgress | None = None,
         image_cache: ImageCache | None = None,
         ablate: Sequence[str] = (),
+        make_session: Callable[[str], LiveSession] | None = None,
+        judge: Judge | None = None,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
         **settings: Any,
     ) -> None:
@@ -65,12 +81,14 @@ class Evaluator:
         self._records, self._resume, self._limit = records, resume, limit
         self._progress, self._cache = progress, image_cache
         self._ablate, self._around = list(ablate), around
+        self._make_session, self._judge = make_session, judge
 
     def on_data(self, data: Data, metrics: Sequence[str]) -> Summary:
         """Scores on questions of one's own, by metrics of `METRICS`. Raises UserError."""
         names = check_metrics(metrics)
-        sources = sources_of(data)
-        return self._run(sources, {name: by_metric(name) for name in names}, self.settings, self._records)
+        scorers = {name: by_metric(name) for name in names if name != LIVE}
+        scorers |= LIVE_SCORERS if LIVE in names else {}
+        return self._run(sources_of(data), scorers, self.settings, self._records)
 
     def on_task(
         self, name: str, data: str | None = None, changes: Mapping[str, Any] | None = None, alone: bool = True
@@ -97,7 +115,8 @@ class Evaluator:
         found = self._run(
             task.sources(data, changes or {}), {task.metric: task.scorer}, settings, records, adapt, task.keep, name
         )
-        scored = [(task.scorer(line), line.get("row", {})) for line in found.lines if "error" not in line]
+        good = (line for line in found.lines if "error" not in line)
+        scored = [(score, line.get("row", {})) for line in good if (score := task.scorer(line)) is not None]
         return replace(found, more=task.scores(scored) if scored else {})
 
     def _run(
@@ -118,7 +137,10 @@ class Evaluator:
             **plain_values(settings),
             "limit": self._limit,
             **({"ablate": self._ablate} if self._ablate else {}),
+            **({"judge": self._judge.model} if self._judge is not None else {}),
         }
+        if self._judge is not None:
+            scorers = {**scorers, "judge": lambda line: Score(line["judge"])}
         answerer = Answerer(self.model, self.processor, settings, self._cache)
         suffix = settings.suffix if adapt is None else ""
         questions = read_questions(sources, suffix=suffix, adapt=adapt, limit=self._limit, known=known)
@@ -126,8 +148,14 @@ class Evaluator:
             questions = shuffled_pictures(questions)
         file = RecordsFile(records, run, self._resume)
         with self._around():
-            lines = score_questions(questions, answerer, scorers, file, progress=self._progress)
+            more: dict[str, Any] = {"watch": self._watch, "judge": self._judge, "progress": self._progress}
+            lines = score_questions(questions, answerer, scorers, file, **more)
         return summarise(lines, scorers, settings.seed)
+
+    def _watch(self, question: Question) -> Line:
+        if self._make_session is None:
+            raise UserError("records of live captions need a session to watch with; give make_session.")
+        return live_line(question, caption_live(question, self._make_session))
 
 
 def sources_of(data: Data) -> list[SourceSettings]:

@@ -210,14 +210,15 @@ METRICS: dict[str, Metric] = {
     "mcq": mcq,
 }
 ERRORS = frozenset({"cer", "wer"})  # less is better
+LIVE = "live"  # among metrics: those of `casa.evaluation.live_captions`, of live records
 
 
 def check_metrics(names: Iterable[str]) -> list[str]:
     """The names in order without repeats; UserError for one that is no metric, or for none."""
     chosen = list(dict.fromkeys(name.strip() for name in names))
     for name in chosen:
-        if name not in METRICS:
-            raise UserError(f"There is no metric {name!r}; {near(name, METRICS, 'choose from')}")
+        if name not in (*METRICS, LIVE):
+            raise UserError(f"There is no metric {name!r}; {near(name, (*METRICS, LIVE), 'choose from')}")
     if not chosen:
-        raise UserError(f"No metric was named; choose from {', '.join(METRICS)}.")
+        raise UserError(f"No metric was named; choose from {', '.join((*METRICS, LIVE))}.")
     return chosen

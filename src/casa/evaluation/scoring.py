@@ -28,8 +28,8 @@ BLOCK_QUESTIONS, BLOCK_BYTES = 1024, 2**28  # that wait to be sorted by cost
 RESAMPLES = 1000
 
 Line = dict[str, Any]
-Scorer = Callable[[Line], Score]
-"""From a line of a question that was answered to its score."""
+Scorer = Callable[[Line], Score | None]
+"""From a line of a question that was answered to its score; None where it does not apply."""
 OnProgress = Callable[[int], None]
 
 
@@ -178,8 +178,13 @@ def summarise(lines: Sequence[Line], scorers: Mapping[str, Scorer], seed: int = 
     good = [line for line in lines if "error" not in line]
     # a record that cannot be read costs all of its questions, and is one
     bad = {line["record"]: line for line in lines if "error" in line}
+    metrics = {}
+    for name, scorer in scorers.items():
+        found = [score for line in good if (score := scorer(line)) is not None]
+        if any(score.of for score in found):
+            metrics[name] = interval(found, seed)
     return Summary(
-        {name: interval([score(line) for line in good], seed) for name, score in scorers.items()} if good else {},
+        metrics,
         len(good),
         Counter(line["error"] for line in bad.values()),
         tuple(f"{record}: {line['why']}" for record, line in bad.items()),
@@ -200,6 +205,8 @@ def score_questions(
     scorers: Mapping[str, Scorer],
     file: RecordsFile,
     *,
+    watch: Callable[[Question], Line] | None = None,
+    judge: Callable[[Line], float] | None = None,
     progress: OnProgress | None = None,
 ) -> list[Line]:
     """Asks all questions and scores the answers.
@@ -207,36 +214,66 @@ def score_questions(
     Questions wait in blocks, in which they are sorted by cost. A batch of which the file has all answers is not asked
     again; batches are the same whenever a run is gone on with, and so are the answers.
 
+    Args:
+        questions: What is asked.
+        answers: What answers.
+        scorers: By name.
+        file: Where lines are kept.
+        watch: Captions a live record: gives further fields of its line, `answer` among them. Raises BadRecord.
+        judge: Gives every answer a number, which stands in its line as `judge`.
+        progress: Is told the number of lines so far.
+
     Returns:
         The lines of all records, in the order of the data.
     """
     told = progress or (lambda done: None)
+
+    def note(batch: Sequence[Question], answer: Callable[[], Sequence[Line | BadRecord]]) -> None:
+        if not all(f"{one.record} {one.turn}" in file.lines for one in batch):
+            began = perf_counter()
+            given = answer()
+            seconds = round((perf_counter() - began) / len(batch), 4)
+            lines = [_line(one, answer, seconds) for one, answer in zip(batch, given, strict=True)]
+            for line in lines:
+                if "error" not in line:
+                    line |= {} if judge is None else {"judge": judge(line)}
+                    scores = {name: score for name, scorer in scorers.items() if (score := scorer(line)) is not None}
+                    line["scores"] = {
+                        name: round(score.share, 6) if score.of else None for name, score in scores.items()
+                    }
+            file.add(lines)
+        told(len(file.lines))
+
     for block, bad in _blocks(questions):
         file.add([{"record": one.record, **_why(one.bad)} for one in bad])
-        for batch in answers.batches(block):
-            if not all(f"{one.record} {one.turn}" in file.lines for one in batch):
-                file.add(_answered(batch, answers, scorers))
-            told(len(file.lines))
+        live = [one for one in block if one.is_live and watch is not None]
+        for batch in answers.batches([one for one in block if one not in live] if live else block):
+            note(batch, lambda batch=batch: [_spoken(answer) for answer in answers.answer(batch)])
+        for one in live:
+            note([one], lambda one=one: [_watched(watch, one)])
     return file.finish()
 
 
-def _answered(batch: Sequence[Question], answers: Answers, scorers: Mapping[str, Scorer]) -> list[Line]:
-    began = perf_counter()
-    given = answers.answer(batch)
-    seconds = round((perf_counter() - began) / len(batch), 4)
-    lines = []
-    for question, answer in zip(batch, given, strict=True):
-        line: Line = {"index": question.index, "record": question.record}
-        if question.turn > 1:
-            line["turn"] = question.turn
-        if isinstance(answer, BadRecord):
-            lines.append(line | _why(answer))
-            continue
-        line |= {"question": question.text, "references": list(question.references), "answer": answer}
-        line |= {"row": dict(question.row)} if question.row else {}
-        scores = {name: round(score(line).share, 6) for name, score in scorers.items()}
-        lines.append(line | {"scores": scores, "seconds": seconds})
-    return lines
+def _spoken(answer: str | BadRecord) -> Line | BadRecord:
+    return {"answer": answer} if isinstance(answer, str) else answer
+
+
+def _watched(watch: Any, question: Question) -> Line | BadRecord:
+    try:
+        return watch(question)
+    except BadRecord as bad:
+        return bad
+
+
+def _line(question: Question, answer: Line | BadRecord, seconds: float) -> Line:
+    """A line but for its scores."""
+    line: Line = {"index": question.index, "record": question.record}
+    if question.turn > 1:
+        line["turn"] = question.turn
+    if isinstance(answer, BadRecord):
+        return line | _why(answer)
+    line |= {"question": question.text, "references": list(question.references), **answer, "seconds": seconds}
+    return line | ({"row": dict(question.row)} if question.row else {})
 
 
 def _why(bad: BadRecord) -> Line:

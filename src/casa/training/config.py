@@ -285,7 +285,7 @@ class EvaluationSettings(Settings):
     every: NonNegative = 0
     data: DataSettings | None = None
     packs: Positive = 8
-    metrics: tuple[Literal["anls", "relaxed", "exact", "vqa", "cer", "wer", "contains", "mcq"], ...] = ()
+    metrics: tuple[Literal["anls", "relaxed", "exact", "vqa", "cer", "wer", "contains", "mcq", "live"], ...] = ()
     suffix: str = ""
     max_new_tokens: Positive = 64
     tasks: tuple[Literal["pages", "scenes", "stream"], ...] = ()
