@@ -80,8 +80,9 @@ def test_batches_answer_as_each_question_alone(asked, name, monkeypatch):
         "encode_images",
         lambda model, pixels, grid: encoded.append(len(grid)) or encode(model, pixels, grid),
     )
-    for size in (1, 4, 16):
+    for size, least in ((1, 64), (4, 0), (16, 64), (16, 0)):
         encoded.clear()
+        monkeypatch.setattr("casa.evaluation.answering.MIN_SHARED", least)
         given, answerer = answers(eyes, asked, batch_size=size)
         assert given == wanted
         assert sum(encoded) == answerer.encoded == 5, "each picture once, for all of its questions"
@@ -91,6 +92,7 @@ def test_batches_answer_as_each_question_alone(asked, name, monkeypatch):
 def test_batches_have_the_logits_of_each_question_alone(asked, name, monkeypatch):
     eyes = eyes_of(**VARIANTS[name])
     heard = []
+    monkeypatch.setattr("casa.evaluation.answering.MIN_SHARED", 0)
     generate = type(eyes.model).generate
 
     def listened(model, *given, **named):

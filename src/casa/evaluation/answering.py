@@ -28,6 +28,7 @@ from casa.vision import token_grids
 BATCH_PICTURES = 64  # of one batch, unless one question has more
 ENCODED_AT_ONCE = 16  # pictures
 KEPT_BYTES = 2**30  # of pictures' keys and values
+MIN_SHARED = 64  # tokens that feeding a prefix once must save, to be worth a call of its own
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,8 @@ class Answerer:
     def _generate(self, rows: Sequence[Asked]) -> list[str]:
         device = self.model.device
         shared = shared_prefix(rows)
+        if shared * (len(rows) - 1) < MIN_SHARED and all(at >= shared for at, _ in rows[0].pictures):
+            shared = 0
         cache = self._prefilled(rows[0], shared, len(rows))
         longest = max(len(row.ids) for row in rows) - shared
         tokens, mask, places = [], [], []

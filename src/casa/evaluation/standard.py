@@ -202,7 +202,7 @@ def _mlvu(row: Row, _: str) -> AdaptedRow:
 
 def _ocr(line: Line) -> Score:
     """Whether a reference stands in the answer; blanks do not count in formulas (HME100k), and case only there."""
-    formula = line["row"].get("dataset") == "HME100k"
+    formula = line.get("row", {}).get("dataset") == "HME100k"
 
     def plain(text: str) -> str:
         text = text.strip().replace("\n", " ")
