@@ -1,4 +1,4 @@
-"""What a token costs: all contestants are there, each is timed beside the backbone's own. No test asserts a time."""
+"""What a token costs: all contestants are there, each timed beside the backbone's own. No test asserts a time."""
 
 import pytest
 from click.testing import Result

@@ -103,3 +103,26 @@ def test_images_inside_right_padding_or_a_gap_of_padding():
 def test_packed_rows_cannot_continue_a_state():
     with pytest.raises(UserError, match="packed rows cannot continue a cache"):
         plan_call(ALL, [], [], sample_starts=[[0, 2]], state=WindowState([[]]))
+
+
+def test_text_before_the_first_image_and_windows_that_nobody_looks_at_are_left_out():
+    plan = plan_call(ALL, [(0, 2), (0, 5)], [3, 1], keep=True, skip_blind=True)
+    assert plan.layout == WindowLayout.from_insertions([4], [[(0, 3), (3, 1)]])
+    assert plan.tokens.tolist() == [2, 3, 4, 5]
+    state = WindowState([[WindowExtent(3, 2, 2)]])
+    two = torch.ones(1, 2, dtype=torch.bool)
+    plan = plan_call(two, [(0, 0)], [4], state=state, keep=True, skip_blind=True)
+    assert plan.join is None
+    assert plan.layout == WindowLayout.from_insertions([2], [[(0, 4)]])
+    for change in ({"history": 1}, {"split": "sample"}):
+        assert plan_call(two, [(0, 0)], [4], state=state, keep=True, skip_blind=True, **change).join is not None
+    # the token before it looks at the old frame, and a frame right behind another one joins it
+    assert plan_call(two, [(0, 1)], [4], state=state, keep=True, skip_blind=True).join is not None
+    state = WindowState([[WindowExtent(3, 0, 0)]])
+    assert plan_call(two, [(0, 0)], [4], state=state, keep=True, skip_blind=True).layout.num_image == 7
+
+
+def test_a_row_without_images_is_kept_for_later_text_or_left_out():
+    rows = torch.ones(2, 3, dtype=torch.bool)
+    assert plan_call(rows, [(0, 1)], [2], keep=True, skip_blind=True).tokens.tolist() == [1, 2, 3, 4, 5]
+    assert plan_call(rows, [(0, 1)], [2], skip_blind=True).tokens.tolist() == [1, 2]

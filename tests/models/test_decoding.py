@@ -270,3 +270,27 @@ def test_a_model_made_in_inference_mode_decodes_there(ways):
         assert ways
         # the modules run on with what was joined
         torch.testing.assert_close(model(**PROMPT.inputs()).logits[:, -1:].shape, found[:, :1].shape)
+
+
+@pytest.mark.parametrize("fusion", [{}, {"placement": "before"}, {"history": 1}, {"gate": "tanh"}], ids=str)
+def test_a_frame_behind_a_token_goes_the_same_way(fusion, ways):
+    """The call of a live session: the last token, the next frame, its delimiter; and a question in several tokens."""
+    model = tiny_casa(**fusion)
+    rows = as_batch(ROWS)
+    frame = TinySample((3, 6), ((1, 2, 2),), seed=50).inputs()
+    many = {name: torch.cat([value] * 3) for name, value in frame.items()}
+    many["image_positions"] = torch.tensor([[row, 1] for row in range(3)])
+    calls = [many, {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])}]
+
+    def fed(grad):
+        found, cache = [], None
+        with torch.set_grad_enabled(grad):
+            for call in (rows, *calls):
+                output = model(**call, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                found.append(output.logits.detach())
+        return torch.cat(found[1:], dim=1)
+
+    quick = fed(False)
+    assert len(ways) == 2
+    torch.testing.assert_close(quick, fed(True), rtol=1e-12, atol=1e-12)

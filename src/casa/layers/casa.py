@@ -11,7 +11,8 @@ into its projections: (x * g) W^T = x (W diag(g))^T. What is left is one (N, d) 
 layers, forward and backward. The weights stay where they are, per layer, and are joined for the product. Where image
 tokens do change with depth (deep-stack features, FFN updates) only layers that see the same ones are joined. A
 projection that is more than its weight (quantised, with a LoRA adapter, fetched from another device when it is called)
-is called like any module: its layer's image tokens take the gain first, and nothing is folded.
+is called like any module: its layer's image tokens take the gain first, and nothing is folded. So are all of them with
+gradients off, where a call has few image tokens and folding the weights anew would cost more than it saves.
 """
 
 import copy
@@ -170,7 +171,10 @@ def project_images(
         while stop < min(first + group, len(layers)) and layers[stop][0] is image and layers[stop][2].eps == norm.eps:
             stop += 1
         plain, run = rms_norm(image, norm.eps), [(source, gain.gain) for _, source, gain in layers[first:stop]]
-        if all(is_its_weight(source.get_submodule(name)) for source, _ in run for name in IMAGE_PROJECTIONS):
+        whole = all(is_its_weight(source.get_submodule(name)) for source, _ in run for name in IMAGE_PROJECTIONS)
+        # folding gains into weights costs more than a single frame gets back; where the weights of all are folded for
+        # a batch that is trained, its gradients are joined too
+        if whole and torch.is_grad_enabled():
             found += _joined(plain, run)
         else:
             found += [_called(plain, source, gain) for source, gain in run]

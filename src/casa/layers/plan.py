@@ -69,6 +69,7 @@ def plan_call(
     sample_starts: Sequence[Sequence[int]] | None = None,
     state: WindowState | None = None,
     keep: bool = False,
+    skip_blind: bool = False,
     device: torch.device | str = "cpu",
 ) -> CallPlan:
     """Plans a call over a batch.
@@ -82,6 +83,8 @@ def plan_call(
         sample_starts: Per row, the indices at which packed samples start (None: a row is one sample).
         state: What earlier calls left; cannot be combined with packed samples.
         keep: Plan the next state too.
+        skip_blind: Leave out text that sees no image, which is all text before a sample's first, and held windows that
+            no new token looks at: where layers add nothing to such text, and split is "image".
         device: Of the index tensors.
 
     Returns:
@@ -95,42 +98,52 @@ def plan_call(
     real = [row.nonzero().flatten().tolist() for row in valid.cpu()]
     length = valid.shape[1]
     images = images_by_row(image_places, image_lengths, real, length)
-    past = state.windows if state is not None else [[] for _ in real]
+    past = [list(windows) for windows in state.windows] if state is not None else [[] for _ in real]
+    skip_blind = skip_blind and split == "image"
 
     text_lengths: list[int] = []
     insertions: list[list[tuple[int, int]]] = []
     gone: list[int] = []
     is_new: list[bool] = []  # of each packed image token
     behind: list[int] = []  # per row, the text behind its last image, or all of the open window if that has none
-    for windows, places, tokens, starts in zip(past, images, real, sample_starts or [[0]] * len(real), strict=True):
+    worked: list[list[int]] = []  # per row, the real tokens that are not left out
+    for row, (places, tokens, starts) in enumerate(zip(images, real, sample_starts or [[0]] * len(real), strict=True)):
+        unseen = past[row][-1].behind if past[row] else 0
+        if skip_blind and places and _is_unseen(past[row], places[0][0], history):
+            past[row] = []
         before, offset = [], 0
-        for window in windows:
+        for window in past[row]:
             if window.images:
                 before.append((offset, window.images))
             offset += window.text
         borders = [*_count_before(tokens, starts), len(tokens)]
+        worked.append([])
         for number, (first, stop) in enumerate(pairwise(borders)):
             # at the border of two samples an image belongs to the next one
             is_last = number == len(borders) - 2
             mine = [(p, n) for p, n in places if first <= p < stop or (is_last and p == stop)]
+            if skip_blind and not before and (mine or not keep):
+                first = mine[0][0] if mine else stop
+            worked[row] += tokens[first:stop]
             text_lengths.append(offset + stop - first)
             insertions.append(before + [(offset + p - first, n) for p, n in mine])
             gone.append(offset)
         is_new += [False] * sum(n for _, n in before) + [True] * sum(n for _, n in places)
-        unseen = windows[-1].behind if windows else 0
         behind.append(len(tokens) - places[-1][0] if places else unseen + len(tokens))
+    if not any(past):
+        state = None
     layout = WindowLayout.from_insertions(text_lengths, insertions, split, history, gone if state is not None else None)
 
     def long(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    padded = any(len(row) != length for row in real)
-    flat = [row * length + index for row, indices in enumerate(real) for index in indices]
+    padded = any(len(row) != length for row in worked)
+    flat = [row * length + index for row, indices in enumerate(worked) for index in indices]
     return CallPlan(
         layout=layout,
         tokens=long(flat) if padded else None,
         new_images=long([index for index, new in enumerate(is_new) if new]),
-        join=_join(state, images, real, long) if state is not None else None,
+        join=_join(state, past, images, worked, long) if state is not None else None,
         keep=_keep(layout, behind, history, long) if keep else None,
     )
 
@@ -168,13 +181,23 @@ def _count_before(real: list[int], indices: Sequence[int]) -> list[int]:
     return [sum(token < index for token in real) for index in indices]
 
 
+def _is_unseen(held: Sequence[WindowExtent], text: int, history: int) -> bool:
+    """Whether nobody looks at a row's held windows when an image comes behind `text` new tokens.
+
+    The image opens a window unless it joins images that have no text behind them. Images alone are what is seen.
+    """
+    return not any(window.images for window in held) or (history == 0 and text == 0 and held[-1].text > 0)
+
+
 def _join(
     state: WindowState,
+    held: Sequence[Sequence[WindowExtent]],
     images: list[list[tuple[int, int]]],
     real: list[list[int]],
     long: Callable[[list[int]], Tensor],
 ) -> Join:
-    held_text, held_images = state.text_tokens, state.image_tokens
+    held_text = [row[-1].text if row else 0 for row in held]
+    held_images = [sum(window.images for window in row) for row in held]
     first_text = state.layers[0].images if state.layers else 0
     text_rows, text_slots, image_rows, image_slots = [], [], [], []
     for row, (text, image) in enumerate(zip(held_text, held_images, strict=True)):
@@ -185,7 +208,7 @@ def _join(
     text_order, image_order = [], []
     old_text, new_text = 1, 1 + sum(held_text)  # after the row of zeros
     old_image, new_image = 0, sum(held_images)
-    for row, windows in enumerate(state.windows):
+    for row, windows in enumerate(held):
         text_order += [NOTHING] * sum(window.text for window in windows[:-1])
         text_order += range(old_text, old_text + held_text[row])
         text_order += range(new_text, new_text + len(real[row]))

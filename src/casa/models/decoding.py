@@ -1,6 +1,6 @@
-"""One new token per row, without the modules: the way on which generate, sessions, the engine and the server decode.
+"""Few new tokens, without the modules: the way on which generate, sessions, the engine and the server decode.
 
-Shapes: B rows, S cached text tokens, d width, H query heads, Hkv key heads, D channels of a head.
+Shapes: B rows, L new tokens of each, S cached text tokens, d width, H query heads, Hkv key heads, D channels of a head.
 
 A block's projections are joined once: queries, keys and values of self-attention and of the fusion layer beside it in
 one product, both halves of the gated feed-forward network in one. The modules keep their weights: their parameters
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from casa.layers import CasaAttention, DecodeStep, Rotary, is_its_weight
+from casa.layers import CasaAttention, Rotary, Step, is_its_weight
 from casa.models.backbones import Decoder
 from casa.models.cache import CasaCache, GrowingLayer
 from casa.models.configuration_casa import FusionConfig
@@ -114,11 +114,15 @@ class Heads:
 
 @dataclass
 class Call:
-    """What all blocks share. turns: of every block, None where it has no rotary positions. mask: bool (B, 1, 1, S + 1),
-    the cached text and the new token; None if all is real."""
+    """What all blocks share.
+
+    length: L. turns: of every block, None where it has no rotary positions. mask: bool (B, 1, 1 or L, S + L), what new
+    text sees of the cached text and itself; None if all of it.
+    """
 
     cache: CasaCache
-    step: DecodeStep | None
+    step: Step | None
+    length: int
     turns: "list[Turn | None]"
     mask: Tensor | None
 
@@ -183,24 +187,37 @@ class Block:
         if (turn := call.turns[self.index]) is not None:
             query, key = turn(query), turn(key)
         layer = cast(GrowingLayer, call.cache.text.layers[self.index])
-        keys, values = layer.update(key[:, :, None], value[:, :, None])
-        grouped = query.unflatten(1, (key.shape[1], -1))
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=call.mask, scale=self.text.scale)
-        return out.flatten(1)
+        if call.length == 1:
+            keys, values = layer.update(key[:, :, None], value[:, :, None])
+            # the query heads of a key head are queries of one attention: no key is copied
+            query = query.unflatten(1, (key.shape[1], -1))
+            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=call.mask, scale=self.text.scale)
+            return out.flatten(1)
+        query, key, value = (x.unflatten(0, (-1, call.length)).transpose(1, 2) for x in (query, key, value))
+        keys, values = layer.update(key, value)
+        out = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=call.mask, scale=self.text.scale, enable_gqa=True
+        )
+        return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _looked(self, x: Tensor, heads: tuple[Tensor, Tensor | None, Tensor | None], call: Call) -> Tensor:
         """The residual with the fusion layer's update (see `casa_update`)."""
-        step, window = cast(DecodeStep, call.step), cast(Heads, self.window)
+        step, window, tokens = cast(Step, call.step), cast(Heads, self.window), cast(Step, call.step).tokens
         if step.attend == "image":
             heads = heads[0], None, None
+        if tokens is not None:
+            query, key, value = heads
+            heads = query[tokens], None if key is None else key[tokens], None if value is None else value[tokens]
         out = step.attention(cast(int, self.number), *heads, window.scale).flatten(1)
         sees = None if self.placement == "replace" and step.attend != "image" else step.sees_image
-        if sees is None and self.gate is None:
+        if sees is None and self.gate is None and tokens is None:
             return window.output(out, x)
         update = window.output(out)
         if self.gate is not None:
             update = update * self.gate.tanh().to(update.dtype)
-        return x + (update if sees is None else torch.where(sees[:, None], update, update.new_zeros(())))
+        if sees is not None:
+            update = torch.where(sees[:, None], update, update.new_zeros(()))
+        return x + update if tokens is None else x.index_add(0, tokens, update)
 
 
 class Turn:
@@ -254,22 +271,30 @@ class PreparedDecoder:
         mask: Tensor | None,
         rotaries: Sequence[Rotary | None],
         cache: CasaCache,
-        step: DecodeStep | None,
+        step: Step | None,
     ) -> Tensor:
-        """The stack's output (B, 1, d) for the embeddings (B, 1, d) of a token at `positions` (B,).
+        """The stack's output (B, L, d) for the embeddings (B, L, d) of text at `positions` (B, L).
 
-        mask: bool (B, S + 1), the cached text and the token; None if all is real. rotaries: of every block.
+        mask: bool (B, S + L), the cached text and the new; None if all is real. rotaries: of every block.
         """
+        rows, length = embeds.shape[:2]
         made: dict[int, Turn] = {}
         for rotary in rotaries:
             if rotary is not None and id(rotary) not in made:
-                made[id(rotary)] = Turn(rotary, positions)
+                made[id(rotary)] = Turn(rotary, positions.flatten())
         turns = [None if rotary is None else made[id(rotary)] for rotary in rotaries]
-        call = Call(cache, step, turns, None if mask is None else mask[:, None, None])
-        x = embeds[:, 0]
+        seen = None if mask is None else mask[:, None, None]
+        if length > 1:
+            held = cache.num_text
+            causal = torch.ones(length, held + length, dtype=torch.bool, device=embeds.device).tril(held)
+            # padding sees itself, which is better than nothing
+            itself = torch.eye(length, held + length, dtype=torch.bool, device=embeds.device).roll(held, 1)
+            seen = causal if seen is None else (causal & seen) | itself
+        call = Call(cache, step, length, turns, seen)
+        x = embeds.flatten(0, 1)
         for block in self._blocks:
             x = block(x, call)
-        return self._norm.forward(x)[:, None]
+        return self._norm.forward(x).unflatten(0, (rows, length))
 
 
 class Watch:

@@ -18,7 +18,7 @@ from casa.models import insertion
 from casa.models.backbones import Decoder
 from casa.models.cache import CasaCache
 from casa.models.configuration_casa import FusionConfig
-from casa.models.decoding import is_autocast, prepared
+from casa.models.decoding import FEW, is_autocast, prepared
 from casa.models.fusion import STEP, FusedStep, passed_down
 from casa.models.inputs import ImageTokens, TextInputs
 
@@ -77,14 +77,13 @@ class FusionLayers:
         """The stack's output for text (B, L, d)."""
         decoder = self.decoder
         step = self._step(embeds, text, places, images, cache, record)
-        if cache is not None and not isinstance(step, PackedStep) and self._is_token(embeds, text, cache, kwargs):
+        if cache is not None and self._is_short(embeds, text, cache, record, kwargs):
             quick = prepared(decoder, self.config, self.blocks, self.layers)
             if quick.refusal is None:
                 mask = None if text.mask is None or bool(text.mask.all()) else text.mask.bool()
                 rotaries = decoder.rotaries(range(len(decoder.blocks)), embeds.device, decoder.dtype)
-                hidden = quick(embeds, text.position_ids[:, 0], mask, rotaries, cache, step)
-                if step is not None:
-                    step.finish()
+                hidden = quick(embeds, text.position_ids, mask, rotaries, cache, step)
+                self._after(step, cache)
                 return BaseModelOutputWithPast(last_hidden_state=cast(torch.FloatTensor, hidden))
         if step is not None:
             silent = self.ablation.silent if self.ablation is not None else frozenset()
@@ -102,27 +101,38 @@ class FusionLayers:
             use_cache=cache is not None,
             **kwargs,
         )
-        if cache is not None and isinstance(step, PackedStep):
-            cache.windows = step.next_state
-        elif isinstance(step, DecodeStep):
-            step.finish()
+        if cache is not None:
+            self._after(step, cache)
         seen = output.hidden_states
         if seen and self.config.placement == "before" and 0 in self.blocks:
             # the first block was handed its input with the update; the first hidden states are the text's embeddings
             output.hidden_states = (embeds, *seen[1:])  # type: ignore[assignment]
         return output
 
-    def _is_token(self, embeds: Tensor, text: TextInputs, cache: CasaCache, kwargs: dict[str, object]) -> bool:
-        """Whether a call is what generation repeats: one token per row, and nothing else is asked for."""
+    @staticmethod
+    def _after(step: PackedStep | DecodeStep | None, cache: CasaCache) -> None:
+        if isinstance(step, PackedStep):
+            cache.windows = step.next_state
+        elif step is not None:
+            step.finish()
+
+    def _is_short(
+        self,
+        embeds: Tensor,
+        text: TextInputs,
+        cache: CasaCache,
+        record: AttentionRecorder | None,
+        kwargs: dict[str, object],
+    ) -> bool:
+        """Whether a call feeds few tokens behind others, as generation and live sessions do, and asks for no more."""
         return (
-            embeds.shape[1] == 1
+            0 < embeds.shape[0] * embeds.shape[1] <= FEW
             and cache.num_text > 0
-            and not cache.slides
+            and not (cache.slides or text.packed or self.decoder.stack.training)
             and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_autocast())
-            and not self.decoder.stack.training
             and self.ablation is None
+            and record is None
             and not any(value for name, value in kwargs.items() if name != "return_dict")
-            and bool(text.valid.all())
         )
 
     @torch.compiler.disable(reason="lays out the windows of this one call")
@@ -162,6 +172,7 @@ class FusionLayers:
             sample_starts=text.sample_starts,
             state=state,
             keep=cache is not None,
+            skip_blind=config.placement != "replace" and not is_watched,
             device=device,
         )
         grid = images.rows_and_columns() if decoder.rotary_axes > 1 else None
