@@ -1,6 +1,7 @@
 """What runs until it is stopped: `casa caption` says what is new in a film or a camera, `casa serve` serves a model."""
 
 import math
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from casa.errors import UserError
 
 if TYPE_CHECKING:
     from casa.captioning.batch import BatchRequest
+    from casa.serving.server import Server
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -227,12 +229,22 @@ def serve(
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="One of the limits; may be given again.")
     ] = None,
     image_cache: ImageCache = "memory",
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Processes that each hold the model, on Ray; one without Ray if left out.")
+    ] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="With --replicas: up to so many, as streams ask for.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Serve live captions, an OpenAI-compatible chat, and a page to try both in.
 
     Example: casa serve casa-tiny --port 8000
+
+    Example: casa serve ./my-casa --replicas 4
     """
+    if max_replicas is not None and max_replicas < (replicas or max_replicas + 1):
+        raise UserError("--max-replicas is --replicas or more; give both.")
     from casa.serving.limits import check_installed
 
     check_installed()
@@ -242,8 +254,32 @@ def serve(
     from casa.serving.server import Server
 
     limits = Limits.parse(limit or [])
-    loaded, processor = load_pretrained(model, device)
     name = Path(model).resolve().name  # clients need not know where on this machine it lies
+    if host not in LOOPBACK and token is None:
+        print("casa: whoever reaches this machine can use the server; --token asks for a token.", file=sys.stderr)
+    if replicas is not None:
+        check_installed("cluster")
+        from casa.serving.deployment import ClusterSettings, on_this_machine, share_of_gpus
+
+        most = max_replicas or replicas
+        settings = ClusterSettings(
+            model=model,
+            replicas=replicas,
+            max_replicas=max_replicas,
+            token=token,
+            hosts=tuple(allow_host or ()),
+            fps=fps,
+            allow_fetch=allow_fetch,
+            image_cache=image_cache,
+            limits=(*(limit or ()), *([] if sessions is None else [f"sessions={sessions}"])),
+            device=device,
+            gpus=share_of_gpus(device, most),
+            threads=max(1, (os.cpu_count() or 1) // most),
+        )
+        with on_this_machine(settings) as app:
+            _run(Server(app, host, port), name)
+        return
+    loaded, processor = load_pretrained(model, device)
     app = create_app(
         loaded,
         processor,
@@ -257,8 +293,9 @@ def serve(
         measure_seconds=2.0,
         image_cache=image_cache,
     )
-    server = Server(app, host, port)
-    if host not in LOOPBACK and token is None:
-        print("casa: whoever reaches this machine can use the server; --token asks for a token.", file=sys.stderr)
+    _run(Server(app, host, port), name)
+
+
+def _run(server: "Server", name: str) -> None:
     print(f"{name} is at {server.url}  (Ctrl-C stops it)", flush=True)
     server.run()

@@ -25,6 +25,7 @@ from casa.models import CasaForConditionalGeneration, CasaProcessor, ImageCache
 from casa.models.image_cache import encode_pixels
 from casa.serving.baseline import InsertionCosts
 from casa.serving.completion import Detokenizer
+from casa.serving.handover import Handover
 from casa.serving.limits import Limits
 from casa.serving.live import Shelf
 from casa.serving.metrics import Metrics
@@ -147,8 +148,27 @@ class ChatQueue:
             place.called.set()
 
 
-@dataclass
-class ServerState:
+@dataclass(kw_only=True)
+class Door:
+    """What the guard asks, and the transport: limits, the token, names, and who is in."""
+
+    limits: Limits
+    token: str | None  # asked of everyone, if there is one
+    hosts: frozenset[str] = frozenset()  # names that the server goes by
+    connections: int = 0  # WebSockets that there are now
+    requests: int = 0  # and HTTP requests
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def admits(self, token: str) -> bool:
+        """Whether this is the token, if one is asked for: whatever JSON can write, half a surrogate pair too."""
+        if self.token is None:
+            return True
+        given, expected = (one.encode("utf-8", "surrogatepass") for one in (token, self.token))
+        return compare_digest(given, expected)
+
+
+@dataclass(kw_only=True)
+class ServerState(Door):
     """What all routes of one server share.
 
     Pictures are opened off the event loop: frames by one thread, in the order in which they came, each stream with one
@@ -158,25 +178,21 @@ class ServerState:
     name: str  # by which clients call the model
     model: CasaForConditionalGeneration  # which belongs to the worker's thread
     processor: CasaProcessor
-    limits: Limits
     fps: float  # of a stream that does not say
-    token: str | None  # asked of everyone, if there is one
     allow_fetch: bool  # whether chats may name pictures on the public internet
-    hosts: frozenset[str]  # names that the server goes by
     worker: Worker
     shelf: Shelf
     costs: InsertionCosts | None  # None for a model that is the insertion baseline itself
     images: ImageCache | None = None  # pictures of chats that were looked at
-    metrics: Metrics = field(default_factory=Metrics)
-    connections: int = 0  # WebSockets that there are now
-    requests: int = 0  # and HTTP requests
+    handover: Handover | None = None  # of a replica, whose streams go on elsewhere
     frame_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "casa-frames"))
     chat_threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(READERS, "casa-chats"))
 
     def __post_init__(self) -> None:
         self.chats = ChatQueue(self.limits.chats, self.limits.waiting_chats)
         self.detokenizer = Detokenizer(self.processor.tokenizer)
-        self.scope = "" if self.token is None else sha256(self.token.encode()).hexdigest()
+        self.scope = scope_of(self.token)
+        self.loop: asyncio.AbstractEventLoop | None = None  # once it runs
 
     def close(self) -> None:
         """Ends the threads, once all streams and chats have ended."""
@@ -189,16 +205,12 @@ class ServerState:
         """What stands for a picture's pixels. What was shown with one token is found again with that token alone."""
         if self.images is None:
             return encode_pixels(self.model, image)
-        return self.images.read(
-            self.model, image, "" if self.token is None else sha256(self.token.encode()).hexdigest()
-        )
+        return self.images.read(self.model, image, self.scope)
 
-    def admits(self, token: str) -> bool:
-        """Whether this is the token, if one is asked for: whatever JSON can write, half a surrogate pair too."""
-        if self.token is None:
-            return True
-        given, expected = (one.encode("utf-8", "surrogatepass") for one in (token, self.token))
-        return compare_digest(given, expected)
+
+def scope_of(token: str | None) -> str:
+    """Within which pictures are found again: those that were shown with the same token."""
+    return "" if token is None else sha256(token.encode()).hexdigest()
 
 
 def bearer(authorization: str) -> str:
@@ -238,7 +250,7 @@ class Guard:
     full it is.
     """
 
-    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+    def __init__(self, app: ASGIApp, state: Door) -> None:
         self._app, self._state = app, state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -25,6 +25,7 @@ from casa.serving.admission import POLL_SECONDS, Guard, ServerState, error_respo
 from casa.serving.baseline import InsertionCosts
 from casa.serving.chat import ChatRequest, RequestError, parse_body, read_chat
 from casa.serving.completion import ChatDelta, Completion
+from casa.serving.handover import Handover
 from casa.serving.limits import Limits
 from casa.serving.live import TYPES, Shelf
 from casa.serving.metrics import REMEDY, probe
@@ -64,6 +65,7 @@ def create_app(
     measure_seconds: float = 0.0,
     limits: Limits | None = None,
     image_cache: ImageCache | str | os.PathLike[str] | None = "memory",
+    handover: Handover | None = None,
 ) -> FastAPI:
     """The server as an ASGI application; `server.Server` runs it, with limits of the transport too.
 
@@ -82,6 +84,7 @@ def create_app(
         limits: everything else.
         image_cache: where keys and values of chats' pictures are kept for another question: "memory", a folder, which
             other servers share, an `ImageCache`, or "off".
+        handover: of a replica behind an ingress, where its streams' states lie.
 
     Raises:
         UserError: fps is out of bounds, or the token is empty.
@@ -107,11 +110,13 @@ def create_app(
         shelf=Shelf(allowed.ended_streams, allowed.ended_seconds),
         costs=InsertionCosts(model, processor) if model.fusion.method != "insertion" else None,
         images=ImageCache.named(image_cache),
+        handover=handover,
     )
 
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
         keep_pillow_quiet()
+        state.loop = asyncio.get_running_loop()
         state.worker.start()
         if measure_seconds > 0:
             # among the first jobs: nobody's stream waits for it later
@@ -160,7 +165,12 @@ async def streams(socket: WebSocket, state: State) -> None:
 @router.get("/v1/streams/{stream}/captions.{kind}")
 async def captions(state: State, stream: str, kind: str) -> Response:
     """What a stream has said until now; a stream's name is known only to who opened it."""
-    transcript = state.shelf.find(stream)
+    return await captions_response(state.shelf, stream, kind)
+
+
+async def captions_response(shelf: Shelf, stream: str, kind: str) -> Response:
+    """A stream's captions as a file, or why there are none."""
+    transcript = shelf.find(stream)
     if transcript is None:
         return error_response(404, "there is no such stream, or it ended too long ago.")
     if kind not in TYPES:
@@ -230,7 +240,7 @@ async def chat(request: Request, state: State) -> Response:
         return error_response(429, waits, code="busy", close=True, retry_seconds=queue.expected_seconds())
     begun = False
     try:
-        body = await _body(request, state.limits.body_bytes, state.limits.body_seconds)
+        body = await read_body(request, state.limits.body_bytes, state.limits.body_seconds)
         if not await queue.turn(place, request.is_disconnected):
             raise ClientDisconnect
 
@@ -261,7 +271,7 @@ async def chat(request: Request, state: State) -> Response:
             queue.leave(place)
 
 
-async def _body(request: Request, max_bytes: int, seconds: float) -> bytes:
+async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
     """The body, refused as soon as it is known to be too large. Raises RequestError."""
     too_large = RequestError(f"the body has more than {max_bytes} bytes; send smaller pictures.", status=413)
     declared = request.headers.get("content-length", "")
@@ -431,7 +441,11 @@ async def file(name: str = "") -> Response:
     return FileResponse(path, media_type=kind, headers={"Cache-Control": "no-cache"})
 
 
-# whatever can be had can be asked about; the transport leaves the body out
-for _route in router.routes:
-    if isinstance(_route, Route) and _route.methods is not None and "GET" in _route.methods:
-        _route.methods.add("HEAD")
+def answer_heads(router: APIRouter) -> None:
+    """Whatever can be had can be asked about; the transport leaves the body out."""
+    for route in router.routes:
+        if isinstance(route, Route) and route.methods is not None and "GET" in route.methods:
+            route.methods.add("HEAD")
+
+
+answer_heads(router)

@@ -14,10 +14,11 @@ NEEDED = ("fastapi", "uvicorn", "websockets", "httpx", "prometheus_client")
 Number = TypeVar("Number", int, float)
 
 
-def check_installed() -> None:
-    """Raises UserError if what the server is built on, the extra `casa-vlm[serve]`, is not installed."""
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise UserError(f"the server needs {' and '.join(missing)}: install casa-vlm[serve].")
+def check_installed(extra: str = "serve") -> None:
+    """Raises UserError if what the server is built on is not installed: the extra `casa-vlm[serve]`, or "cluster"."""
+    needed = (*NEEDED, "ray") if extra == "cluster" else NEEDED
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise UserError(f"the server needs {' and '.join(missing)}: install casa-vlm[{extra}].")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from casa.streaming.pacing import Clock
 LOSABLE = ("usage", "dropped", "caption")
 TYPES = {"srt": "application/x-subrip", "vtt": "text/vtt", "jsonl": "application/jsonl"}
 
+KEPT_CAPTIONS = 8  # that a stream which moves has with it, in case they were not told
+
 Message = dict[str, Any]  # as JSON holds it
 
 
@@ -170,6 +172,8 @@ class LiveStream:
         self.tally: InsertionTally | None = None
         self.dropped = self.truncated = 0  # frames that were not watched; captions and answers that time cut
         self.cache_bytes = 0  # what its session held after its last turn
+        self.frame = 0  # the number of the last one watched
+        self.said: deque[Message] = deque(maxlen=KEPT_CAPTIONS)  # the last captions, as they were told
         self._time = 0.0  # where in the video the last frame stood
 
     def drop(self, *, late: bool = True) -> None:
@@ -209,7 +213,7 @@ class LiveStream:
         self.cache_bytes = 0 if self.session is None else self.session.usage.cache_bytes
 
     def _caption(self, frame: QueuedFrame, event: SessionEvent) -> None:
-        self._time = frame.time
+        self._time, self.frame = frame.time, frame.number
         self._metrics.count("frames")
         self._count("watched")
         self._metrics.observe(event.lag)
@@ -217,7 +221,8 @@ class LiveStream:
         if event.text:
             self._metrics.count("captions")
             self.transcript.add(frame.time, event.text, event.lag)
-            self.outbox.put({"type": "caption", **about, "text": event.text})
+            self.said.append({"type": "caption", **about, "text": event.text})
+            self.outbox.put(self.said[-1])
         counts = {"dropped": self.dropped, "truncated": self.truncated, "advice": self._recent[0].advice(self.fps)}
         self.outbox.put({"type": "usage", **about, **self._usage(event), **counts})
 

@@ -29,6 +29,7 @@ COUNTERS = {
     "errors": "Messages, frames and requests that were refused.",
     "streams": "Streams opened.",
     "chats": "Chat completions begun.",
+    "moved": "Streams that went on at another replica.",
 }
 GAUGES = {
     "sessions": "Live streams.",
@@ -38,6 +39,7 @@ GAUGES = {
     "cache_bytes": "Bytes that the live streams' caches hold.",
     "sustained_fps": "Frames a second that this machine sustains; 0 before anything was measured.",
     "asked_fps": "Frames a second that the live streams mean to send.",
+    "replicas": "Replicas behind this ingress.",
 }
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 RECENT_SECONDS = 60.0
@@ -75,7 +77,7 @@ class Metrics:
         self._lag.observe(seconds)
 
     def text(self, gauges: Mapping[str, float]) -> bytes:
-        """Prometheus' text format. gauges: today's value of each of GAUGES."""
+        """Prometheus' text format. gauges: today's values."""
         for name, value in gauges.items():
             self._gauges[name].set(value)
         return prometheus.generate_latest(self._all)

@@ -10,6 +10,7 @@ import json
 import logging
 import secrets
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastapi import WebSocket, WebSocketDisconnect
 from casa.errors import UserError
 from casa.serving.admission import RateLimiter, ServerState, bearer
 from casa.serving.baseline import InsertionTally
+from casa.serving.handover import FIRST_SECONDS, Carried, Handover
 from casa.serving.limits import Limits, number, words
 from casa.serving.live import LiveStream, Outbox, QueuedFrame, Transcript
 from casa.serving.metrics import OverloadedError
@@ -25,10 +27,11 @@ from casa.serving.pictures import read_frame
 from casa.streaming import Sampling, supports_text_bound
 
 NORMAL, POLICY, FAILED, LATER = 1000, 1008, 1011, 1013
+MOVED = 4001  # of a replica: the stream's state is saved, and it goes on elsewhere
 CLOSING_SECONDS = 0.5  # until a stream that has just been left counts no more
 KEYS = {
-    "hello": {"prompt", "fps", "max_text_tokens", "max_new_tokens", "sampling", "seed", "token"},
-    "frame": {"time"},
+    "hello": {"prompt", "fps", "max_text_tokens", "max_new_tokens", "sampling", "seed", "token", "handover"},
+    "frame": {"time", "number"},
     "ask": {"question"},
     "pause": set(),
     "resume": set(),
@@ -123,6 +126,7 @@ class Conversation:
         self._messages = RateLimiter(state.limits.messages_per_second)
         self._begun = monotonic()
         self._number, self._faults, self._paused = 0, 0, False
+        self._sending = self._leaving = False
         self._time: float | None = None  # of the next frame, if its sender has said so
         # of the newest frame, which is not opened yet: number, place in the video in seconds, bytes, and when it came
         self._newest: tuple[int, float, bytes, float] | None = None
@@ -133,10 +137,14 @@ class Conversation:
         await self._socket.accept()
         self._state.connections += 1
         try:
+            if self._state.handover is not None and self._state.handover.draining:
+                raise _Closed(LATER, "this replica is about to end.")
             if self._state.connections > self._limits.connections:
                 raise _Closed(LATER, f"all {self._limits.connections} connections are taken; try again later.")
             await self._all(await self._open())
         except _Closed as end:
+            if self._state.handover is not None and self._stream is not None and end.code == NORMAL:
+                self._state.handover.forget(self._stream.name)
             await self._close(end)
         except WebSocketDisconnect:
             pass
@@ -162,12 +170,14 @@ class Conversation:
             raise _Closed(POLICY, str(error)) from error
         if not state.admits(hello.token or bearer(self._socket.headers.get("authorization", ""))):
             raise _Closed(POLICY, "give the server's token in the hello, or as Authorization: Bearer <token>.")
-        name, transcript = secrets.token_urlsafe(12), Transcript(self._limits.captions)
+        carried = self._carried(message)
+        name = secrets.token_urlsafe(12) if carried is None else carried.stream
+        transcript = Transcript(self._limits.captions)
         stream = LiveStream(name, hello.fps, self._outbox, transcript, state.metrics, worker.load.recent)
         # known from here on, so that it is closed whatever happens while it is opened
         self._stream = stream
         try:
-            advice = await self._admitted(stream, hello.settings)
+            advice = await self._admitted(stream, hello.settings, carried)
         except UserError as error:
             full = isinstance(error, OverloadedError) or len(worker.engine) >= worker.engine.max_sessions
             raise _Closed(LATER if full else POLICY, str(error)) from error
@@ -192,20 +202,43 @@ class Conversation:
             "advice": advice,
             "insertion": costs and {"cache_bytes": "computed", "latency": "measured" if costs.is_measured else None},
         }
+        if carried is not None:
+            ready["frame"] = stream.frame
         self._outbox.put({"type": "ready", **ready})
+        for told in stream.said:
+            if carried is not None and told["frame"] > carried.known:
+                self._outbox.put(told)
         return stream
 
-    async def _admitted(self, stream: LiveStream, settings: dict[str, Any]) -> str | None:
-        """Opens the stream; what it is to be told."""
+    def _carried(self, message: dict[str, Any]) -> Carried | None:
+        """What an ingress says of a stream; None where streams come by themselves."""
+        if self._state.handover is None:
+            if "handover" in message:
+                raise _Closed(POLICY, "a message of type hello has no 'handover' here.")
+            return None
         try:
-            return await asyncio.wrap_future(self._worker.open(stream, **settings))
+            return Carried(**message.get("handover") or {})
+        except TypeError as error:
+            raise _Closed(POLICY, "streams come to a replica by its ingress.") from error
+
+    async def _admitted(self, stream: LiveStream, settings: dict[str, Any], carried: Carried | None) -> str | None:
+        """Opens the stream; what it is to be told."""
+        handover, moved = self._state.handover, None
+        if handover is not None and carried is not None and carried.moved:
+            moved = partial(handover.load, stream, self._state.model, self._state.processor)
+        try:
+            return await asyncio.wrap_future(self._worker.open(stream, moved, **settings))
         except OverloadedError:
+            if handover is not None:  # there may be room on another replica
+                raise
             # a page that goes from one video to the next opens a stream while it closes another
             await asyncio.sleep(CLOSING_SECONDS)
             return await asyncio.wrap_future(self._worker.open(stream, **settings))
 
     async def _all(self, stream: LiveStream) -> None:
-        parts = (self._read(stream), self._open_frames(stream), self._send())
+        parts = [self._read(stream), self._open_frames(stream), self._send()]
+        if (handover := self._state.handover) is not None:
+            parts.append(self._keep(stream, handover))
         tasks = [asyncio.create_task(part) for part in parts]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -216,11 +249,34 @@ class Conversation:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def _keep(self, stream: LiveStream, handover: Handover) -> None:
+        """Saves the stream every few seconds, and hands it over when its replica is to end."""
+        saved = 0
+        # the first time soon: until then a stream that moves begins anew
+        while not await handover.is_draining(handover.seconds if saved else FIRST_SECONDS):
+            if stream.frame != saved:
+                saved = stream.frame
+                await asyncio.wrap_future(self._worker.call(partial(handover.save, stream)))
+
+        def leave() -> None:
+            # on the model's thread: what was said until here is told, and nothing afterwards
+            handover.save(stream)
+            self._worker.engine.close(stream.name)
+
+        # what comes from now on is for the next replica
+        self._leaving = True
+        await asyncio.wrap_future(self._worker.call(leave))
+        while len(self._outbox) or self._sending:
+            await asyncio.sleep(0.005)
+        raise _Closed(MOVED)
+
     async def _read(self, stream: LiveStream) -> None:
         while True:
             given = await self._receive(self._limits.idle_seconds, "nothing was sent for too long.")
             is_frame = isinstance(given, bytes)
             self._number += is_frame
+            if self._leaving:
+                continue
             try:
                 if not self._messages.take():
                     raise UserError(f"more than {self._limits.messages_per_second:g} messages a second; send fewer.")
@@ -264,12 +320,17 @@ class Conversation:
                 self._wrong("there is not enough memory for this frame; send a smaller picture.", number)
             else:
                 self._faults = 0
-                self._worker.offer(stream, QueuedFrame(number, place, picture, arrived))
+                if not self._leaving:
+                    self._worker.offer(stream, QueuedFrame(number, place, picture, arrived))
 
     def _message(self, stream: LiveStream, message: dict[str, Any]) -> None:
         kind = message["type"]
         if kind == "frame":
             self._time = read_time(message)
+            if self._state.handover is not None:
+                self._number = number(int, message, "number", 1, 2**53, self._number + 1) - 1
+            elif "number" in message:
+                raise UserError("a message of type frame has no 'number' here.")
         elif kind == "ask":
             self._worker.ask(stream, words(message, "question", self._limits))
             self._faults = 0
@@ -284,7 +345,9 @@ class Conversation:
 
     async def _send(self) -> None:
         while True:
+            self._sending = False
             event = await self._outbox.get()
+            self._sending = True
             try:
                 async with asyncio.timeout(self._limits.send_seconds):
                     await self._socket.send_json(event)

@@ -17,7 +17,7 @@ from casa.errors import UserError
 from casa.serving.limits import Limits
 from casa.serving.live import LiveStream, QueuedFrame
 from casa.serving.metrics import LoadMeter
-from casa.streaming import SessionEvent, StreamingEngine
+from casa.streaming import SessionEvent, StreamingEngine, StreamingSession
 from casa.streaming.pacing import Clock
 from casa.threads import settle
 
@@ -109,19 +109,26 @@ class Worker:
                 return
         work.fail(STOPPING)
 
-    def open(self, stream: LiveStream, **settings: Any) -> "Future[str | None]":
+    def open(
+        self, stream: LiveStream, moved: Callable[[], StreamingSession | None] | None = None, **settings: Any
+    ) -> "Future[str | None]":
         """Gives a stream a session with these settings; what the stream is to be told, if anything.
+
+        `moved` is for a stream that comes from another replica, and is let in whatever is asked for already: it gives
+        the session that it had there, or None for a new one.
 
         The future raises UserError if they are wrong, OverloadedError if there is one stream more than is sustained.
         """
 
         def job() -> str | None:
-            advice = self.load.admit(stream.fps, self.asked())
+            advice = self.load.admit(stream.fps, self.asked()) if moved is None else None
+            session = None if moved is None else moved()
             stream.session = self.engine.open(
                 stream.name,
+                session,
                 caption_seconds=self._caption_seconds(stream),
                 answer_seconds=self._limits.answer_seconds,
-                **settings,
+                **({} if session is not None else settings),
             )
             stream.measure()
             with self._wake:
