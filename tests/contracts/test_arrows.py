@@ -206,6 +206,12 @@ def test_the_torch_rooms_load_torch_alone():
     assert result.stdout.split() == ["[]", "['PIL']"], result.stderr
 
 
+def test_one_machine_imports_nothing_of_ray():
+    rooms = "import casa.cli.main, casa.captioning, casa.serving.app, casa.serving.server, casa.serving.ingress, sys"
+    result = python(f"{rooms}\nprint('ray' in sys.modules)\nimport ray\nprint('ray' in sys.modules)")
+    assert result.stdout.split() == ["False", "True"], result.stderr
+
+
 QUIET = """
 import importlib, os, pkgutil, random, socket, sys
 import torch
@@ -222,7 +228,8 @@ def state():
 def changed(before):
     return [name for name, a, b in zip(("threads", "seeds", "modes", "environment"), before, state()) if a != b]
 
-# what transformers and rich do at import is not casa's doing
+# what transformers, Ray and rich do at import is not casa's doing
+import ray.serve
 import rich.console
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, GenerationMixin, Trainer
 socket.socket = opened

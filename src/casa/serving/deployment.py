@@ -23,8 +23,6 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody else is told
-
 import ray
 import yaml
 from fastapi import FastAPI
@@ -297,6 +295,7 @@ def on_this_machine(settings: ClusterSettings) -> Iterator[FastAPI]:
         settings = replace(settings, states=states, host=settings.host or "127.0.0.1")
         try:
             if begun:
+                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody else is told
                 most = max(settings.replicas, settings.max_replicas or 0)
                 ray.init(
                     "local",
@@ -321,14 +320,15 @@ def app(arguments: dict[str, Any]) -> Any:
     """For `serve run casa.serving.deployment:app model=... states=...`, and config files of `serve deploy`.
 
     Args:
-        arguments: `ClusterSettings` by name, and `ingresses`, how many there are; texts are read as YAML.
+        arguments: `ClusterSettings` by name, and `ingresses`, how many there are; texts are read as YAML. The
+            token may be in the environment, as CASA_TOKEN.
 
     Raises:
         UserError: One is unknown or cannot be.
     """
     given = {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in arguments.items()}
     ingresses = given.pop("ingresses", 1)
-    settings = build(ClusterSettings, given)
+    settings = build(ClusterSettings, {"token": os.environ.get("CASA_TOKEN"), **given})
     if not settings.states:
         raise UserError("states names a folder that all nodes see, where streams' states lie; give one.")
     made = serve.deployment(

@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 
 WAIT_SECONDS = 60.0  # for a replica, where there is none, or none that has room for a stream that moves
 AGAIN_SECONDS = 0.2
-OPEN_SECONDS = 10.0
+OPEN_SECONDS = 3.0  # for a replica to take a connection; one on a node that is gone does not even refuse it
+# a replica is asked so often whether it is there, and left if it does not say so in time: nothing else tells of a node
+# that has lost its power
+PING_SECONDS, PONG_SECONDS = 1.5, 3.0
+USUAL_FPS = 2.0
 GONE = (None, MOVED, 1001, 1006, 1011, 1012)  # how a socket is closed by a replica that ends, or dies
 TOLD = ("caption", "usage")  # events that say that a frame is done with, and all before it
 
@@ -54,13 +58,14 @@ class Relay:
         self._transcript = Transcript(state.limits.captions)
         self._hello: dict[str, Any] = {}
         self._replica: ClientConnection | None = None
+        self._place = ""  # the replica's name
         self._ready = asyncio.Event()  # set while a replica takes messages
         self._begun = monotonic()
         self._sent = self._known = 0  # frames that the client sent; the last one that it was told of
         self._time: float | None = None  # of the next frame, as its sender says
         self._newest: tuple[int, float, bytes] | None = None  # number, place, picture: not told of yet
         self._again = 0  # the number of the last one that was passed on a second time
-        self._questions: deque[str] = deque()  # not answered yet
+        self._questions: deque[str] = deque(maxlen=state.limits.questions)  # not answered yet
         self._paused = False
         self._lost = 0  # frames that earlier replicas dropped, and those that came while there was none
         self._passed = self._watched = 0  # frames that this replica was given, and that it has told of
@@ -145,6 +150,8 @@ class Relay:
     async def _frame(self, data: bytes) -> None:
         self._sent += 1
         time, self._time = self._time, None
+        if self._paused:
+            return
         place = monotonic() - self._begun if time is None else time
         async with self._lock:
             if self._newest is not None and not self._ready.is_set():
@@ -179,6 +186,8 @@ class Relay:
                 code, sentence = await self._listen(self._replica)
                 if sentence is not None or code not in GONE:
                     raise _Ended(code or FAILED, sentence)
+                if code != MOVED:
+                    self._state.replicas.lost(self._place)
                 await self._left()
                 continue
             refused = sentence or refused
@@ -192,7 +201,8 @@ class Relay:
         async with self._lock:
             self._ready.clear()
             self._state.metrics.count("moved")
-            self._moves, self._silent_since = self._moves + 1, monotonic()
+            self._moves += 1
+            self._silent_since = monotonic() if self._silent_since is None else self._silent_since
             pending = self._newest is not None
             self._lost += max(0, self._passed - self._watched - pending)
             self._passed = self._watched = 0
@@ -217,20 +227,19 @@ class Relay:
         """Opens the stream at a replica. None, None if that cannot be reached."""
         hello = self._hello | {
             "token": self._state.secret,
-            "handover": {
-                "stream": self.name,
-                "moved": self._moves > 0,
-                "known": self._known,
-            },
+            "handover": {"stream": self.name, "moved": self._moves > 0, "known": self._known},
         }
+        # before it is open: all streams of a replica that ends choose at once
+        fps = hello.get("fps")
+        self._state.replicas.took(replica.name, fps if isinstance(fps, int | float) else USUAL_FPS)
         try:
             # closed by `_leave`, or by the replica
             opened = await connect(
                 f"ws://{replica.address}/v1/streams",
                 open_timeout=OPEN_SECONDS,
                 close_timeout=1,
-                ping_interval=self._limits.ping_seconds,
-                ping_timeout=self._limits.ping_seconds,
+                ping_interval=PING_SECONDS,
+                ping_timeout=PONG_SECONDS,
                 max_size=2**22,
                 compression=None,
                 proxy=None,
@@ -240,7 +249,7 @@ class Relay:
             return None, None
         try:
             await opened.send(json.dumps(hello))
-            async with asyncio.timeout(OPEN_SECONDS + WAIT_SECONDS):
+            async with asyncio.timeout(WAIT_SECONDS):
                 event = json.loads(await opened.recv())
             if event["type"] != "ready":
                 await opened.wait_closed()
@@ -248,8 +257,7 @@ class Relay:
         except (ConnectionClosed, TimeoutError):
             self._state.replicas.lost(replica.name)
             return None, None
-        self._replica = opened
-        self._state.replicas.took(replica.name, event["fps"])
+        self._replica, self._place = opened, replica.name
         await self._welcome(event)
         return None, None
 
@@ -262,8 +270,8 @@ class Relay:
             self._begun = monotonic()
             await self._tell(event)
         else:
-            since = self._silent_since if self._silent_since is not None else monotonic()
-            about = {"frame": frame, "seconds": round(monotonic() - since, 3), "count": self._moves}
+            silent = 0.0 if self._silent_since is None else monotonic() - self._silent_since
+            about = {"frame": frame, "seconds": round(silent, 3), "count": self._moves}
             await self._tell({"type": "moved", "stream": self.name, **about})
         async with self._lock:
             self._ready.set()
@@ -297,7 +305,7 @@ class Relay:
     async def _note(self, kind: str, event: dict[str, Any]) -> None:
         """What an event says of what is done with."""
         if kind in TOLD or (kind == "error" and "frame" in event):
-            self._known = max(self._known, event["frame"])
+            self._known, self._silent_since = max(self._known, event["frame"]), None
             self._watched += kind != "caption"
             if self._newest is not None and self._newest[0] <= self._known:
                 self._newest = None
