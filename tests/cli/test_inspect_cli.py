@@ -1,5 +1,6 @@
 """`casa inspect` from the command line."""
 
+import json
 import re
 
 import numpy as np
@@ -40,3 +41,30 @@ def test_a_wrong_ending_is_told_before_a_model_is_read(casa, folder, tmp_path):
     assert result.status == 2
     assert result.err.startswith("casa: ")
     assert "ends in .html" in result.err
+
+
+def test_a_set_becomes_tables_and_plots(casa, checkpoint, folder, tmp_path):
+    rows = [
+        {"image": "page.png", "question": "what?", "answers": ["no", "yes"]},
+        {"image": "page.png", "question": "and?", "answer": "so", "needs_picture": False},
+        {"image": "gone.png", "question": "where?", "answer": "here"},
+        {"question": "none?", "answer": "none"},
+    ]
+    data = tmp_path / "qa.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "set"
+    result = casa("inspect", checkpoint, "--data", data, "--root", folder, "--out", out)
+    assert result.status == 0
+    assert [line.rpartition("qa.jsonl:")[2][:2] for line in result.err.splitlines()] == ["3:", "4:"]
+    assert "2 questions" in result.out
+    assert "without-layers=2" in result.out
+    told = json.loads((out / "statistics.json").read_text())
+    assert (told["questions"], told["left_out"], told["tokens"]) == (2, 2, 6)
+    assert "commit" in told
+    assert {path.suffix for path in out.iterdir()} == {".json", ".csv", ".png"}
+
+
+def test_pictures_beside_a_set_are_refused(casa, checkpoint, folder):
+    result = casa("inspect", checkpoint, folder / "page.png", "what?", "--data", "qa.jsonl")
+    assert (result.status, "--data has pictures" in result.err) == (2, True)
+    assert casa("inspect", checkpoint).status == 2

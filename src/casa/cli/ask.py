@@ -43,10 +43,10 @@ def ask(
     print(json_module.dumps({"question": question, "answer": answer}, ensure_ascii=False) if json else answer)
 
 
-def sort_words(words: list[str]) -> tuple[str, list[str], str]:
+def sort_words(words: list[str], verb: str = "ask") -> tuple[str, list[str], str]:
     """The model, the pictures and the question. A model is a name or a folder: a file that comes first is none."""
     if len(words) < 2:
-        raise UserError('ask takes a picture and a question: casa ask casa-tiny page.png "Read line 2."')
+        raise UserError(f'{verb} takes a picture and a question: casa {verb} casa-tiny page.png "Read line 2."')
     *named, question = words
     if len(named) > 1 and not _is_picture(named[0]):
         return named[0], named[1:], question
