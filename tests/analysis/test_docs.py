@@ -42,7 +42,9 @@ def test_the_commands_and_programs_run(tmp_path, monkeypatch, capsys):
     for command in COMMANDS:
         # as small as it can be
         monkeypatch.setattr(sys, "argv", shlex.split(command.replace("--limit 20", "--limit 1")))
-        run()
+        with pytest.raises(SystemExit) as end:
+            run()
+        assert end.value.code == 0, command
     out = capsys.readouterr().out
     assert {"report.html", "film.html", "other.html", "statistics"} < {path.name for path in tmp_path.iterdir()}
     assert "questions" in out

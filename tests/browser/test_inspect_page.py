@@ -78,6 +78,8 @@ def test_a_click_on_a_token_changes_the_overlay(opened, report):
     second = overlay(page)
     assert first != second
     assert "9" in page.inner_text("#heading")
+    if "CASA_SCREENSHOT" in os.environ:
+        page.screenshot(path=os.environ["CASA_SCREENSHOT"], full_page=True)
     # warmest where the numbers are largest: the digit's own cell
     place = next(n for n, token in enumerate(found.tokens) if token.answered)
     row = found.shares.tokens.index(place)  # the second token is written where the first stands
@@ -85,8 +87,6 @@ def test_a_click_on_a_token_changes_the_overlay(opened, report):
     assert max(range(64), key=lambda cell: second[4 * cell + 3]) == int(weights.argmax())
     page.keyboard.press("ArrowLeft")
     assert overlay(page) == first
-    if "CASA_SCREENSHOT" in os.environ:
-        page.screenshot(path=os.environ["CASA_SCREENSHOT"], full_page=True)
 
 
 def test_layers_heads_and_maps_are_chosen(opened, report):

@@ -30,6 +30,10 @@ try:
     from lmms_eval.api.model import lmms  # type: ignore[import-not-found]
 except ImportError:
     lmms: Any = object  # nobody has asked for the class then
+try:
+    from lmms_eval.api.instance import GenerationResult  # type: ignore[import-not-found]
+except ImportError:
+    GenerationResult: Any = None  # before 0.7
 
 log = logging.getLogger("casa.evaluation")
 
@@ -97,9 +101,11 @@ class Casa(lmms):
         """The answer to each request, up to the first of its stop words."""
         return self._each(requests, lambda request: repr(request.args[1]), self._generate)
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """For each request the loss of its continuation, nats per token, and whether greedy decoding says it."""
-        return self._each(requests, lambda request: "", self._score)
+        found = self._each(requests, lambda request: "", self._score)
+        # 0.7 makes words of any pair that comes without a wrapper
+        return found if GenerationResult is None else [GenerationResult(pair) for pair in found]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         raise NotImplementedError("casa answers tasks of one round; leave out those of several.")
