@@ -306,7 +306,7 @@ def evaluate(
     progress: Callable[[str, int, int], None] | None = None,
     **settings: Any,
 ) -> Scores:
-    """Scores a model on the offline tasks, or on questions and answers of one's own.
+    """Scores a model on the offline tasks, on benchmarks by name, or on questions and answers of one's own.
 
     Args:
         eyes: What `load` gives, or the name or folder of a model.

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from casa.data import SourceSettings
+from casa.data.frames import video_frames
 from casa.errors import UserError
 from casa.evaluation.questions import AdaptedRow, AnswerSettings, BadQuestion, read_questions
 from casa.media import VideoWriter
@@ -100,6 +101,19 @@ def test_rows_of_another_form_are_made_known_ones(folder):
     assert found[0].row == {"kind": 3, "task": "qa"}
     assert str(found[1].bad).startswith("The row has no field 'say'")
     assert "it is no object with fields" in str(found[2].bad)
+
+
+def test_a_film_is_decoded_once_for_its_questions(folder, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(
+        "casa.evaluation.questions.video_frames", lambda *given: decoded.append(given) or video_frames(*given)
+    )
+    asked = [
+        {"video": "clip.mp4", "conversations": turns(f"<video>\n{word}?", "No.")} for word in ("Now", "Then", "Ever")
+    ]
+    found = read(folder, *asked)
+    assert len({one.keys for one in found}) == len(decoded) == 1
+    assert len(found) == 3
 
 
 def test_the_same_bytes_are_the_same_picture(folder):

@@ -7,12 +7,13 @@ all questions can be answered in batches.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 from casa.data.formats import Row
+from casa.data.frames import video_frames
 from casa.data.hub import PREFIX, HubRows
 from casa.data.pictures import RowContext
 from casa.data.record import BadRecord, Message, NoRecord, Picture, Record, Text
@@ -21,6 +22,8 @@ from casa.data.settings import Shard, SourceSettings
 from casa.data.shapes import parse_row
 from casa.errors import UserError
 from casa.settings import NonNegative, Positive, Rate, Settings, require
+
+KEPT_FILMS = 4  # whose frames are kept for the next questions about them
 
 
 @dataclass(frozen=True)
@@ -129,20 +132,22 @@ def read_questions(
         UserError: Data that are not there.
     """
     index = 0
+    # questions about one film follow each other
+    frames_of = lru_cache(maxsize=KEPT_FILMS)(video_frames)
     for source, row in rows_of(sources, limit):
         fields: dict[str, Any] = {}
         try:
             if isinstance(row.value, BadRecord):
                 raise row.value
             root = row.folder if source.root is None else Path(source.root).expanduser()
-            context = RowContext(row.origin, source, root, row.members)
+            context = RowContext(row.origin, source, root, row.members, frames_of)
             if adapt is None:
                 record = parse_row(row.value, context)
             else:
                 task = source.subset or Path(row.origin.path).stem
                 record = _adapted(adapt, row.value, task, context)
-                fields = {name: row.value[name] for name in known if name in row.value}
-                fields |= {"task": task} if "task" in known else {}
+                values = {**row.value, "task": task} if isinstance(row.value, Mapping) else {}
+                fields = {name: values[name] for name in known if name in values}
         except BadRecord as bad:
             yield BadQuestion(str(row.origin), bad)
             continue

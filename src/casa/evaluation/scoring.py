@@ -247,7 +247,7 @@ def score_questions(
     for block, bad in _blocks(questions):
         file.add([{"record": one.record, **_why(one.bad)} for one in bad])
         live = [one for one in block if one.is_live and watch is not None]
-        for batch in answers.batches([one for one in block if one not in live] if live else block):
+        for batch in answers.batches([one for one in block if not live or not one.is_live]):
             note(batch, lambda batch=batch: [_spoken(answer) for answer in answers.answer(batch)])
         for one in live:
             note([one], lambda one=one: [_watched(watch, one)])
