@@ -21,9 +21,12 @@ def test_a_busy_machine_slows_all_alike():
 @pytest.mark.slow
 def test_all_take_part(tmp_path):
     tiny_text_model().save_pretrained(tmp_path)
-    settings = DecodeSettings(str(tmp_path), 4, 8, 2, 2, (1, 2), 2, (0, 1), ("fp32", "bf16"), cpu_time=True)
+    settings = DecodeSettings(str(tmp_path), 4, 8, 2, 2, (1, 2), 2, (0, 1), ("int8", "bf16"), cpu_time=True)
     found = bench_decode(settings)
-    assert set(found.figures) == {"fp32", "bf16"}
+    assert set(found.figures) == {"int8", "bf16", "quality"}
+    quality = found.figures["quality"]
+    assert 0 < quality["kl"] < 0.1
+    assert quality["perplexity"] == pytest.approx(quality["perplexity_whole"], rel=0.1)
     parts = found.figures["bf16"]
     assert set(parts) == {"token", "token, 2 rows", "first token of a frame", "prompt"}
     names = {FLOOR, OWN, TEXT, "CASA every 2", "CASA every 2, history 1", ALL, INSERTED}
@@ -34,7 +37,7 @@ def test_all_take_part(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--dtypes", "int3"], "dtypes has 'int3'; choose among: bf16, fp32"),
+        (["--dtypes", "int3"], "dtypes has 'int3'; choose among: bf16, int8, fp32"),
         (["--rows", "0"], "rows are 1 or more"),
     ],
 )

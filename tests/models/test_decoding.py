@@ -87,8 +87,6 @@ def test_families_and_placements(kind, fusion, ways, monkeypatch):
 
 @pytest.mark.parametrize("inputs", [PROMPT.inputs(), as_batch(ROWS), as_batch(ROWS[1:2])], ids=["one", "rows", "text"])
 def test_variants(fusion, inputs, ways, monkeypatch):
-    if fusion.get("history") or fusion.get("method") == "insertion":
-        pytest.skip("goes through the modules")
     both_ways(tiny_casa(**fusion), inputs, ways, monkeypatch)
 
 
@@ -107,6 +105,10 @@ def test_variants(fusion, inputs, ways, monkeypatch):
         "cross replace",
         "cross sample",
         "replace sample",
+        "history 1",
+        "history all",
+        "replace history",
+        "cross history",
     ]
 )
 def fusion(request):

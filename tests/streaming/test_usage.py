@@ -75,6 +75,8 @@ def test_a_bound_on_text_holds_for_ever(forgetting):
     """Text never exceeds the bound, and nothing is held but it, its room, the visible frames and their window."""
     session = StreamingSession(forgetting, tiny_processor(), max_text_tokens=32, max_new_tokens=3)
     text, window = token_bytes(forgetting)
+    # with history, keys are also held as the open window sees them
+    twice = 1.5 if forgetting.fusion.history else 1
     seen = 0
     for number in range(24):
         session.step(FRAMES[number % len(FRAMES)])
@@ -83,7 +85,7 @@ def test_a_bound_on_text_holds_for_ever(forgetting):
         assert usage.text_tokens <= 32
         assert usage.image_tokens == 6 * min(number + 1, 1 + forgetting.fusion.history)
         assert usage.cache_bytes <= usage.text_tokens * text + (usage.image_tokens + 6) * window
-        held = (usage.text_tokens + usage.text_tokens // ROOM) * text + (usage.image_tokens + NEAR) * window
+        held = (usage.text_tokens + usage.text_tokens // ROOM) * text + (usage.image_tokens + NEAR) * window * twice
         assert usage.held_bytes <= held
     assert seen > 24, "the bound was reached"
 

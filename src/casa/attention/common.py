@@ -12,7 +12,8 @@ from torch import Tensor
 from casa.windows import WindowLayout
 
 TurnKeys = Callable[[Tensor, int], Tensor]
-"""Keys (n, Hkv, D) of an earlier window, and how many text tokens further back its start lies (negative)."""
+"""Keys (n, Hkv, D) of an earlier window, and how many text tokens further back its start lies (negative). If it has a
+method `each(keys, distances)`, int64 (n,), that is called once for the keys of all windows."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,22 @@ class AttentionInputs:
         """Image keys of windows, each turned: `copies` holds (window, delta)."""
         if self.turn is None or not copies:
             return []
-        images = self.image_key.split([window.num_image for window in self.layout.windows])
-        return [self.turn(images[window], delta) for window, delta in copies]
+        device = self.image_key.device
+        if (each := getattr(self.turn, "each", None)) is None:
+            images = self.image_key.split([window.num_image for window in self.layout.windows])
+            return [self.turn(images[window], delta) for window, delta in copies]
+        device = self.image_key.device
+        gather, distances = self.layout.cached(("turned", copies, device), lambda: self._turns(copies, device))
+        return [each(gather(self.image_key), distances)]
+
+    def _turns(self, copies: tuple[tuple[int, int], ...], device: torch.device) -> "tuple[RowGather, Tensor]":
+        """The image rows that are copied, and int64 (n,), how far each is turned."""
+        windows = self.layout.windows
+        rows = [torch.arange(windows[window].image_start, windows[window].image_stop) for window, _ in copies]
+        distances = [torch.full((windows[window].num_image,), delta) for window, delta in copies]
+        index = torch.cat(rows)
+        gather = RowGather.of(index, torch.ones_like(index, dtype=torch.bool), self.layout.num_image)
+        return gather.to(device), torch.cat(distances).to(device)
 
     def request(self) -> AttentionRequest:
         tensors = (self.query, self.text_key, self.text_value, self.image_key, self.image_value)

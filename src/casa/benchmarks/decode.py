@@ -25,10 +25,12 @@ from casa.benchmarks.settings import DecodeSettings
 from casa.models import CasaForConditionalGeneration, FusionConfig, adapt
 from casa.models.auto import pick_device
 from casa.models.backbone_source import load_backbone
+from casa.models.int8 import to_int8
 from casa.models.modeling_casa import new_backbone
 from casa.vision import new_encoder
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "int8": torch.bfloat16, "fp32": torch.float32}
+SAID = 256  # tokens on which int8 weights are compared with whole ones
 PROMPT = 64  # tokens of text before the frame
 BEFORE = 2  # frames before it, which history shows
 FLOOR, OWN, TEXT = "all matrices once", "transformers", "CASA, no image"
@@ -41,8 +43,9 @@ Run = Callable[[], float]
 class Contestants:
     """Models over one backbone, and what is timed of them. Weights that need not differ are shared."""
 
-    def __init__(self, settings: DecodeSettings, dtype: torch.dtype) -> None:
+    def __init__(self, settings: DecodeSettings, kind: str) -> None:
         torch.manual_seed(settings.seed)
+        self.kind, dtype = kind, DTYPES[kind]
         self.settings, self.device = settings, pick_device(settings.device)
         self.own = _backbone(settings).to(dtype).to(self.device).eval()
         fusions = {
@@ -60,7 +63,8 @@ class Contestants:
         tower = Qwen2_5_VLVisionConfig(
             depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=128, fullatt_block_indexes=[0]
         )
-        return adapt(copy.deepcopy(self.own), fusion, new_encoder(tower)).to(self.device, dtype).eval()
+        model = adapt(copy.deepcopy(self.own), fusion, new_encoder(tower)).to(self.device, dtype).eval()
+        return to_int8(model) if self.kind == "int8" else model
 
     def ids(self, rows: int, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(length)
@@ -109,9 +113,11 @@ class Contestants:
 
         return run
 
-    def prefill(self, model: PreTrainedModel, framed: bool) -> Run:
-        """Milliseconds of a whole prompt, without an image or with one before it."""
+    def prefill(self, model: PreTrainedModel, framed: bool, at: int = 0) -> Run:
+        """Milliseconds of a whole prompt, without an image or with one before its token `at`."""
         images, ids = self.frame(1) if framed else {}, self.ids(1, self.settings.prompt)
+        if framed:
+            images["image_positions"][:, 1] = at
         return lambda: self.timed(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1, **images))
 
     def floor(self, rows: int) -> Run:
@@ -123,6 +129,25 @@ class Contestants:
             return self.timed(lambda: [F.linear(inputs[w.shape[1]], w) for w in weights])
 
         return run
+
+    def quality(self) -> Figures:
+        """Of int8 weights beside whole ones, on text that the backbone says by itself, drawn at temperature 1.
+
+        agreement: share of places at which the likeliest token is the same. kl: of their probabilities, in nats.
+        """
+        torch.manual_seed(self.settings.seed)
+        start = torch.tensor([[self.own.config.bos_token_id or 0]], device=self.device)
+        said: Any = self.own.generate(start, max_new_tokens=SAID, do_sample=True, top_k=0, eos_token_id=None)  # type: ignore[operator]
+        model = self.models[EVERY.format(self.settings.every)]
+        whole, rounded = (of(input_ids=said).logits[0, :-1].float().log_softmax(-1) for of in (self.own, model))
+        each = said[0, 1:, None]
+        return {
+            "tokens": len(each),
+            "agreement": float((whole.argmax(-1) == rounded.argmax(-1)).float().mean()),
+            "kl": float((whole.exp() * (whole - rounded)).sum(-1).mean()),
+            "perplexity": float((-rounded.gather(1, each)).mean().exp()),
+            "perplexity_whole": float((-whole.gather(1, each)).mean().exp()),
+        }
 
     def timed(self, work: Callable[[], object]) -> float:
         begun = self.now()
@@ -154,13 +179,22 @@ def _backbone(settings: DecodeSettings) -> PreTrainedModel:
 
 @torch.inference_mode()
 def bench_decode(settings: DecodeSettings) -> Benchmark:
-    """Every contestant in turn, `rounds` times, for every dtype: tokens, then first tokens, then prompts."""
+    """Every contestant in turn, `rounds` times, for every dtype: tokens, then first tokens, then prompts.
+
+    Under int8, CASA and insertion have such weights, and transformers' own bf16.
+    """
     figures: Figures = {}
     tables = []
     for kind in settings.dtypes:
-        made = Contestants(settings, DTYPES[kind])
+        made = Contestants(settings, kind)
         figures[kind] = _measured(made)
         tables.append(f"{kind}\n{decode_table(figures[kind])}")
+        if kind == "int8":
+            found = figures["quality"] = made.quality()
+            tables.append(
+                "int8 beside whole weights: the likeliest token is the same at {agreement:.1%} of {tokens} places, "
+                "perplexity {perplexity:.3f} beside {perplexity_whole:.3f}, {kl:.5f} nats apart".format(**found)
+            )
     told = {name: value for name, value in vars(settings).items() if name not in ("backbone", "device")}
     told = {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
     return Benchmark("decode", told, figures, "\n\n".join(tables), pick_device(settings.device), settings.backbone)
@@ -183,6 +217,7 @@ def _measured(made: Contestants) -> Figures:
     found["first token of a frame"] = summary(runs, settings.rounds)
     runs = {OWN: made.prefill(own, framed=False), TEXT: made.prefill(every, framed=False)}
     runs |= {name: made.prefill(model, framed=True) for name, model in made.models.items()}
+    runs[f"{EVERY.format(settings.every)}, frame last"] = made.prefill(every, framed=True, at=settings.prompt - 1)
     found["prompt"] = summary(runs, settings.rounds)
     return found
 

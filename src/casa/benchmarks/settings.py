@@ -11,7 +11,7 @@ from casa.errors import UserError
 from casa.settings import Bounds, NonNegative, Positive, Settings, require
 
 PARTS = ("memory", "throughput", "packing")
-WEIGHTS = ("bf16", "fp32")
+WEIGHTS = ("bf16", "int8", "fp32")
 METHODS = ("casa", "before", "replace", "update_images", "cross_attention", "insertion")
 
 Model = Annotated[str, "A checkpoint's folder, or casa-tiny."]

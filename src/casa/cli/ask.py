@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from casa.cli.options import Device, ImageCache, Json, Temperature, TopK, TopP, writable
+from casa.cli.options import Device, ImageCache, Json, Temperature, TopK, TopP, Weights, writable
 from casa.errors import UserError
 
 
@@ -15,6 +15,7 @@ def ask(
         list[str], typer.Argument(metavar="[MODEL] PICTURE... QUESTION", help="MODEL is casa-tiny if left out.")
     ],
     device: Device = "auto",
+    weights: Weights = "own",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -38,7 +39,7 @@ def ask(
     Sampling(temperature, top_k, top_p)
     images = [open_picture(picture) for picture in pictures]
     drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    eyes = load(name, device=device, image_cache=image_cache)
+    eyes = load(name, device=device, weights=weights, image_cache=image_cache)
     answer = eyes.ask(images, question, max_new_tokens=max_new_tokens, **drawn)
     print(json_module.dumps({"question": question, "answer": answer}, ensure_ascii=False) if json else answer)
 

@@ -23,6 +23,7 @@ from casa.cli.options import (
     Temperature,
     TopK,
     TopP,
+    Weights,
     console,
     pairs,
 )
@@ -100,6 +101,7 @@ def evaluate(
     subset: Subset = None,
     image_cache: ImageCache = "off",
     device: Device = "auto",
+    weights: Weights = "own",
     json: Json = False,
     out: Out = None,
 ) -> None:
@@ -135,9 +137,10 @@ def evaluate(
             raise UserError("--judge is for --data or benchmarks; name them, or leave --judge out.")
     told: dict[str, Any] = {"eval": model, "seed": seed, **({} if data is None else {"data": data})}
     told |= {"ablate": ablate} if ablate else {}
+    told |= {} if weights == "own" else {"weights": weights}
     scores: dict[str, Any] = {}
     summaries: dict[str, Summary] = {}
-    eyes = casa.load(model, device=device, image_cache=image_cache)
+    eyes = casa.load(model, device=device, weights=weights, image_cache=image_cache)
     for name in names:
         if name in OFFLINE:
             how = {"seed": seed, "limit": 200 if limit is None else limit, "largest": largest, "ablate": ablate or ()}

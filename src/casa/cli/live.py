@@ -23,6 +23,7 @@ from casa.cli.options import (
     Temperature,
     TopK,
     TopP,
+    Weights,
 )
 from casa.errors import UserError
 
@@ -81,6 +82,7 @@ def caption(
     ] = False,
     save_every: Annotated[float, typer.Option(help="Seconds between saved states; 0: after every frame.")] = 5.0,
     device: Device = "auto",
+    weights: Weights = "own",
 ) -> None:
     """Caption a video file, a folder of pictures, camera:0, screen, an rtsp:// or http:// address, or - (a pipe).
 
@@ -117,6 +119,7 @@ def caption(
             ),
             *(words or ["casa-tiny"]),
             device=device,
+            weights=weights,
             cluster=cluster,
         )
         return
@@ -158,7 +161,7 @@ def caption(
             report = run(
                 request,
                 name,
-                lambda known: load_pretrained(known, device),
+                lambda known: load_pretrained(known, device, weights),
                 lambda at, text: print(f"{at:8.2f} s  {text}", flush=True),
                 report=report,
                 stop=stop,
@@ -175,7 +178,7 @@ def caption(
         raise typer.Exit(stop.exit_status)
 
 
-def _caption_batch(request: "BatchRequest", model: str, device: str, cluster: str | None) -> None:
+def _caption_batch(request: "BatchRequest", model: str, device: str, weights: str, cluster: str | None) -> None:
     from casa.captioning.batch import BatchReport, caption_batch
     from casa.pipeline import load
 
@@ -186,7 +189,7 @@ def _caption_batch(request: "BatchRequest", model: str, device: str, cluster: st
             print(f"\r{report.sentence():<79}", end="", file=sys.stderr, flush=True)
 
     # a picture that two records ask about is looked at once
-    report = caption_batch(request, model, partial(load, device=device), tell, cluster)
+    report = caption_batch(request, model, partial(load, device=device, weights=weights), tell, cluster)
     print(f"{chr(13) if shown else ''}{report.sentence():<79}".rstrip() + f": {request.out}", file=sys.stderr)
 
 
@@ -236,6 +239,7 @@ def serve(
         int | None, typer.Option(min=1, help="With --replicas: up to so many, as streams ask for.")
     ] = None,
     device: Device = "auto",
+    weights: Weights = "own",
 ) -> None:
     """Serve live captions, an OpenAI-compatible chat, and a page to try both in.
 
@@ -273,13 +277,14 @@ def serve(
             image_cache=image_cache,
             limits=(*(limit or ()), *([] if sessions is None else [f"sessions={sessions}"])),
             device=device,
+            weights=weights,
             gpus=share_of_gpus(device, most),
             threads=max(1, (os.cpu_count() or 1) // most),
         )
         with on_this_machine(settings) as app:
             _run(Server(app, host, port), name)
         return
-    loaded, processor = load_pretrained(model, device)
+    loaded, processor = load_pretrained(model, device, weights)
     app = create_app(
         loaded,
         processor,

@@ -1,7 +1,7 @@
 """Options that have one meaning for every verb, and what verbs print and read alike."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -50,6 +50,9 @@ def console(width: int = 160) -> "Console":
 
 Model = Annotated[str, typer.Argument(help="A checkpoint's folder, or casa-tiny.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Weights = Annotated[
+    Literal["own", "int8"], typer.Option(help="own: as they were saved; int8: smaller and faster, nearly the same.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 ImageCache = Annotated[
     str, typer.Option(metavar="WHERE", help="Pictures that were looked at are kept in: memory, a folder, or off.")

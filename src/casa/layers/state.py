@@ -12,6 +12,7 @@ decoding step writes one slot and copies nothing.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -35,11 +36,16 @@ class WindowExtent:
 
 @dataclass
 class LayerWindow:
-    """Keys and values of one CASA layer, each (B, Hkv, I + capacity, D); `images` is I."""
+    """Keys and values of one CASA layer, each (B, Hkv, I + capacity, D); `images` is I.
+
+    Image keys are turned from the start of their own window. seen: with history, the same keys with those of earlier
+    windows turned as the open one sees them; made when its first token is decoded, and text is written to both.
+    """
 
     key: Tensor
     value: Tensor
     images: int
+    seen: Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -48,13 +54,22 @@ class LayerWindow:
     def unlock(self) -> None:
         """Copies buffers that were made in inference mode: torch forbids writing into those outside of it."""
         if self.key.is_inference() and not torch.is_inference_mode_enabled():
-            self.key, self.value = self.key.clone(), self.value.clone()
+            self.key, self.value, self.seen = self.key.clone(), self.value.clone(), None
 
     def grow(self) -> None:
         """Doubles the room for text."""
         room = max(16, self.capacity)
         self.key = torch.nn.functional.pad(self.key, (0, 0, 0, room))
         self.value = torch.nn.functional.pad(self.value, (0, 0, 0, room))
+        self.seen = None
+
+    def seen_key(self, turn: Callable[[Tensor], Tensor]) -> Tensor:
+        """`seen`, made by turning image keys (B * I, Hkv, D) if it is not there."""
+        if self.seen is None:
+            rows, images = self.key.shape[0], self.key[:, :, : self.images].transpose(1, 2)
+            turned = turn(images.flatten(0, 1)).unflatten(0, (rows, -1)).transpose(1, 2)
+            self.seen = torch.cat([turned, self.key[:, :, self.images :]], dim=2)
+        return self.seen
 
 
 @dataclass
@@ -81,6 +96,19 @@ class WindowState:
     def text_tokens(self) -> list[int]:
         """Text tokens of the current window, per row."""
         return [row[-1].text if row else 0 for row in self.windows]
+
+    @property
+    def image_distances(self) -> list[int]:
+        """For every image slot, row by row, how many text tokens before the open window its own starts; 0 if empty."""
+        found: list[int] = []
+        slots = max(self.image_tokens, default=0) if not self.layers else self.layers[0].images
+        for row in self.windows:
+            back, own = 0, []
+            for window in reversed(row):
+                back += 0 if window is row[-1] else window.text
+                own = [-back] * window.images + own
+            found += own + [0] * (slots - len(own))
+        return found
 
     @property
     def image_bytes(self) -> int:
@@ -116,3 +144,4 @@ class WindowState:
         for layer in self.layers:
             index = rows.to(layer.key.device)
             layer.key, layer.value = layer.key[index], layer.value[index]
+            layer.seen = None if layer.seen is None else layer.seen[index]

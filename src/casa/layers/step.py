@@ -60,21 +60,35 @@ Rotary = Callable[[Tensor], Rotation]
 """int64 positions, (T,) or one row per axis (axes, T) -> the rotation of T tokens."""
 
 
-def turner(rotary: Rotary | None) -> Callable[[Tensor, int], Tensor]:
-    """A function that moves already rotated keys (n, H, D) by a whole number of positions.
+class Turner:
+    """Moves already rotated keys (n, H, D) by whole numbers of positions.
 
     Rotations add up, so a key at position p turned by d is the key at p + d. The scale that some rotary
     rules put on cos and sin is already in the key and is divided out. Keys without rotary positions stay.
     """
 
-    def turn(key: Tensor, distance: int) -> Tensor:
-        if distance == 0 or rotary is None:
-            return key
-        both = rotary(torch.tensor([0, distance], device=key.device))
-        scale = both.cos[:1, :1]
-        return Rotation(both.cos[1:] / scale, both.sin[1:] / scale, both.neighbours)(key)
+    def __init__(self, rotary: Rotary | None) -> None:
+        self._rotary = rotary
+        self._made: tuple[Tensor, Rotation] | None = None
 
-    return turn
+    def __call__(self, key: Tensor, distance: int) -> Tensor:
+        """All by one distance."""
+        return key if distance == 0 else self.each(key, torch.tensor([distance], device=key.device))
+
+    def each(self, key: Tensor, distances: Tensor) -> Tensor:
+        """Every key by its own, int64 (n,). The rotation is made once for all layers that bring the same tensor."""
+        if self._rotary is None:
+            return key
+        if self._made is None or self._made[0] is not distances:
+            both = self._rotary(torch.cat([distances.new_zeros(1), distances]))
+            scale = both.cos[:1, :1]
+            self._made = distances, Rotation(both.cos[1:] / scale, both.sin[1:] / scale, both.neighbours)
+        return self._made[1](key)
+
+
+def turner(rotary: Rotary | None) -> Turner:
+    """What moves keys of this rotary."""
+    return Turner(rotary)
 
 
 AttentionRecorder = Callable[[int, Tensor, Tensor, Tensor, WindowLayout], None]
@@ -125,7 +139,7 @@ class PackedStep:
         self.tokens: Tensor | None = self.plan.tokens
         device = self.plan.new_images.device
         self.sees_image = None if bool(layout.sees_image.all()) else layout.on(device, "sees_image")
-        self._turners = [turner(rotary) if rotary is not None and layout.history else None for rotary in self.rotary]
+        self._turners = _per_rotary(self.rotary, Turner) if layout.history else [None] * len(self.rotary)
         text = layout.on(device, "text_position")[layout.on(device, "query_index")]
         image = layout.on(device, "image_position")[self.plan.new_images]
         if self.image_grid is not None:
@@ -218,6 +232,10 @@ class DecodeStep:
     attend: str = "both"
 
     def __post_init__(self) -> None:
+        self._turners: list[Callable[[Tensor], Tensor] | None] = [None] * len(self.rotary)
+        if any(distances := self.state.image_distances):
+            back = torch.tensor(distances, device=self.device)
+            self._turners = _per_rotary(self.rotary, lambda rotary: partial(Turner(rotary).each, distances=back))
         text, images = self.state.text_tokens, self.state.image_tokens
         self.tokens: Tensor | None = None
         self.sees_image = None if all(images) else torch.tensor([n > 0 for n in images], device=self.device)
@@ -246,27 +264,30 @@ class DecodeStep:
         rotation = self._rotations[layer]
         if rotation is not None:
             query = rotation(query)
-        stop = window.images
+        stop, turn = window.images, self._turners[layer]
         if key is not None and value is not None:
             if rotation is not None:
                 key = rotation(key)
             window.unlock()
             while self._longest >= window.capacity:
                 window.grow()
-            if self._same is not None:
-                window.key[:, :, stop + self._same] = key
-                window.value[:, :, stop + self._same] = value
-            else:
-                window.key[self._rows, :, stop + self._text] = key
-                window.value[self._rows, :, stop + self._text] = value
+            where = stop + self._text
+            held = [(window.key, key), (window.value, value)]
+            held += [] if turn is None else [(window.seen_key(turn), key)]
+            for buffer, new in held:
+                if self._same is not None:
+                    buffer[:, :, stop + self._same] = new
+                else:
+                    buffer[self._rows, :, where] = new
             stop += self._longest + 1
         if stop == 0:  # only images are keys, and no row has one
             return torch.zeros_like(query)
-        heads = window.key.shape[1]
+        keys = window.key if turn is None else window.seen_key(turn)
+        heads = keys.shape[1]
         # the query heads of a key head are queries of one attention: no key is copied
         grouped = query.unflatten(1, (heads, -1))
         out = F.scaled_dot_product_attention(
-            grouped, window.key[:, :, :stop], window.value[:, :, :stop], attn_mask=self._mask, scale=scale
+            grouped, keys[:, :, :stop], window.value[:, :, :stop], attn_mask=self._mask, scale=scale
         )
         return out.flatten(1, 2)
 
@@ -275,11 +296,10 @@ class DecodeStep:
         self.state.windows = [[*row[:-1], row[-1].longer(1)] for row in self.state.windows]
 
     @staticmethod
-    def possible(state: WindowState | None, valid: Tensor, history: int) -> bool:
+    def possible(state: WindowState | None, valid: Tensor) -> bool:
         """Whether a call over `valid` (B, L) without new images is one token per row in an open window."""
         return (
             state is not None
-            and history == 0
             and not torch.is_grad_enabled()
             and valid.shape[1] == 1
             and len(state.layers) > 0

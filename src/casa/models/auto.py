@@ -12,21 +12,29 @@ from casa.models.configuration_casa import CasaConfig
 from casa.models.image_processing_casa import (
     image_processor_for,
 )
+from casa.models.int8 import WEIGHTS, to_int8
 from casa.models.loading import find_file, place_of, quietly, read_config, read_json, read_text, reading, resolve
 from casa.models.modeling_casa import CasaForConditionalGeneration
 from casa.models.processing_casa import IMAGE_TOKEN, CasaProcessor
+from casa.settings import near
 
 
-def load_pretrained(name: Any, device: str = "auto") -> tuple[CasaForConditionalGeneration, CasaProcessor]:
+def load_pretrained(
+    name: Any, device: str = "auto", weights: str = "own"
+) -> tuple[CasaForConditionalGeneration, CasaProcessor]:
     """Model (in evaluation mode) and processor; transformers' progress bars and reports are left out meanwhile.
 
+    weights: "own", as they were saved, or "int8" (`casa.models.int8`).
     Raises UserError for a model that is not there, or a device that this machine does not have.
     """
     chosen = pick_device(device)
+    if weights not in WEIGHTS:
+        raise UserError(f"weights is {weights!r}; {near(weights, WEIGHTS, 'choose one of')}", field="weights")
     with quietly(reports=False):
         model = CasaForConditionalGeneration.from_pretrained(name)
         processor = CasaProcessor.from_pretrained(name)
-    return model.to(torch.device(chosen)).eval(), processor
+    model = model.to(torch.device(chosen)).eval()
+    return (to_int8(model) if weights == "int8" else model), processor
 
 
 def pick_device(device: str) -> str:

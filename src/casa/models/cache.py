@@ -256,6 +256,7 @@ class CasaCache(Cache):
         tensors = self._text_tensors()
         if self.windows is not None:
             tensors += [t for layer in self.windows.layers for t in (layer.key, layer.value)]
+            tensors += [layer.seen for layer in self.windows.layers if layer.seen is not None]
         if self.stream is not None:
             tensors += [self.stream.mask, self.stream.next_position, self.stream.images]
         storages = [tensor.untyped_storage() for tensor in tensors]

@@ -33,7 +33,7 @@ class FusionConfig:
     output: how a layer's output projection starts: "copy" of the block's, or "zero", so that the layer adds nothing
         at first.
     split, history: what a window is and how many earlier ones stay visible (see WindowLayout; D5). With history, the
-        visible windows are joined anew for every generated token, which takes time in proportion to their images.
+        image keys of earlier windows are turned once for every window that sees them, and held twice meanwhile.
     update_images: image tokens pass through the feed-forward network of every block (D4), so deeper layers see
         other image tokens. They still attend to nothing.
     gist: learned tokens behind each image that carry it into later windows; 0 leaves that to the delimiter that the

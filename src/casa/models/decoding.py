@@ -15,6 +15,7 @@ On a CPU one row goes through `mv` and a few through W x^T: `linear` takes half 
 What has to go through the modules is told by `PreparedDecoder.refusal`.
 """
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -30,9 +31,11 @@ from casa.models.backbones import Decoder
 from casa.models.cache import CasaCache, GrowingLayer
 from casa.models.configuration_casa import FusionConfig
 from casa.models.fusion import ReplacedSelfAttention, is_own_hook
+from casa.models.int8 import Int8Linear, int8_product
 
 # blocks of transformers that are x + attention(norm(x)), then x + feed-forward(norm(x))
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Helium", "Qwen2VL", "Qwen2_5_VL", "Qwen3VLText")
+PLAIN_NORMS = frozenset(f"{family}RMSNorm" for family in FAMILIES) - {"HeliumRMSNorm"}
 Layers = Sequence[CasaAttention | None]
 FEW = 32  # rows up to which reading a matrix takes longer than multiplying it
 
@@ -43,16 +46,20 @@ class Matrix:
     def __init__(self, *modules: nn.Module) -> None:
         linear = [cast(nn.Linear, module) for module in modules]
         self.weight = joined([module.weight for module in linear])
+        is_int8 = isinstance(modules[0], Int8Linear)
+        self.scale = joined([cast(Int8Linear, module).scale for module in modules]) if is_int8 else None
         biases = [module.bias for module in linear if module.bias is not None]
         self.bias = joined(biases) if biases else None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """What is found, with the residual (B, N) added if there is one."""
         weight, bias = self.weight, self.bias
-        if len(x) == 1 and x.device.type == "cpu":
+        if self.scale is not None:
+            found = int8_product(x, weight, self.scale, bias)
+        elif len(x) == 1 and x.device.type == "cpu":
             plus = bias if residual is None else residual[0] if bias is None else residual[0] + bias
             return (torch.mv(weight, x[0]) if plus is None else torch.addmv(plus, weight, x[0]))[None]
-        if len(x) <= FEW and x.device.type == "cpu":
+        elif len(x) <= FEW and x.device.type == "cpu":
             # attention wants its heads' channels side by side
             found = torch.mm(weight, x.t()).t().contiguous()
             found = found if bias is None else found + bias
@@ -62,7 +69,8 @@ class Matrix:
 
     def rows(self, start: int) -> "Matrix":
         """The same matrix from a row on."""
-        found = object.__new__(Matrix)
+        found = copy.copy(self)
+        found.scale = None if self.scale is None else self.scale[start:]
         found.weight, found.bias = self.weight[start:], None if self.bias is None else self.bias[start:]
         return found
 
@@ -136,7 +144,7 @@ class Block:
         get = block.get_submodule
         self.index, self.number, self.gate = index, number, None if layer is None else layer.gate
         self.placement = fusion.placement if number is not None else ""
-        self.norms = get("input_layernorm"), get("post_attention_layernorm")
+        self.norms = Norm(get("input_layernorm")), Norm(get("post_attention_layernorm"))
         self.text = Heads(get("self_attn"), fusion.attend != "image" or self.placement != "replace")
         self.window = None if number is None else self.text if layer is None else Heads(layer, fusion.attend != "image")
         self.is_joint = layer is not None and self.placement == "parallel"
@@ -155,8 +163,8 @@ class Block:
         """(B, d) -> (B, d)"""
         looks = call.step is not None and self.window is not None
         if looks and self.placement == "before":
-            x = self._looked(x, self._window_heads(self._normed(0, x)), call)
-        hidden = self._normed(0, x)
+            x = self._looked(x, self._window_heads(self.norms[0](x)), call)
+        hidden = self.norms[0](x)
         if self.placement == "replace":
             x = self._looked(x, self._window_heads(hidden), call)
         else:
@@ -172,11 +180,8 @@ class Block:
             x = self.text.output(self._attended(query, cast(Tensor, key), cast(Tensor, value), call), x)
             if both:
                 x = self._looked(x, (query, key, value) if window is None else window, call)
-        gate, up = self.gate_up(self._normed(1, x)).chunk(2, dim=-1)
+        gate, up = self.gate_up(self.norms[1](x)).chunk(2, dim=-1)
         return self.down(self.act(gate) * up, x)
-
-    def _normed(self, which: int, x: Tensor) -> Tensor:
-        return self.norms[which].forward(x)
 
     def _window_heads(self, hidden: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         window = cast(Heads, self.window)
@@ -220,6 +225,23 @@ class Block:
         return x + update if tokens is None else x.index_add(0, tokens, update)
 
 
+class Norm:
+    """A root mean square norm (B, d). One row on a CPU takes half the module's steps, with the same roundings."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        # Helium rounds once
+        self.is_plain = type(module).__name__ in PLAIN_NORMS
+
+    def __call__(self, x: Tensor) -> Tensor:
+        module = cast(Any, self.module)
+        if not self.is_plain or len(x) > 1 or x.device.type != "cpu" or x.dtype == torch.float64:
+            return module.forward(x)
+        wide = x[0].float()
+        factor = (float(wide.dot(wide)) / len(wide) + module.variance_epsilon) ** -0.5
+        return (module.weight * (wide * factor).to(x.dtype))[None]
+
+
 class Turn:
     """A rotation of one token per row, with the signs in the sines: `Rotation` in fewer steps."""
 
@@ -256,7 +278,7 @@ class PreparedDecoder:
                 Block(block, index, at := number.get(index), None if at is None else layers[at], fusion)
                 for index, block in enumerate(decoder.blocks)
             ]
-            self._norm = decoder.stack.get_submodule("norm")
+            self._norm = Norm(decoder.stack.get_submodule("norm"))
             # joining has moved them
             self._watch.note()
 
@@ -294,7 +316,7 @@ class PreparedDecoder:
         x = embeds.flatten(0, 1)
         for block in self._blocks:
             x = block(x, call)
-        return self._norm.forward(x).unflatten(0, (rows, length))
+        return self._norm(x).unflatten(0, (rows, length))
 
 
 class Watch:
@@ -313,7 +335,7 @@ class Watch:
         self._parts = [
             (held, name, part)
             for owner in self._owners
-            for held in (owner["_modules"], owner["_parameters"])
+            for held in (owner["_modules"], owner["_parameters"], owner["_buffers"])
             for name, part in held.items()
         ]
         tensors = [part for _, _, part in self._parts if isinstance(part, Tensor)]
@@ -364,7 +386,8 @@ def refusal(decoder: Decoder, layers: Layers) -> str | None:
     pairs += [(layer, ATTENTION) for layer in own]
     linear = [(name, root.get_submodule(name)) for root, names in pairs for name in names]
     for name, module in linear:
-        if not is_its_weight(module) or type(module.weight.data) is not Tensor or module.weight.is_meta:
+        whole = type(module) is Int8Linear or is_its_weight(module)
+        if not whole or type(module.weight.data) is not Tensor or module.weight.is_meta:
             return f"{name} is more than its weight: a {type(module).__name__}"
     for alike in (ATTENTION[:3], FEED_FORWARD[:2]):
         if len({module.bias is None for name, module in linear if name.endswith(alike)}) > 1:
@@ -387,11 +410,11 @@ def prepared(decoder: Decoder, fusion: FusionConfig, chosen: Sequence[int], laye
         return found
 
 
-def few_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
-    """(B, L, V) from the stack's output (B, L, d), by `Matrix` where the head is no more than one."""
-    head = decoder.model.get_output_embeddings()  # type: ignore[operator]
+def short_logits(decoder: Decoder, hidden: Tensor, goes_on: bool) -> Tensor:
+    """(B, L, V) from the stack's output (B, L, d); by `Matrix` for few tokens that go on in a text."""
+    head: Any = decoder.model.get_output_embeddings()  # type: ignore[operator]
     whole = type(decoder).logits is Decoder.logits and is_its_weight(head) and type(head.weight.data) is Tensor
-    if torch.is_grad_enabled() or not whole or is_autocast():
+    if not (goes_on and whole) or hidden.shape[0] * hidden.shape[1] > FEW or torch.is_grad_enabled() or is_autocast():
         return decoder.logits(hidden)
     return Matrix(head)(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
 

@@ -25,7 +25,7 @@ from casa.models.backbone_source import save_added, with_backbone
 from casa.models.backbones import Decoder, InsertionVLM, decoder_of, family_of
 from casa.models.cache import CasaCache
 from casa.models.configuration_casa import CasaConfig
-from casa.models.decoding import few_logits
+from casa.models.decoding import short_logits
 from casa.models.fusion import fuse
 from casa.models.generation import CasaGenerativeModel
 from casa.models.inputs import ImageTokens, count_tokens, read_image_places, read_text_inputs
@@ -448,8 +448,7 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
         if cache is not None:
             cache.count(text.mask, places, *embeds.shape[:2])
         hidden = cast(Tensor, output.last_hidden_state)
-        count = kwargs.get("num_items_in_batch")
-        logits = loss = None
+        logits, loss, count = None, None, kwargs.get("num_items_in_batch")
         if labels is not None:
             labels = within_samples(labels, text.sample_starts)
         if labels is not None and self.loss_chunk is not None:
@@ -457,9 +456,8 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
             loss = chunked_cross_entropy(before, wanted, self.decoder.logits, self.loss_chunk, count)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            is_token = embeds.shape[1] == 1 and cache is not None and cache.num_text > 1
-            to_logits = partial(few_logits, self.decoder) if is_token else self.decoder.logits
-            logits = to_logits(hidden[:, keep])
+            goes_on = cache is not None and cache.num_text > hidden.shape[1]
+            logits = short_logits(self.decoder, hidden[:, keep], goes_on)
             if labels is not None:
                 count = at_least_one((labels[:, 1:] != IGNORE_INDEX).sum() if count is None else count, logits.device)
                 size = self.config.get_text_config().vocab_size
@@ -490,8 +488,7 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
         if not found or len(found) != len(blocks) - len(replaced):
             return cast("tuple[torch.FloatTensor, ...] | None", found)
         rest = iter(found)
-        entries = tuple(None if block in replaced else next(rest) for block in blocks)
-        return cast("tuple[torch.FloatTensor, ...]", entries)
+        return cast("tuple[torch.FloatTensor, ...]", tuple(None if b in replaced else next(rest) for b in blocks))
 
     @torch.compiler.disable(reason="makes a cache of lists that grow")
     def _cache_for(self, given: Cache | None, use_cache: bool | None) -> CasaCache | None:

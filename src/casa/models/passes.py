@@ -158,7 +158,7 @@ class FusionLayers:
         else:
             rotaries = decoder.rotaries(self.blocks, device, decoder.dtype)
         is_watched = record is not None or self.ablation is not None
-        if images is None and not is_watched and DecodeStep.possible(state, text.valid, config.history):
+        if images is None and not is_watched and DecodeStep.possible(state, text.valid):
             assert state is not None
             return DecodeStep(state, rotaries, device, config.attend)
         if images is None:

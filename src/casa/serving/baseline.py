@@ -15,6 +15,7 @@ from casa.analysis.flops import blocks_of
 from casa.analysis.streaming_cost import insertion_twin
 from casa.models import CasaCache, CasaForConditionalGeneration, CasaProcessor
 from casa.models.chat_template import ChatText
+from casa.models.int8 import is_int8
 
 PICTURE_SIDE = 224
 PROBES = 8  # of which the quickest counts
@@ -53,9 +54,10 @@ class InsertionCosts:
     def measure(self, seconds: float = 2.0) -> None:
         """Times an insertion model with a short cache and with a long one; the difference is the slope.
 
-        The long one is filled for at most so many seconds. A model of more than `MAX_PARAMETERS` is left unmeasured.
+        The long one is filled for at most so many seconds. A model of more than `MAX_PARAMETERS`, or with int8 weights,
+        is left unmeasured.
         """
-        if self._model.num_parameters() > MAX_PARAMETERS:
+        if self._model.num_parameters() > MAX_PARAMETERS or is_int8(self._model):
             return
         twin = insertion_twin(self._model)
         short, long = twin.new_cache(), twin.new_cache()

@@ -64,6 +64,7 @@ class ClusterSettings(Settings):
         image_cache: As for `create_app`.
         limits: As for `casa serve`, "name=value".
         device: Of a replica: auto, cpu or cuda.
+        weights: own, as they were saved, or int8.
         host: Where a replica listens; its node's address if left out.
         cpus: That Ray counts for a replica; gpus: likewise.
         threads: Of torch in a replica; 0 leaves them as they are.
@@ -83,6 +84,7 @@ class ClusterSettings(Settings):
     image_cache: str = "memory"
     limits: tuple[str, ...] = ()
     device: str = "auto"
+    weights: str = "own"
     host: str = ""
     cpus: float = 1.0
     gpus: float = 0.0
@@ -119,7 +121,7 @@ class Replica:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self._name = secrets.token_hex(8)
-        model, processor = load_pretrained(settings.model, settings.device)
+        model, processor = load_pretrained(settings.model, settings.device, settings.weights)
         self._handover = Handover(Path(settings.states), settings.save_seconds)
         app = create_app(
             model,
