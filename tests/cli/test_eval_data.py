@@ -12,6 +12,7 @@ import pytest
 
 import casa as package
 from casa.evaluation import page
+from casa.media import VideoWriter
 from casa.testing import PATIENCE
 
 
@@ -80,6 +81,38 @@ def test_the_library_and_the_program_give_the_same(folder, tmp_path, casa):
     table = casa("eval", "casa-tiny", "--data", folder / "qa.jsonl", "--metric", "exact", "--limit", 9)
     assert "8 questions" in table.out
     assert "95 % interval" in table.out
+
+
+def test_films_chats_and_several_pictures_are_answered(folder, tmp_path, checkpoint, casa):
+    with VideoWriter(tmp_path / "clip.mp4", (56, 56), fps=4) as film:
+        for level in range(12):
+            film.write(np.full((56, 56, 3), 20 * level, dtype=np.uint8))
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    turns = [("human", "<video>\nwhat?"), ("gpt", "a cat"), ("human", "and?"), ("gpt", "a dog")]
+    rows = [
+        {"video": "clip.mp4", "conversations": [{"from": side, "value": text} for side, text in turns]},
+        {"images": ["0.png", "1.png"], "question": "which?", "answers": ["both", "the two"]},
+        {"question": "how are you?", "answer": "well"},
+        {"image": "0.png", "caption": "a page"},
+        {"video": "clip.mp4", "title": "look", "words": [[0.1, 0.3, "light"], [1.2, 1.4, "comes"]]},
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--data", tmp_path / "mine.jsonl", "--metric", "cer,live", "--fps", 1, "--max-new-tokens", 4]
+    result = casa("eval", checkpoint, *words, "--records", tmp_path / "out.jsonl", "--json")
+    assert (result.status, result.err) == (0, "")
+    found = lines(tmp_path / "out.jsonl")
+    assert [(line["question"], line["references"]) for line in found] == [
+        ("what?", ["a cat"]),
+        ("and?", ["a dog"]),
+        ("which?", ["both", "the two"]),
+        ("how are you?", ["well"]),
+        ("Describe the picture.", ["a page"]),
+        ("look", ["light comes"]),
+    ]
+    assert all("answer" in line and "cer" in line["scores"] for line in found)
+    assert set(found[-1]["scores"]) == {"cer", "live_wer", "live_lag", "live_repetition"}
+    assert json.loads(result.out)["data"]["n"] == 6
 
 
 @pytest.mark.parametrize(

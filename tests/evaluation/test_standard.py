@@ -332,3 +332,22 @@ def test_settings_go_before_those_of_the_benchmark(tmp_path, eyes, said, monkeyp
     Evaluator(*eyes, suffix="In short.", max_new_tokens=3, limit=1).on_task("chartqa", path)
     assert [one.max_new_tokens for one in heard] == [16, 3]
     assert prompts[0][0] == "How many?\nIn short."
+
+
+def test_the_hub_itself_is_streamed(tmp_path, eyes, said, monkeypatch):
+    """A folder laid out as the hub's repository, its card with it, in the place of the hub's name."""
+    features, rows, answers, _, scores = CASES["docvqa"]
+    said(answers)
+    whole = datasets.load_from_disk(saved(tmp_path / "saved", features, rows))
+    for subset in ("DocVQA", "InfographicVQA"):
+        (tmp_path / "hub" / subset).mkdir(parents=True)
+        whole.to_parquet(tmp_path / "hub" / subset / "validation-00000-of-00001.parquet")
+    configs = "".join(
+        f"- config_name: {subset}\n  data_files:\n  - split: validation\n    path: {subset}/validation-*\n"
+        for subset in ("DocVQA", "InfographicVQA")
+    )
+    (tmp_path / "hub" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    found = Evaluator(*eyes).on_task("docvqa", f"hub:{tmp_path / 'hub'}")
+    assert scores_of(found) == pytest.approx({**scores, "n": 2, "bad": 0})
+    assert found.lines[0]["record"].startswith("hub:")
