@@ -75,7 +75,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Another seed draws other pictures, words and resamples.")] = 0,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Pages, scenes, and numbers shown in streams (200 if left out); rows of other data."),
+        typer.Option(help="Pages, scenes, and numbers shown in streams (200 if left out); rows of other data."),
     ] = None,
     largest: Annotated[
         int | None,

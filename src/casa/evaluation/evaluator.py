@@ -75,6 +75,8 @@ class Evaluator:
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
         **settings: Any,
     ) -> None:
+        if limit is not None and limit < 1:
+            raise UserError(f"The limit is {limit}; it must be 1 or more.")
         self.model, self.processor = model, processor
         self._given = {**settings, "seed": seed}
         self.settings: AnswerSettings = build(AnswerSettings, self._given)
