@@ -14,7 +14,8 @@ from casa.cli.main import run
 from casa.evaluation import page
 from casa.media import VideoWriter
 
-GUIDE = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "docs" / "inspect.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"^```sh\n(.*?)^```$", GUIDE, re.M | re.S) for line in block.splitlines()]
 PROGRAMS = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.M | re.S)
 
@@ -23,6 +24,14 @@ def test_every_ablation_is_told():
     told = re.findall(r"^\| `([a-z-]+)[^`]*` \|", GUIDE, re.M)
     assert told == list(dict.fromkeys(told))
     assert set(told) == set(ABLATIONS)
+
+
+def test_the_figures_are_those_of_the_record():
+    scores = json.loads((ROOT / "docs" / "results" / "inspect-casa-tiny.json").read_text())["scores"]
+    told = re.findall(r"^\| ([a-z' ]+) \| ([\d.]+) % \| (-[\d.]+) \|$", GUIDE, re.M)
+    names = ("whole", "no-self-attention", "no-random-text", "no-images")
+    wanted = [(f"{100 * scores[name]['exact']:.1f}", f"{scores[name]['log_likelihood']:.3f}") for name in names]
+    assert [(exact, chance) for _, exact, chance in told] == wanted
 
 
 @pytest.mark.slow
