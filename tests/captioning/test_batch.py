@@ -191,7 +191,7 @@ def test_two_questions_about_a_picture_look_once(load, folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::FutureWarning:ray", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning")
 def test_a_cluster_writes_the_same_file(folder, tmp_path):
     """A real one on this machine: workers are processes of their own, which load the checkpoint themselves."""
     ray = pytest.importorskip("ray")

@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
@@ -95,19 +96,16 @@ class Replicas:
 
     def _follow(self) -> None:
         while not self._stopped.is_set():
-            try:
+            with suppress(Exception):  # the registry is being begun again: what is known is kept
                 self.update(self._read())
-            except Exception:  # the registry is being begun again
-                self.update(())
             self._stopped.wait(REPORT_SECONDS)
 
     def update(self, reports: Iterable[Report]) -> None:
-        """Takes over what replicas say. Nobody is forgotten for want of reports: who is not there is not reached."""
+        """Takes over what replicas say."""
         now = monotonic()
         with self._lock:
             self._gone = {name: at for name, at in self._gone.items() if now - at < 2 * SILENT_SECONDS}
-            if found := {report.name: report for report in reports}:
-                self._known = found
+            self._known = {report.name: report for report in reports}
 
     def all(self) -> list[Report]:
         """Those that can be asked."""
