@@ -32,6 +32,11 @@ def test_anls_as_published(answer, wanted):
     assert score("anls", answer, ["Coca Cola", "Coca Cola Company"]).share == pytest.approx(wanted, abs=0.005)
 
 
+def test_anls_counts_exactly_one_half():
+    assert score("anls", "ab", "abcd").share == anls_star.anls_score("abcd", "ab") == 0.5
+    assert score("anls", "ab", "abcde").share == 0
+
+
 @given(WORDS, st.lists(WORDS, min_size=1, max_size=3))
 def test_anls_equals_two_other_implementations(answer, references):
     ours = score("anls", answer, references).share

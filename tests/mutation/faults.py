@@ -246,4 +246,32 @@ FAULTS = (
         "    for name, run in contestants.items():\n        for _ in range(rounds):\n",
         ("benchmarks/test_harness.py",),
     ),
+    Fault(
+        "an evaluation: what a batch begins with reaches over pictures that differ",
+        "evaluation/answering.py",
+        "shared = min(shared, one[0], other[0])",
+        "shared = min(shared, len(row.ids) - 1)",
+        ("evaluation/test_answering.py",),
+    ),
+    Fault(
+        "an evaluation: of a batch that is there in part, the rest is not asked",
+        "evaluation/scoring.py",
+        'if not all(f"{one.record} {one.turn}" in file.lines for one in batch):',
+        'if not any(f"{one.record} {one.turn}" in file.lines for one in batch):',
+        ("evaluation/test_scoring.py",),
+    ),
+    Fault(
+        "ANLS: exactly one half counts as none",
+        "evaluation/metrics.py",
+        "return found if found >= 0.5 else 0.0",
+        "return found if found > 0.5 else 0.0",
+        ("evaluation/test_answer_metrics.py",),
+    ),
+    Fault(
+        "VQA accuracy: nobody is left out",
+        "evaluation/vqa_accuracy.py",
+        "(matches - (one == given)) / enough",
+        "matches / enough",
+        ("evaluation/test_answer_metrics.py",),
+    ),
 )
