@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -333,8 +332,13 @@ def app(arguments: dict[str, Any]) -> Any:
     settings = build(ClusterSettings, {"token": os.environ.get("CASA_TOKEN"), **given})
     if not settings.states:
         raise UserError("states names a folder that all nodes see, where streams' states lie; give one.")
+
+    def build_ingress() -> FastAPI:
+        # Ray takes a plain function for what builds an application, and anything else for the application itself
+        return ingress_app(settings)
+
     made = serve.deployment(
-        serve.ingress(partial(ingress_app, settings))(),
+        serve.ingress(build_ingress)(),
         name=INGRESS,
         num_replicas=ingresses,
         max_ongoing_requests=10_000,
