@@ -61,7 +61,7 @@ def test_under_insertion_image_tokens_have_a_norm_behind_every_block():
     for block in model.decoder.blocks:
         block.register_forward_hook(lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out))
     model(**inputs, use_cache=False)
-    found = states[:2]
+    found = states[:3]
     norms = image_norms(model, inputs)
     images = [3, 4, 5, 6, 7, 8, 11, 12]
     wanted = torch.stack([state.view(1, 15, -1)[0, images].norm(dim=-1) for state in found])

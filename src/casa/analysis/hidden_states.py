@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from casa.analysis.attention_maps import check_one_text
 from casa.errors import UserError
@@ -118,10 +118,20 @@ def image_norms(model: CasaForConditionalGeneration, inputs: Mapping[str, Any]) 
     features = model.encode_images(inputs["pixel_values"], grid)
     images = model.image_tokens(features, token_grids(model.config.encoder_config, grid))
     if (stream := _stream(model, inputs)) is not None:
-        states = model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states
         inside = stream.is_image[0].to(model.device)
-        # behind the last block transformers has only what the norm made of it
-        layers = [state[0, inside].float().norm(dim=-1) for state in states[1:-1]]
+        layers: list[Tensor] = []
+
+        def measure(block: nn.Module, given: tuple, output: Any) -> None:
+            state = output[0] if isinstance(output, tuple) else output
+            layers.append(state.view(-1, state.shape[-1])[inside].float().norm(dim=-1))
+
+        # transformers hands out the last one behind the norm only
+        handles = [block.register_forward_hook(measure) for block in model.decoder.blocks]
+        try:
+            model(**inputs, use_cache=False, logits_to_keep=1)
+        finally:
+            for handle in handles:
+                handle.remove()
         blocks = tuple(range(len(layers)))
     else:
         pairs = model.fusion_layers.keys_values(images)
