@@ -47,7 +47,8 @@ class Contestants:
         torch.manual_seed(settings.seed)
         self.kind, dtype = kind, DTYPES[kind]
         self.settings, self.device = settings, pick_device(settings.device)
-        self.own = _backbone(settings).to(dtype).to(self.device).eval()
+        self.own = _backbone(settings).eval()
+        self.own.to(device=self.device, dtype=dtype)  # type: ignore[call-overload]
         fusions = {
             EVERY.format(settings.every): FusionConfig(every=settings.every),
             ALL: FusionConfig(),
@@ -63,7 +64,8 @@ class Contestants:
         tower = Qwen2_5_VLVisionConfig(
             depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=128, fullatt_block_indexes=[0]
         )
-        model = adapt(copy.deepcopy(self.own), fusion, new_encoder(tower)).to(self.device, dtype).eval()
+        model = adapt(copy.deepcopy(self.own), fusion, new_encoder(tower)).eval()
+        model.to(device=self.device, dtype=dtype)  # type: ignore[call-overload]
         return to_int8(model) if self.kind == "int8" else model
 
     def ids(self, rows: int, length: int) -> Tensor:

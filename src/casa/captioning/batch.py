@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -220,7 +220,7 @@ def _write(out: Path, entries: Sequence[Entry]) -> None:
         parquet.write_table(pyarrow.Table.from_pylist(entries, schema), unfinished)
 
 
-def caption_records(eyes: Eyes, records: Sequence[Entry], request: BatchRequest) -> Iterator[Entry]:
+def caption_records(eyes: Eyes, records: Sequence[Entry], request: BatchRequest) -> Generator[Entry, None, None]:
     """What each record comes to, as soon as it is known; pictures first."""
     pictures = [record for record in records if "image" in record]
     for first in range(0, len(pictures), request.batch_size):
@@ -357,7 +357,7 @@ class _Worker:
 
 def _on_ray(
     request: BatchRequest, model: str, load: Callable[[str], Eyes], records: Sequence[Entry], cluster: str
-) -> Iterator[Entry]:
+) -> Generator[Entry, None, None]:
     """`caption_records` on the workers of a cluster, in whatever order. Files lie where all of its nodes read them."""
     if importlib.util.find_spec("ray") is None:
         raise UserError("a cluster needs Ray: install casa-vlm[cluster], or leave cluster out.", field="cluster")

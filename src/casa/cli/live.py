@@ -178,7 +178,7 @@ def caption(
         raise typer.Exit(stop.exit_status)
 
 
-def _caption_batch(request: "BatchRequest", model: str, device: str, weights: str, cluster: str | None) -> None:
+def _caption_batch(request: "BatchRequest", model: str, device: str, weights: Weights, cluster: str | None) -> None:
     from casa.captioning.batch import BatchReport, caption_batch
     from casa.pipeline import load
 

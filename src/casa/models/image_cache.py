@@ -183,7 +183,7 @@ def _key(image: Mapping[str, Tensor], identity: str, scope: str) -> str:
 def _add(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     # as bytes, since numpy has no bfloat16
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _image_side(model: CasaForConditionalGeneration) -> Iterator[tuple[str, Tensor]]:
@@ -259,7 +259,11 @@ class _Folder(DiskCache):
 
     def keep(self, key: str, tensor: Tensor) -> None:
         data = save({"kept": tensor.contiguous()})
-        self.put(key, lambda file: file.write_bytes(self._mark(key, data) + data))
+
+        def write(file: Path) -> None:
+            file.write_bytes(self._mark(key, data) + data)
+
+        self.put(key, write)
 
     @staticmethod
     def _mark(key: str, data: bytes) -> bytes:

@@ -74,7 +74,7 @@ def to_int8(model: "CasaForConditionalGeneration") -> "CasaForConditionalGenerat
                         f"{name} is a {type(module).__name__}, more than a weight that could be made int8; "
                         "merge its adapter, or load a model that is not quantised."
                     )
-                root.set_submodule(name, Int8Linear(module))
+                root.set_submodule(name, Int8Linear(cast(nn.Linear, module)))
     if is_its_weight(head := cast(nn.Linear, model.get_output_embeddings())):
         model.set_output_embeddings(Int8Linear(head))
     return model.requires_grad_(False).eval()

@@ -250,7 +250,7 @@ def replica_deployment(settings: ClusterSettings) -> Any:
         health_check_timeout_s=10.0,
         max_ongoing_requests=1000,
         **scale,
-    ).bind(settings)
+    ).bind(settings)  # type: ignore[attr-defined]
 
 
 def follow(settings: ClusterSettings) -> Replicas:
@@ -344,4 +344,4 @@ def app(arguments: dict[str, Any]) -> Any:
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 1},
     )
-    return made.bind(replica_deployment(settings))
+    return made.bind(replica_deployment(settings))  # type: ignore[attr-defined]
