@@ -1,10 +1,10 @@
 """Stage 1: the page encoder, trained on dense targets.
 
     python -m projects.casa_smol.encoder runs/page-encoder --steps 40000
-    python -m projects.casa_smol.encoder runs/page-writer --steps 40000 --text data/parts/text --start runs/page-encoder
+    python -m projects.casa_smol.encoder runs/longer --steps 40000 --start runs/page-encoder
 
-The second command goes on from the first one's weights: blocks that look further to the side, and a code of what is
-written in each image token, in the tokens of a text model.
+The second command is a new run that begins with the first one's weights. A cell is told which character stands there,
+and which ones stand around it, so that reading mends what one cell alone has missed.
 
 Every batch is a function of seed and step, so a run that was killed goes on from its last checkpoint and ends with the
 same weights, bit for bit, as one that was not. `--steps` may be changed underway: the rate falls over the last part.
@@ -28,17 +28,13 @@ from torch.utils.data import DataLoader, Dataset
 from casa.atomic import replacing, write_text
 from casa.errors import UserError
 from casa.vision.page_encoder import PageEncoder, PageEncoderConfig
+from casa.vision.page_reading import FOLLOWING
 from projects.casa_smol.canvas import COLOURS, Glyphs
 from projects.casa_smol.fonts import CHARACTERS
-from projects.casa_smol.spelling import Speller, embeddings_of, encoder_of, spelling_of
-from projects.casa_smol.targets import FOLLOWING, NO_INK, UNKNOWN, Targets, page
+from projects.casa_smol.targets import NO_INK, UNKNOWN, Targets, page
 
 Batch = dict[str, Tensor]
-LOSS_WEIGHTS = {
-    "classes": 1.0, "middles": 0.5, "inks": 0.1, "grounds": 0.1,
-    "around": 0.5, "spelled": 0.3, "sizes": 0.3, "counts": 0.2,
-}  # fmt: skip
-FURTHER = (2, 4, 8, 4)  # dilations of the blocks that a text model's tokens need
+LOSS_WEIGHTS = {"classes": 1.0, "middles": 0.5, "inks": 0.1, "grounds": 0.1, "around": 0.5}
 
 
 @dataclass(frozen=True)
@@ -47,15 +43,13 @@ class Settings:
 
     shapes: (pages, width, height) of a batch, taken in turn. hidden_size, dilations, stem_sizes: the encoder's.
     decay: the last share of the steps, over which the rate falls to nothing. ema: of the weights that are kept.
-    text: folder of a text model whose tokens are learned; none if empty. others: how many of its words, drawn anew,
-        a right one is to be told from at each step. written_size, token_size: see the encoder.
     """
 
     seed: int = 1
     steps: int = 40000
     shapes: tuple[tuple[int, int, int], ...] = ((4, 256, 256), (4, 256, 256), (3, 384, 224), (1, 512, 512))
     hidden_size: int = 128
-    dilations: tuple[int, ...] = (1, 2, 1, 3, 1, 2, 1, 3)
+    dilations: tuple[int, ...] = (1, 2, 1, 3, 1, 2, 1, 3, 2, 4, 8, 4)
     stem_sizes: tuple[int, int] = (32, 64)
     rate: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.98)
@@ -68,10 +62,6 @@ class Settings:
     keep_every: int = 250
     score_every: int = 2000
     score_pages: int = 48
-    text: str = ""
-    others: int = 2048
-    written_size: int = 0
-    token_size: tuple[int, int] = (16, 16)
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -85,8 +75,6 @@ class Settings:
             stem_sizes=self.stem_sizes,
             hidden_size=self.hidden_size,
             dilations=self.dilations,
-            token_size=self.token_size,
-            written_size=self.written_size,
             batch_norm=True,
         )
 
@@ -102,16 +90,13 @@ class Heads(nn.Module):
 
 
 class Learner(nn.Module):
-    """Encoder and heads as one. words: (V, D) of a text model, where its tokens are learned."""
+    """Encoder and heads as one."""
 
-    def __init__(self, config: PageEncoderConfig, words: Tensor | None = None) -> None:
+    def __init__(self, config: PageEncoderConfig) -> None:
         super().__init__()
         self.encoder = PageEncoder(config)
         self.heads = Heads(config.hidden_size)
-        self.around, self.speller = None, None
-        if words is not None:
-            self.around = nn.Linear(config.hidden_size, (1 + FOLLOWING) * config.classes)
-            self.speller = Speller(config.written_size, words)
+        self.around = nn.Linear(config.hidden_size, (1 + FOLLOWING) * config.classes)
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
         """uint8 (n, H, W, 3) to logits (n, classes, R, C) by the names of the targets."""
@@ -122,24 +107,28 @@ class Learner(nn.Module):
         seen = ((pictures / 255 - mean) / std).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
         cells = self.encoder(seen)
         found = {"cells": cells, "classes": self.encoder.classifier(cells)}
-        if self.speller is not None:
-            found["written"] = self.encoder.part("written", cells)
         return found | {name: head(cells) for name, head in self.heads.named_children()}
 
-    def text_losses(self, found: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Of the characters around each, and of a text model's tokens."""
-        if self.around is None or self.speller is None:
-            return {}
+    def reader(self) -> PageEncoder:
+        """The encoder with what reading needs, BatchNorm worked into its convolutions; inks and grounds are left."""
+        config = PageEncoderConfig.from_dict(self.encoder.config.to_dict() | {"reads": True})
+        whole = PageEncoder(config)
+        whole.load_state_dict(self.encoder.state_dict(), strict=False)
+        whole.middles.load_state_dict(self.heads.middles.state_dict())
+        whole.around.load_state_dict(self.around.state_dict())
+        return whole.folded()
+
+    def around_loss(self, cells: Tensor, batch: Batch) -> Tensor:
+        """Nats of a character beside another, in all cells that are told which these are."""
         wanted = batch["around"].permute(0, 2, 3, 1)
         there = (wanted != UNKNOWN).any(-1) & (batch["classes"] > 0)
         wanted = wanted[there].long()
-        guessed = self.around(found["cells"].permute(0, 2, 3, 1)[there]).unflatten(-1, (1 + FOLLOWING, -1))
+        guessed = self.around(cells.permute(0, 2, 3, 1)[there]).unflatten(-1, (1 + FOLLOWING, -1))
         # a batch of empty pages has none
-        around = nn.functional.cross_entropy(
+        nats = nn.functional.cross_entropy(
             guessed.flatten(0, 1).float(), wanted.flatten(), ignore_index=UNKNOWN, reduction="sum"
-        ) / (wanted != UNKNOWN).sum().clamp(min=1)
-        ids, counts = batch["spelled"].flatten(1, 2), batch["counts"].flatten(1)
-        return {"around": around} | self.speller.losses(found["written"], ids, counts, batch["others"])
+        )
+        return nats / (wanted != UNKNOWN).sum().clamp(min=1)
 
 
 def losses(found: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
@@ -173,27 +162,13 @@ class Pages(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         settings = self.settings
         count, width, height = settings.shapes[step % len(settings.shapes)]
-        batch = stacked([page((settings.seed, step, number), (width, height)) for number in range(count)], settings)
-        if settings.text:
-            rng = np.random.default_rng((settings.seed, step, count))
-            batch["others"] = torch.from_numpy(rng.integers(0, 2**31, settings.others))
-        return batch
+        return stacked([page((settings.seed, step, number), (width, height)) for number in range(count)])
 
 
-def stacked(pages: list[tuple[np.ndarray, Targets, Glyphs]], settings: Settings) -> Batch:
+def stacked(pages: list[tuple[np.ndarray, Targets, Glyphs]]) -> Batch:
     """Pages of one size as a batch: pictures, and the maps of their targets."""
-    names = ["classes", "weights", "middles", "inks", "grounds"]
-    if settings.text:
-        names.append("around")
+    names = ("classes", "weights", "middles", "inks", "grounds", "around")
     batch = {name: torch.from_numpy(np.stack([getattr(targets, name) for _, targets, _ in pages])) for name in names}
-    if settings.text:
-        encode = encoder_of(Path(settings.text))
-        size = pages[0][0].shape[1::-1]
-        spelled = [spelling_of(glyphs, size, settings.token_size, encode) for _, _, glyphs in pages]
-        batch |= {
-            "spelled": torch.from_numpy(np.stack([one.ids for one in spelled])),
-            "counts": torch.from_numpy(np.stack([one.counts for one in spelled])),
-        }
     return batch | {"pictures": torch.from_numpy(np.stack([picture for picture, _, _ in pages]))}
 
 
@@ -201,13 +176,12 @@ def stacked(pages: list[tuple[np.ndarray, Targets, Glyphs]], settings: Settings)
 def scores(learner: Learner, settings: Settings, split: str, worn_by: float) -> dict[str, float]:
     """Characters and words read rightly where they are known to stand, on pages of a split's fonts and words.
 
-    "folded" takes letters alike but for case, and I l 1 |, O 0, as the same. inks: colours, over characters. previous,
-    own: a text model's token before the first that begins in an image token, and those that begin there.
+    "folded" takes letters alike but for case, and I l 1 |, O 0, as the same. inks: colours, over characters.
     """
     learner.eval()
-    right, folded, words, inks, previous, own = [], [], [], [], [], []
+    right, folded, words, inks = [], [], [], []
     for number in range(settings.score_pages):
-        picture, targets, glyphs = page((settings.seed, 987654321, number), (256, 256), split, worn_by)
+        picture, targets, _ = page((settings.seed, 987654321, number), (256, 256), split, worn_by)
         if not len(targets.centres):
             continue
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
@@ -221,18 +195,8 @@ def scores(learner: Learner, settings: Settings, split: str, worn_by: float) -> 
         folded.append(FOLDED[read[letters]] == FOLDED[wanted[letters]])
         inks.append((ink == targets.inks[row, column])[letters])
         words += [hits[word[letters] == one].all() for one in np.unique(word[letters])]
-        if learner.speller is not None:
-            spelled = spelling_of(glyphs, (256, 256), settings.token_size, encoder_of(Path(settings.text)))
-            ids = torch.from_numpy(spelled.ids).flatten(0, 1)
-            known = ids >= 0
-            begins = known[:, 1:].any(-1)
-            hits = learner.speller.right(found["written"][0][begins], ids[begins])
-            previous.append(hits[:, 0][known[begins][:, 0]].numpy())
-            own.append(hits[:, 1:][known[begins][:, 1:]].numpy())
     learner.train()
     parts = {"characters": right, "folded": folded, "inks": inks}
-    if learner.speller is not None:
-        parts |= {"previous": previous, "own": own}
     return {name: round(float(np.concatenate(part).mean()), 4) for name, part in parts.items()} | {
         "words": round(float(np.mean(words)), 4)
     }
@@ -264,8 +228,7 @@ class Run:
         """A run at step 0, its weights by the seed."""
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            words = embeddings_of(Path(settings.text)) if settings.text else None
-            learner, average = (Learner(settings.encoder(), words) for _ in range(2))
+            learner, average = (Learner(settings.encoder()) for _ in range(2))
         average.load_state_dict(learner.state_dict())
         for module in (learner, average):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -314,8 +277,8 @@ class Run:
             group["lr"] = self.settings.rate_at(self.step)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bf16):
             found = self.learner(batch["pictures"])
-            text = self.learner.text_losses(found, batch)
-        parts = losses(found, batch) | text
+            around = self.learner.around_loss(found["cells"], batch)
+        parts = losses(found, batch) | {"around": around}
         torch.stack([LOSS_WEIGHTS[name] * part for name, part in parts.items()]).sum().backward()
         nn.utils.clip_grad_norm_(self.learner.parameters(), self.settings.clip)
         self.optimiser.step()
@@ -388,14 +351,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--stop", type=int, help="the step to stop at for now, before the last")
     parser.add_argument("--seed", type=int, default=Settings.seed)
-    parser.add_argument("--text", default="", help="folder of a text model, whose tokens are learned too")
     parser.add_argument("--start", type=Path, help="folder of a run whose weights this one begins with")
     parser.add_argument("--tiny", action="store_true", help="a setting of seconds, to try the command")
     given = parser.parse_args(arguments)
     settings = Settings(seed=given.seed, steps=given.steps)
-    if given.text:
-        further = (*settings.dilations, *FURTHER)
-        settings = replace(settings, text=given.text, written_size=384, dilations=further, rate=1e-3, warm_up=300)
+    if given.start is not None:  # what is learned is not to be shaken
+        settings = replace(settings, rate=1e-3, warm_up=300)
     if given.tiny:
         settings = replace(
             settings,

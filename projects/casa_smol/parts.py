@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from casa.models.backbone_source import load_backbone
 from casa.models.loading import place_of
 from projects.casa_smol.fetch import fetch, wanted
-from projects.casa_smol.weights import page_encoder
+from projects.casa_smol.weights import WEIGHTS, page_encoder
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -40,18 +42,29 @@ def write_text_model(folder: Path, source: str | None = None) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def embeddings_of(folder: Path) -> Tensor:
+    """(V, D) float32: a text model's words, each less their mean and of length 1."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        table = file.get_tensor("model.embed_tokens.weight").float()
+    return torch.nn.functional.normalize(table - table.mean(0), dim=-1)
+
+
 def main(arguments: list[str]) -> int:
     """Writes both folders; one that is there stays."""
     parser = argparse.ArgumentParser(description="Writes the text model and the page encoder as folders.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--text", help="folder or hub name of a text model; the package's SmolLM2 if left out")
-    parser.add_argument("--token", type=int, nargs=2, default=(16, 32), help="height and width of a token in px")
-    parser.add_argument("--parts", nargs="+", default=("features", "classes"), help="what a token is made of")
+    parser.add_argument("--encoder", type=Path, default=WEIGHTS, help="file of projects.casa_smol.weights")
+    parser.add_argument("--token", type=int, nargs=2, default=(16, 16), help="height and width of a token in px")
+    parser.add_argument("--parts", nargs="+", default=("words", "features", "places"), help="what a token is made of")
     given = parser.parse_args(arguments)
     if not (given.out / "text").exists():
         write_text_model(given.out / "text", given.text)
     if not (given.out / "eyes").exists():
-        page_encoder(token_size=tuple(given.token), token_parts=tuple(given.parts)).save_pretrained(given.out / "eyes")
+        encoder = page_encoder(given.encoder, token_size=tuple(given.token))
+        encoder.learn_words(embeddings_of(given.out / "text"), (given.out / "text" / "tokenizer.json").read_text())
+        encoder.config.token_parts = tuple(given.parts)
+        encoder.save_pretrained(given.out / "eyes")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Before pictures: the layers learn to find and to say texts on pages that are never drawn.
 
-    python -m projects.casa_smol.pretraining data/parts runs/page-speller --out data/parts/start
+    python -m projects.casa_smol.pretraining data/parts --out data/parts/start
 
 A page is a grid of image tokens of which each says without fault which words begin in it: what the encoder is trained
 to give. So a step costs nothing but the text model's own arithmetic, and where an answer's next word stands is known.
@@ -8,7 +8,7 @@ That is a second loss beside the one of the words: attention of the layers that 
 Layers begin as in `start.py`. The run goes on where it was broken off; at its end the encoder takes the place of the
 perfect tokens, and a model is written with which `casa train` goes on.
 
-Shapes: B samples, L text tokens of a row, N image tokens of all pages, D width, S slots (1 + OWN), K answer tokens
+Shapes: B samples, L text tokens of a row, N image tokens of all pages, D width, S slots (1 + BEGUN), K answer tokens
 whose place on the page is known.
 """
 
@@ -29,13 +29,13 @@ from transformers import AutoTokenizer
 from casa import FusionConfig, adapt
 from casa.atomic import replacing
 from casa.models.auto import processor_for
-from casa.vision.page_encoder import WAVES
-from projects.casa_smol.spelling import NOTHING, OWN, embeddings_of
+from casa.vision.page_encoder import WAVES, PageEncoder
+from casa.vision.page_reading import BEGUN, NOTHING
+from projects.casa_smol.parts import embeddings_of
 from projects.casa_smol.start import LAYERS, Moments, Slots, calm_axes, moments, set_layers
 from projects.casa_smol.targets import page
 from projects.casa_smol.tasks.asked import ordinal, turn
 from projects.casa_smol.tasks.lines import READ, READ_AFTER, READ_BEFORE, READ_LAST, READ_NUMBERED
-from projects.casa_smol.weights import averaged
 from projects.casa_smol.words import Words, pick
 
 TOKEN = 16  # px, height and width of an image token
@@ -46,7 +46,7 @@ VALUE = ("What is the {key}?", "{key}?", "Tell me the {key}.", "What does it say
 class Settings:
     """What makes a run. qk: how much slower queries, keys and the projector learn, which are right from the start.
 
-    attention: weight of the second loss. noise: of an image token's slots, in lengths of an embedding.
+    attention: weight of the second loss. noise: of an image token's codes, in lengths of one.
     """
 
     seed: int = 1
@@ -55,7 +55,7 @@ class Settings:
     rate: float = 1e-3
     qk: float = 0.2
     attention: float = 0.5
-    noise: float = 0.35
+    noise: float = 0.1
     pages: float = 0.6
     warm_up: int = 20
     decay: float = 0.4
@@ -130,19 +130,19 @@ class Pages:
         left, top = rng.uniform(2, 30), rng.uniform(0, 14)
         columns = int((left + max(x + len(text) * wide for text, _, x in placed)) // TOKEN) + 1
         rows = int((top + (max(row for _, row, _ in placed) + 1) * step) // TOKEN) + 1
-        ids = np.full((rows, columns, 1 + OWN), NOTHING)
+        ids = np.full((rows, columns, 1 + BEGUN), NOTHING)
         found: list[tuple[int, int]] = []
         for number, (text, row, x) in enumerate(placed):
             before = self.line_break
             for token, start in [*self._encode(text), (self.line_break, len(text) - 1)]:
                 spot = int((top + (row + 0.5) * step) // TOKEN), int((left + x + (start + 0.5) * wide) // TOKEN)
                 place = int((ids[spot][1:] != NOTHING).sum())
-                if place < OWN:
+                if place < BEGUN:
                     if place == 0:
                         ids[spot][0] = before
                     ids[spot][1 + place] = token
                 if number == answer:
-                    found.append((spot[0] * columns + spot[1], place) if place < OWN else (-1, -1))
+                    found.append((spot[0] * columns + spot[1], place) if place < BEGUN else (-1, -1))
                 before = token
         question = turn(rng, wordings, placed[answer][0], **names)
         prompt = f"<|im_start|>user\n{question.question}<|im_end|>\n<|im_start|>assistant\n"
@@ -159,8 +159,8 @@ class Batch:
     where: Tensor
 
 
-def batch_of(samples: list[Sample], embeddings: Tensor, noise: float, rng: Generator, image_at: int = 3) -> Batch:
-    """Samples padded at the left; pictures stand before the question's first word."""
+def batch_of(samples: list[Sample], encoder: PageEncoder, noise: float, rng: Generator, image_at: int = 3) -> Batch:
+    """Samples padded at the left; pictures stand before the question's first word. encoder: knows codes of words."""
     length = max(len(one.prompt) + len(one.answer) for one in samples)
     ids, labels = torch.zeros(len(samples), length, dtype=torch.long), torch.full((len(samples), length), -100)
     mask = torch.zeros_like(ids)
@@ -174,9 +174,10 @@ def batch_of(samples: list[Sample], embeddings: Tensor, noise: float, rng: Gener
         positions.append((row, start + image_at))
         grids.append((1, *one.ids.shape[:2]))
         written = torch.from_numpy(one.ids).flatten(0, 1)
-        words = embeddings[written.clamp(min=0)] * (written >= 0)[..., None]
-        words = words + torch.from_numpy(rng.standard_normal(words.shape)).float() * noise / words.shape[-1] ** 0.5
-        tokens.append(torch.cat([words.flatten(1), places(*one.ids.shape[:2])], dim=1))
+        words = encoder.codes_of(written, torch.float32)
+        off = noise / encoder.config.word_sizes[0] ** 0.5
+        words = words + torch.from_numpy(rng.standard_normal(words.shape)).float() * off
+        tokens.append(torch.cat([words, places(*one.ids.shape[:2])], dim=1))
         where += [(row, first + n - 1, passed + at, slot) for n, (at, slot) in enumerate(one.found) if at >= 0]
         passed += len(written)
     inputs = {
@@ -275,64 +276,62 @@ def train(model: Any, draw: Any, settings: Settings, folder: Path) -> None:
 
 
 @torch.no_grad()
-def written_tokens(encoder: Any, counts: nn.Linear, pages: int = 16) -> Tensor:
-    """(M, d_v): image tokens of training pages in which text begins, as the speller sees it."""
+def written_tokens(encoder: PageEncoder, pages: int = 16) -> Tensor:
+    """(M, d_v): image tokens of training pages in which text begins."""
     found = []
     for number in range(pages):
         picture = torch.from_numpy(page((7, number), (256, 256))[0])[None]
         tokens = encoder.tokens(((picture / 255 - 0.5) / 0.5).permute(0, 3, 1, 2))[0]
-        found.append(tokens[counts(tokens[:, : encoder.config.written_size]).argmax(-1) > 0])
+        found.append(tokens[tokens[:, : encoder.config.word_sizes[0]].any(1)])
     return torch.cat(found)
 
 
 def main(arguments: list[str]) -> int:
     """Trains, and writes a model to begin with."""
     parser = argparse.ArgumentParser(description="Trains fusion layers on pages that are never drawn.")
-    parser.add_argument("parts", type=Path, help="folder with text/, by projects.casa_smol.parts")
-    parser.add_argument("run", type=Path, help="folder of the encoder's run that learned the text model's tokens")
+    parser.add_argument("parts", type=Path, help="folder with text/ and eyes/, by projects.casa_smol.parts")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--tokens", type=int, default=50_000, help="of text, to fit the start on")
     given = parser.parse_args(arguments)
     settings = Settings(steps=given.steps)
     given.out.mkdir(parents=True, exist_ok=True)
-    folder = given.parts / "text"
-    speller = averaged(given.run)
-    encoder = speller.encoder.folded()
-    encoder.config.token_parts = ("written", "features", "places")
+    folder, eyes = given.parts / "text", given.parts / "eyes"
+    encoder = PageEncoder.from_pretrained(eyes, dtype=torch.float32).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = adapt(str(folder), fusion=FusionConfig.parallel(layers=LAYERS, output="zero"), vision=encoder)
+    model: Any = adapt(str(folder), fusion=FusionConfig.parallel(layers=LAYERS, output="zero"), vision=str(eyes))
     model = model.float().eval()
-    embeddings = embeddings_of(folder)
     start = given.out / "start.pt"
     if not start.exists():
+        seen = moments(model.backbone, tokenizer, embeddings_of(folder), LAYERS, given.tokens, seed=11)
         with replacing(start) as path:
-            torch.save(vars(moments(model.backbone, tokenizer, embeddings, LAYERS, given.tokens, seed=11)), path)
+            torch.save(vars(seen), path)
     seen = Moments(**torch.load(start, weights_only=True))
     gains = {block: model.decoder.blocks[block].input_layernorm.weight.detach().float() for block in LAYERS}
     axes, means = calm_axes(seen, gains)
-    slots, pages = Slots(axes), Pages(tokenizer)
+    slots, pages = Slots(axes, encoder.config.word_sizes), Pages(tokenizer)
 
     def draw(step: int) -> Batch:
         rng = np.random.default_rng((settings.seed, step))
         return batch_of(
-            [pages.sample(rng, settings.pages) for _ in range(settings.batch)], embeddings, settings.noise, rng
+            [pages.sample(rng, settings.pages) for _ in range(settings.batch)], encoder, settings.noise, rng
         )
 
-    perfect = draw(0).inputs["image_features"]
-    length = slots(perfect[perfect[:, : axes.shape[0]].norm(dim=1) > 0.5], None).square().mean(-1).sqrt().mean().item()
-    set_layers(model, seen, slots, means, length)
+    set_layers(model, seen, slots, means, written_length(slots, draw(0)))
     projector, model.projector = model.projector, slots
     train(model, draw, settings, given.out)
     model.projector = projector.float()
-    assert speller.speller is not None
-    tokens = written_tokens(encoder.float(), speller.speller.counts)
-    code, place = slice(0, encoder.config.written_size), slice(tokens.shape[1] - 4 * WAVES, tokens.shape[1])
-    slots.into(model.projector, speller.speller.asks, code, place, tokens)
-    encoder.save_pretrained(given.out / "eyes")
+    slots.into(model.projector, written_tokens(encoder))
     model.bfloat16().save_pretrained(given.out / "model")
-    processor_for(tokenizer, str(given.out / "eyes")).save_pretrained(given.out / "model")
+    processor_for(tokenizer, str(eyes)).save_pretrained(given.out / "model")
     return 0
+
+
+def written_length(slots: Slots, batch: Batch) -> float:
+    """Root mean square of an image token in which text begins."""
+    perfect = batch.inputs["image_features"]
+    written = perfect[perfect[:, : len(slots.maps[0])].norm(dim=1) > 0.5]
+    return slots(written, None).square().mean(-1).sqrt().mean().item()
 
 
 if __name__ == "__main__":

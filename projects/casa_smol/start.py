@@ -10,7 +10,7 @@ is left to training (`pretraining.py`), and so is what the first layers write. T
 state by a linear map, fitted on text. Text tokens are keys for "nothing here": text without a match stays as it is.
 
 Shapes: D width of the text model (576), V words, S slots of an image token: the word before, and those that begin
-(1 + OWN), C width of a head (64).
+(1 + BEGUN), C width of a head (64).
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from projects.casa_smol.spelling import OWN
+from casa.vision.page_encoder import WAVES, word_projection
+from casa.vision.page_reading import BEGUN
 from projects.casa_smol.words import Words
 
 LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29)
 SPEAKING = (20, 23, 26, 29)
-SLOTS = (160, 160, 120, 80)  # dimensions of an image token for each slot
 # rotary positions turn the others by more than half a radian within 60 tokens (theta 100,000, heads of 64)
 STILL = torch.cat([torch.arange(13, 31), torch.arange(45, 63)])
 SINK = 31  # of the slowest pair
@@ -115,59 +115,46 @@ def _texts(tokenizer: Any, seed: int, rows: int = 4, length: int = 72) -> Iterat
 
 
 class Slots(nn.Module):
-    """From what is written in a token to an image token of the text model: each slot on axes of its own.
+    """From an encoder's words and places to an image token of the text model: each slot on axes of its own.
 
     Axes are directions in which text varies little, so that keys of pictures and of text are told apart.
 
     Args:
         axes: (D, D), orthonormal rows, the calmest first.
-        seed: of the maps from an embedding to its slot.
+        sizes: widths of the slots' codes.
     """
 
-    def __init__(self, axes: Tensor, seed: int = 3) -> None:
+    def __init__(self, axes: Tensor, sizes: Sequence[int]) -> None:
         super().__init__()
-        width = len(axes)
-        starts = np.cumsum((0, *SLOTS)).tolist()
-        self.spans = [slice(start, start + size) for start, size in zip(starts, SLOTS, strict=False)]
-        random = torch.Generator().manual_seed(seed)
-        # lengths are kept on average
-        self.maps = [orthonormal(size, width, random) * (width / size) ** 0.5 for size in SLOTS]
+        starts = np.cumsum((0, *sizes)).tolist()
+        self.spans = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+        self.written = sum(sizes)
+        projection = word_projection(len(axes), sizes[0]).T
+        # from an embedding to its code
+        self.maps = [projection[:size] * (sizes[0] / size) ** 0.5 for size in sizes]
         self.axes = axes
 
-    @property
-    def places(self) -> int:
-        """First axis that no slot has."""
-        return sum(SLOTS)
-
     def forward(self, tokens: Tensor, grids: Any) -> Tensor:
-        """tokens: (N, S * D + P): the slots' embeddings, then the place. Returns (N, D). Stands for the projector."""
-        words = tokens[:, : (1 + OWN) * len(self.axes)].unflatten(1, (1 + OWN, -1))
-        rest = tokens[:, (1 + OWN) * len(self.axes) :]
+        """tokens: (N, written + P): codes of words, then the place. Returns (N, D). Stands for the projector."""
         image = torch.zeros(len(tokens), len(self.axes))
-        for number, (span, matrix) in enumerate(zip(self.spans, self.maps, strict=True)):
-            image[:, span] = words[:, number] @ matrix.T
-        image[:, self.places : self.places + rest.shape[1]] = rest * PLACED
+        image[:, : self.written] = tokens[:, : self.written]
+        places = tokens[:, self.written :] * PLACED
+        image[:, self.written : self.written + places.shape[1]] = places
         image[:, -5] = CONSTANT
         return image @ self.axes
 
     @torch.no_grad()
-    def into(self, projector: Any, asks: nn.Linear, code: slice, places: slice, tokens: Tensor) -> None:
-        """Makes a projector the same linear map, for an encoder whose tokens hold a code and a place.
+    def into(self, projector: Any, tokens: Tensor) -> None:
+        """Makes a projector the same linear map of an encoder's tokens; what is between words and places does nothing.
 
-        asks: Linear of the speller: from a code to S vectors of width D, unit length or nothing.
-        code, places: where in a token they stand.
         tokens: (M, d_v) of the encoder, in which text begins: the projector's norm keeps their scale.
         """
         projector.norm.weight.fill_(tokens.std(dim=1, unbiased=False).median().item())
         projector.norm.bias.fill_(tokens.mean(dim=1).median().item())
-        width = len(self.axes)
+        width, inputs, places = len(self.axes), tokens.shape[1], 4 * WAVES
         image, constant = torch.zeros(width, projector.up.in_features), torch.zeros(width)
-        weights, biases = asks.weight.unflatten(0, (1 + OWN, -1)), asks.bias.unflatten(0, (1 + OWN, -1))
-        for span, matrix, weight, bias in zip(self.spans, self.maps, weights, biases, strict=True):
-            image[span, code] = matrix @ weight
-            constant[span] = matrix @ bias
-        count = places.stop - places.start
-        image[self.places : self.places + count, places] = torch.eye(count) * PLACED
+        image[: self.written, : self.written] = torch.eye(self.written)
+        image[self.written : self.written + places, inputs - places : inputs] = torch.eye(places) * PLACED
         constant[-5] = CONSTANT
         projector.up.weight.copy_(image)
         projector.up.bias.copy_(constant + LINEAR)
@@ -207,7 +194,7 @@ def set_layers(
     strengths = strengths or Strengths()
     random = torch.Generator().manual_seed(5)
     width = len(slots.axes)
-    bases = [orthonormal(width, width, random) for _ in range(OWN)]
+    bases = [orthonormal(width, width, random) for _ in range(BEGUN)]
     head_gain = model.decoder.stack.norm.weight.detach().float()
     for number, block in enumerate(seen.first):
         layer = model.casa_layers[str(block)]
@@ -226,8 +213,9 @@ def set_layers(
         said = (said / ((said * words).sum() / seen.count)).float()  # (D, D): its product with the truth is 1
         mean = means[block]
         nothing = mean / mean.square().sum() / gain * (root * strengths.match * strengths.sink) ** 0.5
-        for head in range(OWN):
-            mix = orthonormal(len(STILL), SLOTS[head], random) * (SLOTS[head] / len(STILL)) ** 0.5
+        for head in range(BEGUN):
+            size_of = len(slots.maps[head])
+            mix = orthonormal(len(STILL), size_of, random) * (size_of / len(STILL)) ** 0.5
             keys[head][STILL] = mix @ slots.axes[slots.spans[head]] / gain * length
             keys[head][SINK] = nothing
             asked = range(head * group, (head + 1) * group)
@@ -235,8 +223,8 @@ def set_layers(
                 queries[query][STILL] = mix @ slots.maps[head] @ said.T * root * strengths.match
                 queries[query][SINK] = nothing
             # each layer carries another 64 directions of an embedding; outputs learn as fast as the stream is long
-            following, begun = SLOTS[head + 1], slots.maps[head + 1]
-            part = bases[head][size * (number % (width // size)) :][:size] @ begun.T * (following / width)
+            begun = slots.maps[head + 1]
+            part = bases[head][size * (number % (width // size)) :][:size] @ begun.T * (len(begun) / width)
             scale = seen.sizes[block] / width**0.5
             values[head] = part @ slots.axes[slots.spans[head + 1]] / gain * length * scale
             if block in SPEAKING:

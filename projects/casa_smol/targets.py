@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from casa.vision.page_encoder import CELL
+from casa.vision.page_reading import FOLLOWING
 from projects.casa_smol.canvas import Glyphs, colours_of
 from projects.casa_smol.damage import placed, worn
 from projects.casa_smol.pages import draw
@@ -19,7 +20,6 @@ from projects.casa_smol.pages import draw
 MIDDLE = 0.64
 BACKGROUND_WEIGHT = 0.15
 NO_INK = 255
-FOLLOWING = 6
 UNKNOWN = 255
 LEAST_X_HEIGHT = 4.0  # pixels; smaller writing is ignored, as nobody reads it
 

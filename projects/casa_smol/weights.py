@@ -23,53 +23,41 @@ from projects.casa_smol.encoder import Learner, Run, Settings, scores
 
 WEIGHTS = Path(__file__).with_name("weights") / "page_encoder.safetensors"
 SCORED_PAGES = 120
-KEPT = ("characters", "stem_sizes", "hidden_size", "dilations", "image_mean", "image_std")
+KEPT = ("characters", "stem_sizes", "hidden_size", "dilations", "image_mean", "image_std", "reads")
 
 
 def page_encoder(file: Path = WEIGHTS, **config: Any) -> PageEncoder:
     """The trained encoder, float32, in eval mode. config: token_size, token_parts, bounds, as one likes."""
     told = json.loads(file.with_suffix(".json").read_text())
     encoder = PageEncoder(PageEncoderConfig(**told["encoder"] | config))
-    kept = load_file(file)
-    encoder.load_state_dict(
-        {name.removeprefix("encoder."): t for name, t in kept.items() if name.startswith("encoder.")}
-    )
+    kept = {name.removeprefix("encoder."): tensor for name, tensor in load_file(file).items()}
+    # a file of before the encoder read by itself has heads that it does not have
+    encoder.load_state_dict({name: kept[name] for name in encoder.state_dict()})
     return encoder.eval()
 
 
-def learner(file: Path = WEIGHTS) -> Learner:
-    """The trained encoder with its heads: middles of characters, inks, grounds."""
-    encoder = page_encoder(file)
-    found = Learner(encoder.config)  # type: ignore[arg-type]
-    found.load_state_dict(load_file(file))
-    return found.eval()
-
-
-def averaged(folder: Path) -> Learner:
-    """A run's learner with its averaged weights, speller and all, in eval mode."""
+def averaged(folder: Path) -> tuple[Learner, Settings, dict[str, Any]]:
+    """A run's averaged weights in eval mode, its settings, and its checkpoint."""
     kept = torch.load(folder / "checkpoint.pt", weights_only=True)
-    average = Run.start(Settings(**kept["settings"])).average
+    settings = Settings(**kept["settings"])
+    average = Run.start(settings).average
     average.load_state_dict(kept["average"])
-    return average.eval()
+    return average.eval(), settings, kept
 
 
 def export(folder: Path, file: Path = WEIGHTS, pages: int = SCORED_PAGES) -> dict[str, Any]:
     """Writes the averaged weights of a run, and what they score on pages of held-out fonts and words; returns that."""
-    kept = torch.load(folder / "checkpoint.pt", weights_only=True)
-    settings = Settings(**kept["settings"])
-    average = averaged(folder)
-    folded = average.encoder.folded()
-    state = {f"encoder.{name}": tensor for name, tensor in folded.state_dict().items()}
-    state |= {f"heads.{name}": tensor for name, tensor in average.heads.state_dict().items()}
+    average, settings, kept = averaged(folder)
+    reader = average.reader()
+    state = {name: tensor for name, tensor in reader.state_dict().items() if tensor.is_floating_point()}
     file.parent.mkdir(exist_ok=True)
     with replacing(file) as path:
         save_file({name: tensor.to(torch.bfloat16).contiguous() for name, tensor in state.items()}, path)
-    told: dict[str, Any] = {"encoder": {name: getattr(folded.config, name) for name in KEPT}}
+    told: dict[str, Any] = {"encoder": {name: getattr(reader.config, name) for name in KEPT}}
     told |= {"steps": kept["step"], "cpu_seconds": kept["seconds"], "settings": kept["settings"]} | provenance()
-    write_text(file.with_suffix(".json"), json.dumps(told, indent=1) + "\n")
-    scored, asked = learner(file), replace(settings, score_pages=pages)
+    asked = replace(settings, score_pages=pages)
     told["scores"] = {
-        name: scores(scored, asked, split, worn)
+        name: scores(average, asked, split, worn)
         for name, split, worn in (
             ("held_out", "held_out", 1.0),
             ("held_out_clean", "held_out", 0.0),

@@ -13,7 +13,7 @@ from projects.casa_smol import data, parts
 from projects.casa_smol.data import SHARES, shard_at, write
 from projects.casa_smol.encoder import Run, Settings
 from projects.casa_smol.tasks import TASKS
-from projects.casa_smol.weights import export, page_encoder
+from projects.casa_smol.weights import export
 
 RECIPE = Path(projects.casa_smol.__file__).with_name("casa-smol.yaml")
 
@@ -40,14 +40,14 @@ def test_every_task_is_trained_on_and_is_in_the_recipe():
     assert open_recipe(RECIPE).name == "casa-smol"
 
 
-def test_parts_are_folders_of_any_llama(tmp_path, monkeypatch):
+def test_parts_are_folders_of_any_llama(tmp_path):
     run = Run.start(Settings(hidden_size=8, stem_sizes=(4, 4), dilations=(1,), score_pages=1, bf16=False))
     run.keep(tmp_path)
     export(tmp_path, tmp_path / "page.safetensors", pages=1)
-    monkeypatch.setattr(parts, "page_encoder", lambda **config: page_encoder(tmp_path / "page.safetensors", **config))
     tiny_text_model().save_pretrained(tmp_path / "llama")
     tiny_processor().tokenizer.save_pretrained(tmp_path / "llama")
-    command = [str(tmp_path / "out"), "--text", str(tmp_path / "llama"), "--token", "16", "16"]
+    folders = [str(tmp_path / name) for name in ("out", "llama", "page.safetensors")]
+    command = [folders[0], "--text", folders[1], "--encoder", folders[2]]
     assert parts.main(command) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"text", "eyes"}
     before = (tmp_path / "out" / "text" / "model.safetensors").stat().st_mtime_ns

@@ -64,7 +64,7 @@ def test_losses_fall_and_are_written_down(tmp_path):
 def test_a_page_learnt_by_heart_is_read():
     settings = replace(TINY, steps=200, hidden_size=24, rate=1e-2, bf16=False, ema=0.8, score_pages=1)
     run, seed = Run.start(settings), (settings.seed, 987654321, 0)
-    batch = stacked([page(seed, (256, 256), "train", 0.0)], settings)
+    batch = stacked([page(seed, (256, 256), "train", 0.0)])
     for _ in range(120):
         run.learn(batch)
     found = scores(run.average, settings, "train", 0.0)
@@ -87,3 +87,13 @@ def test_the_rate_rises_stays_and_falls():
 
 def test_the_encoder_reads_the_characters_of_its_pages():
     assert Settings().encoder().characters == CHARACTERS
+
+
+def test_a_longer_encoder_begins_as_the_shorter_one(tmp_path):
+    short = replace(TINY, dilations=(1, 2), steps=2)
+    train(tmp_path, short, workers=0, score=False)
+    run = Run.start(replace(short, dilations=(1, 2, 4)))
+    run.take(tmp_path)
+    picture = torch.from_numpy(page((3, 4), (64, 64))[0])[None]
+    shorter = Run.at(tmp_path, short).average.eval()
+    assert torch.equal(run.learner.eval()(picture)["classes"], shorter(picture)["classes"])

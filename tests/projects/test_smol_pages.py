@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from casa.vision.page_reading import FOLLOWING
 from projects.casa_smol.canvas import CLASS_OF, COLOURS, Canvas, colours_of
 from projects.casa_smol.damage import placed, worn
 from projects.casa_smol.fonts import CHARACTERS, LISTED, kin_of, kins, split_of
 from projects.casa_smol.pages import LAYOUTS, draw
-from projects.casa_smol.targets import NO_INK, page, targets_of
+from projects.casa_smol.targets import NO_INK, UNKNOWN, page, targets_of
 from projects.casa_smol.words import Words, is_held_out, word_list
 
 
@@ -122,3 +123,17 @@ def test_all_that_is_written_can_be_read():
     texts = [make(words, rng) for _ in range(40) for make in (Words.sentence, Words.piece, Words.phrase, Words.styled)]
     assert {character for text in texts for character in text} <= set(CLASS_OF)
     assert len(set(texts)) > 100
+
+
+def test_characters_know_their_neighbours():
+    canvas = Canvas((160, 32), (255, 255, 255))
+    face = kins("train")[0][0]
+    canvas.text(4, 24, "ab cd", face, 16, (0, 0, 0))
+    canvas.text(100, 24, "e", face, 16, (0, 0, 0))
+    found = targets_of(canvas.found(), np.asarray(canvas.ground))
+    around = [found.around[:, row, column] for row, column, _, _ in found.centres]
+    names = [[CLASS_OF[c] for c in "ab cd"][n] if 0 <= n < 5 else 0 for n in range(-1, 12)]
+    for place in range(5):
+        assert around[place].tolist() == [names[place], *names[place + 2 : place + 2 + FOLLOWING]]
+    assert around[5].tolist() == [0] * (1 + FOLLOWING)
+    assert (found.around[:, found.classes == 0] == UNKNOWN).all()

@@ -12,9 +12,9 @@ from casa import FusionConfig, adapt
 from casa.testing import tiny_tokenizer
 from casa.vision.connector import Projector
 from casa.vision.page_encoder import PageEncoder, PageEncoderConfig
+from casa.vision.page_reading import BEGUN, NOTHING
 from projects.casa_smol import pretraining
-from projects.casa_smol.pretraining import Pages, Settings, Watched, batch_of, places, train
-from projects.casa_smol.spelling import NOTHING, OWN
+from projects.casa_smol.pretraining import Pages, Settings, Watched, batch_of, places, train, written_length
 from projects.casa_smol.start import Slots, calm_axes, moments, orthonormal, set_layers
 
 WIDTH = 576
@@ -30,7 +30,7 @@ def test_an_answers_tokens_stand_where_they_are_said_to(pages):
     for seed in range(40):
         one = pages.sample(np.random.default_rng(seed), pages=0.7)
         before = pages.line_break
-        written = one.ids.reshape(-1, 1 + OWN)
+        written = one.ids.reshape(-1, 1 + BEGUN)
         assert len(one.found) == len(one.answer)
         for (at, slot), token in zip(one.found, one.answer, strict=True):
             token = pages.line_break if token == pages.end else token
@@ -56,19 +56,19 @@ def test_places_are_those_of_the_encoder():
     assert torch.equal(encoder.tokens(torch.zeros(1, 3, 48, 80))[0], places(3, 5))
 
 
+SIZES = (160, 160, 120, 80)
+
+
 def test_the_projector_becomes_the_same_linear_map():
     random = torch.Generator().manual_seed(0)
-    slots = Slots(orthonormal(WIDTH, WIDTH, random))
-    asks = torch.nn.Linear(40, (1 + OWN) * WIDTH)
-    asks.weight.data *= 0.1  # answers of about length 1
-    code = torch.randn(6, 40, generator=random)
-    tokens = torch.cat([code, torch.randn(6, 30, generator=random), places(2, 3)], dim=1)
+    slots = Slots(orthonormal(WIDTH, WIDTH, random), SIZES)
+    codes = torch.randn(6, sum(SIZES), generator=random) / 12
+    tokens = torch.cat([codes, torch.randn(6, 30, generator=random), places(2, 3)], dim=1)
     tokens = torch.nn.functional.layer_norm(tokens, tokens.shape[1:])
     projector = Projector(tokens.shape[1], WIDTH)
-    slots.into(projector, asks, slice(0, 40), slice(70, 98), tokens)
+    slots.into(projector, tokens)
     with torch.no_grad():
-        words = asks(tokens[:, :40])
-        wanted = slots(torch.cat([words, tokens[:, 70:]], dim=1), None)
+        wanted = slots(torch.cat([tokens[:, : sum(SIZES)], tokens[:, -28:]], dim=1), None)
         torch.testing.assert_close(projector(tokens, [(2, 3)]), wanted, atol=2e-3, rtol=1e-2)
 
 
@@ -82,22 +82,22 @@ def begun(pages) -> Any:
             vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=3,
             num_attention_heads=9, num_key_value_heads=3, rope_theta=100000.0, tie_word_embeddings=True,
         )  # fmt: skip
-        eyes = PageEncoder(PageEncoderConfig(hidden_size=8, stem_sizes=(4, 4), dilations=(1,), token_size=(16, 16)))
+        made: Any = {"hidden_size": 8, "stem_sizes": (4, 4), "dilations": (1,), "token_size": (16, 16), "reads": True}
+        eyes = PageEncoder(PageEncoderConfig(**made))
         text = LlamaForCausalLM(config)
         text.model.embed_tokens.weight.data *= 50  # as long as those of a trained model beside what blocks add
         model: Any = adapt(text, fusion=FusionConfig.parallel(layers=(1, 2), output="zero"), vision=eyes)
     table = model.get_input_embeddings().weight.detach()
+    eyes.learn_words(table, tokenizer.backend_tokenizer.to_str())
     words = torch.nn.functional.normalize(table - table.mean(0), dim=-1)
     seen = moments(model.eval().backbone, tokenizer, words, (1, 2), 4000, seed=1)
     gains = {block: model.decoder.blocks[block].input_layernorm.weight.detach() for block in (1, 2)}
     axes, means = calm_axes(seen, gains)
-    model.projector = Slots(axes)
+    model.projector = Slots(axes, SIZES)
     rng = np.random.default_rng(1)
-    batch = batch_of([pages.sample(rng, 0.0) for _ in range(6)], words, 0.0, rng)
-    features = batch.inputs["image_features"]
-    length = model.projector(features[features[:, :WIDTH].norm(dim=1) > 0.5], None).square().mean().sqrt().item()
-    set_layers(model, seen, model.projector, means, length)
-    return model, batch, words
+    batch = batch_of([pages.sample(rng, 0.0) for _ in range(6)], eyes, 0.0, rng)
+    set_layers(model, seen, model.projector, means, written_length(model.projector, batch))
+    return model, batch, eyes
 
 
 def test_layers_find_the_next_word_before_any_training(begun, monkeypatch):
@@ -112,14 +112,14 @@ def test_layers_find_the_next_word_before_any_training(begun, monkeypatch):
 
 
 def test_training_goes_on_where_it_stopped(begun, pages, tmp_path, monkeypatch):
-    model, _, words = begun
+    model, _, eyes = begun
     monkeypatch.setattr(pretraining, "LAYERS", (8, 11))
     monkeypatch.setattr(Watched, "__init__", lambda self, layers: vars(self).update(layers=[0, 1], seen={}))
     settings = Settings(steps=4, batch=2, keep_every=2, warm_up=1)
 
     def draw(step):
         rng = np.random.default_rng(step)
-        return batch_of([pages.sample(rng, 0.0) for _ in range(2)], words, 0.1, rng)
+        return batch_of([pages.sample(rng, 0.0) for _ in range(2)], eyes, 0.1, rng)
 
     def learned():
         return {name: p.detach().clone() for name, p in model.named_parameters() if name.startswith("casa_layers")}
@@ -148,8 +148,8 @@ def interrupt():
     raise KeyboardInterrupt
 
 
-def test_nothing_is_written_where_nothing_stands(pages):
+def test_nothing_is_written_where_nothing_stands(begun, pages):
     one = pages.sample(np.random.default_rng(3), 0.0)
     empty = replace(one, ids=np.full_like(one.ids, NOTHING))
-    batch = batch_of([empty], torch.randn(len(pages.tokenizer), 8), 0.0, np.random.default_rng(0))
-    assert not batch.inputs["image_features"][:, : 8 * (1 + OWN)].any()
+    batch = batch_of([empty], begun[2], 0.0, np.random.default_rng(0))
+    assert not batch.inputs["image_features"][:, : sum(SIZES)].any()

@@ -4,14 +4,19 @@ Shapes: n pictures, H x W pixels, cells of 8 x 4 px (rows R = H / 8, columns C =
 K classes: 0 where no character is, then the characters of the config in order; N image tokens.
 
 It is trained on dense targets (which character stands at each cell), so that its features say what is written where.
-A token is a block of cells, side by side. Pictures keep their size: they are padded to whole tokens, and made
-smaller or larger only where they leave the bounds of the config.
+A token is a block of cells, side by side; it may hold the words of a text model that begin there, too, which are read
+off the cells (`page_reading.py`) and looked up in a table of the text model's embeddings.
+Pictures keep their size: they are padded to whole tokens, and made smaller or larger only where they leave the bounds
+of the config.
 """
 
+import zlib
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_backends import PilBackend
@@ -21,9 +26,11 @@ from transformers.processing_utils import ImagesKwargs
 
 from casa.errors import UserError
 from casa.vision.encoder import EncoderSpec, register_encoder
+from casa.vision.page_reading import FOLLOWING, Encode, TextRun, read_runs, token_ids
 
 CELL = (8, 4)
 ASCII = "".join(map(chr, range(32, 127)))
+CODE_STEP = 1 / 256  # of the table of words: codes are of length 1, hardly any number is above 0.4
 WAVES = 7  # of places, from 32 px up, each twice as long
 
 
@@ -35,8 +42,12 @@ class PageEncoderConfig(PreTrainedConfig):
     hidden_size: d. dilations: one residual block each, that wide steps from side to side.
     token_size: height and width of a token in pixels, whole cells.
     token_parts: what a token is made of: "features" (d per cell), "classes" (K probabilities per cell),
-        "places" (where in the picture it stands, in waves of pixels), "written" (a code of the words that begin in it).
-    written_size: width of that code, 0 for an encoder that has none; it belongs to tokens of `token_size`.
+        "places" (where in the picture it stands, in waves of pixels), "words" (codes of the text model's tokens: the
+        one before those that begin in it, and these).
+    reads: whether it has what reading needs: middles of characters, and what stands around each.
+    vocabulary: of the text model that "words" are those of: how many it has, and the bytes of its tokenizer, packed.
+        Both 0 for an encoder without them (`PageEncoder.learn_words`).
+    word_sizes: widths of the codes, the first the widest: a shorter one is the beginning of a longer.
     batch_norm: whether convolutions are followed by BatchNorm, as they are in training (see `PageEncoder.folded`).
     image_mean, image_std: per channel. min_pixels, max_pixels: bounds for the area of a picture.
     """
@@ -49,7 +60,9 @@ class PageEncoderConfig(PreTrainedConfig):
     dilations: tuple[int, ...] | list[int] = (1, 2, 1, 2, 1, 2)
     token_size: tuple[int, int] | list[int] = (16, 32)
     token_parts: tuple[str, ...] | list[str] = ("features", "classes")
-    written_size: int = 0
+    reads: bool = False
+    vocabulary: tuple[int, int] | list[int] = (0, 0)
+    word_sizes: tuple[int, ...] | list[int] = (160, 160, 120, 80)
     batch_norm: bool = False
     image_mean: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5)
@@ -63,8 +76,8 @@ class PageEncoderConfig(PreTrainedConfig):
         if unknown or not self.token_parts:
             named = ", ".join(map(repr, unknown)) or "empty"
             raise UserError(f"token_parts is or has {named}; the parts are {', '.join(PARTS)}.")
-        if "written" in self.token_parts and not self.written_size:
-            raise UserError("token_parts has 'written', and written_size is 0; this encoder has no such code.")
+        if "words" in self.token_parts and not (self.reads and self.vocabulary[0]):
+            raise UserError("token_parts has 'words', and this encoder has learned none; see PageEncoder.learn_words.")
         super().__post_init__(**kwargs)
 
     @property
@@ -77,7 +90,7 @@ PARTS = {
     "features": lambda config: _cells_per_token(config) * config.hidden_size,
     "classes": lambda config: _cells_per_token(config) * config.classes,
     "places": lambda config: 4 * WAVES,
-    "written": lambda config: config.written_size,
+    "words": lambda config: sum(config.word_sizes),
 }
 
 
@@ -108,6 +121,8 @@ class PageEncoder(PreTrainedModel):
     config_class = PageEncoderConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
+    word_codes: Tensor
+    tokenizer: Tensor
 
     def __init__(self, config: PageEncoderConfig) -> None:
         super().__init__(config)
@@ -119,11 +134,13 @@ class PageEncoder(PreTrainedModel):
         self.third = _layer((second, width), 3, norm, stride=(2, 1), padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(width, dilation, norm) for dilation in config.dilations)
         self.classifier = nn.Conv2d(width, config.classes, 1)
-        if config.written_size:
-            inside = _cells_per_token(config) * width
-            self.writing = nn.Sequential(
-                nn.Linear(inside, inside // 2), nn.GELU(), nn.Linear(inside // 2, config.written_size)
-            )
+        if config.reads:
+            self.middles = nn.Conv2d(width, 1, 1)
+            self.around = nn.Linear(width, (1 + FOLLOWING) * config.classes)
+        count, size = config.vocabulary
+        codes = torch.zeros(count, config.word_sizes[0], dtype=torch.int8)
+        self.register_buffer("word_codes", codes, persistent=count > 0)
+        self.register_buffer("tokenizer", torch.zeros(size, dtype=torch.uint8), persistent=size > 0)
         self.post_init()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -154,21 +171,69 @@ class PageEncoder(PreTrainedModel):
                     whole: Any = nn.utils.fuse_conv_bn_eval(*module.eval())  # type: ignore[arg-type]
                     found.get_submodule(name)[0].load_state_dict(whole.state_dict())
             found.classifier.load_state_dict(self.classifier.state_dict())
-            if self.config.written_size:
-                found.writing.load_state_dict(self.writing.state_dict())
+            if self.config.reads:
+                found.middles.load_state_dict(self.middles.state_dict())
+                found.around.load_state_dict(self.around.state_dict())
+            found.word_codes, found.tokenizer = self.word_codes.clone(), self.tokenizer.clone()
         return found.to(self.dtype).eval()
 
     def _features(self, cells: Tensor) -> Tensor:
-        high, wide = (side // cell for side, cell in zip(self.config.token_size, CELL, strict=True))
+        high, wide = self._block
         blocks = cells.unflatten(2, (-1, high)).unflatten(4, (-1, wide))  # (n, d, rows, high, columns, wide)
         return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def _classes(self, cells: Tensor) -> Tensor:
         return self._features(self.classifier(cells).softmax(dim=1))
 
-    def _written(self, cells: Tensor) -> Tensor:
-        code = self.writing(self._features(cells))
-        return nn.functional.rms_norm(code, code.shape[-1:])
+    def runs(self, cells: Tensor) -> list[list[TextRun]]:
+        """The texts of each page, of what `forward` returns."""
+        with torch.no_grad():
+            middles, classes = self.middles(cells).float().sigmoid(), self.classifier(cells).float().softmax(1)
+            found = []
+            for page, middle, kinds in zip(cells, middles[:, 0], classes, strict=True):
+
+                def around(spots: Tensor, page: Tensor = page) -> Tensor:
+                    told = self.around(page[:, spots[:, 0], spots[:, 1]].T)
+                    return told.float().unflatten(-1, (1 + FOLLOWING, -1)).softmax(-1)
+
+                found.append(read_runs(middle, kinds, around, self.config.characters))
+        return found
+
+    def learn_words(self, embeddings: Tensor, tokenizer: str, seed: int = 3) -> None:
+        """Takes over the vocabulary of a text model, so that tokens may have the part "words".
+
+        Args:
+            embeddings: (V, D), of any length; what is kept of each is its direction, less the mean of all.
+            tokenizer: The text of the text model's tokenizer.json.
+            seed: Of the D x 160 projection.
+        """
+        size = self.config.word_sizes[0]
+        words = nn.functional.normalize(embeddings.float() - embeddings.float().mean(0), dim=-1)
+        codes = words @ word_projection(embeddings.shape[1], size, seed)
+        packed = torch.frombuffer(bytearray(zlib.compress(tokenizer.encode(), 9)), dtype=torch.uint8)
+        self.register_buffer("word_codes", (codes / CODE_STEP).round().clamp(-127, 127).to(torch.int8))
+        self.register_buffer("tokenizer", packed)
+        self.config.vocabulary = (len(embeddings), len(packed))
+
+    def _words(self, cells: Tensor) -> Tensor:
+        block = self._block
+        grid = cells.shape[2] // block[0], cells.shape[3] // block[1]
+        encode = _encoder_of(self.tokenizer.cpu().numpy().tobytes())
+        ids = np.stack([token_ids(runs, grid, block, encode) for runs in self.runs(cells)])
+        return self.codes_of(torch.from_numpy(ids).to(cells.device).flatten(1, 2), cells.dtype)
+
+    def codes_of(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """(..., sum of `word_sizes`): codes of the words (..., slots) side by side, zeros where there is none (-1)."""
+        codes = self.word_codes[ids.clamp(min=0)].to(dtype) * CODE_STEP * (ids >= 0)[..., None]
+        sizes = self.config.word_sizes
+        parts = [codes[..., slot, :size] * (sizes[0] / size) ** 0.5 for slot, size in enumerate(sizes)]
+        return torch.cat(parts, dim=-1)
+
+    @property
+    def _block(self) -> tuple[int, int]:
+        """Rows and columns of cells of a token."""
+        high, wide = (side // cell for side, cell in zip(self.config.token_size, CELL, strict=True))
+        return high, wide
 
     def _places(self, cells: Tensor) -> Tensor:
         rows, columns = (cells.shape[2 + axis] * CELL[axis] // self.config.token_size[axis] for axis in (0, 1))
@@ -180,6 +245,23 @@ class PageEncoder(PreTrainedModel):
         y, x = waves
         both = torch.cat([y[:, None].expand(-1, columns, -1), x[None].expand(rows, -1, -1)], dim=-1).flatten(0, 1)
         return both.to(cells.dtype).expand(len(cells), -1, -1)
+
+
+def word_projection(width: int, size: int, seed: int = 3) -> Tensor:
+    """(D, size): orthonormal columns, scaled so that the length of a direction is kept on average."""
+    random = torch.randn(width, size, generator=torch.Generator().manual_seed(seed))
+    return torch.linalg.qr(random)[0] * (width / size) ** 0.5
+
+
+@lru_cache(maxsize=2)
+def _encoder_of(packed: bytes) -> Encode:
+    tokenizer = Tokenizer.from_str(zlib.decompress(packed).decode())
+
+    def encode(text: str) -> list[tuple[int, tuple[int, int]]]:
+        found = tokenizer.encode(text, add_special_tokens=False)
+        return list(zip(found.ids, found.offsets, strict=True))
+
+    return encode
 
 
 class PagePicturesKwargs(ImagesKwargs, total=False):
@@ -273,11 +355,11 @@ def _flops(encoder: PageEncoder, rows: int, columns: int) -> int:
     high, wide = encoder.config.token_size
     area, total = rows * high * columns * wide, 0
     shares = {"first": 4, "second": 16, "quarter": 16}  # all others: cells
+    reading = "words" in encoder.config.token_parts
+    unused = () if reading else ("middles", *(() if "classes" in encoder.config.token_parts else ("classifier",)))
     for name, module in encoder.named_modules():
-        if isinstance(module, nn.Conv2d) and (name != "classifier" or "classes" in encoder.config.token_parts):
+        if isinstance(module, nn.Conv2d) and name not in unused:
             total += 2 * module.weight.numel() * area // shares.get(name.partition(".")[0], CELL[0] * CELL[1])
-        elif isinstance(module, nn.Linear) and "written" in encoder.config.token_parts:
-            total += 2 * module.weight.numel() * rows * columns
     return total
 
 
