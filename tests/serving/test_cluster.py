@@ -22,6 +22,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 from casa.errors import UserError  # noqa: E402
 from casa.provenance import provenance  # noqa: E402
+from casa.serving import relay  # noqa: E402
 from casa.serving.deployment import (  # noqa: E402
     NAME,
     ClusterSettings,
@@ -192,7 +193,8 @@ def test_a_node_is_lost(serving, nodes):
             nodes.of_replicas.append(nodes.add_node(num_cpus=2, object_store_memory=80 * 2**20))
 
 
-def test_to_zero_and_back(serving):
+def test_to_zero_and_back(serving, monkeypatch):
+    monkeypatch.setattr(relay, "WAIT_SECONDS", PATIENCE)  # busy cores take longer to begin a replica
     with serving(replicas=0, max_replicas=1, downscale_seconds=2.0) as (server, _):
         checked("from zero", while_cameras_send(server, lambda: None, seconds=3, streams=2))
         wait_for(lambda: not serve.status().applications[NAME].deployments[NAME].replica_states.get("RUNNING"))

@@ -259,8 +259,7 @@ def serve(
 
     limits = Limits.parse(limit or [])
     name = Path(model).resolve().name  # clients need not know where on this machine it lies
-    if host not in LOOPBACK and token is None:
-        print("casa: whoever reaches this machine can use the server; --token asks for a token.", file=sys.stderr)
+    is_open = host not in LOOPBACK and token is None
     if replicas is not None:
         check_installed("cluster")
         from casa.serving.deployment import ClusterSettings, on_this_machine, share_of_gpus
@@ -282,7 +281,7 @@ def serve(
             threads=max(1, (os.cpu_count() or 1) // most),
         )
         with on_this_machine(settings) as app:
-            _run(Server(app, host, port), name)
+            _run(Server(app, host, port), name, is_open)
         return
     loaded, processor = load_pretrained(model, device, weights)
     app = create_app(
@@ -298,9 +297,11 @@ def serve(
         measure_seconds=2.0,
         image_cache=image_cache,
     )
-    _run(Server(app, host, port), name)
+    _run(Server(app, host, port), name, is_open)
 
 
-def _run(server: "Server", name: str) -> None:
+def _run(server: "Server", name: str, is_open: bool) -> None:
+    if is_open:
+        print("casa: whoever reaches this machine can use the server; --token asks for a token.", file=sys.stderr)
     print(f"{name} is at {server.url}  (Ctrl-C stops it)", flush=True)
     server.run()
