@@ -56,6 +56,7 @@ results: .venv/installed
 	$(BIN)/casa demo --out demo --record docs/results/demo-cpu.json
 	$(BIN)/casa bench train --methods casa,before,replace,update_images,cross_attention,insertion --out docs/results/train-cpu.json
 	$(BIN)/casa bench questions --out docs/results/questions-cpu.json
+	$(BIN)/casa bench eval --out docs/results/eval-cpu.json
 	$(BIN)/casa bench stream --frames 120 --out docs/results/stream-cpu.json
 	$(BIN)/casa bench stream --frames 1000 --max-text-tokens 128 --out docs/results/stream-bounded-cpu.json
 	for shape in helium-2b qwen2_5-vl-3b qwen2_5-vl-7b; do $(BIN)/casa adapt --dry-run --shape $$shape --frames 1,256,512 \
