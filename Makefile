@@ -18,7 +18,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
-# All but what is marked slow, or needs a browser: a minute and a half on two slow cores.
+# All but what is marked slow, or needs a browser: two minutes or so on two slow cores.
 test-fast: .venv/installed
 	$(BIN)/python -m pytest -m 'not slow and not browser'
 
