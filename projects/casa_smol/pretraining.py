@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from casa import FusionConfig, adapt
 from casa.atomic import replacing
 from casa.models.auto import processor_for
-from casa.vision.page_encoder import WAVES, PageEncoder
+from casa.vision.page_encoder import PageEncoder, place_waves
 from casa.vision.page_reading import BEGUN, NOTHING
 from projects.casa_smol.parts import embeddings_of
 from projects.casa_smol.start import LAYERS, Moments, Slots, calm_axes, moments, set_layers
@@ -177,7 +177,7 @@ def batch_of(samples: list[Sample], encoder: PageEncoder, noise: float, rng: Gen
         words = encoder.codes_of(written, torch.float32)
         off = noise / encoder.config.word_sizes[0] ** 0.5
         words = words + torch.from_numpy(rng.standard_normal(words.shape)).float() * off
-        tokens.append(torch.cat([words, places(*one.ids.shape[:2])], dim=1))
+        tokens.append(torch.cat([words, place_waves(*one.ids.shape[:2], encoder.config.token_size)], dim=1))
         where += [(row, first + n - 1, passed + at, slot) for n, (at, slot) in enumerate(one.found) if at >= 0]
         passed += len(written)
     inputs = {
@@ -185,15 +185,6 @@ def batch_of(samples: list[Sample], encoder: PageEncoder, noise: float, rng: Gen
         "image_grid_thw": torch.tensor(grids), "image_features": torch.cat(tokens),
     }  # fmt: skip
     return Batch(inputs, labels, torch.tensor(where).reshape(-1, 4))
-
-
-def places(rows: int, columns: int) -> Tensor:
-    """(rows * columns, 4 * WAVES): where tokens stand, as the page encoder's part "places" says it."""
-    waves = []
-    for count in (rows, columns):
-        angle = ((torch.arange(count) + 0.5) * TOKEN)[:, None] * (2 * torch.pi / 32) / 2.0 ** torch.arange(WAVES)
-        waves.append(torch.cat([angle.sin(), angle.cos()], dim=-1))
-    return torch.cat([waves[0][:, None].expand(-1, columns, -1), waves[1][None].expand(rows, -1, -1)], -1).flatten(0, 1)
 
 
 class Watched:

@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from casa import FusionConfig, adapt
 from casa.testing import tiny_tokenizer
 from casa.vision.connector import Projector
-from casa.vision.page_encoder import PageEncoder, PageEncoderConfig
+from casa.vision.page_encoder import PageEncoder, PageEncoderConfig, place_waves
 from casa.vision.page_reading import BEGUN, NOTHING
 from projects.casa_smol import pretraining
-from projects.casa_smol.pretraining import Pages, Settings, Watched, batch_of, places, train, written_length
+from projects.casa_smol.pretraining import Pages, Settings, Watched, batch_of, train, written_length
 from projects.casa_smol.start import Slots, calm_axes, moments, orthonormal, set_layers
 
 WIDTH = 576
@@ -53,7 +53,7 @@ def test_places_are_those_of_the_encoder():
         hidden_size=8, stem_sizes=(4, 4), dilations=(1,), token_size=(16, 16), token_parts=("places",)
     )
     encoder = PageEncoder(config).eval()
-    assert torch.equal(encoder.tokens(torch.zeros(1, 3, 48, 80))[0], places(3, 5))
+    assert torch.equal(encoder.tokens(torch.zeros(1, 3, 48, 80))[0], place_waves(3, 5, (16, 16)))
 
 
 SIZES = (160, 160, 120, 80)
@@ -63,7 +63,7 @@ def test_the_projector_becomes_the_same_linear_map():
     random = torch.Generator().manual_seed(0)
     slots = Slots(orthonormal(WIDTH, WIDTH, random), SIZES)
     codes = torch.randn(6, sum(SIZES), generator=random) / 12
-    tokens = torch.cat([codes, torch.randn(6, 30, generator=random), places(2, 3)], dim=1)
+    tokens = torch.cat([codes, torch.randn(6, 30, generator=random), place_waves(2, 3, (16, 16))], dim=1)
     tokens = torch.nn.functional.layer_norm(tokens, tokens.shape[1:])
     projector = Projector(tokens.shape[1], WIDTH)
     slots.into(projector, tokens)

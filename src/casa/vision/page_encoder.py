@@ -11,6 +11,7 @@ of the config.
 """
 
 import zlib
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -236,15 +237,25 @@ class PageEncoder(PreTrainedModel):
         return high, wide
 
     def _places(self, cells: Tensor) -> Tensor:
-        rows, columns = (cells.shape[2 + axis] * CELL[axis] // self.config.token_size[axis] for axis in (0, 1))
-        waves = []
-        for axis, count in ((0, rows), (1, columns)):
-            middle = (torch.arange(count, device=cells.device) + 0.5) * self.config.token_size[axis]
-            angle = middle[:, None] * (2 * torch.pi / 32) / 2.0 ** torch.arange(WAVES, device=cells.device)
-            waves.append(torch.cat([angle.sin(), angle.cos()], dim=-1))
-        y, x = waves
-        both = torch.cat([y[:, None].expand(-1, columns, -1), x[None].expand(rows, -1, -1)], dim=-1).flatten(0, 1)
-        return both.to(cells.dtype).expand(len(cells), -1, -1)
+        block = self._block
+        found = place_waves(
+            cells.shape[2] // block[0], cells.shape[3] // block[1], self.config.token_size, cells.device
+        )
+        return found.to(cells.dtype).expand(len(cells), -1, -1)
+
+
+def place_waves(rows: int, columns: int, token_size: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """float32 (rows * columns, 4 * WAVES): sines and cosines of where each token's middle stands, in pixels.
+
+    token_size: height and width of a token in pixels.
+    """
+    waves = []
+    for count, side in zip((rows, columns), token_size, strict=True):
+        middle = (torch.arange(count, device=device) + 0.5) * side
+        angle = middle[:, None] * (2 * torch.pi / 32) / 2.0 ** torch.arange(WAVES, device=device)
+        waves.append(torch.cat([angle.sin(), angle.cos()], dim=-1))
+    y, x = waves
+    return torch.cat([y[:, None].expand(-1, columns, -1), x[None].expand(rows, -1, -1)], dim=-1).flatten(0, 1)
 
 
 def word_projection(width: int, size: int, seed: int = 3) -> Tensor:
