@@ -172,12 +172,13 @@ def batch_of(samples: list[Sample], encoder: PageEncoder, noise: float, rng: Gen
         first = start + len(one.prompt)
         labels[row, first:] = torch.tensor(one.answer)
         positions.append((row, start + image_at))
-        grids.append((1, *one.ids.shape[:2]))
+        height, width, _ = one.ids.shape
+        grids.append((1, height, width))
         written = torch.from_numpy(one.ids).flatten(0, 1)
         words = encoder.codes_of(written, torch.float32)
         off = noise / encoder.config.word_sizes[0] ** 0.5
         words = words + torch.from_numpy(rng.standard_normal(words.shape)).float() * off
-        tokens.append(torch.cat([words, place_waves(*one.ids.shape[:2], encoder.config.token_size)], dim=1))
+        tokens.append(torch.cat([words, place_waves(height, width, encoder.config.token_size)], dim=1))
         where += [(row, first + n - 1, passed + at, slot) for n, (at, slot) in enumerate(one.found) if at >= 0]
         passed += len(written)
     inputs = {
