@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from casa.captioning import CaptionRequest, Question, caption, outputs
+from casa.captioning import CaptionRequest, TimedQuestion, caption, outputs
 from casa.captioning import run as module
 from casa.captioning.outputs import RunState
 from casa.errors import UserError
@@ -17,7 +17,7 @@ SETTINGS = {
     "max_new_tokens": 4,
     "max_text_tokens": 48,
     "save_every": 0.0,
-    "questions": (Question(1.0, "who"), Question(9.0, "and then")),
+    "questions": (TimedQuestion(1.0, "who"), TimedQuestion(9.0, "and then")),
     "sampling": Sampling(temperature=1.2, top_k=20, repetition=0.5, no_repeat_ngram_size=3),
 }
 

@@ -8,7 +8,7 @@ import av
 import pytest
 from PIL import Image
 
-from casa.captioning import CaptionReport, CaptionRequest, Question, caption
+from casa.captioning import CaptionReport, CaptionRequest, TimedQuestion, caption
 from casa.captioning import run as module
 from casa.errors import UserError
 from casa.media import SourceCounts, probe, read_captions, read_frames
@@ -61,7 +61,7 @@ def test_part_of_a_film(run, film):
 
 @pytest.mark.slow
 def test_questions_are_asked_at_their_second_and_once(run, film, load):
-    questions = (Question(2.2, "who"), Question(99.0, "and then"))
+    questions = (TimedQuestion(2.2, "who"), TimedQuestion(99.0, "and then"))
     _, told = run(film, questions=questions)
     session, wanted = StreamingSession(*load(""), max_new_tokens=4), []
     for frame in read_frames(film):
@@ -74,7 +74,7 @@ def test_questions_are_asked_at_their_second_and_once(run, film, load):
 
 
 def test_each_question_is_asked_once_in_order_whatever_the_order_given(run, film):
-    questions = (Question(2, "b"), Question(0, "a"), Question(2, "c"), Question(99, "d"))
+    questions = (TimedQuestion(2, "b"), TimedQuestion(0, "a"), TimedQuestion(2, "c"), TimedQuestion(99, "d"))
     _, told = run(film, questions=questions)
     answers = [(at, text[0]) for at, text in told if text[:2] in ("a ", "b ", "c ", "d ")]
     assert answers == [(0.0, "a"), (2.0, "b"), (2.0, "c"), (5.5, "d")]
@@ -162,7 +162,7 @@ def test_live_captions_say_by_how_much_they_came_later(run, film, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("cue", [None, "said", "frame"])
 def test_in_live_pace_captions_begin_when_they_were_said(run, film, tmp_path, cue):
-    questions = (Question(0.0, "who"), Question(0.5, "and then"))
+    questions = (TimedQuestion(0.0, "who"), TimedQuestion(0.5, "and then"))
     run(film, tmp_path / "a.jsonl", live=True, fps=20.0, end=1.0, cue=cue, questions=questions)
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert rows
@@ -189,7 +189,7 @@ def test_in_live_pace_an_answer_has_a_budget_too(load, film, tmp_path, monkeypat
             return 7
 
     monkeypatch.setattr(module, "ANSWER_SECONDS", 0.1)
-    questions = (Question(0.0, "who"), Question(9.0, "and then"))
+    questions = (TimedQuestion(0.0, "who"), TimedQuestion(9.0, "and then"))
     request = CaptionRequest(
         str(film), live=True, fps=20.0, end=0.3, max_new_tokens=2000, sampling=Dawdling(), questions=questions
     )

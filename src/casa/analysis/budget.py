@@ -12,7 +12,7 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
-from casa.analysis.flops import Block, blocks_of, frame_flops, frame_of, token_flops
+from casa.analysis.flops import BlockShape, blocks_of, frame_flops, frame_of, token_flops
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, FusionConfig
 from casa.models.adapt import ADDED, skeleton
@@ -105,17 +105,17 @@ class Budget:
         return asdict(self) | {"parameters": self.parameters, "training_bytes": self.training_bytes}
 
 
-def text_token_bytes(blocks: Sequence[Block], size: int) -> int:
+def text_token_bytes(blocks: Sequence[BlockShape], size: int) -> int:
     """2 Hkv D * size, of all blocks that have a text cache: what a text token adds to it. size: bytes of a number."""
     return sum(2 * block.key * size for block in blocks if block.caches)
 
 
-def fused_token_bytes(blocks: Sequence[Block], size: int) -> int:
+def fused_token_bytes(blocks: Sequence[BlockShape], size: int) -> int:
     """2 Hkv D * size, of all fusion layers: an image token, or a text token of the open window."""
     return sum(2 * block.key * size for block in blocks if block.fused)
 
 
-def text_cache_bytes(blocks: Sequence[Block], tokens: int, size: int) -> int:
+def text_cache_bytes(blocks: Sequence[BlockShape], tokens: int, size: int) -> int:
     """The text cache with so many tokens in it; a block with a sliding window keeps one less than its span."""
     kept = (tokens if block.span is None else min(tokens, block.span - 1) for block in blocks)
     return sum(2 * b.key * size * count for b, count in zip(blocks, kept, strict=True) if b.caches)

@@ -44,7 +44,7 @@ def tower_width(config: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockShape:
     """One block of the text model.
 
     Attributes:
@@ -93,7 +93,7 @@ class FrameShape:
         return self.rows * self.columns
 
 
-def blocks_of(model: CasaForConditionalGeneration) -> list[Block]:
+def blocks_of(model: CasaForConditionalGeneration) -> list[BlockShape]:
     """The text model's blocks."""
     decoder, fusion = model.decoder, model.fusion
     cache = TextCache(model.config.get_text_config(decoder=True))
@@ -105,7 +105,7 @@ def blocks_of(model: CasaForConditionalGeneration) -> list[Block]:
         fused = index in model.fused_blocks
         slides = index < len(cache.layers) and getattr(cache.layers[index], "is_sliding", False)
         found.append(
-            Block(
+            BlockShape(
                 query=q.out_features,  # type: ignore[arg-type]
                 key=k.out_features,  # type: ignore[arg-type]
                 query_out=query_out,
@@ -221,7 +221,7 @@ def connect_flops(model: CasaForConditionalGeneration, frame: FrameShape) -> int
     return total * (1 + extra_depths(model.config.encoder_config))
 
 
-def image_flops(model: CasaForConditionalGeneration, blocks: Sequence[Block], tokens: int, before: int) -> int:
+def image_flops(model: CasaForConditionalGeneration, blocks: Sequence[BlockShape], tokens: int, before: int) -> int:
     """What the text model does with a frame's N tokens, with `before` tokens cached already.
 
     CASA and cross-attention: every fusion layer's keys and values, 2 N * weights(k_proj, v_proj); with `update_images`

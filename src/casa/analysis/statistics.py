@@ -45,7 +45,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Score:
+class ReferenceScore:
     """How well references are said. exact: share of those that greedy decoding says word for word. log_likelihood: nats
     per token, the mean over questions.
     """
@@ -79,7 +79,7 @@ class SetStatistics:
     entropy: Tensor
     needs_picture: Tensor
     gain: Tensor
-    scores: dict[str, Score] = field(default_factory=dict)
+    scores: dict[str, ReferenceScore] = field(default_factory=dict)
 
     def gate(self) -> Tensor:
         """float64 (C, Hq): median over tokens of log10 of the attention to itself over that to one image token."""
@@ -179,7 +179,7 @@ def set_statistics(
         needs_picture=torch.tensor(needs),
         gain=torch.tensor(gain, dtype=torch.float64),
         scores={
-            name: Score(*(sum(values) / len(values) for values in zip(*kept, strict=True)))
+            name: ReferenceScore(*(sum(values) / len(values) for values in zip(*kept, strict=True)))
             for name, kept in scores.items()
         },
     )

@@ -120,7 +120,7 @@ def percentiles(values: Sequence[float], *shares: float, digits: int = 1) -> lis
     return [round(float(value), digits) for value in np.percentile(values, shares)]
 
 
-class _Cells(string.Formatter):
+class _CellFormatter(string.Formatter):
     """`{bytes!K:.0f}` divides by a unit."""
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
@@ -137,7 +137,7 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
 
     def cell(form: str, row: Mapping[str, Any]) -> str:
         try:
-            return _Cells().vformat(form, (), row)
+            return _CellFormatter().vformat(form, (), row)
         except (KeyError, TypeError):  # not there, or None
             return "-"
 

@@ -1,7 +1,7 @@
 """From a source to captions on disk: what `casa caption` does, for programs too."""
 
 from casa.captioning.batch import BatchReport, BatchRequest, caption_batch
-from casa.captioning.request import CaptionRequest, Question
+from casa.captioning.request import CaptionRequest, TimedQuestion
 from casa.captioning.run import CaptionReport, GracefulStop, caption
 
 __all__ = [
@@ -10,7 +10,7 @@ __all__ = [
     "CaptionReport",
     "CaptionRequest",
     "GracefulStop",
-    "Question",
+    "TimedQuestion",
     "caption",
     "caption_batch",
 ]

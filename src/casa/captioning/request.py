@@ -19,7 +19,7 @@ SAME = ("fps", "start", "live", "hold", "cue", "prompt", "max_text_tokens", "max
 
 
 @dataclass(frozen=True)
-class Question:
+class TimedQuestion:
     """What is asked of the first frame at or after that second of the stream."""
 
     seconds: float
@@ -69,7 +69,7 @@ class CaptionRequest:
     max_new_tokens: int = 32
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
-    questions: tuple[Question, ...] = ()
+    questions: tuple[TimedQuestion, ...] = ()
     resume: bool = False
     save_every: float = 5.0
     source_options: dict[str, str] = field(default_factory=dict)

@@ -128,7 +128,7 @@ def caption(
     if len(words) not in (1, 2):
         raise UserError("caption takes one video: casa caption casa-tiny talk.mp4 --out talk.srt")
     name, source = words if len(words) == 2 else ("casa-tiny", words[0])
-    from casa.captioning import CaptionReport, CaptionRequest, GracefulStop, Question
+    from casa.captioning import CaptionReport, CaptionRequest, GracefulStop, TimedQuestion
     from casa.captioning import caption as run
     from casa.models.auto import load_pretrained
     from casa.streaming import Sampling
@@ -149,7 +149,7 @@ def caption(
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_k, top_p, stop_bias, repetition, decay, no_repeat_ngram_size),
         seed=seed,
-        questions=tuple(Question(*parse_question(written)) for written in ask or ()),
+        questions=tuple(TimedQuestion(*parse_question(written)) for written in ask or ()),
         resume=resume,
         save_every=save_every,
         source_options=dict(parse_option(written) for written in source_options or ()),

@@ -93,7 +93,7 @@ def place_of(name: Any) -> tuple[Any, dict[str, str]]:
     if len(files) > 1:
         raise UserError(f"{name} has several GGUF files; give the path of one: {', '.join(f.name for f in files)}.")
     if re.search(r"-\d+-of-\d+\.gguf$", files[0].name):
-        raise UserError(f"{files[0]} is one part of several; join them first (llama-gguf-split --merge).")
+        raise UserError(f"{files[0]} is one part of several; join them first (llama.cpp has llama-gguf-split).")
     if missing := [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]:
         raise UserError(f"Reading {files[0]} needs {' and '.join(missing)}: install casa-vlm[gguf].")
     return str(files[0].parent), {"gguf_file": files[0].name}
