@@ -21,7 +21,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 from casa.benchmarks.harness import Benchmark, Figures, percentiles, table, take_turns
-from casa.benchmarks.settings import DecodeSettings
+from casa.benchmarks.settings import DecodeSettings, PeersSettings
 from casa.models import CasaForConditionalGeneration, FusionConfig, adapt
 from casa.models.auto import pick_device
 from casa.models.backbone_source import load_backbone
@@ -46,8 +46,8 @@ class Contestants:
     def __init__(self, settings: DecodeSettings, kind: str) -> None:
         torch.manual_seed(settings.seed)
         self.kind, dtype = kind, DTYPES[kind]
-        self.settings, self.device = settings, pick_device(settings.device)
-        self.own = _backbone(settings).eval()
+        self.settings, self.device, self.now = settings, pick_device(settings.device), clock(settings)
+        self.own = small_backbone(settings.backbone).eval()
         self.own.to(device=self.device, dtype=dtype)  # type: ignore[call-overload]
         fusions = {
             EVERY.format(settings.every): FusionConfig(every=settings.every),
@@ -156,15 +156,23 @@ class Contestants:
         work()
         return 1000 * (self.now() - begun)
 
-    def now(self) -> float:
-        if self.device != "cpu":
-            torch.cuda.synchronize(self.device)
-        return process_time() if self.settings.cpu_time else perf_counter()
+
+def clock(settings: DecodeSettings | PeersSettings) -> Callable[[], float]:
+    """Seconds; on CUDA when all that was asked for is done."""
+    device, read = pick_device(settings.device), process_time if settings.cpu_time else perf_counter
+
+    def now() -> float:
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        return read()
+
+    return now
 
 
-def _backbone(settings: DecodeSettings) -> PreTrainedModel:
-    if settings.backbone is not None:
-        return load_backbone(settings.backbone)
+def small_backbone(name: str | None) -> PreTrainedModel:
+    """The language model of that name; random weights in the shape of SmolLM2-135M without one."""
+    if name is not None:
+        return load_backbone(name)
     return new_backbone(
         LlamaConfig(
             vocab_size=49_152,

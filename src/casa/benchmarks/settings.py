@@ -5,6 +5,7 @@ This file does without torch, so that a help text is there at once.
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated
 
 from casa.errors import UserError
@@ -20,6 +21,7 @@ Frames = Annotated[Positive, "Frames to watch."]
 MaxTextTokens = Annotated[NonNegative, "Bound on the text remembered, in tokens; 0: none."]
 Seed = Annotated[int, "Another seed draws other films, samples and weights."]
 Device = Annotated[str, "auto, cpu or cuda."]
+CpuTime = Annotated[bool, "Processor time: with one thread, about what a quiet machine takes, also on a busy one."]
 Above0 = Annotated[float, Bounds(gt=0, lt=math.inf)]
 
 
@@ -46,9 +48,7 @@ class DecodeSettings(Settings):
     every: Annotated[Positive, "Blocks to a fusion layer."] = 3
     history: Annotated[tuple[int, ...], "Earlier frames that stay visible, with commas; -1: all."] = (0, 1, -1)
     dtypes: Annotated[tuple[str, ...], f"Of the weights, with commas: {', '.join(WEIGHTS)}."] = ("bf16",)
-    cpu_time: Annotated[
-        bool, "Processor time: with one thread, about what a quiet machine takes, also on a busy one."
-    ] = False
+    cpu_time: CpuTime = False
     seed: Seed = 0
     device: Device = "auto"
 
@@ -58,6 +58,30 @@ class DecodeSettings(Settings):
             raise UserError(f"dtypes has {unknown[0]!r}; choose among: {', '.join(WEIGHTS)}.", field="dtypes")
         if min(self.rows, default=0) < 1 or min(self.history, default=0) < -1:
             raise UserError("rows are 1 or more, and history is -1 or more.")
+
+
+@dataclass(frozen=True)
+class PeersSettings(Settings):
+    """Of `bench_peers`. backbone: none for random weights in the shape of SmolLM2-135M."""
+
+    backbone: Annotated[str, "A language model: folder, hub id or package; random weights if left out."] | None = None
+    turns: Annotated[tuple[int, ...], "Frames at which all are timed, with commas."] = (1, 64, 128, 256)
+    samples: Annotated[Positive, "Frames in a row from each of these; medians are told."] = 3
+    tokens: Annotated[int, Bounds(ge=2), "Tokens said of every frame."] = 16
+    every: Annotated[Positive, "Blocks to a fusion layer, and to one of cross-attention."] = 3
+    sinks: Annotated[Positive, "First text tokens that sinks and window keeps."] = 64
+    window_text: Annotated[Positive, "Last text tokens that it keeps."] = 512
+    window_frames: Annotated[Positive, "Last frames that it keeps."] = 16
+    dtype: Annotated[str, "Of the weights: bf16 or fp32."] = "bf16"
+    cpu_time: CpuTime = False
+    seed: Seed = 0
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.dtype in ("bf16", "fp32"), "dtype", self.dtype, "bf16 or fp32")
+        rises = bool(self.turns) and all(b - a >= self.samples for a, b in pairwise((1 - self.samples, *self.turns)))
+        require(rises, "turns", self.turns, "frames from 1 on, samples or more apart")
 
 
 @dataclass(frozen=True)

