@@ -3,7 +3,7 @@ PYTHON ?= python3
 VIDEO ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-fast test-gpu test-lowest mutations lint results results-suite results-live results-tiny clean
+.PHONY: demo test test-fast test-gpu test-lowest mutations lint docs results results-suite results-live results-tiny clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "casa needs Python 3.11 or newer: call make with PYTHON=python3.11")'
@@ -44,10 +44,18 @@ test-lowest: .venv-lowest/installed
 mutations: .venv/installed
 	$(BIN)/python tests/mutation/check.py
 
+# Style, types, spelling, the docs' links; workflows where actionlint is installed.
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	if command -v actionlint > /dev/null; then actionlint; fi
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
 	$(BIN)/pyright
+
+# The site of docs/ into site/; `.venv/bin/mkdocs serve` shows it while you write.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The figures of docs/results, measured again (about 15 minutes on two quiet cores).
 results: .venv/installed
@@ -93,4 +101,4 @@ results-tiny: .venv/installed
 	$(BIN)/casa eval casa-tiny --seed 2026 --limit 200 --largest 168 --out docs/results/casa-tiny-168.json
 
 clean:
-	rm -rf .venv .venv-lowest demo runs build dist
+	rm -rf .venv .venv-lowest demo runs build dist site

@@ -1,10 +1,12 @@
 """The library at its simplest: a model with its processor as one object that answers, captions and streams.
 
-eyes = casa.load("casa-tiny")
-eyes.ask("page.png", "Read line 1.")
-for caption in eyes.watch("clip.mp4", fps=2):
-    print(caption.time, caption.text)
-session = eyes.stream(max_text_tokens=128)
+    eyes = casa.load("casa-tiny")
+    eyes.ask("page.png", "Read line 1.")
+    for caption in eyes.watch("clip.mp4", fps=2):
+        print(caption.time, caption.text)
+    session = eyes.stream(max_text_tokens=128)
+
+`eyes.model` and `eyes.processor` are the transformers objects.
 """
 
 import os

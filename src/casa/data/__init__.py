@@ -1,15 +1,17 @@
 """One's own data: rows of many shapes, from many places, as one resumable stream of records. Knows no model.
 
-settings = parse_data_settings({"sources": [{"path": "pages/*.jsonl"}]})
-records = open_records(settings, seed=1, shard=Shard(rank, world, worker, workers))
-for record in records:                  # casa.data.Record
-    try:
-        pictures = open_pictures(record)    # PIL images, in the record's order
-    except BadRecord as bad:            # a truncated JPEG, say: found only by decoding it
-        records.refuse(record.origin, bad)  # counted and named; raises UserError where settings say strict
-        continue
-    ...
-state = records.state_dict()            # plain values (JSON); load_state_dict(state) goes on right after
+    settings = parse_data_settings({"sources": [{"path": "pages/*.jsonl"}]})
+    records = open_records(settings, seed=1, shard=Shard(rank, world, worker, workers))
+    for record in records:                  # casa.data.Record
+        try:
+            pictures = open_pictures(record)    # PIL images, in the record's order
+        except BadRecord as bad:            # a truncated JPEG, say: found only by decoding it
+            records.refuse(record.origin, bad)  # counted and named; raises UserError where settings say strict
+            continue
+        ...
+    state = records.state_dict()            # plain values (JSON); load_state_dict(state) goes on right after
+
+A record that cannot be read costs itself only.
 """
 
 from casa.data.pictures import open_pictures
