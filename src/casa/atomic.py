@@ -91,9 +91,13 @@ class DiskCache:
 
         FOLDER/<two digits>/<the key's other digits><ending>
 
-    what: is kept, and setting: names the folder, in the words of warnings and errors. max_bytes: of all files, the
-    longest unused leaving first; None sets no bound. written: files so far. Raises UserError if the folder cannot be
-    made.
+    Attributes:
+        what, setting: What is kept, and what names the folder, in the words of warnings and errors.
+        max_bytes: Of all files, the longest unused leaving first; None sets no bound.
+        written: Files so far.
+
+    Raises:
+        UserError: The folder cannot be made.
     """
 
     def __init__(

@@ -83,7 +83,12 @@ class CachedFrames:
         <key>.npz      times: seconds; and a PNG file for each
 
     The key stands for the file (path, time, size), what is looked at and how: a file written anew is another video.
-    found, decoded: how often frames were in the folder, and how often not. Raises UserError if it cannot be made.
+
+    Attributes:
+        found, decoded: How often frames were in the folder, and how often not.
+
+    Raises:
+        UserError: The folder cannot be made.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

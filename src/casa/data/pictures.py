@@ -64,8 +64,10 @@ FramesOf = Callable[[Path, float, float, float | None, int, int, bool], list[Pic
 class RowContext:
     """What a row's reader needs besides the row: it finds the pictures and videos that the row names.
 
-    root: the folder where relative paths start. members: files that travel with the row, by name (a WebDataset
-    sample's), which come before files on disk. frames_of: reads a video.
+    Attributes:
+        root: The folder where relative paths start.
+        members: Files that travel with the row, by name (a WebDataset sample's), which come before files on disk.
+        frames_of: Reads a video.
     """
 
     origin: Origin

@@ -250,7 +250,7 @@ class StreamingSession:
     def _prompt_tokens(self, prompt: str) -> list[int]:
         messages = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
         inputs = self._processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
         )
         return inputs["input_ids"][0].tolist()
 

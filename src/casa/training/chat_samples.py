@@ -356,9 +356,7 @@ class _LiveFeed:
         if begun and not asked:
             return
         chat = [{"role": "user", "content": [{"type": "text", "text": asked or self._processor.stream_prompt}]}]
-        inputs = self._processor.apply_chat_template(
-            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        inputs = self._processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
         tokens = inputs["input_ids"][0].tolist()
         again = begun and tokens[0] == self._processor.tokenizer.bos_token_id
         self.tokens.extend(tokens[1:] if again else tokens, False)

@@ -43,7 +43,12 @@ _STATE = "trainer_state.json"
 
 @dataclass
 class LoadedModel:
-    """model: a CasaForConditionalGeneration, or a PeftModel around one. stop: the id that ends an answer."""
+    """What a run trains.
+
+    Attributes:
+        model: A CasaForConditionalGeneration, or a PeftModel around one.
+        stop: The id that ends an answer.
+    """
 
     model: Any
     processor: CasaProcessor
