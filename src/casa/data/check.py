@@ -98,7 +98,7 @@ def check_data(
     """Reads every record once, in the order of the files, and decodes its pictures.
 
     Raises:
-        UserError: data that are not there. Bad records are counted.
+        UserError: Data that are not there. Bad records are counted.
 
     Args:
         limit: Rows at most, good or bad.

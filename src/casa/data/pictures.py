@@ -28,7 +28,7 @@ def open_pictures(record: Record) -> list[Image.Image]:
     """All pictures of a record, decoded, RGB and upright, in its order.
 
     Raises:
-        BadRecord: one of them is damaged, cut off, too large, or gone since the row was read.
+        BadRecord: One of them is damaged, cut off, too large, or gone since the row was read.
     """
     return [open_one(picture, number) for number, picture in enumerate(record.pictures(), start=1)]
 

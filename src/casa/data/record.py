@@ -139,8 +139,8 @@ class BadRecordReport:
     not stop a run: `unwritten` then says why.
 
     Args:
-        path: the file; None counts only.
-        strict: a bad record raises UserError.
+        path: The file; None counts only.
+        strict: A bad record raises UserError.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, strict: bool = False) -> None:

@@ -87,7 +87,7 @@ def parse_data_settings(values: Mapping[str, object], at: str = "data") -> DataS
     """Settings from plain values; `at` is their place in sentences.
 
     Raises:
-        UserError: an unknown key (with a suggestion), a wrong type or an impossible value.
+        UserError: An unknown key (with a suggestion), a wrong type or an impossible value.
     """
     return build(DataSettings, values, at)
 
@@ -127,8 +127,8 @@ class Shard:
             3 readers, 1 part     rows 0 1 2 3 4 5 6 ... -> 0 1 2 0 1 2 0 ...
 
         Args:
-            parts: how many there are.
-            order: seeds of the order in which they come, the same for all readers; None keeps it.
+            parts: How many there are.
+            order: Seeds of the order in which they come, the same for all readers; None keeps it.
         """
         numbers = np.arange(parts)
         if order is not None:
