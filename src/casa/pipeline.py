@@ -52,7 +52,7 @@ def load(
 
     Args:
         name_or_path: A checkpoint's folder, a hub id, or the name of a shipped model.
-        device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:1".
+        device: "auto" (CUDA if it is there), "cpu", "cuda", "cuda:1", or "mps" (Apple's GPU, never tried yet).
         weights: "own", as they were saved, or "int8": half the memory of bf16 and faster, and nearly the same answers.
         image_cache: Where keys and values of pictures are kept for another question: "memory", a folder, which other
             processes share, an `ImageCache`, or "off".
@@ -161,7 +161,7 @@ class CasaPipeline:
     def _generate(self, chats: list[list[dict[str, Any]]], generate: dict[str, Any]) -> list[str]:
         settle()
         inputs: Any = self.processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True
+            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
         if self.image_cache is not None:
             inputs = self.image_cache.inputs(self.model, inputs)

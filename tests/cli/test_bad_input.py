@@ -236,7 +236,7 @@ def test_tasks_devices_and_words(casa, checkpoint, files, out):
     assert_sentence(casa("eval", checkpoint, "--tasks", "pagse", *scores), "no task 'pagse'; did you mean 'pages'?")
     assert_sentence(casa("eval", checkpoint, "--limit", 0, *scores), "The limit is 0; it must be 1 or more.")
     device = casa("ask", checkpoint, picture, "what?", "--device", "tpu")
-    assert_sentence(device, "device 'tpu' is not known; use auto, cpu or cuda.")
+    assert_sentence(device, "device 'tpu' is not known; use auto, cpu, cuda or mps.")
     assert_sentence(casa("ask", "one"), "ask takes a picture and a question: casa ask")
     assert_sentence(casa("bench", "attention", "--impls", "spda"), "cannot time 'spda'; known are reference, sdpa,")
 

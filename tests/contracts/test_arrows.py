@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
 
 
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray")
 LOADED = "import sys; print(sorted({n.split('.')[0] for n in sys.modules} & {'transformers', 'PIL', 'av'}))"
 
 
@@ -206,7 +208,7 @@ def test_the_torch_rooms_load_torch_alone():
     assert result.stdout.split() == ["[]", "['PIL']"], result.stderr
 
 
-@pytest.mark.slow
+@needs_ray
 def test_one_machine_imports_nothing_of_ray():
     rooms = "import casa.cli.main, casa.captioning, casa.serving.app, casa.serving.server, casa.serving.ingress, sys"
     result = python(f"{rooms}\nprint('ray' in sys.modules)\nimport ray\nprint('ray' in sys.modules)")
@@ -254,6 +256,7 @@ except ConnectionError as error:
 """
 
 
+@needs_ray
 @pytest.mark.slow
 def test_importing_changes_no_threads_seeds_or_environment_and_opens_no_socket():
     result = python(QUIET)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,7 +22,8 @@ def test_the_five_lines_run(monkeypatch, capsys):
 
 
 def test_the_map_names_every_room_and_file_of_the_package():
-    block = next(part for part in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "src/casa/" in part)
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    block = next(part for part in blocks if part.startswith("src/casa/"))
     lines = re.findall(r"^  ([a-z].*)", block, re.MULTILINE)
     named = [name for line in lines for name in line.split("  ")[0].split(", ")]
     there = {f"{path.name}/" for path in (ROOT / "src/casa").iterdir() if path.is_dir() and path.name[0] != "_"}
@@ -37,3 +39,10 @@ def test_pictures_and_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
     for command in re.findall(r"^make ([\w-]+)", README, re.MULTILINE):
         assert f"\n{command}:" in makefile
+
+
+def test_it_is_short_and_its_moving_picture_small():
+    assert len(README.splitlines()) < 120
+    (moving,) = re.findall(r"\((docs/images/[\w.]+\.webp)\)", README)
+    assert (ROOT / moving).stat().st_size < 2_000_000
+    assert Image.open(ROOT / moving).n_frames > 50

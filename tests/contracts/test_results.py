@@ -1,4 +1,6 @@
-"""Figures cannot drift: each stands in a file that says where it came from, and the README repeats it as it stands."""
+"""Figures cannot drift: each stands in a file that says where it came from, and docs/results/README.md and the README
+repeat it as it stands.
+"""
 
 import json
 import re
@@ -16,7 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 FILES = sorted(path.name for path in RESULTS.glob("*.json"))
 # what a trainer writes of its own run has another form
 MEASURED = [name for name in FILES if not name.endswith("-training.json")]
-LINES = " ".join(README.split())
+LINES = " ".join(INDEX.split())
 
 
 def record(name):
@@ -101,7 +103,7 @@ def test_live_figures_keep_what_is_promised():
             assert last > 1.1 * first
 
 
-def test_the_scores_in_the_readme():
+def test_the_scores_on_the_page():
     scores = record("casa-tiny.json")["scores"]
     pages = scores["pages"]
     wanted = [
@@ -110,13 +112,13 @@ def test_the_scores_in_the_readme():
         (scores["scenes"]["accuracy"], 0.95, scores["scenes"]["accuracy"] >= 0.95),
         (scores["stream"]["wer"], 0.10, scores["stream"]["wer"] <= 0.10),
     ]
-    for (_, score, goal), (value, limit, reached) in zip(rows("`casa-tiny` (", README), wanted, strict=True):
+    for (_, score, goal), (value, limit, reached) in zip(rows("`casa-tiny` (", INDEX), wanted, strict=True):
         assert score == f"{value:.1%}".replace("%", " %")
         assert goal == f"{limit:.0%}".replace("%", " %")
         assert reached, score
 
 
-def test_scores_over_three_seeds_in_the_readme():
+def test_scores_over_three_seeds_on_the_page():
     found = [record(name)["scores"] for name in ("casa-tiny.json", "casa-tiny-seed-7.json", "casa-tiny-seed-8.json")]
     wanted = [
         sum(scores[task][score] for scores in found) / 3
@@ -153,20 +155,20 @@ def test_casa_tiny_was_trained_within_two_hours():
     assert sum(stage["seconds"] for stage in found["stages"].values()) <= found["seconds_of_this_call"] <= 7200
 
 
-def test_the_times_in_the_readme():
+def test_the_times_on_the_page():
     found = {}
     for row in record("attention-cpu.json")["rows"]:
         found.setdefault(row["shape"].replace("x", "×"), {})[row["impl"]] = row["both_ms"]
-    for shape, dense, sdpa, times in rows("Attention over windows beside", README):
+    for shape, dense, sdpa, times in rows("Attention over windows beside", INDEX):
         measured = found[shape]
         assert float(dense.removesuffix(" ms")) == pytest.approx(measured["dense mask"], rel=0.005)
         assert float(sdpa.removesuffix(" ms")) == pytest.approx(measured["sdpa"], rel=0.005)
         assert float(times) == pytest.approx(measured["dense mask"] / measured["sdpa"], abs=0.06)
 
 
-def test_the_stream_in_the_readme():
+def test_the_stream_on_the_page():
     plain, bounded = record("stream-cpu.json"), record("stream-bounded-cpu.json")
-    told = rows("Live video at 336 px", README)
+    told = rows("Live video at 336 px", INDEX)
     for row, (found, method) in zip(told, ((plain, "casa"), (plain, "insertion"), (bounded, "casa")), strict=True):
         facts = found[method]
         first, last = (round(size / 1024) for size in facts["cache_bytes"])
@@ -177,7 +179,7 @@ def test_the_stream_in_the_readme():
             assert row[3] == f"{facts['image_bytes'][0] // 1024} KiB, constant"
 
 
-def test_the_live_figures_in_the_readme():
+def test_the_live_figures_on_the_page():
     live, sessions, soak = record("live-cpu.json"), record("sessions-cpu.json"), record("soak-cpu.json")
     lags = [minute["median_lag_ms"] / 1000 for minute in live["minutes"]]
     taken = next(load for load in sessions["loads"] if load["sessions"] == sessions["sustained"])
@@ -193,7 +195,31 @@ def test_the_live_figures_in_the_readme():
         "casa bench soak": (f"{-(-soak['most_cache_bytes_of_all'] // 1024)} KiB",),
         "Host memory": (f"{record('memory-cpu.json')['more_bytes'] / 1e6:.0f} MB more",),
     }
-    told = [" ".join(bullet.split()) for bullet in re.findall(r"^- (.*(?:\n  .*)*)", README, re.MULTILINE)]
+    told = [" ".join(bullet.split()) for bullet in re.findall(r"^- (.*(?:\n  .*)*)", INDEX, re.MULTILINE)]
     for name, values in figures.items():
         (bullet,) = [bullet for bullet in told if name in bullet]
         assert [value for value in values if value not in bullet] == [], name
+
+
+def test_the_table_in_the_readme():
+    """One table, of the figures on the page."""
+    stream, scores = record("stream-cpu.json"), record("casa-tiny.json")["scores"]
+    took = {
+        row["impl"]: row["both_ms"] for row in record("attention-cpu.json")["rows"] if row["shape"] == "64 x (64 + 16)"
+    }
+    turns = record("turns-512-cpu.json")
+    shares = (
+        scores["pages"]["digits"],
+        scores["pages"]["lines"],
+        scores["scenes"]["accuracy"],
+        scores["stream"]["wer"],
+    )
+    methods = ("casa", "insertion")
+    wanted = [
+        ["{first_quarter_ms:.0f} → {last_quarter_ms:.0f} ms".format(**stream[name]) for name in methods],
+        ["{:,.0f} → {:,.0f} KiB".format(*(size / 1024 for size in stream[name]["cache_bytes"])) for name in methods],
+        ["{:.0f} and {:.0f} ms".format(*turns[name]["first_token_ms"]) for name in methods],
+        [f"{took['sdpa']:.1f} ms", f"{took['dense mask']:.0f} ms"],
+        ["{:.1f}, {:.1f}, {:.1f}; {:.1f} %".format(*(100 * share for share in shares)), ""],
+    ]
+    assert [cells[1:] for cells in rows("in drawings", README)] == wanted

@@ -22,8 +22,6 @@ VARIANTS = {
     "update": {"update_images": True},
     "insertion": {"method": "insertion"},
 }
-NEW = 4  # tokens of an answer
-OTHERS = ("before", "cross-attention", "history", "update")
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +42,9 @@ def question(index, shown, text, before=()):
 
 @pytest.fixture(scope="module")
 def asked(pictures):
-    """One to three questions a picture, about several, and about none."""
+    """One to five questions a picture, about several, and about none."""
     one, two, three, four, five = pictures
-    about = [[one]] * 3 + [[two]] * 2 + [[three], [one, two], [two, one], [], [four], [five]]
+    about = [[one]] * 5 + [[two]] * 2 + [[three], [one, two], [two, one], [one, two], [], [four], [], [five]]
     words = ["what is it?", "say it", "and this?", "what?", "is it so?"]
     return [question(number, shown, words[number % 5]) for number, shown in enumerate(about)]
 
@@ -58,11 +56,11 @@ def eyes_of(**fusion):
 
 def alone(eyes, one, **settings):
     shown = [picture.source for picture in one.pictures]
-    return eyes.ask(shown, one.text, max_new_tokens=NEW, **settings)
+    return eyes.ask(shown, one.text, max_new_tokens=6, **settings)
 
 
 def answers(eyes, questions, **settings):
-    answerer = Answerer(eyes.model, eyes.processor, AnswerSettings(max_new_tokens=NEW, **settings))
+    answerer = Answerer(eyes.model, eyes.processor, AnswerSettings(max_new_tokens=6, **settings))
     found = {}
     for batch in answerer.batches(questions):
         assert len(batch) <= answerer.settings.batch_size
@@ -70,9 +68,7 @@ def answers(eyes, questions, **settings):
     return [found[one.index] for one in questions], answerer
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in OTHERS else []) for name in VARIANTS]
-)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_batches_answer_as_each_question_alone(asked, name, monkeypatch):
     eyes = eyes_of(**VARIANTS[name])
     wanted = [alone(eyes, one) for one in asked]
@@ -84,7 +80,7 @@ def test_batches_answer_as_each_question_alone(asked, name, monkeypatch):
         "encode_images",
         lambda model, pixels, grid: encoded.append(len(grid)) or encode(model, pixels, grid),
     )
-    for size, least in ((1, 64), (4, 0), (16, 64)):
+    for size, least in ((1, 64), (4, 0), (16, 64), (16, 0)):
         encoded.clear()
         monkeypatch.setattr("casa.evaluation.answering.MIN_SHARED", least)
         given, answerer = answers(eyes, asked, batch_size=size)
@@ -156,7 +152,7 @@ def test_what_all_begin_with_is_fed_once(asked, pictures):
     same = [one for one in asked if one.keys == (str(pictures[0]),)]
     answers(eyes, same)
     # one row with the picture in it, and then a row for each question without
-    assert fed[:2] == [(1, True), (3, False)]
+    assert fed[:2] == [(1, True), (5, False)]
 
 
 def test_the_shared_prefix_ends_where_texts_or_pictures_differ():
@@ -188,7 +184,7 @@ def test_earlier_turns_are_read(pictures):
     ]
     how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     inputs = eyes.processor.apply_chat_template(chat, **how)
-    tokens = eyes.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    tokens = eyes.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert given == eyes.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
@@ -220,17 +216,16 @@ def test_a_variable_that_the_template_has_not_is_refused():
 def test_only_so_much_is_kept(asked, monkeypatch):
     monkeypatch.setattr("casa.evaluation.answering.KEPT_BYTES", 1)
     eyes = eyes_of()
-    some = asked[4:9]
-    given, answerer = answers(eyes, some, batch_size=2)
+    given, answerer = answers(eyes, asked, batch_size=2)
     assert len(answerer._kept) == 1
-    assert given == [alone(eyes, one) for one in some]
+    assert given == [alone(eyes, one) for one in asked]
 
 
 def test_pictures_are_found_in_a_folder_that_another_run_has_filled(asked, tmp_path, monkeypatch):
     eyes = eyes_of()
     wanted = [alone(eyes, one) for one in asked]
     for looks in (5, 0):
-        cache, settings = ImageCache(0, tmp_path / "kept"), AnswerSettings(max_new_tokens=NEW)
+        cache, settings = ImageCache(0, tmp_path / "kept"), AnswerSettings(max_new_tokens=6)
         answerer = Answerer(eyes.model, eyes.processor, settings, cache)
         found = {}
         for batch in answerer.batches(asked):

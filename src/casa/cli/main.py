@@ -13,6 +13,7 @@ from casa.cli import adapt, ask, bench, data, evaluate, inspect, live, train
 from casa.errors import UserError
 from casa.threads import share_cores
 
+EXTRAS = {"accelerate": "train", "peft": "train"}  # what is imported where it is used, and the extra that has it
 STOPPED = (129, 130, 143)  # the exit status of a closed terminal, of Ctrl-C, of SIGTERM
 
 app = typer.Typer(
@@ -56,7 +57,7 @@ def run() -> None:
     try:
         app(arguments)
     except Exception as error:
-        if debug or not (isinstance(error, (UserError, OSError)) or _lacks_memory(error)):
+        if debug or not (isinstance(error, (UserError, OSError)) or _lacks_memory(error) or _lacks_extra(error)):
             raise
         print(f"casa: {_sentence(error, arguments)}", file=sys.stderr)
         sys.exit(2)
@@ -70,11 +71,17 @@ def run() -> None:
 def _sentence(error: BaseException, arguments: list[str]) -> str:
     if isinstance(error, UserError):
         return with_flags(error, arguments)
+    if isinstance(error, ModuleNotFoundError):
+        return f"this needs {error.name}: install casa-vlm[{EXTRAS[error.name or '']}]."
     if _lacks_memory(error):
         return "there is not enough memory; use a smaller picture, batch or model."
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     return str(error) or type(error).__name__
+
+
+def _lacks_extra(error: BaseException) -> bool:
+    return isinstance(error, ModuleNotFoundError) and error.name in EXTRAS
 
 
 def with_flags(error: UserError, arguments: list[str]) -> str:

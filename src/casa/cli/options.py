@@ -49,7 +49,7 @@ def console(width: int = 160) -> "Console":
 
 
 Model = Annotated[str, typer.Argument(help="A checkpoint's folder, or casa-tiny.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps (Apple's GPU, not taken by auto).")]
 Weights = Annotated[
     Literal["own", "int8"], typer.Option(help="own: as they were saved; int8: smaller and faster, nearly the same.")
 ]

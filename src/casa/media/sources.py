@@ -23,6 +23,9 @@ from casa.media.source import Frame, VideoSource, check_fps, check_span
 from casa.media.streams import Backoff, is_address, is_device, open_stream
 from casa.media.video import Pages, is_pages, read_frames
 
+if sys.platform == "win32":
+    import msvcrt
+
 Picture = Image.Image | np.ndarray
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".mpo", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"),
@@ -243,9 +246,11 @@ class _Pipe:
             if sys.stdin is None or sys.stdin.isatty():
                 raise UserError("Nothing is piped in: write ffmpeg ... -f matroska - | casa caption -")
             self._descriptor = sys.stdin.fileno()
+            if sys.platform == "win32":
+                msvcrt.setmode(self._descriptor, os.O_BINARY)
         elif isinstance(file, (str, os.PathLike)):
             try:
-                self._descriptor = os.open(file, os.O_RDONLY)
+                self._descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             except OSError as error:
                 raise UserError(f"{file} cannot be read ({error.strerror}): check its name.") from error
             self._is_ours = True

@@ -24,11 +24,8 @@ def load_pretrained(
 ) -> tuple[CasaForConditionalGeneration, CasaProcessor]:
     """Model (in evaluation mode) and processor; transformers' progress bars and reports are left out meanwhile.
 
-    Args:
-        weights: "own", as they were saved, or "int8" (`casa.models.int8`).
-
-    Raises:
-        UserError: The model is not there, or this machine does not have the device.
+    weights: "own", as they were saved, or "int8" (`casa.models.int8`).
+    Raises UserError for a model that is not there, or a device that this machine does not have.
     """
     chosen = pick_device(device)
     if weights not in WEIGHTS:
@@ -41,7 +38,7 @@ def load_pretrained(
 
 
 def pick_device(device: str) -> str:
-    """ "auto" is the GPU if there is one. Raises UserError for a device that is unknown or not there."""
+    """ "auto" is the CUDA device if there is one. Raises UserError for a device that is unknown or not there."""
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         return "cuda" if there else "cpu"
@@ -49,8 +46,10 @@ def pick_device(device: str) -> str:
         wanted = torch.device(device)
     except RuntimeError:
         wanted = None
-    if wanted is None or wanted.type not in ("cpu", "cuda"):
-        raise UserError(f"device {device!r} is not known; use auto, cpu or cuda.")
+    if wanted is None or wanted.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {device!r} is not known; use auto, cpu, cuda or mps.")
+    if wanted.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("this machine has no MPS device (Apple's GPU); use auto or cpu.")
     if wanted.type == "cuda" and not there:
         raise UserError("this machine has no CUDA device; use auto or cpu.")
     if wanted.type == "cuda" and (wanted.index or 0) >= there:
@@ -135,16 +134,12 @@ def _template(path: Any, **hub: Any) -> str | None:
 
 
 def auto_processor(backbone: Any, vision: Any = None, gist: int = 0, remedy: str = "give vision") -> CasaProcessor:
-    """The processor of a backbone with an image encoder; no weights are read.
+    """backbone: folder of an insertion VLM or model, or of a text-only LLM (or its GGUF file); then vision is that of
+    an image encoder, or of a model with one. Either may be the name of a shipped model, or one on a hub.
 
-    Args:
-        backbone: Folder of an insertion VLM or model, or of a text-only LLM (or its GGUF file); then vision is that of
-            an image encoder, or of a model with one. Either may be the name of a shipped model, or one on a hub.
-        gist: Learned tokens after an image, whose ids stand behind the vocabulary.
-        remedy: What a user does about a missing encoder, in the words of the place where it is missing.
-
-    Raises:
-        UserError: There is no encoder, or no tokenizer that can be read.
+    gist: learned tokens after an image, whose ids stand behind the vocabulary. remedy: what a user does about a
+    missing encoder, in the words of the place where it is missing. No weights are read.
+    Raises UserError without an encoder, or without a tokenizer that can be read.
     """
     config = read_config(backbone)
     if isinstance(config, CasaConfig):

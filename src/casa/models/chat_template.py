@@ -39,8 +39,7 @@ class ChatText(str):
 class TypedText:
     """A tokenizer's special tokens, told apart from the same words typed by people.
 
-    Args:
-        also: Tokens that are special here, although the tokenizer does not call them so.
+    also: tokens that are special here, although the tokenizer does not call them so.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, also: tuple[str, ...] = ()) -> None:
@@ -111,8 +110,7 @@ class TypedText:
     def encode(self, tokenizer: Any, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text, in which what was typed is text.
 
-        Args:
-            tokenizer: The one that this is of, whose ids any text has in which nothing like a special token was typed.
+        tokenizer: the one that this is of, whose ids any text has in which nothing like a special token was typed.
         """
         typed = getattr(text, "typed", ())
         if not typed:
@@ -314,10 +312,8 @@ def _part(part: Any) -> tuple[dict[str, Any], Any]:
 class TemplateForm:
     """What a template takes.
 
-    Attributes:
-        places: Writes the image token for an image part.
-        strings, parts: Writes a content that is a string, or a list of text parts.
-        system: Has a turn for a system message.
+    places: writes the image token for an image part. strings, parts: writes a content that is a string, or a list of
+    text parts. system: has a turn for a system message.
     """
 
     places: bool
@@ -348,11 +344,9 @@ class TemplateForm:
 
 @lru_cache(maxsize=64)
 def template_form(template: str, image_token: str, variables: tuple[tuple[str, Any], ...] = ()) -> TemplateForm:
-    """Renders probes with a chat template.
+    """Renders probes with a chat template. variables: what else templates see, as (name, value).
 
-    Args:
-        variables: What else templates see, as (name, value).
-        image_token: What is to come out for a picture.
+    image_token: what is to come out for a picture.
     """
     word, other = _WORDS
 
@@ -406,15 +400,9 @@ def _without_system(messages: Messages) -> Messages:
 
 
 def named_template(chosen: str | None, templates: Sequence[Any], tools: bool = False) -> str:
-    """The text of a template.
+    """The text of a template. chosen: a name or a text; None for the default. templates: texts, or texts by name.
 
-    Args:
-        chosen: A name or a text; None for the default.
-        templates: Texts, or texts by name.
-        tools: Whether functions are offered, for which some have a template of their own.
-
-    Raises:
-        UserError: There is none of that name, or none at all.
+    tools: whether functions are offered, for which some have a template of their own. Raises UserError.
     """
     by_name: dict[str, str] = {}
     for held in reversed([held for held in templates if held]):

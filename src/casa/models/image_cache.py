@@ -212,8 +212,10 @@ def _state_of(model: nn.Module, tensors: list[Tensor]) -> object:
     torch counts what is written to a tensor, but not through its `.data`: so the first value of each is looked at, too.
     """
     counts = [(one.data_ptr(), 0 if one.is_inference() else one._version, one.dtype) for one in tensors]
-    first = [one.detach().reshape(-1)[:1].to(torch.float64) for one in tensors if one.numel()]
-    return counts, torch.cat([one.to(first[0].device) for one in first]).tolist() if first else []
+    first = [one.detach().reshape(-1)[:1] for one in tensors if one.numel()]
+    # as wide as they are: Apple's GPU has no float64
+    wide = torch.float64 if any(one.dtype == torch.float64 for one in first) else torch.float32
+    return counts, torch.cat([one.to(first[0].device, wide) for one in first]).tolist() if first else []
 
 
 def _digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:

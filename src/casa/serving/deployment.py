@@ -62,7 +62,7 @@ class ClusterSettings(Settings):
         allow_fetch: Chats may name pictures on the public internet.
         image_cache: As for `create_app`.
         limits: As for `casa serve`, "name=value".
-        device: Of a replica: auto, cpu or cuda.
+        device: Of a replica: auto, cpu, cuda or mps.
         weights: own, as they were saved, or int8.
         host: Where a replica listens; its node's address if left out.
         cpus: That Ray counts for a replica; gpus: likewise.
