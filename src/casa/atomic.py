@@ -30,7 +30,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     file that is replaced.
 
     Raises:
-        UserError: the folder does not exist or cannot be written, or `path` is no regular file.
+        UserError: The folder does not exist or cannot be written, or `path` is no regular file.
     """
     target, unfinished = _begin(path)
     try:
@@ -77,7 +77,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` to `path` as UTF-8 with "\\n" line ends, whole or not at all.
 
     Raises:
-        UserError: see `replacing`; also when the disk is full.
+        UserError: See `replacing`; also when the disk is full.
     """
     with replacing(path) as unfinished:
         try:
@@ -91,9 +91,13 @@ class DiskCache:
 
         FOLDER/<two digits>/<the key's other digits><ending>
 
-    what: is kept, and setting: names the folder, in the words of warnings and errors. max_bytes: of all files, the
-    longest unused leaving first; None sets no bound. written: files so far. Raises UserError if the folder cannot be
-    made.
+    Attributes:
+        what, setting: What is kept, and what names the folder, in the words of warnings and errors.
+        max_bytes: Of all files, the longest unused leaving first; None sets no bound.
+        written: Files so far.
+
+    Raises:
+        UserError: The folder cannot be made.
     """
 
     def __init__(

@@ -161,7 +161,7 @@ class CasaPipeline:
     def _generate(self, chats: list[list[dict[str, Any]]], generate: dict[str, Any]) -> list[str]:
         settle()
         inputs: Any = self.processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            chats, add_generation_prompt=True, tokenize=True, return_dict=True
         )
         if self.image_cache is not None:
             inputs = self.image_cache.inputs(self.model, inputs)

@@ -15,7 +15,8 @@ PACKAGES = ("casa-vlm", "torch", "transformers", "numpy", "pillow", "av", "sciki
 def provenance(device: str = "cpu", model: str | Path | None = None) -> dict[str, Any]:
     """JSON-ready facts: `commit` (None outside a checkout; "+" when files differ from it), versions, machine.
 
-    model: a checkpoint that lies on this machine, or a shipped one's name; then `weights` is its fingerprint.
+    Args:
+        model: A checkpoint that lies on this machine, or a shipped one's name; then `weights` is its fingerprint.
     """
     import torch
 

@@ -89,11 +89,11 @@ def build(kind: Any, values: Any, at: str = "", what: str = "the settings") -> A
     further such classes.
 
     Args:
-        at: the place of `values`, as sentences name it.
-        what: its name where `at` is empty.
+        at: The place of `values`, as sentences name it.
+        what: Its name where `at` is empty.
 
     Raises:
-        UserError: an unknown key (with "did you mean"), a missing, wrongly typed or impossible value.
+        UserError: An unknown key (with "did you mean"), a missing, wrongly typed or impossible value.
     """
     where = at or what
     if not isinstance(values, Mapping):

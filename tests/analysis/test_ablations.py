@@ -203,11 +203,20 @@ GENERATED = [
 ]
 
 
-@pytest.mark.parametrize("fusion", [{}, {"placement": "replace", "layers": [0, 1]}, {"split": "sample"}], ids=str)
-@pytest.mark.parametrize("names", GENERATED)
+@pytest.mark.parametrize(
+    ("names", "fusion"),
+    [
+        *((names, {}) for names in GENERATED),
+        ("no-self-attention", {"placement": "replace", "layers": [0, 1]}),
+        ("no-text", {"placement": "replace", "layers": [0, 1]}),
+        ("no-images", {"split": "sample"}),
+        ("no-random-text", {"split": "sample"}),
+    ],
+    ids=str,
+)
 def test_generation_with_a_cache_is_that_of_whole_passes(names, fusion):
     model = tiny_casa(**fusion)
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with ablated(model, *names.split(",")):
         batch = model.generate(**as_batch(BATCH), **settings)[:, 7:]
         for sample, said in zip(BATCH, batch, strict=True):

@@ -39,7 +39,14 @@ def said(model, case):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "fusion", [{}, {"every": 2, "placement": "before"}, {"method": "cross_attention"}, {"method": "insertion"}], ids=str
+    "fusion",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"every": 2, "placement": "before"},
+        pytest.param({"method": "cross_attention"}, marks=pytest.mark.slow),
+        {"method": "insertion"},
+    ],
+    ids=str,
 )
 def test_every_figure_is_the_one_by_hand(fusion):
     model, given = tiny_casa(**fusion), cases()
@@ -97,6 +104,7 @@ def test_need_is_told_or_found_out():
     assert mean == pytest.approx(whole.log_likelihood - blind.log_likelihood, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["casa", "insertion"])
 def test_files_hold_the_figures(tmp_path, method):
     found = set_statistics(tiny_casa(method=method), cases())

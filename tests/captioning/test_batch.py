@@ -16,7 +16,7 @@ from casa.media import open_source
 from casa.pipeline import CasaPipeline
 from casa.testing import tiny_checkpoint
 
-SETTINGS = {"fps": 5, "max_new_tokens": 4}
+SETTINGS = {"fps": 2, "max_new_tokens": 4}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_each_says_what_it_says_alone(eyes, folder, tmp_path):
     assert [entry["id"] for entry in found] == IDS
     by_id = {entry["id"]: entry for entry in found}
     for name, prompt in (("1.mp4", "say"), ("2.mp4", None), ("3.mp4", None)):
-        with open_source(folder / name, 5) as source:
+        with open_source(folder / name, SETTINGS["fps"]) as source:
             session = eyes.stream(prompt, max_new_tokens=4)
             alone = [{"time": round(frame.time, 3), "text": session.step(frame.image)} for frame in source]
         assert by_id[name]["captions"] == [one for one in alone if one["text"]]

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import casa as package
 from casa.evaluation import page
@@ -83,12 +84,12 @@ def test_the_library_and_the_program_give_the_same(folder, tmp_path, casa):
     assert "95 % interval" in table.out
 
 
-def test_films_chats_and_several_pictures_are_answered(folder, tmp_path, checkpoint, casa):
+def test_films_chats_and_several_pictures_are_answered(tmp_path, checkpoint, casa):
     with VideoWriter(tmp_path / "clip.mp4", (56, 56), fps=4) as film:
         for level in range(12):
             film.write(np.full((56, 56, 3), 20 * level, dtype=np.uint8))
-    for name in ("0.png", "1.png"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    for number in range(2):
+        Image.new("RGB", (84, 56), (90 * number, 120, 60)).save(tmp_path / f"{number}.png")
     turns = [("human", "<video>\nwhat?"), ("gpt", "a cat"), ("human", "and?"), ("gpt", "a dog")]
     rows = [
         {"video": "clip.mp4", "conversations": [{"from": side, "value": text} for side, text in turns]},
@@ -137,7 +138,8 @@ def test_films_chats_and_several_pictures_are_answered(folder, tmp_path, checkpo
         (["--tasks", "page"], "did you mean 'pages'"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_sentence(folder, monkeypatch, casa, words, said):
-    monkeypatch.chdir(folder)
+def test_what_is_wrong_is_said_in_a_sentence(tmp_path, monkeypatch, casa, words, said):
+    (tmp_path / "qa.jsonl").write_text(json.dumps({"question": "Read line 1.", "answer": "1"}) + "\n")
+    monkeypatch.chdir(tmp_path)
     result = casa("eval", "casa-tiny", *words)
     assert (result.status, said in result.err, result.err.count("\n")) == (2, True, 1), result.err

@@ -209,6 +209,7 @@ def test_the_torch_rooms_load_torch_alone():
 
 
 @needs_ray
+@pytest.mark.slow
 def test_one_machine_imports_nothing_of_ray():
     rooms = "import casa.cli.main, casa.captioning, casa.serving.app, casa.serving.server, casa.serving.ingress, sys"
     result = python(f"{rooms}\nprint('ray' in sys.modules)\nimport ray\nprint('ray' in sys.modules)")

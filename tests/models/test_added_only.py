@@ -17,6 +17,7 @@ from casa.testing import TinySample, tiny_backbone, tiny_encoder, tiny_processor
 
 SAMPLE = TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 2, 3), (5, 1, 2)))
 KINDS = ("llama", "tied", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+REPLACED = {"placement": "replace", "every": 2}
 
 
 def saved_backbone(folder, kind="llama", seed=0):
@@ -54,8 +55,14 @@ def assert_same(found, wanted):
     assert torch.equal(logits(found), logits(wanted))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("fusion", [{}, {"method": "insertion"}, {"placement": "replace", "every": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "fusion"),
+    [
+        *((kind, {}) for kind in KINDS),
+        *((kind, fusion) for kind in ("llama", "qwen2_5_vl") for fusion in ({"method": "insertion"}, REPLACED)),
+    ],
+    ids=str,
+)
 def test_it_is_the_model_as_it_was_bit_for_bit(tmp_path, kind, fusion):
     model = with_eyes(saved_backbone(tmp_path / kind, kind), **fusion)
     model.generation_config.max_new_tokens = 7

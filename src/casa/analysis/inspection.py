@@ -60,13 +60,8 @@ class Inspection:
 def question_inputs(processor: CasaProcessor, pictures: Sequence[Image.Image], question: str) -> dict[str, Any]:
     """The inputs of one user's turn: the pictures, then the question, up to where the answer begins."""
     parts = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": parts}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    chat = [{"role": "user", "content": parts}]
+    return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
 
 
 def with_answer(inputs: dict[str, Any], answer: Sequence[int]) -> dict[str, Any]:

@@ -20,7 +20,10 @@ method `each(keys, distances)`, int64 (n,), that is called once for the keys of 
 class AttentionRequest:
     """What a call asks for besides its numbers: enough for an implementation's `refusal` to say whether it can do it.
 
-    width: D. turning: keys of earlier windows are to be turned. backward: a gradient is wanted.
+    Attributes:
+        width: D.
+        turning: Keys of earlier windows are to be turned.
+        backward: A gradient is wanted.
     """
 
     layout: WindowLayout
@@ -109,7 +112,11 @@ class RowGather:
 
     @staticmethod
     def of(index: Tensor, valid: Tensor, sources: int, blank: Tensor | None = None) -> "RowGather":
-        """index, valid: (M,), from `sources` rows. The rest is padding, whose gradient is zero."""
+        """The gather of these rows.
+
+        Args:
+            index, valid: (M,), from `sources` rows. The rest is padding, whose gradient is zero.
+        """
         used = valid.nonzero().squeeze(1)
         row, order = index[used].sort(stable=True)
         used = used[order]

@@ -143,8 +143,9 @@ RIVALS: dict[str, Callable[[WindowLayout, torch.device], Rival]] = {
 class AttentionShape:
     """`windows` windows of one image of `image` tokens and `text[0]`..`text[1]` text tokens each.
 
-    queries: how many of a window's text tokens, the last, have a query; None for all, in one packed sample. With a
-        number each window is a sample of its own, as rows that decode are.
+    Attributes:
+        queries: How many of a window's text tokens, the last, have a query; None for all, in one packed sample. With a
+            number each window is a sample of its own, as rows that decode are.
     """
 
     name: str
@@ -334,7 +335,11 @@ class Contestant:
         return None
 
     def figures(self, dense: "Contestant", work: tuple[float, float] | None) -> Figures:
-        """work: floating-point operations and bytes of a forward pass, on CUDA."""
+        """The shape's figures as they stand in the result.
+
+        Args:
+            work: Floating-point operations and bytes of a forward pass, on CUDA.
+        """
         forward, both = self.medians()
         others = dense.medians()
         found: Figures = {"forward_ms": forward, "both_ms": both}

@@ -25,8 +25,8 @@ from casa.benchmarks.settings import DecodeSettings, PeersSettings
 from casa.models import CasaForConditionalGeneration, FusionConfig, adapt
 from casa.models.auto import pick_device
 from casa.models.backbone_source import load_backbone
+from casa.models.backbones import new_backbone
 from casa.models.int8 import to_int8
-from casa.models.modeling_casa import new_backbone
 from casa.vision import new_encoder
 
 DTYPES = {"bf16": torch.bfloat16, "int8": torch.bfloat16, "fp32": torch.float32}

@@ -6,10 +6,10 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
 
 import torch
 
+from casa.analysis.inspection import question_inputs
 from casa.benchmarks.harness import Benchmark, Figures, handwriting, table, take_turns
 from casa.benchmarks.settings import EvalSettings
 from casa.data.record import Message, Picture, Text
@@ -88,11 +88,9 @@ def _alone(
 ) -> Taken:
     """Each question by itself, its picture opened and looked at anew."""
     began, answers = perf_counter(), []
-    how: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     for one in asked:
         settle()
-        content = [{"type": "image", "image": open_picture(one.keys[0])}, {"type": "text", "text": one.text}]
-        inputs = dict(processor.apply_chat_template([{"role": "user", "content": content}], **how))
+        inputs = question_inputs(processor, [open_picture(one.keys[0])], one.text)
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         tokens = model.generate(**inputs, max_new_tokens=settings.tokens, do_sample=False)
         said = tokens[0, inputs["input_ids"].shape[1] :]

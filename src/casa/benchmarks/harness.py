@@ -82,7 +82,7 @@ class Benchmark:
         """A table of every figure beside that of an earlier record.
 
         Raises:
-            UserError: the file is no record of this benchmark with these settings.
+            UserError: The file is no record of this benchmark with these settings.
         """
         try:
             earlier = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -115,10 +115,12 @@ def _minute(minute: int, part: list[FrameCaption], fps: float, seconds: float, h
 
 
 def live_summary(minutes: list[Figures], fps: float) -> Figures:
-    """keeps_pace: no frame was dropped, no caption cut, and no minute's median lag above the time between two frames.
+    """The minutes of a run, and what they come to.
 
-    accumulated_lag_ms: of the last minute over the first one. growth_bytes: of the process, from the end of the second
-    minute, when all that is made once is there, to that of the last; None where there is no third.
+    Returns:
+        keeps_pace: no frame was dropped, no caption cut, and no minute's median lag above the time between two frames;
+        accumulated_lag_ms: of the last minute over the first one; growth_bytes: of the process, from the end of the
+        second minute, when all that is made once is there, to that of the last, None where there is no third.
     """
     worst = max(minute["median_lag_ms"] for minute in minutes)
     frames, dropped, cut = (sum(minute[name] for minute in minutes) for name in ("frames", "dropped", "cut"))
@@ -171,9 +173,10 @@ def bench_sessions(settings: StreamSettings, most: int, seconds: float = LOAD_SE
 def try_load(engine: StreamingEngine, clips: Mapping[str, list[bytes]], fps: float) -> Figures:
     """By the real clock: frames come as JPEG whether the engine is ready or not, and are opened in a thread beside it.
 
-    frames: that came, of all sessions; watched and dropped: of these. median_ms, p95_ms: of a step over all sessions.
-    behind_ms: from the last frame's coming until all was said. bytes: of all caches at the end. sustained: no frame was
-    dropped, and half of the steps take no longer than it takes the next frames to come.
+    Returns:
+        frames: that came, of all sessions; watched and dropped: of these; median_ms, p95_ms: of a step over all
+        sessions; behind_ms: from the last frame's coming until all was said; bytes: of all caches at the end;
+        sustained: no frame was dropped, and half of the steps take no longer than it takes the next frames to come.
     """
     took, watched = [], 0
     with ThreadPoolExecutor(1) as pool:

@@ -52,9 +52,11 @@ def bench_neighbour(settings: NeighbourSettings, warm: float = WARM) -> Benchmar
 
 
 def watch_quiet_and_busy(settings: Figures, warm: float, shares: bool) -> Figures:
-    """In a process of its own: milliseconds of every frame, quiet and beside a process that computes.
+    """In a process of its own.
 
-    others: cores that other processes used meanwhile, in the quiet part.
+    Returns:
+        quiet, busy: milliseconds of every frame, alone and beside a process that computes; others: cores that other
+        processes used meanwhile, in the quiet part.
     """
     chosen = NeighbourSettings(**settings)
     if shares:
@@ -90,11 +92,13 @@ def watch_quiet_and_busy(settings: Figures, warm: float, shares: bool) -> Figure
 
 
 def neighbour_summary(turns: dict[str, list[Figures]]) -> Figures:
-    """By way: quiet_ms, busy_ms (medians over turns of their medians), most_ms of any frame beside the neighbour.
+    """What the turns come to.
 
-    slower_busy: beside the neighbour, over the same way's quiet. slower_quiet: over torch as it is, both quiet; medians
-    of the rounds. others_quiet: cores that other processes used in the quiet turns. is_quiet: that these were few, so
-    that the figures say something of this machine.
+    Returns:
+        ways: by way quiet_ms, busy_ms (medians over turns of their medians), most_ms of any frame beside the neighbour,
+        slower_busy (beside the neighbour, over the same way's quiet) and slower_quiet (over torch as it is, both quiet;
+        medians of the rounds); others_quiet: cores that other processes used in the quiet turns; is_quiet: that these
+        were few, so that the figures say something of this machine.
     """
 
     def ratio(above: list[float], below: list[float]) -> float:

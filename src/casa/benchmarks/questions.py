@@ -5,11 +5,11 @@ from functools import partial
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
 
 import torch
 from PIL import Image
 
+from casa.analysis.inspection import question_inputs
 from casa.benchmarks.harness import Benchmark, Figures, handwriting, table, take_turns
 from casa.benchmarks.settings import QuestionsSettings
 from casa.models import CasaForConditionalGeneration, CasaProcessor, ImageCache
@@ -33,7 +33,7 @@ def bench_questions(settings: QuestionsSettings) -> Benchmark:
         with TemporaryDirectory() as folder:
             cache = ImageCache.named(folder if where == "folder" else where)
             if cache is not None:  # the weights' digest is made once, when a server starts
-                cache.inputs(model, _inputs(processor, Image.new("RGB", (32, 32)), "warm"))
+                cache.inputs(model, question_inputs(processor, [Image.new("RGB", (32, 32))], "warm"))
             first = _seconds(model, processor, picture, QUESTIONS[0], cache)
             if cache is not None and where == "folder":
                 cache.clear()
@@ -56,12 +56,6 @@ def bench_questions(settings: QuestionsSettings) -> Benchmark:
     return Benchmark("questions", told, found, shown, str(model.device), settings.model)
 
 
-def _inputs(processor: CasaProcessor, picture: Image.Image, question: str) -> dict[str, Any]:
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
-    how: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    return dict(processor.apply_chat_template([{"role": "user", "content": content}], **how))
-
-
 @torch.no_grad()
 def _seconds(
     model: CasaForConditionalGeneration,
@@ -73,7 +67,7 @@ def _seconds(
     """From a picture and a question to the first token of the answer."""
     settle()
     begun = perf_counter()
-    inputs = _inputs(processor, picture, question)
+    inputs = question_inputs(processor, [picture], question)
     if cache is not None:
         inputs = cache.inputs(model, inputs)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}

@@ -146,9 +146,12 @@ def allowed_bytes(session: StreamingSession, asked: bool = True) -> int | None:
 
 
 def soak_summary(blocks: list[Figures], allowed: int | None) -> Figures:
-    """First block, second (in which the bound was long reached) and last. allowed: bytes, of `allowed_bytes`.
+    """First block, second (in which the bound was long reached) and last.
 
     constant: no frame of any block left the session with more than what is allowed. None without a bound.
+
+    Args:
+        allowed: Bytes, of `allowed_bytes`.
     """
     three = blocks[0], blocks[min(1, len(blocks) - 1)], blocks[-1]
     most = max(block["cache_bytes"][1] for block in blocks)

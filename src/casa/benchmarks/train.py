@@ -37,8 +37,8 @@ from casa.errors import UserError
 from casa.memory import max_memory_allocated, memory_allocated, peak_resident_bytes, reset_peak_memory
 from casa.models import CasaForConditionalGeneration, FusionConfig, adapt
 from casa.models.auto import pick_device
+from casa.models.backbones import new_backbone
 from casa.models.losses import IGNORE_INDEX
-from casa.models.modeling_casa import new_backbone
 from casa.training.config import BUDGETS, PackingSettings, TokenBudget
 from casa.training.packed_dataset import Packer
 from casa.vision import new_encoder

@@ -147,9 +147,7 @@ def _cases(eyes: "CasaPipeline", source: dict[str, Any], limit: int | None, left
         except BadRecord as bad:
             left_out.append(f"{question.record}: {bad}")
             continue
-        inputs = eyes.processor.apply_chat_template(
-            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        inputs = eyes.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
         answer = answer_ids(eyes.model, eyes.processor, question.references[0])
         yield Case(dict(inputs), answer, question.row.get("needs_picture"), question.record)
 

@@ -97,11 +97,15 @@ def check_data(
 ) -> Checked:
     """Reads every record once, in the order of the files, and decodes its pictures.
 
-    limit: rows at most, good or bad. count_text: tokens of a text; None leaves them out. count_image: tokens of a
-    picture of (width, height) px. samples: records kept to look at, chosen evenly. progress: told the rows so far.
-
     Raises:
-        UserError: data that are not there. Bad records are counted.
+        UserError: Data that are not there. Bad records are counted.
+
+    Args:
+        limit: Rows at most, good or bad.
+        count_text: Tokens of a text; None leaves them out.
+        count_image: Tokens of a picture of (width, height) px.
+        samples: Records kept to look at, chosen evenly.
+        progress: Told the rows so far.
     """
     once = DataSettings(settings.sources, shuffle=0, exhausted="leave")
     found = Checked(report=report or BadRecordReport())

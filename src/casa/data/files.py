@@ -34,7 +34,7 @@ def data_files(path: str, split: str = "train") -> list[Path]:
     """Files of rows, sorted. split: of a saved DatasetDict.
 
     Raises:
-        UserError: there are none, or files among them hold rows in a format that is not read.
+        UserError: There are none, or files among them hold rows in a format that is not read.
     """
     named = Path(path).expanduser()
     if named.is_file():
@@ -76,7 +76,7 @@ def open_file(path: Path) -> BinaryIO:
     """What a file holds, decompressed. Going back in a compressed one means to read it again from its beginning.
 
     Raises:
-        UserError: it is compressed as Zstandard does, and nothing here can read that.
+        UserError: It is compressed as Zstandard does, and nothing here can read that.
     """
     compression = ending_of(path)[1]
     return cast(BinaryIO, _OPENERS[compression](path)) if compression else path.open("rb")

@@ -33,8 +33,13 @@ _BOM = b"\xef\xbb\xbf"
 class Row:
     """One row as a file holds it, before its shape is known.
 
-    value: the parsed row, or a BadRecord. after: the cursor of the next row. size: bytes, about. folder: where its
-    relative paths start. members: files that came with it, by name. last: nothing of the part can be read after it.
+    Attributes:
+        value: The parsed row, or a BadRecord.
+        after: The cursor of the next row.
+        size: Bytes, about.
+        folder: Where its relative paths start.
+        members: Files that came with it, by name.
+        last: Nothing of the part can be read after it.
     """
 
     origin: Origin

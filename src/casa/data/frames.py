@@ -32,16 +32,16 @@ def video_frames(
     """The frames on screen at start, start + 1/fps, ... before `end` (seconds).
 
     Args:
-        path: the video.
-        fps: frames looked at per second.
-        start: seconds from the video's beginning.
-        end: seconds; None for the video's end.
-        max_side: longest side of a frame in px; larger ones are made smaller.
-        max_frames: of the whole span.
-        thin: look less often at a longer video, evenly, rather than refuse it.
+        path: The video.
+        fps: Frames looked at per second.
+        start: Seconds from the video's beginning.
+        end: Seconds; None for the video's end.
+        max_side: Longest side of a frame in px; larger ones are made smaller.
+        max_frames: Of the whole span.
+        thin: Look less often at a longer video, evenly, rather than refuse it.
 
     Raises:
-        BadRecord: no readable video, one that is damaged or cut off in more than a tenth, no frame in that span, or too
+        BadRecord: No readable video, one that is damaged or cut off in more than a tenth, no frame in that span, or too
             many of them. Smaller damage is logged.
         UserError: PyAV is not installed, which is no fault of the data.
     """
@@ -83,7 +83,12 @@ class CachedFrames:
         <key>.npz      times: seconds; and a PNG file for each
 
     The key stands for the file (path, time, size), what is looked at and how: a file written anew is another video.
-    found, decoded: how often frames were in the folder, and how often not. Raises UserError if it cannot be made.
+
+    Attributes:
+        found, decoded: How often frames were in the folder, and how often not.
+
+    Raises:
+        UserError: The folder cannot be made.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

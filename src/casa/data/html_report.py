@@ -91,14 +91,14 @@ def write_report(
     """Writes the page, whole or not at all.
 
     Args:
-        path: a file that ends in .html.
-        cards: the samples, in order. Where `bars` are given, they take the width of the page and are numbered.
-        title: the page's heading.
-        note: a line below it.
-        bars: budgets, above the cards.
+        path: A file that ends in .html.
+        cards: The samples, in order. Where `bars` are given, they take the width of the page and are numbered.
+        title: The page's heading.
+        note: A line below it.
+        bars: Budgets, above the cards.
 
     Raises:
-        UserError: the file has another ending, or cannot be written.
+        UserError: The file has another ending, or cannot be written.
     """
     check_report_path(path)
     page = _template().render(title=title, note=note, cards=cards, bars=bars)

@@ -46,8 +46,13 @@ def write_pictures(
 ) -> None:
     """`count` pictures of a source with one to `turns` of their questions each, in random order.
 
-    sides: least and greatest in px, small ones more often; the source's own if None. seed: a number and which source
-    this is. told: is told how many are written. The tar appears whole. Raises UserError if it cannot be written.
+    Args:
+        sides: Least and greatest in px, small ones more often; the source's own if None.
+        seed: A number and which source this is.
+        told: Is told how many are written.
+
+    Raises:
+        UserError: The tar cannot be written; it appears whole or not at all.
     """
     with replacing(path) as unfinished, tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in range(count):

@@ -28,7 +28,7 @@ def open_pictures(record: Record) -> list[Image.Image]:
     """All pictures of a record, decoded, RGB and upright, in its order.
 
     Raises:
-        BadRecord: one of them is damaged, cut off, too large, or gone since the row was read.
+        BadRecord: One of them is damaged, cut off, too large, or gone since the row was read.
     """
     return [open_one(picture, number) for number, picture in enumerate(record.pictures(), start=1)]
 
@@ -64,8 +64,10 @@ FramesOf = Callable[[Path, float, float, float | None, int, int, bool], list[Pic
 class RowContext:
     """What a row's reader needs besides the row: it finds the pictures and videos that the row names.
 
-    root: the folder where relative paths start. members: files that travel with the row, by name (a WebDataset
-    sample's), which come before files on disk. frames_of: reads a video.
+    Attributes:
+        root: The folder where relative paths start.
+        members: Files that travel with the row, by name (a WebDataset sample's), which come before files on disk.
+        frames_of: Reads a video.
     """
 
     origin: Origin

@@ -44,8 +44,9 @@ MAX_KEPT = 200  # bad records that a report keeps in memory
 class Origin:
     """Where a record was read: the file, and its line or row there, counted from 1.
 
-    entry: which of a line's entries it is, or its own name, where the number alone does not tell: "row 17" of a JSON
-    list that may stand on one line, the key of a WebDataset sample.
+    Attributes:
+        entry: Which of a line's entries it is, or its own name, where the number alone does not tell: "row 17" of a
+            JSON list that may stand on one line, the key of a WebDataset sample.
     """
 
     path: str
@@ -92,7 +93,9 @@ class Message:
 class Record:
     """One conversation, or one video with its words.
 
-    references: every answer that the data accept, as often as it was given. One is learned; all are there for metrics.
+    Attributes:
+        references: Every answer that the data accept, as often as it was given. One is learned; all are there for
+            metrics.
     """
 
     messages: tuple[Message, ...]
@@ -136,8 +139,8 @@ class BadRecordReport:
     not stop a run: `unwritten` then says why.
 
     Args:
-        path: the file; None counts only.
-        strict: a bad record raises UserError.
+        path: The file; None counts only.
+        strict: A bad record raises UserError.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, strict: bool = False) -> None:

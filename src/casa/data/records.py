@@ -44,14 +44,14 @@ def open_records(
     """Opens the records of a run, as one of its readers sees them.
 
     Args:
-        settings: the sources, and how they are mixed.
-        seed: of all orders.
-        shard: which reader this is; alone if None.
-        report: a folder for the lists of bad records, one file per reader.
-        keep_frames: a folder in which frames of videos are kept, so that none is decoded twice.
+        settings: The sources, and how they are mixed.
+        seed: Of all orders.
+        shard: Which reader this is; alone if None.
+        report: A folder for the lists of bad records, one file per reader.
+        keep_frames: A folder in which frames of videos are kept, so that none is decoded twice.
 
     Raises:
-        UserError: data that are not there, or an extra that is not installed. Bad records raise nothing here.
+        UserError: Data that are not there, or an extra that is not installed. Bad records raise nothing here.
     """
     shard = shard or Shard()
     path = None
@@ -143,7 +143,7 @@ class Records(Iterator[Record]):
         """Goes on right after the record that came last when the state was taken.
 
         Raises:
-            UserError: it was taken with another seed, number of readers, buffer or other data.
+            UserError: It was taken with another seed, number of readers, buffer or other data.
         """
         here = self.state_dict()
         names = {"seed": "seed", "readers": "number of processes or workers", "shuffle": "shuffle buffer"}

@@ -24,18 +24,21 @@ Exhausted = Literal["repeat", "leave", "stop"]
 class SourceSettings:
     """One set of records.
 
-    path: a .jsonl, .json, .parquet, .csv or WebDataset .tar file, compressed or not, a folder of them, a glob, a folder
-    that `save_to_disk` wrote, or hub:owner/name.
-    shape: of its rows; "auto" looks at the keys of each.
-    weight: how often it is drawn from, relative to the other sources.
-    root: the folder that relative picture paths start from; the data file's own if None.
-    outside: whether paths in the data may lead out of the root (an absolute path, "..", a link).
-    fps: how often a video is looked at. frame_side: longest side of its frames in px; larger ones are made smaller.
-    max_frames: per record. A longer video is looked at less often; longer live captions are refused, since words
-    belong to their frames.
-    columns: names in the data for the names that a shape knows, such as {image: photo, caption: title}.
-    prompt: what the user asks where the data do not say (captions); None leaves it to the shape.
-    split: of a hub data set, or of a saved DatasetDict. subset: of a hub data set.
+    Attributes:
+        path: A .jsonl, .json, .parquet, .csv or WebDataset .tar file, compressed or not, a folder of them, a glob, a
+            folder that `save_to_disk` wrote, or hub:owner/name.
+        shape: Of its rows; "auto" looks at the keys of each.
+        weight: How often it is drawn from, relative to the other sources.
+        root: The folder that relative picture paths start from; the data file's own if None.
+        outside: Whether paths in the data may lead out of the root (an absolute path, "..", a link).
+        fps: How often a video is looked at.
+        frame_side: Longest side of its frames in px; larger ones are made smaller.
+        max_frames: Per record. A longer video is looked at less often; longer live captions are refused, since words
+            belong to their frames.
+        columns: Names in the data for the names that a shape knows, such as {image: photo, caption: title}.
+        prompt: What the user asks where the data do not say (captions); None leaves it to the shape.
+        split: Of a hub data set, or of a saved DatasetDict.
+        subset: Of a hub data set.
     """
 
     path: str
@@ -63,10 +66,11 @@ class SourceSettings:
 class DataSettings:
     """All sources of a run, and how they are mixed.
 
-    shuffle: rows that are mixed with one another, per source and reader; 0 or 1 keeps the order of the files.
-    exhausted: what happens at the end of a source: "repeat" begins it again (there is no end), "leave" goes on with
-    the others until all have ended, "stop" ends everything.
-    strict: the first bad record stops the run, by name; otherwise it is skipped and counted.
+    Attributes:
+        shuffle: Rows that are mixed with one another, per source and reader; 0 or 1 keeps the order of the files.
+        exhausted: What happens at the end of a source: "repeat" begins it again (there is no end), "leave" goes on with
+            the others until all have ended, "stop" ends everything.
+        strict: The first bad record stops the run, by name; otherwise it is skipped and counted.
     """
 
     sources: tuple[SourceSettings, ...]
@@ -83,7 +87,7 @@ def parse_data_settings(values: Mapping[str, object], at: str = "data") -> DataS
     """Settings from plain values; `at` is their place in sentences.
 
     Raises:
-        UserError: an unknown key (with a suggestion), a wrong type or an impossible value.
+        UserError: An unknown key (with a suggestion), a wrong type or an impossible value.
     """
     return build(DataSettings, values, at)
 
@@ -123,8 +127,8 @@ class Shard:
             3 readers, 1 part     rows 0 1 2 3 4 5 6 ... -> 0 1 2 0 1 2 0 ...
 
         Args:
-            parts: how many there are.
-            order: seeds of the order in which they come, the same for all readers; None keeps it.
+            parts: How many there are.
+            order: Seeds of the order in which they come, the same for all readers; None keeps it.
         """
         numbers = np.arange(parts)
         if order is not None:

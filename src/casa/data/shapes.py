@@ -42,8 +42,8 @@ def parse_row(row: object, context: RowContext) -> Record:
     """A record from one row of the shape that the settings name, or that its keys tell.
 
     Raises:
-        BadRecord: the row cannot be learned from.
-        NoRecord: it holds no record by its nature.
+        BadRecord: The row cannot be learned from.
+        NoRecord: It holds no record by its nature.
     """
     if isinstance(row, list):
         # a chat without anything around it, as Live-WhisperX's lines are

@@ -21,7 +21,7 @@ def write_sheet(
     """Writes the samples as cards. title, note: two lines above them.
 
     Raises:
-        UserError: the file has another ending than .html, or cannot be written there.
+        UserError: The file has another ending than .html, or cannot be written there.
     """
     write_report(path, [_card(sample) for sample in samples], title=title, note=note)
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from PIL import Image
 
@@ -36,8 +37,9 @@ Report = Callable[[str], object]
 class DemoFilm:
     """A video and the true captions of its frames, as sampled twice a second from time 0.
 
-    captions: (time in seconds, text) of the frames that show something new; all others are silent.
-    seed: what the film was drawn from.
+    Attributes:
+        captions: (time in seconds, text) of the frames that show something new; all others are silent.
+        seed: What the film was drawn from.
     """
 
     path: Path
@@ -170,7 +172,7 @@ def _look(eyes: CasaPipeline, picture: Image.Image, found: FrameAnswer) -> tuple
         "content": [{"type": "image", "image": picture}, {"type": "text", "text": found.question}],
     }
     answer = {"role": "assistant", "content": [{"type": "text", "text": found.answer}]}
-    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    settings: dict[str, Any] = {"tokenize": True, "return_dict": True}
     start = processor.apply_chat_template([question], add_generation_prompt=True, **settings)["input_ids"].shape[1]
     inputs = processor.apply_chat_template([question, answer], **settings).to(eyes.model.device)
     ids = inputs["input_ids"][0, start:].tolist()

@@ -43,8 +43,11 @@ Strength = float | tuple[float, float] | None
 class Hand:
     """How one writer writes; each digit varies a little around it.
 
-    slant: shear, positive leans right. stretch: width over natural width. threshold: share of full ink below
-    which paper stays bare (a high one makes thin strokes). sharpness: how fast ink rises above it.
+    Attributes:
+        slant: Shear, positive leans right.
+        stretch: Width over natural width.
+        threshold: Share of full ink below which paper stays bare (a high one makes thin strokes).
+        sharpness: How fast ink rises above it.
     """
 
     slant: float = 0.0

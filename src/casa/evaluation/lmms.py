@@ -179,9 +179,7 @@ class Casa(lmms):
             raise UserError(f"a task shows a {type(visual).__name__}, which casa cannot see; leave the task out.")
 
     def _inputs(self, chats: list[list[dict[str, Any]]]) -> dict[str, Tensor]:
-        inputs = self.processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        inputs = self.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
         return {name: value.to(self.device) for name, value in inputs.items()}
 
     @torch.no_grad()

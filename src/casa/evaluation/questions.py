@@ -43,8 +43,11 @@ Adapt = Callable[[Mapping[str, Any], str], AdaptedRow]
 class AnswerSettings(Settings):
     """How questions are asked and answered.
 
-    suffix: stands on a line of its own behind every question. template: variables of the chat template. temperature: 0
-    is greedy. seed: of the draws.
+    Attributes:
+        suffix: Stands on a line of its own behind every question.
+        template: Variables of the chat template.
+        temperature: 0 is greedy.
+        seed: Of the draws.
     """
 
     suffix: str = ""
@@ -70,9 +73,12 @@ class AnswerSettings(Settings):
 class Question:
     """What is asked of a model, and what it should answer.
 
-    index: its place among all questions, from 0. record: file and line. turn: which of the record's answers, from 1.
-    messages: of the chat, the question last; of a live record all, its captions among their frames.
-    row: the set's own fields, where they are known, apart from pictures.
+    Attributes:
+        index: Its place among all questions, from 0.
+        record: File and line.
+        turn: Which of the record's answers, from 1.
+        messages: Of the chat, the question last; of a live record all, its captions among their frames.
+        row: The set's own fields, where they are known, apart from pictures.
     """
 
     index: int
@@ -199,7 +205,8 @@ def _about(question: Question | BadQuestion, pictures: Sequence[Picture]) -> Que
 def rows_of(sources: Sequence[SourceSettings], limit: int | None = None) -> Iterator[tuple[SourceSettings, Row]]:
     """Rows of the sources as their files have them, each with its source. UserError for data that are not there.
 
-    limit: of every source.
+    Args:
+        limit: Of every source.
     """
     for source in sources:
         kind = HubRows if source.path.startswith(PREFIX) else FileRows

@@ -141,8 +141,13 @@ class Interval:
 class Summary:
     """What a run came to.
 
-    metrics: by name. bad: how many records could not be asked, by reason. named: each of them, with why. seconds: that
-    answering took. lines: of all records. more: further scores, of parts of a set.
+    Attributes:
+        metrics: By name.
+        bad: How many records could not be asked, by reason.
+        named: Each of them, with why.
+        seconds: How long answering took.
+        lines: Of all records.
+        more: Further scores, of parts of a set.
     """
 
     metrics: Mapping[str, Interval]

@@ -32,10 +32,15 @@ LETTERS = string.ascii_uppercase
 class StandardTask:
     """One benchmark.
 
-    hub, subsets, split: where it lies. ask: a row (and its subset) to what is shown, asked and accepted. metric: the
-    name of its score. prompt: stands on a line of its own behind the question. keep: fields of a row that stand in the
-    records. by: the field by which scores are told apart. combine: further scores, from the lines' scores and rows.
-    beside: the subset that has the pictures, which rows name in `imageId`.
+    Attributes:
+        hub, subsets, split: Where it lies.
+        ask: A row (and its subset) to what is shown, asked and accepted.
+        metric: The name of its score.
+        prompt: Stands on a line of its own behind the question.
+        keep: Fields of a row that stand in the records.
+        by: The field by which scores are told apart.
+        combine: Further scores, from the lines' scores and rows.
+        beside: The subset that has the pictures, which rows name in `imageId`.
     """
 
     name: str

@@ -147,7 +147,7 @@ class StreamExample:
     """A video that is drawn when asked: `frame(t)` for any time, `frames(fps)` in order.
 
     Attributes:
-        height, width: px, multiples of 28.
+        height, width: Px, multiples of 28.
         seconds: Length.
         numbers: What comes and goes, in order.
     """

@@ -25,9 +25,10 @@ NOTHING = 0  # index of the row of zeros that stands for text of closed windows
 class Join:
     """How the state's keys and this call's keys become one packed stream.
 
-    text_slots, image_slots: (rows, slots), where the state holds the current windows' text and all images.
-    text_order (T,): index into [a row of zeros; the state's text; new text]. image_order (N,): into [the
-    state's images; new images].
+    Attributes:
+        text_slots, image_slots: (rows, slots), where the state holds the current windows' text and all images.
+        text_order: (T,), index into [a row of zeros; the state's text; new text].
+        image_order: (N,), index into [the state's images; new images].
     """
 
     text_slots: tuple[Tensor, Tensor]

@@ -109,7 +109,8 @@ class Step(Protocol):
     ) -> Tensor:
         """(Q, Hq, D) of layer number `layer`; key and value (Q, Hkv, D) are None if only images are keys.
 
-        scale: of the scores; D ** -0.5 if None.
+        Args:
+            scale: Of the scores; D ** -0.5 if None.
         """
         ...
 
@@ -118,10 +119,11 @@ class Step(Protocol):
 class PackedStep:
     """Any call, through the packed operation.
 
-    images: keys and values (N', Hkv, D) of this call's new images, per layer, before rotary positions.
-    rotary: per layer; None where there are no positions (plain cross-attention, blocks without rotary positions).
-    image_grid: int64 (2, N'), row and column of each new image token, for backbones whose rotary positions have
-        three axes (mRoPE); None for the others.
+    Attributes:
+        images: Keys and values (N', Hkv, D) of this call's new images, per layer, before rotary positions.
+        rotary: Per layer; None where there are no positions (plain cross-attention, blocks without rotary positions).
+        image_grid: int64 (2, N'), row and column of each new image token, for backbones whose rotary positions have
+            three axes (mRoPE); None for the others.
     """
 
     plan: CallPlan

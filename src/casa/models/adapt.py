@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 
 from casa.errors import UserError
 from casa.models.backbone_source import load_backbone, unpacked
-from casa.models.backbones import InsertionVLM, decoder_of, family_of
+from casa.models.backbones import InsertionVLM, decoder_of, family_of, new_backbone
 from casa.models.configuration_casa import CasaConfig, FusionConfig
 from casa.models.loading import is_own, load_checked, resolve
-from casa.models.modeling_casa import CasaForConditionalGeneration, new_backbone
+from casa.models.modeling_casa import CasaForConditionalGeneration
 from casa.vision import is_known, load_encoder, new_encoder
 
 # what `adapt` adds beside a backbone
@@ -25,7 +25,12 @@ def freeze_backbone(model: Any, tower_blocks: int = 4) -> None:
     """Leaves to training only what `adapt` added and the last `tower_blocks` blocks of the image encoder.
 
     Layers without weights of their own ("replace", `share_weights`) train the self-attention that they borrow.
-    model: a CasaForConditionalGeneration. Raises UserError for an encoder whose blocks cannot be found.
+
+    Args:
+        model: A CasaForConditionalGeneration.
+
+    Raises:
+        UserError: The encoder's blocks cannot be found.
     """
     model.requires_grad_(False)
     for name in ADDED:
@@ -64,9 +69,12 @@ def check_refit(before: FusionConfig, fusion: FusionConfig) -> None:
 def refit(model: CasaForConditionalGeneration, fusion: FusionConfig, config: Any) -> CasaForConditionalGeneration:
     """The insertion model's own parts, taken over, with new fusion layers that copy its self-attention.
 
-    config: of the new model. All that was there is frozen but the last four blocks of the image tower (paper, route b)
-    and the self-attention that layers without weights of their own borrow.
-    Raises UserError like `check_refit`.
+    Args:
+        config: Of the new model. All that was there is frozen but the last four blocks of the image tower (paper, route
+            b) and the self-attention that layers without weights of their own borrow.
+
+    Raises:
+        UserError: As `check_refit` does.
     """
     check_refit(model.fusion, fusion)
     joined = CasaForConditionalGeneration(config, backbone=model.backbone, vision=getattr(model, "vision", None))
@@ -85,17 +93,21 @@ _HAS_EYES = "this backbone has an image encoder of its own; leave out vision."
 def adapt(backbone: Any, fusion: FusionConfig | None = None, vision: Any = None) -> CasaForConditionalGeneration:
     """A CASA model over a language model of transformers, or its path.
 
-    backbone: a text-only causal language model, or an insertion VLM (`casa.models.backbones` lists the families), or a
-        casa model with method="insertion". It is taken over, not copied: its parameters become the new model's, under
-        `backbone.`. A path may be that of a GGUF file, or of a folder with one: its weights become plain floats.
-    vision: the image encoder of a text-only model, or its path; a projector to the text width is made, untrained. A
-        VLM keeps its own.
-    fusion: CASA⊕ in every block if left out. Fusion layers start as copies of their block's self-attention.
-
     A VLM comes back frozen but for what fusion added and the last four blocks of its tower (paper, route b); of a
     text-only model everything is trained (route a). See `freezing` for other choices. It is in the backbone's mode: one
     that was loaded is in evaluation mode.
-    Raises UserError for a backbone or an encoder that is not known, or whose weights are not complete.
+
+    Args:
+        backbone: A text-only causal language model, or an insertion VLM (`casa.models.backbones` lists the families),
+            or a casa model with method="insertion". It is taken over, not copied: its parameters become the new
+            model's, under `backbone.`. A path may be that of a GGUF file, or of a folder with one: its weights become
+            plain floats.
+        vision: The image encoder of a text-only model, or its path; a projector to the text width is made, untrained. A
+            VLM keeps its own.
+        fusion: CASA⊕ in every block if left out. Fusion layers start as copies of their block's self-attention.
+
+    Raises:
+        UserError: The backbone or the encoder is not known, or its weights are not complete.
     """
     fusion = fusion if fusion is not None else FusionConfig()
     if not isinstance(backbone, nn.Module) and is_own(resolve(backbone)):
@@ -172,8 +184,11 @@ def has_own_tower(config: Any) -> bool:
 def skeleton(config: Any, fusion: FusionConfig, tower_config: Any = None) -> CasaForConditionalGeneration:
     """The fused model on the meta device, from configs alone: names, shapes, and what `adapt` leaves to training.
 
-    config: of a text-only model, which needs a tower_config, or of an insertion VLM or model. Raises UserError as
-    `adapt` does.
+    Args:
+        config: Of a text-only model, which needs a tower_config, or of an insertion VLM or model.
+
+    Raises:
+        UserError: As `adapt` does.
     """
     with torch.device("meta"):
         # building a model writes into its config

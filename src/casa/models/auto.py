@@ -24,8 +24,11 @@ def load_pretrained(
 ) -> tuple[CasaForConditionalGeneration, CasaProcessor]:
     """Model (in evaluation mode) and processor; transformers' progress bars and reports are left out meanwhile.
 
-    weights: "own", as they were saved, or "int8" (`casa.models.int8`).
-    Raises UserError for a model that is not there, or a device that this machine does not have.
+    Args:
+        weights: "own", as they were saved, or "int8" (`casa.models.int8`).
+
+    Raises:
+        UserError: The model is not there, or this machine does not have the device.
     """
     chosen = pick_device(device)
     if weights not in WEIGHTS:
@@ -134,12 +137,16 @@ def _template(path: Any, **hub: Any) -> str | None:
 
 
 def auto_processor(backbone: Any, vision: Any = None, gist: int = 0, remedy: str = "give vision") -> CasaProcessor:
-    """backbone: folder of an insertion VLM or model, or of a text-only LLM (or its GGUF file); then vision is that of
-    an image encoder, or of a model with one. Either may be the name of a shipped model, or one on a hub.
+    """The processor of a backbone with an image encoder; no weights are read.
 
-    gist: learned tokens after an image, whose ids stand behind the vocabulary. remedy: what a user does about a
-    missing encoder, in the words of the place where it is missing. No weights are read.
-    Raises UserError without an encoder, or without a tokenizer that can be read.
+    Args:
+        backbone: Folder of an insertion VLM or model, or of a text-only LLM (or its GGUF file); then vision is that of
+            an image encoder, or of a model with one. Either may be the name of a shipped model, or one on a hub.
+        gist: Learned tokens after an image, whose ids stand behind the vocabulary.
+        remedy: What a user does about a missing encoder, in the words of the place where it is missing.
+
+    Raises:
+        UserError: There is no encoder, or no tokenizer that can be read.
     """
     config = read_config(backbone)
     if isinstance(config, CasaConfig):

@@ -178,13 +178,14 @@ class Seen:
 class CasaCache(Cache):
     """What a later call needs of earlier ones.
 
-    text: the cache that the text model fills; under insertion it holds image tokens too.
-    windows: the CASA layers' state, or None while no image has been seen.
-    stream: insertion only, what is cached of the merged stream of text and images.
-    mask: bool (B, S), which cached text tokens are real; None if all are.
-    seen: what each row has seen; empty while no row has seen an image.
-    ids: int64 (B, S), the text that is cached, where `generate` knows it.
-    searched: whether beams have filled it, whose rows are not those of the answer.
+    Attributes:
+        text: The cache that the text model fills; under insertion it holds image tokens too.
+        windows: The CASA layers' state, or None while no image has been seen.
+        stream: Insertion only, what is cached of the merged stream of text and images.
+        mask: bool (B, S), which cached text tokens are real; None if all are.
+        seen: What each row has seen; empty while no row has seen an image.
+        ids: int64 (B, S), the text that is cached, where `generate` knows it.
+        searched: Whether beams have filled it, whose rows are not those of the answer.
     """
 
     def __init__(self, config: Any = None, replaced: Iterable[int] = ()) -> None:
@@ -271,8 +272,10 @@ class CasaCache(Cache):
     def check_mask(self, mask: Tensor) -> None:
         """Compares what a call's mask (B, S and more) says of the cached text with what is known of it.
 
-        The last tokens of a row may be hidden; they are forgotten (see `forget_last`). Raises UserError for anything
-        else: windows have seen what is cached, and padding was seen by nobody.
+        The last tokens of a row may be hidden; they are forgotten (see `forget_last`).
+
+        Raises:
+            UserError: It says anything else. Windows have seen what is cached, and padding was seen by nobody.
         """
         said = mask[:, : self.num_text].bool()
         if self.mask is None and bool(said.all()):
@@ -329,7 +332,9 @@ class CasaCache(Cache):
     def count(self, mask: Tensor | None, places: Sequence[tuple[int, int]], rows: int, length: int) -> None:
         """Notes a call's text and images, once all layers have run.
 
-        mask: (B, S + length), None if all is real. places: (row, index in this call's text before which it stands).
+        Args:
+            mask: (B, S + length), None if all is real.
+            places: (row, index in this call's text before which it stands).
         """
         before = self.num_text
         self.num_text += length
@@ -420,9 +425,12 @@ class CasaCache(Cache):
     def drop_text(self, first: int, count: int, turns: Sequence[Callable[[Tensor, int], Tensor]]) -> None:
         """Forgets `count` text tokens from `first` on; later ones move up, their rotary positions with them.
 
-        turns: for each block, moves rotated keys (n, Hkv, D) by a number of positions. Windows keep their own text
-            (`WindowState.forget_text` is theirs).
-        Raises UserError for a cache of inserted images, or of blocks that see a sliding window only.
+        Args:
+            turns: For each block, moves rotated keys (n, Hkv, D) by a number of positions. Windows keep their own text
+                (`WindowState.forget_text` is theirs).
+
+        Raises:
+            UserError: The cache holds inserted images, or its blocks see a sliding window only.
         """
         if self.stream is not None:
             raise UserError("text cannot be dropped from a cache of inserted images.")

@@ -39,7 +39,8 @@ class ChatText(str):
 class TypedText:
     """A tokenizer's special tokens, told apart from the same words typed by people.
 
-    also: tokens that are special here, although the tokenizer does not call them so.
+    Args:
+        also: Tokens that are special here, although the tokenizer does not call them so.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, also: tuple[str, ...] = ()) -> None:
@@ -110,7 +111,8 @@ class TypedText:
     def encode(self, tokenizer: Any, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text, in which what was typed is text.
 
-        tokenizer: the one that this is of, whose ids any text has in which nothing like a special token was typed.
+        Args:
+            tokenizer: The one that this is of, whose ids any text has in which nothing like a special token was typed.
         """
         typed = getattr(text, "typed", ())
         if not typed:
@@ -312,8 +314,10 @@ def _part(part: Any) -> tuple[dict[str, Any], Any]:
 class TemplateForm:
     """What a template takes.
 
-    places: writes the image token for an image part. strings, parts: writes a content that is a string, or a list of
-    text parts. system: has a turn for a system message.
+    Attributes:
+        places: Writes the image token for an image part.
+        strings, parts: Writes a content that is a string, or a list of text parts.
+        system: Has a turn for a system message.
     """
 
     places: bool
@@ -344,9 +348,11 @@ class TemplateForm:
 
 @lru_cache(maxsize=64)
 def template_form(template: str, image_token: str, variables: tuple[tuple[str, Any], ...] = ()) -> TemplateForm:
-    """Renders probes with a chat template. variables: what else templates see, as (name, value).
+    """Renders probes with a chat template.
 
-    image_token: what is to come out for a picture.
+    Args:
+        variables: What else templates see, as (name, value).
+        image_token: What is to come out for a picture.
     """
     word, other = _WORDS
 
@@ -400,9 +406,15 @@ def _without_system(messages: Messages) -> Messages:
 
 
 def named_template(chosen: str | None, templates: Sequence[Any], tools: bool = False) -> str:
-    """The text of a template. chosen: a name or a text; None for the default. templates: texts, or texts by name.
+    """The text of a template.
 
-    tools: whether functions are offered, for which some have a template of their own. Raises UserError.
+    Args:
+        chosen: A name or a text; None for the default.
+        templates: Texts, or texts by name.
+        tools: Whether functions are offered, for which some have a template of their own.
+
+    Raises:
+        UserError: There is none of that name, or none at all.
     """
     by_name: dict[str, str] = {}
     for held in reversed([held for held in templates if held]):

@@ -23,24 +23,27 @@ Output = Literal["copy", "zero"]
 class FusionConfig:
     """The fusion of a text model with images. The presets name the usual ones: `FusionConfig.replace(every=4)`.
 
-    method: "casa"; "cross_attention", the same layers with images as their only keys and no rotary positions;
-        "insertion", image tokens in the text stream.
-    placement: "parallel" (CASA⊕), "before" (CASA→) or "replace" (CASA∨) of the block's self-attention.
-    every, layers: every n-th block (n-1, 2n-1, ...), or an explicit list of blocks.
-    share_weights: use the block's own self-attention weights (D1). "replace" always does: the layer takes
-        over the weights of the self-attention it replaces.
-    gate: "tanh" scales the layer's output by tanh of a scalar that starts at zero.
-    output: how a layer's output projection starts: "copy" of the block's, or "zero", so that the layer adds nothing
-        at first.
-    split, history: what a window is and how many earlier ones stay visible (see WindowLayout; D5). With history, the
-        image keys of earlier windows are turned once for every window that sees them, and held twice meanwhile.
-    update_images: image tokens pass through the feed-forward network of every block (D4), so deeper layers see
-        other image tokens. They still attend to nothing.
-    gist: learned tokens behind each image that carry it into later windows; 0 leaves that to the delimiter that the
-        chat template writes there (paper v2). The processor writes them.
-    compressor: fewer image tokens before fusion, whatever the method: "pool:k" and "pixel_shuffle:k" make one of
-        k x k, "q_former:n" makes n of an image (claim C8).
-    Raises UserError for a value that is unknown or makes no sense beside the others.
+    Args:
+        method: "casa"; "cross_attention", the same layers with images as their only keys and no rotary positions;
+            "insertion", image tokens in the text stream.
+        placement: "parallel" (CASA⊕), "before" (CASA→) or "replace" (CASA∨) of the block's self-attention.
+        every, layers: Every n-th block (n-1, 2n-1, ...), or an explicit list of blocks.
+        share_weights: Use the block's own self-attention weights. "replace" always does: the layer takes over the
+            weights of the self-attention it replaces.
+        gate: "tanh" scales the layer's output by tanh of a scalar that starts at zero.
+        output: How a layer's output projection starts: "copy" of the block's, or "zero", so that the layer adds nothing
+            at first.
+        split, history: What a window is and how many earlier ones stay visible (see WindowLayout). With history,
+            the image keys of earlier windows are turned once for every window that sees them, and held twice meanwhile.
+        update_images: Image tokens pass through the feed-forward network of every block, so deeper layers see
+            other image tokens. They still attend to nothing.
+        gist: Learned tokens behind each image that carry it into later windows; 0 leaves that to the delimiter that the
+            chat template writes there (paper v2). The processor writes them.
+        compressor: Fewer image tokens before fusion, whatever the method: "pool:k" and "pixel_shuffle:k" make one of k
+            x k, "q_former:n" makes n of an image.
+
+    Raises:
+        UserError: A value is unknown, or makes no sense beside the others.
     """
 
     method: Method = "casa"
@@ -156,11 +159,12 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 class CasaConfig(PreTrainedConfig):
     """Configuration of `CasaForConditionalGeneration`.
 
-    text_config: config of the backbone, a transformers model, or its dict with a `model_type`: a text-only model
-        (Llama by default), or an insertion VLM, which brings its own image encoder.
-    vision_config: config of the image encoder of a text-only backbone (Qwen2.5-VL's by default); None for a VLM.
-    fusion: a FusionConfig or its dict. Saved as JSON beside the weights.
-    backbone_source: in a folder without its backbone's weights, where those are: name, revision, fingerprint.
+    Args:
+        text_config: Config of the backbone, a transformers model, or its dict with a `model_type`: a text-only model
+            (Llama by default), or an insertion VLM, which brings its own image encoder.
+        vision_config: Config of the image encoder of a text-only backbone (Qwen2.5-VL's by default); None for a VLM.
+        fusion: A FusionConfig or its dict. Saved as JSON beside the weights.
+        backbone_source: In a folder without its backbone's weights, where those are: name, revision, fingerprint.
     """
 
     model_type = "casa"

@@ -73,8 +73,10 @@ class TextScores(LogitsProcessor):
 class Continuation:
     """A text whose beginning is cached: its last `length` columns are new.
 
-    mask: bool (B, S + length), over cache and new text. first: per row, the new column before which an image is an old
-    one; an image between that and `real`, the row's first new token, stands where the cache ends.
+    Attributes:
+        mask: bool (B, S + length), over cache and new text.
+        first: Per row, the new column before which an image is an old one; an image between that and `real`, the row's
+            first new token, stands where the cache ends.
     """
 
     length: int
@@ -86,11 +88,15 @@ class Continuation:
 def continuation(cache: CasaCache, length: int, mask: Tensor) -> Continuation | None:
     """How a text of `length` columns with `mask` goes on from a cache; None if all of it is new.
 
-    mask: (B, length) for the whole text, whose columns may stand elsewhere than they do in the cache if it was padded
-    anew; (B, S + length) for new text alone. Raises UserError for anything else.
-
         cached        a a a a a     turn of both, padded anew    . . a a a a a x    what is fed    . . x
                       . . b b b                                  b b b y y y y y                   ...
+
+    Args:
+        mask: (B, length) for the whole text, whose columns may stand elsewhere than they do in the cache if it was
+            padded anew; (B, S + length) for new text alone.
+
+    Raises:
+        UserError: The mask has another width, or does not show the padding that is in the cache.
     """
     cached, known = cache.num_text, cache.known.to(mask.device)
     rows, width = mask.shape
@@ -170,11 +176,20 @@ class CasaGenerativeModel(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """As in transformers, from a filled cache too: another turn of a chat, of which only what is new is computed.
 
-        past_key_values: what an earlier turn left. Then `input_ids`, and `image_positions` in them, are
-            those of the whole chat, and pictures that the cache has seen are not looked at again; or, with an
-            `attention_mask` over cache and new text, they are those of the new text alone.
         Beams and several answers leave a filled cache that they are given as it is.
-        Raises UserError for a text that does not go on from the cache.
+
+        Args:
+            inputs: int64 (B, L), as `input_ids`.
+            kwargs: Of `forward` and of transformers' `generate`. With `past_key_values`, what an earlier turn left,
+                `input_ids` and the `image_positions` in them are those of the whole chat, and pictures that the cache
+                has seen are not looked at again; or, with an `attention_mask` over cache and new text, those of the
+                new text alone.
+
+        Returns:
+            As in transformers: int64 (B, L + new tokens), or a `GenerateOutput`.
+
+        Raises:
+            UserError: The text does not go on from the cache.
         """
         given = kwargs.get("past_key_values")
         if given is not None:

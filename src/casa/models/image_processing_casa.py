@@ -131,17 +131,21 @@ _COLOURS = ("image_mean", "image_std", "rescale_factor", "resample", "do_rescale
 def image_processor_for(vision: Any, max_pixels: int | None = None, **hub: Any) -> Any:
     """An image processor that gives an encoder its `pixel_values` and `image_grid_thw`; PIL and NumPy only.
 
-    vision: the folder of an encoder, the name of a shipped one or one on a hub, or of a whole model with an encoder in
-    it; its own processor file then rules: colours, filter and bounds on sizes. Or the encoder's config, or itself; one
-    that was read from somewhere has the file there, if that needs no fetching, and one that was made has those usual
-    for its kind. hub: revision, subfolder and what else transformers' `from_pretrained` says of the place.
-
     Qwen towers: native resolution, sides rounded to whole tokens, at most `max_pixels` (1280 tokens if left out).
-    SigLIP2 naflex: own proportions, at most `max_pixels` (as many patches as the tower has places if left out).
-    SigLIP, SmolVLM, Idefics3: one square per picture, proportions not kept. SmolVLM's own models cut a large
-    picture into tiles; here each tile would be an image with a window of its own, so a picture is one tile.
-    Encoders with an image processor of their own bring it, with their own settings.
-    Raises UserError for an encoder that is not known, or for `max_pixels` where the size is fixed.
+    SigLIP2 naflex: own proportions, at most `max_pixels` (as many patches as the tower has places if left out). SigLIP,
+    SmolVLM, Idefics3: one square per picture, proportions not kept. SmolVLM's own models cut a large picture into
+    tiles; here each tile would be an image with a window of its own, so a picture is one tile. Encoders with an image
+    processor of their own bring it, with their own settings.
+
+    Args:
+        vision: The folder of an encoder, the name of a shipped one or one on a hub, or of a whole model with an encoder
+            in it; its own processor file then rules: colours, filter and bounds on sizes. Or the encoder's config, or
+            itself; one that was read from somewhere has the file there, if that needs no fetching, and one that was
+            made has those usual for its kind.
+        hub: Revision, subfolder and what else transformers' `from_pretrained` says of the place.
+
+    Raises:
+        UserError: The encoder is not known, or `max_pixels` is given where the size is fixed.
     """
     if isinstance(vision, (str, os.PathLike)):
         config, source = read_config(vision, **hub), vision

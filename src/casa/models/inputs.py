@@ -16,9 +16,13 @@ from casa.vision import Grids
 
 @dataclass(frozen=True)
 class TextInputs:
-    """valid: bool (B, L), the real tokens of this call. mask: (B, S + L) as given, or None. position_ids: (B, L).
+    """The text of a call.
 
-    sample_starts: per row the indices at which packed samples start; None if every row is one sample.
+    Attributes:
+        valid: bool (B, L), the real tokens of this call.
+        mask: (B, S + L) as given, or None.
+        position_ids: (B, L).
+        sample_starts: Per row the indices at which packed samples start; None if every row is one sample.
     """
 
     valid: Tensor
@@ -101,8 +105,10 @@ def count_tokens(grids: Grids) -> int:
 class ImageTokens:
     """The image tokens of a call in the text model's width.
 
-    tokens: (N, d), of all images. extra: k times (N, d), what joins them behind each of the first k blocks.
-    keys_values: (N, Hkv, D) each, of each fusion layer, where the caller brought them; tokens is (N, 0) then.
+    Attributes:
+        tokens: (N, d), of all images.
+        extra: k times (N, d), what joins them behind each of the first k blocks.
+        keys_values: (N, Hkv, D) each, of each fusion layer, where the caller brought them; tokens is (N, 0) then.
     """
 
     tokens: Tensor

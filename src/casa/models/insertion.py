@@ -28,8 +28,10 @@ def last_real(mask: Tensor, counts: Tensor) -> Tensor:
 class StreamState:
     """What later calls need to know of the stream so far.
 
-    mask: bool (B, S), True where a cached token is real. next_position: int64 (B, 1). images: int64 (B,), image
-    tokens cached.
+    Attributes:
+        mask: bool (B, S), True where a cached token is real.
+        next_position: int64 (B, 1).
+        images: int64 (B,), image tokens cached.
     """
 
     mask: Tensor
@@ -50,11 +52,13 @@ class StreamState:
 class Stream:
     """Where each token of the merged stream comes from.
 
-    source: int64 (B, S), index into [text (B * L); image tokens (N); one row of zeros].
-    mask: bool (B, S), True where real. text_slot: int64 (B, L), where each text token went (padding: 0).
-    starts: bool (B, S), True where a packed sample starts.
-    advance: int64 (B, S), how many positions each token takes. offset: int64 (axes, B, S), where a token stands on
-        each axis, counted from its position.
+    Attributes:
+        source: int64 (B, S), index into [text (B * L); image tokens (N); one row of zeros].
+        mask: bool (B, S), True where real.
+        text_slot: int64 (B, L), where each text token went (padding: 0).
+        starts: bool (B, S), True where a packed sample starts.
+        advance: int64 (B, S), how many positions each token takes.
+        offset: int64 (axes, B, S), where a token stands on each axis, counted from its position.
     """
 
     source: Tensor
@@ -112,8 +116,13 @@ def merge(
 ) -> Stream:
     """Merges text and images of each row, padded on the left (packed rows on the right).
 
-    valid: bool (B, L). image_places: (row, index before which the image stands). grids: rows and columns of each
-    image, for rotary positions of three axes; None for one axis. Raises UserError as `plan_call` does.
+    Args:
+        valid: bool (B, L).
+        image_places: (row, index before which the image stands).
+        grids: Rows and columns of each image, for rotary positions of three axes; None for one axis.
+
+    Raises:
+        UserError: As `plan_call` does.
     """
     real = [row.nonzero().flatten().tolist() for row in valid.cpu()]
     rows, length = valid.shape

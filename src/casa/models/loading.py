@@ -76,9 +76,12 @@ UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, ImportError, Safeten
 def place_of(name: Any) -> tuple[Any, dict[str, str]]:
     """Where a checkpoint lies, and what transformers is to be told beside that: its GGUF file's name, if it is one.
 
-    name: of a shipped model, a folder or a hub's, which have nothing beside; a .gguf file, or a folder with one and no
-        weights of another kind.
-    Raises UserError for a folder with several, for one that is in parts, and where packages for it are missing.
+    Args:
+        name: Of a shipped model, a folder or a hub's, which have nothing beside; a .gguf file, or a folder with one and
+            no weights of another kind.
+
+    Raises:
+        UserError: The folder has several, the file is one of several parts, or packages for it are missing.
     """
     place = resolve(name)
     path = Path(str(place))
@@ -156,8 +159,11 @@ def refuse_code(settings: dict[str, Any]) -> None:
 def find_file(name: Any, file: str, **hub: Any) -> Path | None:
     """A file of a checkpoint in a folder, or in a hub's cache or fetched into it; None if the checkpoint has none.
 
-    hub: revision, subfolder, cache_dir and what else transformers' `from_pretrained` says of the place.
-    Raises OSError if the hub cannot be asked, and its cache does not tell either.
+    Args:
+        hub: Revision, subfolder, cache_dir and what else transformers' `from_pretrained` says of the place.
+
+    Raises:
+        OSError: The hub cannot be asked, and its cache does not tell either.
     """
     found = cached_file(str(resolve(name)), file, _raise_exceptions_for_missing_entries=False, **hub)
     return None if found is None else Path(found)
@@ -233,9 +239,13 @@ def sentence_of(error: Exception) -> str:
 
 
 def read_config(path: Any, **hub: Any) -> Any:
-    """The transformers config in a folder, a JSON file or a hub's. Raises UserError for one that cannot be read.
+    """The transformers config in a folder, a JSON file or a hub's.
 
-    hub: revision, subfolder and what else transformers' `from_pretrained` says of the place.
+    Args:
+        hub: Revision, subfolder and what else transformers' `from_pretrained` says of the place.
+
+    Raises:
+        UserError: It cannot be read.
     """
     path, told = place_of(path)
     hub |= told
@@ -257,7 +267,9 @@ WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfold
 def leave_odd_shapes(settings: Any, kind: Any, path: Any, given: Mapping[str, Any]) -> Any:
     """A `quantization_config` (or its values) that also names what 4 bits do not fit; other kinds stay as they are.
 
-    kind: the model's class. path, given: what else its `from_pretrained` was called with.
+    Args:
+        kind: The model's class.
+        path, given: What else its `from_pretrained` was called with.
     """
     if isinstance(settings, dict):
         settings = AutoQuantizationConfig.from_dict(settings)

@@ -29,10 +29,14 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """The loss of predicting each label from its row: a scalar, in float32 or, for float64 logits, in float64.
 
-    hidden: (T, d), what the head reads. labels: int64 (T,), already shifted, `IGNORE_INDEX` where nothing is learned.
-    logits_of: (C, d) to (C, V), called twice for a chunk of learned tokens where gradients are wanted.
-    count: what the sum is divided by (transformers' `num_items_in_batch`); None for the learned tokens given.
-    Where nothing is learned, the loss is 0 and so is its gradient, whatever the logits are.
+    Args:
+        hidden: (T, d), what the head reads.
+        labels: int64 (T,), already shifted, `IGNORE_INDEX` where nothing is learned.
+        logits_of: (C, d) to (C, V), called twice for a chunk of learned tokens where gradients are wanted.
+        count: What the sum is divided by (transformers' `num_items_in_batch`); None for the learned tokens given.
+
+    Returns:
+        The loss; where nothing is learned it is 0 and so is its gradient, whatever the logits are.
     """
     learned = labels != IGNORE_INDEX
     # nothing to learn still needs a loss whose gradient reaches every parameter: ranks wait for one another's

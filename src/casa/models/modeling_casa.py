@@ -14,7 +14,7 @@ from typing import Any, Unpack, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from casa.errors import UserError
 from casa.layers import AttentionRecorder, CasaAttention
 from casa.models.backbone_source import save_added, with_backbone
-from casa.models.backbones import Decoder, InsertionVLM, decoder_of, family_of
+from casa.models.backbones import Decoder, InsertionVLM, decoder_of, new_backbone
 from casa.models.cache import CasaCache
 from casa.models.configuration_casa import CasaConfig
 from casa.models.decoding import short_logits
@@ -46,13 +46,6 @@ from casa.vision import (
     output_width,
     token_grids,
 )
-
-
-def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
-    """A text-only model or an insertion VLM with fresh weights, from its config."""
-    is_vlm = issubclass(family_of(config), InsertionVLM)
-    return (AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM).from_config(config)
-
 
 # what transformers and its neighbours pass to any model: used here, by the blocks, or by nobody
 PASSED = frozenset(TransformersKwargs.__annotations__) | {"token_type_ids", "return_dict"}
@@ -136,8 +129,11 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
     ) -> Any:
         """As in transformers, from safetensors; `casa-tiny` names the checkpoint in the package.
 
-        backbone: of a folder that leaves out its backbone's weights, where they are, if not where the folder says.
-        Raises UserError if the folder or its backbone is missing, or the weights are not exactly this model's.
+        Args:
+            backbone: Of a folder that leaves out its backbone's weights, where they are, if not where the folder says.
+
+        Raises:
+            UserError: The folder or its backbone is missing, or the weights are not exactly this model's.
         """
         read = super().from_pretrained
 
@@ -176,8 +172,7 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
             added_only: Leaves out the weights of the backbone that are those of its own files. The folder says where
                 these are, and `from_pretrained` reads them from there.
             backbone: Where they are: a path, a hub id, or an installed package. Left out, where `adapt` read them.
-            args: As in transformers.
-            kwargs: As in transformers.
+            args, kwargs: As in transformers.
 
         Raises:
             UserError: The backbone is not named, or is another.
@@ -414,16 +409,21 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
     ) -> CausalLMOutputWithPast:
         """Logits (B, L, V) for text; the loss too if `labels` (B, L, -100 where none) are given.
 
-        input_ids: int64 (B, L), no placeholders for images. attention_mask: (B, cached and new tokens).
-        position_ids: (B, L); several samples packed in one row restart at 0, and then no cache is kept.
-        image_positions: int64 (n, 2), sorted: the row, and the index in this call's row before which the
-            image stands. image_grid_thw: int64 (n, 3), patches. pixel_values: patches of all images, or
-            image_features (N, d_v), what `encode_images` gave for them, or image_keys_values, from there.
-        record: called with every CASA layer's queries and keys (for analysis; not while decoding).
-        kwargs: of transformers' own (`output_attentions`, `num_items_in_batch`, ...). Attentions are those of the
-            blocks' self-attention: None at a block where fusion replaced it.
-        The loss is the mean over the labels, and 0 where all are -100.
-        Raises UserError for positions, masks and images that do not fit each other, and for unknown arguments.
+        Args:
+            input_ids: int64 (B, L), no placeholders for images.
+            attention_mask: (B, cached and new tokens).
+            position_ids: (B, L); several samples packed in one row restart at 0, and then no cache is kept.
+            image_positions: int64 (n, 2), sorted: the row, and the index in this call's row before which the image
+                stands.
+            image_grid_thw: int64 (n, 3), patches.
+            pixel_values: Patches of all images, or image_features (N, d_v), what `encode_images` gave for them, or
+                image_keys_values, from there.
+            record: Called with every CASA layer's queries and keys (for analysis; not while decoding).
+            kwargs: Of transformers' own (`output_attentions`, `num_items_in_batch`, ...). Attentions are those of the
+                blocks' self-attention: None at a block where fusion replaced it.
+
+        Raises:
+            UserError: Positions, masks and images do not fit each other, or an argument is unknown.
         """
         _check_names(kwargs)
         if (input_ids is None) == (inputs_embeds is None):

@@ -30,8 +30,10 @@ Places = list[tuple[int, int]]
 class FusionLayers:
     """The fusion layers of a model beside its text model's blocks: views, which own nothing.
 
-    blocks: those that have a layer. layers: one each; None where the block's self-attention is borrowed.
-    ablation: what they are kept from, if anything.
+    Attributes:
+        blocks: Those that have a layer.
+        layers: One each; None where the block's self-attention is borrowed.
+        ablation: What they are kept from, if anything.
     """
 
     decoder: Decoder
@@ -232,7 +234,8 @@ def run_insertion(
 def images_by_depth(images: ImageTokens, decoder: Decoder, blocks: Sequence[int], update: bool) -> list[Tensor]:
     """What the fusion layer of each of `blocks` (rising) sees: (N, d), the same tensor where nothing has changed.
 
-    update: image tokens also go through each block's feed-forward network.
+    Args:
+        update: Image tokens also go through each block's feed-forward network.
     """
     tokens, found, block = images.tokens, [], 0
     for index in blocks:

@@ -61,14 +61,18 @@ _CHANNELS: dict[Any, Channels] = {"channels_first": "first", "channels_last": "l
 class CasaProcessor(ProcessorMixin):
     """An image processor and a tokenizer, joined.
 
-    image_token: what the chat template writes for a picture. It marks the place and never reaches the model. Left out,
-        it is the one that the tokenizer has and the template writes; else `<image>`, which the tokenizer is given.
-    frame_prefix, frame_suffix: the delimiters that the template puts around a picture; a streamed frame gets
-        the same ones. The suffix is the gist token of the paper (v2, D5), where there is one.
-    stream_prompt: what a live session asks the model for, unless told otherwise.
-    gist_ids: ids of the model's own gist tokens, which follow every picture (`FusionConfig.gist`).
-    Raises UserError for an image token that the tokenizer does not know, or an image processor that does not say how
-    many patches a picture has, and jinja2's own error for a broken template.
+    Args:
+        image_token: What the chat template writes for a picture. It marks the place and never reaches the model. Left
+            out, it is the one that the tokenizer has and the template writes; else `<image>`, which the tokenizer is
+            given.
+        frame_prefix, frame_suffix: The delimiters that the template puts around a picture; a streamed frame gets the
+            same ones. The suffix is the gist token of the paper (v2), where there is one.
+        stream_prompt: What a live session asks the model for, unless told otherwise.
+        gist_ids: Ids of the model's own gist tokens, which follow every picture (`FusionConfig.gist`).
+
+    Raises:
+        UserError: The tokenizer does not know the image token, or the image processor does not say how many patches a
+            picture has. A broken template raises jinja2's own error.
     """
 
     def __init__(
@@ -230,15 +234,19 @@ class CasaProcessor(ProcessorMixin):
         """A chat, or a list of chats, as text or, with `tokenize=True`, as the model's inputs.
 
         As in transformers, with any template: one that knows only text, or writes something else for a picture, gets
-        pictures as the image token within the text, and what a system says opens the user's turn if the template has
-        no turn for it. Parts of messages are text and pictures (`read_chat`); a picture may stand beside the chat, in
+        pictures as the image token within the text, and what a system says opens the user's turn if the template has no
+        turn for it. Parts of messages are text and pictures (`read_chat`); a picture may stand beside the chat, in
         `images`, for an image part that holds none. Other keywords are the template's variables, or `__call__`'s.
 
-        chat_template: the name of one of several, or a text. sanitize_control_tokens: words of people that look like
-        special tokens are text; with False they are tokens. The text that comes without `tokenize` knows which of its
-        words are such (`ChatText`): give it to the processor as it is.
-        Raises UserError for parts that are neither text nor pictures, for a template that is not there or loses the
-        places of pictures; what the template itself raises, it raises.
+        Args:
+            chat_template: The name of one of several, or a text.
+            sanitize_control_tokens: Words of people that look like special tokens are text; with False they are tokens.
+                The text that comes without `tokenize` knows which of its words are such (`ChatText`): give it to the
+                processor as it is.
+
+        Raises:
+            UserError: A part is neither text nor a picture, or the template is not there or loses the places of
+                pictures. What the template itself raises, it raises.
         """
         if return_assistant_tokens_mask:
             raise UserError("return_assistant_tokens_mask is not supported; leave it out.")

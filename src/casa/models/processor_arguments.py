@@ -99,7 +99,9 @@ def _steps(image_processor: Any) -> set[str]:
 class Lengths:
     """How long rows of tokens may be, and are made.
 
-    most: beyond which a row is cut; None cuts none. padding, to, multiple: as transformers has them.
+    Attributes:
+        most: Beyond which a row is cut; None cuts none.
+        padding, to, multiple: As transformers has them.
     """
 
     most: int | None

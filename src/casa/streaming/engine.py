@@ -30,14 +30,14 @@ class SessionEvent:
     """What a step gave a session: text ("" if it had nothing to say), or why there is none.
 
     Args:
-        session: its name.
-        kind: what the text is.
-        tag: the caller's own, as given with the frame or question.
-        text: the caption or answer.
-        error: a sentence, where something failed.
+        session: Its name.
+        kind: What the text is.
+        tag: The caller's own, as given with the frame or question.
+        text: The caption or answer.
+        error: A sentence, where something failed.
         complete: False if time cut the text.
-        lag: seconds since the frame or question came.
-        latency: seconds since its turn began.
+        lag: Seconds since the frame or question came.
+        latency: Seconds since its turn began.
     """
 
     session: str
@@ -104,12 +104,12 @@ class StreamingEngine:
     """Sessions by name. All methods may be called from any thread while another one steps.
 
     Args:
-        model: shared by all sessions.
-        processor: the model's own.
-        max_sessions: more are refused.
-        max_batch_size: sessions in one step; the rest have their turn in the next one.
-        max_questions: of one session that wait for their answers; more are refused.
-        clock: seconds, by which turns are timed.
+        model: Shared by all sessions.
+        processor: The model's own.
+        max_sessions: More are refused.
+        max_batch_size: Sessions in one step; the rest have their turn in the next one.
+        max_questions: Of one session that wait for their answers; more are refused.
+        clock: Seconds, by which turns are timed.
     """
 
     def __init__(
@@ -149,14 +149,14 @@ class StreamingEngine:
         """Opens a session.
 
         Args:
-            name: what it is called from now on.
-            session: one that was made, loaded or forked elsewhere; None makes a new one.
-            caption_seconds: the most that one caption may take from its first token on.
-            answer_seconds: the same for an answer.
+            name: What it is called from now on.
+            session: One that was made, loaded or forked elsewhere; None makes a new one.
+            caption_seconds: The most that one caption may take from its first token on.
+            answer_seconds: The same for an answer.
             **settings: `StreamingSession`'s, of a new one.
 
         Raises:
-            UserError: the name is taken, or the engine is full.
+            UserError: The name is taken, or the engine is full.
         """
         with self._lock:
             self._check_seat(name)
@@ -195,10 +195,10 @@ class StreamingEngine:
         """Hands a session its next frame.
 
         Args:
-            name: of the session.
-            frame: as for `step`, or what its `encode` made of one, in any thread, ahead of its turn.
-            tag: comes back with the event.
-            arrived: when the frame came, by the engine's clock; now if left out.
+            name: Of the session.
+            frame: As for `step`, or what its `encode` made of one, in any thread, ahead of its turn.
+            tag: Comes back with the event.
+            arrived: When the frame came, by the engine's clock; now if left out.
 
         Returns:
             False if one was waiting still, which is dropped and counted.
@@ -217,7 +217,7 @@ class StreamingEngine:
         """Has a question answered before the session's next frame; each takes a turn, in the order asked.
 
         Raises:
-            UserError: too many wait already.
+            UserError: Too many wait already.
         """
         now = self._clock()
         with self._lock:
@@ -269,10 +269,10 @@ class StreamingEngine:
         Whatever fails in a turn is that session's event, and the session then is as it was before.
 
         Args:
-            should_stop: asked before every token; once it says True, all captions end where they are.
-            should_yield: asked after every token; once it says True, the step ends. What is half said goes on in the
+            should_stop: Asked before every token; once it says True, all captions end where they are.
+            should_yield: Asked after every token; once it says True, the step ends. What is half said goes on in the
                 next one; until it is said, its session is as it was before, also for `save` and `fork`.
-            on_event: called with each event as soon as it is there, while others are half said still.
+            on_event: Called with each event as soon as it is there, while others are half said still.
         """
         with self._stepping:
             turns = self._take_turns()

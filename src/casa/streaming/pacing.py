@@ -46,10 +46,10 @@ class FrameCaption:
     """What was said of one frame.
 
     Args:
-        time: the frame's time in the stream, in seconds.
+        time: The frame's time in the stream, in seconds.
         text: "" if nothing.
-        lag: seconds from the frame's being there to the caption's; of a file in real time, from when it was due.
-        latency: seconds of finding words.
+        lag: Seconds from the frame's being there to the caption's; of a file in real time, from when it was due.
+        latency: Seconds of finding words.
         complete: False if the caption was cut at its budget.
     """
 
@@ -65,10 +65,10 @@ class WatchCounts:
     """What became of the frames.
 
     Args:
-        frames: watched.
-        dropped: replaced by a newer one before their turn.
-        truncated: captions and answers that ran out of time.
-        skipped: frames that were no pictures.
+        frames: Watched.
+        dropped: Replaced by a newer one before their turn.
+        truncated: Captions and answers that ran out of time.
+        skipped: Frames that were no pictures.
     """
 
     frames: int = 0
@@ -87,7 +87,7 @@ class TimeBudget:
     """Says True once `seconds` have passed since it was first asked, which is before the first token is chosen.
 
     Attributes:
-        spent: whether it has said so.
+        spent: Whether it has said so.
     """
 
     def __init__(self, clock: Clock, seconds: float) -> None:
@@ -143,15 +143,15 @@ def watch(
     """Watches every frame in turn, as fast as it goes.
 
     Args:
-        session: what watches.
-        frames: where the watch ends before they do, a `close` that they have is called, perhaps while another thread
+        session: What watches.
+        frames: Where the watch ends before they do, a `close` that they have is called, perhaps while another thread
             waits for the next frame.
-        counts: filled on the way.
-        prefetch: reads and encodes the next two frames, in another thread, while words are found for this one. What is
+        counts: Filled on the way.
+        prefetch: Reads and encodes the next two frames, in another thread, while words are found for this one. What is
             said is the same.
 
     Raises:
-        Exception: whatever the source or the session raises, after the captions of the frames before.
+        Exception: Whatever the source or the session raises, after the captions of the frames before.
     """
     ahead = _Prefetch(session, frames, counts or WatchCounts(), time.monotonic)
     return ahead.captions(ahead.in_turn() if prefetch else ahead.pictures(), math.inf)
@@ -170,17 +170,17 @@ def watch_live(
     """Watches the newest frame, always, until the stream ends; the last frame is never dropped.
 
     Args:
-        session: what watches.
-        frames: as for `watch`.
-        fps: frames per second that are looked at; 1 / fps is the budget of a caption, from its first token on.
-        counts: filled on the way.
+        session: What watches.
+        frames: As for `watch`.
+        fps: Frames per second that are looked at; 1 / fps is the budget of a caption, from its first token on.
+        counts: Filled on the way.
         in_real_time: `frames` comes from a file, and a frame is held back until its time.
-        clock: in seconds.
-        sleep: for tests; otherwise it is cut short by the end.
+        clock: In seconds.
+        sleep: For tests; otherwise it is cut short by the end.
 
     Raises:
         UserError: fps is not above 0.
-        Exception: whatever the source or the session raises, after the captions of the frames before.
+        Exception: Whatever the source or the session raises, after the captions of the frames before.
     """
     if not fps > 0:
         raise UserError(f"fps is {fps}; give a number above 0.")

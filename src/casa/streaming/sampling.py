@@ -32,18 +32,18 @@ class Sampling(Settings):
 
     Args:
         temperature: 0 is greedy.
-        top_k: draw from the k likeliest tokens; 0 keeps the whole vocabulary.
-        top_p: draw from the likeliest tokens of this probability in all; 1 keeps the whole vocabulary.
-        stop_bias: added to the logits of the stop tokens; above 0 says less, below 0 more.
-        repetition: taken from a token's logit for each time that it was said; 0 leaves repetition alone.
-        decay: how much of a saying counts one token later.
-        no_repeat_ngram_size: no run of so many tokens is said twice within `memory`; 0 allows it.
-        memory: tokens said before that `repetition` and `no_repeat_ngram_size` look at.
-        presence_penalty: taken from a token's logit if this caption has said it; below 0 it is added. OpenAI's.
-        frequency_penalty: the same for each time that this caption has said it.
+        top_k: Draw from the k likeliest tokens; 0 keeps the whole vocabulary.
+        top_p: Draw from the likeliest tokens of this probability in all; 1 keeps the whole vocabulary.
+        stop_bias: Added to the logits of the stop tokens; above 0 says less, below 0 more.
+        repetition: Taken from a token's logit for each time that it was said; 0 leaves repetition alone.
+        decay: How much of a saying counts one token later.
+        no_repeat_ngram_size: No run of so many tokens is said twice within `memory`; 0 allows it.
+        memory: Tokens said before that `repetition` and `no_repeat_ngram_size` look at.
+        presence_penalty: Taken from a token's logit if this caption has said it; below 0 it is added. OpenAI's.
+        frequency_penalty: The same for each time that this caption has said it.
 
     Raises:
-        UserError: a setting is out of its bounds.
+        UserError: A setting is out of its bounds.
     """
 
     temperature: Annotated[float, Bounds(ge=0)] = 0.0
@@ -79,10 +79,10 @@ class Sampling(Settings):
 
         Args:
             logits: (V,), of the next token.
-            said: tokens of this caption so far.
-            generator: what is drawn from.
-            stops: the stop tokens.
-            earlier: tokens of the captions before.
+            said: Tokens of this caption so far.
+            generator: What is drawn from.
+            stops: The stop tokens.
+            earlier: Tokens of the captions before.
         """
         scores = logits.float().cpu()[None]
         before = [*earlier, *said][-self.memory :] if self.memory else []
@@ -144,11 +144,11 @@ def decode(
     """Reads a prompt, and then goes on with all texts in step. Yields after each pass which of them ended with it.
 
     Args:
-        model: what is asked for logits.
-        inputs: the first call of all rows; a single row is read once and repeated for every text.
-        cache: filled as the texts go on.
-        texts: one per row.
-        drop_ended: makes the batch smaller as texts end. Otherwise their rows run on, unheard, which costs less where
+        model: What is asked for logits.
+        inputs: The first call of all rows; a single row is read once and repeated for every text.
+        cache: Filled as the texts go on.
+        texts: One per row.
+        drop_ended: Makes the batch smaller as texts end. Otherwise their rows run on, unheard, which costs less where
             texts are short.
     """
     rows = list(enumerate(texts))

@@ -46,21 +46,21 @@ class StreamingSession:
     """Captions for a live stream of frames.
 
     Args:
-        model: what watches.
-        processor: the model's own.
-        prompt: what the user asks for, in the chat template's user turn; None takes the processor's own.
-        max_text_tokens: bound on the cached text, and on that of the open window; None lets both grow by what is said.
+        model: What watches.
+        processor: The model's own.
+        prompt: What the user asks for, in the chat template's user turn; None takes the processor's own.
+        max_text_tokens: Bound on the cached text, and on that of the open window; None lets both grow by what is said.
             The prompt (and at least the first 4 tokens) is never forgotten. (A model with history=-1 keeps all images
             anyway.)
-        max_new_tokens: of the longest caption.
-        sampling: how words are picked; greedy if left out.
-        seed: of the draws.
+        max_new_tokens: Of the longest caption.
+        sampling: How words are picked; greedy if left out.
+        seed: Of the draws.
 
     Attributes:
-        notes: the caller's own: whatever JSON holds, saved and loaded with the session, as one file.
+        notes: The caller's own: whatever JSON holds, saved and loaded with the session, as one file.
 
     Raises:
-        UserError: the bound is too small for the prompt, or the model cannot forget its text.
+        UserError: The bound is too small for the prompt, or the model cannot forget its text.
     """
 
     def __init__(
@@ -111,12 +111,12 @@ class StreamingSession:
 
         Args:
             frame: PIL.Image, or uint8 (H, W, 3), or what `encode` made of one.
-            should_stop: asked before every token; once it says True, the caption ends where it is (a live stream's
+            should_stop: Asked before every token; once it says True, the caption ends where it is (a live stream's
                 budget), but not before a word of it can be read. Only a model that stops by itself says nothing.
 
         Raises:
-            TypeError: the frame is no picture; whatever is raised, the session is as before.
-            ValueError: likewise.
+            TypeError: The frame is no picture; whatever is raised, the session is as before.
+            ValueError: Likewise.
         """
         request = self.prepare(frame, should_stop)
         return self.accept(*run_all(self._model, [request]))
@@ -250,7 +250,7 @@ class StreamingSession:
     def _prompt_tokens(self, prompt: str) -> list[int]:
         messages = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
         inputs = self._processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
         )
         return inputs["input_ids"][0].tolist()
 

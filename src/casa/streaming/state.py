@@ -30,15 +30,15 @@ class Usage:
     """What a session holds in memory, and how often time cut it short.
 
     Args:
-        text_tokens: in the text model's cache.
-        image_tokens: in the visible windows.
-        cache_bytes: all of it: text_bytes, image_bytes and window_bytes.
-        text_bytes: the text model's cache.
-        image_bytes: image keys and values of the visible windows; under insertion they are part of text_bytes.
-        window_bytes: the text of the open window in the CASA layers.
-        held_bytes: the memory that this takes: cache_bytes, the room that buffers keep for the text to come, and
+        text_tokens: In the text model's cache.
+        image_tokens: In the visible windows.
+        cache_bytes: All of it: text_bytes, image_bytes and window_bytes.
+        text_bytes: The text model's cache.
+        image_bytes: Image keys and values of the visible windows; under insertion they are part of text_bytes.
+        window_bytes: The text of the open window in the CASA layers.
+        held_bytes: The memory that this takes: cache_bytes, the room that buffers keep for the text to come, and
             whatever in them nobody reads. Sessions that remember the same are equal, whatever room they have.
-        truncated: captions and answers so far that time cut short, in which case something was said, if not all.
+        truncated: Captions and answers so far that time cut short, in which case something was said, if not all.
     """
 
     text_tokens: int

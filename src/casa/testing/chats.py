@@ -82,10 +82,12 @@ TEMPLATES = {
 
 
 def tiny_tokenizer(kind: str, special: Sequence[str] = SPECIAL_TOKENS, **settings: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer of a kind of `TOKENIZERS`; settings: of PreTrainedTokenizerFast.
+    """A tokenizer of a kind of `TOKENIZERS`.
 
-    special: how the special tokens are spelled (unknown, padding, beginning, end, and any others); their ids are their
-    places here, and all other tokens are the same, however they are spelled.
+    Args:
+        settings: Of PreTrainedTokenizerFast.
+        special: How the special tokens are spelled (unknown, padding, beginning, end, and any others); their ids are
+            their places here, and all other tokens are the same, however they are spelled.
     """
     unknown, pad, bos, eos = special[:4]
     trainer = None

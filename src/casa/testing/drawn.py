@@ -13,7 +13,10 @@ SEVERAL = settings(max_examples=8, deadline=None, suppress_health_check=[HealthC
 def texts(draw: st.DrawFn, fewest: int = 0, behind: bool = True, apart: bool = False) -> TinySample:
     """1 to 12 tokens, none of them special, with up to four pictures of 1 to 6 image tokens at any places.
 
-    fewest: pictures. behind: one may stand behind all text. apart: there is text between any two of them.
+    Args:
+        fewest: Pictures.
+        behind: One may stand behind all text.
+        apart: There is text between any two of them.
     """
     # 0 to 2 are special everywhere, 56 to 59 in the VLMs
     ids = draw(st.lists(st.integers(3, 55), min_size=1, max_size=12))

@@ -172,7 +172,8 @@ def tiny_images(
 ) -> dict[str, Any]:
     """`pixel_values` and `image_grid_thw` of random pictures of (rows, columns) tokens each.
 
-    squares: as (n, 3, 56, 56) instead of patches, for a tower of one size; every picture then has 2 x 2 tokens.
+    Args:
+        squares: As (n, 3, 56, 56) instead of patches, for a tower of one size; every picture then has 2 x 2 tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     patches = sum(4 * rows * columns for rows, columns in grids)
@@ -188,7 +189,9 @@ class TinySample:
     """A text with pictures: token ids, and (index of the token before which it stands, rows, columns) of each.
 
     Rows and columns count tokens. The same sample has the same pixels however it is handed to a model.
-    squares: see `tiny_images`.
+
+    Attributes:
+        squares: See `tiny_images`.
     """
 
     ids: tuple[int, ...]

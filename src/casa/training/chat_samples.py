@@ -58,8 +58,8 @@ class ChatTokens:
         """Adds what a template wrote, with gist tokens for its image tokens.
 
         Args:
-            offsets: where each token stands in the text.
-            learned: the spans of what is learned, in order and apart.
+            offsets: Where each token stands in the text.
+            learned: The spans of what is learned, in order and apart.
         """
         image, gist = processor.image_token_id, processor.gist_ids
         ends = [last for _, last in learned]
@@ -78,9 +78,10 @@ class AnswerStop:
     """How answers begin and end.
 
     Attributes:
-        token: the id that a model gives at the end. text: what the template writes there, or None.
-        lead: what the template writes between its generation prompt and an answer.
-        notes: sentences about what of its answers cannot be learned as it stands, and what is learned instead.
+        token: The id that a model gives at the end.
+        text: What the template writes there, or None.
+        lead: What the template writes between its generation prompt and an answer.
+        notes: Sentences about what of its answers cannot be learned as it stands, and what is learned instead.
     """
 
     token: int
@@ -93,10 +94,10 @@ def answer_stop(processor: CasaProcessor, given: int | None = None) -> AnswerSto
     """Finds out by rendering.
 
     Args:
-        given: the model's own stop token (`generation_config.eos_token_id`), where it is not the tokenizer's.
+        given: The model's own stop token (`generation_config.eos_token_id`), where it is not the tokenizer's.
 
     Raises:
-        UserError: there is none, or the tokenizer does not tell where its tokens stand.
+        UserError: There is none, or the tokenizer does not tell where its tokens stand.
     """
     token = given if given is not None else processor.tokenizer.eos_token_id
     if token is None:
@@ -356,9 +357,7 @@ class _LiveFeed:
         if begun and not asked:
             return
         chat = [{"role": "user", "content": [{"type": "text", "text": asked or self._processor.stream_prompt}]}]
-        inputs = self._processor.apply_chat_template(
-            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        inputs = self._processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
         tokens = inputs["input_ids"][0].tolist()
         again = begun and tokens[0] == self._processor.tokenizer.bos_token_id
         self.tokens.extend(tokens[1:] if again else tokens, False)

@@ -50,8 +50,8 @@ class OversizeSettings(Settings):
     """What happens to a record over budget.
 
     Attributes:
-        text: if it has more text than a pack holds.
-        images: if it has more image tokens. A record that stays too large although its pictures were made as small as
+        text: If it has more text than a pack holds.
+        images: If it has more image tokens. A record that stays too large although its pictures were made as small as
             `min_tokens` each is split.
     """
 
@@ -65,11 +65,11 @@ class PackingSettings(Settings):
     """How samples are packed into rows.
 
     Attributes:
-        budget: of one pack.
-        oversize: what happens to records beyond it.
-        buffer_size: samples to choose from; fewer where they hold more than `buffer_mb` MiB of pictures (frames of
+        budget: Of one pack.
+        oversize: What happens to records beyond it.
+        buffer_size: Samples to choose from; fewer where they hold more than `buffer_mb` MiB of pictures (frames of
             videos), in the memory of every process that reads. More fill packs better, and are read again on resume.
-        patience: packs after which a waiting sample goes first.
+        patience: Packs after which a waiting sample goes first.
     """
 
     budget: TokenBudget = field(default_factory=TokenBudget)
@@ -84,8 +84,8 @@ class LoraSettings(Settings):
     """Adapters of low rank on the text model's matrices; its own weights and the image encoder stay as they are.
 
     Attributes:
-        rank, alpha, dropout: of the adapters.
-        target_modules: last parts of the names of linear layers.
+        rank, alpha, dropout: Of the adapters.
+        target_modules: Last parts of the names of linear layers.
         added: "full" trains the fusion layers as they are, "adapters" gives them adapters too. Projector, compressor
             and gist tokens are always trained in full.
     """
@@ -106,16 +106,16 @@ class ModelSettings(Settings):
     """What is trained: a backbone that is given eyes now, or a CASA checkpoint that learns more.
 
     Attributes:
-        backbone: folder or hub name of a text-only model, of an insertion VLM, or of an insertion model of casa's own,
+        backbone: Folder or hub name of a text-only model, of an insertion VLM, or of an insertion model of casa's own,
             whose projector counts as new.
-        vision: beside a text-only backbone: an image encoder, or a model that has one.
-        checkpoint: folder of a CASA model, or a shipped one, instead of these.
-        fusion: how the backbone is fused.
-        dtype: that weights are read in; what they are kept in afterwards is `optimisation.precision`. float32 loses
+        vision: Beside a text-only backbone: an image encoder, or a model that has one.
+        checkpoint: Folder of a CASA model, or a shipped one, instead of these.
+        fusion: How the backbone is fused.
+        dtype: That weights are read in; what they are kept in afterwards is `optimisation.precision`. float32 loses
             nothing; bfloat16 halves the host memory that reading takes.
-        processor: folder of a processor; what the backbone's tokenizer and the encoder ask for is made if None.
-        max_pixels: a picture of more is made smaller; the processor's own bound if None.
-        lora: trains adapters instead of the text model.
+        processor: Folder of a processor; what the backbone's tokenizer and the encoder ask for is made if None.
+        max_pixels: A picture of more is made smaller; the processor's own bound if None.
+        lora: Trains adapters instead of the text model.
     """
 
     backbone: str | None = None
@@ -152,22 +152,27 @@ class OptimisationSettings(Settings):
              warmup              decay
 
     Attributes:
-        steps: updates of the whole run.
-        gradient_accumulation_steps: packs per process and update; their answer tokens weigh the same wherever they are.
-        warmup_steps, decay_steps, decay_type: the schedule; min_lr_ratio: share of the learning rate at its end.
-        new_lr: for what `adapt` added and LoRA; existing_lr: for all else that is trained.
-        lr_overrides: further learning rates, by regular expression over parameter names, the first that is found.
+        steps: Updates of the whole run.
+        gradient_accumulation_steps: Packs per process and update; their answer tokens weigh the same wherever they are.
+        warmup_steps, decay_steps, decay_type: The schedule.
+        min_lr_ratio: Share of the learning rate at its end.
+        new_lr: For what `adapt` added and LoRA.
+        existing_lr: For all else that is trained.
+        lr_overrides: Further learning rates, by regular expression over parameter names, the first that is found.
         muon_lr: Muon's, for matrices inside blocks and fusion layers, new or not, that `lr_overrides` does not name; on
             the scale of AdamW's. 0 has AdamW train all.
         trainable: "all" (paper, route a), or "added": what `adapt` added and the last `tower_blocks` blocks of the
             image encoder (route b); "as given" leaves requires_grad as it is.
-        frozen: parameters that are not trained, by regular expression.
-        weight_decay: for matrices. beta1, beta2: AdamW's. max_grad_norm: 0 clips nothing.
-        precision: "bfloat16" computes in bf16. master_weights: keep trained weights in float32 then (recommended);
-            otherwise weights and moments are bf16 as well.
-        gradient_checkpointing: run blocks again in the backward pass, for memory.
-        loss_chunk: tokens whose logits exist at once.
-        ema_decay: of a running average of the weights; None for none.
+        frozen: Parameters that are not trained, by regular expression.
+        weight_decay: For matrices.
+        beta1, beta2: AdamW's.
+        max_grad_norm: 0 clips nothing.
+        precision: "bfloat16" computes in bf16.
+        master_weights: Keep trained weights in float32 then (recommended); otherwise weights and moments are bf16 as
+            well.
+        gradient_checkpointing: Run blocks again in the backward pass, for memory.
+        loss_chunk: Tokens whose logits exist at once.
+        ema_decay: Of a running average of the weights; None for none.
     """
 
     steps: Positive
@@ -217,7 +222,7 @@ class SpikeSettings(Settings):
     """A loss or gradient that is no number stops a run, and so does a spike.
 
     Attributes:
-        factor: a spike is a loss above so many times the median of the last `window` steps, and at least
+        factor: A spike is a loss above so many times the median of the last `window` steps, and at least
             `min_increase` above it; None looks for no spikes. Nothing is a spike before half a window has passed.
     """
 
@@ -231,11 +236,12 @@ class DataloaderSettings(Settings):
     """How data are read.
 
     Attributes:
-        num_workers: processes that read data, per process that trains. prefetch_factor: batches that each reads ahead.
-        feature_cache_gb: host memory for the image tokens of a frozen image encoder, so that a picture is encoded once
+        num_workers: Processes that read data, per process that trains.
+        prefetch_factor: Batches that each reads ahead.
+        feature_cache_gb: Host memory for the image tokens of a frozen image encoder, so that a picture is encoded once
             and not at every epoch; 0 keeps none. It needs num_workers: 0, since the cache is in one process only.
-        feature_cache_dir: a folder that keeps them too, for a run that goes on, or another with the same encoder.
-        frame_cache_dir: a folder in which frames of videos are kept as PNGs, so that no video is decoded twice.
+        feature_cache_dir: A folder that keeps them too, for a run that goes on, or another with the same encoder.
+        frame_cache_dir: A folder in which frames of videos are kept as PNGs, so that no video is decoded twice.
     """
 
     num_workers: Annotated[int, Bounds(ge=0, le=256)] = 0
@@ -275,11 +281,11 @@ class EvaluationSettings(Settings):
     """What is measured every so many steps, and at the end; 0 measures nothing.
 
     Attributes:
-        data: records held out from training, read from their beginning: the loss on the first `packs` packs.
-        metrics: how answers to the questions of the first `limit` rows of `data` are scored, as `casa eval` does.
-        suffix, max_new_tokens: what stands behind each of these questions, and the longest answer.
-        tasks: the offline tasks, `limit` examples each: of use to models that read digits, such as casa-tiny.
-        max_side: longest side of their pictures in px, of a stream's frames at least 224; the tasks' own if None.
+        data: Records held out from training, read from their beginning: the loss on the first `packs` packs.
+        metrics: How answers to the questions of the first `limit` rows of `data` are scored, as `casa eval` does.
+        suffix, max_new_tokens: What stands behind each of these questions, and the longest answer.
+        tasks: The offline tasks, `limit` examples each: of use to models that read digits, such as casa-tiny.
+        max_side: Longest side of their pictures in px, of a stream's frames at least 224; the tasks' own if None.
     """
 
     every: NonNegative = 0
@@ -309,10 +315,10 @@ class TrainerSettings(Settings):
     """How a run trains and is looked after, whatever its model and data.
 
     Attributes:
-        optimisation, spike_detection, dataloader, saving, logging: one block each.
-        seed: of everything random.
+        optimisation, spike_detection, dataloader, saving, logging: One block each.
+        seed: Of everything random.
         device: "cpu" leaves accelerators alone.
-        sharding: with several processes, "ddp" has all weights in each of them; "fsdp" spreads weights, gradients and
+        sharding: With several processes, "ddp" has all weights in each of them; "fsdp" spreads weights, gradients and
             moments over them (FSDP2).
     """
 
@@ -337,8 +343,8 @@ class Recipe(TrainerSettings):
     """A whole run on data of one's own.
 
     Attributes:
-        name: of the model that comes out.
-        model, data, packing, evaluation: one block each.
+        name: Of the model that comes out.
+        model, data, packing, evaluation: One block each.
     """
 
     name: str
@@ -364,7 +370,7 @@ def parse_recipe(values: Any, name: str = "the recipe") -> Recipe:
     """A recipe from plain values. name: what sentences call it.
 
     Raises:
-        UserError: an unknown, missing, wrongly typed or impossible value.
+        UserError: An unknown, missing, wrongly typed or impossible value.
     """
     return build(Recipe, values, what=name)
 
@@ -375,7 +381,7 @@ def open_recipe(source: "str | Path | Mapping[str, Any] | Recipe", changes: Sequ
     Keys of changes are dotted, entries of a list are numbered, values are as YAML reads them (text where text belongs).
 
     Raises:
-        UserError: in one sentence, for a file that is no recipe, and for a change that fits none.
+        UserError: In one sentence, for a file that is no recipe, and for a change that fits none.
     """
     if isinstance(source, Recipe):
         source = source.to_dict()

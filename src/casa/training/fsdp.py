@@ -56,7 +56,7 @@ def sharded_groups(model: CasaForConditionalGeneration) -> list[list[nn.Module]]
     """Modules that are gathered together, one group after the other; what is in none of them belongs to the root.
 
     Raises:
-        UserError: the model's image tokens go through the blocks' feed-forward networks ahead of their turn.
+        UserError: The model's image tokens go through the blocks' feed-forward networks ahead of their turn.
     """
     fusion, decoder = model.fusion, model.decoder
     if fusion.update_images:
@@ -83,10 +83,10 @@ def shard_model(model: nn.Module, device: torch.device, compute: torch.dtype | N
     Gradients are added up in float32 at least.
 
     Args:
-        compute: dtype in which gathered weights are used; None for their own.
+        compute: Dtype in which gathered weights are used; None for their own.
 
     Raises:
-        UserError: the model is under LoRA, or there are no processes to spread over.
+        UserError: The model is under LoRA, or there are no processes to spread over.
     """
     if not isinstance(model, CasaForConditionalGeneration):
         raise UserError("sharding: fsdp takes a whole CASA model; LoRA leaves little to spread: use sharding: ddp.")

@@ -43,7 +43,12 @@ _STATE = "trainer_state.json"
 
 @dataclass
 class LoadedModel:
-    """model: a CasaForConditionalGeneration, or a PeftModel around one. stop: the id that ends an answer."""
+    """What a run trains.
+
+    Attributes:
+        model: A CasaForConditionalGeneration, or a PeftModel around one.
+        stop: The id that ends an answer.
+    """
 
     model: Any
     processor: CasaProcessor
@@ -54,7 +59,7 @@ def load_model(recipe: Recipe) -> LoadedModel:
     """Reads the weights, fuses what is to be fused, and puts adapters in. What is new is drawn by the recipe's seed.
 
     Raises:
-        UserError: something is not there, cannot be read, or does not fit together.
+        UserError: Something is not there, cannot be read, or does not fit together.
     """
     settings = recipe.model
     processor = load_processor(settings)
@@ -198,12 +203,12 @@ def export_checkpoint(
     recipe beside the checkpoint names it.
 
     Args:
-        checkpoint: a `checkpoint-<step>` of a run with DDP or FSDP2.
-        average: its running average (EMA) in place of the last weights.
-        dtype: of all weights; theirs if left out.
+        checkpoint: A `checkpoint-<step>` of a run with DDP or FSDP2.
+        average: Its running average (EMA) in place of the last weights.
+        dtype: Of all weights; theirs if left out.
 
     Raises:
-        UserError: it is no whole checkpoint, or holds no average, or `out` exists.
+        UserError: It is no whole checkpoint, or holds no average, or `out` exists.
     """
     source = Path(checkpoint)
     # before anything is read: the largest models take minutes

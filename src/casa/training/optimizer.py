@@ -43,10 +43,10 @@ def choose_trained(model: Any, settings: OptimisationSettings) -> None:
     """Sets requires_grad as the settings say.
 
     Args:
-        model: a CasaForConditionalGeneration, or one under LoRA as it is.
+        model: A CasaForConditionalGeneration, or one under LoRA as it is.
 
     Raises:
-        UserError: a pattern fits no parameter, or nothing is left to train.
+        UserError: A pattern fits no parameter, or nothing is left to train.
     """
     if settings.trainable == "all":
         model.requires_grad_(True)
@@ -77,7 +77,7 @@ def parameter_groups(model: nn.Module, settings: OptimisationSettings) -> list[d
     Muon's group has `muon` and `parts` too, as `MuonAdamW` takes them.
 
     Raises:
-        UserError: a pattern in `lr_overrides` fits no parameter, or no matrix is left to Muon.
+        UserError: A pattern in `lr_overrides` fits no parameter, or no matrix is left to Muon.
     """
     unused = dict.fromkeys(settings.lr_overrides)
     groups: dict[tuple[str, bool], dict[str, Any]] = {}

@@ -299,9 +299,9 @@ def kept_by_blocks(
     """Bytes of activations, by what they are for.
 
     Args:
-        model: with requires_grad as it will be; weights are not looked at.
+        model: With requires_grad as it will be; weights are not looked at.
         text, patches: T and P.
-        size: bytes of a number that is computed with; the text model's sums between blocks are as wide as its
+        size: Bytes of a number that is computed with; the text model's sums between blocks are as wide as its
             embeddings.
     """
     embedding: Any = model.get_input_embeddings()
@@ -445,11 +445,11 @@ def write_pack(
     """Writes a pack's samples as an HTML page: how full both budgets are, and each sample's windows with their text.
 
     Args:
-        split: what a window is (`FusionConfig.split`; "sample" also for insertion, where all is one stream).
-        title, note: two lines above the samples.
+        split: What a window is (`FusionConfig.split`; "sample" also for insertion, where all is one stream).
+        title, note: Two lines above the samples.
 
     Raises:
-        UserError: the file has another ending than .html, or cannot be written.
+        UserError: The file has another ending than .html, or cannot be written.
     """
     bars = [
         BudgetBar("text", [sample.text_tokens for sample in samples], budget.text),

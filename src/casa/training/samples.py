@@ -33,9 +33,9 @@ class SizedPicture:
     """A picture and what it will cost.
 
     Attributes:
-        grid: rows and columns of patches, as its header tells.
-        tokens: image tokens.
-        max_tokens: it is made smaller until it has at most so many; None leaves that to the image processor.
+        grid: Rows and columns of patches, as its header tells.
+        tokens: Image tokens.
+        max_tokens: It is made smaller until it has at most so many; None leaves that to the image processor.
     """
 
     picture: Picture
@@ -55,9 +55,11 @@ class TrainingSample:
     Pictures are named and sized, not opened: that is done when the sample's pack is put together.
 
     Attributes:
-        ids: token ids. learn: which of them the loss counts.
-        places: per picture, the index before which it stands. Places rise, and text follows every picture.
-        part: which piece of its record this is. record: the number of that record in its reader's order.
+        ids: Token ids.
+        learn: Which of them the loss counts.
+        places: Per picture, the index before which it stands. Places rise, and text follows every picture.
+        part: Which piece of its record this is.
+        record: The number of that record in its reader's order.
     """
 
     ids: tuple[int, ...]
@@ -104,10 +106,10 @@ class PictureGrids:
     """Patches and image tokens of pictures, for one image processor.
 
     Args:
-        fold: patches per side of one image token (`fold_of`); the processor's merge size if left out.
+        fold: Patches per side of one image token (`fold_of`); the processor's merge size if left out.
 
     Raises:
-        UserError: an image processor whose sizes casa does not know.
+        UserError: An image processor whose sizes casa does not know.
     """
 
     def __init__(self, image_processor: Any, fold: int | None = None) -> None:
@@ -174,13 +176,13 @@ class SampleMaker:
     """Makes the samples of records with one processor; can be sent to other processes.
 
     Args:
-        fold: patches per side of an image token (`fold_of(model.config)`); the processor's merge size if left out.
-        stop: the token that ends an answer, where it is not the tokenizer's eos token.
+        fold: Patches per side of an image token (`fold_of(model.config)`); the processor's merge size if left out.
+        stop: The token that ends an answer, where it is not the tokenizer's eos token.
 
     Attributes:
-        counts: records, samples, and how many records were "downscaled", "split" or "refused" for their size.
-        notes: sentences about answers that the template writes in a way that cannot be learned as it stands.
-        least, most: of the records refused for their size, the budget that would hold some part of one, and all parts.
+        counts: Records, samples, and how many records were "downscaled", "split" or "refused" for their size.
+        notes: Sentences about answers that the template writes in a way that cannot be learned as it stands.
+        least, most: Of the records refused for their size, the budget that would hold some part of one, and all parts.
     """
 
     def __init__(

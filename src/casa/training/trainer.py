@@ -51,16 +51,16 @@ class CasaTrainer(Trainer):
     The model is changed: requires_grad and precision are set as the settings say.
 
     Args:
-        model: a CasaForConditionalGeneration, or one that peft has put LoRA into (with trainable="as given").
-        folder: for checkpoints and logs.
-        processor: saved with every checkpoint, so that each is a whole model.
-        arguments: further TrainingArguments, such as run_name.
+        model: A CasaForConditionalGeneration, or one that peft has put LoRA into (with trainable="as given").
+        folder: For checkpoints and logs.
+        processor: Saved with every checkpoint, so that each is a whole model.
+        arguments: Further TrainingArguments, such as run_name.
 
     Attributes:
-        stopped: whether SIGTERM ended the run.
-        batches: those of the step at hand, as they came.
-        position: where the training loop stands in the data, and what it has taken of them.
-        learning_rates: of each group of parameters, in the last step.
+        stopped: Whether SIGTERM ended the run.
+        batches: Those of the step at hand, as they came.
+        position: Where the training loop stands in the data, and what it has taken of them.
+        learning_rates: Of each group of parameters, in the last step.
     """
 
     # of several kinds in transformers' eyes
@@ -127,7 +127,7 @@ class CasaTrainer(Trainer):
             resume_from_checkpoint: True goes on from the newest checkpoint, if there is one; or the folder of one.
 
         Raises:
-            UserError: a loss is no number or jumps, or a disk is full.
+            UserError: A loss is no number or jumps, or a disk is full.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoints.newest_checkpoint(self.folder)
@@ -412,7 +412,7 @@ def saved_position(checkpoint: Path, rank: int, world: int, sharded: bool) -> Da
     """Where a process stood in the data when a checkpoint was saved.
 
     Raises:
-        UserError: it was saved by another number of processes, or with the other kind of sharding.
+        UserError: It was saved by another number of processes, or with the other kind of sharding.
     """
     if fsdp.has_shards(checkpoint) != sharded:
         was, other = ("ddp", "fsdp") if sharded else ("fsdp", "ddp")
@@ -429,7 +429,7 @@ def cache_features(trainer: CasaTrainer) -> FeatureCache:
     """Has the trainer's dataset keep the image tokens of a frozen image encoder; what is computed stays the same.
 
     Raises:
-        UserError: the encoder is trained, or spread over ranks.
+        UserError: The encoder is trained, or spread over ranks.
     """
     model = below_lora(trainer.model)
     if any(parameter.requires_grad for parameter in model.encoder.parameters()):

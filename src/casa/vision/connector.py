@@ -28,7 +28,8 @@ INNER, HEAD, BLOCKS = 768, 64, 2
 def place_features(grids: Grids, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(N, PLACE_WIDTH): height and width fraction of each token's centre, and their sines and cosines.
 
-    grids: rows and columns of tokens of each image, whose tokens are in reading order.
+    Args:
+        grids: Rows and columns of tokens of each image, whose tokens are in reading order.
     """
     found = []
     for rows, columns in grids:

@@ -28,19 +28,23 @@ Grids = list[tuple[int, int]]
 class EncoderSpec:
     """What casa knows of one image encoder of transformers.
 
-    model: its class, a PreTrainedModel; or its dotted name below `transformers.models`, imported when asked for.
-    pictures: how its pixels come. "patches": (P, channels of a patch), in squares of merged patches, as the
-        Qwen towers have it; "flexible": (P, p * p * channels), plain reading order; "squares": (n, 3, H, W);
-        "own": as the encoder's own image processor makes them, with one row of pixel_values per patch.
-    run: encoder, pixels, int64 (n, 3) patch grids to (N, (1 + k) * d_v), images in order, each in reading order.
-    width: d_v. merge: patches per side of one token. depths: k.
-    resample: the filter its pictures were resized with, by its PIL name. clip_colours: whether colours were
-        normalised by CLIP's means and deviations; else they run from -1 to 1.
-    image_processor: for "own", config and a bound for a picture's area (None: the encoder's own) to a transformers
-        image processor. It makes `pixel_values` and `image_grid_thw`, int64 (n, 3), (1, rows, columns) in patches, and
-        says more, so that a picture's cost is known before it is opened: `max_pixels`; `patch_grid(height, width,
-        **bound)`, its rows and columns; `at_most(patches)`, the `bound` under which no picture has more patches.
-    flops: encoder, rows and columns of patches to its operations for one picture; left out, those of a transformer.
+    Attributes:
+        model: Its class, a PreTrainedModel; or its dotted name below `transformers.models`, imported when asked for.
+        pictures: How its pixels come. "patches": (P, channels of a patch), in squares of merged patches, as the Qwen
+            towers have it; "flexible": (P, p * p * channels), plain reading order; "squares": (n, 3, H, W); "own": as
+            the encoder's own image processor makes them, with one row of pixel_values per patch.
+        run: Encoder, pixels, int64 (n, 3) patch grids to (N, (1 + k) * d_v), images in order, each in reading order.
+        width: d_v.
+        merge: Patches per side of one token.
+        depths: k.
+        resample: The filter its pictures were resized with, by its PIL name.
+        clip_colours: Whether colours were normalised by CLIP's means and deviations; else they run from -1 to 1.
+        image_processor: For "own", config and a bound for a picture's area (None: the encoder's own) to a transformers
+            image processor. It makes `pixel_values` and `image_grid_thw`, int64 (n, 3), (1, rows, columns) in patches,
+            and says more, so that a picture's cost is known before it is opened: `max_pixels`; `patch_grid(height,
+            width, **bound)`, its rows and columns; `at_most(patches)`, the `bound` under which no picture has more
+            patches.
+        flops: Encoder, rows and columns of patches to its operations for one picture; left out, those of a transformer.
     """
 
     model: "type[PreTrainedModel] | str"

@@ -38,19 +38,22 @@ WAVES = 7  # of places, from 32 px up, each twice as long
 class PageEncoderConfig(PreTrainedConfig):
     """Configuration of a `PageEncoder`.
 
-    characters: what it tells apart; its classes are 0, "no character", and these.
-    stem_sizes: widths of the two layers that bring the picture to a quarter of its size.
-    hidden_size: d. dilations: one residual block each, that wide steps from side to side.
-    token_size: height and width of a token in pixels, whole cells.
-    token_parts: what a token is made of: "features" (d per cell), "classes" (K probabilities per cell),
-        "places" (where in the picture it stands, in waves of pixels), "words" (codes of the text model's tokens: the
-        one before those that begin in it, and these).
-    reads: whether it has what reading needs: middles of characters, and what stands around each.
-    vocabulary: of the text model that "words" are those of: how many it has, and the bytes of its tokenizer, packed.
-        Both 0 for an encoder without them (`PageEncoder.learn_words`).
-    word_sizes: widths of the codes, the first the widest: a shorter one is the beginning of a longer.
-    batch_norm: whether convolutions are followed by BatchNorm, as they are in training (see `PageEncoder.folded`).
-    image_mean, image_std: per channel. min_pixels, max_pixels: bounds for the area of a picture.
+    Attributes:
+        characters: What it tells apart; its classes are 0, "no character", and these.
+        stem_sizes: Widths of the two layers that bring the picture to a quarter of its size.
+        hidden_size: d.
+        dilations: One residual block each, that wide steps from side to side.
+        token_size: Height and width of a token in pixels, whole cells.
+        token_parts: What a token is made of: "features" (d per cell), "classes" (K probabilities per cell), "places"
+            (where in the picture it stands, in waves of pixels), "words" (codes of the text model's tokens: the one
+            before those that begin in it, and these).
+        reads: Whether it has what reading needs: middles of characters, and what stands around each.
+        vocabulary: Of the text model that "words" are those of: how many it has, and the bytes of its tokenizer,
+            packed. Both 0 for an encoder without them (`PageEncoder.learn_words`).
+        word_sizes: Widths of the codes, the first the widest: a shorter one is the beginning of a longer.
+        batch_norm: Whether convolutions are followed by BatchNorm, as they are in training (see `PageEncoder.folded`).
+        image_mean, image_std: Per channel.
+        min_pixels, max_pixels: Bounds for the area of a picture.
     """
 
     model_type = "casa_page_encoder"
@@ -247,7 +250,8 @@ class PageEncoder(PreTrainedModel):
 def place_waves(rows: int, columns: int, token_size: Sequence[int], device: torch.device | None = None) -> Tensor:
     """float32 (rows * columns, 4 * WAVES): sines and cosines of where each token's middle stands, in pixels.
 
-    token_size: height and width of a token in pixels.
+    Args:
+        token_size: Height and width of a token in pixels.
     """
     waves = []
     for count, side in zip((rows, columns), token_size, strict=True):
@@ -276,7 +280,12 @@ def _encoder_of(packed: bytes) -> Encode:
 
 
 class PagePicturesKwargs(ImagesKwargs, total=False):
-    """token_size: height and width of a token. min_pixels, max_pixels: bounds for the area of a picture."""
+    """What a call may set.
+
+    Attributes:
+        token_size: Height and width of a token.
+        min_pixels, max_pixels: Bounds for the area of a picture.
+    """
 
     token_size: list[int]
     min_pixels: int

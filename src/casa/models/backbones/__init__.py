@@ -6,6 +6,7 @@ To add a family, see docs/adding-a-backbone.md.
 from typing import Any
 
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from casa.errors import UserError
 from casa.models.backbones.decoder import Decoder
@@ -48,11 +49,18 @@ def decoder_of(model: nn.Module) -> Decoder:
     return family_of(getattr(model, "config", None))(model)
 
 
+def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """A text-only model or an insertion VLM with fresh weights, from its config."""
+    is_vlm = issubclass(family_of(config), InsertionVLM)
+    return (AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM).from_config(config)
+
+
 __all__ = [
     "FAMILIES",
     "Decoder",
     "InsertionVLM",
     "decoder_of",
     "family_of",
+    "new_backbone",
     "register_decoder",
 ]

@@ -21,12 +21,13 @@ from casa.layers import ImageNorm, Rotary, Rotation
 class Decoder:
     """Views into a causal language model; owns nothing.
 
-    stack_at: where the model keeps its embeddings, blocks and rotary positions.
-    rotary_axes: 1, or 3 for rotary positions of time, row and column (mRoPE).
-    rotary_neighbours: see `Rotation`.
-    post_norm: name of the block's norm over what self-attention gives, if it has one. A CASA update goes through
-        it as well, so that it comes in the scale that the rest of the block expects.
-    key_map: (regular expression, replacement): from names of the published checkpoints to those of the model.
+    Attributes:
+        stack_at: Where the model keeps its embeddings, blocks and rotary positions.
+        rotary_axes: 1, or 3 for rotary positions of time, row and column (mRoPE).
+        rotary_neighbours: See `Rotation`.
+        post_norm: Name of the block's norm over what self-attention gives, if it has one. A CASA update goes through it
+            as well, so that it comes in the scale that the rest of the block expects.
+        key_map: (regular expression, replacement): from names of the published checkpoints to those of the model.
     """
 
     stack_at: ClassVar[str] = "model"

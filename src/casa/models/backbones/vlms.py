@@ -17,10 +17,11 @@ from casa.vision import Grids
 class InsertionVLM(Decoder):
     """A vision-language model with its own tower.
 
-    tower_at: where it stands.
-    placeholder: the token its chat template writes for a picture.
-    delimiters: what stands around a picture. template_delimits: whether the template writes them; if not, the VLM's
-        own processor does.
+    Attributes:
+        tower_at: Where it stands.
+        placeholder: The token its chat template writes for a picture.
+        delimiters: What stands around a picture.
+        template_delimits: Whether the template writes them; if not, the VLM's own processor does.
     """
 
     tower_at: ClassVar[str] = ""
