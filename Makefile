@@ -3,7 +3,7 @@ PYTHON ?= python3
 VIDEO ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-fast test-gpu test-lowest mutations lint docs results results-suite results-live results-tiny clean
+.PHONY: demo test test-fast test-gpu gpu test-lowest mutations lint docs results results-suite results-live results-tiny clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "casa needs Python 3.11 or newer: call make with PYTHON=python3.11")'
@@ -24,11 +24,17 @@ test-fast: .venv/installed
 
 # Where there is a CUDA device: kernels and models against float64. Such a machine may have no network: if its own Python
 # has all that is needed and sees the device, the tests run there.
-ifneq ($(filter test-gpu,$(MAKECMDGOALS)),)
+ifneq ($(filter test-gpu gpu,$(MAKECMDGOALS)),)
 GPU_READY := $(shell PYTHONPATH=src $(PYTHON) -c 'import casa.testing, pytest, torch, xdist; print("yes" * torch.cuda.is_available())' 2>/dev/null)
 endif
 test-gpu: $(if $(GPU_READY),,.venv/installed)
 	$(if $(GPU_READY),PYTHONPATH=src $(PYTHON),$(BIN)/python) -m pytest tests/gpu -n 0
+
+# Those tests and all that is measured there, within nine minutes: docs/results/gpu-*.json. COMMIT says what the files
+# are of, where they are no checkout.
+COMMIT ?=
+gpu: $(if $(GPU_READY),,.venv/installed)
+	PYTHONPATH=src $(if $(GPU_READY),$(PYTHON),$(BIN)/python) -m projects.gpu $(if $(COMMIT),--commit $(COMMIT))
 
 # The lowest transformers that pyproject.toml allows, with the same torch.
 .venv-lowest/installed: pyproject.toml constraints.txt

@@ -43,7 +43,7 @@ def test_all_watch_the_same_film(small, tmp_path):
 
 @torch.inference_mode()
 def test_all_have_the_same_eyes_and_the_same_words(small):
-    made = new_peers(small)
+    made, pixels = new_peers(small)
     prompt, word = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[9]])
     text = [made[name] for name in (INSERTION, WINDOW, ALL)]
     for peer in text:
@@ -51,10 +51,15 @@ def test_all_have_the_same_eyes_and_the_same_words(small):
     first, *others = [peer.model(input_ids=word, past_key_values=peer.cache).logits for peer in text]
     for other in others:
         torch.testing.assert_close(other, first, atol=1e-4, rtol=1e-4)
-    pixels = torch.randn(1, 3, 64, 64)
     inserted, fused = made[INSERTION], made[ALL]
     features = fused.model.get_image_features(pixels, fused.frame["image_grid_thw"]).pooler_output[0]
     torch.testing.assert_close(features, inserted.encode(pixels), atol=1e-5, rtol=1e-5)
+
+
+def test_a_published_shape_is_watched_by_both_methods():
+    found = bench_peers(PeersSettings(shape="tiny", image_tokens=6, **SETTINGS))
+    assert list(found.figures) == ["turns", INSERTION, ALL]
+    assert found.figures[INSERTION]["cache_bytes"][1] > found.figures[ALL]["cache_bytes"][1]
 
 
 @torch.inference_mode()

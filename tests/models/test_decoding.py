@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from casa import FusionConfig, adapt
@@ -16,6 +17,8 @@ from casa.testing import BACKBONES, TinySample, as_batch, tiny_backbone, tiny_ca
 PREPARED = sorted(set(BACKBONES) - {"gemma3_text"})
 PROMPT = TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 2, 3), (5, 1, 2)), seed=10)
 ROWS = (PROMPT, TinySample((7, 30, 11, 12)), TinySample((40, 6, 13), ((0, 2, 2),), seed=30))
+TINY_TEXT = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+TINY_TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
 NEXT = ([3, 44, 9], [50, 8, 8], [27, 19, 31], [6, 6, 55])
 
 
@@ -250,6 +253,52 @@ def test_other_families_other_attention_and_training_go_through_the_modules(ways
     decoded(model, PROMPT.inputs(), grad=True)
     decoded(model.train(), PROMPT.inputs())
     assert not ways
+
+
+def test_autocast_sliding_windows_and_records_go_through_the_modules(ways):
+    model, inputs = tiny_casa(dtype=torch.float32), PROMPT.inputs()
+    wanted, _ = decoded(model, inputs)
+    ways.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = decoded(model, inputs)
+    assert not ways
+    torch.testing.assert_close(found.float(), wanted, rtol=0.1, atol=0.1)
+    sliding = adapt(
+        transformers.MistralForCausalLM(
+            transformers.MistralConfig(**TINY_TEXT, sliding_window=4, attn_implementation="sdpa")
+        ).double(),
+        FusionConfig(),
+        tiny_encoder(),
+    ).eval()
+    assert why(sliding) is None
+    found, cache = decoded(sliding, inputs)
+    assert cache.slides
+    torch.testing.assert_close(found, decoded(sliding, inputs, grad=True)[0])
+    _, cache = decoded(model, inputs)
+    seen = []
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache, record=lambda *args: seen.append(args[0]))
+    assert not ways[len(NEXT) :]
+    assert seen == [0, 1, 2]
+
+
+def test_shared_weights_project_once(monkeypatch):
+    """A token of a model whose fusion layers borrow (D1) costs as many products as one of the backbone alone."""
+    products = []
+    multiplied = decoding.Matrix.__call__
+    monkeypatch.setattr(
+        decoding.Matrix, "__call__", lambda self, *args: (products.append(1), multiplied(self, *args))[1]
+    )
+    for fusion, more in (({"share_weights": True}, 1), ({}, 1), ({"share_weights": True, "placement": "before"}, 2)):
+        model, frames = tiny_casa(**fusion), PROMPT.inputs()
+        text = {"input_ids": frames["input_ids"]}
+        counts = []
+        for inputs in (text, frames):
+            products.clear()
+            decoded(model, inputs, NEXT[:1])
+            counts.append(len(products))
+        # o_proj of the fusion layer beside; before it, its own queries, keys and values too
+        assert counts[1] - counts[0] == more * len(model.fused_blocks), fusion
 
 
 def test_beams_and_attentions(ways):

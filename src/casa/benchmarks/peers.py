@@ -6,9 +6,12 @@
     cross-attention      transformers' Mllama: blocks of their own look at all frames so far
     CASA                 every n-th block, and every block
 
+In a published shape (`shape`) they are CASA in every block and insertion through this library, as the official release
+compares them.
+
 Shapes: N image tokens of a frame, L text tokens of a call, d width; one row. Weights are random (but the backbone's,
 where one is named): what is told is cost, not what is said. A turn is a frame, whose pixels are encoded, and the tokens
-said of it. Turns between the measured ones go through in one call each, with features that are given.
+said of it. Of the turns between the measured ones, caches get what they would hold: noise, which costs as much.
 """
 
 import copy
@@ -26,6 +29,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from casa.benchmarks.decode import ALL, DTYPES, EVERY, clock, small_backbone
 from casa.benchmarks.harness import Benchmark, Figures, Panel, table
 from casa.benchmarks.settings import PeersSettings
+from casa.benchmarks.train import fresh_model, random_picture
 from casa.layers import Rotation
 from casa.models import FusionConfig, adapt
 from casa.models.auto import pick_device
@@ -74,6 +78,16 @@ class Peer:
     def end_turn(self) -> None:
         """Called when all of a turn is said."""
 
+    def skip(self, turns: int, said: Tensor, features: Tensor) -> None:
+        """Has the cache hold so many further turns, of tokens `said` (1, L) and a frame's `features` each."""
+        self.fill(turns * said.shape[1])
+
+    def fill(self, text: int, images: int = 0, every: int = 0) -> None:
+        """Puts noise of `text` tokens into the cache; of `images` into each layer behind `every` others, if given."""
+        for index, layer in enumerate(self.cache.layers):
+            length = images if every and index % (every + 1) == every else text
+            self.cache.update(*(torch.randn_like(layer.keys[:, :, :1].expand(-1, -1, length, -1)) for _ in "kv"), index)
+
     @property
     def held(self) -> int:
         """Bytes of keys and values."""
@@ -92,6 +106,9 @@ class Inserted(Peer):
         embeds = self.model.get_input_embeddings()(ids)
         return {"inputs_embeds": embeds if features is None else torch.cat([features[None], embeds], dim=1)}
 
+    def skip(self, turns: int, said: Tensor, features: Tensor) -> None:
+        self.fill(turns * (said.shape[1] + len(features)))
+
 
 class Windowed(Inserted):
     """Insertion that forgets: cached are `sinks` first text tokens, `texts` last ones, and the last `frames`."""
@@ -106,11 +123,20 @@ class Windowed(Inserted):
         super().begin(prompt)
 
     def inputs(self, ids: Tensor, features: Tensor | None) -> dict[str, Tensor]:
+        self._note(ids, features)
+        return super().inputs(ids, features)
+
+    def _note(self, ids: Tensor, features: Tensor | None) -> None:
         if features is not None:
             self._seen += 1
             self._frame_of = torch.cat([self._frame_of, torch.full((len(features),), self._seen)])
         self._frame_of = torch.cat([self._frame_of, torch.zeros(ids.shape[1], dtype=torch.int64)])
-        return super().inputs(ids, features)
+
+    def skip(self, turns: int, said: Tensor, features: Tensor) -> None:
+        super().skip(turns, said, features)
+        for _ in range(turns):
+            self._note(said, features)
+        self.end_turn()
 
     def end_turn(self) -> None:
         is_text = self._frame_of == 0
@@ -138,7 +164,14 @@ def move(cache: DynamicCache, kept: Tensor, turn: nn.Module) -> None:
 
 
 class Crossed(Peer):
-    """Mllama's: keys and values of all frames so far in blocks of their own."""
+    """Mllama's: keys and values of all frames so far in blocks of their own, one behind `every` others."""
+
+    def __init__(self, model: Any, encode: Callable[[Tensor], Tensor], every: int, *beside: nn.Module) -> None:
+        super().__init__(model, encode, *beside)
+        self.every = every
+
+    def skip(self, turns: int, said: Tensor, features: Tensor) -> None:
+        self.fill(turns * said.shape[1], turns * len(features), self.every)
 
     def inputs(self, ids: Tensor, features: Tensor | None) -> dict[str, Tensor]:
         return {"input_ids": ids} if features is None else {"input_ids": ids, "cross_attention_states": features[None]}
@@ -158,13 +191,35 @@ class Fused(Peer):
     def inputs(self, ids: Tensor, features: Tensor | None) -> dict[str, Tensor]:
         return {"input_ids": ids} if features is None else {"input_ids": ids, "image_features": features, **self.frame}
 
+    def skip(self, turns: int, said: Tensor, features: Tensor) -> None:
+        if self.cache.stream is not None:  # insertion: positions and places are told apart, so that all is fed
+            for _ in range(turns):
+                self.call(said, features)
+            return
+        self.fill(turns * said.shape[1])
+        self.cache.count(None, [], 1, turns * said.shape[1])
+
     @property
     def held(self) -> int:
         return self.cache.num_bytes
 
 
-def new_peers(settings: PeersSettings) -> dict[str, Peer]:
-    """All contestants over one SmolVLM: the same tower, connector and text blocks, copied where layers are added."""
+def new_peers(settings: PeersSettings) -> tuple[dict[str, Peer], Tensor]:
+    """All contestants, and a frame's pixels, of noise."""
+    if settings.shape is None:
+        return _over_smolvlm(settings)
+    generator = torch.Generator().manual_seed(settings.seed)
+    made: dict[str, Peer] = {}
+    picture: dict[str, Tensor] = {}
+    for name, method in ((INSERTION, "insertion"), (ALL, "casa")):
+        model = fresh_model(method, settings.shape, pick_device(settings.device), settings.seed).eval()
+        picture = picture or random_picture(model, settings.image_tokens, generator)
+        made[name] = Fused(model, picture["image_grid_thw"])
+    return made, picture["pixel_values"]
+
+
+def _over_smolvlm(settings: PeersSettings) -> tuple[dict[str, Peer], Tensor]:
+    """One tower, connector and text model for all, copied where layers are added."""
     torch.manual_seed(settings.seed)
     text = small_backbone(settings.backbone)
     config = SmolVLMConfig(
@@ -177,11 +232,13 @@ def new_peers(settings: PeersSettings) -> dict[str, Peer]:
     vlm: Any = SmolVLMForConditionalGeneration(config)
     vlm.model.text_model.load_state_dict(text.get_decoder().state_dict())
     vlm.lm_head.load_state_dict(cast(Any, text).lm_head.state_dict())
+    device, dtype = pick_device(settings.device), DTYPES[settings.dtype]
+    vlm.eval().to(device=device, dtype=dtype)
+    del text
     crossed = MllamaForCausalLM(_with_crossed_blocks(config.text_config, settings.every))
     fusions = {EVERY.format(settings.every): FusionConfig(every=settings.every), ALL: FusionConfig()}
     fused = {name: adapt(copy.deepcopy(vlm), fusion) for name, fusion in fusions.items()}
-    device, dtype = pick_device(settings.device), DTYPES[settings.dtype]
-    for model in (vlm, crossed, *fused.values()):
+    for model in (crossed, *fused.values()):
         model.eval().to(device=device, dtype=dtype)
 
     def encode(pixels: Tensor) -> Tensor:
@@ -190,12 +247,13 @@ def new_peers(settings: PeersSettings) -> dict[str, Peer]:
     side = TOWER["image_size"] // TOWER["patch_size"]
     grid = torch.tensor([[1, side, side]], device=device)
     sizes = settings.sinks, settings.window_text, settings.window_frames
-    return {
+    made = {
         INSERTION: Inserted(vlm, encode),
         WINDOW: Windowed(vlm, encode, *sizes),
-        CROSS: Crossed(crossed, encode, vlm.model.vision_model, vlm.model.connector),
+        CROSS: Crossed(crossed, encode, settings.every, vlm.model.vision_model, vlm.model.connector),
         **{name: Fused(model, grid) for name, model in fused.items()},
     }
+    return made, torch.randn(1, 3, TOWER["image_size"], TOWER["image_size"]).to(device, dtype)
 
 
 def _with_crossed_blocks(text: Any, every: int) -> MllamaTextConfig:
@@ -215,10 +273,9 @@ def _with_crossed_blocks(text: Any, every: int) -> MllamaTextConfig:
 def bench_peers(settings: PeersSettings) -> Benchmark:
     """Every contestant takes each turn beside the others; from each of `turns` on, `samples` of them are timed."""
     now, device = clock(settings), pick_device(settings.device)
-    made = new_peers(settings)
+    made, pixels = new_peers(settings)
     generator = torch.Generator().manual_seed(settings.seed)
-    side, vocabulary = TOWER["image_size"], made[INSERTION].model.config.text_config.vocab_size
-    pixels = torch.randn(1, 3, side, side, generator=generator).to(device, DTYPES[settings.dtype])
+    vocabulary = made[INSERTION].model.config.get_text_config().vocab_size
 
     def words(count: int) -> Tensor:
         return torch.randint(3, vocabulary - 1, (1, count), generator=generator).to(device)
@@ -231,14 +288,14 @@ def bench_peers(settings: PeersSettings) -> Benchmark:
         prompt = words(PROMPT)
         for peer in made.values():
             peer.begin(prompt)
-        for turn in range(1, max(timed) + 1):
+        before = 0
+        for turn, at in timed.items():
             said = words(settings.tokens)
             for name, peer in made.items():
-                if turn in timed:
-                    found[name][timed[turn]].append(_timed(peer, pixels, said, now))
-                else:
-                    peer.call(said, features[name])
-                    peer.end_turn()
+                if turn > before + 1:
+                    peer.skip(turn - before - 1, said, features[name])
+                found[name][at].append(_timed(peer, pixels, said, now))
+            before = turn
         return found
 
     watch({1: 0, 2: 0})  # what is made at the first time only is made

@@ -62,9 +62,11 @@ class DecodeSettings(Settings):
 
 @dataclass(frozen=True)
 class PeersSettings(Settings):
-    """Of `bench_peers`. backbone: none for random weights in the shape of SmolLM2-135M."""
+    """Of `bench_peers`. backbone, shape: neither for random weights in the shape of SmolVLM-256M."""
 
     backbone: Annotated[str, "A language model: folder, hub id or package; random weights if left out."] | None = None
+    shape: Annotated[str, "tiny, or a published shape such as helium-2b: CASA and insertion alone."] | None = None
+    image_tokens: Annotated[Positive, "Image tokens of a frame in such a shape."] = 1024
     turns: Annotated[tuple[int, ...], "Frames at which all are timed, with commas."] = (1, 64, 128, 256)
     samples: Annotated[Positive, "Frames in a row from each of these; medians are told."] = 3
     tokens: Annotated[int, Bounds(ge=2), "Tokens said of every frame."] = 16
@@ -82,6 +84,8 @@ class PeersSettings(Settings):
         require(self.dtype in ("bf16", "fp32"), "dtype", self.dtype, "bf16 or fp32")
         rises = bool(self.turns) and all(b - a >= self.samples for a, b in pairwise((1 - self.samples, *self.turns)))
         require(rises, "turns", self.turns, "frames from 1 on, samples or more apart")
+        if self.backbone is not None and self.shape is not None:
+            raise UserError("a shape has random weights; leave out backbone or shape.", field=("backbone", "shape"))
 
 
 @dataclass(frozen=True)

@@ -228,13 +228,19 @@ def measure_step(settings: Figures, method: str, image_tokens: int) -> Figures:
     reset_peak_memory(device)  # making the model may have held more than a step does
     final = math.nan
     for _ in range(STEPS):
+        begun = time.perf_counter()
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
         final = float(loss.detach())
-    peak = max_memory_allocated(device)
-    return {"before": before, "peak": peak, "step": peak - before, "kept": kept_bytes(model, batch), "loss": final}
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - begun  # of the last step: the first makes the moments
+    peak, kept = max_memory_allocated(device), kept_bytes(model, batch)
+    speed = round(chosen.text_tokens / seconds, 1)
+    found = {"before": before, "peak": peak, "step": peak - before, "kept": kept}
+    return {**found, "loss": final, "text_tokens_per_second": speed}
 
 
 def kept_bytes(model: torch.nn.Module, batch: Batch) -> int:
@@ -308,7 +314,8 @@ def train_memory(settings: TrainSettings) -> Figures:
 def memory_table(found: Figures) -> str:
     columns = {"image tokens": "{image_tokens:,}", "method": "{method}", "before": "{before!M:,.1f} MiB"}
     columns |= {"peak": "{peak!M:,.1f} MiB", "of the step": "{step!M:,.1f} MiB"}
-    lines = [table(found["rows"], columns | {"kept for backward": "{kept!M:,.1f} MiB"})]
+    columns |= {"kept for backward": "{kept!M:,.1f} MiB", "text tokens/s": "{text_tokens_per_second:,.0f}"}
+    lines = [table(found["rows"], columns)]
     growth = found["bytes_per_image_token"]
     for method, peak in growth["peak"].items():
         kept = growth["kept"][method]

@@ -16,15 +16,17 @@ from torch.nn.functional import pad
 from casa.layers import LayerWindow, WindowState
 from casa.models import CasaCache, CasaForConditionalGeneration
 from casa.models.cache import Seen
-from casa.models.image_cache import encode_pixels
 from casa.models.insertion import StreamState
 from casa.streaming.sampling import decode
 from casa.threads import settle
+from casa.vision import token_grids
 
 UNFINISHED = "\ufffd"  # how a tokenizer shows a character of which not all bytes are there yet
 ROOM = 16  # text slots kept free behind a window, so that the first tokens of a caption copy nothing
 
 ShouldStop = Callable[[], bool]
+Images = dict[str, Tensor]
+"""A frame: `image_grid_thw` (1, 3) with pixel_values, image_features or image_keys_values."""
 
 log = logging.getLogger("casa.streaming")
 
@@ -36,7 +38,7 @@ class StepRequest:
     cache: CasaCache
     tokens: list[int]  # text around the frame
     image_index: int | None  # of the token before which the frame stands; None if there is no frame
-    images: dict[str, Tensor]  # the frame, as the processor or `encode_images` made it; empty if none, or cached
+    images: Images  # empty if there is no frame, or it is cached
     pick: Callable[[Tensor, list[int]], int]  # the next token, from logits (V,) and what has been said so far
     stops: frozenset[int]  # tokens that end a caption
     stop: int  # the one that stands for a caption that time or its length cut short
@@ -58,12 +60,31 @@ class StepResult:
     pending: int  # the token that ended the caption, chosen and not yet fed
     cache: CasaCache  # what the session goes on with
     complete: bool  # False if time cut the caption
+    features: Tensor | None = None  # (N, d_v), what the encoder made of the request's pixels, if it had any
 
 
-def encode_images(model: CasaForConditionalGeneration, images: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the model makes of a frame before it reads any text; stands for the frame's pixels in a request."""
-    settle()
-    return encode_pixels(model, images)
+def encode_together(model: CasaForConditionalGeneration, frames: Sequence[Images]) -> list[Images]:
+    """Frames with features in the place of pixels: all pixels go through the encoder in one batch."""
+    fresh = [images for images in frames if "pixel_values" in images]
+    if not fresh:
+        return list(frames)
+    pixels, grid = (torch.cat([images[name] for images in fresh]) for name in ("pixel_values", "image_grid_thw"))
+    features = model.encode_images(pixels.to(model.device), grid.to(model.device))
+    parts = iter(features.split([rows * columns for rows, columns in token_grids(model.config.encoder_config, grid)]))
+    return [
+        {"image_features": next(parts), "image_grid_thw": images["image_grid_thw"]}
+        if "pixel_values" in images
+        else images
+        for images in frames
+    ]
+
+
+def project_features(model: CasaForConditionalGeneration, images: Images) -> Images:
+    """A frame with keys and values in the place of features; under insertion, which has none, as it is."""
+    if "image_features" not in images or model.fusion.method == "insertion":
+        return images
+    grid = images["image_grid_thw"]
+    return {"image_keys_values": model.image_keys_values(images["image_features"], grid), "image_grid_thw": grid}
 
 
 @torch.no_grad()
@@ -87,6 +108,7 @@ def run_batch(
         fed = _right_aligned([len(request.tokens) for request in requests], longest)
         inputs["attention_mask"] = torch.cat([cached, fed], dim=1).long()
     given = [request.images for request in requests if request.images]
+    features: dict[int, Tensor | None] = {}
     if given:
         inputs["image_positions"] = torch.tensor(
             [
@@ -95,9 +117,12 @@ def run_batch(
                 if request.image_index is not None and request.images
             ]
         )
-        if any("pixel_values" not in images for images in given):
-            # where some are encoded already, the others are now
-            given = [encode_images(model, images) if "pixel_values" in images else images for images in given]
+        given = encode_together(model, given)
+        seen = [row for row, request in enumerate(requests) if request.images]
+        features = {row: images.get("image_features") for row, images in zip(seen, given, strict=True)}
+        if any("image_keys_values" in images for images in given):
+            # where some are projected already, the others are now
+            given = [project_features(model, images) for images in given]
         inputs |= {name: torch.cat([images[name] for images in given]) for name in given[0]}
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
 
@@ -108,7 +133,8 @@ def run_batch(
     for ended in decode(model, inputs, cache, captions):
         for row in ended:
             caption = captions[row]
-            yield row, StepResult(requests[row], caption.tokens, caption.pending, own(row), caption.complete)
+            state, found = own(row), features.get(row)
+            yield row, StepResult(requests[row], caption.tokens, caption.pending, state, caption.complete, found)
         still = [row for row, caption in enumerate(captions) if caption.is_open]
         if still and should_yield is not None and should_yield():
             for row in still:

@@ -23,9 +23,10 @@ from casa.media.pictures import check_picture
 from casa.models import CasaCache, CasaForConditionalGeneration, CasaProcessor
 from casa.models.generation import stop_ids
 from casa.streaming import state
-from casa.streaming.batch import ShouldStop, StepRequest, StepResult, encode_images, run_all
+from casa.streaming.batch import Images, ShouldStop, StepRequest, StepResult, encode_together, project_features, run_all
 from casa.streaming.sampling import Sampling
 from casa.streaming.state import Usage
+from casa.threads import settle
 
 MIN_SINKS = 4  # the first tokens that attention leans on, whatever they say
 
@@ -55,6 +56,8 @@ class StreamingSession:
         max_new_tokens: Of the longest caption.
         sampling: How words are picked; greedy if left out.
         seed: Of the draws.
+        same_frame: The mean difference of pixel values, as the processor makes them, up to which a frame is taken for
+            the one that was encoded last, and not encoded again; 0: if it is equal.
 
     Attributes:
         notes: The caller's own: whatever JSON holds, saved and loaded with the session, as one file.
@@ -73,13 +76,17 @@ class StreamingSession:
         max_new_tokens: int = 32,
         sampling: Sampling | None = None,
         seed: int = 0,
+        same_frame: float = 0.0,
     ) -> None:
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}; give 1 or more.")
+        if not same_frame >= 0:
+            raise UserError(f"same_frame is {same_frame}; give 0 or more.")
         self._bind(model, processor)
         self.prompt = processor.stream_prompt if prompt is None else prompt
         self.max_text_tokens = max_text_tokens
         self.max_new_tokens = max_new_tokens
+        self.same_frame = same_frame
         self.sampling = sampling if sampling is not None else Sampling()
         self.frames = 0
         self.notes: dict[str, Any] = {}
@@ -99,6 +106,7 @@ class StreamingSession:
 
     def _bind(self, model: CasaForConditionalGeneration, processor: CasaProcessor) -> None:
         self._model, self._processor = model, processor
+        self._encoded: tuple[Images, Tensor] | None = None  # the frame encoded last, and its features
         stops = stop_ids(model, processor.tokenizer)
         if not stops:
             raise UserError("the model has no stop token; set generation_config.eos_token_id.")
@@ -133,8 +141,28 @@ class StreamingSession:
 
     def encode(self, frame: Image.Image | np.ndarray) -> EncodedFrame:
         """Encodes and projects a frame ahead of its turn; `step` takes the result in its place, from any thread."""
+        settle()
         before, after, pixels = self._processor.frame(check_picture(frame))
-        return EncodedFrame(before, after, encode_images(self._model, pixels))
+        images = self._recognised(pixels)
+        with torch.no_grad():
+            if images is pixels:
+                (images,) = encode_together(self._model, [pixels])
+                self._encoded = pixels, images["image_features"]
+            return EncodedFrame(before, after, project_features(self._model, images))
+
+    def _recognised(self, images: Images) -> Images:
+        """A frame that looks as the one encoded last: with that one's features in the place of its pixels."""
+        if self._encoded is None or "pixel_values" not in images:
+            return images
+        last, features = self._encoded
+        if not torch.equal(last["image_grid_thw"], images["image_grid_thw"]):
+            return images
+        known, pixels = last["pixel_values"], images["pixel_values"]
+        if not torch.equal(known, pixels):
+            alike = self.same_frame and float((known - pixels).abs().float().mean()) <= self.same_frame
+            if not alike:
+                return images
+        return {"image_features": features, "image_grid_thw": images["image_grid_thw"]}
 
     def prepare(self, frame: StepFrame, should_stop: ShouldStop | None = None) -> StepRequest:
         """What this session feeds for a frame, in a batch; it is as it was until `accept` is given what comes back."""
@@ -143,7 +171,7 @@ class StreamingSession:
         tokens, after = self._pending + frame.before, frame.after
         if not after:
             tokens, after = tokens[:-1], tokens[-1:]
-        return self._request(tokens + after, len(tokens), frame.images, should_stop)
+        return self._request(tokens + after, len(tokens), self._recognised(frame.images), should_stop)
 
     def prepare_question(self, question: str, should_stop: ShouldStop | None = None) -> StepRequest:
         """The same for a question about the frame at hand. Raises UserError for one that the bound has no room for."""
@@ -163,6 +191,8 @@ class StreamingSession:
         self._cache, self._pending, self._generator = result.cache, [result.pending], result.request.generator
         self._earlier = [*self._earlier, *result.tokens][-self.sampling.memory :] if self.sampling.memory else []
         self.frames += result.request.image_index is not None
+        if result.features is not None and "pixel_values" in result.request.images:
+            self._encoded = result.request.images, result.features
         return text
 
     def _request(
@@ -225,7 +255,8 @@ class StreamingSession:
 
     def save(self, path: str | Path) -> None:
         """Writes the session's state (not the model) as one safetensors file, whole or not at all."""
-        settings = {name: getattr(self, name) for name in SETTINGS} | {"sampling": self.sampling.to_dict()}
+        settings = {name: getattr(self, name) for name in (*SETTINGS, "same_frame")}
+        settings["sampling"] = self.sampling.to_dict()
         state.save(path, self._model, self._cache, settings, self._generator.get_state())
 
     @staticmethod
@@ -243,6 +274,7 @@ class StreamingSession:
         session._bind(model, processor)
         for name in SETTINGS:
             setattr(session, name, settings[name])
+        session.same_frame = settings.get("same_frame", 0.0)
         session.sampling = Sampling(**settings["sampling"])
         session._generator, session._cache = _generator(generator), cache
         return session
