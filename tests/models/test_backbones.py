@@ -287,19 +287,27 @@ def test_auto_classes_know_the_parts():
 @pytest.mark.slow
 @torch.no_grad()
 def test_sampled_rows_are_the_same_batched_and_alone(model, samples, monkeypatch):
-    """Each row draws with a seed of its own; what a batch changes of a row's probabilities would change its words."""
+    """Each row draws from a generator of its own; a batch that changes a row's probabilities would change its words.
 
-    def by_row(weights, num_samples, **_):
-        rows = []
-        for row in weights:
-            generator = torch.Generator().manual_seed(int(1e6 * float(row.max())) % 1009)
-            rows.append(torch.searchsorted(row.cumsum(0), torch.rand(num_samples, generator=generator).double()))
-        return torch.stack(rows).clamp(max=weights.shape[-1] - 1)
-
-    monkeypatch.setattr(torch, "multinomial", by_row)
+    A seed made of the probabilities themselves would be another one where they are rounded to another float32.
+    """
     how = {"max_new_tokens": 5, "do_sample": True, "temperature": 1.3, "top_k": 20, "eos_token_id": None}
-    together = model.generate(**as_batch(samples), **how, pad_token_id=0)[:, -5:].tolist()
-    assert together == [model.generate(**sample.inputs(), **how)[0, len(sample.ids) :].tolist() for sample in samples]
+
+    def drawn(rows, inputs):
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+
+        def by_row(weights, num_samples, **_):
+            pairs = zip(weights, generators, strict=True)
+            places = [torch.rand(num_samples, generator=generator, dtype=weights.dtype) for _, generator in pairs]
+            found = torch.searchsorted(weights.cumsum(1), torch.stack(places))
+            return found.clamp(max=weights.shape[-1] - 1)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "multinomial", by_row)
+            return model.generate(**inputs, **how, pad_token_id=0)[:, -5:].tolist()
+
+    together = drawn(range(len(samples)), as_batch(samples))
+    assert together == [drawn([row], sample.inputs())[0] for row, sample in enumerate(samples)]
     greedy = [
         model.generate(**sample.inputs(), **how | {"do_sample": False, "temperature": None, "top_k": None})
         for sample in samples
