@@ -23,6 +23,7 @@ def small(tmp_path, monkeypatch):
     return PeersSettings(str(tmp_path), dtype="fp32", **SETTINGS)
 
 
+@pytest.mark.slow
 def test_all_watch_the_same_film(small, tmp_path):
     found = bench_peers(small)
     names = [INSERTION, WINDOW, CROSS, "CASA every 3", ALL]
