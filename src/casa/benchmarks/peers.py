@@ -41,7 +41,7 @@ PROMPT = 64  # text tokens before the first frame
 INSERTION, WINDOW, CROSS = "insertion", "sinks and window", "cross-attention"
 
 
-class Turn(NamedTuple):
+class PeerTurn(NamedTuple):
     """Seconds for the encoder, from the pixels to the first token, and of each token after it; bytes of the cache."""
 
     encode: float
@@ -283,8 +283,8 @@ def bench_peers(settings: PeersSettings) -> Benchmark:
     features = {name: peer.encode(pixels) for name, peer in made.items()}
     turns = {turn + more: at for at, turn in enumerate(settings.turns) for more in range(settings.samples)}
 
-    def watch(timed: Mapping[int, int]) -> dict[str, list[list[Turn]]]:
-        found: dict[str, list[list[Turn]]] = {name: [[] for _ in settings.turns] for name in made}
+    def watch(timed: Mapping[int, int]) -> dict[str, list[list[PeerTurn]]]:
+        found: dict[str, list[list[PeerTurn]]] = {name: [[] for _ in settings.turns] for name in made}
         prompt = words(PROMPT)
         for peer in made.values():
             peer.begin(prompt)
@@ -324,7 +324,7 @@ def bench_peers(settings: PeersSettings) -> Benchmark:
     return Benchmark("peers", told, figures, shown, device, settings.backbone, panels)
 
 
-def _timed(peer: Peer, pixels: Tensor, said: Tensor, now: Callable[[], float]) -> Turn:
+def _timed(peer: Peer, pixels: Tensor, said: Tensor, now: Callable[[], float]) -> PeerTurn:
     """A turn as a user has it: pixels, the first token, and the others one by one, each picked greedily."""
     begun = now()
     features = peer.encode(pixels)
@@ -336,7 +336,7 @@ def _timed(peer: Peer, pixels: Tensor, said: Tensor, now: Callable[[], float]) -
     each = (now() - first) / (said.shape[1] - 1)
     held = peer.held
     peer.end_turn()
-    return Turn(encoded - begun, first - begun, each, held)
+    return PeerTurn(encoded - begun, first - begun, each, held)
 
 
 def peers_table(figures: Figures) -> str:
