@@ -3,7 +3,7 @@ PYTHON ?= python3
 VIDEO ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-fast test-gpu gpu test-lowest mutations lint docs results results-suite results-live results-tiny clean
+.PHONY: demo test test-fast test-gpu gpu test-lowest mutations lint docs notebooks results results-suite results-live results-tiny clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "casa needs Python 3.11 or newer: call make with PYTHON=python3.11")'
@@ -58,6 +58,10 @@ lint: .venv/installed
 	if command -v actionlint > /dev/null; then actionlint; fi
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
 	$(BIN)/pyright
+
+# The notebooks of examples/, run from the top, with their outputs.
+notebooks: .venv/installed
+	PYTHONWARNINGS=ignore $(BIN)/jupyter execute --inplace examples/*.ipynb
 
 # The site of docs/ into site/; `.venv/bin/mkdocs serve` shows it while you write.
 docs: .venv/installed

@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+from io import TextIOWrapper
 
 import typer
 from typer.core import TyperGroup, TyperOption
@@ -49,6 +50,9 @@ def options(
 def run() -> None:
     """The `casa` program."""
     share_cores()
+    if isinstance(sys.stdout, TextIOWrapper):
+        # a caption that the terminal or file has no letters for, as on Windows, must not end the run
+        sys.stdout.reconfigure(errors="backslashreplace")
     # where it is installed, PEFT loads it, and it asks for kernels that nothing here needs
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     debug = "--debug" in sys.argv[1:]
