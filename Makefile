@@ -91,6 +91,7 @@ results-live: .venv/installed
 	$(BIN)/casa bench stream --sessions 16 --size 224 --fps 2 --max-text-tokens 128 --out docs/results/sessions-cpu.json
 	for turns in 256 512; do $(BIN)/casa bench stream --frames $$turns --tokens 16 --size 224 \
 		--out docs/results/turns-$$turns-cpu.json --plot docs/images/turns-$$turns.png || exit 1; done
+	OMP_NUM_THREADS=1 $(BIN)/casa bench peers --turns 1,64,256 --samples 2 --tokens 8 --cpu-time --out docs/results/peers-cpu.json --plot docs/images/peers.png
 	$(BIN)/casa bench neighbour --out docs/results/neighbour-cpu.json
 	$(BIN)/casa bench memory --minutes 60 --out docs/results/memory-cpu.json
 	$(BIN)/casa bench soak --frames 100000 --max-text-tokens 128 --size 112 --out docs/results/soak-cpu.json --plot docs/images/soak.png

@@ -31,6 +31,7 @@ T = TypeVar("T")
 Figures = dict[str, Any]  # names and values, ready for JSON
 CLIP_SECONDS = 60.0
 DRAWN = 120  # different frames of a film
+FEW_POINTS = 12  # of a line, which are marked
 UNITS = {"K": 2**10, "M": 2**20}
 
 
@@ -65,17 +66,28 @@ class Benchmark:
         write_text(path, json.dumps(self.record(), indent=2) + "\n")
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws the panels side by side, each from 0 on with a tenth of room above. Needs matplotlib."""
+        """Draws the panels side by side, each from 0 on with a tenth of room above. Needs matplotlib.
+
+        Many lines, the same in all panels, are named once, below.
+        """
         figure = new_figure(4.6 * len(self.panels), 3.6)
+        many = len(self.panels[0].lines) > 3
         for axes, panel in zip(figure.subplots(1, len(self.panels), squeeze=False)[0], self.panels, strict=True):
             quieten(axes)
             for label, line in panel.lines.items():
-                axes.plot(*(line if isinstance(line, tuple) else (line,)), label=label, linewidth=1.4)
+                points = line if isinstance(line, tuple) else (line,)
+                # a few points show where something was measured
+                marker = "o" if len(points[0]) <= FEW_POINTS else None
+                axes.plot(*points, label=label, linewidth=1.4, marker=marker, markersize=4)
             axes.set(xlabel=panel.x, ylabel=panel.y)
             # a line that hardly changes would otherwise lie on the upper edge
             axes.margins(y=0)
             axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
-            axes.legend(frameon=False, fontsize=8)
+            if not many:
+                axes.legend(frameon=False, fontsize=8)
+        if many:
+            named = figure.axes[0].get_legend_handles_labels()
+            figure.legend(*named, loc="outside lower center", ncols=len(self.panels[0].lines), frameon=False)
         write_png(figure, path)
 
     def compare(self, path: str | os.PathLike[str]) -> str:

@@ -313,15 +313,7 @@ def bench_peers(settings: PeersSettings) -> Benchmark:
         }
     told = {name: value for name, value in asdict(settings).items() if name not in ("backbone", "device", "turns")}
     shown = peers_table(figures)
-    panels = tuple(
-        Panel("frame", title, {n: (figures["turns"], [v / unit for v in figures[n][key]]) for n in found})
-        for title, key, unit in (
-            ("ms to the first token, encoder included", "first_token_ms", 1),
-            ("tokens a second", "tokens_per_second", 1),
-            ("cache, MiB", "cache_bytes", 2**20),
-        )
-    )
-    return Benchmark("peers", told, figures, shown, device, settings.backbone, panels)
+    return Benchmark("peers", told, figures, shown, device, settings.backbone, peers_panels(figures))
 
 
 def _timed(peer: Peer, pixels: Tensor, said: Tensor, now: Callable[[], float]) -> PeerTurn:
@@ -337,6 +329,22 @@ def _timed(peer: Peer, pixels: Tensor, said: Tensor, now: Callable[[], float]) -
     held = peer.held
     peer.end_turn()
     return PeerTurn(encoded - begun, first - begun, each, held)
+
+
+def peers_panels(figures: Figures) -> tuple[Panel, ...]:
+    """First token, speed and cache over the frames."""
+    shown = (
+        ("first token, s (encoder included)", "first_token_ms", 1000),
+        ("tokens a second", "tokens_per_second", 1),
+        ("cache, MiB", "cache_bytes", 2**20),
+    )
+    turns = figures["turns"]
+    return tuple(
+        Panel(
+            "frame", title, {n: (turns, [v / unit for v in found[key]]) for n, found in figures.items() if n != "turns"}
+        )
+        for title, key, unit in shown
+    )
 
 
 def peers_table(figures: Figures) -> str:
