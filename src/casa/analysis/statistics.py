@@ -32,7 +32,8 @@ class Case:
     """A question whose answer is known.
 
     Attributes:
-        inputs: Of the question, one row without padding, up to where the answer begins.
+        inputs: Of the question, one row without padding, up to where the answer begins; with `image_features` in
+            place of pixels where they were kept.
         answer: The reference's tokens, with the stop token.
         needs_picture: Whether it can be answered by looking alone; None finds out by hiding the images.
         name: Where it is from.
@@ -154,7 +155,8 @@ def set_statistics(
         # no ablation changes what pictures are before text looks at them: they are encoded once
         asked = {name: value.to(model.device) for name, value in case.inputs.items() if name != "pixel_values"}
         start = asked["input_ids"].shape[1]
-        inputs = with_answer(asked | encode_pixels(model, case.inputs), case.answer)
+        encoded = encode_pixels(model, case.inputs) if "pixel_values" in case.inputs else {}
+        inputs = with_answer(asked | encoded, case.answer)
         found = attention_shares(model, inputs, range(start - 1, start - 1 + len(case.answer)))
         blocks = found.blocks
         shares.append(found.shares)
