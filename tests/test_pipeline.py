@@ -12,7 +12,7 @@ from PIL import Image
 import casa
 import casa.pipeline
 from casa.errors import UserError
-from casa.testing import noise_frames, tiny_checkpoint, tiny_processor, tiny_speaker
+from casa.testing import noise_frames, tiny_casa, tiny_checkpoint, tiny_processor, tiny_speaker
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +161,12 @@ def test_watching_gives_the_captions_of_a_session_with_their_times():
     mine = eyes.stream(max_new_tokens=4)
     parts = [list(eyes.watch(part, fps=2, session=mine)) for part in (frames[:2], frames[2:])]
     assert [caption.text for part in parts for caption in part] == [text for _, text in wanted]
+
+
+def test_a_part_of_a_film_is_watched(noise_film):
+    eyes = casa.CasaPipeline(tiny_casa(), tiny_processor())
+    found = [caption.time for caption in eyes.watch(noise_film(2), fps=4, start=0.5, end=1.0, max_new_tokens=3)]
+    assert found == [0.5, 0.75]
 
 
 @pytest.mark.slow

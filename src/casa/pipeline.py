@@ -202,6 +202,8 @@ class CasaPipeline:
         source: str | os.PathLike[str] | Iterable[Any],
         fps: float = 2.0,
         *,
+        start: float = 0.0,
+        end: float | None = None,
         live: bool | None = None,
         session: StreamingSession | None = None,
         **settings: Any,
@@ -212,6 +214,8 @@ class CasaPipeline:
             source: As for `casa.media.open_source`: a video file, a folder of pictures, "camera:0", an address, "-" for
                 standard input, or any iterable of pictures.
             fps: Frames per second that are looked at.
+            start: Seconds from the source's beginning; frames before it are not looked at.
+            end: Seconds from the source's beginning; frames from it on are not looked at. None watches to the end.
             live: Whether to keep pace with the clock: late frames are dropped and captions cut at their budget. None
                 does so if the source is live.
             session: Goes on with this session; a new one if None.
@@ -229,7 +233,7 @@ class CasaPipeline:
 
         if session is not None and settings:
             raise UserError(f"{', '.join(settings)}: these are for a new session, and one is given.")
-        with open_source(source, fps, live=live) as frames:
+        with open_source(source, fps, start=start, end=end, live=live) as frames:
             session = session if session is not None else self.stream(**settings)
             in_pace = frames.is_live if live is None else live
             found = (

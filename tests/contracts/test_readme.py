@@ -45,4 +45,5 @@ def test_it_is_short_and_its_moving_picture_small():
     assert len(README.splitlines()) < 120
     (moving,) = re.findall(r"\((docs/images/[\w.]+\.webp)\)", README)
     assert (ROOT / moving).stat().st_size < 2_000_000
-    assert Image.open(ROOT / moving).n_frames > 50
+    with Image.open(ROOT / moving) as opened:
+        assert opened.n_frames > 50
