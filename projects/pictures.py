@@ -172,8 +172,15 @@ def main() -> None:
         (given.out / name).write_text(draw(), encoding="utf-8")
     if given.seconds:
         first, *rest = moving(given.seconds)
-        options = {"duration": 1000 // SHOWN_FPS, "loop": 0, "quality": 60, "method": 6}
-        first.save(given.out / "live.webp", save_all=True, append_images=rest, **options)
+        first.save(
+            given.out / "live.webp",
+            save_all=True,
+            append_images=rest,
+            duration=1000 // SHOWN_FPS,
+            loop=0,
+            quality=60,
+            method=6,
+        )
 
 
 if __name__ == "__main__":
