@@ -46,7 +46,7 @@ class Part(NamedTuple):
 TURNS = f"{BENCH} peers --samples 2 --tokens 16 --image-tokens 1024"
 TINY_TURNS = "--shape tiny --turns 1,3 --image-tokens 6 --tokens 2 --samples 1"
 PARTS = (
-    Part("tests", 150, "-m pytest tests/gpu -n 0 -q", "-k benchmark", writes=False),
+    Part("tests", 150, "-m pytest tests/gpu -n 0 -q", "-k packed_is_each_sample_alone", writes=False),
     Part("attention", 60, f"{BENCH} attention", "--repeats 1 --impls sdpa"),
     Part("turns-helium-2b", 110, f"{TURNS} --shape helium-2b --turns 1,64,256,512", TINY_TURNS),
     Part("turns-qwen2_5-vl-3b", 80, f"{TURNS} --shape qwen2_5-vl-3b --turns 1,64,256", TINY_TURNS),
