@@ -1,18 +1,27 @@
 """Casa beside what users would pick: all watch the same film, and each holds what its way of seeing says."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 from casa.benchmarks import peers
 from casa.benchmarks.decode import ALL
-from casa.benchmarks.peers import CROSS, INSERTION, PROMPT, WINDOW, bench_peers, move, new_peers
+from casa.benchmarks.peers import CROSS, INSERTION, PROMPT, WINDOW, Fused, bench_peers, move, new_peers
 from casa.benchmarks.settings import PeersSettings
 from casa.errors import UserError
 from casa.testing import tiny_text_model
 
 TOKENS, IMAGE = 4, 4  # said of a frame; image tokens of one
-SETTINGS = {"turns": (1, 5), "samples": 2, "tokens": TOKENS, "sinks": 8, "window_text": 10, "window_frames": 2}
+SETTINGS: dict[str, Any] = {
+    "turns": (1, 5),
+    "samples": 2,
+    "tokens": TOKENS,
+    "sinks": 8,
+    "window_text": 10,
+    "window_frames": 2,
+}
 
 
 @pytest.fixture
@@ -53,6 +62,7 @@ def test_all_have_the_same_eyes_and_the_same_words(small):
     for other in others:
         torch.testing.assert_close(other, first, atol=1e-4, rtol=1e-4)
     inserted, fused = made[INSERTION], made[ALL]
+    assert isinstance(fused, Fused)
     features = fused.model.get_image_features(pixels, fused.frame["image_grid_thw"]).pooler_output[0]
     torch.testing.assert_close(features, inserted.encode(pixels), atol=1e-5, rtol=1e-5)
 

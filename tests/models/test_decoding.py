@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from casa.testing import BACKBONES, TinySample, as_batch, tiny_backbone, tiny_ca
 PREPARED = sorted(set(BACKBONES) - {"gemma3_text"})
 PROMPT = TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 2, 3), (5, 1, 2)), seed=10)
 ROWS = (PROMPT, TinySample((7, 30, 11, 12)), TinySample((40, 6, 13), ((0, 2, 2),), seed=30))
-TINY_TEXT = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+TINY_TEXT: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 TINY_TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
 NEXT = ([3, 44, 9], [50, 8, 8], [27, 19, 31], [6, 6, 55])
 

@@ -235,9 +235,9 @@ def _over_smolvlm(settings: PeersSettings) -> tuple[dict[str, Peer], Tensor]:
     device, dtype = pick_device(settings.device), DTYPES[settings.dtype]
     vlm.eval().to(device=device, dtype=dtype)
     del text
-    crossed = MllamaForCausalLM(_with_crossed_blocks(config.text_config, settings.every))
+    crossed: Any = MllamaForCausalLM(_with_crossed_blocks(config.text_config, settings.every))
     fusions = {EVERY.format(settings.every): FusionConfig(every=settings.every), ALL: FusionConfig()}
-    fused = {name: adapt(copy.deepcopy(vlm), fusion) for name, fusion in fusions.items()}
+    fused: dict[str, Any] = {name: adapt(copy.deepcopy(vlm), fusion) for name, fusion in fusions.items()}
     for model in (crossed, *fused.values()):
         model.eval().to(device=device, dtype=dtype)
 
