@@ -265,9 +265,7 @@ def test_autocast_sliding_windows_and_records_go_through_the_modules(ways):
     assert not ways
     torch.testing.assert_close(found.float(), wanted, rtol=0.1, atol=0.1)
     sliding = adapt(
-        transformers.MistralForCausalLM(
-            transformers.MistralConfig(**TINY_TEXT, sliding_window=4, attn_implementation="sdpa")
-        ).double(),
+        transformers.MistralForCausalLM(transformers.MistralConfig(**TINY_TEXT, sliding_window=4)).double(),
         FusionConfig(),
         tiny_encoder(),
     ).eval()
@@ -290,7 +288,8 @@ def test_shared_weights_project_once(monkeypatch):
     monkeypatch.setattr(
         decoding.Matrix, "__call__", lambda self, *args: (products.append(1), multiplied(self, *args))[1]
     )
-    for fusion, more in (({"share_weights": True}, 1), ({}, 1), ({"share_weights": True, "placement": "before"}, 2)):
+    shared: dict[str, Any] = {"share_weights": True}
+    for fusion, more in ((shared, 1), ({}, 1), (shared | {"placement": "before"}, 2)):
         model, frames = tiny_casa(**fusion), PROMPT.inputs()
         text = {"input_ids": frames["input_ids"]}
         counts = []

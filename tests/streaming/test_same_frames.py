@@ -1,6 +1,7 @@
 """A frame that looks as the last one is not encoded again, and those of several streams are encoded together."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,8 +57,8 @@ def test_a_frame_shown_again_is_encoded_once_and_says_the_same(model, encoded, a
     encoded.clear()
     assert said(quick) == wanted
     assert encoded == [1] * 3
-    for mine, theirs in zip(quick._cache.text.layers, slow._cache.text.layers, strict=True):
-        assert torch.equal(mine.keys, theirs.keys)
+    layers: list[Any] = [*zip(quick._cache.text.layers, slow._cache.text.layers, strict=True)]
+    assert all(torch.equal(mine.keys, theirs.keys) for mine, theirs in layers)
 
 
 def test_what_differs_a_little_is_the_same_only_if_asked(model, encoded):

@@ -226,7 +226,7 @@ def measure_step(settings: Figures, method: str, image_tokens: int) -> Figures:
     optimiser.zero_grad()
     before = memory_allocated(device)
     reset_peak_memory(device)  # making the model may have held more than a step does
-    final = math.nan
+    final = seconds = math.nan
     for _ in range(STEPS):
         begun = time.perf_counter()
         loss = model(**batch, use_cache=False).loss
