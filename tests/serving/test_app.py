@@ -14,7 +14,8 @@ import torch
 from casa.errors import UserError
 from casa.serving import Limits
 from casa.serving.admission import is_foreign, is_own
-from casa.serving.app import FILES, create_app
+from casa.serving.app import create_app
+from casa.serving.routes import FILES
 from casa.serving.server import Server
 from casa.testing import PATIENCE, tiny_casa, tiny_processor
 

@@ -6,6 +6,7 @@ page of another site may have its own name lead to this machine; so without a to
 
 import asyncio
 import math
+import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -159,6 +160,9 @@ class Door:
     requests: int = 0  # and HTTP requests
     metrics: Metrics = field(default_factory=Metrics)
 
+    def __post_init__(self) -> None:
+        self.shelf = Shelf(self.limits.ended_streams, self.limits.ended_seconds)
+
     def admits(self, token: str) -> bool:
         """Whether this is the token, if one is asked for: whatever JSON can write, half a surrogate pair too."""
         if self.token is None:
@@ -181,14 +185,15 @@ class ServerState(Door):
     fps: float  # of a stream that does not say
     allow_fetch: bool  # whether chats may name pictures on the public internet
     worker: Worker
-    shelf: Shelf
     costs: InsertionCosts | None  # None for a model that is the insertion baseline itself
     images: ImageCache | None = None  # pictures of chats that were looked at
     handover: Handover | None = None  # of a replica, whose streams go on elsewhere
+    measured: threading.Event = field(default_factory=threading.Event)  # once the tries at start are over
     frame_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "casa-frames"))
     chat_threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(READERS, "casa-chats"))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.chats = ChatQueue(self.limits.chats, self.limits.waiting_chats)
         self.detokenizer = Detokenizer(self.processor.tokenizer)
         self.scope = scope_of(self.token)

@@ -1,4 +1,4 @@
-"""create_app: one model behind HTTP and WebSocket, with a page that shows it live; and all its routes."""
+"""create_app: one model behind HTTP and WebSocket, with a page that shows it live; and its own routes."""
 
 import asyncio
 import json
@@ -9,42 +9,28 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response, WebSocket
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, HTTPConnection
-from starlette.routing import Route
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, CasaProcessor, ImageCache
-from casa.serving.admission import POLL_SECONDS, Guard, ServerState, error_response
+from casa.serving.admission import POLL_SECONDS, ServerState, error_response
 from casa.serving.baseline import InsertionCosts
 from casa.serving.chat import ChatRequest, RequestError, parse_body, read_chat
 from casa.serving.completion import ChatDelta, Completion
 from casa.serving.handover import Handover
 from casa.serving.limits import Limits
-from casa.serving.live import TYPES, Shelf
 from casa.serving.metrics import REMEDY, probe
 from casa.serving.pictures import keep_pillow_quiet
+from casa.serving.routes import METRICS_TYPE, application, read_body, state_of
 from casa.serving.streams import Conversation
 from casa.serving.worker import STOPPING, Worker
 from casa.streaming import StreamingEngine, supports_text_bound
 
-PAGE = Path(__file__).resolve().parent / "page"
-FILM = Path(__file__).resolve().parent.parent / "assets" / "demo" / "clip.mp4"
-SCRIPTS = ("app", "dom", "plot", "source", "theme", "view")
-FILES = {
-    "": (PAGE / "index.html", "text/html"),
-    **{f"{part}.js": (PAGE / f"{part}.js", "text/javascript") for part in SCRIPTS},
-    "style.css": (PAGE / "style.css", "text/css"),
-    "icon.svg": (PAGE / "icon.svg", "image/svg+xml"),
-    "film.mp4": (FILM, "video/mp4"),
-}
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CHUNK = "chat.completion.chunk"
 OBFUSCATED = 64  # characters: the sizes of obfuscated events are multiples of it, the head apart
 
@@ -107,7 +93,6 @@ def create_app(
         allow_fetch=allow_fetch,
         hosts=frozenset(host.lower() for host in hosts),
         worker=Worker(engine, allowed),
-        shelf=Shelf(allowed.ended_streams, allowed.ended_seconds),
         costs=InsertionCosts(model, processor) if model.fusion.method != "insertion" else None,
         images=ImageCache.named(image_cache),
         handover=handover,
@@ -126,18 +111,7 @@ def create_app(
         finally:
             state.close()
 
-    app = FastAPI(
-        title="casa", lifespan=running, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
-    )
-    app.state.casa = state
-    app.include_router(router)
-    app.add_middleware(Guard, state=state)
-
-    @app.exception_handler(HTTPException)
-    async def wrong_path(request: Request, error: HTTPException) -> Response:
-        return error_response(error.status_code, f"{error.detail}.")
-
-    return app
+    return application(state, router, running)
 
 
 def _measure(state: ServerState, seconds: float) -> None:
@@ -148,36 +122,15 @@ def _measure(state: ServerState, seconds: float) -> None:
             state.costs.measure(seconds)
     except Exception:  # what streams cost is measured while they are watched, too; the page does without a curve
         log.exception("what the machine sustains could not be measured")
+    state.measured.set()
 
 
-async def _state(connection: HTTPConnection) -> ServerState:
-    return connection.app.state.casa
-
-
-State = Annotated[ServerState, Depends(_state)]
+State = Annotated[ServerState, Depends(state_of)]
 
 
 @router.websocket("/v1/streams")
 async def streams(socket: WebSocket, state: State) -> None:
     await Conversation(socket, state).run()
-
-
-@router.get("/v1/streams/{stream}/captions.{kind}")
-async def captions(state: State, stream: str, kind: str) -> Response:
-    """What a stream has said until now; a stream's name is known only to who opened it."""
-    return await captions_response(state.shelf, stream, kind)
-
-
-async def captions_response(shelf: Shelf, stream: str, kind: str) -> Response:
-    """A stream's captions as a file, or why there are none."""
-    transcript = shelf.find(stream)
-    if transcript is None:
-        return error_response(404, "there is no such stream, or it ended too long ago.")
-    if kind not in TYPES:
-        return error_response(404, f"captions come as {', '.join(TYPES)}.")
-    text = await asyncio.to_thread(transcript.file, kind)
-    headers = {"Content-Disposition": f'attachment; filename="captions.{kind}"', "Cache-Control": "no-store"}
-    return Response(text.encode(), media_type=f"{TYPES[kind]}; charset=utf-8", headers=headers)
 
 
 @router.get("/health")
@@ -269,24 +222,6 @@ async def chat(request: Request, state: State) -> Response:
     finally:
         if not begun:
             queue.leave(place)
-
-
-async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
-    """The body, refused as soon as it is known to be too large. Raises RequestError."""
-    too_large = RequestError(f"the body has more than {max_bytes} bytes; send smaller pictures.", status=413)
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > max_bytes:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(seconds):
-            async for part in request.stream():
-                body += part
-                if len(body) > max_bytes:
-                    raise too_large
-    except TimeoutError as error:
-        raise RequestError("the body did not arrive in time.", status=408) from error
-    return bytes(body)
 
 
 class _Events(StreamingResponse):
@@ -429,23 +364,3 @@ async def about(state: State) -> Response:
         "needs_token": state.token is not None,
     }
     return JSONResponse(facts, headers={"Cache-Control": "no-store"})
-
-
-@router.get("/")
-@router.get("/{name}")
-async def file(name: str = "") -> Response:
-    """The live page, and the film that comes with it: these files and no others can be had."""
-    if name not in FILES:
-        return Response("There is no such page.", 404, media_type="text/plain")
-    path, kind = FILES[name]
-    return FileResponse(path, media_type=kind, headers={"Cache-Control": "no-cache"})
-
-
-def answer_heads(router: APIRouter) -> None:
-    """Whatever can be had can be asked about; the transport leaves the body out."""
-    for route in router.routes:
-        if isinstance(route, Route) and route.methods is not None and "GET" in route.methods:
-            route.methods.add("HEAD")
-
-
-answer_heads(router)

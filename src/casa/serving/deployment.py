@@ -39,6 +39,7 @@ from casa.serving.server import Server
 from casa.settings import Settings, build
 
 NAME, INGRESS = "casa", "casa-ingress"  # of the application and its deployments
+MEASURE_SECONDS = 2.0  # as `create_app` has it
 WAKE_SECONDS = 30.0  # for a replica to come where there is none
 OBJECTS = 100 * 2**20  # bytes of Ray's store, through which nothing goes here
 DRAIN_SECONDS = 15.0  # for streams to leave a replica
@@ -130,7 +131,7 @@ class Replica:
             token=settings.secret,
             allow_fetch=settings.allow_fetch,
             limits=Limits.parse(settings.limits),
-            measure_seconds=2.0,
+            measure_seconds=MEASURE_SECONDS,
             image_cache=settings.image_cache,
             handover=self._handover,
         )
@@ -139,6 +140,8 @@ class Replica:
         self._server = Server(app, settings.host or ray.util.get_node_ip_address(), 0)
         self._thread = threading.Thread(target=self._server.run, name="casa-replica", daemon=True)
         self._thread.start()
+        # a stream that came now would wait for this; and Ray ends an old replica when the new one is there
+        self._state.measured.wait(10 * MEASURE_SECONDS)
         self._ended = threading.Event()
         threading.Thread(target=self._report, name="casa-reports", daemon=True).start()
 
@@ -297,6 +300,8 @@ def on_this_machine(settings: ClusterSettings) -> Iterator[FastAPI]:
         try:
             if begun:
                 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody else is told
+                # Ray's own is 15: a replica would wait for whatever else runs on this machine
+                os.environ.setdefault("RAY_worker_niceness", "0")
                 most = max(settings.replicas, settings.max_replicas or 0)
                 ray.init(
                     "local",

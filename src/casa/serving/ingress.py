@@ -13,16 +13,13 @@ from typing import Annotated, Any
 import httpx
 from fastapi import APIRouter, Depends, FastAPI, Request, Response, WebSocket
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.exceptions import HTTPException
-from starlette.requests import HTTPConnection
 
-from casa.serving.admission import Door, Guard, error_response
-from casa.serving.app import METRICS_TYPE, answer_heads, captions_response, file, read_body
+from casa.serving.admission import Door, error_response
 from casa.serving.chat import RequestError
 from casa.serving.limits import Limits
-from casa.serving.live import Shelf
 from casa.serving.relay import WAIT_SECONDS, Relay
 from casa.serving.replicas import Replicas, Report
+from casa.serving.routes import METRICS_TYPE, application, read_body, state_of
 
 FULL = (429, 503)
 PASSED = ("content-type", "retry-after", "cache-control", "x-accel-buffering")  # headers of a replica's answer
@@ -36,7 +33,6 @@ class IngressState(Door):
 
     replicas: Replicas
     secret: str
-    shelf: Shelf
     client: httpx.AsyncClient
 
 
@@ -64,7 +60,6 @@ def create_ingress(
         hosts=frozenset(host.lower() for host in hosts),
         replicas=replicas,
         secret=secret,
-        shelf=Shelf(allowed.ended_streams, allowed.ended_seconds),
         client=httpx.AsyncClient(timeout=httpx.Timeout(10.0, read=None), trust_env=False),
     )
 
@@ -77,35 +72,15 @@ def create_ingress(
             replicas.stop()
             await state.client.aclose()
 
-    app = FastAPI(
-        title="casa", lifespan=running, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
-    )
-    app.state.casa = state
-    app.include_router(router)
-    app.add_middleware(Guard, state=state)
-
-    @app.exception_handler(HTTPException)
-    async def wrong_path(request: Request, error: HTTPException) -> Response:
-        return error_response(error.status_code, f"{error.detail}.")
-
-    return app
+    return application(state, router, running)
 
 
-async def _state(connection: HTTPConnection) -> IngressState:
-    return connection.app.state.casa
-
-
-State = Annotated[IngressState, Depends(_state)]
+State = Annotated[IngressState, Depends(state_of)]
 
 
 @router.websocket("/v1/streams")
 async def streams(socket: WebSocket, state: State) -> None:
     await Relay(socket, state).run()
-
-
-@router.get("/v1/streams/{stream}/captions.{kind}")
-async def captions(state: State, stream: str, kind: str) -> Response:
-    return await captions_response(state.shelf, stream, kind)
 
 
 @router.get("/health")
@@ -146,11 +121,6 @@ async def about(request: Request, state: State, name: str = "") -> Response:
         return answer
     facts = json.loads(b"".join([part async for part in answer.body_iterator]))  # type: ignore[misc]
     return JSONResponse({**facts, "needs_token": state.token is not None}, headers={"Cache-Control": "no-store"})
-
-
-router.get("/")(file)
-router.get("/{name}")(file)
-answer_heads(router)
 
 
 def first_picture(body: bytes) -> bytes | None:

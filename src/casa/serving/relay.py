@@ -8,7 +8,6 @@ The newest frame that was not told of is kept, and goes to the next replica; so 
 
 import asyncio
 import json
-import logging
 import secrets
 from collections import deque
 from contextlib import suppress
@@ -20,10 +19,10 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from casa.errors import UserError
-from casa.serving.admission import bearer
 from casa.serving.live import Transcript
 from casa.serving.replicas import Report
-from casa.serving.streams import FAILED, LATER, MOVED, NORMAL, POLICY, read_message
+from casa.serving.sockets import FAILED, LATER, MOVED, NORMAL, POLICY, Ended, Talk
+from casa.serving.streams import read_message
 
 if TYPE_CHECKING:
     from casa.serving.ingress import IngressState
@@ -33,27 +32,18 @@ AGAIN_SECONDS = 0.2
 OPEN_SECONDS = 3.0  # for a replica to take a connection; one on a node that is gone does not even refuse it
 # a replica is asked so often whether it is there, and left if it does not say so in time: nothing else tells of a node
 # that has lost its power
-PING_SECONDS, PONG_SECONDS = 1.5, 3.0
+PING_SECONDS, PONG_SECONDS = 1.0, 2.5
 USUAL_FPS = 2.0
 GONE = (None, MOVED, 1001, 1006, 1011, 1012)  # how a socket is closed by a replica that ends, or dies
 TOLD = ("caption", "usage")  # events that say that a frame is done with, and all before it
 
-log = logging.getLogger("casa.serving")
 
-
-class _Ended(Exception):  # noqa: N818  (no error, but the way out)
-    """The client's stream is over, with this close code and last event."""
-
-    def __init__(self, code: int, message: str | None = None) -> None:
-        super().__init__(message)
-        self.code, self.message = code, message
-
-
-class Relay:
+class Relay(Talk):
     """Passes messages between a client and the replica that has its stream."""
 
     def __init__(self, socket: WebSocket, state: "IngressState") -> None:
-        self._socket, self._state, self._limits = socket, state, state.limits
+        super().__init__(socket, state)
+        self._state = state
         self.name = secrets.token_urlsafe(12)
         self._transcript = Transcript(state.limits.captions)
         self._hello: dict[str, Any] = {}
@@ -73,26 +63,9 @@ class Relay:
         self._moves = 0
         self._silent_since: float | None = None
 
-    async def run(self) -> None:
-        """Returns when the client's socket is closed, by whichever side."""
-        await self._socket.accept()
-        self._state.connections += 1
-        try:
-            if self._state.connections > self._limits.connections:
-                raise _Ended(LATER, f"all {self._limits.connections} connections are taken; try again later.")
-            await self._greet()
-            await self._all()
-        except _Ended as end:
-            await self._close(end)
-        except WebSocketDisconnect:
-            pass
-        except Exception as error:
-            log.exception("a stream ended by a fault of the ingress")
-            await self._close(_Ended(FAILED, f"the server failed at this ({type(error).__name__}); try again."))
-        finally:
-            self._state.connections -= 1
-            self._state.shelf.end(self.name)
-            await self._leave()
+    async def _talk(self) -> None:
+        await self._greet()
+        await self._together(self._read(), self._follow())
 
     async def _greet(self) -> None:
         """Reads the hello. Everything in it but the token is the replica's to judge."""
@@ -101,28 +74,15 @@ class Relay:
                 text = await self._socket.receive_text()
             self._hello = read_message(text, self._limits)
         except (TimeoutError, KeyError) as error:
-            raise _Ended(POLICY, "send a hello first, as JSON.") from error
+            raise Ended(POLICY, "send a hello first, as JSON.") from error
         except UserError as error:
-            raise _Ended(POLICY, str(error)) from error
+            raise Ended(POLICY, str(error)) from error
         if "handover" in self._hello:
-            raise _Ended(POLICY, "a message of type hello has no 'handover'.")
+            raise Ended(POLICY, "a message of type hello has no 'handover'.")
         token = self._hello.pop("token", None)
-        token = token if isinstance(token, str) else ""
-        if not self._state.admits(token or bearer(self._socket.headers.get("authorization", ""))):
-            raise _Ended(POLICY, "give the server's token in the hello, or as Authorization: Bearer <token>.")
+        self._check_token(token if isinstance(token, str) else "")
         # of whoever goes on with the stream, the same draws
         self._hello.setdefault("seed", secrets.randbits(62))
-
-    async def _all(self) -> None:
-        tasks = [asyncio.create_task(part) for part in (self._read(), self._follow())]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(self) -> None:
         """What the client sends; a replica that is not there now is told later what still matters."""
@@ -140,7 +100,7 @@ class Relay:
                 self._time = float(parsed["time"])
                 continue
             if kind == "close":
-                raise _Ended(NORMAL)
+                raise Ended(NORMAL)
             if kind == "ask" and isinstance(parsed.get("question"), str):
                 self._questions.append(parsed["question"])
             if kind in ("pause", "resume"):
@@ -185,7 +145,7 @@ class Relay:
                 end = monotonic() + WAIT_SECONDS
                 code, sentence = await self._listen(self._replica)
                 if sentence is not None or code not in GONE:
-                    raise _Ended(code or FAILED, sentence)
+                    raise Ended(code or FAILED, sentence)
                 if code != MOVED:
                     self._state.replicas.lost(self._place)
                 await self._left()
@@ -193,7 +153,7 @@ class Relay:
             refused = sentence or refused
             # one that is on its way is not turned away for want of room while others may come
             if (code is not None and not self._moves) or monotonic() >= end:
-                raise _Ended(code or LATER, refused or "there is no replica; try again later.")
+                raise Ended(code or LATER, refused or "there is no replica; try again later.")
             await asyncio.sleep(AGAIN_SECONDS)
 
     async def _left(self) -> None:
@@ -233,7 +193,7 @@ class Relay:
         fps = hello.get("fps")
         self._state.replicas.took(replica.name, fps if isinstance(fps, int | float) else USUAL_FPS)
         try:
-            # closed by `_leave`, or by the replica
+            # closed by `_free`, or by the replica
             opened = await connect(
                 f"ws://{replica.address}/v1/streams",
                 open_timeout=OPEN_SECONDS,
@@ -317,27 +277,13 @@ class Relay:
             if name in event and kind in ("usage", "dropped"):
                 event[name] += self._lost
 
-    async def _tell(self, event: dict[str, Any]) -> None:
-        try:
-            async with asyncio.timeout(self._limits.send_seconds):
-                await self._socket.send_json(event)
-        except TimeoutError as error:
-            raise _Ended(POLICY) from error
-
-    async def _leave(self) -> None:
+    async def _free(self) -> None:
         """Ends the stream at its replica, which then forgets it."""
+        self._state.shelf.end(self.name)
         if self._replica is not None:
             with suppress(ConnectionClosed, OSError):
                 await self._replica.send('{"type": "close"}')
                 await self._replica.close()
-
-    async def _close(self, end: _Ended) -> None:
-        with suppress(TimeoutError, WebSocketDisconnect, RuntimeError, OSError):
-            async with asyncio.timeout(self._limits.send_seconds):
-                if end.message is not None:
-                    self._state.metrics.count("errors")
-                    await self._socket.send_json({"type": "error", "message": end.message, "fatal": True})
-                await self._socket.close(end.code)
 
 
 def _parsed(text: str) -> dict[str, Any]:

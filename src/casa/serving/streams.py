@@ -7,8 +7,8 @@ sender    the stream's outbox -> events. Whatever ends one of the three ends all
 
 import asyncio
 import json
-import logging
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
@@ -17,17 +17,16 @@ from typing import Any
 from fastapi import WebSocket, WebSocketDisconnect
 
 from casa.errors import UserError
-from casa.serving.admission import RateLimiter, ServerState, bearer
+from casa.serving.admission import RateLimiter, ServerState
 from casa.serving.baseline import InsertionTally
 from casa.serving.handover import FIRST_SECONDS, Carried, Handover
 from casa.serving.limits import Limits, number, words
 from casa.serving.live import LiveStream, Outbox, QueuedFrame, Transcript
 from casa.serving.metrics import OverloadedError
 from casa.serving.pictures import read_frame
+from casa.serving.sockets import FAILED, LATER, MOVED, NORMAL, POLICY, Ended, Talk
 from casa.streaming import Sampling, supports_text_bound
 
-NORMAL, POLICY, FAILED, LATER = 1000, 1008, 1011, 1013
-MOVED = 4001  # of a replica: the stream's state is saved, and it goes on elsewhere
 CLOSING_SECONDS = 0.5  # until a stream that has just been left counts no more
 KEYS = {
     "hello": {"prompt", "fps", "max_text_tokens", "max_new_tokens", "sampling", "seed", "token", "handover"},
@@ -38,8 +37,6 @@ KEYS = {
     "close": set(),
 }
 LONGEST_VIDEO = 365 * 24 * 3600.0
-
-log = logging.getLogger("casa.serving")
 
 
 @dataclass(frozen=True)
@@ -107,19 +104,12 @@ def _sampling(given: object) -> Sampling:
     )
 
 
-class _Closed(Exception):  # noqa: N818  (no error, but the way out)
-    """The conversation is over. message: the last, fatal error event, if there is one."""
-
-    def __init__(self, code: int, message: str | None = None) -> None:
-        super().__init__(message)
-        self.code, self.message = code, message
-
-
-class Conversation:
+class Conversation(Talk):
     """One client's stream."""
 
     def __init__(self, socket: WebSocket, state: ServerState) -> None:
-        self._socket, self._state, self._limits, self._worker = socket, state, state.limits, state.worker
+        super().__init__(socket, state)
+        self._state, self._worker = state, state.worker
         self._outbox = Outbox(state.limits.outbox, lambda: state.metrics.count("missed"))
         self._stream: LiveStream | None = None
         self._frames = RateLimiter(state.limits.frames_per_second)
@@ -132,30 +122,19 @@ class Conversation:
         self._newest: tuple[int, float, bytes, float] | None = None
         self._arrived = asyncio.Event()
 
-    async def run(self) -> None:
-        """Returns when the socket is closed, by whichever side."""
-        await self._socket.accept()
-        self._state.connections += 1
-        try:
-            if self._state.handover is not None and self._state.handover.draining:
-                raise _Closed(LATER, "this replica is about to end.")
-            if self._state.connections > self._limits.connections:
-                raise _Closed(LATER, f"all {self._limits.connections} connections are taken; try again later.")
-            await self._all(await self._open())
-        except _Closed as end:
-            if self._state.handover is not None and self._stream is not None and end.code == NORMAL:
-                self._state.handover.forget(self._stream.name)
-            await self._close(end)
-        except WebSocketDisconnect:
-            pass
-        except Exception as error:
-            log.exception("a stream ended by a fault of the server")
-            await self._close(_Closed(FAILED, f"the server failed at this ({type(error).__name__}); try again."))
-        finally:
-            self._state.connections -= 1
-            if self._stream is not None:
-                self._state.shelf.end(self._stream.name)
-                self._worker.close(self._stream)
+    async def _talk(self) -> None:
+        if self._state.handover is not None and self._state.handover.draining:
+            raise Ended(LATER, "this replica is about to end.")
+        stream = await self._open()
+        parts = [self._read(stream), self._open_frames(stream), self._send()]
+        if (handover := self._state.handover) is not None:
+            parts.append(self._keep(stream, handover))
+        await self._together(*parts)
+
+    async def _free(self) -> None:
+        if self._stream is not None:
+            self._state.shelf.end(self._stream.name)
+            self._worker.close(self._stream)
 
     async def _open(self) -> LiveStream:
         """Reads the hello and opens the stream."""
@@ -167,9 +146,8 @@ class Conversation:
             message = read_message(text, self._limits)
             hello = read_hello(message, self._limits, state.fps, supports_text_bound(state.model))
         except UserError as error:
-            raise _Closed(POLICY, str(error)) from error
-        if not state.admits(hello.token or bearer(self._socket.headers.get("authorization", ""))):
-            raise _Closed(POLICY, "give the server's token in the hello, or as Authorization: Bearer <token>.")
+            raise Ended(POLICY, str(error)) from error
+        self._check_token(hello.token)
         carried = self._carried(message)
         name = secrets.token_urlsafe(12) if carried is None else carried.stream
         transcript = Transcript(self._limits.captions)
@@ -180,9 +158,9 @@ class Conversation:
             advice = await self._admitted(stream, hello.settings, carried)
         except UserError as error:
             full = isinstance(error, OverloadedError) or len(worker.engine) >= worker.engine.max_sessions
-            raise _Closed(LATER if full else POLICY, str(error)) from error
+            raise Ended(LATER if full else POLICY, str(error)) from error
         except Exception as error:
-            raise _Closed(FAILED, f"the stream cannot be opened ({type(error).__name__}).") from error
+            raise Ended(FAILED, f"the stream cannot be opened ({type(error).__name__}).") from error
         session, costs, processor = stream.session, state.costs, state.processor
         assert session is not None
         if costs is not None:
@@ -214,12 +192,12 @@ class Conversation:
         """What an ingress says of a stream; None where streams come by themselves."""
         if self._state.handover is None:
             if "handover" in message:
-                raise _Closed(POLICY, "a message of type hello has no 'handover' here.")
+                raise Ended(POLICY, "a message of type hello has no 'handover' here.")
             return None
         try:
             return Carried(**message.get("handover") or {})
         except TypeError as error:
-            raise _Closed(POLICY, "streams come to a replica by its ingress.") from error
+            raise Ended(POLICY, "streams come to a replica by its ingress.") from error
 
     async def _admitted(self, stream: LiveStream, settings: dict[str, Any], carried: Carried | None) -> str | None:
         """Opens the stream; what it is to be told."""
@@ -234,20 +212,6 @@ class Conversation:
             # a page that goes from one video to the next opens a stream while it closes another
             await asyncio.sleep(CLOSING_SECONDS)
             return await asyncio.wrap_future(self._worker.open(stream, **settings))
-
-    async def _all(self, stream: LiveStream) -> None:
-        parts = [self._read(stream), self._open_frames(stream), self._send()]
-        if (handover := self._state.handover) is not None:
-            parts.append(self._keep(stream, handover))
-        tasks = [asyncio.create_task(part) for part in parts]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _keep(self, stream: LiveStream, handover: Handover) -> None:
         """Saves the stream every few seconds, and hands it over when its replica is to end."""
@@ -268,7 +232,7 @@ class Conversation:
         await asyncio.wrap_future(self._worker.call(leave))
         while len(self._outbox) or self._sending:
             await asyncio.sleep(0.005)
-        raise _Closed(MOVED)
+        raise Ended(MOVED)
 
     async def _read(self, stream: LiveStream) -> None:
         while True:
@@ -339,7 +303,7 @@ class Conversation:
             self._worker.pause(stream, self._paused)
             self._outbox.put({"type": "paused" if self._paused else "resumed"})
         elif kind == "close":
-            raise _Closed(NORMAL)
+            raise Ended(NORMAL)
         else:
             raise UserError("hello was said already.")
 
@@ -348,19 +312,15 @@ class Conversation:
             self._sending = False
             event = await self._outbox.get()
             self._sending = True
-            try:
-                async with asyncio.timeout(self._limits.send_seconds):
-                    await self._socket.send_json(event)
-            except TimeoutError as error:
-                raise _Closed(POLICY) from error
+            await self._tell(event)
 
     async def _receive(self, seconds: float, sentence: str) -> str | bytes:
-        """The next message. Raises _Closed if none comes in time, WebSocketDisconnect at the end."""
+        """The next message. Raises Ended if none comes in time, WebSocketDisconnect at the end."""
         try:
             async with asyncio.timeout(seconds):
                 message = await self._socket.receive()
         except TimeoutError as error:
-            raise _Closed(POLICY, sentence) from error
+            raise Ended(POLICY, sentence) from error
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code") or NORMAL)
         data = message.get("bytes")
@@ -371,19 +331,15 @@ class Conversation:
         self._state.metrics.count("errors")
         self._faults += 1
         if self._faults >= self._limits.faults:
-            raise _Closed(POLICY, f"{sentence} That makes {self._faults} wrong messages in a row; the stream ends.")
+            raise Ended(POLICY, f"{sentence} That makes {self._faults} wrong messages in a row; the stream ends.")
         about = {} if frame is None else {"frame": frame}
         self._outbox.put({"type": "error", "message": sentence, "fatal": False, **about})
 
-    async def _close(self, end: _Closed) -> None:
-        """The last words, if the other side still listens, and a close code."""
-        try:
-            async with asyncio.timeout(self._limits.send_seconds):
-                while len(self._outbox) and end.code == NORMAL:
-                    await self._socket.send_json(await self._outbox.get())
-                if end.message is not None:
-                    self._state.metrics.count("errors")
-                    await self._socket.send_json({"type": "error", "message": end.message, "fatal": True})
-                await self._socket.close(end.code)
-        except (TimeoutError, WebSocketDisconnect, RuntimeError, OSError):
-            pass  # it has gone
+    async def _close(self, end: Ended) -> None:
+        if end.code == NORMAL:
+            if self._state.handover is not None and self._stream is not None:
+                self._state.handover.forget(self._stream.name)
+            with suppress(Ended, WebSocketDisconnect, RuntimeError, OSError):
+                while len(self._outbox):
+                    await self._tell(await self._outbox.get())
+        await super()._close(end)
