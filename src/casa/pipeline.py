@@ -334,8 +334,8 @@ def evaluate(
         ablate: What is taken out of the model, of `casa.analysis.ABLATIONS`: "no-images", "without-layers=3,4" ...
             Under "shuffled-images", which is not for offline tasks, every question has the pictures of another record.
         progress: Is called as progress(task, done, limit); limit is 0 where nobody knows it.
-        settings: Of `casa.evaluation.AnswerSettings`: suffix, max_new_tokens, batch_size, temperature, ...; and a
-            `judge` (`casa.evaluation.judge.Judge`).
+        settings: Of `casa.evaluation.AnswerSettings`: suffix, max_new_tokens, batch_size, temperature, ...; a `judge`
+            (`casa.evaluation.judge.Judge`); and `cluster`, whose workers answer, as for `casa.cluster.spread`.
 
     Returns:
         By task, its scores by name, shares from 0 to 1, and "n": {"pages": {"digits", "lines", "n"}, ...}. Of `data`,
@@ -359,6 +359,8 @@ def evaluate(
         raise UserError(f"tasks have {what} of their own; leave out tasks or {what}.", field=("tasks", what))
     names = runner.check_tasks(wanted, STANDARD)
     pipeline = eyes if isinstance(eyes, CasaPipeline) else load(eyes)
+    if pipeline is not eyes and settings.get("cluster") is not None:
+        settings["load"] = partial(load, eyes)  # type: ignore[arg-type]
     more = {"records": records, "resume": resume, "seed": seed, "limit": limit, "ablate": ablate, **settings}
     if data is not None and tasks is None:
         told = None if progress is None else lambda done: progress("data", done, 0)

@@ -1,8 +1,10 @@
 """A manifest of films and pictures: each says what it says alone, a bad one costs itself, and a killed run goes on."""
 
+import importlib.util
 import json
 import shutil
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from casa.media import open_source
 from casa.pipeline import CasaPipeline
 from casa.testing import tiny_checkpoint
 
-SETTINGS = {"fps": 2, "max_new_tokens": 4}
+SETTINGS: dict[str, Any] = {"fps": 2, "max_new_tokens": 4}
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,7 @@ def test_a_manifest_that_cannot_be(tmp_path, line, words):
 
 
 def test_settings_that_cannot_be(tmp_path):
+    wrong: dict[str, Any]
     for wrong, words in (({"out": tmp_path / "a.srt"}, "known ending"), ({"fps": 0.0}, "above 0")):
         with pytest.raises(UserError, match=words):
             BatchRequest(**({"manifest": tmp_path / "m.jsonl", "out": tmp_path / "a.jsonl"} | wrong))
@@ -171,7 +174,7 @@ def test_settings_that_cannot_be(tmp_path):
 
 
 def test_without_ray_a_cluster_is_refused(eyes, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"casa-vlm\[cluster\]"):
         caption_batch(
             BatchRequest(manifest(folder), tmp_path / "out.jsonl", **SETTINGS),
@@ -186,15 +189,17 @@ def test_two_questions_about_a_picture_look_once(load, folder, tmp_path):
     asked = [{"id": str(number), "image": "0.png", "question": "what?"} for number in range(5)]
     request = BatchRequest(manifest(folder, asked, "asked.jsonl"), tmp_path / "out.jsonl", batch_size=2, **SETTINGS)
     caption_batch(request, "tiny", lambda name: eyes)
+    assert eyes.image_cache is not None
     assert (eyes.image_cache.hits, eyes.image_cache.misses) == (4, 1)
     assert casa.ImageCache is type(eyes.image_cache)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning")
-def test_a_cluster_writes_the_same_file(folder, tmp_path):
+def test_a_cluster_writes_the_same_file(folder, tmp_path, monkeypatch):
     """A real one on this machine: workers are processes of their own, which load the checkpoint themselves."""
     ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     model = tiny_checkpoint(tmp_path / "model")
     load = partial(casa.load, device="cpu")
     caption_batch(BatchRequest(manifest(folder), tmp_path / "out.jsonl", **SETTINGS), str(model), load)

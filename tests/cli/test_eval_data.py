@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import casa as package
+from casa.errors import UserError
 from casa.evaluation import page
 from casa.media import VideoWriter
 from casa.testing import PATIENCE
@@ -65,6 +67,39 @@ def test_a_killed_run_goes_on_to_the_same_file(folder, tmp_path, casa):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
         "out.jsonl", "out.jsonl.run.json", "whole.jsonl", "whole.jsonl.run.json",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning")
+def test_a_cluster_comes_to_the_same_file(folder, tmp_path, monkeypatch, casa):
+    """A real one on this machine, stopped in the midst; and what is wrong is said by one sentence of a worker."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    model, whole, path = "casa-tiny", tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    words = ["--data", folder / "qa.jsonl", "--metric", "anls,exact", "--batch-size", 4, "--device", "cpu", "--json"]
+    first = casa("eval", model, *words, "--records", whole)
+    how = {"data": {"path": str(folder / "qa.jsonl")}, "metrics": ["anls", "exact"], "batch_size": 4, "records": path}
+
+    def stop(task, done, total):
+        if done >= 9:
+            raise KeyboardInterrupt
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            package.evaluate(model, cluster="auto", progress=stop, **how)
+        known = path.read_text().splitlines()
+        assert 9 <= len(known) < 37
+        again = casa("eval", model, *words, "--records", path, "--resume", "--cluster", "auto")
+        assert (again.status, again.out) == (0, first.out)
+        assert lines(path) == lines(whole)
+        assert set(known) <= set(path.read_text().splitlines()), "what is answered is not asked again"
+        no_model = partial(package.load, str(tmp_path / "none"))
+        wrong = package.load(model, device="cpu").evaluator(cluster="auto", load=no_model)
+        with pytest.raises(UserError, match="none"):
+            wrong.on_data(str(folder / "qa.jsonl"), ["exact"])
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.slow
@@ -136,6 +171,7 @@ def test_films_chats_and_several_pictures_are_answered(tmp_path, checkpoint, cas
         (["--data", "qa.jsonl", "--metric", "anls", "--template-arg", "x=1"], "the chat template knows no 'x'"),
         (["--data", "qa.jsonl", "--metric", "anls", "--top-p", "0"], "--top-p is 0.0"),
         (["--tasks", "page"], "did you mean 'pages'"),
+        (["--cluster", "local"], "--cluster is for --data or benchmarks"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(tmp_path, monkeypatch, casa, words, said):

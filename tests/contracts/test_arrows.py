@@ -23,6 +23,7 @@ SMALL = {
     "atomic": {"errors"},
     "figures": {"errors", "atomic"},
     "provenance": {"errors"},
+    "cluster": {"errors"},
 }
 # rooms from the bottom up: each imports what is below its own level, and of that level itself alone
 LEVELS = (

@@ -9,7 +9,7 @@ from casa.data.record import BadRecord, Message, Text
 from casa.errors import UserError
 from casa.evaluation.metrics import Score
 from casa.evaluation.questions import BadQuestion, Question
-from casa.evaluation.scoring import RecordsFile, by_metric, interval, score_questions, summarise
+from casa.evaluation.scoring import RecordsFile, ask, by_metric, interval, score_questions, summarise
 
 SCORERS = {name: by_metric(name) for name in ("exact", "wer")}
 RUN = {"model": "m", "metrics": ["exact"]}
@@ -94,6 +94,23 @@ def test_a_batch_that_is_there_in_part_is_asked_again(tmp_path):
     again, answers = run(path, resume=True)
     assert again == whole
     assert answers.asked == [[4, 3], [2, 1]]
+
+
+@pytest.mark.parametrize("most", [0, 2, None])
+def test_batches_that_are_answered_elsewhere_come_to_the_same_file(tmp_path, most):
+    """Whatever comes first; and a run that was stopped goes on there too."""
+    whole, _ = run()
+    path, there = tmp_path / "out.jsonl", Echo()
+
+    def spread(batches):
+        yield from (ask(there, None, batch) for batch in sorted(batches, key=lambda batch: batch[0].index))
+
+    if most is not None:
+        with pytest.raises(KeyboardInterrupt):
+            run(path, most=most)
+    lines = score_questions(questions(), Echo(0), SCORERS, RecordsFile(path, RUN, True), spread=spread)
+    assert [{k: v for k, v in line.items() if k != "seconds"} for line in lines] == whole
+    assert there.asked == [[0], [2, 1], [4, 3], [6, 5]][: 4 if most is None else 4 - most]
 
 
 def test_another_run_is_refused(tmp_path):

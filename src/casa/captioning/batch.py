@@ -11,7 +11,6 @@ workers that each hold a model. Entries go into a journal as they come, and into
 import hashlib
 import importlib.util
 import json
-import logging
 import os
 import time
 from collections import deque
@@ -19,12 +18,14 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 
 from casa.atomic import Journal, check_writable, replacing, write_text
+from casa.cluster import spread
 from casa.errors import UserError
 from casa.media import Frame, VideoSource, open_picture, open_source
 from casa.models import CasaForConditionalGeneration, CasaProcessor
@@ -187,11 +188,13 @@ def caption_batch(
         begun = time.monotonic()
         left = [record for record in records if record["id"] not in known]
         if left:
-            run = (
-                caption_records(load(model), left, request)
-                if cluster is None
-                else _on_ray(request, model, load, left, cluster)
-            )
+            if cluster is None:
+                run = caption_records(load(model), left, request)
+            else:
+                batches = [
+                    left[first : first + request.batch_size] for first in range(0, len(left), request.batch_size)
+                ]
+                run = spread(batches, partial(_captioning, request, model, load), cluster)
             with closing(run):
                 for entry in run:
                     known[entry["id"]] = entry
@@ -344,52 +347,6 @@ def _opened(engine: StreamingEngine, record: Entry, request: BatchRequest, threa
     return _Film(record, source, frames, threads.submit(next, frames, None))
 
 
-class _Worker:
-    """Of Ray Data: one model, which takes batches of records."""
-
-    def __init__(self, request: BatchRequest, model: str, load: Callable[[str], Eyes]) -> None:
-        self._eyes, self._request = load(model), request
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        records = [json.loads(text) for text in batch["record"]]
-        return {"entry": [json.dumps(entry) for entry in caption_records(self._eyes, records, self._request)]}
-
-
-def _on_ray(
-    request: BatchRequest, model: str, load: Callable[[str], Eyes], records: Sequence[Entry], cluster: str
-) -> Generator[Entry, None, None]:
-    """`caption_records` on the workers of a cluster, in whatever order. Files lie where all of its nodes read them."""
-    if importlib.util.find_spec("ray") is None:
-        raise UserError("a cluster needs Ray: install casa-vlm[cluster], or leave cluster out.", field="cluster")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody else is told
-    import ray
-    import ray.data
-
-    logging.getLogger("ray.data").setLevel(logging.WARNING)  # one line of progress is casa's
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    begun = not ray.is_initialized()
-    if begun:
-        try:
-            local = cluster == "local"
-            how: dict[str, Any] = {"include_dashboard": False} if local else {}
-            ray.init("local" if local else cluster, log_to_driver=False, logging_level=logging.WARNING, **how)
-        except (ConnectionError, ValueError) as error:
-            raise UserError(f"there is no Ray cluster at {cluster}: {error}", field="cluster") from error
-    try:
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        workers = gpus or max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)
-        blocks = -(-len(records) // request.batch_size)
-        rows = ray.data.from_items([{"record": json.dumps(one)} for one in records], override_num_blocks=blocks)
-        made = rows.map_batches(
-            _Worker,  # type: ignore[arg-type]
-            fn_constructor_args=(request, model, load),
-            batch_size=request.batch_size,
-            concurrency=(1, min(workers, blocks)),
-            num_gpus=1 if gpus else None,
-            num_cpus=None if gpus else 1,
-        )
-        for row in made.iter_rows():
-            yield json.loads(row["entry"])
-    finally:
-        if begun:
-            ray.shutdown()
+def _captioning(request: BatchRequest, model: str, load: Callable[[str], Eyes]) -> Callable[[Sequence[Entry]], Any]:
+    """What a worker of a cluster begins with."""
+    return partial(caption_records, load(model), request=request)

@@ -2,6 +2,7 @@
 
 import json as json_module
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,6 +101,10 @@ def evaluate(
     split: DataSplit = "train",
     subset: Subset = None,
     image_cache: ImageCache = "off",
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Workers of Ray answer --data or benchmarks: a cluster's address, auto, or local."),
+    ] = None,
     device: Device = "auto",
     weights: Weights = "own",
     json: Json = False,
@@ -125,6 +130,8 @@ def evaluate(
     if (judge is None) != (judge_model is None):
         raise UserError("--judge and --judge-model go together; give both, or leave both out.")
     names, benchmarks = _check(tasks, data, metric, records, resume, ablate or [])
+    if cluster is not None and {*names} & {*OFFLINE}:
+        raise UserError("--cluster is for --data or benchmarks; name them, or leave --cluster out.")
     import casa
     from casa.atomic import write_text
     from casa.provenance import provenance
@@ -140,7 +147,11 @@ def evaluate(
     told |= {} if weights == "own" else {"weights": weights}
     scores: dict[str, Any] = {}
     summaries: dict[str, Summary] = {}
-    eyes = casa.load(model, device=device, weights=weights, image_cache=image_cache)
+    load = partial(casa.load, model, device=device, weights=weights, image_cache=image_cache)
+    if cluster is not None:
+        asked |= {"cluster": cluster, "load": load}
+        load = partial(load, device="cpu")  # here nothing is answered
+    eyes = load()
     for name in names:
         if name in OFFLINE:
             how = {"seed": seed, "limit": 200 if limit is None else limit, "largest": largest, "ablate": ablate or ()}

@@ -1,12 +1,14 @@
 """A model scored on a set of questions: one's own, or one of the benchmarks by name."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from casa.cluster import spread
 from casa.data.settings import SourceSettings
 from casa.errors import UserError
 from casa.evaluation.answering import Answerer
@@ -20,6 +22,7 @@ from casa.evaluation.scoring import (
     RecordsFile,
     Scorer,
     Summary,
+    ask,
     by_metric,
     score_questions,
     summarise,
@@ -52,6 +55,8 @@ class Evaluator:
         make_session: Opens a live session with a prompt, for records of live captions.
         judge: Gives every answer a number from 0 to 1.
         around: Makes what stands around a run, such as that which takes these parts out.
+        cluster: A Ray cluster whose workers answer, as for `casa.cluster.spread`; None answers here.
+        load: Gives a worker of a cluster its model, which has an `evaluator` as this one's has.
         settings: Of `AnswerSettings`.
 
     Raises:
@@ -73,8 +78,14 @@ class Evaluator:
         make_session: Callable[[str], LiveSession] | None = None,
         judge: Judge | None = None,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
+        cluster: str | None = None,
+        load: Callable[[], Any] | None = None,
         **settings: Any,
     ) -> None:
+        if cluster is not None and load is None:
+            raise UserError(
+                "workers of a cluster load the model themselves: give its name, or leave cluster out.", field="cluster"
+            )
         if limit is not None and limit < 1:
             raise UserError(f"The limit is {limit}; it must be 1 or more.")
         self.model, self.processor = model, processor
@@ -84,6 +95,7 @@ class Evaluator:
         self._progress, self._cache = progress, image_cache
         self._ablate, self._around = list(ablate), around
         self._make_session, self._judge = make_session, judge
+        self._cluster, self._load = cluster, load
 
     def on_data(self, data: Data, metrics: Sequence[str]) -> Summary:
         """Scores on questions of one's own, by metrics of `METRICS`. Raises UserError."""
@@ -149,15 +161,32 @@ class Evaluator:
         if SHUFFLED in map(str.strip, self._ablate):
             questions = shuffled_pictures(questions)
         file = RecordsFile(records, run, self._resume)
+        more: dict[str, Any] = {"watch": self._watch, "judge": self._judge, "progress": self._progress}
+        if self._cluster is not None and self._load is not None:
+            begin = partial(_working, self._load, settings, self._ablate)
+            more["spread"] = partial(spread, begin=begin, cluster=self._cluster)
         with self._around():
-            more: dict[str, Any] = {"watch": self._watch, "judge": self._judge, "progress": self._progress}
             lines = score_questions(questions, answerer, scorers, file, **more)
         return summarise(lines, scorers, settings.seed)
+
+    def work(self) -> Callable[[Sequence[Question]], Iterator[list[Line]]]:
+        """What a worker of a cluster does: a batch of questions comes to its lines."""
+        answerer = Answerer(self.model, self.processor, self.settings, self._cache)
+
+        def answered(batch: Sequence[Question]) -> Iterator[list[Line]]:
+            with self._around():
+                yield ask(answerer, self._watch, batch)
+
+        return answered
 
     def _watch(self, question: Question) -> Line:
         if self._make_session is None:
             raise UserError("records of live captions need a session to watch with; give make_session.")
         return live_line(question, caption_live(question, self._make_session))
+
+
+def _working(load: Callable[[], Any], settings: AnswerSettings, ablate: Sequence[str]) -> Any:
+    return load().evaluator(ablate=ablate, **vars(settings)).work()
 
 
 def sources_of(data: Data) -> list[SourceSettings]:

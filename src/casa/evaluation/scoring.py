@@ -10,8 +10,9 @@ A line of the file, in the order of the data once all is done:
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -31,6 +32,9 @@ Line = dict[str, Any]
 Scorer = Callable[[Line], Score | None]
 """From a line of a question that was answered to its score; None where it does not apply."""
 OnProgress = Callable[[int], None]
+Watch = Callable[[Question], Line]
+"""Captions a live record: gives further fields of its line, `answer` among them. Raises BadRecord."""
+Spread = Callable[[Iterator[list[Question]]], Iterable[list[Line]]]
 
 
 class Answers(Protocol):
@@ -210,9 +214,10 @@ def score_questions(
     scorers: Mapping[str, Scorer],
     file: RecordsFile,
     *,
-    watch: Callable[[Question], Line] | None = None,
+    watch: Watch | None = None,
     judge: Callable[[Line], float] | None = None,
     progress: OnProgress | None = None,
+    spread: Spread | None = None,
 ) -> list[Line]:
     """Asks all questions and scores the answers.
 
@@ -224,46 +229,50 @@ def score_questions(
         answers: What answers.
         scorers: By name.
         file: Where lines are kept.
-        watch: Captions a live record: gives further fields of its line, `answer` among them. Raises BadRecord.
+        watch: Captions a live record.
         judge: Gives every answer a number, which stands in its line as `judge`.
         progress: Is told the number of lines so far.
+        spread: Has batches answered elsewhere, as `ask` does; here if None.
 
     Returns:
         The lines of all records, in the order of the data.
     """
     told = progress or (lambda done: None)
 
-    def note(batch: Sequence[Question], answer: Callable[[], Sequence[Line | BadRecord]]) -> None:
-        if not all(f"{one.record} {one.turn}" in file.lines for one in batch):
-            began = perf_counter()
-            given = answer()
-            seconds = round((perf_counter() - began) / len(batch), 4)
-            lines = [_line(one, answer, seconds) for one, answer in zip(batch, given, strict=True)]
-            for line in lines:
-                if "error" not in line:
-                    line |= {} if judge is None else {"judge": judge(line)}
-                    scores = {name: score for name, scorer in scorers.items() if (score := scorer(line)) is not None}
-                    line["scores"] = {
-                        name: round(score.share, 6) if score.of else None for name, score in scores.items()
-                    }
-            file.add(lines)
-        told(len(file.lines))
+    def left() -> Iterator[list[Question]]:
+        for block, bad in _blocks(questions):
+            file.add([{"record": one.record, **_why(one.bad)} for one in bad])
+            live = [one for one in block if one.is_live and watch is not None]
+            asked = answers.batches([one for one in block if not live or not one.is_live])
+            for batch in (*asked, *([one] for one in live)):
+                if all(f"{one.record} {one.turn}" in file.lines for one in batch):
+                    told(len(file.lines))
+                else:
+                    yield batch
 
-    for block, bad in _blocks(questions):
-        file.add([{"record": one.record, **_why(one.bad)} for one in bad])
-        live = [one for one in block if one.is_live and watch is not None]
-        for batch in answers.batches([one for one in block if not live or not one.is_live]):
-            note(batch, lambda batch=batch: [_spoken(answer) for answer in answers.answer(batch)])
-        for one in live:
-            note([one], lambda one=one: [_watched(watch, one)])
+    for lines in map(partial(ask, answers, watch), left()) if spread is None else spread(left()):
+        for line in lines:
+            if "error" not in line:
+                line |= {} if judge is None else {"judge": judge(line)}
+                scores = {name: score for name, scorer in scorers.items() if (score := scorer(line)) is not None}
+                line["scores"] = {name: round(one.share, 6) if one.of else None for name, one in scores.items()}
+        file.add(lines)
+        told(len(file.lines))
     return file.finish()
 
 
-def _spoken(answer: str | BadRecord) -> Line | BadRecord:
-    return {"answer": answer} if isinstance(answer, str) else answer
+def ask(answers: Answers, watch: Watch | None, batch: Sequence[Question]) -> list[Line]:
+    """The lines of a batch of questions, or of one live record, but for their scores; JSON-ready."""
+    began = perf_counter()
+    if watch is not None and batch[0].is_live:
+        given = [_watched(watch, batch[0])]
+    else:
+        given = [{"answer": one} if isinstance(one, str) else one for one in answers.answer(batch)]
+    seconds = round((perf_counter() - began) / len(batch), 4)
+    return [_line(one, answer, seconds) for one, answer in zip(batch, given, strict=True)]
 
 
-def _watched(watch: Any, question: Question) -> Line | BadRecord:
+def _watched(watch: Watch, question: Question) -> Line | BadRecord:
     try:
         return watch(question)
     except BadRecord as bad:
