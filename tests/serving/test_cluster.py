@@ -12,13 +12,17 @@ import socket
 import threading
 import time
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 ray = pytest.importorskip("ray")
 
 from ray import serve  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
+from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
 from casa.errors import UserError  # noqa: E402
 from casa.provenance import provenance  # noqa: E402
@@ -32,6 +36,7 @@ from casa.serving.deployment import (  # noqa: E402
     replicas_wanted,
 )
 from casa.serving.server import Server  # noqa: E402
+from casa.settings import build  # noqa: E402
 from casa.testing import PATIENCE, tiny_checkpoint  # noqa: E402
 from projects.loadtest.client import StreamLog, noise, watch  # noqa: E402
 
@@ -49,7 +54,8 @@ FIGURES = {}
 def nodes():
     """A head without room, and two nodes with room for a replica each."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    cluster = Cluster(
+    os.environ |= {"RAY_worker_niceness": "0"}  # as `casa serve` has it
+    cluster: Any = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False},
     )
@@ -112,6 +118,11 @@ def replicas(server):
     return server._state.replicas.all()
 
 
+def running():
+    states: Any = serve.status().applications[NAME].deployments[NAME].replica_states
+    return states.get("RUNNING", 0)
+
+
 def while_cameras_send(server, act, seconds=12.0, streams=STREAMS):
     """Has cameras send frames, does something in their midst, and gives what each was told."""
     url, frames = f"ws://127.0.0.1:{server.port}/v1/streams", noise(8, SIZE)
@@ -164,6 +175,25 @@ def test_a_replica_is_killed_and_a_new_one_comes(serving):
         wait_for(lambda: len(replicas(server)) == 2)
 
 
+def test_a_replica_hangs(serving):
+    """As one does whose node has lost its power: its connections stay open, and nothing comes."""
+    with serving(replicas=2) as (server, _):
+        wait_for(lambda: len(replicas(server)) == 2)
+        stopped = []
+
+        def hang():
+            stopped.append(max(replicas(server), key=lambda one: one.streams).process)
+            os.kill(stopped[0], signal.SIGSTOP)
+
+        try:
+            found = checked("replica hangs", while_cameras_send(server, hang))
+            assert 0 < found["moved"] < STREAMS
+        finally:
+            for process in stopped:
+                with suppress(ProcessLookupError):  # Ray has ended it meanwhile
+                    os.kill(process, signal.SIGCONT)
+
+
 def test_a_rolling_update_replaces_both(serving):
     with serving(replicas=2) as (server, settings):
         wait_for(lambda: len(replicas(server)) == 2)
@@ -197,7 +227,7 @@ def test_to_zero_and_back(serving, monkeypatch):
     monkeypatch.setattr(relay, "WAIT_SECONDS", PATIENCE)  # busy cores take longer to begin a replica
     with serving(replicas=0, max_replicas=1, downscale_seconds=2.0) as (server, _):
         checked("from zero", while_cameras_send(server, lambda: None, seconds=3, streams=2))
-        wait_for(lambda: not serve.status().applications[NAME].deployments[NAME].replica_states.get("RUNNING"))
+        wait_for(lambda: not running())
         wait_for(lambda: not replicas(server))
         checked("from zero again", while_cameras_send(server, lambda: None, seconds=3, streams=2))
 
@@ -218,7 +248,7 @@ def test_rays_own_proxy_leads_to_the_ingress(nodes, model, tmp_path):
         url = f"ws://127.0.0.1:{nodes.port}/v1/streams"
         log = asyncio.run(watch(url, frames, token="open", patience=PATIENCE))
         assert (log.refused, log.watched, log.lost) == (None, [1, 2], 0)
-        assert "give the server's token" in asyncio.run(watch(url, frames)).refused
+        assert "give the server's token" in (asyncio.run(watch(url, frames)).refused or "")
     finally:
         serve.delete(NAME)
 
@@ -230,6 +260,17 @@ def test_rays_own_proxy_leads_to_the_ingress(nodes, model, tmp_path):
 def test_settings_that_cannot_be(given, words):
     with pytest.raises(UserError, match=words):
         app(given)
+
+
+def test_the_manifest_says_what_ray_and_the_settings_take():
+    file = Path(__file__).parents[2] / "projects" / "loadtest" / "kuberay.yaml"
+    (service,) = (one for one in yaml.safe_load_all(file.read_text(encoding="utf-8")) if one["kind"] == "RayService")
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    assert application.import_path == f"{app.__module__}:{app.__name__}"
+    given = dict(application.args)
+    assert given.pop("ingresses") > 0
+    assert build(ClusterSettings, given).states == "/states"
 
 
 class Context:

@@ -7,6 +7,7 @@ import asyncio
 import json
 import re
 import urllib.request
+from contextlib import suppress
 
 import pytest
 from websockets.exceptions import ConnectionClosed
@@ -309,6 +310,66 @@ def test_rates_are_those_of_the_last_minute_and_then_those_tried():
     now = 61.0
     load.stepped(0.5, 1, 0)
     assert load.sustained(1) == pytest.approx(10)
+
+
+class Cameras:
+    """Streams of two frames a second before a model whose step takes `fixed` + `each` s for every stream in it."""
+
+    def __init__(self, fixed, each, tried, rows=16):
+        self.now, self.fixed, self.each, self.rows = 0.0, fixed, each, rows
+        self.load = LoadMeter(rows, clock=lambda: self.now)
+        for size in (1, 2, 4, 8, 16):
+            self.load.tried(size, tried[0] + tried[1] * size)
+        self.streams = []  # when the next frame comes, and when that came which waits
+
+    def open(self):
+        self.streams.append([self.now + 0.37 * len(self.streams) % 0.5, None])
+
+    def lag(self, seconds=8.0):
+        """The median time from a frame to its words, of all streams in so many seconds; that of dropped ones counts."""
+        end, lags = self.now + seconds, []
+        while self.now < end:
+            for stream in self.streams:
+                while stream[0] <= self.now:
+                    lags += [] if stream[1] is None else [1.0]
+                    stream[:] = stream[0] + 0.5, stream[0]
+            waiting = sorted((one for one in self.streams if one[1] is not None), key=lambda one: one[1])[: self.rows]
+            if not waiting:
+                self.now = min(one[0] for one in self.streams)
+                continue
+            took = self.fixed + self.each * len(waiting)
+            self.now += took
+            self.load.stepped(took, len(waiting), len(waiting))
+            for stream in waiting:
+                lags.append(self.now - stream[1])
+                stream[1] = None
+        return sorted(lags)[len(lags) // 2]
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "tried"),
+    [
+        (0.02, 0.02, (0.02, 0.02)),
+        (0.001, 0.02, (0.001, 0.02)),
+        (0.04, 0.09, (0.02, 0.02)),  # frames that are larger than what was tried: company is worth less
+    ],
+)
+def test_as_many_are_let_in_as_are_in_time(fixed, each, tried):
+    """Within a tenth, or one; and so is what the server says that it sustains."""
+    open_door, guarded = Cameras(fixed, each, tried), Cameras(fixed, each, tried)
+    open_door.open()
+    while open_door.lag() <= 0.5:
+        open_door.open()
+    capacity = len(open_door.streams) - 1
+    with suppress(OverloadedError):
+        while len(guarded.streams) < 1000:
+            guarded.load.admit(2.0, [2.0] * len(guarded.streams))
+            guarded.open()
+            guarded.lag()
+    assert abs(len(guarded.streams) - capacity) <= max(1, 0.1 * capacity)
+    sustained = guarded.load.sustained(len(guarded.streams))
+    assert sustained is not None
+    assert abs(sustained / 2 - capacity) <= max(1, 0.1 * capacity)
 
 
 @pytest.mark.slow
