@@ -16,7 +16,7 @@ from casa.atomic import write_text
 from casa.errors import UserError
 from casa.figures import write_png
 from projects.study.plots import PLOTS, curves
-from projects.study.records import ALIKE, LEAST_SEEDS, RESAMPLES, Records, answers, points
+from projects.study.records import ALIKE, LEAST_SEEDS, RESAMPLES, Difference, Records, answers, points
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, RECORDS = ROOT / "docs" / "results" / "claims.md", ROOT / "docs" / "results" / "study"
@@ -104,18 +104,30 @@ def _summary(records: Records, sections: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _found(records: Records, section: Mapping[str, Any]) -> list[str]:
-    """One sentence for each comparison on its last column, or that nothing can be said."""
-    if not section["compare"]:
-        return ["See the table."] if records.seeds(section["rows"][0]) else ["Open."]
-    column = section["compared_on"][-1]
+    """One sentence for each comparison, on the last column, or that nothing can be said."""
     sentences = []
-    for one, other in section["compare"]:
-        gap = records.difference(one, other, column)
-        if gap is None or len(gap.seeds) < LEAST_SEEDS:
-            continue
-        figures = f"{_signed(gap.mean)} [{_signed(gap.low)}, {_signed(gap.high)}]"
-        sentences.append(f"`{one}` against `{other}` on {column}: {figures}, {gap.reading}.")
+    for one, other, column, gap in _gaps(records, section, section["compared_on"][-1:]):
+        if len(gap.seeds) >= LEAST_SEEDS:
+            figures = f"{_signed(gap.mean)} [{_signed(gap.low)}, {_signed(gap.high)}]"
+            sentences.append(f"{one} against {other} on {column}: {figures}, {gap.reading}.")
     return sentences or ["Open: fewer than three seeds."]
+
+
+def _gaps(
+    records: Records, section: Mapping[str, Any], columns: Sequence[str]
+) -> Iterator[tuple[str, str, str, Difference]]:
+    """Every comparison of a section that there are records for: of runs, and of one run without this or that part."""
+    parts = section.get("parts", {})
+    pairs: list[tuple[str, str, str, str, tuple[str | None, str | None]]] = [
+        (f"`{one}`", f"`{other}`", one, other, (None, None)) for one, other in section["compare"]
+    ]
+    run = parts.get("run", "")
+    pairs += [(one, other, run, run, (one, other)) for one, other in parts.get("compare", [])]
+    for shown, beside, one, other, of in pairs:
+        for column in columns:
+            gap = records.difference(one, other, column, of)
+            if gap is not None:
+                yield shown, beside, column, gap
 
 
 def _section(records: Records, section: Mapping[str, Any], folder: str) -> Iterator[str]:
@@ -170,13 +182,9 @@ def _parts(records: Records, parts: Mapping[str, Any], columns: Sequence[str]) -
 
 def _gaps_table(records: Records, section: Mapping[str, Any]) -> str:
     lines = []
-    for one, other in section["compare"]:
-        for column in section["compared_on"]:
-            gap = records.difference(one, other, column)
-            if gap is None:
-                continue
-            between, by_seed = f"{_signed(gap.low)} to {_signed(gap.high)}", ", ".join(map(_signed, gap.seeds))
-            lines.append(_row([f"`{one}` − `{other}`", column, _signed(gap.mean), between, by_seed, gap.reading]))
+    for one, other, column, gap in _gaps(records, section, section["compared_on"]):
+        between, by_seed = f"{_signed(gap.low)} to {_signed(gap.high)}", ", ".join(map(_signed, gap.seeds))
+        lines.append(_row([f"{one} − {other}", column, _signed(gap.mean), between, by_seed, gap.reading]))
     head = _row(["difference, points", "on", "mean", "95 %", "by seed", "reading"], head=True)
     return "\n".join([head, *lines]) if lines else ""
 
