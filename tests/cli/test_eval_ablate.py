@@ -45,7 +45,9 @@ def asked(checkpoint, folder, names, *ablations):
         ]
 
 
-@pytest.mark.parametrize("names", [("no-images",), ("without-layers=0,2", "no-random-text")], ids=str)
+@pytest.mark.parametrize(
+    "names", [pytest.param(("no-images",), marks=pytest.mark.slow), ("without-layers=0,2", "no-random-text")], ids=str
+)
 def test_answers_are_those_of_the_model_without_it(casa, checkpoint, folder, tmp_path, names):
     options = [word for name in names for word in ("--ablate", name)]
     found = answers(casa, checkpoint, folder, tmp_path / "out.jsonl", *options)

@@ -2,7 +2,8 @@
 
 import torch
 
-from casa.models.inputs import ImageTokens, count_tokens
+from casa.models.inputs import count_tokens
+from casa.models.passes import ImageTokens
 
 
 def test_places_are_rows_and_columns_in_reading_order():

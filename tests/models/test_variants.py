@@ -7,8 +7,7 @@ from PIL import Image
 from casa import FusionConfig, adapt
 from casa.errors import UserError
 from casa.models.backbones import decoder_of
-from casa.models.inputs import ImageTokens
-from casa.models.passes import images_by_depth
+from casa.models.passes import ImageTokens, images_by_depth
 from casa.testing import (
     BACKBONES,
     TinySample,

@@ -85,7 +85,7 @@ FAULTS = (
     ),
     Fault(
         "rows and columns of an image swapped",
-        "models/inputs.py",
+        "models/passes.py",
         "torch.stack([torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)])",
         "torch.stack([torch.arange(columns).repeat(rows), torch.arange(rows).repeat_interleave(columns)])",
         ("models/test_vlms.py", "models/test_image_tokens.py"),

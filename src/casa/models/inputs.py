@@ -3,8 +3,7 @@
 Shapes: B rows, L new tokens, S cached tokens, N image tokens of all images, d width of the text model.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -99,32 +98,3 @@ def read_image_places(positions: Tensor | None, images: int) -> list[tuple[int, 
 
 def count_tokens(grids: Grids) -> int:
     return sum(rows * columns for rows, columns in grids)
-
-
-@dataclass(frozen=True)
-class ImageTokens:
-    """The image tokens of a call in the text model's width.
-
-    Attributes:
-        tokens: (N, d), of all images.
-        extra: k times (N, d), what joins them behind each of the first k blocks.
-        keys_values: (N, Hkv, D) each, of each fusion layer, where the caller brought them; tokens is (N, 0) then.
-    """
-
-    tokens: Tensor
-    grids: Grids = field(default_factory=list)
-    extra: Sequence[Tensor] = ()
-    keys_values: list[tuple[Tensor, Tensor]] | None = None
-
-    @property
-    def lengths(self) -> list[int]:
-        return [rows * columns for rows, columns in self.grids]
-
-    def rows_and_columns(self) -> Tensor:
-        """int64 (2, N): row and column of each token in its image."""
-        found = [torch.zeros(2, 0, dtype=torch.int64)]
-        for rows, columns in self.grids:
-            found.append(
-                torch.stack([torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)])
-            )
-        return torch.cat(found, dim=1).to(self.tokens.device)

@@ -28,10 +28,10 @@ from casa.models.configuration_casa import CasaConfig
 from casa.models.decoding import short_logits
 from casa.models.fusion import fuse
 from casa.models.generation import CasaGenerativeModel
-from casa.models.inputs import ImageTokens, count_tokens, read_image_places, read_text_inputs
+from casa.models.inputs import count_tokens, read_image_places, read_text_inputs
 from casa.models.loading import WHERE, leave_odd_shapes, load_checked
 from casa.models.losses import IGNORE_INDEX, at_least_one, chunked_cross_entropy, within_samples
-from casa.models.passes import FusionLayers, run_insertion
+from casa.models.passes import FusionLayers, ImageTokens, run_insertion
 from casa.settings import near
 from casa.vision import (
     AveragePool,

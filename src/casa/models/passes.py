@@ -5,7 +5,7 @@ Shapes: B rows, L new text tokens, N image tokens, d width of the text model, Hk
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -20,10 +20,40 @@ from casa.models.cache import CasaCache
 from casa.models.configuration_casa import FusionConfig
 from casa.models.decoding import FEW, is_autocast, prepared
 from casa.models.fusion import STEP, FusedStep, passed_down
-from casa.models.inputs import ImageTokens, TextInputs
+from casa.models.inputs import TextInputs
+from casa.vision import Grids
 
 Places = list[tuple[int, int]]
 """Of each image: its row, and the index in this call's row before which it stands."""
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The image tokens of a call in the text model's width.
+
+    Attributes:
+        tokens: (N, d), of all images.
+        extra: k times (N, d), what joins them behind each of the first k blocks.
+        keys_values: (N, Hkv, D) each, of each fusion layer, where the caller brought them; tokens is (N, 0) then.
+    """
+
+    tokens: Tensor
+    grids: Grids = field(default_factory=list)
+    extra: Sequence[Tensor] = ()
+    keys_values: list[tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        return [rows * columns for rows, columns in self.grids]
+
+    def rows_and_columns(self) -> Tensor:
+        """int64 (2, N): row and column of each token in its image."""
+        found = [torch.zeros(2, 0, dtype=torch.int64)]
+        for rows, columns in self.grids:
+            found.append(
+                torch.stack([torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)])
+            )
+        return torch.cat(found, dim=1).to(self.tokens.device)
 
 
 @dataclass(frozen=True)
