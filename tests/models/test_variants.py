@@ -1,5 +1,7 @@
 """The paper's variants beyond placement: image updates, silent starts, gist tokens, compressed images."""
 
+from typing import Any
+
 import pytest
 import torch
 from PIL import Image
@@ -82,7 +84,7 @@ def test_image_tokens_are_updated_by_each_blocks_feed_forward_network():
     model = tiny_casa(update_images=True)
     decoder, tokens = model.decoder, torch.randn(5, 32, dtype=torch.float64)
     first, second, third = images_by_depth(ImageTokens(tokens), decoder, [0, 1, 2], update=True)
-    block = decoder.blocks[0]
+    block: Any = decoder.blocks[0]
     assert first is tokens
     torch.testing.assert_close(second, tokens + block.mlp(block.post_attention_layernorm(tokens)))
     assert not torch.equal(second, third)
@@ -95,7 +97,7 @@ def test_image_tokens_are_updated_by_each_blocks_feed_forward_network():
 def test_updates_are_the_blocks_own_feed_forward(kind):
     """A block whose self-attention gives nothing is x + FFN(x), all of its norms included."""
     decoder = decoder_of(tiny_backbone(kind))
-    for parameter in decoder.attention(0).o_proj.parameters():
+    for parameter in decoder.attention(0).get_submodule("o_proj").parameters():
         parameter.zero_()
     tokens, given = torch.randn(5, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64), []
     decoder.blocks[0].register_forward_hook(lambda block, args, output: given.append(output))
@@ -121,12 +123,13 @@ def test_a_silent_start_leaves_the_text_as_it_was(placement):
     wanted = backbone(input_ids=SAMPLES[0].inputs()["input_ids"]).logits
     model = adapt(backbone, FusionConfig(output="zero", placement=placement), vision=tiny_encoder()).eval()
     assert torch.equal(model(**SAMPLES[0].inputs()).logits, wanted)
-    layer = model.casa_layers["0"]
-    assert torch.equal(layer.q_proj.weight, model.decoder.attention(0).q_proj.weight), "the rest is copied"
+    layer: Any = model.casa_layers["0"]
+    copied: Any = model.decoder.attention(0)
+    assert torch.equal(layer.q_proj.weight, copied.q_proj.weight), "the rest is copied"
 
 
 def test_a_silent_start_learns():
-    model = adapt(tiny_backbone("llama"), FusionConfig(output="zero"), vision=tiny_encoder())
+    model: Any = adapt(tiny_backbone("llama"), FusionConfig(output="zero"), vision=tiny_encoder())
     model(**SAMPLES[0].inputs(), labels=SAMPLES[0].inputs()["input_ids"], use_cache=False).loss.backward()
     assert float(model.casa_layers["0"].o_proj.weight.grad.abs().max()) > 0
 
@@ -223,6 +226,7 @@ class TestGist:
         assert (cache.num_text, cache.image_tokens) == (4, 2), "two of six image tokens are left, and both delimiters"
 
     def test_it_learns_and_is_saved(self, tmp_path):
+        model: Any
         model, processor = self.model_and_processor(2)
         inputs = self.inputs(model, processor)
         model(**inputs, labels=inputs["input_ids"].clamp(max=60), use_cache=False).loss.backward()
