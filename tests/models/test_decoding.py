@@ -288,8 +288,9 @@ def test_shared_weights_project_once(monkeypatch):
     monkeypatch.setattr(
         decoding.Matrix, "__call__", lambda self, *args: (products.append(1), multiplied(self, *args))[1]
     )
-    shared: dict[str, Any] = {"share_weights": True}
-    for fusion, more in ((shared, 1), ({}, 1), (shared | {"placement": "before"}, 2)):
+    cases: list[tuple[dict[str, Any], int]] = [({"share_weights": True}, 1), ({}, 1)]
+    cases += [({"share_weights": True, "placement": "before"}, 2)]
+    for fusion, more in cases:
         model, frames = tiny_casa(**fusion), PROMPT.inputs()
         text = {"input_ids": frames["input_ids"]}
         counts = []
