@@ -14,8 +14,10 @@ whose place on the page is known.
 
 import argparse
 import json
+import re
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,17 +31,22 @@ from transformers import AutoTokenizer
 from casa import FusionConfig, adapt
 from casa.atomic import replacing
 from casa.models.auto import processor_for
-from casa.vision.page_encoder import PageEncoder, place_waves
-from casa.vision.page_reading import BEGUN, NOTHING
+from casa.vision.page_encoder import CELL, CODE_STEP, PageEncoder, place_waves
+from casa.vision.page_reading import TextRun
+from casa.vision.page_words import words_of_page
 from projects.casa_smol.parts import embeddings_of
-from projects.casa_smol.start import LAYERS, Moments, Slots, calm_axes, moments, set_layers
+from projects.casa_smol.start import LAYERS, Sentence, Strengths, begin, codes_of_words
 from projects.casa_smol.targets import page
 from projects.casa_smol.tasks.asked import ordinal, turn
 from projects.casa_smol.tasks.lines import READ, READ_AFTER, READ_BEFORE, READ_LAST, READ_NUMBERED
 from projects.casa_smol.words import Words, pick
 
 TOKEN = 16  # px, height and width of an image token
+PROMPT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 VALUE = ("What is the {key}?", "{key}?", "Tell me the {key}.", "What does it say for {key}?", "How much is the {key}?")
+WORDINGS = (*READ, *READ_NUMBERED, *READ_AFTER, *READ_BEFORE, *READ_LAST, *VALUE)
+FUSION = FusionConfig.parallel(layers=LAYERS, output="zero")
+POINTING = ("first", "last", "top", "bottom")  # words of wordings that say which text is meant
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,15 @@ class Settings:
 class Sample:
     """A page and a question.
 
-    ids: int (rows, columns, S), tokens written there, NOTHING where none. prompt, answer: token ids. found: for each
-    answer token the image token in which it begins and its number there, -1 where that is not known.
+    ids: int (rows, columns, ids of an image token), what is written there. prompt, answer: token ids. wanted: which of
+    the prompt's tokens this question does not share with others. found: for each answer token the image token in which
+    it begins and its number there, -1 where that is not known.
     """
 
     ids: np.ndarray
     prompt: list[int]
     answer: list[int]
+    wanted: list[bool]
     found: list[tuple[int, int]]
 
 
@@ -82,14 +91,15 @@ class Pages:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.words = Words("train")
-        self.line_break = self._encode("\n")[0][0]
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        fixed = [part for wording in (*WORDINGS, PROMPT) for part in re.split(r"\{\w+\}", wording)]
+        self.shared = {token for part in fixed for token, _ in self._encode(part)}
+        self.shared -= {token for word in POINTING for token, _ in self._encode(f" {word}")}
 
-    def _encode(self, text: str) -> list[tuple[int, int]]:
-        """Ids, each with where its first visible character stands."""
+    def _encode(self, text: str) -> list[tuple[int, tuple[int, int]]]:
+        """Ids, each with where in the text it begins and ends."""
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts = [a + len(text[a:b]) - len(text[a:b].lstrip()) for a, b in found["offset_mapping"]]
-        return list(zip(found["input_ids"], starts, strict=True))
+        return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
 
     def _text(self, rng: Generator, most: int) -> str:
         count = int(rng.integers(1, most + 1))
@@ -99,8 +109,7 @@ class Pages:
     def sample(self, rng: Generator, pages: float) -> Sample:
         """One page of the next kind."""
         if rng.random() >= pages:
-            texts = [self._text(rng, 6)]
-            return self._asked(rng, [(text, 0, 0.0) for text in texts], int(rng.integers(14, 40)), READ, 0, {})
+            return self._asked(rng, [(self._text(rng, 6), 0, 0.0)], int(rng.integers(14, 40)), READ, 0, {})
         size = int(rng.integers(12, 22))
         count = int(rng.integers(2, 11))
         if rng.random() < 0.6:
@@ -130,24 +139,33 @@ class Pages:
         left, top = rng.uniform(2, 30), rng.uniform(0, 14)
         columns = int((left + max(x + len(text) * wide for text, _, x in placed)) // TOKEN) + 1
         rows = int((top + (max(row for _, row, _ in placed) + 1) * step) // TOKEN) + 1
-        ids = np.full((rows, columns, 1 + BEGUN), NOTHING)
-        found: list[tuple[int, int]] = []
-        for number, (text, row, x) in enumerate(placed):
-            before = self.line_break
-            for token, start in [*self._encode(text), (self.line_break, len(text) - 1)]:
-                spot = int((top + (row + 0.5) * step) // TOKEN), int((left + x + (start + 0.5) * wide) // TOKEN)
-                place = int((ids[spot][1:] != NOTHING).sum())
-                if place < BEGUN:
-                    if place == 0:
-                        ids[spot][0] = before
-                    ids[spot][1 + place] = token
-                if number == answer:
-                    found.append((spot[0] * columns + spot[1], place) if place < BEGUN else (-1, -1))
-                before = token
+        runs = [
+            TextRun(
+                text,
+                np.full(len(text), (top + (row + 0.5) * step) / CELL[0] - 0.5),
+                (left + x + (np.arange(len(text)) + 0.5) * wide) / CELL[1] - 0.5,
+            )
+            for text, row, x in placed
+        ]
+        block = TOKEN // CELL[0], TOKEN // CELL[1]
+        page = words_of_page(runs, (rows, columns), block, self._encode, self.end)
         question = turn(rng, wordings, placed[answer][0], **names)
-        prompt = f"<|im_start|>user\n{question.question}<|im_end|>\n<|im_start|>assistant\n"
+        prompt = [token for token, _ in self._encode(PROMPT.format(question=question.question))]
         said = [token for token, _ in self._encode(question.answer)]
-        return Sample(ids, self.tokenizer(prompt, add_special_tokens=False)["input_ids"], [*said, self.end], found)
+        wanted = [token not in self.shared for token in prompt]
+        return Sample(page.ids, prompt, [*said, self.end], wanted, page.spots[answer])
+
+    def sentences(self, rng: Generator, tokens: int, rows: int = 8, length: int = 64) -> Iterator[Sentence]:
+        """Questions with their answers, and behind them words of plain text, about so many tokens in all."""
+        said = [self.tokenizer.decode([number]) for number in range(len(self.tokenizer))]
+        plain = [number for number, text in enumerate(said) if text.strip() and text.isascii() and text.isprintable()]
+        for _ in range(-(-tokens // (rows * length))):
+            ids, wanted = [], []
+            for _ in range(rows):
+                one = self.sample(rng, 0.75)
+                ids.append([*one.prompt, *one.answer, *rng.choice(plain, length).tolist()][:length])
+                wanted.append([*one.wanted, *[False] * length][:length])
+            yield Sentence(torch.tensor(ids), torch.tensor(wanted))
 
 
 @dataclass(frozen=True)
@@ -176,7 +194,7 @@ def batch_of(samples: list[Sample], encoder: PageEncoder, noise: float, rng: Gen
         grids.append((1, height, width))
         written = torch.from_numpy(one.ids).flatten(0, 1)
         words = encoder.codes_of(written, torch.float32)
-        off = noise / encoder.config.word_sizes[0] ** 0.5
+        off = noise / max(encoder.config.word_sizes) ** 0.5
         words = words + torch.from_numpy(rng.standard_normal(words.shape)).float() * off
         tokens.append(torch.cat([words, place_waves(height, width, encoder.config.token_size)], dim=1))
         where += [(row, first + n - 1, passed + at, slot) for n, (at, slot) in enumerate(one.found) if at >= 0]
@@ -242,9 +260,10 @@ def train(model: Any, draw: Any, settings: Settings, folder: Path) -> None:
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * group["share"] * min(1.0, (step + 1) / settings.warm_up, max(0.02, falling))
         batch = draw(step)
+        kept_tokens = int((batch.labels >= 0).any(0).sum()) + 1
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(**batch.inputs, use_cache=False, record=watched).logits
-        predicted, labels = logits[:, :-1], batch.labels[:, 1:]
+            logits = model(**batch.inputs, use_cache=False, record=watched, logits_to_keep=kept_tokens).logits
+        predicted, labels = logits[:, :-1], batch.labels[:, 1 - kept_tokens :]
         learned_ones = labels >= 0
         words = nn.functional.cross_entropy(predicted[learned_ones].float(), labels[learned_ones])
         attention, hits = watched.loss(batch.inputs["attention_mask"], batch.where)
@@ -288,20 +307,19 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     settings = Settings(steps=given.steps)
     given.out.mkdir(parents=True, exist_ok=True)
-    folder, eyes = given.parts / "text", given.parts / "eyes"
-    encoder = PageEncoder.from_pretrained(eyes, dtype=torch.float32).eval()
+    folder, eyes = given.parts / "text", given.out / "eyes"
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = adapt(str(folder), fusion=FusionConfig.parallel(layers=LAYERS, output="zero"), vision=str(eyes))
-    model = model.float().eval()
-    start = given.out / "start.pt"
-    if not start.exists():
-        seen = moments(model.backbone, tokenizer, embeddings_of(folder), LAYERS, given.tokens, seed=11)
-        with replacing(start) as path:
-            torch.save(vars(seen), path)
-    seen = Moments(**torch.load(start, weights_only=True))
-    gains = {block: model.decoder.blocks[block].input_layernorm.weight.detach().float() for block in LAYERS}
-    axes, means = calm_axes(seen, gains)
-    slots, pages = Slots(axes, encoder.config.word_sizes), Pages(tokenizer)
+    embeddings, pages = embeddings_of(folder), Pages(tokenizer)
+    sentences = list(pages.sentences(np.random.default_rng(11), given.tokens))
+    encoder = PageEncoder.from_pretrained(given.parts / "eyes", dtype=torch.float32).eval()
+    if not (eyes / "config.json").exists():
+        model: Any = adapt(str(folder), fusion=FUSION, vision=str(given.parts / "eyes")).float().eval()
+        codes = codes_of_words(model, sentences, embeddings, max(encoder.config.word_sizes))
+        encoder.learn_words(codes, (folder / "tokenizer.json").read_text(), end=tokenizer.eos_token_id)
+        encoder.config.token_parts = ("words", "features", "places")
+        encoder.save_pretrained(eyes)
+    encoder = PageEncoder.from_pretrained(eyes, dtype=torch.float32).eval()
+    model = adapt(str(folder), fusion=FUSION, vision=str(eyes)).float().eval()
 
     def draw(step: int) -> Batch:
         rng = np.random.default_rng((settings.seed, step))
@@ -309,7 +327,9 @@ def main(arguments: list[str]) -> int:
             [pages.sample(rng, settings.pages) for _ in range(settings.batch)], encoder, settings.noise, rng
         )
 
-    set_layers(model, seen, slots, means, written_length(slots, draw(0)))
+    codes = encoder.word_codes.float() * CODE_STEP
+    sizes, written = encoder.config.word_sizes, draw(0).inputs["image_features"]
+    slots = begin(model, sentences, codes, embeddings, sizes, written, Strengths())
     projector, model.projector = model.projector, slots
     train(model, draw, settings, given.out)
     model.projector = projector.float()
@@ -317,13 +337,6 @@ def main(arguments: list[str]) -> int:
     model.bfloat16().save_pretrained(given.out / "model")
     processor_for(tokenizer, str(eyes)).save_pretrained(given.out / "model")
     return 0
-
-
-def written_length(slots: Slots, batch: Batch) -> float:
-    """Root mean square of an image token in which text begins."""
-    perfect = batch.inputs["image_features"]
-    written = perfect[perfect[:, : len(slots.maps[0])].norm(dim=1) > 0.5]
-    return slots(written, None).square().mean(-1).sqrt().mean().item()
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from casa.testing import tiny_tokenizer
-from casa.vision.page_encoder import CODE_STEP, PageEncoder, PageEncoderConfig, word_projection
-from casa.vision.page_reading import BEGUN, FOLLOWING, NOTHING, TextRun, read_runs, token_ids
+from casa.vision.page_encoder import CODE_STEP, PageEncoder, PageEncoderConfig
+from casa.vision.page_reading import FOLLOWING, TextRun, read_runs
+from casa.vision.page_words import BEFORE, BEGUN, NOTHING, SLOTS, TAGS
 
 LETTERS = " .0123456789:abcdefghijklmnopqrstuvwxyzABCT"
-BREAK = 99
 
 
 class Page:
@@ -95,39 +95,8 @@ def test_slanting_lines_hold_together():
     assert [run.text for run in page.read()] == ["abcd"]
 
 
-def words(text):
-    """A text as whole words, each with the blank before it, as byte-level tokenizers have them: ids are lengths."""
-    if text == "\n":
-        return [(BREAK, (0, 1))]
-    found, start = [], 0
-    for word in text.split(" "):
-        stop = start + len(word)
-        found.append((len(word), (max(0, start - 1), stop)))
-        start = stop + 1
-    return found
-
-
 def run_of(text, row=3, first=1, step=2):
     return TextRun(text, np.full(len(text), float(row)), first + step * np.arange(len(text), dtype=float))
-
-
-def test_tokens_stand_where_their_first_letter_does():
-    found = token_ids([run_of("seven is a number")], (2, 10), (2, 4), words)
-    assert found.shape == (2, 10, 1 + BEGUN)
-    assert (found[0] == NOTHING).all()
-    # "seven" begins at column 1, a text; before the second one stands the first; the break stands at the last letter
-    assert found[1, 0].tolist() == [BREAK, 5, NOTHING, NOTHING]
-    assert found[1, 3].tolist() == [5, 2, NOTHING, NOTHING]
-    assert found[1, 4].tolist() == [2, 1, NOTHING, NOTHING]
-    assert found[1, 5].tolist() == [1, 6, NOTHING, NOTHING]
-    assert found[1, 8].tolist() == [6, BREAK, NOTHING, NOTHING]
-
-
-def test_more_than_a_token_holds_are_left_out_and_none_leaves_the_page():
-    found = token_ids([run_of("1 1 1 1 1 1", step=1)], (2, 1), (2, 40), words)
-    assert found[1].tolist() == [[BREAK, 1, 1, 1]]
-    found = token_ids([run_of("at the end", row=9.4, first=30)], (2, 4), (2, 4), words)
-    assert found[1, 3].tolist() == [BREAK, 2, 3, 3]
 
 
 SMALL: dict = {"characters": LETTERS, "stem_sizes": (4, 4), "hidden_size": 8, "dilations": (1,)}
@@ -140,28 +109,44 @@ def reader(monkeypatch):
         torch.manual_seed(0)
         encoder = PageEncoder(PageEncoderConfig(**SMALL, token_size=(16, 16), reads=True, batch_norm=True)).eval()
         tokenizer = tiny_tokenizer("gpt2")
-        embeddings = torch.randn(len(tokenizer), 300)
-    encoder.learn_words(embeddings, tokenizer.backend_tokenizer.to_str())
+        codes = torch.nn.functional.normalize(torch.randn(len(tokenizer), 128), dim=-1)
+    encoder.learn_words(codes, tokenizer.backend_tokenizer.to_str())
     encoder.config.token_parts = ("words", "places")
     monkeypatch.setattr(PageEncoder, "runs", lambda self, cells: [[run_of("Read line 2")] for _ in cells])
-    return encoder, tokenizer, embeddings
+    return encoder, tokenizer, codes
 
 
 def test_a_token_holds_codes_of_the_words_that_begin_in_it(reader):
-    encoder, tokenizer, embeddings = reader
+    encoder, tokenizer, codes = reader
+    sizes = encoder.config.word_sizes
+    starts = np.cumsum((0, *sizes)).tolist()
     found = encoder.tokens(torch.zeros(2, 3, 32, 96))
-    assert found.shape == (2, 12, 160 + 160 + 120 + 80 + 28)
+    assert found.shape == (2, 12, sum(sizes) + 28)
     assert torch.equal(found[0], found[1])
     first = tokenizer("Read line 2", add_special_tokens=False)["input_ids"][0]
-    words = torch.nn.functional.normalize(embeddings - embeddings.mean(0), dim=-1)
-    wanted = words[first] @ word_projection(300, 160)
-    torch.testing.assert_close(found[0, 6, 160:320], wanted, atol=CODE_STEP, rtol=0)
-    # the line break stands before it; the row above is empty
-    assert found[0, 6, :160].any()
-    assert not found[0, :6, :520].any()
-    # a shorter code is the beginning of a longer, as long on average
-    code = encoder.codes_of(torch.tensor([first] * 4), torch.float32)
-    torch.testing.assert_close(code[320:440], wanted[:120] * (160 / 120) ** 0.5, atol=2 * CODE_STEP, rtol=0)
+    own = 1 + BEFORE
+    torch.testing.assert_close(found[0, 6, starts[own] : starts[own + 1]], codes[first], atol=CODE_STEP, rtol=0)
+    # the line break stands before it, and nothing before that; the row above is empty, and a text alone has no tags
+    assert found[0, 6, starts[2] : starts[3]].any()
+    assert not found[0, 6, : starts[2]].any()
+    assert not found[0, :6, : starts[-1]].any()
+
+
+def test_a_shorter_code_is_the_beginning_of_a_longer_and_codes_of_a_slot_add_up(reader):
+    encoder, _, _ = reader
+    sizes = encoder.config.word_sizes
+    starts = np.cumsum((0, *sizes)).tolist()
+    whole = encoder.word_codes[7].float() * CODE_STEP
+    ids = torch.full((sum(SLOTS),), NOTHING)
+    ids[TAGS:] = 7
+    code = encoder.codes_of(ids, torch.float32)
+    for slot in range(1, 1 + BEFORE + BEGUN):
+        size = sizes[slot]
+        torch.testing.assert_close(code[starts[slot] : starts[slot + 1]], whole[:size] * (max(sizes) / size) ** 0.5)
+    assert not code[: starts[1]].any()
+    ids[:3] = 7
+    tags = encoder.codes_of(ids, torch.float32)[: starts[1]]
+    torch.testing.assert_close(tags, 3 * whole[: sizes[0]] * (max(sizes) / sizes[0]) ** 0.5)
 
 
 def test_words_are_saved_and_folded_with_the_encoder(reader, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 from numpy.random import Generator
 from PIL import Image
 
+from casa.vision.page_words import ORDINALS
 from projects.casa_smol.words import pick
 
 Seed = tuple[int, ...]
@@ -59,12 +60,6 @@ def some(rng: Generator, turns: Sequence[Turn], most: int) -> tuple[Turn, ...]:
     return tuple(kept.values())[:most]
 
 
-ORDINALS = (
-    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth "
-    "sixteenth seventeenth eighteenth nineteenth twentieth"
-)
-
-
 def ordinal(number: int) -> str:
     """ "third" for 3; 1 to 20."""
-    return ORDINALS.split()[number - 1]
+    return ORDINALS[number - 1]

@@ -27,7 +27,8 @@ from transformers.processing_utils import ImagesKwargs
 
 from casa.errors import UserError
 from casa.vision.encoder import EncoderSpec, register_encoder
-from casa.vision.page_reading import FOLLOWING, Encode, TextRun, read_runs, token_ids
+from casa.vision.page_reading import FOLLOWING, TextRun, read_runs
+from casa.vision.page_words import SLOTS, Encode, words_of_page
 
 CELL = (8, 4)
 ASCII = "".join(map(chr, range(32, 127)))
@@ -45,12 +46,13 @@ class PageEncoderConfig(PreTrainedConfig):
         dilations: One residual block each, that wide steps from side to side.
         token_size: Height and width of a token in pixels, whole cells.
         token_parts: What a token is made of: "features" (d per cell), "classes" (K probabilities per cell), "places"
-            (where in the picture it stands, in waves of pixels), "words" (codes of the text model's tokens: the one
-            before those that begin in it, and these).
+            (where in the picture it stands, in waves of pixels), "words" (codes of the text model's tokens, by the
+            slots of `page_words.py`).
         reads: Whether it has what reading needs: middles of characters, and what stands around each.
         vocabulary: Of the text model that "words" are those of: how many it has, and the bytes of its tokenizer,
             packed. Both 0 for an encoder without them (`PageEncoder.learn_words`).
-        word_sizes: Widths of the codes, the first the widest: a shorter one is the beginning of a longer.
+        text_end: Id of the token that ends a text; a line break if None.
+        word_sizes: Widths of the codes by slot: a shorter one is the beginning of a longer.
         batch_norm: Whether convolutions are followed by BatchNorm, as they are in training (see `PageEncoder.folded`).
         image_mean, image_std: Per channel.
         min_pixels, max_pixels: Bounds for the area of a picture.
@@ -66,7 +68,8 @@ class PageEncoderConfig(PreTrainedConfig):
     token_parts: tuple[str, ...] | list[str] = ("features", "classes")
     reads: bool = False
     vocabulary: tuple[int, int] | list[int] = (0, 0)
-    word_sizes: tuple[int, ...] | list[int] = (160, 160, 120, 80)
+    text_end: int | None = None
+    word_sizes: tuple[int, ...] | list[int] = (96, 64, 112, 128, 80, 48)
     batch_norm: bool = False
     image_mean: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5)
@@ -142,7 +145,7 @@ class PageEncoder(PreTrainedModel):
             self.middles = nn.Conv2d(width, 1, 1)
             self.around = nn.Linear(width, (1 + FOLLOWING) * config.classes)
         count, size = config.vocabulary
-        codes = torch.zeros(count, config.word_sizes[0], dtype=torch.int8)
+        codes = torch.zeros(count, max(config.word_sizes), dtype=torch.int8)
         self.register_buffer("word_codes", codes, persistent=count > 0)
         self.register_buffer("tokenizer", torch.zeros(size, dtype=torch.uint8), persistent=size > 0)
         self.post_init()
@@ -203,35 +206,35 @@ class PageEncoder(PreTrainedModel):
                 found.append(read_runs(middle, kinds, around, self.config.characters))
         return found
 
-    def learn_words(self, embeddings: Tensor, tokenizer: str, seed: int = 3) -> None:
+    def learn_words(self, codes: Tensor, tokenizer: str, end: int | None = None) -> None:
         """Takes over the vocabulary of a text model, so that tokens may have the part "words".
 
         Args:
-            embeddings: (V, D), of any length; what is kept of each is its direction, less the mean of all.
+            codes: (V, the widest of `word_sizes`), of length 1: what is told of each word, the most telling first.
             tokenizer: The text of the text model's tokenizer.json.
-            seed: Of the D x 160 projection.
+            end: Id of the token that ends an answer; a line break if None.
         """
-        size = self.config.word_sizes[0]
-        words = nn.functional.normalize(embeddings.float() - embeddings.float().mean(0), dim=-1)
-        codes = words @ word_projection(embeddings.shape[1], size, seed)
         packed = torch.frombuffer(bytearray(zlib.compress(tokenizer.encode(), 9)), dtype=torch.uint8)
         self.register_buffer("word_codes", (codes / CODE_STEP).round().clamp(-127, 127).to(torch.int8))
         self.register_buffer("tokenizer", packed)
-        self.config.vocabulary = (len(embeddings), len(packed))
+        self.config.vocabulary, self.config.text_end = (len(codes), len(packed)), end
 
     def _words(self, cells: Tensor) -> Tensor:
         block = self._block
         grid = cells.shape[2] // block[0], cells.shape[3] // block[1]
         encode = _encoder_of(self.tokenizer.cpu().numpy().tobytes())
-        ids = np.stack([token_ids(runs, grid, block, encode) for runs in self.runs(cells)])
-        return self.codes_of(torch.from_numpy(ids).to(cells.device).flatten(1, 2), cells.dtype)
+        pages = [words_of_page(runs, grid, block, encode, self.config.text_end).ids for runs in self.runs(cells)]
+        return self.codes_of(torch.from_numpy(np.stack(pages)).to(cells.device).flatten(1, 2), cells.dtype)
 
     def codes_of(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """(..., sum of `word_sizes`): codes of the words (..., slots) side by side, zeros where there is none (-1)."""
+        """(..., sum of `word_sizes`): codes of the slots side by side, each the sum of those of its words.
+
+        ids: int64 (..., sum of `SLOTS`), -1 where there is no word.
+        """
         codes = self.word_codes[ids.clamp(min=0)].to(dtype) * CODE_STEP * (ids >= 0)[..., None]
-        sizes = self.config.word_sizes
-        parts = [codes[..., slot, :size] * (sizes[0] / size) ** 0.5 for slot, size in enumerate(sizes)]
-        return torch.cat(parts, dim=-1)
+        widest = codes.shape[-1]
+        slots = zip(codes.split(SLOTS, dim=-2), self.config.word_sizes, strict=True)
+        return torch.cat([slot[..., :size].sum(-2) * (widest / size) ** 0.5 for slot, size in slots], dim=-1)
 
     @property
     def _block(self) -> tuple[int, int]:
@@ -260,12 +263,6 @@ def place_waves(rows: int, columns: int, token_size: Sequence[int], device: torc
         waves.append(torch.cat([angle.sin(), angle.cos()], dim=-1))
     y, x = waves
     return torch.cat([y[:, None].expand(-1, columns, -1), x[None].expand(rows, -1, -1)], dim=-1).flatten(0, 1)
-
-
-def word_projection(width: int, size: int, seed: int = 3) -> Tensor:
-    """(D, size): orthonormal columns, scaled so that the length of a direction is kept on average."""
-    random = torch.randn(width, size, generator=torch.Generator().manual_seed(seed))
-    return torch.linalg.qr(random)[0] * (width / size) ** 0.5
 
 
 @lru_cache(maxsize=2)

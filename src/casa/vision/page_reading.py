@@ -1,4 +1,4 @@
-"""What a page says, read off its cells: characters in lines, and a text model's tokens where they begin.
+"""What a page says, read off its cells: characters in lines.
 
 A character is where the map of middles has a peak. Every character also tells which one stands before it and which ones
 follow: so one that was missed is put back, one that was seen twice is dropped, and a text ends where it says so.
@@ -6,7 +6,7 @@ follow: so one that was missed is put back, one that was seen twice is dropped, 
 Shapes: R x C cells of a page, K classes (0: no character), F characters that follow, M peaks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,6 @@ from torch import Tensor
 
 FOLLOWING = 6
 """F: how many characters behind it a cell tells."""
-BEGUN = 3
-"""How many of a text model's tokens that begin in one image token are told."""
-NOTHING = -1
-"""In place of a token's id: there is none."""
 
 LEAST_MIDDLE = 0.4  # of the probability that a character has its middle in a cell
 MOST_EMPTY = 0.6  # of the probability that a cell has no character
@@ -27,9 +23,6 @@ TWICE = 3  # cells between peaks of a character that is seen twice, at most
 MISSED = 3  # characters put back between two, at most
 MISSING = 1.5  # nats that one of these costs
 SURE = 0.6  # of a character put back at the end of a text
-
-Encode = Callable[[str], Sequence[tuple[int, tuple[int, int]]]]
-"""A text to its tokens: the id of each, and where in the text it begins and ends."""
 
 
 @dataclass(frozen=True)
@@ -168,37 +161,3 @@ def _text(run: list[Placed], characters: str) -> TextRun:
     first, last = len(text) - len(text.lstrip()), len(text.rstrip())
     places = np.array([place for _, *place in run[first:last]], dtype=float).reshape(-1, 2)
     return TextRun(text[first:last], places[:, 0], places[:, 1])
-
-
-def token_ids(runs: Sequence[TextRun], grid: tuple[int, int], block: tuple[int, int], encode: Encode) -> np.ndarray:
-    """Which tokens of a text model begin in each image token, and which stands before the first of them.
-
-    A text begins after a line break and ends with one, which stands at its last character: a prompt's last token is a
-    line break, so reading begins where a text does, and where a break is read the text is over.
-
-    Args:
-        runs: The page's texts.
-        grid: Rows and columns of image tokens.
-        block: Rows and columns of cells in one.
-        encode: The text model's tokenizer.
-
-    Returns:
-        int64 (rows, columns, 1 + BEGUN): the token before, and those that begin there; NOTHING where there is none.
-    """
-    found = np.full((*grid, 1 + BEGUN), NOTHING, dtype=np.int64)
-    line_break = encode("\n")[0][0]
-    for run in runs:
-        before, last = line_break, len(run.text) - 1
-        for token, (first, stop) in [*encode(run.text), (line_break, (last, last + 1))]:
-            first = min(first + len(run.text[first:stop]) - len(run.text[first:stop].lstrip()), last)
-            spot = (
-                min(max(int((run.rows[first] + 0.5) // block[0]), 0), grid[0] - 1),
-                min(max(int((run.columns[first] + 0.5) // block[1]), 0), grid[1] - 1),
-            )
-            slot = int((found[spot][1:] != NOTHING).sum())
-            if slot < BEGUN:
-                if slot == 0:
-                    found[spot][0] = before
-                found[spot][1 + slot] = token
-            before = token
-    return found

@@ -1,0 +1,120 @@
+"""What an image token tells of the texts on its page, in tokens of a text model.
+
+Three things, each as ids that are looked up in a table of codes: the tokens that begin in it; the two that stand before
+the first of these, so that who has said them finds the next; and what the text as a whole may be asked by, its tags:
+the words to its left (of a form: its name), or those above it, and the number of its line.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from casa.vision.page_reading import TextRun
+
+BEFORE = 2
+"""How many tokens before the first that begins in an image token are told."""
+BEGUN = 3
+"""How many of a text model's tokens that begin in one image token are told."""
+TAGS = 14
+"""How many tokens a text has as tags, at most."""
+SLOTS = (TAGS, *[1] * (BEFORE + BEGUN))
+"""Tokens by slot: an image token has one code for each slot, the sum of those of its tokens."""
+NOTHING = -1
+"""In place of a token's id: there is none."""
+
+SAME_LINE = 1.0  # cells between the middles of two texts of one line, at most
+NUMBERED = 20  # lines that are told by their numbers
+_ORDINALS = (
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth "
+    "sixteenth seventeenth eighteenth nineteenth twentieth"
+)
+ORDINALS = _ORDINALS.split()
+
+Encode = Callable[[str], Sequence[tuple[int, tuple[int, int]]]]
+"""A text to its tokens: the id of each, and where in the text it begins and ends."""
+
+
+@dataclass(frozen=True)
+class PageWords:
+    """ids: int64 (rows, columns, sum of `SLOTS`), NOTHING where there is no token.
+
+    spots: for each text the image token in which each of its tokens begins, in reading order, and the number among
+    those that begin there; (-1, -1) for one that found no room. The end of the text is its last.
+    """
+
+    ids: np.ndarray
+    spots: list[list[tuple[int, int]]]
+
+
+def words_of_page(
+    runs: Sequence[TextRun], grid: tuple[int, int], block: tuple[int, int], encode: Encode, end: int | None = None
+) -> PageWords:
+    """Which tokens of a text model each image token tells.
+
+    A text begins after a line break, as an answer does, and ends with `end`, which stands at its last character.
+
+    Args:
+        runs: The page's texts.
+        grid: Rows and columns of image tokens.
+        block: Rows and columns of cells in one.
+        encode: The text model's tokenizer.
+        end: The token that ends an answer; a line break if None.
+    """
+    ids = np.full((*grid, sum(SLOTS)), NOTHING, dtype=np.int64)
+    line_break = encode("\n")[0][0]
+    end = line_break if end is None else end
+    spots: list[list[tuple[int, int]]] = []
+    for run, tags in zip(runs, tags_of(runs, encode), strict=True):
+        before, last = [NOTHING, line_break], len(run.text) - 1
+        spots.append([])
+        for token, (first, stop) in [*encode(run.text), (end, (last, last + 1))]:
+            first = min(first + len(run.text[first:stop]) - len(run.text[first:stop].lstrip()), last)
+            row = min(max(int((run.rows[first] + 0.5) // block[0]), 0), grid[0] - 1)
+            column = min(max(int((run.columns[first] + 0.5) // block[1]), 0), grid[1] - 1)
+            told = ids[row, column]
+            begun = told[TAGS + BEFORE :]
+            place = int((begun != NOTHING).sum())
+            if place < BEGUN:
+                if place == 0:
+                    told[: len(tags)] = tags
+                    told[TAGS : TAGS + BEFORE] = before
+                begun[place] = token
+            spots[-1].append((row * grid[1] + column, place) if place < BEGUN else (-1, -1))
+            before = [before[-1], token]
+    return PageWords(ids, spots)
+
+
+def tags_of(runs: Sequence[TextRun], encode: Encode) -> list[list[int]]:
+    """Tokens that each text may be asked for by: of what is to its left, else above it, and of its line's number."""
+    lines: list[list[int]] = []
+    for number in sorted(range(len(runs)), key=lambda number: runs[number].rows.mean()):
+        if lines and abs(runs[lines[-1][0]].rows.mean() - runs[number].rows.mean()) <= SAME_LINE:
+            lines[-1].append(number)
+        else:
+            lines.append([number])
+    found: list[list[int]] = [[] for _ in runs]
+    for at, line in enumerate(lines):
+        line.sort(key=lambda number: runs[number].columns[0])
+        for place, number in enumerate(line):
+            named = [line[place - 1], line[0]] if place else _above(runs, lines[:at], number)
+            texts = [runs[other].text for other in dict.fromkeys(named)]
+            tokens = [token for text in texts for form in (text, " " + text.lower()) for token, _ in encode(form)]
+            tokens = [*_numbers(at, len(lines), encode), *tokens] if len(lines) > 1 else tokens
+            found[number] = list(dict.fromkeys(tokens))[:TAGS]
+    return found
+
+
+def _above(runs: Sequence[TextRun], lines: list[list[int]], number: int) -> list[int]:
+    """The text of the line before that stands over this one."""
+    left, right = runs[number].columns[0], runs[number].columns[-1]
+    over = [other for other in (lines[-1] if lines else []) if runs[other].columns[0] <= right]
+    return [other for other in over if runs[other].columns[-1] >= left][:1]
+
+
+def _numbers(line: int, count: int, encode: Encode) -> list[int]:
+    """Of a line's number, from 0: its digits, its name, and whether it is the last."""
+    names = [str(line + 1), f" {ORDINALS[line]}"] if line < NUMBERED else [str(line + 1)]
+    names += [" top"] if line == 0 else []
+    names += [" last", " bottom"] if line == count - 1 else []
+    return [token for name in names for token, _ in encode(name)]
