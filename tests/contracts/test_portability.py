@@ -56,8 +56,6 @@ with open_source("clip.mp4", fps=2, end=1.0) as frames:
     print([session.step(frame.image) for frame in frames][0])
 session.save("session.safetensors")
 casa.StreamingSession.load("session.safetensors", eyes.model, eyes.processor)
-with open("clip.mp4", "rb") as film, open_source(film, fps=2) as frames:
-    print(next(iter(frames)).image.size[0])
 sys.argv = ["casa", "caption", "casa-tiny", "clip.mp4", "--end", "1", "--out", "clip.srt"]
 try:
     run()
@@ -104,7 +102,7 @@ def test_the_core_runs_without_what_linux_alone_has(tmp_path):
     command = [sys.executable, "-X", "warn_default_encoding", "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
     told = done.stdout.splitlines()
-    assert told[:3] == ["797", "707", "336"], done.stderr
+    assert told[:2] == ["797", "707"], done.stderr
     assert told[-3:] == ["ended 0", "True", "[]"], done.stderr
 
 
