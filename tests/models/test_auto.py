@@ -30,7 +30,7 @@ def test_the_gpu_if_there_is_one(monkeypatch):
         ("cpux", 1, "'cpux' is not known"),
         ("cudax", 1, "'cudax' is not known"),
         ("cuda:x", 1, "'cuda:x' is not known"),
-        ("mps", 1, "'mps' is not known"),
+        ("mps", 1, "no MPS device"),
         ("meta", 1, "'meta' is not known"),
         ("", 1, "'' is not known"),
     ],

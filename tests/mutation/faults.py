@@ -256,8 +256,8 @@ FAULTS = (
     Fault(
         "an evaluation: of a batch that is there in part, the rest is not asked",
         "evaluation/scoring.py",
-        'if not all(f"{one.record} {one.turn}" in file.lines for one in batch):',
-        'if not any(f"{one.record} {one.turn}" in file.lines for one in batch):',
+        'if all(f"{one.record} {one.turn}" in file.lines for one in batch):',
+        'if any(f"{one.record} {one.turn}" in file.lines for one in batch):',
         ("evaluation/test_scoring.py",),
     ),
     Fault(
