@@ -111,7 +111,8 @@ def main() -> None:
         way: {name: round(median(one[name] for one in those), 3) for name in those[0]} for way, those in rounds.items()
     }
     asked = {name: getattr(arguments, name) for name in ("model", "rounds", "answers", "size", "seed")}
-    text = json.dumps({"single": "casa serve", **asked, **provenance(model=asked["model"]), "seconds": found}, indent=2) + "\n"
+    facts = {"single": "casa serve", **asked, **provenance(model=asked["model"])}
+    text = json.dumps({**facts, "seconds": found}, indent=2) + "\n"
     if arguments.out is not None:
         write_text(arguments.out, text)
     print(text, end="")
