@@ -35,7 +35,7 @@ from casa.vision.page_encoder import CELL, CODE_STEP, PageEncoder, place_waves
 from casa.vision.page_reading import TextRun
 from casa.vision.page_words import words_of_page
 from projects.casa_smol.parts import embeddings_of
-from projects.casa_smol.start import LAYERS, Sentence, Strengths, begin, codes_of_words
+from projects.casa_smol.start import LAYERS, TELLING, Sentence, Strengths, begin, codes_of_words
 from projects.casa_smol.targets import page
 from projects.casa_smol.tasks.asked import ordinal, turn
 from projects.casa_smol.tasks.lines import READ, READ_AFTER, READ_BEFORE, READ_LAST, READ_NUMBERED
@@ -51,7 +51,7 @@ POINTING = ("first", "last", "top", "bottom")  # words of wordings that say whic
 
 @dataclass(frozen=True)
 class Settings:
-    """What makes a run. qk: how much slower queries, keys and the projector learn, which are right from the start.
+    """What makes a run. qk: how much slower queries, keys and the first layer learn, which are right from the start.
 
     attention: weight of the second loss. noise: of an image token's codes, in lengths of one.
     """
@@ -59,8 +59,8 @@ class Settings:
     seed: int = 1
     steps: int = 300
     batch: int = 12
-    rate: float = 1e-3
-    qk: float = 0.2
+    rate: float = 5e-4
+    qk: float = 0.04
     attention: float = 0.5
     noise: float = 0.1
     pages: float = 0.6
@@ -240,7 +240,8 @@ def train(model: Any, draw: Any, settings: Settings, folder: Path) -> None:
         parameter.requires_grad = name.startswith("casa_layers")
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-            (slow if "q_proj" in name or "k_proj" in name else fast).append(parameter)
+            right = "q_proj" in name or "k_proj" in name or name.startswith(f"casa_layers.{TELLING}.")
+            (slow if right else fast).append(parameter)
     groups = [{"params": slow, "share": settings.qk}, {"params": fast, "share": 1.0}]
     optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
