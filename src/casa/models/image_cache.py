@@ -52,9 +52,15 @@ def encode_pixels(model: CasaForConditionalGeneration, images: Mapping[str, Tens
     """
     grid = images["image_grid_thw"].to(model.device)
     features = model.encode_images(images["pixel_values"].to(model.device), grid)
-    if model.fusion.method == "insertion":
-        return {"image_features": features, "image_grid_thw": grid}
-    return {"image_keys_values": model.image_keys_values(features, grid), "image_grid_thw": grid}
+    return project_features(model, {"image_features": features, "image_grid_thw": grid})
+
+
+def project_features(model: CasaForConditionalGeneration, images: Tensors) -> Tensors:
+    """Pictures with keys and values in the place of features; under insertion, which has none, as they are."""
+    if "image_features" not in images or model.fusion.method == "insertion":
+        return images
+    grid = images["image_grid_thw"]
+    return {"image_keys_values": model.image_keys_values(images["image_features"], grid), "image_grid_thw": grid}
 
 
 class ImageCache:

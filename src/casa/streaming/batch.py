@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from casa.layers import LayerWindow, WindowState
 from casa.models import CasaCache, CasaForConditionalGeneration
 from casa.models.cache import Seen
+from casa.models.image_cache import project_features
 from casa.models.insertion import StreamState
 from casa.streaming.sampling import decode
 from casa.threads import settle
@@ -77,14 +78,6 @@ def encode_together(model: CasaForConditionalGeneration, frames: Sequence[Images
         else images
         for images in frames
     ]
-
-
-def project_features(model: CasaForConditionalGeneration, images: Images) -> Images:
-    """A frame with keys and values in the place of features; under insertion, which has none, as it is."""
-    if "image_features" not in images or model.fusion.method == "insertion":
-        return images
-    grid = images["image_grid_thw"]
-    return {"image_keys_values": model.image_keys_values(images["image_features"], grid), "image_grid_thw": grid}
 
 
 @torch.no_grad()

@@ -22,8 +22,9 @@ from casa.layers import turner
 from casa.media.pictures import check_picture
 from casa.models import CasaCache, CasaForConditionalGeneration, CasaProcessor
 from casa.models.generation import stop_ids
+from casa.models.image_cache import project_features
 from casa.streaming import state
-from casa.streaming.batch import Images, ShouldStop, StepRequest, StepResult, encode_together, project_features, run_all
+from casa.streaming.batch import Images, ShouldStop, StepRequest, StepResult, encode_together, run_all
 from casa.streaming.sampling import Sampling
 from casa.streaming.state import Usage
 from casa.threads import settle
