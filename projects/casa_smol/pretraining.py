@@ -35,7 +35,7 @@ from casa.vision.page_encoder import CELL, CODE_STEP, PageEncoder, place_waves
 from casa.vision.page_reading import TextRun
 from casa.vision.page_words import words_of_page
 from projects.casa_smol.parts import embeddings_of
-from projects.casa_smol.start import LAYERS, TELLING, Sentence, Strengths, begin, codes_of_words
+from projects.casa_smol.start import LAYERS, TELLING, Sentence, Slots, Strengths, begin, codes_of_words
 from projects.casa_smol.targets import page
 from projects.casa_smol.tasks.asked import ordinal, turn
 from projects.casa_smol.tasks.lines import READ, READ_AFTER, READ_BEFORE, READ_LAST, READ_NUMBERED
@@ -328,9 +328,15 @@ def main(arguments: list[str]) -> int:
             [pages.sample(rng, settings.pages) for _ in range(settings.batch)], encoder, settings.noise, rng
         )
 
-    codes = encoder.word_codes.float() * CODE_STEP
-    sizes, written = encoder.config.word_sizes, draw(0).inputs["image_features"]
-    slots = begin(model, sentences, codes, embeddings, sizes, written, Strengths())
+    sizes, start = encoder.config.word_sizes, given.out / "start.pt"
+    if not start.exists():  # minutes, which a run that goes on need not take again
+        codes, written = encoder.word_codes.float() * CODE_STEP, draw(0).inputs["image_features"]
+        slots = begin(model, sentences, codes, embeddings, sizes, written, Strengths())
+        with replacing(start) as path:
+            torch.save({"axes": slots.axes, "layers": model.casa_layers.state_dict()}, path)
+    begun = torch.load(start, weights_only=True)
+    model.casa_layers.load_state_dict(begun["layers"])
+    slots = Slots(begun["axes"], sizes)
     projector, model.projector = model.projector, slots
     train(model, draw, settings, given.out)
     model.projector = projector.float()

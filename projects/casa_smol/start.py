@@ -81,10 +81,14 @@ class Moments:
 
     def maps(self, block: int) -> tuple[Tensor, Tensor]:
         """(D, T) float32, from a hidden state to its guess; and (T,), which share of the variance that is."""
-        second, told = self.second[block], self.told[block]
-        found = torch.linalg.solve(second + 1e-4 * second.diagonal().mean() * torch.eye(len(second)), told)
+        found = self.solved(block)
         assert isinstance(self.among, Tensor)
-        return found.float(), ((found * told).sum(0) / self.among.diagonal()).float()
+        return found.float(), ((found * self.told[block]).sum(0) / self.among.diagonal()).float()
+
+    def solved(self, block: int) -> Tensor:
+        """(D, T) float64: least squares, from a hidden state to what it is asked for."""
+        second = self.second[block]
+        return torch.linalg.solve(second + 1e-4 * second.diagonal().mean() * torch.eye(len(second)), self.told[block])
 
 
 @dataclass(frozen=True)
@@ -150,8 +154,7 @@ def codes_of_words(
     every = seen.among[:width, :width]
     foretold = torch.zeros_like(every)
     for block in blocks:
-        second, told = seen.second[block], seen.told[block][:, :width]
-        foretold += told.T @ torch.linalg.solve(second + 1e-4 * second.diagonal().mean() * torch.eye(width), told)
+        foretold += seen.told[block][:, :width].T @ seen.solved(block)[:, :width]
     values, directions = torch.linalg.eigh(every + 1e-3 * every.diagonal().mean() * torch.eye(width))
     white = directions * values**-0.5
     best = torch.linalg.eigh(white.T @ foretold @ white)[1].flip(1)[:, :size]
@@ -286,7 +289,14 @@ def quiet_axes(model: Any, means: Iterable[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def set_first_layer(
-    model: Any, seen: Moments, axes: Tensor, mean: Tensor, image: Tensor, sizes: tuple[int, int], strengths: Strengths
+    model: Any,
+    seen: Moments,
+    axes: Tensor,
+    mean: Tensor,
+    image: Tensor,
+    width: int,
+    sizes: tuple[int, int],
+    strengths: Strengths,
 ) -> None:
     """Sets the layer that moves words: the one before, and those that were asked for.
 
@@ -296,7 +306,8 @@ def set_first_layer(
         axes: directions that text hardly uses, the first ones are written to.
         mean: of text at this block, before the norm's gain.
         image: (D,), before the norm's gain to 1 for an image token in which text begins, to nearly 0 for text.
-        sizes: how many numbers of a code are written of both.
+        width: W, numbers of a code.
+        sizes: how many of them are written of both.
         strengths: Of each part.
     """
     layer = model.casa_layers[str(TELLING)]
@@ -320,14 +331,9 @@ def set_first_layer(
         queries[number * group][SINK] = constant
         keys[number][SINK] -= image / gain * root * UNSEEN
         # of a code of length 1
-        length = seen.sizes[TELLING] * strengths.told * (model_width(told) / count) ** 0.5
+        length = seen.sizes[TELLING] * strengths.told * (width / count) ** 0.5
         output[:, number * group, :count] = axes[start : start + count].T * length
         start += count
-
-
-def model_width(told: Tensor) -> int:
-    """W, of three codes and a number."""
-    return (told.shape[1] - 1) // 3
 
 
 @torch.no_grad()
@@ -422,7 +428,8 @@ def begin(
     length = slots(begins, None).square().mean(-1).sqrt().mean().item()
     image = axes[0] * length / CONSTANT
     quiet = quiet_axes(model, means.values())
-    set_first_layer(model, seen, quiet, means[TELLING], image, (sizes[1], sizes[0]), strengths)
+    width = codes.shape[1]
+    set_first_layer(model, seen, quiet, means[TELLING], image, width, (sizes[1], sizes[0]), strengths)
     seen = moments(model, sentences, codes, LAYERS[1:])
     spoken = torch.linalg.lstsq(codes, embeddings).solution.T
     set_layers(model, seen, slots, means, length, spoken, strengths)
