@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -49,6 +50,7 @@ def test_refuses_to_turn_keys(tools):
 
 
 def test_a_cpu_without_a_compiler_is_refused_by_name(tools, monkeypatch, tmp_path):
+    import_module("torch._inductor.config")  # which reads CXX once and for all: not the one of this test
     layout = WindowLayout.from_insertions([2], [[(0, 1)]])
     made = tools.tensors(layout, dtype=torch.float32)
     monkeypatch.setattr(flex, "_compiled", lambda: lambda query, *rest, **more: query)

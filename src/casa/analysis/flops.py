@@ -195,12 +195,16 @@ def _window_pairs(frame: FrameShape, side: int) -> int:
 
 
 def connect_flops(model: CasaForConditionalGeneration, frame: FrameShape) -> int:
-    """2 n * weights(projector or connector) + the compressor's, times the feature sets that the tower hands out.
+    """FLOPs between tower and text model: 2 n * weights(projector or connector), and the compressor's.
 
-    n: the tower's tokens; where a VLM's connector folds them, the folded ones.
-    Pooling is no product. Pixel-shuffle: 2 N * weights. Q-Former of inner width e over n tokens:
-    2 n * weights(what n tokens pass: entrance, place, keys and values) + 2 q * weights(the rest)
-    + blocks * 4 e q (q + n).
+    Times the feature sets that the tower hands out. n is the number of the tower's tokens; where a VLM's connector
+    folds them, of the folded ones. Pooling is no product. Pixel-shuffle takes 2 N * weights; a Q-Former of inner width
+    e, over n tokens, 2 n * weights(what n tokens pass: entrance, place, keys and values) + 2 q * weights(the rest) +
+    blocks * 4 e q (q + n).
+
+    Args:
+        model: On any device, meta too.
+        frame: The picture, in tokens.
     """
     compressor: Any = getattr(model, "compressor", None)
     decoder, before = model.decoder, frame.connected

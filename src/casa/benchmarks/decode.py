@@ -133,9 +133,11 @@ class Contestants:
         return run
 
     def quality(self) -> Figures:
-        """Of int8 weights beside whole ones, on text that the backbone says by itself, drawn at temperature 1.
+        """Compares int8 weights with whole ones, on text that the backbone says by itself, drawn at temperature 1.
 
-        agreement: share of places at which the likeliest token is the same. kl: of their probabilities, in nats.
+        Returns:
+            tokens; agreement, the share of them of which the likeliest is the same; kl, of the probabilities, in nats;
+            perplexity and perplexity_whole.
         """
         torch.manual_seed(self.settings.seed)
         start = torch.tensor([[self.own.config.bos_token_id or 0]], device=self.device)

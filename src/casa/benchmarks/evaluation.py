@@ -30,9 +30,14 @@ QUESTIONS = (
 
 
 def bench_eval(settings: EvalSettings) -> Benchmark:
-    """Both ways in turn, over the same pictures on disk. Opening them counts; nothing is kept from round to round.
+    """Asks both ways in turn, over the same pictures on disk. Opening them counts; nothing is kept between rounds.
 
-    same: the share of questions that both ways answer alike; in float32 a tie may be broken otherwise.
+    Args:
+        settings: How many pictures, questions and rounds.
+
+    Returns:
+        Rows by questions a picture. `same` is the share of questions that both ways answer alike; in float32 a tie may
+        be broken otherwise.
     """
     model, processor = load_pretrained(settings.model, settings.device)
     rows = []

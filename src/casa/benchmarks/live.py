@@ -115,12 +115,17 @@ def _minute(minute: int, part: list[FrameCaption], fps: float, seconds: float, h
 
 
 def live_summary(minutes: list[Figures], fps: float) -> Figures:
-    """The minutes of a run, and what they come to.
+    """Sums up the minutes of a run.
+
+    Args:
+        minutes: Figures of each.
+        fps: Frames a second of the film.
 
     Returns:
-        keeps_pace: no frame was dropped, no caption cut, and no minute's median lag above the time between two frames;
-        accumulated_lag_ms: of the last minute over the first one; growth_bytes: of the process, from the end of the
-        second minute, when all that is made once is there, to that of the last, None where there is no third.
+        The minutes, and over all of them keeps_pace (no frame was dropped, no caption cut, and no minute's median lag
+        above the time between two frames), accumulated_lag_ms (of the last minute over the first one) and growth_bytes
+        (of the process, from the end of the second minute, when all that is made once is there, to that of the last;
+        None where there is no third).
     """
     worst = max(minute["median_lag_ms"] for minute in minutes)
     frames, dropped, cut = (sum(minute[name] for minute in minutes) for name in ("frames", "dropped", "cut"))
@@ -171,12 +176,17 @@ def bench_sessions(settings: StreamSettings, most: int, seconds: float = LOAD_SE
 
 
 def try_load(engine: StreamingEngine, clips: Mapping[str, list[bytes]], fps: float) -> Figures:
-    """By the real clock: frames come as JPEG whether the engine is ready or not, and are opened in a thread beside it.
+    """Watches by the real clock: frames come whether the engine is ready or not, and are opened in a thread beside it.
+
+    Args:
+        engine: With a session for each clip.
+        clips: Frames of each session, as JPEG.
+        fps: At which they come.
 
     Returns:
-        frames: that came, of all sessions; watched and dropped: of these; median_ms, p95_ms: of a step over all
-        sessions; behind_ms: from the last frame's coming until all was said; bytes: of all caches at the end;
-        sustained: no frame was dropped, and half of the steps take no longer than it takes the next frames to come.
+        frames that came, of all sessions, and of these watched and dropped; median_ms and p95_ms of a step over all
+        sessions; behind_ms, from the last frame's coming until all was said; bytes of all caches at the end; sustained,
+        whether no frame was dropped and half of the steps take no longer than it takes the next frames to come.
     """
     took, watched = [], 0
     with ThreadPoolExecutor(1) as pool:

@@ -52,11 +52,15 @@ def bench_neighbour(settings: NeighbourSettings, warm: float = WARM) -> Benchmar
 
 
 def watch_quiet_and_busy(settings: Figures, warm: float, shares: bool) -> Figures:
-    """In a process of its own.
+    """Watches in a process of its own, alone and then beside a process that computes.
+
+    Args:
+        settings: Of `NeighbourSettings`, as plain values.
+        warm: Seconds before anything counts.
+        shares: Whether threads are chosen as the `casa` program does.
 
     Returns:
-        quiet, busy: milliseconds of every frame, alone and beside a process that computes; others: cores that other
-        processes used meanwhile, in the quiet part.
+        quiet and busy, milliseconds of every frame; others, cores that other processes used in the quiet part.
     """
     chosen = NeighbourSettings(**settings)
     if shares:
@@ -92,13 +96,16 @@ def watch_quiet_and_busy(settings: Figures, warm: float, shares: bool) -> Figure
 
 
 def neighbour_summary(turns: dict[str, list[Figures]]) -> Figures:
-    """What the turns come to.
+    """Sums up the turns.
+
+    Args:
+        turns: Of each way of choosing threads, what `watch_quiet_and_busy` gave in each round.
 
     Returns:
-        ways: by way quiet_ms, busy_ms (medians over turns of their medians), most_ms of any frame beside the neighbour,
-        slower_busy (beside the neighbour, over the same way's quiet) and slower_quiet (over torch as it is, both quiet;
-        medians of the rounds); others_quiet: cores that other processes used in the quiet turns; is_quiet: that these
-        were few, so that the figures say something of this machine.
+        ways, of each quiet_ms and busy_ms (medians over turns of their medians), most_ms of any frame beside the
+        neighbour, slower_busy (beside the neighbour, over the same way's quiet) and slower_quiet (over torch as it is,
+        both quiet; medians of the rounds); others_quiet, cores that other processes used in the quiet turns; is_quiet,
+        whether these were few, so that the figures say something of this machine.
     """
 
     def ratio(above: list[float], below: list[float]) -> float:

@@ -53,7 +53,10 @@ class PeerTurn(NamedTuple):
 class Peer:
     """A model and what it holds of one film.
 
-    encode: pixels to the features that `call` takes. beside: modules that are no part of the model and do that.
+    Args:
+        model: Any that has transformers' cache.
+        encode: Makes of a frame's pixels the features that `call` takes.
+        beside: Modules that do so and are no part of the model.
     """
 
     def __init__(self, model: Any, encode: Callable[[Tensor], Tensor], *beside: nn.Module) -> None:
@@ -149,9 +152,12 @@ class Windowed(Inserted):
 
 
 def move(cache: DynamicCache, kept: Tensor, turn: nn.Module) -> None:
-    """Leaves the cached tokens `kept`, int64 (n,), side by side: each key is turned to its new position.
+    """Leaves some cached tokens side by side, each key turned to its new position.
 
-    turn: the text model's rotary embedding.
+    Args:
+        cache: Of one row; changed in place.
+        kept: int64 (n,), rising.
+        turn: The text model's rotary embedding.
     """
     layers = cast(list[Any], cache.layers)
     device = layers[0].keys.device

@@ -96,7 +96,12 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 class Heads:
     """One attention of a block: from what is projected to heads, and back.
 
-    rows: of queries, keys and values. texts: whether text is among its keys.
+    Args:
+        source: The attention module.
+        texts: Whether text is among its keys.
+
+    Attributes:
+        rows: Of the projections to queries, keys and values.
     """
 
     def __init__(self, source: nn.Module, texts: bool = True) -> None:
@@ -122,10 +127,14 @@ class Heads:
 
 @dataclass
 class Call:
-    """What all blocks share.
+    """What all blocks share in one call.
 
-    length: L. turns: of every block, None where it has no rotary positions. mask: bool (B, 1, 1 or L, S + L), what new
-    text sees of the cached text and itself; None if all of it.
+    Attributes:
+        cache: Text and windows so far.
+        step: What the fusion layers see; None without images.
+        length: L.
+        turns: Of every block, None where it has no rotary positions.
+        mask: bool (B, 1, 1 or L, S + L), what new text sees of the cached text and itself; None if all of it.
     """
 
     cache: CasaCache
@@ -265,7 +274,14 @@ class Turn:
 class PreparedDecoder:
     """A text model's blocks and their fusion layers, as a token goes through them.
 
-    refusal: what has to go through the modules, as a sentence; None if all is prepared.
+    Args:
+        decoder: The text model.
+        fusion: How it is fused.
+        chosen: Blocks with a fusion layer.
+        layers: These layers, None where one borrows the block's weights.
+
+    Attributes:
+        refusal: What has to go through the modules, as a sentence; None if all is prepared.
     """
 
     def __init__(self, decoder: Decoder, fusion: FusionConfig, chosen: Sequence[int], layers: Layers):

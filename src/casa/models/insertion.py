@@ -20,7 +20,15 @@ from casa.layers import images_by_row
 
 
 def last_real(mask: Tensor, counts: Tensor) -> Tensor:
-    """bool (B, S): of the tokens that are real in `mask` (B, S), the last `counts` (B,) of each row."""
+    """Picks the last real tokens of each row.
+
+    Args:
+        mask: bool (B, S), True where a token is real.
+        counts: int64 (B,), how many.
+
+    Returns:
+        bool (B, S).
+    """
     return mask & (mask.flip(1).cumsum(1).flip(1) <= counts[:, None])
 
 

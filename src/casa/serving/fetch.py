@@ -19,10 +19,15 @@ ACCEPTED = {"picture": "image/*", "video": "video/*"}
 
 
 def fetch(address: str, limits: Limits, kind: str = "picture") -> bytes:
-    """What lies at an http(s) address: at most `limits.body_bytes`, within `limits.fetch_seconds`.
+    """Fetches what lies at an http(s) address. Not to be called where an event loop runs.
 
-    kind: "picture" or "video", which is asked for. Raises UserError otherwise, and for anything that is not on the
-    public internet. Not to be called where an event loop runs.
+    Args:
+        address: On the public internet.
+        limits: `body_bytes` at most, within `fetch_seconds`.
+        kind: What sentences call it, "picture" or "video".
+
+    Raises:
+        UserError: It is too large or slow, not there, or not on the public internet.
     """
     try:
         _ = urlsplit(address).port  # httpx takes more for an address

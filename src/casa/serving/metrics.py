@@ -200,7 +200,15 @@ class LoadMeter:
         )
 
     def report(self, asked: Iterable[float]) -> dict[str, float | int | None]:
-        """sustained_fps, asked_fps: frames a second; watched, dropped, truncated: in the last minute."""
+        """Figures for `/health`.
+
+        Args:
+            asked: Frames a second that each stream means to send.
+
+        Returns:
+            sustained_fps (None before anything was measured) and asked_fps, in frames a second; watched, dropped and
+            truncated, counts of the last minute.
+        """
         wanted = list(asked)
         sustained, counts = self.sustained(len(wanted)), self.recent.totals()
         return {

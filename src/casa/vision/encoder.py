@@ -184,7 +184,14 @@ def output_width(config: "PreTrainedConfig") -> int:
 
 
 def extra_depths(config: "PreTrainedConfig") -> int:
-    """k: how many further feature sets, each d_v wide, stand beside every token (Qwen3-VL's deep-stack)."""
+    """How many further feature sets, each d_v wide, stand beside every token (Qwen3-VL's deep-stack).
+
+    Args:
+        config: Of an image encoder.
+
+    Returns:
+        k; 0 for most encoders.
+    """
     return spec_of(config).depths(config)
 
 
