@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from casa.captioning import CaptionRequest
-from casa.cli.live import parse_option, parse_question
+from casa.cli.live import parse_question
+from casa.cli.options import pairs
 from casa.errors import UserError
 
 
@@ -61,11 +62,11 @@ def test_what_is_a_file(source, is_file):
 
 
 def test_options_of_a_source():
-    assert parse_option("rtsp_transport=udp") == ("rtsp_transport", "udp")
-    assert parse_option("headers=A: b=c") == ("headers", "A: b=c")
-    for written in ("udp", "=udp", ""):
+    written = ["rtsp_transport=udp", "headers=A: b=c"]
+    assert pairs(written, "--source-option", "") == {"rtsp_transport": "udp", "headers": "A: b=c"}
+    for wrong in ("udp", "=udp", ""):
         with pytest.raises(UserError, match="rtsp_transport=udp"):
-            parse_option(written)
+            pairs([wrong], "--source-option", "rtsp_transport=udp")
 
 
 def test_no_password_is_written_into_a_state():

@@ -5,24 +5,16 @@ apart from nothing. Where they would be more than `MAX_MAPS`, tokens of the ques
 """
 
 import base64
-import io
 import json
 import os
-from functools import cache
-from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from casa.analysis.attention_maps import KINDS
 from casa.analysis.inspection import Inspection
-from casa.atomic import write_text
-from casa.errors import UserError
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from casa.figures import data_url, write_page
 
 MAX_MAPS = 24 * 2**20  # bytes of maps in a page
 SIDE = 768  # px of an embedded picture
@@ -43,17 +35,11 @@ def write_inspection(
     Raises:
         UserError: The file has another ending, or cannot be written.
     """
-    check_page_path(path)
     data = page_data(found, max_maps)
     # what stands in a script element may not end it
     held = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    write_text(path, _template().render(found=found, model=model, data=held, several=len(found.pictures) > 1))
-
-
-def check_page_path(path: str | os.PathLike[str]) -> None:
-    """Raises UserError unless the name ends in .html."""
-    if not os.fspath(path).lower().endswith((".html", ".htm")):
-        raise UserError(f"{path} is to be an HTML page: give it a name that ends in .html.")
+    values = {"found": found, "model": model, "data": held, "several": len(found.pictures) > 1}
+    write_page(path, "casa.analysis", "inspect_page.html", **values)
 
 
 def page_data(found: Inspection, max_maps: int = MAX_MAPS) -> dict[str, Any]:
@@ -100,7 +86,7 @@ def page_data(found: Inspection, max_maps: int = MAX_MAPS) -> dict[str, Any]:
         "images": [
             {
                 "label": label,
-                "src": _data_url(picture, side),
+                "src": data_url(picture, side),
                 "start": -1 if span is None else span.start,
                 "grid": grid,
                 "width": picture.width,
@@ -141,19 +127,3 @@ def _floats(x: Tensor) -> str:
 
 def _bytes(raw: bytes) -> str:
     return base64.b64encode(raw).decode()
-
-
-def _data_url(image: Image.Image, side: int) -> str:
-    small = image.convert("RGB")
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    held = io.BytesIO()
-    small.save(held, "JPEG", quality=88)
-    return f"data:image/jpeg;base64,{_bytes(held.getvalue())}"
-
-
-@cache
-def _template() -> "Template":
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(files("casa.analysis").joinpath("inspect_page.html").read_text(encoding="utf-8"))

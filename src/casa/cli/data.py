@@ -19,6 +19,7 @@ from casa.cli.options import (
     VideoFps,
     console,
     pairs,
+    table,
     writable,
 )
 from casa.errors import UserError
@@ -74,13 +75,13 @@ def check(
 
     from casa.data import BadRecordReport, parse_data_settings
     from casa.data.check import check_data, image_tokens
-    from casa.data.html_report import check_report_path
+    from casa.figures import check_page_path
 
     values: dict[str, Any] = {"path": path, "shape": shape, "root": root, "outside": outside, "fps": fps}
     if report is not None and report.exists():
         raise UserError(f"{report} exists already: remove it, or name another file for the report.")
     if sheet is not None:
-        check_report_path(sheet)
+        check_page_path(sheet)
     values |= {"split": split, "subset": subset, "columns": pairs(column, "--column", "image=photo")}
     settings = parse_data_settings({"sources": [values]}, "the options")
     count_text, count_image = (None, image_tokens) if model is None else _counters(model)
@@ -139,7 +140,7 @@ def _counters(model: str) -> tuple[Callable[[str], int], Callable[[int, int], in
 
 
 def _summary(found: "Checked") -> str:
-    from casa.data.html_report import counted
+    from casa.figures import counted
 
     whole = "" if found.complete else " looked at, and there are more"
     return f"{counted(found.records, 'good record')} and {found.report.total:,} bad{whole}"
@@ -155,22 +156,20 @@ def _show(found: "Checked", path: str) -> None:
     shown = console(width=120)
     shown.print(Text(f"{path}: {_summary(found)}", style="bold"), soft_wrap=True)
     if statistics := found.statistics():
-        table = Table("per record", box=None, pad_edge=False, header_style="dim")
-        for name in ("least", "median", "mean", "95 %", "most", "total"):
-            table.add_column(name, justify="right")
+        sizes = table("per record", "least", "median", "mean", "95 %", "most", "total")
         for name, label in QUANTITIES.items():
             if name in statistics:
                 row = [f"{value:,.10g}" for value in statistics[name].values()]
                 # a sum of widths says nothing
-                table.add_row(label, *row[:-1], "" if name in ("width", "height") else row[-1])
+                sizes.add_row(label, *row[:-1], "" if name in ("width", "height") else row[-1])
         shown.print()
-        shown.print(table)
+        shown.print(sizes)
     if found.report.total:
-        table = Table("bad records", "", "", box=None, pad_edge=False, header_style="dim")
+        reasons = Table("bad records", "", "", box=None, pad_edge=False, header_style="dim")
         for reason, count in found.report.counts.most_common():
-            table.add_row(f"{count:,}", reason, REASONS[reason])
+            reasons.add_row(f"{count:,}", reason, REASONS[reason])
         shown.print()
-        shown.print(table)
+        shown.print(reasons)
         shown.print()
         for origin, bad in found.report.first[:_LISTED]:
             # the data's own words are never markup

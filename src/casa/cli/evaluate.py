@@ -1,7 +1,6 @@
 """`casa eval`: scores on the offline tasks, and on questions and answers of one's own."""
 
 import json as json_module
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +25,10 @@ from casa.cli.options import (
     TopP,
     Weights,
     console,
+    name_bad,
     pairs,
+    progress_line,
+    table,
 )
 from casa.errors import UserError
 
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from casa.evaluation import Summary
 
 OFFLINE = ("pages", "scenes", "stream")
-_LISTED = 5  # bad records that are named on the terminal
 
 
 def evaluate(
@@ -155,10 +156,11 @@ def evaluate(
     for name in names:
         if name in OFFLINE:
             how = {"seed": seed, "limit": 200 if limit is None else limit, "largest": largest, "ablate": ablate or ()}
-            scores |= casa.evaluate(eyes, [name], **how, progress=_progress)
+            with progress_line("{}: {} of {}") as show:
+                scores |= casa.evaluate(eyes, [name], **how, progress=show)
             continue
-        with _Shown(name if data is None else data) as shown:
-            ask = eyes.evaluator(limit=limit, progress=shown.answered, ablate=ablate or (), **asked)
+        with progress_line("{:,} answered", f"{name if data is None else data}: ") as show:
+            ask = eyes.evaluator(limit=limit, progress=show, ablate=ablate or (), **asked)
             if name == "data":
                 summary = ask.on_data(own | source, (metric or "").split(","))
             else:
@@ -171,7 +173,7 @@ def evaluate(
         record = {**told, **provenance(str(eyes.model.device), model), "scores": scores}
         write_text(out, json_module.dumps(record, indent=2) + "\n")
     for summary in summaries.values():
-        _name_bad(summary)
+        name_bad(summary.named, ", which are in --records FILE")
     if json:
         print(json_module.dumps(scores))
         return
@@ -222,49 +224,16 @@ def _value(text: str) -> Any:
         return text
 
 
-def _progress(task: str, done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{task}: {done} of {total} ", end="\n" if done >= total else "", file=sys.stderr, flush=True)
-
-
-class _Shown:
-    """How many questions are answered, in a line that stays in place on a terminal."""
-
-    def __init__(self, name: str) -> None:
-        self._name, self._on = name, sys.stderr.isatty()
-
-    def __enter__(self) -> "_Shown":
-        return self
-
-    def answered(self, done: int) -> None:
-        if self._on:
-            print(f"\r{self._name}: {done:,} answered ", end="", file=sys.stderr, flush=True)
-
-    def __exit__(self, *_: object) -> None:
-        if self._on:
-            print(file=sys.stderr)
-
-
-def _name_bad(summary: "Summary") -> None:
-    for sentence in summary.named[:_LISTED]:
-        print(f"casa: {sentence}", file=sys.stderr)
-    if len(summary.named) > _LISTED:
-        print(f"casa: and {len(summary.named) - _LISTED:,} more, which are in --records FILE.", file=sys.stderr)
-
-
 def _show(summary: "Summary", data: str) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     bad = sum(summary.bad.values())
     rate = f", {summary.questions / summary.seconds:.2f} a second" if summary.seconds else ""
     shown = console(width=120)
     shown.print(Text(f"{data}: {summary.questions:,} questions{rate}; {bad:,} bad records"), soft_wrap=True)
-    table = Table("metric", box=None, pad_edge=False, header_style="dim")
-    for name in ("score", "95 % interval", "questions"):
-        table.add_column(name, justify="right")
+    found = table("metric", "score", "95 % interval", "questions")
     for name, one in summary.metrics.items():
-        table.add_row(name, f"{one.score:.4f}", f"{one.low:.4f} to {one.high:.4f}", f"{one.n:,}")
+        found.add_row(name, f"{one.score:.4f}", f"{one.low:.4f} to {one.high:.4f}", f"{one.n:,}")
     for name, score in summary.more.items():
-        table.add_row(name, f"{score:.4f}")
-    shown.print(table)
+        found.add_row(name, f"{score:.4f}")
+    shown.print(found)

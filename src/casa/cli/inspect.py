@@ -1,6 +1,5 @@
 """`casa inspect`: one answer looked into, as a page; or a whole set of questions, as tables and plots."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from casa.cli.ask import sort_words
-from casa.cli.options import SHAPES, Column, DataSplit, Device, Outside, Root, Shape, Subset, console, pairs
+from casa.cli.options import (
+    SHAPES,
+    Column,
+    DataSplit,
+    Device,
+    Outside,
+    Root,
+    Shape,
+    Subset,
+    console,
+    name_bad,
+    pairs,
+    progress_line,
+    table,
+)
 from casa.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,9 +78,10 @@ def inspect(
         _inspect_set((words or ["casa-tiny"])[0], source, limit, layers, out or Path("inspect"), device)
         return
     name, shown, question = sort_words(words or [], "inspect")
-    from casa.analysis.inspect_page import check_page_path, write_inspection
+    from casa.analysis.inspect_page import write_inspection
     from casa.analysis.inspection import inspect_answer
     from casa.atomic import check_writable
+    from casa.figures import check_page_path
     from casa.pipeline import load
 
     out = out or Path("inspect.html")
@@ -100,13 +114,10 @@ def _inspect_set(name: str, source: dict[str, Any], limit: int | None, layers: b
     folder.mkdir(parents=True, exist_ok=True)
     eyes = load(name, device=device)
     left_out: list[str] = []
-    found = set_statistics(eyes.model, _cases(eyes, source, limit, left_out), layers=layers, progress=_told)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
-    for sentence in left_out[:5]:
-        print(f"casa: {sentence}", file=sys.stderr)
-    if len(left_out) > 5:
-        print(f"casa: and {len(left_out) - 5:,} more are left out.", file=sys.stderr)
+    with progress_line("{:,} questions measured") as show:
+        cases = _cases(eyes, source, limit, left_out)
+        found = set_statistics(eyes.model, cases, layers=layers, progress=show)
+    name_bad(left_out, " are left out")
     facts = {"inspect": name, "data": source["path"], "limit": limit, "seed": None, "left_out": len(left_out)}
     files = write_statistics(folder, found, facts | provenance(str(eyes.model.device), name))
     _show(found)
@@ -152,34 +163,23 @@ def _cases(eyes: "CasaPipeline", source: dict[str, Any], limit: int | None, left
         yield Case(dict(inputs), answer, question.row.get("needs_picture"), question.record)
 
 
-def _told(done: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{done:,} questions measured ", end="", file=sys.stderr, flush=True)
-
-
 def _show(found: "SetStatistics") -> None:
-    from rich.table import Table
-
     from casa.analysis.attention_maps import KINDS
 
     shown = console(width=120)
     needed = int(found.needs_picture.sum())
     shown.print(f"{found.questions:,} questions, {found.tokens:,} answered tokens; {needed:,} need the picture")
-    table = Table("block", box=None, pad_edge=False, header_style="dim")
-    for head in (*KINDS, "gate, log10", "entropy needed", "not needed"):
-        table.add_column(head, justify="right")
+    blocks = table("block", *KINDS, "gate, log10", "entropy needed", "not needed")
     spread = found.entropy_by_need()
     for layer, block in enumerate(found.blocks):
         shares = [f"{float(one[layer].mean()):.1%}" for one in found.shares]
         middles = [f"{of[layer][1]:.2f}" if of else "-" for of in (spread["needed"], spread["not needed"])]
-        table.add_row(str(block), *shares, f"{float(found.gate()[layer].median()):+.2f}", *middles)
-    shown.print(table)
-    table = Table("model", box=None, pad_edge=False, header_style="dim")
-    table.add_column("word for word", justify="right")
-    table.add_column("nats per token", justify="right")
+        blocks.add_row(str(block), *shares, f"{float(found.gate()[layer].median()):+.2f}", *middles)
+    shown.print(blocks)
+    scores = table("model", "word for word", "nats per token")
     for name, score in found.scores.items():
-        table.add_row(name or "whole", f"{score.exact:.1%}", f"{score.log_likelihood:+.3f}")
-    shown.print(table)
+        scores.add_row(name or "whole", f"{score.exact:.1%}", f"{score.log_likelihood:+.3f}")
+    shown.print(scores)
 
 
 def _pictures(names: list[str], fps: float, most: int) -> tuple[list["Image.Image"], list[str]]:

@@ -24,6 +24,8 @@ from casa.cli.options import (
     TopK,
     TopP,
     Weights,
+    pairs,
+    progress_line,
 )
 from casa.errors import UserError
 
@@ -152,7 +154,7 @@ def caption(
         questions=tuple(TimedQuestion(*parse_question(written)) for written in ask or ()),
         resume=resume,
         save_every=save_every,
-        source_options=dict(parse_option(written) for written in source_options or ()),
+        source_options=pairs(source_options, "--source-option", "rtsp_transport=udp"),
         reconnect_for=reconnect_for,
     )
     report, whole = CaptionReport(), False
@@ -179,26 +181,14 @@ def caption(
 
 
 def _caption_batch(request: "BatchRequest", model: str, device: str, weights: Weights, cluster: str | None) -> None:
-    from casa.captioning.batch import BatchReport, caption_batch
+    from casa.captioning.batch import caption_batch
     from casa.pipeline import load
 
-    shown = sys.stderr.isatty()
-
-    def tell(report: BatchReport) -> None:
-        if shown:
-            print(f"\r{report.sentence():<79}", end="", file=sys.stderr, flush=True)
-
-    # a picture that two records ask about is looked at once
-    report = caption_batch(request, model, partial(load, device=device, weights=weights), tell, cluster)
-    print(f"{chr(13) if shown else ''}{report.sentence():<79}".rstrip() + f": {request.out}", file=sys.stderr)
-
-
-def parse_option(written: str) -> tuple[str, str]:
-    """ "rtsp_transport=udp" -> ("rtsp_transport", "udp"). Raises UserError for anything else."""
-    name, mark, value = written.partition("=")
-    if not mark or not name.strip():
-        raise UserError(f'"{written}" is no option of a source; write it as rtsp_transport=udp.')
-    return name.strip(), value
+    with progress_line("{}") as show:
+        # a picture that two records ask about is looked at once
+        loading = partial(load, device=device, weights=weights)
+        report = caption_batch(request, model, loading, lambda told: show(told.sentence()), cluster)
+    print(f"{report.sentence()}: {request.out}", file=sys.stderr)
 
 
 def parse_question(written: str) -> tuple[float, str]:

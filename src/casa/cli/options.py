@@ -1,5 +1,8 @@
 """Options that have one meaning for every verb, and what verbs print and read alike."""
 
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,7 +12,9 @@ from casa.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
+LISTED = 5  # bad records that are named on the terminal
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -35,7 +40,7 @@ def pairs(given: list[str] | None, option: str, example: str) -> dict[str, str]:
     for word in given or ():
         known, equals, actual = word.partition("=")
         if not (known and equals and actual):
-            raise UserError(f"{option} {word!r} names nothing; write its name here and in the data: {example}.")
+            raise UserError(f"{option} {word!r} names nothing; write it as in {example}.")
         found[known] = actual
     return found
 
@@ -46,6 +51,40 @@ def console(width: int = 160) -> "Console":
 
     found = Console(highlight=False)
     return found if found.is_terminal else Console(width=width, highlight=False)
+
+
+def table(first: str, *columns: str) -> "Table":
+    """A plain table, of whose columns all but the first have numbers."""
+    from rich.table import Table
+
+    found = Table(first, box=None, pad_edge=False, header_style="dim")
+    for name in columns:
+        found.add_column(name, justify="right")
+    return found
+
+
+@contextmanager
+def progress_line(form: str, title: str = "") -> Iterator[Callable[..., None]]:
+    """Gives what shows its values in one line of stderr, which stays in place; nothing where that is no terminal."""
+    shown = sys.stderr.isatty()
+
+    def show(*values: object) -> None:
+        if shown:
+            print(f"\r{title + form.format(*values):<79}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if shown:
+            print(file=sys.stderr)
+
+
+def name_bad(sentences: Sequence[str], where: str = "") -> None:
+    """Prints the first sentences of what is left out, on stderr, and how many more there are."""
+    for sentence in sentences[:LISTED]:
+        print(f"casa: {sentence}", file=sys.stderr)
+    if len(sentences) > LISTED:
+        print(f"casa: and {len(sentences) - LISTED:,} more{where}.", file=sys.stderr)
 
 
 Model = Annotated[str, typer.Argument(help="A checkpoint's folder, or casa-tiny.")]

@@ -55,7 +55,7 @@ def _tell(sentence: str) -> None:
 
 def _plan(file: Path, changes: list[str], folder: Path, resume: bool, report: Path) -> None:
     from casa.atomic import check_writable
-    from casa.data.html_report import check_report_path
+    from casa.figures import check_page_path
     from casa.pipeline import recipe_scores
     from casa.training.config import open_recipe
     from casa.training.plan import check_run, make_plan, plan_tables, show_first_pack
@@ -63,7 +63,7 @@ def _plan(file: Path, changes: list[str], folder: Path, resume: bool, report: Pa
 
     recipe = open_recipe(file, changes)
     check_writable(report)
-    check_report_path(report)
+    check_page_path(report)
     shown, processes = console(width=140), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         check_folder(recipe, folder, resume)

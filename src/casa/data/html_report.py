@@ -10,27 +10,13 @@
 The file holds its pictures and styles and loads nothing; it follows the reader's light or dark scheme.
 """
 
-import base64
-import io
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from casa.atomic import write_text
-from casa.errors import UserError
-
-if TYPE_CHECKING:
-    from jinja2 import Template
-
-MAX_TEXT = 1500  # characters of a text that are shown
-_SIDE = 320  # px of an embedded picture
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+from casa.figures import write_page
 
 
 @dataclass(frozen=True)
@@ -100,40 +86,4 @@ def write_report(
     Raises:
         UserError: The file has another ending, or cannot be written.
     """
-    check_report_path(path)
-    page = _template().render(title=title, note=note, cards=cards, bars=bars)
-    write_text(path, page)
-
-
-def check_report_path(path: str | os.PathLike[str]) -> None:
-    """Raises UserError unless the name ends in .html."""
-    if not os.fspath(path).lower().endswith((".html", ".htm")):
-        raise UserError(f"{path} is to be an HTML page: give it a name that ends in .html.")
-
-
-def counted(number: int, noun: str) -> str:
-    """A number of things in words: 1 picture, 1,200 pictures."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-@cache
-def _template() -> "Template":
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"data_url": _data_url, "shown": _shown, "counted": counted}
-    return environment.from_string(files("casa.data").joinpath("html_report.html").read_text(encoding="utf-8"))
-
-
-def _data_url(image: Image.Image) -> str:
-    small = image.convert("RGB")
-    small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    held = io.BytesIO()
-    small.save(held, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}"
-
-
-def _shown(text: str) -> str:
-    """A text as HTML can hold it, cut at `MAX_TEXT`."""
-    cut = text if len(text) <= MAX_TEXT else text[:MAX_TEXT].rstrip() + " …"
-    return _CONTROLS.sub("\ufffd", cut.strip().replace("\r\n", "\n"))
+    write_page(path, "casa.data", "html_report.html", title=title, note=note, cards=cards, bars=bars)

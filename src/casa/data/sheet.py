@@ -7,8 +7,9 @@ from itertools import groupby
 from pathlib import Path
 
 from casa.data.check import SampledRecord
-from casa.data.html_report import SampleCard, ShownPicture, ShownText, ShownWindow, counted, write_report
+from casa.data.html_report import SampleCard, ShownPicture, ShownText, ShownWindow, write_report
 from casa.data.record import Picture, Record, Text
+from casa.figures import counted
 from casa.windows import WindowLayout
 
 UNLEARNED = "assistant, not learned"

@@ -32,18 +32,11 @@ from casa.analysis.budget import fused_token_bytes, readable
 from casa.analysis.flops import blocks_of, frame_of, matrix_features, tower_width
 from casa.data import BadRecord, BadRecordReport, DataSettings, Record, Records, Shard, SourceSettings
 from casa.data.files import data_files
-from casa.data.html_report import (
-    BudgetBar,
-    SampleCard,
-    ShownPicture,
-    ShownText,
-    ShownWindow,
-    counted,
-    write_report,
-)
+from casa.data.html_report import BudgetBar, SampleCard, ShownPicture, ShownText, ShownWindow, write_report
 from casa.data.hub import PREFIX
 from casa.data.pictures import open_one
 from casa.errors import UserError
+from casa.figures import counted
 from casa.models import CasaForConditionalGeneration
 from casa.models.adapt import encoder_blocks
 from casa.models.generation import stop_ids

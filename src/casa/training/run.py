@@ -26,7 +26,8 @@ from transformers import PrinterCallback, TrainerCallback
 from casa.atomic import write_text
 from casa.data.record import REASONS, read_report
 from casa.errors import UserError
-from casa.figures import BLUE, ORANGE, new_figure, quieten, write_png
+from casa.figures import BLUE, ORANGE, filled, new_figure, public_name, quieten, write_png
+from casa.models import FusionConfig
 from casa.provenance import provenance
 from casa.training import checkpoints
 from casa.training.callbacks import Evaluate, EvaluationCallback, ProgressCallback, reporters
@@ -51,12 +52,6 @@ _OVERSIZE = ("downscaled", "split", "refused", "pieces refused")
 _CURVE = "loss.png"
 _SMOOTH = 20  # entries that a point of the smoothed line looks back over
 _FRONT = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["casa"]}
-_USE = """```python
-from casa import CasaForConditionalGeneration, CasaProcessor
-
-model = CasaForConditionalGeneration.from_pretrained("this folder")
-processor = CasaProcessor.from_pretrained("this folder")
-```"""
 
 
 def train(
@@ -211,21 +206,9 @@ def _finish(recipe: Recipe, trainer: CasaTrainer, positions: list[DataPosition],
             drawn = draw_curve(trainer.state.log_history, written / _CURVE, recipe.name)
         except UserError:
             drawn = False  # without matplotlib: a card without its picture is a card
-        sections = [
-            _front(recipe),
-            "## Losses and scores",
-            *([f"![The loss over steps]({_CURVE})"] if drawn else []),
-            _scores(recipe, trainer, scores),
-            "## Data",
-            _data(recipe, positions, count_bad(out)),
-            "## What was trained",
-            _groups(groups),
-            "## Recipe",
-            f"```yaml\n{_yaml(recipe)}```",
-            "## Made with",
-            _made_with(str(trainer.args.device)),
-        ]
-        write_text(written / "README.md", "\n\n".join(sections) + "\n")
+        card = _card(recipe, trainer, positions, scores, count_bad(out))
+        card |= {"groups": groups, "curve": _CURVE if drawn else None}
+        write_text(written / "README.md", filled("casa.training", "model_card.md", **card))
     checkpoints.publish(out, FINAL)
 
 
@@ -266,43 +249,34 @@ def count_bad(folder: Path) -> Counter[str]:
     return Counter(reasons.values())
 
 
-def _front(recipe: Recipe) -> str:
-    """The head of a model's card: what hubs read, what it is, how it is used."""
-    source, model, fusion = recipe.model.source, recipe.model, recipe.model.fusion
+def _card(
+    recipe: Recipe, trainer: CasaTrainer, positions: list[DataPosition], scores: Mapping[str, float], bad: Counter[str]
+) -> dict[str, Any]:
+    """What the template of a model's card is filled with: what hubs read, what it is, what it learned from."""
+    source, model = recipe.model.source, recipe.model
     base = {"base_model": source} if source.count("/") == 1 and not Path(source).exists() else {}
     if model.checkpoint is not None:
-        began = f"Trained further from the CASA checkpoint `{_public_name(model.checkpoint)}`"
+        began = f"Trained further from the CASA checkpoint `{public_name(model.checkpoint)}`"
     else:
-        method = "casa" if fusion is None else fusion.method
-        placement = "parallel" if fusion is None else fusion.placement
-        how = "insertion" if method == "insertion" else f"{method} ({placement})"
-        seen = f" with the image encoder of `{_public_name(model.vision)}`" if model.vision is not None else ""
-        began = f"`{_public_name(model.backbone)}`{seen}, given eyes by {how}"
-    lora = f" LoRA adapters of rank {model.lora.rank} were merged into its weights." if model.lora is not None else ""
-    return (
-        f"---\n{yaml.safe_dump({**_FRONT, **base}, sort_keys=False)}---\n\n# {recipe.name}\n\n"
-        f"{began}, with [casa](https://arxiv.org/abs/2512.19535)'s trainer.{lora}\n\n{_USE}"
-    )
+        fusion = model.fusion or FusionConfig()
+        how = "insertion" if fusion.method == "insertion" else f"{fusion.method} ({fusion.placement})"
+        seen = f" with the image encoder of `{public_name(model.vision)}`" if model.vision is not None else ""
+        began = f"`{public_name(model.backbone)}`{seen}, given eyes by {how}"
+    made = made_of_records(positions)
+    return {
+        "recipe": recipe,
+        "front": yaml.safe_dump({**_FRONT, **base}, sort_keys=False),
+        "began": began,
+        "scores": _scores(recipe, trainer, scores),
+        "counts": trained_on(positions) | {f"records {name}": made[name] for name in _OVERSIZE if made[name]},
+        "bad": bad,
+        "reasons": REASONS,
+        "written": _yaml(recipe),
+        "made": provenance(str(trainer.args.device)),
+    }
 
 
-def _groups(groups: Iterable[tuple[str, float | None, int]]) -> str:
-    rows = [(f"`{group}`", "frozen" if lr is None else f"{lr:g}", f"{n:,}") for group, lr, n in groups]
-    return _table(("parameters", "learning rate", "count"), rows)
-
-
-def _made_with(device: str) -> str:
-    made = provenance(device)
-    versions = ", ".join(f"{package} {version}" for package, version in made["versions"].items())
-    return f"{versions}; Python {made['python']}; {made['device']}; commit {made['commit'] or 'unknown'}."
-
-
-def _public_name(name: str | None) -> str:
-    """A hub's name as it is; of a folder only its last part: where it lay is nobody's business."""
-    text = str(name)
-    return text if text.count("/") == 1 and not text.startswith((".", "/", "~")) else Path(text).name
-
-
-def _scores(recipe: Recipe, trainer: CasaTrainer, scores: Mapping[str, float]) -> str:
+def _scores(recipe: Recipe, trainer: CasaTrainer, scores: Mapping[str, float]) -> list[tuple[str, str]]:
     def logged(name: str) -> list[float]:
         return [entry[name] for entry in trainer.state.log_history if name in entry]
 
@@ -318,23 +292,7 @@ def _scores(recipe: Recipe, trainer: CasaTrainer, scores: Mapping[str, float]) -
         rows.append(("text tokens per second, median", f"{median(rates):,.0f}"))
     if memory := logged("memory_gib"):
         rows.append(("most memory held", f"{max(memory):.1f} GiB"))
-    return _table(("", ""), rows)
-
-
-def _data(recipe: Recipe, positions: list[DataPosition], bad: Counter[str]) -> str:
-    sources = [(f"`{_public_name(each.path)}`", each.subset or "", f"{each.weight:g}") for each in recipe.data.sources]
-    totals = [(name.replace("_", " "), f"{count:,}") for name, count in trained_on(positions).items()]
-    made = made_of_records(positions)
-    totals += [(f"records {name}", f"{made[name]:,}") for name in _OVERSIZE if made[name]]
-    text = _table(("source", "subset", "weight"), sources) + "\n\n" + _table(("trained on", ""), totals)
-    if not bad:
-        return text + "\n\nNo record had to be passed over."
-    rows = [(f"{count:,}", reason, REASONS.get(reason, "")) for reason, count in sorted(bad.items())]
-    return text + "\n\nPassed over:\n\n" + _table(("records", "reason", ""), rows)
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows))
+    return rows
 
 
 def draw_curve(history: Sequence[Mapping[str, float]], path: str | os.PathLike[str], title: str = "") -> bool:
