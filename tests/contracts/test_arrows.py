@@ -37,7 +37,7 @@ LEVELS = (
 )
 TORCH_ONLY = {"errors", *LEVELS[0], *LEVELS[1], *LEVELS[2]}
 # beside the models, of which they know none: what they import, and which rooms may import them
-BESIDE = {"vision": set(), "media": {"atomic"}, "data": {"media", "windows", "settings", "atomic"}}
+BESIDE = {"vision": set(), "media": {"atomic"}, "data": {"media", "windows", "settings", "atomic", "figures"}}
 USERS = {
     "vision": {*LEVELS[3], *LEVELS[4], *LEVELS[5], *LEVELS[6]},
     "media": {*LEVELS[5], *LEVELS[6]},
