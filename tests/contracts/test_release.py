@@ -44,6 +44,18 @@ def test_workflows_and_forms_are_yaml_and_name_what_is_there(path):
         assert (ROOT / file).exists(), file
 
 
+def test_the_image_copies_what_is_there_and_names_extras():
+    (path,) = (path for path in ROOT.rglob("*Containerfile*") if ".venv" not in path.parts)
+    text = path.read_text(encoding="utf-8")
+    for names in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE):
+        for name in names.split():
+            assert (ROOT / name).exists(), name
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    chosen = re.findall(r"EXTRAS=([\w,]+)", text)
+    assert len(chosen) == 2
+    assert {extra for group in chosen for extra in group.split(",")} <= set(extras)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """Wheel and sdist, built from a copy of the source with the setuptools that is here: nothing is fetched."""

@@ -9,6 +9,7 @@ from transformers import StaticCache
 
 from casa.errors import UserError
 from casa.layers import turner
+from casa.models.cache import CACHE
 from casa.testing import TinySample, tiny_casa
 from casa.testing.drawn import SEVERAL, texts_in_pieces
 
@@ -291,6 +292,22 @@ def test_a_static_cache_is_refused(casa_of):
         model(input_ids=ids, past_key_values=static)
     with pytest.raises(UserError, match="'static' is not supported"):
         model.generate(input_ids=ids, cache_implementation="static", max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_goes_by_either_name(model, close, name):
+    """transformers 5.24 renamed it; programs for both are at work."""
+    new = torch.tensor([[11, 12]])
+    with torch.no_grad():
+        cache = model(**SAMPLE.inputs(), use_cache=True)[CACHE]
+        close(model(input_ids=new, **{name: cache}).logits, model(input_ids=new, past_key_values=fed(model)).logits)
+    assert cache.num_text == len(SAMPLE.ids) + 2
+    how = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    mine = model.new_cache()
+    assert torch.equal(
+        model.generate(**SAMPLE.inputs(), **how, **{name: mine}), model.generate(**SAMPLE.inputs(), **how)
+    )
+    assert mine.num_text == len(SAMPLE.ids) + 2
 
 
 def test_prefill_in_inference_mode_then_no_grad(few, close):

@@ -19,6 +19,7 @@ from casa.analysis.self_attention import watch_self_attention
 from casa.errors import UserError
 from casa.layers import turner
 from casa.models import CasaForConditionalGeneration
+from casa.models.cache import pop_cache
 from casa.models.inputs import read_image_places
 from casa.models.insertion import merge
 from casa.vision import token_grids
@@ -208,7 +209,7 @@ def check_one_text(inputs: Mapping[str, Any]) -> None:
     """Raises UserError unless inputs are one row without padding and without a cache."""
     if inputs["input_ids"].shape[0] != 1 or not bool(inputs.get("attention_mask", torch.ones(1)).all()):
         raise UserError("give one text without padding; measure several one by one.")
-    if inputs.get("past_key_values") is not None:
+    if pop_cache(dict(inputs)) is not None:
         raise UserError("give the whole text in one call, without past_key_values.")
 
 

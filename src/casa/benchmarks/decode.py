@@ -26,6 +26,7 @@ from casa.models import CasaForConditionalGeneration, FusionConfig, adapt
 from casa.models.auto import pick_device
 from casa.models.backbone_source import load_backbone
 from casa.models.backbones import new_backbone
+from casa.models.cache import CACHE
 from casa.models.int8 import to_int8
 from casa.vision import new_encoder
 
@@ -85,11 +86,11 @@ class Contestants:
         """A cache of the prompt and so many frames, each with a token behind it."""
         output = model(input_ids=self.ids(rows, PROMPT), use_cache=True, logits_to_keep=1)
         for _ in range(frames):
-            cache = output.past_key_values
+            cache = output[CACHE]
             output = model(
-                input_ids=self.ids(rows, 1), past_key_values=cache, use_cache=True, logits_to_keep=1, **self.frame(rows)
+                input_ids=self.ids(rows, 1), **{CACHE: cache}, use_cache=True, logits_to_keep=1, **self.frame(rows)
             )
-        return output.past_key_values
+        return output[CACHE]
 
     def tokens(self, model: PreTrainedModel, rows: int, frames: int) -> Run:
         """Milliseconds a token, of every row at once, picked greedily."""
@@ -99,7 +100,7 @@ class Contestants:
             mine, ids = copy.deepcopy(cache), self.ids(rows, 1)
             begun = self.now()
             for _ in range(count):
-                output = model(input_ids=ids, past_key_values=mine, use_cache=True, logits_to_keep=1)
+                output = model(input_ids=ids, **{CACHE: mine}, use_cache=True, logits_to_keep=1)
                 ids = output.logits[:, -1].argmax(-1, keepdim=True)
             return 1000 * (self.now() - begun) / count
 
@@ -111,7 +112,7 @@ class Contestants:
 
         def run() -> float:
             mine, frame, ids = copy.deepcopy(cache), self.frame(1), self.ids(1, 1)
-            return self.timed(lambda: model(input_ids=ids, past_key_values=mine, logits_to_keep=1, **frame))
+            return self.timed(lambda: model(input_ids=ids, **{CACHE: mine}, logits_to_keep=1, **frame))
 
         return run
 

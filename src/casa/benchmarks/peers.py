@@ -33,6 +33,7 @@ from casa.benchmarks.train import fresh_model, random_picture
 from casa.layers import Rotation
 from casa.models import FusionConfig, adapt
 from casa.models.auto import pick_device
+from casa.models.cache import CACHE
 
 # SmolVLM-256M's: SigLIP of base size at 512 px; a token is 4 x 4 patches
 TOWER: dict[str, Any] = {"hidden_size": 768, "num_attention_heads": 12, "image_size": 512, "patch_size": 16}
@@ -66,8 +67,8 @@ class Peer:
     def call(self, ids: Tensor, features: Tensor | None = None) -> Tensor:
         """The likeliest token (1, 1) behind `ids` (1, L), which stand behind a frame's `features` if there are any."""
         inputs = self.inputs(ids, features)
-        output = self.model(past_key_values=self.cache, use_cache=True, logits_to_keep=1, **inputs)
-        self.cache = output.past_key_values
+        output = self.model(**{CACHE: self.cache}, use_cache=True, logits_to_keep=1, **inputs)
+        self.cache = output[CACHE]
         return output.logits[:, -1].argmax(-1, keepdim=True)
 
     def inputs(self, ids: Tensor, features: Tensor | None) -> dict[str, Tensor]:

@@ -12,10 +12,20 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from casa.errors import UserError
 from casa.layers import WindowState
 from casa.models.insertion import StreamState, last_real
+
+# what transformers calls a cache, as an argument and in outputs, from 5.24 on and before
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def pop_cache(arguments: dict[str, Any]) -> Cache | None:
+    """Takes the cache out of the arguments of a call, by whichever of its two names."""
+    new, old = arguments.pop("cache", None), arguments.pop("past_key_values", None)
+    return old if new is None else new
 
 
 class GrowingLayer(DynamicLayer):

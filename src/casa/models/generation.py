@@ -21,7 +21,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDeco
 
 from casa.errors import UserError
 from casa.layers import Ablation
-from casa.models.cache import CasaCache
+from casa.models.cache import CACHE, CasaCache, pop_cache
 from casa.models.configuration_casa import CasaConfig, FusionConfig
 from casa.models.inputs import read_image_places
 from casa.vision import Grids, spec_of, token_grids
@@ -180,10 +180,10 @@ class CasaGenerativeModel(PreTrainedModel, GenerationMixin):
 
         Args:
             inputs: int64 (B, L), as `input_ids`.
-            kwargs: Of `forward` and of transformers' `generate`. With `past_key_values`, what an earlier turn left,
-                `input_ids` and the `image_positions` in them are those of the whole chat, and pictures that the cache
-                has seen are not looked at again; or, with an `attention_mask` over cache and new text, those of the
-                new text alone.
+            kwargs: Of `forward` and of transformers' `generate`. With `past_key_values` (or `cache`), what an earlier
+                turn left, `input_ids` and the `image_positions` in them are those of the whole chat, and pictures that
+                the cache has seen are not looked at again; or, with an `attention_mask` over cache and new text, those
+                of the new text alone.
 
         Returns:
             As in transformers: int64 (B, L + new tokens), or a `GenerateOutput`.
@@ -191,9 +191,9 @@ class CasaGenerativeModel(PreTrainedModel, GenerationMixin):
         Raises:
             UserError: The text does not go on from the cache.
         """
-        given = kwargs.get("past_key_values")
+        given = pop_cache(kwargs)
         if given is not None:
-            kwargs["past_key_values"] = cache = self.own_cache(given)
+            kwargs[CACHE] = cache = self.own_cache(given)
             if cache.num_text:
                 kwargs |= self._continued(cache, inputs, generation_config, kwargs)
         return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
@@ -290,7 +290,7 @@ class CasaGenerativeModel(PreTrainedModel, GenerationMixin):
         self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any
     ) -> GenerateDecoderOnlyOutput | Tensor:
         """As in transformers; afterwards the cache knows its text, and of no row more than it said."""
-        cache: CasaCache | None = kwargs.get("past_key_values")
+        cache: CasaCache | None = kwargs.get(CACHE)
         before = 0 if cache is None else cache.num_text
         found: GenerateDecoderOnlyOutput | Tensor = super()._sample(input_ids, *args, **kwargs)  # type: ignore[assignment]
         if cache is not None:
@@ -300,7 +300,7 @@ class CasaGenerativeModel(PreTrainedModel, GenerationMixin):
 
     def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
         found = super()._beam_search(*args, **kwargs)  # type: ignore[misc]
-        if (cache := kwargs.get("past_key_values")) is not None:
+        if (cache := kwargs.get(CACHE)) is not None:
             cache.searched = True
         return found
 
@@ -309,7 +309,7 @@ class CasaGenerativeModel(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Images go in with the prompt only; with a cache, later steps find them in its state."""
         first = kwargs.get("is_first_iteration", False)
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         if first and cache is not None and mask is not None:
             kwargs["next_sequence_length"] = mask.shape[1] - cache.num_text
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
@@ -333,7 +333,7 @@ class CasaGenerativeModel(PreTrainedModel, GenerationMixin):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise UserError(f"cache_implementation {kind!r} is not supported; leave it out for a growing cache.")
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if generation_config.prefill_chunk_size is not None and model_kwargs.get("image_positions") is not None:
             raise UserError("pictures go in with the whole of their text; leave prefill_chunk_size out.")
         if cache is not None:
@@ -341,17 +341,17 @@ class CasaGenerativeModel(PreTrainedModel, GenerationMixin):
             times = max(generation_config.num_beams, generation_config.num_return_sequences)
             if cache.num_text and times > 1:
                 # the rows that were asked about stay as they are, to be asked about again
-                model_kwargs["past_key_values"] = several = cache.twin()
+                model_kwargs[CACHE] = several = cache.twin()
                 several.batch_repeat_interleave(times)
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.new_cache()
+            model_kwargs[CACHE] = self.new_cache()
         return True
 
     def _get_candidate_generator(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> CandidateGenerator:
         """Assisted decoding: whoever drafts sees the text alone; this model, which decides, sees the pictures too."""
-        if (cache := model_kwargs.get("past_key_values")) is not None and cache.num_text:
+        if (cache := model_kwargs.get(CACHE)) is not None and cache.num_text:
             raise UserError(
                 "assisted decoding begins with an empty cache (transformers would feed it what it holds already); "
                 "leave past_key_values out, or the assistance."

@@ -23,7 +23,7 @@ from casa.errors import UserError
 from casa.layers import AttentionRecorder, CasaAttention
 from casa.models.backbone_source import save_added, with_backbone
 from casa.models.backbones import Decoder, InsertionVLM, decoder_of, new_backbone
-from casa.models.cache import CasaCache
+from casa.models.cache import CACHE, CasaCache
 from casa.models.configuration_casa import CasaConfig
 from casa.models.decoding import short_logits
 from casa.models.fusion import fuse
@@ -72,7 +72,7 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
     _supports_flash_attn = True
     # the backbone and the encoder add their own
     _no_split_modules = ["CasaAttention", "Projector", "QFormer", "PixelShuffle"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     accepts_loss_kwargs = True
 
     # with labels, the logits of so many tokens are made at once and none are returned; None returns all of them
@@ -405,6 +405,7 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
         image_keys_values: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         record: AttentionRecorder | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> CausalLMOutputWithPast:
         """Logits (B, L, V) for text; the loss too if `labels` (B, L, -100 where none) are given.
@@ -419,6 +420,7 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
             pixel_values: Patches of all images, or image_features (N, d_v), what `encode_images` gave for them, or
                 image_keys_values, from there.
             record: Called with every CASA layer's queries and keys (for analysis; not while decoding).
+            cache: As `past_key_values`; the name in transformers from 5.24 on.
             kwargs: Of transformers' own (`output_attentions`, `num_items_in_batch`, ...). Attentions are those of the
                 blocks' self-attention: None at a block where fusion replaced it.
 
@@ -429,18 +431,17 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give input_ids or inputs_embeds, and not both.")
         embeds = self._embedded(input_ids) if input_ids is not None else cast(Tensor, inputs_embeds)
-        cache = self._cache_for(past_key_values, use_cache)
+        given = past_key_values if cache is None else cache
+        cache = self._cache_for(given, use_cache)
         text = read_text_inputs(embeds, cache, attention_mask, position_ids)
         if text.packed:
-            if past_key_values is not None or use_cache:
+            if given is not None or use_cache:
                 raise UserError("packed rows cannot use a cache; pass use_cache=False or one sample per row.")
             cache = None
         images = self._read_images(pixel_values, image_grid_thw, image_features, image_keys_values)
         places = read_image_places(image_positions, len(images.grids) if images is not None else 0)
-        passed: dict[str, object] = {name: value for name, value in kwargs.items() if name not in UNREAD}
-        for name in ("output_hidden_states", "output_attentions"):
-            if getattr(self.config, name, False):
-                passed.setdefault(name, True)
+        asked = {key: True for key in ("output_hidden_states", "output_attentions") if getattr(self.config, key, False)}
+        passed: dict[str, object] = asked | {name: value for name, value in kwargs.items() if name not in UNREAD}
         if self.fusion.method == "insertion":
             output = run_insertion(self.decoder, embeds, text, places, images, cache, self.ablation, passed)
         else:
@@ -465,7 +466,7 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
         return CausalLMOutputWithPast(
             loss=cast("torch.FloatTensor | None", loss),
             logits=cast("torch.FloatTensor | None", logits),
-            past_key_values=cache,
+            **{CACHE: cache},
             hidden_states=output.hidden_states,
             attentions=self._attentions_by_block(output.attentions),
         )
@@ -475,8 +476,7 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
         embedding = self.decoder.embedding
         if not self.fusion.gist:
             return embedding(input_ids)
-        vocabulary = self.config.get_text_config().vocab_size
-        is_gist = input_ids >= vocabulary
+        is_gist = input_ids >= (vocabulary := self.config.get_text_config().vocab_size)
         embeds = embedding(input_ids.masked_fill(is_gist, 0))
         gist = self.gist((input_ids - vocabulary).clamp(min=0))
         return torch.where(is_gist[..., None], gist.to(embeds.dtype), embeds)

@@ -16,7 +16,7 @@ from casa.errors import UserError
 from casa.layers import Ablation, AttentionRecorder, CasaAttention, DecodeStep, PackedStep, plan_call, project_images
 from casa.models import insertion
 from casa.models.backbones import Decoder
-from casa.models.cache import CasaCache
+from casa.models.cache import CACHE, CasaCache
 from casa.models.configuration_casa import FusionConfig
 from casa.models.decoding import FEW, is_autocast, prepared
 from casa.models.fusion import STEP, FusedStep, passed_down
@@ -129,7 +129,7 @@ class FusionLayers:
             inputs_embeds=embeds,
             attention_mask=None if text.packed else text.mask,
             position_ids=decoder.text_positions(text.position_ids),
-            past_key_values=None if cache is None else cache.text,
+            **{CACHE: None if cache is None else cache.text},
             use_cache=cache is not None,
             **kwargs,
         )
@@ -250,7 +250,7 @@ def run_insertion(
         inputs_embeds=stream.embeddings(embeds, images.tokens),
         attention_mask=None if text.packed or bool(after.mask.all()) else after.mask.long(),
         position_ids=positions if three else positions[0],
-        past_key_values=None if cache is None else cache.text,
+        **{CACHE: None if cache is None else cache.text},
         use_cache=cache is not None,
         **kwargs,
     )
