@@ -11,6 +11,7 @@ from casa.errors import UserError
 from casa.layers import Ablation
 from casa.testing import TinySample, as_batch, as_packed, tiny_casa, tiny_casa_over
 from casa.windows import WindowLayout
+from tests.few import few_first
 
 ONE = TinySample((5, 9, 17, 4, 33, 8, 21), ((3, 2, 3), (5, 1, 2)))
 TWO = TinySample((7, 6, 40, 11, 12), ((1, 2, 2),), seed=9)
@@ -70,7 +71,7 @@ FUSIONS = [
 ]
 
 
-@pytest.mark.parametrize("fusion", FUSIONS, ids=str)
+@pytest.mark.parametrize("fusion", few_first(FUSIONS, FUSIONS[::3]), ids=str)
 @pytest.mark.parametrize("name", RULES)
 def test_hidden_keys_are_those_of_the_loops(name, fusion, monkeypatch):
     model, inputs = tiny_casa(**fusion), as_batch(BATCH)
@@ -119,7 +120,9 @@ def test_draws_differ_by_layer_query_and_seed():
     assert all(len(set(one.tolist())) > 12 for one in gone)
 
 
-@pytest.mark.parametrize("fusion", [{}, {"placement": "before"}, {"placement": "replace", "layers": [0, 2]}], ids=str)
+@pytest.mark.parametrize(
+    "fusion", few_first([{}, {"placement": "before"}, {"placement": "replace", "layers": [0, 2]}], [{}]), ids=str
+)
 @pytest.mark.parametrize("name", ["without-layers=0", "only-layers=2", "without-layers=0,2"])
 def test_a_dropped_layer_is_one_whose_output_is_zero(name, fusion):
     model, inputs = tiny_casa(**fusion), as_batch(BATCH)
@@ -160,7 +163,10 @@ def test_shuffled_images_are_those_of_the_other_sample(method):
     assert torch.equal(found, model(**wanted, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text", "qwen2_5_vl", "qwen3_vl", "smolvlm"])
+KINDS = ["llama", "mistral", "gemma3_text", "qwen2_5_vl", "qwen3_vl", "smolvlm"]
+
+
+@pytest.mark.parametrize("kind", few_first(KINDS, KINDS[::3]))
 def test_hidden_images_of_insertion_change_nothing_about_the_text(kind):
     model = tiny_casa_over(kind, method="insertion")
     samples = [sample.in_squares() for sample in BATCH] if kind == "smolvlm" else BATCH
@@ -206,11 +212,12 @@ GENERATED = [
 @pytest.mark.parametrize(
     ("names", "fusion"),
     [
-        *((names, {}) for names in GENERATED),
-        ("no-self-attention", {"placement": "replace", "layers": [0, 1]}),
-        ("no-text", {"placement": "replace", "layers": [0, 1]}),
+        (GENERATED[0], {}),
         ("no-images", {"split": "sample"}),
-        ("no-random-text", {"split": "sample"}),
+        *(pytest.param(names, {}, marks=pytest.mark.slow) for names in GENERATED[1:]),
+        pytest.param("no-self-attention", {"placement": "replace", "layers": [0, 1]}, marks=pytest.mark.slow),
+        ("no-text", {"placement": "replace", "layers": [0, 1]}),
+        pytest.param("no-random-text", {"split": "sample"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

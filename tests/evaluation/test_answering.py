@@ -12,6 +12,7 @@ from casa.evaluation.questions import AnswerSettings, Question
 from casa.models import ImageCache
 from casa.pipeline import CasaPipeline
 from casa.testing import tiny_casa, tiny_processor
+from tests.few import few_first
 
 VARIANTS = {
     "parallel": {},
@@ -23,7 +24,7 @@ VARIANTS = {
     "insertion": {"method": "insertion"},
 }
 NEW = 4  # tokens of an answer
-OTHERS = ("before", "cross-attention", "history", "update")
+FEW = ("parallel", "insertion")
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +71,7 @@ def answers(eyes, questions, **settings):
     return [found[one.index] for one in questions], answerer
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in OTHERS else []) for name in VARIANTS]
-)
+@pytest.mark.parametrize("name", few_first(VARIANTS, FEW))
 def test_batches_answer_as_each_question_alone(asked, name, monkeypatch):
     eyes = eyes_of(**VARIANTS[name])
     wanted = [alone(eyes, one) for one in asked]
@@ -92,7 +91,7 @@ def test_batches_answer_as_each_question_alone(asked, name, monkeypatch):
         assert sum(encoded) == answerer.encoded == 5, "each picture once, for all of its questions"
 
 
-@pytest.mark.parametrize("name", ["parallel", "replace", "history", "insertion"])
+@pytest.mark.parametrize("name", few_first(["parallel", "replace", "history", "insertion"], FEW[:1]))
 def test_batches_have_the_logits_of_each_question_alone(asked, name, monkeypatch):
     eyes = eyes_of(**VARIANTS[name])
     heard = []

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import constants
 
 from casa.testing import TinySample, tiny_casa
+from tests.few import few_first
 
 FUSIONS = {
     "parallel": {},
@@ -34,6 +35,9 @@ FUSIONS = {
 }
 # one of each kind, for what is slow to try
 FEW = ("parallel", "replace sample", "history 1", "cross gated before", "insertion")
+
+
+FAMILIES = ("llama", "gemma3_text", "qwen2_5_vl", "smolvlm")
 
 # ids from 3 on: 0 pads, 1 and 2 open and stop
 SAMPLES = (
@@ -92,13 +96,13 @@ def casa_of() -> Callable:
     return model
 
 
-@pytest.fixture(params=FUSIONS)
+@pytest.fixture(params=few_first(FUSIONS, FEW))
 def model(request, casa_of):
     """Every variant in turn."""
     return casa_of(request.param)
 
 
-@pytest.fixture(params=[name for name in FUSIONS if name != "insertion"])
+@pytest.fixture(params=few_first([name for name in FUSIONS if name != "insertion"], FEW))
 def fused(request, casa_of):
     """Every variant that keeps images out of the text stream."""
     return casa_of(request.param)

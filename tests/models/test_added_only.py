@@ -58,8 +58,11 @@ def assert_same(found, wanted):
 @pytest.mark.parametrize(
     ("kind", "fusion"),
     [
-        *((kind, {}) for kind in KINDS),
-        *((kind, fusion) for kind in ("llama", "qwen2_5_vl") for fusion in ({"method": "insertion"}, REPLACED)),
+        ("llama", {}),
+        ("qwen2_5_vl", {"method": "insertion"}),
+        *(pytest.param(kind, {}, marks=pytest.mark.slow) for kind in KINDS[1:]),
+        *(pytest.param(kind, REPLACED, marks=pytest.mark.slow) for kind in ("llama", "qwen2_5_vl")),
+        pytest.param("llama", {"method": "insertion"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

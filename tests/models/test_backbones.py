@@ -21,6 +21,8 @@ from casa.testing import (
     tiny_casa_over,
     tiny_encoder,
 )
+from tests.few import few_first
+from tests.models.conftest import FAMILIES
 
 IDS = torch.tensor([[5, 9, 17, 4, 33, 8, 21, 30, 11]])
 SAMPLES = (
@@ -44,7 +46,7 @@ FUSIONS = [
 MULTIPLY_IN_FLOAT32 = ("helium", "gemma3_text")  # their norms' gains
 
 
-@pytest.fixture(scope="module", params=BACKBONES)
+@pytest.fixture(scope="module", params=few_first(BACKBONES, FAMILIES))
 def kind(request):
     return request.param
 

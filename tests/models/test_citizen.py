@@ -14,13 +14,15 @@ from transformers.generation.streamers import BaseStreamer
 from casa import CasaForConditionalGeneration, adapt
 from casa.errors import UserError
 from casa.testing import BACKBONES, TinySample, as_batch, tiny_casa, tiny_casa_over, tiny_encoder, tiny_text_model
+from tests.few import few_first
+from tests.models.conftest import FAMILIES
 
 SAMPLE = TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 2, 3), (5, 1, 2)))
 # SmolVLM's tower takes one square tile
 KINDS = [kind for kind in BACKBONES if kind != "smolvlm"]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=few_first(KINDS, FAMILIES))
 def model(request):
     return tiny_casa_over(request.param)
 

@@ -14,6 +14,8 @@ from casa.analysis.ablations import ablated
 from casa.models import decoding
 from casa.models.decoding import PreparedDecoder, prepared
 from casa.testing import BACKBONES, TinySample, as_batch, tiny_backbone, tiny_casa, tiny_casa_over, tiny_encoder
+from tests.few import few_first
+from tests.models.conftest import FEW, FUSIONS
 
 PREPARED = sorted(set(BACKBONES) - {"gemma3_text"})
 PROMPT = TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 2, 3), (5, 1, 2)), seed=10)
@@ -83,7 +85,9 @@ def tensors(cache):
 
 
 @pytest.mark.parametrize("kind", PREPARED)
-@pytest.mark.parametrize("fusion", [{}, {"placement": "before"}, {"placement": "replace", "every": 2}], ids=str)
+@pytest.mark.parametrize(
+    "fusion", few_first([{}, {"placement": "before"}, {"placement": "replace", "every": 2}], [{}]), ids=str
+)
 def test_families_and_placements(kind, fusion, ways, monkeypatch):
     sample = PROMPT.in_squares() if kind == "smolvlm" else PROMPT
     both_ways(tiny_casa_over(kind, **fusion), sample.inputs(), ways, monkeypatch)
@@ -94,30 +98,8 @@ def test_variants(fusion, inputs, ways, monkeypatch):
     both_ways(tiny_casa(**fusion), inputs, ways, monkeypatch)
 
 
-@pytest.fixture(
-    params=[
-        "parallel",
-        "before",
-        "replace",
-        "shared",
-        "before shared",
-        "gated",
-        "sample",
-        "cross",
-        "cross shared",
-        "cross gated before",
-        "cross replace",
-        "cross sample",
-        "replace sample",
-        "history 1",
-        "history all",
-        "replace history",
-        "cross history",
-    ]
-)
+@pytest.fixture(params=few_first([name for name in FUSIONS if name not in ("replace first", "insertion")], FEW))
 def fusion(request):
-    from tests.models.conftest import FUSIONS
-
     return FUSIONS[request.param]
 
 

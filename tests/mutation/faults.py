@@ -223,7 +223,7 @@ FAULTS = (
         "streaming/sampling.py",
         "rows = [rows[at] for at in still]",
         "rows = rows[-len(still) :]",
-        ("serving/test_completion.py",),
+        ("streaming/test_sampling.py",),
     ),
     Fault(
         "a block of a recipe replaces that of its base",

@@ -1,12 +1,15 @@
 """The next token from logits made by hand: every setting does what it says, and no more."""
 
 from collections import Counter
+from itertools import permutations
 
 import pytest
 import torch
 
 from casa.errors import UserError
 from casa.streaming import Sampling
+from casa.streaming.sampling import decode
+from casa.testing import tiny_casa
 
 LOGITS = torch.tensor([1.0, 3.0, 2.5, 0.0, 2.0, -1.0])
 STOPS = frozenset([3])
@@ -130,3 +133,36 @@ def test_a_bias_is_added_exactly():
 def test_settings_that_cannot_be(settings, word):
     with pytest.raises(UserError, match=word):
         Sampling(**settings)
+
+
+class Scripted:
+    """Says what it is given, and keeps the logits from which it was to choose."""
+
+    def __init__(self, tokens):
+        self.left, self.last, self.seen = list(tokens), 0, []
+
+    @property
+    def is_open(self):
+        return bool(self.left)
+
+    def take(self, logits):
+        self.seen.append(logits.clone())
+        self.last = self.left.pop(0)
+        return not self.left
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("drop_ended", [True, False])
+@pytest.mark.parametrize("lengths", list(permutations((1, 2, 4))), ids=str)
+def test_texts_of_a_batch_go_on_as_each_alone_whichever_ends_first(lengths, drop_ended):
+    model = tiny_casa().eval()
+    said = [[5 + 7 * row + at for at in range(length)] for row, length in enumerate(lengths)]
+    prompts = torch.tensor([[3, 9, 4], [17, 8, 30], [6, 6, 50]])
+    together = [Scripted(tokens) for tokens in said]
+    for _ in decode(model, {"input_ids": prompts}, model.new_cache(), together, drop_ended=drop_ended):
+        pass
+    for row, text in enumerate(together):
+        alone = Scripted(said[row])
+        list(decode(model, {"input_ids": prompts[row : row + 1]}, model.new_cache(), [alone]))
+        assert not text.left
+        torch.testing.assert_close(torch.stack(text.seen), torch.stack(alone.seen), rtol=1e-10, atol=1e-10)
