@@ -7,6 +7,7 @@ nothing from more. What the user has set in the environment stays.
 import gc
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from time import monotonic
@@ -31,6 +32,8 @@ for name, heeded in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.S
 
 COUNTED = ("passed", "failed", "error", "skipped")
 BEGUN = pytest.StashKey[float]()
+FAST = "not slow and not browser"  # what `make test-fast` asks for
+ALL_LEFT_OUT = re.compile(r"^pytestmark = (\[[^\]]*)?pytest\.mark\.(slow|browser)\b", re.MULTILINE)
 
 
 def pytest_addoption(parser):
@@ -39,6 +42,12 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[BEGUN] = monotonic()
+
+
+def pytest_ignore_collect(collection_path, config):
+    """A file all of whose tests are left out is not even read: Ray alone takes seconds to import."""
+    fast = config.option.markexpr == FAST and collection_path.suffix == ".py"
+    return True if fast and ALL_LEFT_OUT.search(collection_path.read_text(encoding="utf-8")) else None
 
 
 def pytest_collection_finish(session):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from casa.analysis.budget import Scene, budgets
-from casa.analysis.shapes import SHAPES, shapes_of
+from casa.analysis.published_models import SHAPES, shapes_of
 from casa.atomic import write_text
 from casa.models import FusionConfig
 from casa.provenance import provenance

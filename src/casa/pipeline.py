@@ -345,10 +345,10 @@ def evaluate(
     Raises:
         UserError: A task or metric is unknown, data cannot be opened, or a setting is out of range.
     """
-    from casa.evaluation import runner
+    from casa.evaluation import offline_tasks
     from casa.evaluation.standard import STANDARD
 
-    wanted = list(runner.TASKS if tasks is None else tasks)
+    wanted = list(offline_tasks.TASKS if tasks is None else tasks)
     named = [name for name in wanted if name in STANDARD]
     if data is None and not named:
         for name, given in {"metrics": metrics, "records": records, **settings}.items():
@@ -357,7 +357,7 @@ def evaluate(
     elif tasks is not None and (metrics is not None or (data is not None and len(named) < len(wanted))):
         what = "metrics" if metrics is not None else "data"
         raise UserError(f"tasks have {what} of their own; leave out tasks or {what}.", field=("tasks", what))
-    names = runner.check_tasks(wanted, STANDARD)
+    names = offline_tasks.check_tasks(wanted, STANDARD)
     pipeline = eyes if isinstance(eyes, CasaPipeline) else load(eyes)
     if pipeline is not eyes and settings.get("cluster") is not None:
         settings["load"] = partial(load, eyes)  # type: ignore[arg-type]
@@ -382,7 +382,7 @@ def evaluate(
                 raise UserError(reason, field=("ablate", "data"))
             how: dict[str, Any] = {"seed": seed, "limit": 200 if limit is None else limit, "largest": largest}
             with ablated(pipeline.model, *parts, seed=seed):
-                found |= runner.evaluate([name], answer, pipeline.stream, **how, progress=progress)
+                found |= offline_tasks.evaluate([name], answer, pipeline.stream, **how, progress=progress)
     return found
 
 
@@ -404,13 +404,13 @@ def recipe_scores(settings: "EvaluationSettings") -> "Evaluate | None":
     Raises:
         UserError: A task is unknown, or what it is drawn from is not installed.
     """
-    from casa.evaluation import runner
+    from casa.evaluation import offline_tasks
 
     if not settings.asks:
         return None
-    names = runner.check_tasks(settings.tasks) if settings.tasks else []
+    names = offline_tasks.check_tasks(settings.tasks) if settings.tasks else []
     # what they are drawn from is an extra, and would be missed at the first measurement only
-    runner.draw_one(names, settings.max_side)
+    offline_tasks.draw_one(names, settings.max_side)
 
     def scores(model: CasaForConditionalGeneration, processor: CasaProcessor) -> dict[str, float]:
         eyes, limit = CasaPipeline(model, processor, "off"), settings.limit

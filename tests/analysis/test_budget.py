@@ -33,7 +33,7 @@ from casa.analysis.flops import (
     token_flops,
     tower_flops,
 )
-from casa.analysis.shapes import SHAPES, shapes_of
+from casa.analysis.published_models import SHAPES, shapes_of
 from casa.errors import UserError
 from casa.models import FusionConfig, adapt
 from casa.models.adapt import skeleton

@@ -220,7 +220,7 @@ def test_200_connects_and_drops_leave_nothing(busy, raw_bytes, until, watcher):
     gc.collect()
     # only the good stream's is left
     assert len({id(ref()) for ref in sessions} - {id(None)}) <= before
-    assert len(state.shelf) <= LIMITS.ended_streams + before
+    assert len(state.transcripts) <= LIMITS.ended_streams + before
 
 
 @pytest.mark.slow

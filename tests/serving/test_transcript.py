@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from casa.serving.live import Shelf, Transcript
+from casa.serving.live import Transcript, TranscriptStore
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_nothing_said_and_too_much_said():
 
 def test_ended_streams_stay_for_a_while_and_not_too_many():
     now = 0.0
-    shelf = Shelf(2, 10.0, lambda: now)
+    shelf = TranscriptStore(2, 10.0, lambda: now)
     for name in "abc":
         shelf.open(name, Transcript(1))
     assert shelf.find("a") is not None

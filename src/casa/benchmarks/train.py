@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
-from casa.analysis.shapes import shapes_of
+from casa.analysis.published_models import shapes_of
 from casa.benchmarks.harness import Benchmark, Figures, in_own_process, table, take_turns
 from casa.benchmarks.packing import SampleLength, measure_packing, spread_lengths, stage_lengths
 from casa.benchmarks.settings import TrainSettings

@@ -127,7 +127,7 @@ def _estimate(
     import torch
 
     from casa.analysis.budget import Scene, budgets, tables, variants
-    from casa.analysis.shapes import SHAPES, shapes_of
+    from casa.analysis.published_models import SHAPES, shapes_of
     from casa.atomic import write_text
     from casa.models import FusionConfig
     from casa.provenance import provenance

@@ -192,7 +192,7 @@ def _check(
     What is wrong with the options is said before a model is read.
     """
     from casa.evaluation.metrics import check_metrics
-    from casa.evaluation.runner import check_tasks
+    from casa.evaluation.offline_tasks import check_tasks
     from casa.evaluation.standard import STANDARD
 
     if ablate:

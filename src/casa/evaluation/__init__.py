@@ -2,9 +2,9 @@
 
 from casa.evaluation.example import CELL, Example, QuestionAnswer, Split
 from casa.evaluation.metrics import METRICS, Score
+from casa.evaluation.offline_tasks import TASKS, check_tasks, evaluate
 from casa.evaluation.pages import page
 from casa.evaluation.questions import AnswerSettings, Question, read_questions
-from casa.evaluation.runner import TASKS, check_tasks, evaluate
 from casa.evaluation.scenes import scene
 from casa.evaluation.scoring import RecordsFile, Summary, score_questions, summarise
 from casa.evaluation.standard import STANDARD

@@ -28,7 +28,7 @@ from casa.serving.baseline import InsertionCosts
 from casa.serving.completion import Detokenizer
 from casa.serving.handover import Handover
 from casa.serving.limits import Limits
-from casa.serving.live import Shelf
+from casa.serving.live import TranscriptStore
 from casa.serving.metrics import Metrics
 from casa.serving.worker import Worker
 from casa.streaming.pacing import Clock
@@ -150,7 +150,7 @@ class ChatQueue:
 
 
 @dataclass(kw_only=True)
-class Door:
+class AppState:
     """What the guard asks, and the transport: limits, the token, names, and who is in."""
 
     limits: Limits
@@ -161,7 +161,7 @@ class Door:
     metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
-        self.shelf = Shelf(self.limits.ended_streams, self.limits.ended_seconds)
+        self.transcripts = TranscriptStore(self.limits.ended_streams, self.limits.ended_seconds)
 
     def admits(self, token: str) -> bool:
         """Whether this is the token, if one is asked for: whatever JSON can write, half a surrogate pair too."""
@@ -172,7 +172,7 @@ class Door:
 
 
 @dataclass(kw_only=True)
-class ServerState(Door):
+class ServerState(AppState):
     """What all routes of one server share.
 
     Pictures are opened off the event loop: frames by one thread, in the order in which they came, each stream with one
@@ -255,7 +255,7 @@ class Guard:
     full it is.
     """
 
-    def __init__(self, app: ASGIApp, state: Door) -> None:
+    def __init__(self, app: ASGIApp, state: AppState) -> None:
         self._app, self._state = app, state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

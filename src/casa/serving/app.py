@@ -27,7 +27,7 @@ from casa.serving.limits import Limits
 from casa.serving.metrics import REMEDY, probe
 from casa.serving.pictures import keep_pillow_quiet
 from casa.serving.routes import METRICS_TYPE, application, read_body, state_of
-from casa.serving.streams import Conversation
+from casa.serving.streams import StreamHandler
 from casa.serving.worker import STOPPING, Worker
 from casa.streaming import StreamingEngine, supports_text_bound
 
@@ -130,7 +130,7 @@ State = Annotated[ServerState, Depends(state_of)]
 
 @router.websocket("/v1/streams")
 async def streams(socket: WebSocket, state: State) -> None:
-    await Conversation(socket, state).run()
+    await StreamHandler(socket, state).run()
 
 
 @router.get("/health")

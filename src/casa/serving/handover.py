@@ -26,7 +26,7 @@ FIRST_SECONDS = 0.2  # until the first save
 
 
 @dataclass(frozen=True)
-class Carried:
+class HandoverInfo:
     """What an ingress says of a stream in its hello.
 
     Args:

@@ -14,7 +14,7 @@ import httpx
 from fastapi import APIRouter, Depends, FastAPI, Request, Response, WebSocket
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from casa.serving.admission import Door, error_response
+from casa.serving.admission import AppState, error_response
 from casa.serving.chat import RequestError
 from casa.serving.limits import Limits
 from casa.serving.relay import WAIT_SECONDS, Relay
@@ -28,7 +28,7 @@ router = APIRouter()
 
 
 @dataclass(kw_only=True)
-class IngressState(Door):
+class IngressState(AppState):
     """What all routes of an ingress share. secret: the token of its replicas."""
 
     replicas: Replicas

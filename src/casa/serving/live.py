@@ -1,7 +1,7 @@
 """One live stream as its reader is told of it: events on their way, the captions so far, and figures.
 
 model's thread --on_event--> LiveStream --put--> Outbox [e e e e e] --get--> the reader's own task
-                                        --add--> Transcript, on the Shelf, for download
+                                        --add--> Transcript, on the TranscriptStore, for download
 """
 
 import asyncio
@@ -102,7 +102,7 @@ class Transcript:
         return captions_text(self.captions(), FORMATS[f".{kind}"])
 
 
-class Shelf:
+class TranscriptStore:
     """Transcripts by stream. Those of streams that have ended stay for `seconds`, the newest `max_ended` of them."""
 
     def __init__(self, max_ended: int, seconds: float, clock: Clock = monotonic) -> None:

@@ -21,7 +21,7 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 from casa.errors import UserError
 from casa.serving.live import Transcript
 from casa.serving.replicas import Report
-from casa.serving.sockets import FAILED, LATER, MOVED, NORMAL, POLICY, Ended, Talk
+from casa.serving.sockets import FAILED, LATER, MOVED, NORMAL, POLICY, StreamEnded, WebSocketHandler
 from casa.serving.streams import read_message
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ GONE = (None, MOVED, 1001, 1006, 1011, 1012)  # how a socket is closed by a repl
 TOLD = ("caption", "usage")  # events that say that a frame is done with, and all before it
 
 
-class Relay(Talk):
+class Relay(WebSocketHandler):
     """Passes messages between a client and the replica that has its stream."""
 
     def __init__(self, socket: WebSocket, state: "IngressState") -> None:
@@ -63,7 +63,7 @@ class Relay(Talk):
         self._moves = 0
         self._silent_since: float | None = None
 
-    async def _talk(self) -> None:
+    async def _handle(self) -> None:
         await self._greet()
         await self._together(self._read(), self._follow())
 
@@ -74,11 +74,11 @@ class Relay(Talk):
                 text = await self._socket.receive_text()
             self._hello = read_message(text, self._limits)
         except (TimeoutError, KeyError) as error:
-            raise Ended(POLICY, "send a hello first, as JSON.") from error
+            raise StreamEnded(POLICY, "send a hello first, as JSON.") from error
         except UserError as error:
-            raise Ended(POLICY, str(error)) from error
+            raise StreamEnded(POLICY, str(error)) from error
         if "handover" in self._hello:
-            raise Ended(POLICY, "a message of type hello has no 'handover'.")
+            raise StreamEnded(POLICY, "a message of type hello has no 'handover'.")
         token = self._hello.pop("token", None)
         self._check_token(token if isinstance(token, str) else "")
         # of whoever goes on with the stream, the same draws
@@ -100,7 +100,7 @@ class Relay(Talk):
                 self._time = float(parsed["time"])
                 continue
             if kind == "close":
-                raise Ended(NORMAL)
+                raise StreamEnded(NORMAL)
             if kind == "ask" and isinstance(parsed.get("question"), str):
                 self._questions.append(parsed["question"])
             if kind in ("pause", "resume"):
@@ -145,7 +145,7 @@ class Relay(Talk):
                 end = monotonic() + WAIT_SECONDS
                 code, sentence = await self._listen(self._replica)
                 if sentence is not None or code not in GONE:
-                    raise Ended(code or FAILED, sentence)
+                    raise StreamEnded(code or FAILED, sentence)
                 if code != MOVED:
                     self._state.replicas.lost(self._place)
                 await self._left()
@@ -153,7 +153,7 @@ class Relay(Talk):
             refused = sentence or refused
             # one that is on its way is not turned away for want of room while others may come
             if (code is not None and not self._moves) or monotonic() >= end:
-                raise Ended(code or LATER, refused or "there is no replica; try again later.")
+                raise StreamEnded(code or LATER, refused or "there is no replica; try again later.")
             await asyncio.sleep(AGAIN_SECONDS)
 
     async def _left(self) -> None:
@@ -225,7 +225,7 @@ class Relay(Talk):
         """Tells the client where it is; then the replica, what that does not know."""
         frame = event.pop("frame", 0)
         if not self._moves:
-            self._state.shelf.open(self.name, self._transcript)
+            self._state.transcripts.open(self.name, self._transcript)
             self._state.metrics.count("streams")
             self._begun = monotonic()
             await self._tell(event)
@@ -279,7 +279,7 @@ class Relay(Talk):
 
     async def _free(self) -> None:
         """Ends the stream at its replica, which then forgets it."""
-        self._state.shelf.end(self.name)
+        self._state.transcripts.end(self.name)
         if self._replica is not None:
             with suppress(ConnectionClosed, OSError):
                 await self._replica.send('{"type": "close"}')

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 from starlette.routing import Route
 
-from casa.serving.admission import Door, Guard, error_response
+from casa.serving.admission import AppState, Guard, error_response
 from casa.serving.chat import RequestError
 from casa.serving.live import TYPES
 
@@ -37,7 +37,7 @@ async def state_of(connection: HTTPConnection) -> Any:
 
 
 def application(
-    state: Door, routes: APIRouter, running: Callable[[FastAPI], AbstractAsyncContextManager[None]]
+    state: AppState, routes: APIRouter, running: Callable[[FastAPI], AbstractAsyncContextManager[None]]
 ) -> FastAPI:
     """An app with routes of its own and those of all, behind the guard. running: what is there as long as it runs."""
     app = FastAPI(
@@ -78,9 +78,9 @@ async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
 
 
 @router.get("/v1/streams/{stream}/captions.{kind}")
-async def captions(state: Annotated[Door, Depends(state_of)], stream: str, kind: str) -> Response:
+async def captions(state: Annotated[AppState, Depends(state_of)], stream: str, kind: str) -> Response:
     """What a stream has said until now, as a file; a stream's name is known only to who opened it."""
-    transcript = state.shelf.find(stream)
+    transcript = state.transcripts.find(stream)
     if transcript is None:
         return error_response(404, "there is no such stream, or it ended too long ago.")
     if kind not in TYPES:

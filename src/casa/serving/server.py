@@ -17,7 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from casa.errors import UserError
-from casa.serving.admission import Door
+from casa.serving.admission import AppState
 from casa.serving.limits import Limits
 
 GRACE_SECONDS = 3
@@ -31,7 +31,7 @@ class Server:
     """
 
     def __init__(self, app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> None:
-        state: Door = app.state.casa
+        state: AppState = app.state.casa
         limits = state.limits
         self._state = state
         self.host = host

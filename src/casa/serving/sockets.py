@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
 
-from casa.serving.admission import Door, bearer
+from casa.serving.admission import AppState, bearer
 
 NORMAL, POLICY, FAILED, LATER = 1000, 1008, 1011, 1013
 MOVED = 4001  # of a replica: the stream's state is saved, and it goes on elsewhere
@@ -16,7 +16,7 @@ MOVED = 4001  # of a replica: the stream's state is saved, and it goes on elsewh
 log = logging.getLogger("casa.serving")
 
 
-class Ended(Exception):  # noqa: N818  (no error, but the way out)
+class StreamEnded(Exception):  # noqa: N818  (no error, but the way out)
     """The stream is over, with this close code. message: the last, fatal error event, if there is one."""
 
     def __init__(self, code: int, message: str | None = None) -> None:
@@ -24,42 +24,42 @@ class Ended(Exception):  # noqa: N818  (no error, but the way out)
         self.code, self.message = code, message
 
 
-class Talk:
+class WebSocketHandler:
     """One client's WebSocket, which takes up room among the connections until it is closed, by whichever side."""
 
-    def __init__(self, socket: WebSocket, state: Door) -> None:
-        self._socket, self._door, self._limits = socket, state, state.limits
+    def __init__(self, socket: WebSocket, state: AppState) -> None:
+        self._socket, self._app, self._limits = socket, state, state.limits
 
     async def run(self) -> None:
         """Returns when the socket is closed."""
         await self._socket.accept()
-        self._door.connections += 1
+        self._app.connections += 1
         try:
-            if self._door.connections > self._limits.connections:
-                raise Ended(LATER, f"all {self._limits.connections} connections are taken; try again later.")
-            await self._talk()
-        except Ended as end:
+            if self._app.connections > self._limits.connections:
+                raise StreamEnded(LATER, f"all {self._limits.connections} connections are taken; try again later.")
+            await self._handle()
+        except StreamEnded as end:
             await self._close(end)
         except WebSocketDisconnect:
             pass
         except Exception as error:
             log.exception("a stream ended by a fault of the server")
-            await self._close(Ended(FAILED, f"the server failed at this ({type(error).__name__}); try again."))
+            await self._close(StreamEnded(FAILED, f"the server failed at this ({type(error).__name__}); try again."))
         finally:
-            self._door.connections -= 1
+            self._app.connections -= 1
             await self._free()
 
-    async def _talk(self) -> None:
-        """All of it. Raises Ended."""
+    async def _handle(self) -> None:
+        """All of it. Raises StreamEnded."""
         raise NotImplementedError
 
     async def _free(self) -> None:
         """Gives back what was taken, whatever has happened."""
 
     def _check_token(self, token: str) -> None:
-        """Takes the hello's token, or else the header's. Raises Ended if it is not the server's."""
-        if not self._door.admits(token or bearer(self._socket.headers.get("authorization", ""))):
-            raise Ended(POLICY, "give the server's token in the hello, or as Authorization: Bearer <token>.")
+        """Takes the hello's token, or else the header's. Raises StreamEnded if it is not the server's."""
+        if not self._app.admits(token or bearer(self._socket.headers.get("authorization", ""))):
+            raise StreamEnded(POLICY, "give the server's token in the hello, or as Authorization: Bearer <token>.")
 
     async def _together(self, *parts: Coroutine[Any, Any, None]) -> None:
         """Runs all parts until one of them ends, which ends all."""
@@ -74,18 +74,18 @@ class Talk:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _tell(self, event: dict[str, Any]) -> None:
-        """Sends an event. Raises Ended where nobody reads it."""
+        """Sends an event. Raises StreamEnded where nobody reads it."""
         try:
             async with asyncio.timeout(self._limits.send_seconds):
                 await self._socket.send_json(event)
         except TimeoutError as error:
-            raise Ended(POLICY) from error
+            raise StreamEnded(POLICY) from error
 
-    async def _close(self, end: Ended) -> None:
+    async def _close(self, end: StreamEnded) -> None:
         """The last words, if the other side still listens, and a close code."""
         with suppress(TimeoutError, WebSocketDisconnect, RuntimeError, OSError):
             async with asyncio.timeout(self._limits.send_seconds):
                 if end.message is not None:
-                    self._door.metrics.count("errors")
+                    self._app.metrics.count("errors")
                     await self._socket.send_json({"type": "error", "message": end.message, "fatal": True})
                 await self._socket.close(end.code)

@@ -19,12 +19,12 @@ from fastapi import WebSocket, WebSocketDisconnect
 from casa.errors import UserError
 from casa.serving.admission import RateLimiter, ServerState
 from casa.serving.baseline import InsertionTally
-from casa.serving.handover import FIRST_SECONDS, Carried, Handover
+from casa.serving.handover import FIRST_SECONDS, Handover, HandoverInfo
 from casa.serving.limits import Limits, number, words
 from casa.serving.live import LiveStream, Outbox, QueuedFrame, Transcript
 from casa.serving.metrics import OverloadedError
 from casa.serving.pictures import read_frame
-from casa.serving.sockets import FAILED, LATER, MOVED, NORMAL, POLICY, Ended, Talk
+from casa.serving.sockets import FAILED, LATER, MOVED, NORMAL, POLICY, StreamEnded, WebSocketHandler
 from casa.streaming import Sampling, supports_text_bound
 
 CLOSING_SECONDS = 0.5  # until a stream that has just been left counts no more
@@ -104,7 +104,7 @@ def _sampling(given: object) -> Sampling:
     )
 
 
-class Conversation(Talk):
+class StreamHandler(WebSocketHandler):
     """One client's stream."""
 
     def __init__(self, socket: WebSocket, state: ServerState) -> None:
@@ -122,9 +122,9 @@ class Conversation(Talk):
         self._newest: tuple[int, float, bytes, float] | None = None
         self._arrived = asyncio.Event()
 
-    async def _talk(self) -> None:
+    async def _handle(self) -> None:
         if self._state.handover is not None and self._state.handover.draining:
-            raise Ended(LATER, "this replica is about to end.")
+            raise StreamEnded(LATER, "this replica is about to end.")
         stream = await self._open()
         parts = [self._read(stream), self._open_frames(stream), self._send()]
         if (handover := self._state.handover) is not None:
@@ -133,7 +133,7 @@ class Conversation(Talk):
 
     async def _free(self) -> None:
         if self._stream is not None:
-            self._state.shelf.end(self._stream.name)
+            self._state.transcripts.end(self._stream.name)
             self._worker.close(self._stream)
 
     async def _open(self) -> LiveStream:
@@ -146,28 +146,28 @@ class Conversation(Talk):
             message = read_message(text, self._limits)
             hello = read_hello(message, self._limits, state.fps, supports_text_bound(state.model))
         except UserError as error:
-            raise Ended(POLICY, str(error)) from error
+            raise StreamEnded(POLICY, str(error)) from error
         self._check_token(hello.token)
-        carried = self._carried(message)
-        name = secrets.token_urlsafe(12) if carried is None else carried.stream
+        handover_info = self._handover_info(message)
+        name = secrets.token_urlsafe(12) if handover_info is None else handover_info.stream
         transcript = Transcript(self._limits.captions)
         stream = LiveStream(name, hello.fps, self._outbox, transcript, state.metrics, worker.load.recent)
         # known from here on, so that it is closed whatever happens while it is opened
         self._stream = stream
         try:
-            advice = await self._admitted(stream, hello.settings, carried)
+            advice = await self._admitted(stream, hello.settings, handover_info)
         except UserError as error:
             full = isinstance(error, OverloadedError) or len(worker.engine) >= worker.engine.max_sessions
-            raise Ended(LATER if full else POLICY, str(error)) from error
+            raise StreamEnded(LATER if full else POLICY, str(error)) from error
         except Exception as error:
-            raise Ended(FAILED, f"the stream cannot be opened ({type(error).__name__}).") from error
+            raise StreamEnded(FAILED, f"the stream cannot be opened ({type(error).__name__}).") from error
         session, costs, processor = stream.session, state.costs, state.processor
         assert session is not None
         if costs is not None:
             # on the model's thread, which the tokenizer belongs to as well
             tally = worker.call(lambda: InsertionTally(costs, processor, session.usage.text_tokens))
             stream.tally = await asyncio.wrap_future(tally)
-        state.shelf.open(name, transcript)
+        state.transcripts.open(name, transcript)
         state.metrics.count("streams")
         self._begun = monotonic()
         ready = {
@@ -180,29 +180,31 @@ class Conversation(Talk):
             "advice": advice,
             "insertion": costs and {"cache_bytes": "computed", "latency": "measured" if costs.is_measured else None},
         }
-        if carried is not None:
+        if handover_info is not None:
             ready["frame"] = stream.frame
         self._outbox.put({"type": "ready", **ready})
         for told in stream.said:
-            if carried is not None and told["frame"] > carried.known:
+            if handover_info is not None and told["frame"] > handover_info.known:
                 self._outbox.put(told)
         return stream
 
-    def _carried(self, message: dict[str, Any]) -> Carried | None:
+    def _handover_info(self, message: dict[str, Any]) -> HandoverInfo | None:
         """What an ingress says of a stream; None where streams come by themselves."""
         if self._state.handover is None:
             if "handover" in message:
-                raise Ended(POLICY, "a message of type hello has no 'handover' here.")
+                raise StreamEnded(POLICY, "a message of type hello has no 'handover' here.")
             return None
         try:
-            return Carried(**message.get("handover") or {})
+            return HandoverInfo(**message.get("handover") or {})
         except TypeError as error:
-            raise Ended(POLICY, "streams come to a replica by its ingress.") from error
+            raise StreamEnded(POLICY, "streams come to a replica by its ingress.") from error
 
-    async def _admitted(self, stream: LiveStream, settings: dict[str, Any], carried: Carried | None) -> str | None:
+    async def _admitted(
+        self, stream: LiveStream, settings: dict[str, Any], handover_info: HandoverInfo | None
+    ) -> str | None:
         """Opens the stream; what it is to be told."""
         handover, moved = self._state.handover, None
-        if handover is not None and carried is not None and carried.moved:
+        if handover is not None and handover_info is not None and handover_info.moved:
             moved = partial(handover.load, stream, self._state.model, self._state.processor)
         try:
             return await asyncio.wrap_future(self._worker.open(stream, moved, **settings))
@@ -232,7 +234,7 @@ class Conversation(Talk):
         await asyncio.wrap_future(self._worker.call(leave))
         while len(self._outbox) or self._sending:
             await asyncio.sleep(0.005)
-        raise Ended(MOVED)
+        raise StreamEnded(MOVED)
 
     async def _read(self, stream: LiveStream) -> None:
         while True:
@@ -303,7 +305,7 @@ class Conversation(Talk):
             self._worker.pause(stream, self._paused)
             self._outbox.put({"type": "paused" if self._paused else "resumed"})
         elif kind == "close":
-            raise Ended(NORMAL)
+            raise StreamEnded(NORMAL)
         else:
             raise UserError("hello was said already.")
 
@@ -315,12 +317,12 @@ class Conversation(Talk):
             await self._tell(event)
 
     async def _receive(self, seconds: float, sentence: str) -> str | bytes:
-        """The next message. Raises Ended if none comes in time, WebSocketDisconnect at the end."""
+        """The next message. Raises StreamEnded if none comes in time, WebSocketDisconnect at the end."""
         try:
             async with asyncio.timeout(seconds):
                 message = await self._socket.receive()
         except TimeoutError as error:
-            raise Ended(POLICY, sentence) from error
+            raise StreamEnded(POLICY, sentence) from error
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code") or NORMAL)
         data = message.get("bytes")
@@ -331,15 +333,15 @@ class Conversation(Talk):
         self._state.metrics.count("errors")
         self._faults += 1
         if self._faults >= self._limits.faults:
-            raise Ended(POLICY, f"{sentence} That makes {self._faults} wrong messages in a row; the stream ends.")
+            raise StreamEnded(POLICY, f"{sentence} That makes {self._faults} wrong messages in a row; the stream ends.")
         about = {} if frame is None else {"frame": frame}
         self._outbox.put({"type": "error", "message": sentence, "fatal": False, **about})
 
-    async def _close(self, end: Ended) -> None:
+    async def _close(self, end: StreamEnded) -> None:
         if end.code == NORMAL:
             if self._state.handover is not None and self._stream is not None:
                 self._state.handover.forget(self._stream.name)
-            with suppress(Ended, WebSocketDisconnect, RuntimeError, OSError):
+            with suppress(StreamEnded, WebSocketDisconnect, RuntimeError, OSError):
                 while len(self._outbox):
                     await self._tell(await self._outbox.get())
         await super()._close(end)

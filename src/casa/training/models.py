@@ -130,7 +130,7 @@ def load_processor(settings: ModelSettings) -> CasaProcessor:
 
 
 def _config(name: Any) -> Any:
-    from casa.analysis.shapes import published_config
+    from casa.analysis.published_models import published_config
 
     if name in PUBLISHED and not Path(name).is_dir():
         return published_config(PUBLISHED[name])

@@ -3,10 +3,10 @@
 import pytest
 
 from casa.errors import UserError
-from casa.evaluation import runner
+from casa.evaluation import offline_tasks
 from casa.evaluation.example import generator
 from casa.evaluation.metrics import words
-from casa.evaluation.runner import check_tasks, evaluate, held_out
+from casa.evaluation.offline_tasks import check_tasks, evaluate, held_out
 from casa.evaluation.stream import stream
 
 SEED, LIMIT = 5, 10
@@ -128,14 +128,14 @@ def test_batches_are_never_larger_than_said_and_lose_nothing():
         return [""] * len(images)
 
     evaluate(["pages"], counting, Silent, limit=19)
-    assert sizes == [runner.BATCH, runner.BATCH, 6]
+    assert sizes == [offline_tasks.BATCH, offline_tasks.BATCH, 6]
 
 
 def test_streams_are_cut_where_the_limit_is_reached():
     captions = ["", "40", "", "71", "", "3", ""]
-    assert runner._until(captions, 2) == ["", "40", "", "71", ""]
-    assert runner._until(captions, 3) == captions
-    assert words(runner._until(captions, 1)) == ["40"]
+    assert offline_tasks._until(captions, 2) == ["", "40", "", "71", ""]
+    assert offline_tasks._until(captions, 3) == captions
+    assert words(offline_tasks._until(captions, 1)) == ["40"]
 
 
 def test_progress_is_told():
@@ -173,4 +173,4 @@ def test_a_limit_below_one_is_refused(limit):
 
 
 def test_what_tasks_are_drawn_from_is_tried_without_a_model():
-    runner.draw_one(["pages", "scenes", "stream"], largest=112)
+    offline_tasks.draw_one(["pages", "scenes", "stream"], largest=112)
