@@ -12,7 +12,7 @@ from casa.layers.casa import (
 )
 from casa.layers.plan import CallPlan, images_by_row, plan_call
 from casa.layers.state import LayerWindow, WindowExtent, WindowState
-from casa.layers.step import AttentionRecorder, DecodeStep, PackedStep, Rotary, Rotation, Step, turner
+from casa.layers.step import AttentionRecorder, DecodeStep, PackedStep, Rotary, Rotation, Step, per_rotary, turner
 
 __all__ = [
     "IMAGE_PROJECTIONS",
@@ -32,6 +32,7 @@ __all__ = [
     "casa_update",
     "images_by_row",
     "is_its_weight",
+    "per_rotary",
     "plan_call",
     "project_images",
     "rms_norm",

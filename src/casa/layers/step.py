@@ -13,7 +13,7 @@ the backbone (linear, YaRN, Llama 3 ...) comes along.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -31,7 +31,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Rotation:
-    """How far the tokens turn: cos and sin (T, D).
+    """How far the tokens turn: cos and sin (T, D), or (T, H, D) where heads differ.
 
     Which channels turn together: the two halves of a head, channel c with c + D / 2, in most backbones;
     neighbours, channel 2c with 2c + 1, if `neighbours` (Helium).
@@ -41,14 +41,29 @@ class Rotation:
     sin: Tensor
     neighbours: bool = False
 
+    @cached_property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines of the pairs that turn together: (T, 1 or H, 2, D / 2), or (.., D / 2, 2)."""
+        pairs = [x[:, None] if x.dim() == 2 else x for x in (self.cos, self.sin)]
+        cos, sin = (x.unflatten(-1, (-1, 2) if self.neighbours else (2, -1)) for x in pairs)
+        signs = sin.new_tensor([-1.0, 1.0])
+        return cos, sin * (signs if self.neighbours else signs[:, None])
+
     def __call__(self, x: Tensor) -> Tensor:
         """Turns x (T, H, D)."""
-        if self.neighbours:
-            across = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
-        else:
-            left, right = x.chunk(2, dim=-1)
-            across = torch.cat([-right, left], dim=-1)
-        return x * self.cos[:, None] + across * self.sin[:, None]
+        cos, sin = self._factors
+        pairs = x.unflatten(-1, cos.shape[2:])
+        across = pairs.flip(-1 if self.neighbours else -2) * sin
+        return across.add_(pairs * cos).flatten(-2)
+
+    def beside(self, turned: int, still: int) -> "Rotation":
+        """Of so many heads, and so many behind them that stay as they are."""
+        each = []
+        for factor, rest in ((self.cos, 1.0), (self.sin, 0.0)):
+            tokens, width = factor.shape
+            one = factor[:, None].expand(-1, turned, -1)
+            each.append(torch.cat([one, factor.new_full((1, 1, 1), rest).expand(tokens, still, width)], dim=1))
+        return Rotation(*each, self.neighbours)
 
     @property
     def turns_nothing(self) -> bool:
@@ -141,12 +156,12 @@ class PackedStep:
         self.tokens: Tensor | None = self.plan.tokens
         device = self.plan.new_images.device
         self.sees_image = None if bool(layout.sees_image.all()) else layout.on(device, "sees_image")
-        self._turners = _per_rotary(self.rotary, Turner) if layout.history else [None] * len(self.rotary)
+        self._turners = per_rotary(self.rotary, Turner) if layout.history else [None] * len(self.rotary)
         text = layout.on(device, "text_position")[layout.on(device, "query_index")]
         image = layout.on(device, "image_position")[self.plan.new_images]
         if self.image_grid is not None:
             image = torch.cat([image[None], image + self.image_grid])
-        self._rotations = _per_rotary(self.rotary, lambda rotary: (rotary(text), _needed(rotary(image))))
+        self._rotations = per_rotary(self.rotary, lambda rotary: (rotary(text), _needed(rotary(image))))
         if self.plan.keep is not None:
             self.next_state = WindowState(self.plan.keep.windows)
 
@@ -237,7 +252,7 @@ class DecodeStep:
         self._turners: list[Callable[[Tensor], Tensor] | None] = [None] * len(self.rotary)
         if any(distances := self.state.image_distances):
             back = torch.tensor(distances, device=self.device)
-            self._turners = _per_rotary(self.rotary, lambda rotary: partial(Turner(rotary).each, distances=back))
+            self._turners = per_rotary(self.rotary, lambda rotary: partial(Turner(rotary).each, distances=back))
         text, images = self.state.text_tokens, self.state.image_tokens
         self.tokens: Tensor | None = None
         self.sees_image = None if all(images) else torch.tensor([n > 0 for n in images], device=self.device)
@@ -246,7 +261,7 @@ class DecodeStep:
         self._rows = torch.arange(len(text), device=self.device)
         self._same = text[0] if len(set(text)) == 1 else None
         self._longest = max(text)
-        self._rotations = _per_rotary(self.rotary, lambda rotary: rotary(self._text))
+        self._rotations = per_rotary(self.rotary, lambda rotary: rotary(self._text))
         self._mask = None
         # after rows were selected the buffer may be wider than any row's images
         widest = self.state.layers[0].images
@@ -310,7 +325,7 @@ class DecodeStep:
         )
 
 
-def _per_rotary(rotaries: Sequence[Rotary | None], compute: Callable[[Rotary], Made]) -> list[Made | None]:
+def per_rotary(rotaries: Sequence[Rotary | None], compute: Callable[[Rotary], Made]) -> list[Made | None]:
     """compute(rotary) for each layer, once for layers that share one; None where there is none."""
     found: dict[int, Made] = {}
     for rotary in rotaries:

@@ -6,7 +6,7 @@ Shapes: B rows, S cached text tokens, n new ones, Hkv key heads, D channels of a
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,13 +34,14 @@ class GrowingLayer(DynamicLayer):
     transformers' own layer copies all it holds at every call: at 8,000 tokens that is most of the time of a token. This
     one leaves an eighth of the length free behind it, writes there, and copies when that is full. Whoever sets `keys`
     and `values` to other tensors may: the room is given up, and the next call makes it anew. With gradients on, or
-    compiled, or for tokens of another dtype, device or number of rows, it is transformers' own.
+    compiled, for keys and values of two shapes, or for tokens of another dtype, device or number of rows, it is
+    transformers' own.
     """
 
     _keys: Tensor | None = None
     _values: Tensor | None = None
-    # (B, Hkv, room, D) each, of which `keys` and `values` are the first S tokens; nobody else writes there
-    _buffers: tuple[Tensor, Tensor] | None = None
+    # (2, B, Hkv, room, D), of which `keys` and `values` are the first S tokens; nobody else writes there
+    _buffer: Tensor | None = None
 
     @property
     def keys(self) -> Any:
@@ -48,7 +49,7 @@ class GrowingLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, new: Any) -> None:
-        self._keys, self._buffers = new, None
+        self._keys, self._buffer = new, None
 
     @property
     def values(self) -> Any:
@@ -56,13 +57,13 @@ class GrowingLayer(DynamicLayer):
 
     @values.setter
     def values(self, new: Any) -> None:
-        self._values, self._buffers = new, None
+        self._values, self._buffer = new, None
 
     def __copy__(self) -> "GrowingLayer":
         """The same keys and values. The copy takes the room along: of two that go on, one has to copy."""
         found = object.__new__(type(self))
         vars(found).update(vars(self))
-        self._buffers = None
+        self._buffer = None
         return found
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -71,35 +72,44 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         alike = _alike(self.keys, key_states) and _alike(self.values, value_states)
         # autograd wants what it saved unchanged, and a compiled graph tensors that it made itself
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not alike:
+        kept = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if kept or not alike or key_states.shape != value_states.shape:
             return super().update(key_states, value_states, *args, **kwargs)
-        held = _length(self.keys)
-        length = held + key_states.shape[2]
-        buffers = self._room(length)
-        if buffers is None:
-            buffers = _begun(self.keys, key_states, length), _begun(self.values, value_states, length)
-        for buffer, new in zip(buffers, (key_states, value_states), strict=True):
-            buffer[:, :, held:length] = new
-        self.keys, self.values = (buffer[:, :, :length] for buffer in buffers)
-        self._buffers = buffers
-        return self.keys, self.values
+        return self._add((key_states, value_states))
 
-    def _room(self, length: int) -> tuple[Tensor, Tensor] | None:
-        """The buffers, if they have room for `length` tokens and may be written."""
-        if self._buffers is None or self._buffers[0].shape[2] < length:
+    def add(self, new: Tensor) -> tuple[Tensor, Tensor]:
+        """As `update`, of keys and values (2, B, Hkv, n, D) with gradients off."""
+        if (held := self._buffer) is None or held.shape[1:3] != new.shape[1:3] or held.dtype != new.dtype:
+            return self.update(*new)
+        return self._add(new)
+
+    def _add(self, new: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        held, count = _length(self._keys), new[0].shape[2]
+        buffer = self._room(held + count)
+        if buffer is None:
+            buffer = _begun((self._keys, self._values), new[0], held + count)
+        room = buffer.narrow(3, held, count)
+        if isinstance(new, Tensor):
+            room.copy_(new)
+        else:
+            room[0], room[1] = new
+        self._keys, self._values = buffer.narrow(3, 0, held + count).unbind()
+        self._buffer = buffer
+        return self._keys, self._values
+
+    def _room(self, length: int) -> Tensor | None:
+        """The buffer, if it has room for `length` tokens and may be written."""
+        buffer = self._buffer
+        if buffer is None or buffer.shape[3] < length:
             return None
-        if self._buffers[0].is_inference() and not torch.is_inference_mode_enabled():
+        if buffer.is_inference() and not torch.is_inference_mode_enabled():
             return None
-        # what was pickled has lost its buffers, and holds others
-        same = (
-            self.keys.data_ptr() == self._buffers[0].data_ptr()
-            and self.values.data_ptr() == self._buffers[1].data_ptr()
-        )
-        return self._buffers if same else None
+        # what was pickled has lost its buffer, and holds another
+        return buffer if cast(Tensor, self._keys).data_ptr() == buffer.data_ptr() else None
 
 
-def _length(held: Tensor) -> int:
-    return held.shape[2] if held.dim() == 4 else 0  # empty, it has one dimension
+def _length(held: Tensor | None) -> int:
+    return held.shape[2] if held is not None and held.dim() == 4 else 0  # empty, it has one dimension
 
 
 def _alike(held: Tensor, new: Tensor) -> bool:
@@ -114,12 +124,13 @@ def _alike(held: Tensor, new: Tensor) -> bool:
     )
 
 
-def _begun(held: Tensor, new: Tensor, length: int) -> Tensor:
-    """A buffer for `length` tokens and an eighth more, which begins with those held."""
+def _begun(held: tuple[Tensor | None, Tensor | None], new: Tensor, length: int) -> Tensor:
+    """A buffer for `length` tokens like `new` and an eighth more, which begins with those held."""
     rows, heads, _, width = new.shape
-    buffer = new.new_empty(rows, heads, length + length // 8, width)
-    if _length(held):
-        buffer[:, :, : held.shape[2]] = held
+    buffer = new.new_empty(2, rows, heads, length + length // 8, width)
+    for half, old in zip(buffer, held, strict=True):
+        if old is not None and (count := _length(old)):
+            half[:, :, :count] = old
     return buffer
 
 

@@ -18,6 +18,9 @@ What has to go through the modules is told by `PreparedDecoder.refusal`.
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
+from operator import contains, is_
 from threading import Lock
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -26,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from casa.layers import CasaAttention, Rotary, Step, is_its_weight
+from casa.layers import CasaAttention, Rotary, Rotation, Step, is_its_weight, per_rotary
 from casa.models.backbones import Decoder
 from casa.models.cache import CasaCache, GrowingLayer
 from casa.models.configuration_casa import FusionConfig
@@ -56,16 +59,16 @@ class Matrix:
         weight, bias = self.weight, self.bias
         if self.scale is not None:
             found = int8_product(x, weight, self.scale, bias)
-        elif len(x) == 1 and x.device.type == "cpu":
+        elif x.is_cpu and x.shape[0] == 1:
             plus = bias if residual is None else residual[0] if bias is None else residual[0] + bias
             return (torch.mv(weight, x[0]) if plus is None else torch.addmv(plus, weight, x[0]))[None]
-        elif len(x) <= FEW and x.device.type == "cpu":
+        elif x.is_cpu and x.shape[0] <= FEW:
             # attention wants its heads' channels side by side
             found = torch.mm(weight, x.t()).t().contiguous()
             found = found if bias is None else found + bias
         else:
             found = F.linear(x, weight, bias)
-        return found if residual is None else residual + found
+        return found if residual is None else found.add_(residual)
 
     def rows(self, start: int) -> "Matrix":
         """The same matrix from a row on."""
@@ -101,28 +104,33 @@ class Heads:
         texts: Whether text is among its keys.
 
     Attributes:
-        rows: Of the projections to queries, keys and values.
+        rows: Of the projections to queries, keys and values; queries alone where text is not among the keys.
+        counts: Heads of each.
     """
 
     def __init__(self, source: nn.Module, texts: bool = True) -> None:
-        self.source = source
         names = ("q_proj", "k_proj", "v_proj") if texts else ("q_proj",)
         self.inputs = [source.get_submodule(name) for name in names]
         self.output = Matrix(source.get_submodule("o_proj"))
         self.width = cast(int, source.head_dim)
         self.scale: float = getattr(source, "scaling", None) or self.width**-0.5
         self.rows = [cast(nn.Linear, module).out_features for module in self.inputs]
+        self.counts = [rows // self.width for rows in self.rows]
         self.norms = [getattr(source, name, None) for name in ("q_norm", "k_norm")]
 
-    def split(self, projected: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Queries (B, H, D), and keys and values (B, Hkv, D) if text is a key, from (B, rows) each."""
-        heads: list[Tensor | None] = [x.unflatten(-1, (-1, self.width)) for x in projected]
+    def split(self, projected: Tensor, backwards: bool = False) -> list[Tensor]:
+        """Queries (T, H, D), and keys and values (T, Hkv, D) if text is a key, from (T, rows).
+
+        backwards: values stand first.
+        """
+        counts = self.counts[::-1] if backwards else self.counts
+        heads = list(projected.view(projected.shape[0], -1, self.width).split(counts, dim=1))
+        if backwards:
+            heads.reverse()
         for number, norm in enumerate(self.norms[: len(heads)]):
             if norm is not None:
                 heads[number] = norm(heads[number])
-        query, key, value = heads if len(heads) == 3 else (*heads, None, None)
-        assert query is not None
-        return query, key, value
+        return heads
 
 
 @dataclass
@@ -130,18 +138,19 @@ class Call:
     """What all blocks share in one call.
 
     Attributes:
-        cache: Text and windows so far.
         step: What the fusion layers see; None without images.
         length: L.
-        turns: Of every block, None where it has no rotary positions.
-        mask: bool (B, 1, 1 or L, S + L), what new text sees of the cached text and itself; None if all of it.
+        turns: Of every block's queries, keys and values; None where it has no rotary positions.
+        mask: bool (B, 1, L, S + L), or (B * Hkv, 1, 1, S + 1) of one token: what new text sees of the cached text and
+            itself; None if all of it.
+        text: Keys and values of every block's text.
     """
 
-    cache: CasaCache
     step: Step | None
     length: int
-    turns: "list[Turn | None]"
+    turns: Sequence[Rotation | None]
     mask: Tensor | None
+    text: Sequence[GrowingLayer]
 
 
 class Block:
@@ -158,71 +167,72 @@ class Block:
         self.window = None if number is None else self.text if layer is None else Heads(layer, fusion.attend != "image")
         self.is_joint = layer is not None and self.placement == "parallel"
         self.gate_up = Matrix(get("mlp.gate_proj"), get("mlp.up_proj"))
-        self.down, self.act = Matrix(get("mlp.down_proj")), cast(Any, get("mlp")).act_fn
+        self.down, act = Matrix(get("mlp.down_proj")), cast(Any, get("mlp")).act_fn
+        # in place, since nobody else looks at it
+        self.act = partial(F.silu, inplace=True) if isinstance(act, nn.SiLU) else act
         before = cast(Heads, self.window) if self.is_joint else None
         # the fusion layer's in reverse, so that self-attention's are in their own order also alone
         ahead = [] if before is None else before.inputs[::-1]
         self.project = Matrix(*ahead, *self.text.inputs)
-        self.rows = [cast(nn.Linear, module).out_features for module in (*ahead, *self.text.inputs)]
-        self.alone = self.project if before is None else self.project.rows(sum(before.rows))
+        self.start = 0 if before is None else sum(before.rows)  # of self-attention's
+        self.alone = self.project.rows(self.start)
         own = self.window if layer is not None and not self.is_joint else None
         self.project_window = self.project if own is None else Matrix(*own.inputs)
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
-        """(B, d) -> (B, d)"""
+        """(B * L, d) -> (B * L, d)"""
         looks = call.step is not None and self.window is not None
         if looks and self.placement == "before":
             x = self._looked(x, self._window_heads(self.norms[0](x)), call)
         hidden = self.norms[0](x)
         if self.placement == "replace":
             x = self._looked(x, self._window_heads(hidden), call)
+        elif looks and self.is_joint:
+            both = self.project(hidden)
+            x = self._attended(x, both[:, self.start :], call)
+            x = self._looked(x, cast(Heads, self.window).split(both[:, : self.start], backwards=True), call)
         else:
-            both = looks and self.placement == "parallel"
-            if both and self.is_joint:
-                parts = self.project(hidden).split(self.rows, dim=-1)
-                parts, mine = parts[-3:], parts[-4::-1]
-                window = cast(Heads, self.window).split(mine)
-            else:
-                parts = self.alone(hidden).split(self.text.rows, dim=-1)
-                window = None
-            query, key, value = self.text.split(parts)
-            x = self.text.output(self._attended(query, cast(Tensor, key), cast(Tensor, value), call), x)
-            if both:
-                x = self._looked(x, (query, key, value) if window is None else window, call)
+            own = self.alone(hidden)
+            x = self._attended(x, own, call)
+            if looks and self.placement == "parallel":
+                x = self._looked(x, self.text.split(own), call)
         gate, up = self.gate_up(self.norms[1](x)).chunk(2, dim=-1)
-        return self.down(self.act(gate) * up, x)
+        return self.down(self.act(gate).mul_(up), x)
 
-    def _window_heads(self, hidden: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        window = cast(Heads, self.window)
-        return window.split(self.project_window(hidden).split(window.rows, dim=-1))
+    def _window_heads(self, hidden: Tensor) -> list[Tensor]:
+        return cast(Heads, self.window).split(self.project_window(hidden))
 
-    def _attended(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
-        """(B, H * D): self-attention over the text, the new token's key and value with it."""
-        if (turn := call.turns[self.index]) is not None:
-            query, key = turn(query), turn(key)
-        layer = cast(GrowingLayer, call.cache.text.layers[self.index])
+    def _attended(self, x: Tensor, projected: Tensor, call: Call) -> Tensor:
+        """The residual with self-attention over the text, the new tokens' keys and values with it."""
+        text, turn, tokens = self.text, call.turns[self.index], x.shape[0]
+        if text.norms == [None, None]:
+            heads = projected.view(tokens, -1, text.width)
+        else:
+            heads = torch.cat(text.split(projected), dim=1)
+        heads = heads if turn is None else turn(heads)
+        queries, shared, _ = text.counts
+        rows = tokens // call.length
+        new = heads[:, queries:].view(rows, call.length, 2, shared, text.width).permute(2, 0, 3, 1, 4)
+        keys, values = call.text[self.index].add(new)
         if call.length == 1:
-            keys, values = layer.update(key[:, :, None], value[:, :, None])
             # the query heads of a key head are queries of one attention: no key is copied
-            query = query.unflatten(1, (key.shape[1], -1))
-            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=call.mask, scale=self.text.scale)
-            return out.flatten(1)
-        query, key, value = (x.unflatten(0, (-1, call.length)).transpose(1, 2) for x in (query, key, value))
-        keys, values = layer.update(key, value)
+            query = heads[:, :queries].reshape(rows * shared, 1, -1, text.width)
+            keys, values = (held.view(-1, 1, *held.shape[2:]) for held in (keys, values))
+            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=call.mask, scale=text.scale)
+            return text.output(out.view(tokens, -1), x)
+        query = heads[:, :queries].unflatten(0, (rows, -1)).transpose(1, 2)
         out = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=call.mask, scale=self.text.scale, enable_gqa=True
+            query, keys, values, attn_mask=call.mask, scale=text.scale, enable_gqa=True
         )
-        return out.transpose(1, 2).flatten(2).flatten(0, 1)
+        return text.output(out.transpose(1, 2).reshape(tokens, -1), x)
 
-    def _looked(self, x: Tensor, heads: tuple[Tensor, Tensor | None, Tensor | None], call: Call) -> Tensor:
+    def _looked(self, x: Tensor, heads: list[Tensor], call: Call) -> Tensor:
         """The residual with the fusion layer's update (see `casa_update`)."""
         step, window, tokens = cast(Step, call.step), cast(Heads, self.window), cast(Step, call.step).tokens
-        if step.attend == "image":
-            heads = heads[0], None, None
         if tokens is not None:
-            query, key, value = heads
-            heads = query[tokens], None if key is None else key[tokens], None if value is None else value[tokens]
-        out = step.attention(cast(int, self.number), *heads, window.scale).flatten(1)
+            heads = [part[tokens] for part in heads]
+        query, key, value = (heads[0], None, None) if step.attend == "image" else heads
+        out = step.attention(cast(int, self.number), query, key, value, window.scale).flatten(1)
         sees = None if self.placement == "replace" and step.attend != "image" else step.sees_image
         if sees is None and self.gate is None and tokens is None:
             return window.output(out, x)
@@ -238,37 +248,17 @@ class Norm:
     """A root mean square norm (B, d). One row on a CPU takes half the module's steps, with the same roundings."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module, self.gain = module, cast(Tensor, module.weight)
         # Helium rounds once
         self.is_plain = type(module).__name__ in PLAIN_NORMS
+        self.eps: float = cast(Any, module).variance_epsilon
 
     def __call__(self, x: Tensor) -> Tensor:
-        module = cast(Any, self.module)
-        if not self.is_plain or len(x) > 1 or x.device.type != "cpu" or x.dtype == torch.float64:
-            return module.forward(x)
-        wide = x[0].float()
-        factor = (float(wide.dot(wide)) / len(wide) + module.variance_epsilon) ** -0.5
-        return (module.weight * (wide * factor).to(x.dtype))[None]
-
-
-class Turn:
-    """A rotation of one token per row, with the signs in the sines: `Rotation` in fewer steps."""
-
-    def __init__(self, rotary: Rotary, positions: Tensor) -> None:
-        found = rotary(positions)
-        sin, self.neighbours = found.sin[:, None], found.neighbours
-        if self.neighbours:
-            signs = sin.new_tensor([-1.0, 1.0]).repeat(sin.shape[-1] // 2)
-        else:
-            self.half = sin.shape[-1] // 2
-            signs = sin.new_ones(sin.shape[-1])
-            signs[: self.half] = -1.0
-        self.cos, self.sin = found.cos[:, None], sin * signs
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Turns x (B, H, D)."""
-        across = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if self.neighbours else x.roll(self.half, -1)
-        return torch.addcmul(x * self.cos, across, self.sin)
+        if not self.is_plain or x.shape[0] > 1 or not x.is_cpu or x.dtype == torch.float64:
+            return cast(Any, self.module).forward(x)
+        wide = x.float().view(-1)
+        normed = x * (wide.dot(wide).item() / x.shape[1] + self.eps) ** -0.5
+        return normed.mul_(self.gain)
 
 
 class PreparedDecoder:
@@ -295,6 +285,8 @@ class PreparedDecoder:
                 for index, block in enumerate(decoder.blocks)
             ]
             self._norm = Norm(decoder.stack.get_submodule("norm"))
+            # blocks differ in them only where text is not among the keys of some
+            self._heads = max((block.text.counts for block in self._blocks), key=len)
             # joining has moved them
             self._watch.note()
 
@@ -316,11 +308,9 @@ class PreparedDecoder:
         mask: bool (B, S + L), the cached text and the new; None if all is real. rotaries: of every block.
         """
         rows, length = embeds.shape[:2]
-        made: dict[int, Turn] = {}
-        for rotary in rotaries:
-            if rotary is not None and id(rotary) not in made:
-                made[id(rotary)] = Turn(rotary, positions.flatten())
-        turns = [None if rotary is None else made[id(rotary)] for rotary in rotaries]
+        queries, shared = [*self._heads, 0][:2]
+        where = positions.flatten()
+        turns = per_rotary(rotaries, lambda rotary: rotary(where).beside(queries + shared, shared))
         seen = None if mask is None else mask[:, None, None]
         if length > 1:
             held = cache.num_text
@@ -328,7 +318,9 @@ class PreparedDecoder:
             # padding sees itself, which is better than nothing
             itself = torch.eye(length, held + length, dtype=torch.bool, device=embeds.device).roll(held, 1)
             seen = causal if seen is None else (causal & seen) | itself
-        call = Call(cache, step, length, turns, seen)
+        elif seen is not None:
+            seen = seen.repeat_interleave(shared, 0)
+        call = Call(step, length, turns, seen, cast(list[GrowingLayer], cache.text.layers))
         x = embeds.flatten(0, 1)
         for block in self._blocks:
             x = block(x, call)
@@ -348,29 +340,32 @@ class Watch:
 
     def note(self) -> None:
         """Takes what is there now as it should be."""
-        self._parts = [
+        parts = [
             (held, name, part)
             for owner in self._owners
             for held in (owner["_modules"], owner["_parameters"], owner["_buffers"])
             for name, part in held.items()
         ]
-        tensors = [part for _, _, part in self._parts if isinstance(part, Tensor)]
-        self._places = [(tensor, tensor.data_ptr()) for tensor in tensors]
+        self._held, self._names, self._parts = zip(*parts, strict=True)
+        self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
+        self._places = list(map(Tensor.data_ptr, self._tensors))
         self._count = self._counted()
 
-    def _counted(self) -> tuple[int, int]:
-        return sum(map(len, self._hooks)), sum(map(has_own_forward, self._owners))
+    def _counted(self) -> tuple[int, ...]:
+        compiled = map(dict.get, self._owners, repeat("_compiled_call_impl"))
+        return sum(map(len, self._hooks)), sum(map(contains, self._owners, repeat("forward"))), sum(map(bool, compiled))
 
     @property
     def is_unchanged(self) -> bool:
+        # of a thousand parts, at every token: no loop in Python
         return (
             self._counted() == self._count
-            and all(held.get(name) is part for held, name, part in self._parts)
-            and all(tensor.data_ptr() == place for tensor, place in self._places)
+            and all(map(is_, map(dict.get, self._held, self._names), self._parts))
+            and list(map(Tensor.data_ptr, self._tensors)) == self._places
         )
 
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # those of the backward pass do nothing with gradients off
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 

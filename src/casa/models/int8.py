@@ -52,7 +52,7 @@ class Int8Linear(nn.Module):
 
 def int8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, few: int = 32) -> Tensor:
     """(M, K) times int8 weights (N, K) with their scales (N,): (M, N)."""
-    if 0 < len(x) <= few and x.device.type == "cpu" and x.dtype in KERNEL_DTYPES:
+    if x.is_cpu and 0 < x.shape[0] <= few and x.dtype in KERNEL_DTYPES:
         found = torch._weight_int8pack_mm(x.contiguous(), weight, scale)
     else:
         found = F.linear(x, weight.to(x.dtype)) * scale
