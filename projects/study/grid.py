@@ -187,7 +187,7 @@ class Study(Settings):
             budget = build(Budget, vars(self.budget) | group.budget, at=f"groups.{group.name}.budget")
             for seed in group.seeds:
                 for name, values in group.fusions().items():
-                    fusion = FusionConfig.from_dict(values)
+                    fusion = build(FusionConfig, values, "fusion")
                     found.append(Run(group.name, name, seed, fusion, group.tasks, budget, name in group.inspect))
         return found
 

@@ -55,9 +55,12 @@ Rate = Annotated[float, Bounds(ge=0)]
 
 
 class Settings:
-    """A base of frozen dataclasses: every value is checked against the `Bounds` of its field's annotation."""
+    """A base of frozen dataclasses: every value is checked against the `Bounds` or `Literal` of its annotation."""
 
     def __post_init__(self) -> None:
+        for name, choices in _choices_of(type(self)):
+            if (value := getattr(self, name)) not in choices:
+                raise ImpossibleError(_no_choice(name, value, choices), field=name)
         for name, bounds, optional in _bounds_of(type(self)):
             value = getattr(self, name)
             wanted = f"{bounds}{', or null' if optional else ''}"
@@ -76,6 +79,13 @@ def _bounds_of(kind: type) -> list[tuple[str, Bounds, bool]]:
     return found
 
 
+@lru_cache
+def _choices_of(kind: type) -> list[tuple[str, tuple[Any, ...]]]:
+    """Of each field that is a `Literal`: name and choices."""
+    hints = typing.get_type_hints(kind).items()
+    return [(name, typing.get_args(hint)) for name, hint in hints if typing.get_origin(hint) is typing.Literal]
+
+
 def require(holds: bool, name: str, value: Any, wanted: str) -> None:
     """For a dataclass's `__post_init__`: ImpossibleError unless the value of the field `name` makes sense."""
     if not holds:
@@ -83,10 +93,10 @@ def require(holds: bool, name: str, value: Any, wanted: str) -> None:
 
 
 def build(kind: Any, values: Any, at: str = "", what: str = "the settings") -> Any:
-    """A `kind` (a dataclass, or a class with `from_dict`) from a mapping of plain values.
+    """A `kind` (a dataclass) from a mapping of plain values.
 
     Fields may be int, float, str, bool, None, Literal, Any, unions of those, tuple[X, ...], dict[str, X], and
-    further such classes.
+    further dataclasses.
 
     Args:
         at: The place of `values`, as sentences name it.
@@ -98,8 +108,6 @@ def build(kind: Any, values: Any, at: str = "", what: str = "the settings") -> A
     where = at or what
     if not isinstance(values, Mapping):
         raise UserError(f"{where} must be a block of keys and values, not {shown(values)}.")
-    if (own := getattr(kind, "from_dict", None)) is not None:
-        return own(values)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:
@@ -131,10 +139,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _no_choice(name: str, value: Any, choices: tuple[Any, ...]) -> str:
+    return f"{name} is {shown(value)}; {near(value, map(str, choices), 'choose from')}"
+
+
 def plain_values(value: Any) -> Any:
-    """What `build` takes back: dataclasses and classes with `to_dict` as mappings, tuples as lists."""
-    if hasattr(value, "to_dict"):
-        return value.to_dict()
+    """What `build` takes back: dataclasses as mappings, tuples as lists."""
     if dataclasses.is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -144,7 +154,7 @@ def plain_values(value: Any) -> Any:
 
 def _value(kind: Any, value: Any, at: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) or hasattr(kind, "from_dict"):
+    if dataclasses.is_dataclass(kind):
         return build(kind, value, at)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
@@ -156,7 +166,7 @@ def _value(kind: Any, value: Any, at: str) -> Any:
         return {key: _value(arguments[1], entry, f"{at}.{key}") for key, entry in value.items()}
     if origin is typing.Literal:
         if value not in arguments:
-            raise UserError(f"{at} is {shown(value)}; {near(value, map(str, arguments), 'choose from')}")
+            raise UserError(_no_choice(at, value, arguments))
         return value
     if origin in (types.UnionType, typing.Union):
         if value is None and types.NoneType in arguments:

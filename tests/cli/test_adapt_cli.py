@@ -42,7 +42,7 @@ def test_text_model_and_tower(casa, folders, tmp_path):
 
 def test_vlm_brings_its_own_processor(casa, folders, tmp_path):
     out = tmp_path / "out"
-    options = ["--placement", "before", "--compressor", "pool:2", "--dtype", "bfloat16", "--max-shard-size", "20KB"]
+    options = ["--set", "placement=before", "--compressor", "pool:2", "--dtype", "bfloat16", "--max-shard-size", "20KB"]
     result = casa("adapt", folders / "vlm", "--out", out, *options, "--set", "gist=2")
     assert (result.status, result.err) == (0, "")
     model = CasaForConditionalGeneration.from_pretrained(out)

@@ -188,7 +188,7 @@ def test_a_config_of_nonsense(casa, checkpoint, changed, files):
     config["fusion"]["placment"] = "before"
     (changed / "config.json").write_text(json.dumps(config))
     result = casa("ask", changed, files["a picture"], "what?")
-    assert_sentence(result, "unknown fusion key 'placment'; did you mean 'placement'?")
+    assert_sentence(result, "Unknown key 'placment' in fusion; did you mean 'placement'?")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import torch
 
 from casa import FusionConfig
 from casa.errors import UserError
+from casa.settings import build
 from casa.testing import TinySample, as_batch, as_packed, tiny_casa
 
 SAMPLE = TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 2, 3), (5, 1, 2)))
@@ -132,9 +133,9 @@ def test_fusions_that_make_no_sense(fusion, words):
 
 def test_fusion_reads_back_what_it_wrote_and_refuses_unknown_keys():
     fusion = FusionConfig(placement="before", layers=(0, 2), history=-1)
-    assert FusionConfig.from_dict(fusion.to_dict()) == fusion
+    assert build(FusionConfig, fusion.to_dict()) == fusion
     with pytest.raises(UserError, match="did you mean 'placement'"):
-        FusionConfig.from_dict({"placment": "before"})
+        build(FusionConfig, {"placment": "before"})
 
 
 def test_every_nth_block_counts_from_the_nth():

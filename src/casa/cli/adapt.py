@@ -26,17 +26,16 @@ def adapt(
     vision: Annotated[
         str | None, typer.Option(help="Folder of an image encoder, or of a model with one; for text-only backbones.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="casa (if left out), cross_attention or insertion.")] = None,
-    placement: Annotated[str | None, typer.Option(help="parallel (if left out), before or replace.")] = None,
     every: Annotated[int | None, typer.Option(help="A layer in every n-th block.")] = None,
-    share_weights: Annotated[bool, typer.Option("--share-weights", help="Use the blocks' own weights.")] = False,
-    gate: Annotated[str | None, typer.Option(help="tanh, for gated cross-attention.")] = None,
     compressor: Annotated[
         list[str] | None,
         typer.Option(help="Fewer image tokens: pool:2, pixel_shuffle:2, q_former:32. Dry runs compare several."),
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field of FusionConfig; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Any field of FusionConfig, such as method=insertion; repeatable."
+        ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; the checkpoint's if left out.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "2GB",
@@ -53,10 +52,7 @@ def adapt(
 
     Example: casa adapt --dry-run --shape qwen2_5-vl-3b
     """
-    given = {"method": method, "placement": placement, "every": every, "gate": gate, "share_weights": share_weights}
-    choices: dict[str, object] = {
-        key: value for key, value in given.items() if value is not None and value is not False
-    }
+    choices: dict[str, object] = {} if every is None else {"every": every}
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of: {', '.join(DTYPES)}.")
     choices |= _settings(set_ or (), choices)
@@ -91,9 +87,10 @@ def _convert(
     from casa.models.auto import auto_processor
     from casa.models.convert import check_new, convert
     from casa.models.loading import quietly, read_config
+    from casa.settings import build
 
     check_new(out)
-    fusion = FusionConfig.from_dict(choices)
+    fusion: FusionConfig = build(FusionConfig, choices, what="the fusion")
     with quietly(reports=False):
         # first, so that a folder without a tokenizer is refused before gigabytes are copied
         processor = auto_processor(backbone, vision, fusion.gist, "add --vision with its folder")
@@ -131,13 +128,14 @@ def _estimate(
     from casa.atomic import write_text
     from casa.models import FusionConfig
     from casa.provenance import provenance
+    from casa.settings import build
 
     name = backbone if backbone is not None else shape
     if name is None or (backbone is not None and shape is not None):
         raise UserError(f"a dry run takes a model's folder, its config.json, or one --shape of: {', '.join(SHAPES)}.")
     size, text, dtype = scene["image_size"], scene["text_per_frame"], scene["dtype"]
     watched = Scene(size[0], size[1], tuple(scene["frames"]), text, dtype=getattr(torch, dtype))
-    yours = FusionConfig.from_dict(choices) if choices else None
+    yours = build(FusionConfig, choices, what="the fusion") if choices else None
     config, tower = shapes_of(name, vision, published=shape is not None)
     found = budgets(config, tower, variants(compressors, yours), watched)
     record = {"dry_run": name, "scene": scene, **provenance(), "methods": [budget.to_dict() for budget in found]}
@@ -152,12 +150,9 @@ def _estimate(
 
 
 def _settings(pairs: Sequence[str], others: dict[str, object]) -> dict[str, object]:
-    """The KEY=VALUE pairs of --set, as plain values of the kinds that FusionConfig has."""
+    """The KEY=VALUE pairs of --set, as YAML reads the values."""
     import yaml
 
-    from casa.models import FusionConfig
-
-    defaults = FusionConfig().to_dict()
     found: dict[str, object] = {}
     for pair in pairs:
         key, equals, text = (part.strip() for part in pair.partition("="))
@@ -172,7 +167,4 @@ def _settings(pairs: Sequence[str], others: dict[str, object]) -> dict[str, obje
             found[key] = yaml.safe_load(text)
         except yaml.YAMLError:
             found[key] = text
-        for kind, words in ((bool, "true or false"), (int, "a whole number")):
-            if type(defaults.get(key)) is kind and type(found[key]) is not kind:
-                raise UserError(f"--set {key}={text}: give {words}.")
     return found

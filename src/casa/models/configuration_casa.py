@@ -1,15 +1,13 @@
 """CasaConfig and FusionConfig: the text model's config, the image encoder's, and how they are fused."""
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from casa.errors import UserError
 from casa.models.loading import resolve
-from casa.settings import near
+from casa.settings import Bounds, NonNegative, Positive, Settings, build, plain_values
 from casa.vision import kind_of, parse_compressor
 
 Method = Literal["casa", "cross_attention", "insertion"]
@@ -20,7 +18,7 @@ Output = Literal["copy", "zero"]
 
 
 @dataclass(frozen=True)
-class FusionConfig:
+class FusionConfig(Settings):
     """The fusion of a text model with images. The presets name the usual ones: `FusionConfig.replace(every=4)`.
 
     Args:
@@ -48,28 +46,21 @@ class FusionConfig:
 
     method: Method = "casa"
     placement: Placement = "parallel"
-    every: int = 1
+    every: Positive = 1
     layers: tuple[int, ...] | None = None
     share_weights: bool = False
     gate: Gate = None
     output: Output = "copy"
     split: Split = "image"
-    history: int = 0
+    history: Annotated[int, Bounds(ge=-1)] = 0
     update_images: bool = False
-    gist: int = 0
+    gist: NonNegative = 0
     compressor: str | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
-                shown = [str(choice) for choice in choices]
-                raise UserError(f"fusion {name} is {value!r}; {near(value, shown, 'choose one of')}")
-        if not isinstance(self.every, int) or self.every < 1:
-            raise UserError(f"fusion every is {self.every!r}; give a whole number of 1 or more.")
+        super().__post_init__()
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
-        if not isinstance(self.history, int) or self.history < -1:
-            raise UserError(f"fusion history is {self.history!r}; give 0 or more windows, or -1 for all.")
         for given, name in ((self.gate is not None, "a gate"), (self.output == "zero", "output='zero'")):
             if given and self.borrows:
                 raise UserError(
@@ -77,8 +68,6 @@ class FusionConfig:
                 )
         if self.method == "insertion" and self.update_images:
             raise UserError("insertion updates image tokens in every block anyway; leave out update_images.")
-        if not isinstance(self.gist, int) or isinstance(self.gist, bool) or self.gist < 0:
-            raise UserError(f"fusion gist is {self.gist!r}; give a number of tokens, 0 for none.")
         if self.compressor is not None:
             parse_compressor(self.compressor)
 
@@ -132,28 +121,8 @@ class FusionConfig:
         return "image" if self.method == "cross_attention" else "both"
 
     def to_dict(self) -> dict[str, Any]:
-        values = dataclasses.asdict(self)
-        values["layers"] = None if self.layers is None else list(self.layers)
-        return values
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "FusionConfig":
-        """Reads what `to_dict` wrote. Raises UserError for an unknown key."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise UserError(f"unknown fusion key {key!r}; {near(key, known)}")
-        return cls(**values)
-
-
-# what each field of few values may be
-_CHOICES: dict[str, tuple[str | None, ...]] = {
-    "method": get_args(Method),
-    "placement": get_args(Placement),
-    "split": get_args(Split),
-    "gate": get_args(Gate),
-    "output": get_args(Output),
-}
+        """Plain values, of which `casa.settings.build` makes it again."""
+        return plain_values(self)
 
 
 class CasaConfig(PreTrainedConfig):
@@ -186,14 +155,9 @@ class CasaConfig(PreTrainedConfig):
             self.vision_config = _sub_config(self.vision_config, "qwen2_5_vl_vision")
             # a tower taken out of a whole model may still be called by that model's name (see `kind_of`)
             self.vision_config.model_type = kind_of(self.vision_config)
-        self.fusion = self._parsed_fusion().to_dict()
+        self.fusion = self.typed_fusion.to_dict()
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
-
-    def _parsed_fusion(self) -> FusionConfig:
-        if isinstance(self.fusion, FusionConfig):
-            return self.fusion
-        return FusionConfig.from_dict(self.fusion or {})
 
     @property
     def encoder_config(self) -> Any:
@@ -207,7 +171,9 @@ class CasaConfig(PreTrainedConfig):
     @property
     def typed_fusion(self) -> FusionConfig:
         """The fusion, checked and typed."""
-        return self._parsed_fusion()
+        return (
+            self.fusion if isinstance(self.fusion, FusionConfig) else build(FusionConfig, self.fusion or {}, "fusion")
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "CasaConfig":  # type: ignore[override]
