@@ -58,12 +58,13 @@ class Rotation:
 
     def beside(self, turned: int, still: int) -> "Rotation":
         """Of so many heads, and so many behind them that stay as they are."""
-        each = []
-        for factor, rest in ((self.cos, 1.0), (self.sin, 0.0)):
-            tokens, width = factor.shape
+        tokens, width = self.cos.shape
+
+        def all_of(factor: Tensor, rest: float) -> Tensor:
             one = factor[:, None].expand(-1, turned, -1)
-            each.append(torch.cat([one, factor.new_full((1, 1, 1), rest).expand(tokens, still, width)], dim=1))
-        return Rotation(*each, self.neighbours)
+            return torch.cat([one, factor.new_full((1, 1, 1), rest).expand(tokens, still, width)], dim=1)
+
+        return Rotation(all_of(self.cos, 1.0), all_of(self.sin, 0.0), self.neighbours)
 
     @property
     def turns_nothing(self) -> bool:

@@ -8,6 +8,7 @@ which pictures are shared. Shapes: P patches, c channels of a patch, N image tok
 and `encode_images` have them.
 """
 
+import copy
 import hashlib
 import os
 import threading
@@ -23,9 +24,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from casa.atomic import DiskCache
 from casa.errors import UserError
+from casa.models.decoding import Watch
 from casa.models.modeling_casa import CasaForConditionalGeneration
 
 Tensors = dict[str, Tensor]
@@ -93,8 +96,7 @@ class ImageCache:
         self.hits = self.misses = self.held = 0
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
-        # of each model: its state as last seen, and the name of that state
-        self._identities: WeakKeyDictionary[nn.Module, tuple[object, str]] = WeakKeyDictionary()
+        self._sides: WeakKeyDictionary[nn.Module, _ImageSide] = WeakKeyDictionary()
 
     @classmethod
     def named(cls, where: "ImageCache | str | os.PathLike[str] | None") -> "ImageCache | None":
@@ -164,19 +166,16 @@ class ImageCache:
 
     def _identity(self, model: CasaForConditionalGeneration) -> str | None:
         """The name of a model in the state in which it is; None if that cannot be told."""
-        tensors = list(_image_side(model))
-        if any(tensor.is_meta for _, tensor in tensors):  # kept on disk until it is called
+        side = self._sides.get(model)
+        if side is None or not side.fits(model):
+            side = self._sides[model] = _ImageSide(model, side)
+        if side.is_on_disk:
             return None
-        state = _state_of(model, [tensor for _, tensor in tensors])
-        known = self._identities.get(model)
-        if known is None or known[0] != state:
-            known = state, _digest_of(tensors)
-            self._identities[model] = known
         device, autocast = model.device, torch.is_autocast_enabled(model.device.type)
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         precision = torch.get_float32_matmul_precision(), autocast and torch.get_autocast_dtype(device.type)
-        settings = _adapters_of(model), model.config.to_json_string(use_diff=False), repr(model.fusion)
-        return repr((known[1], kind, precision, model.config._attn_implementation, VERSIONS, settings))
+        settings = side.adapters(), side.settings(model.config), repr(model.fusion)
+        return repr((side.digest(), kind, precision, model.config._attn_implementation, VERSIONS, settings))
 
 
 def _key(image: Mapping[str, Tensor], identity: str, scope: str) -> str:
@@ -212,16 +211,52 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return chain(module.named_parameters(), module.named_buffers())
 
 
-def _state_of(model: nn.Module, tensors: list[Tensor]) -> object:
-    """What is another after weights were changed, in whatever way; costs less than a digest of them.
+class _ImageSide:
+    """What changes the keys and values of pictures in a model, as last seen.
 
-    torch counts what is written to a tensor, but not through its `.data`: so the first value of each is looked at, too.
+    Which tensors and adapters there are is only looked up anew where a module or parameter has another in its place.
     """
-    counts = [(one.data_ptr(), 0 if one.is_inference() else one._version, one.dtype) for one in tensors]
-    first = [one.detach().reshape(-1)[:1] for one in tensors if one.numel()]
-    # as wide as they are: Apple's GPU has no float64
-    wide = torch.float64 if any(one.dtype == torch.float64 for one in first) else torch.float32
-    return counts, torch.cat([one.to(first[0].device, wide) for one in first]).tolist() if first else []
+
+    def __init__(self, model: CasaForConditionalGeneration, last: "_ImageSide | None") -> None:
+        self._watch, self._fusion = Watch(model, ()), model.fusion
+        self._named = list(_image_side(model))
+        tensors = [tensor for _, tensor in self._named]
+        self.is_on_disk = any(tensor.is_meta for tensor in tensors)  # until it is called
+        self._counted = [tensor for tensor in tensors if not tensor.is_inference()]
+        self._first = [tensor.detach().reshape(-1)[:1] for tensor in tensors if tensor.numel()]
+        self._places = [(tensor.data_ptr(), tensor.dtype) for tensor in tensors]
+        # PEFT's: the weights of those that do not act are there as well
+        self._adapters = [pair for pair in model.named_modules() if hasattr(type(pair[1]), "merged_adapters")]
+        self._known = None if last is None else last._known
+        self._config: tuple[object, str] | None = None
+
+    def fits(self, model: CasaForConditionalGeneration) -> bool:
+        """Whether all is where it was."""
+        return self._fusion is model.fusion and self._watch.is_unchanged
+
+    def digest(self) -> str:
+        """Of all values. torch counts what is written to a tensor, but not through its `.data`: so the first value of
+        each is looked at, too, which costs less than all of them.
+        """
+        values = self._first
+        if len({(one.dtype, one.device) for one in values}) > 1:
+            # as wide as they are: Apple's GPU has no float64
+            wide = torch.float64 if any(one.dtype == torch.float64 for one in values) else torch.float32
+            values = [one.to(values[0].device, wide) for one in values]
+        state = self._places, [one._version for one in self._counted], torch.cat(values).tolist() if values else []
+        if self._known is None or self._known[0] != state:
+            self._known = state, _digest_of(self._named)
+        return self._known[1]
+
+    def adapters(self) -> list[tuple[str, str]]:
+        """Which act, by module."""
+        return [(name, repr([getattr(module, about, None) for about in ADAPTERS])) for name, module in self._adapters]
+
+    def settings(self, config: PreTrainedConfig) -> str:
+        """A config in words."""
+        if self._config is None or self._config[0] != config:
+            self._config = copy.deepcopy(config), config.to_json_string(use_diff=False)
+        return self._config[1]
 
 
 def _digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -229,15 +264,6 @@ def _digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         _add(digest, name, tensor)
     return digest.hexdigest()
-
-
-def _adapters_of(model: nn.Module) -> list[tuple[str, str]]:
-    """Which adapters of PEFT act, by module: the weights of others are there as well."""
-    return [
-        (name, repr([getattr(module, about, None) for about in ADAPTERS]))
-        for name, module in model.named_modules()
-        if hasattr(type(module), "merged_adapters")
-    ]
 
 
 class _Folder(DiskCache):
