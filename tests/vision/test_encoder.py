@@ -37,6 +37,7 @@ from casa.vision import (
 )
 from casa.vision.encoder import SPECS
 from casa.vision.page_encoder import PageEncoderConfig
+from casa.vision.towers import PatchProduct
 
 QWEN: dict[str, Any] = {"num_heads": 2, "patch_size": 4, "temporal_patch_size": 2}
 VIT: dict[str, Any] = {
@@ -285,3 +286,16 @@ def test_a_folder_without_an_image_encoder_is_refused(tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no image encoder"):
         load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("qwen")])
+def test_patches_are_multiplied_as_the_convolution_would(name: str) -> None:
+    tower = tiny_tower(name)
+    (pixels, grid), *_ = pictures_for(tower.config)
+    wanted = as_transformers_does(tower, pixels, grid)
+    keys = list(tower.state_dict())
+    torch.testing.assert_close(encode(tower, pixels, grid), wanted, rtol=1e-10, atol=1e-10)
+    assert type(tower.patch_embed.proj) is PatchProduct
+    assert list(tower.state_dict()) == keys
+    tower.patch_embed.proj.__class__ = torch.nn.Conv3d
+    torch.testing.assert_close(as_transformers_does(tower, pixels, grid), wanted)

@@ -18,17 +18,35 @@ Shapes: n images, N patches of all images, M patches of the largest, p side of a
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from casa.vision.encoder import SPECS, EncoderSpec
 
 
+class PatchProduct(nn.Conv3d):
+    """A convolution whose kernel covers each patch whole: one product, at an eighth of the time on a CPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(P, c, t, p, p) -> (P, d, 1, 1, 1)"""
+        if tuple(input.shape[2:]) != self.kernel_size or any(self.padding):
+            return super().forward(input)
+        return F.linear(input.flatten(1), self.weight.flatten(1), self.bias)[..., None, None, None]
+
+
+def _called(encoder: Any, pixel_values: Tensor, grid: Tensor) -> Any:
+    """What a Qwen tower gives, its patches multiplied; the convolution keeps its name and weights."""
+    if type(encoder.patch_embed.proj) is nn.Conv3d:
+        encoder.patch_embed.proj.__class__ = PatchProduct
+    return encoder(pixel_values, grid_thw=grid)
+
+
 def _run_qwen(encoder: Any, pixel_values: Tensor, grid: Tensor) -> Tensor:
-    return encoder(pixel_values, grid_thw=grid).pooler_output
+    return _called(encoder, pixel_values, grid).pooler_output
 
 
 def _run_qwen3(encoder: Any, pixel_values: Tensor, grid: Tensor) -> Tensor:
-    found = encoder(pixel_values, grid_thw=grid)
+    found = _called(encoder, pixel_values, grid)
     return torch.cat([found.pooler_output, *found.deepstack_features], dim=-1)
 
 
