@@ -257,7 +257,9 @@ def test_separate_towers_against_the_counter_and_the_processor(config):
     pixels = image_processor_for(config)(images=picture, return_tensors="pt")
     assert pixels["image_grid_thw"].tolist() == [[1, frame.rows, frame.columns]]
     found = counted(lambda: model.requires_grad_(False).encode_images(**pixels))
-    assert found == tower_flops(model.encoder, frame)
+    # from transformers 5.24 on, SigLIP2 fits its positions to a picture by a product, and not by interpolation
+    fitted = 2 * frame.tokens * getattr(config, "num_patches", 0) * config.hidden_size
+    assert found - tower_flops(model.encoder, frame) in (0, fitted)
 
 
 @pytest.mark.parametrize(("height", "width"), [(896, 896), (45, 400), (70, 70), (41, 43)])

@@ -11,6 +11,7 @@ from casa.benchmarks.decode import ALL
 from casa.benchmarks.peers import CROSS, INSERTION, PROMPT, WINDOW, Fused, bench_peers, move, new_peers
 from casa.benchmarks.settings import PeersSettings
 from casa.errors import UserError
+from casa.models.cache import CACHE
 from casa.testing import tiny_text_model
 
 TOKENS, IMAGE = 4, 4  # said of a frame; image tokens of one
@@ -58,7 +59,7 @@ def test_all_have_the_same_eyes_and_the_same_words(small):
     text = [made[name] for name in (INSERTION, WINDOW, ALL)]
     for peer in text:
         peer.begin(prompt)
-    first, *others = [peer.model(input_ids=word, past_key_values=peer.cache).logits for peer in text]
+    first, *others = [peer.model(input_ids=word, **{CACHE: peer.cache}).logits for peer in text]
     for other in others:
         torch.testing.assert_close(other, first, atol=1e-4, rtol=1e-4)
     inserted, fused = made[INSERTION], made[ALL]
@@ -79,11 +80,11 @@ def test_what_stays_in_the_window_stands_side_by_side():
     model = tiny_text_model(num_hidden_layers=1).eval()
     ids, kept = torch.arange(3, 15)[None], torch.tensor([0, 1, 5, 6, 11])
     left, alone = DynamicCache(), DynamicCache()
-    model(input_ids=ids, past_key_values=left)
-    model(input_ids=ids[:, kept], past_key_values=alone)
+    model(input_ids=ids, **{CACHE: left})
+    model(input_ids=ids[:, kept], **{CACHE: alone})
     move(left, kept, model.model.rotary_emb)
     word = torch.tensor([[20]])
-    found, wanted = (model(input_ids=word, past_key_values=cache).logits for cache in (left, alone))
+    found, wanted = (model(input_ids=word, **{CACHE: cache}).logits for cache in (left, alone))
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
 
 

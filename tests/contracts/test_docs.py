@@ -19,7 +19,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if path.name not in ("log.md", "changelog.md"))
 FENCE = re.compile(r"^```(\w*)( no-run)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # what this file runs; the others have tests of their own, beside those of their rooms
-FIRST = ("index.md", "concepts.md", "adapting.md")
+FIRST = ("index.md", "concepts.md", "adapting.md", "real-models.md")
 
 
 def blocks(page: str) -> list[tuple[str, bool, str]]:

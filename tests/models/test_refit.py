@@ -10,7 +10,7 @@ from casa.models import CasaForConditionalGeneration, CasaProcessor, FusionConfi
 from casa.models.adapt import skeleton
 from casa.models.auto import auto_processor
 from casa.models.convert import convert
-from casa.testing import TinySample, tiny_casa, tiny_casa_over, tiny_checkpoint, tiny_encoder
+from casa.testing import TinySample, tiny_casa, tiny_casa_over, tiny_checkpoint, tiny_encoder, tiny_text_model
 
 SAMPLE = TinySample((5, 6, 7, 8, 9), ((2, 2, 3),))
 
@@ -88,3 +88,11 @@ def test_what_cannot_be_refitted_is_refused(tmp_path):
     with pytest.raises(UserError, match="has fusion layers already"):
         convert(tiny_checkpoint(tmp_path / "fused"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_tied_weights_are_counted_once(tmp_path):
+    tied = tiny_text_model(tie_word_embeddings=True)
+    adapt(tied, FusionConfig.insertion(), tiny_encoder()).save_pretrained(tmp_path / "inserted")
+    told = convert(tmp_path / "inserted", tmp_path / "fused")
+    model = CasaForConditionalGeneration.from_pretrained(tmp_path / "fused")
+    assert sum(p.numel() for p in told.parameters()) == sum(p.numel() for p in model.parameters())

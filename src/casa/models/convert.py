@@ -238,6 +238,7 @@ def _whole(
         if beside is not None:
             beside(folder)
     torch.nn.Module.to(model, device="meta")
+    model.tie_weights()  # which the move has parted
     return model
 
 
