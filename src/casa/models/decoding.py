@@ -425,9 +425,11 @@ def short_logits(decoder: Decoder, hidden: Tensor, goes_on: bool) -> Tensor:
     """(B, L, V) from the stack's output (B, L, d); by `Matrix` for few tokens that go on in a text."""
     head: Any = decoder.model.get_output_embeddings()  # type: ignore[operator]
     whole = type(decoder).logits is Decoder.logits and is_its_weight(head) and type(head.weight.data) is Tensor
-    if not (goes_on and whole) or hidden.shape[0] * hidden.shape[1] > FEW or torch.is_grad_enabled() or is_autocast():
-        return decoder.logits(hidden)
-    return Matrix(head)(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+    # two dimensions: of three, torch would multiply a last token alone as a batch, and copy the whole head for it
+    each = hidden.flatten(0, 1)
+    if not (goes_on and whole) or each.shape[0] > FEW or torch.is_grad_enabled() or is_autocast():
+        return decoder.logits(each).unflatten(0, hidden.shape[:2])
+    return Matrix(head)(each).unflatten(0, hidden.shape[:2])
 
 
 def is_autocast() -> bool:
