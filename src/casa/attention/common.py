@@ -109,6 +109,7 @@ class RowGather:
     first: Tensor  # int64 (n,): for each source row, a result row made of it
     unused: Tensor  # int64: source rows without one
     repeats: tuple[tuple[Tensor, Tensor], ...]  # (source rows, result rows) of second, third, ... uses
+    is_same: bool = False  # every row where it was, as in a prompt of one window
 
     @staticmethod
     def of(index: Tensor, valid: Tensor, sources: int, blank: Tensor | None = None) -> "RowGather":
@@ -127,8 +128,9 @@ class RowGather:
         unused[row] = False
         last = int(use.max()) if len(use) else 0
         repeats = tuple((row[use == n], used[use == n]) for n in range(1, last + 1))
-        nothing = torch.zeros(0, dtype=torch.int64)
-        return RowGather(index, nothing if blank is None else blank, first, unused.nonzero().squeeze(1), repeats)
+        blank = torch.zeros(0, dtype=torch.int64) if blank is None else blank
+        is_same = bool(valid.all()) and not len(blank) and torch.equal(index, torch.arange(sources))
+        return RowGather(index, blank, first, unused.nonzero().squeeze(1), repeats, is_same)
 
     def to(self, device: torch.device) -> "RowGather":
         moved = {name: getattr(self, name).to(device) for name in ("index", "blank", "first", "unused")}
@@ -136,7 +138,7 @@ class RowGather:
 
     def __call__(self, source: Tensor) -> Tensor:
         """(n, ...) -> (M, ...)"""
-        return _Gathered.apply(source, self)  # type: ignore[no-any-return]
+        return source if self.is_same else _Gathered.apply(source, self)  # type: ignore[no-any-return]
 
 
 class _Gathered(torch.autograd.Function):

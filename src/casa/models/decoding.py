@@ -313,7 +313,7 @@ class PreparedDecoder:
         turns = per_rotary(rotaries, lambda rotary: rotary(where).beside(queries + shared, shared))
         seen = None if mask is None else mask[:, None, None]
         if length > 1:
-            held = cache.num_text
+            held = cache.text.get_seq_length() if mask is None else mask.shape[1] - length
             causal = torch.ones(length, held + length, dtype=torch.bool, device=embeds.device).tril(held)
             # padding sees itself, which is better than nothing
             itself = torch.eye(length, held + length, dtype=torch.bool, device=embeds.device).roll(held, 1)

@@ -23,6 +23,7 @@ from casa.models.fusion import STEP, FusedStep, passed_down
 from casa.models.inputs import TextInputs
 from casa.vision import Grids
 
+INSERTION = FusionConfig.insertion()
 Places = list[tuple[int, int]]
 """Of each image: its row, and the index in this call's row before which it stands."""
 
@@ -109,7 +110,7 @@ class FusionLayers:
         """The stack's output for text (B, L, d)."""
         decoder = self.decoder
         step = self._step(embeds, text, places, images, cache, record)
-        if cache is not None and self._is_short(embeds, text, cache, record, kwargs):
+        if cache is not None and record is None and is_short(decoder, embeds, text, cache, self.ablation, kwargs):
             quick = prepared(decoder, self.config, self.blocks, self.layers)
             if quick.refusal is None:
                 mask = None if text.mask is None or bool(text.mask.all()) else text.mask.bool()
@@ -147,25 +148,6 @@ class FusionLayers:
             cache.windows = step.next_state
         elif step is not None:
             step.finish()
-
-    def _is_short(
-        self,
-        embeds: Tensor,
-        text: TextInputs,
-        cache: CasaCache,
-        record: AttentionRecorder | None,
-        kwargs: dict[str, object],
-    ) -> bool:
-        """Whether a call feeds few tokens behind others, as generation and live sessions do, and asks for no more."""
-        return (
-            0 < embeds.shape[0] * embeds.shape[1] <= FEW
-            and cache.num_text > 0
-            and not (cache.slides or text.packed or self.decoder.stack.training)
-            and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_autocast())
-            and self.ablation is None
-            and record is None
-            and not any(value for name, value in kwargs.items() if name != "return_dict")
-        )
 
     @torch.compiler.disable(reason="lays out the windows of this one call")
     def _step(
@@ -211,6 +193,25 @@ class FusionLayers:
         return PackedStep(plan, self.keys_values(images), rotaries, grid, config.attend, state, record, self.ablation)
 
 
+def is_short(
+    decoder: Decoder,
+    embeds: Tensor,
+    text: TextInputs,
+    cache: CasaCache,
+    ablation: Ablation | None,
+    kwargs: dict[str, object],
+) -> bool:
+    """Whether a call feeds few tokens behind others, as generation and live sessions do, and asks for no more."""
+    return (
+        0 < embeds.shape[0] * embeds.shape[1] <= FEW
+        and cache.num_text > 0
+        and not (cache.slides or text.packed or decoder.stack.training)
+        and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_autocast())
+        and ablation is None
+        and not any(value for name, value in kwargs.items() if name != "return_dict")
+    )
+
+
 def run_insertion(
     decoder: Decoder,
     embeds: Tensor,
@@ -225,6 +226,9 @@ def run_insertion(
 
     Image tokens that are hidden keep their places, and nothing looks at them.
     """
+    quick = None
+    if images is None and cache is not None and is_short(decoder, embeds, text, cache, ablation, kwargs):
+        quick = prepared(decoder, INSERTION, (), ())
     if images is None:
         images = ImageTokens(embeds.new_zeros(0, embeds.shape[-1]))
     three = decoder.rotary_axes > 1
@@ -237,7 +241,14 @@ def run_insertion(
         stream = replace(stream, mask=stream.mask & ~stream.is_image)
     past = None if cache is None else cache.stream
     after = stream.after(past)
-    positions = stream.positions(past)
+    positions, rows = stream.positions(past), stream.embeddings(embeds, images.tokens)
+    if quick is not None and quick.refusal is None and cache is not None:
+        rotaries = decoder.rotaries(range(len(decoder.blocks)), embeds.device, decoder.dtype)
+        mask = None if bool(after.mask.all()) else after.mask
+        # text stands at one position on all axes
+        hidden = stream.text_of(quick(rows, positions[0], mask, rotaries, cache, None))
+        cache.stream = after
+        return BaseModelOutputWithPast(last_hidden_state=cast(torch.FloatTensor, hidden))
     if three:
         # the first row is what packed samples are told apart by: without a cache, transformers takes any row whose
         # numbers do not rise one by one for several samples, and images have one time for all their tokens
@@ -247,7 +258,7 @@ def run_insertion(
         starts = stream.starts.all(0)
         kwargs = {**kwargs, **passed_down(decoder, starts.nonzero().flatten().tolist(), len(starts))}
     output: BaseModelOutputWithPast = decoder.stack(
-        inputs_embeds=stream.embeddings(embeds, images.tokens),
+        inputs_embeds=rows,
         attention_mask=None if text.packed or bool(after.mask.all()) else after.mask.long(),
         position_ids=positions if three else positions[0],
         **{CACHE: None if cache is None else cache.text},
