@@ -2,17 +2,28 @@
 PYTHON ?= python3
 VIDEO ?=
 BIN := .venv/bin
+comma := ,
 
 .PHONY: demo test test-fast test-gpu gpu test-lowest mutations lint docs notebooks results results-suite results-live results-tiny clean
 
-.venv/installed: pyproject.toml constraints.txt
+# Into .venv, what is named. Bytecode is made of what is imported, when it is: half of all files never are.
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "casa needs Python 3.11 or newer: call make with PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	@echo "Installing casa and what it needs into .venv (a few minutes the first time) ..."
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[$(1)]'
+endef
+
+# what the demo needs, and all that tests and checks need
+.venv/demo: pyproject.toml constraints.txt
+	$(call install,video$(comma)plots)
 	@touch $@
 
-demo: .venv/installed
+.venv/installed: pyproject.toml constraints.txt
+	$(call install,dev)
+	@touch .venv/demo $@
+
+demo: .venv/demo
 	$(BIN)/casa demo --out demo $(if $(VIDEO),--video "$(VIDEO)")
 
 test: .venv/installed
@@ -40,7 +51,7 @@ gpu: $(if $(GPU_READY),,.venv/installed)
 .venv-lowest/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-lowest
 	grep -v -e '^transformers==' -e '^tokenizers==' constraints.txt > .venv-lowest/constraints.txt
-	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[dev]' 'transformers==5.17.*' 'huggingface-hub<2'
+	.venv-lowest/bin/python -m pip install --quiet --no-compile --constraint .venv-lowest/constraints.txt --editable '.[dev]' 'transformers==5.17.*' 'huggingface-hub<2'
 	@touch $@
 
 test-lowest: .venv-lowest/installed

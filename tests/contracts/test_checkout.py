@@ -12,6 +12,7 @@ LEFT = (
     "runs/x/log.json",
     "data/tiny/pages.tar",
     ".venv/installed",
+    ".venv/demo",
     ".venv-lowest/installed",
     "src/casa/__pycache__/x.pyc",
     "src/casa_vlm.egg-info/PKG-INFO",

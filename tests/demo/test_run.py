@@ -1,5 +1,7 @@
 """The whole demo on a film of three seconds with a tiny model of random weights, and what it refuses."""
 
+import sys
+
 import pytest
 import torch
 from PIL import Image
@@ -83,6 +85,14 @@ def test_bad_requests_are_refused_before_anything_is_written(here, tmp_path):
     with pytest.raises(UserError, match="nothing-here"):
         run.run_demo(tmp_path / "nothing-here", here / "film.mp4", tmp_path / "out", print)
     assert not any((tmp_path / "out").iterdir())
+
+
+def test_a_film_is_not_watched_where_nothing_can_be_drawn(here, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    told = []
+    with pytest.raises(UserError, match=r"install casa-vlm\[plots\]"):
+        run.run_demo(here / "model", here / "film.mp4", tmp_path / "out", told.append)
+    assert told == []
 
 
 def test_the_model_sees_frames_of_448_px_at_most():

@@ -13,6 +13,7 @@ import typer
 from casa.benchmarks import settings as all_settings
 from casa.cli.options import Json, Out, numbers, writable
 from casa.errors import UserError
+from casa.figures import new_figure
 from casa.settings import Bounds, Settings
 
 if TYPE_CHECKING:
@@ -161,6 +162,8 @@ def _command(verb: Verb) -> Callable[..., None]:
         chosen = verb.settings(**{name: _value(name, hints[name], value) for name, value in given.items()})
         if more["plot"] is not None and given.get("tokens", 0) is None:
             raise UserError("--plot is for --tokens; add it, or leave --plot out.")
+        if more["plot"] is not None:
+            new_figure(1, 1)  # without matplotlib this is said before hours of measuring
         if more["resume"] and more["out"] is None:
             raise UserError("--resume goes on with a soak that was writing --out; name that file.")
         bench = verb.bench()

@@ -111,8 +111,8 @@ def evaluate(
     json: Json = False,
     out: Out = None,
 ) -> None:
-    """Score a model on the offline tasks, drawn from handwriting and photographs that were never trained on; on your
-    own questions and answers; or on benchmarks by name.
+    """Score a model on your own questions and answers, on benchmarks by name, or on the offline tasks, drawn from
+    handwriting and photographs that were never trained on.
 
     Example: casa eval casa-tiny --tasks pages,scenes --seed 7 --limit 100 --json
 

@@ -17,6 +17,7 @@ from casa.analysis.plots import plot_attention, plot_cost
 from casa.analysis.streaming_cost import Comparison, CostRow
 from casa.demo.report import STILLS, DemoReport, FrameAnswer, heading, line, write_poster
 from casa.errors import UserError
+from casa.figures import new_figure
 from casa.media import burn_captions, captions_from_frames, read_frames, write_captions
 from casa.models import CasaProcessor
 from casa.pipeline import CasaPipeline, load
@@ -79,9 +80,10 @@ def run_demo(
         report: Takes lines of text.
 
     Raises:
-        UserError: The video or model cannot be read, or `out` cannot be written.
+        UserError: The video or model cannot be read, `out` cannot be written, or matplotlib is not there.
     """
     start = perf_counter()
+    new_figure(1, 1)  # without matplotlib this is said before a minute of film
     folder = _folder(out)
     film = shipped_film() if video is None else None
     path = film.path if film is not None else Path(video or "")
