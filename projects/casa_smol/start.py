@@ -1,18 +1,15 @@
-"""How fusion begins: layers that find and copy what is written, set in closed form before any step of training.
+"""What fusion begins with in closed form: codes of words, where image tokens keep them, and what layers say.
 
-SmolLM2 stays frozen, and has to be told word by word what the picture says. An image token tells which words begin in
-it, which two stand before these, and by what its text may be asked for (`casa.vision.page_words`). Of the text, a
-layer has to know as much: the word just said, the one before it, and what was asked.
+SmolLM2 stays frozen, and has to be told word by word what a picture says. An image token tells which words begin in it,
+which two stand before these, and by what its text may be asked for (`casa.vision.page_words`). Words are told by codes:
+numbers that hidden states of the text model foretell, those foretold best first.
 
-Words are told by codes: numbers that hidden states of the text model foretell, those foretold best first. The first
-layer moves codes to where they are needed: one head looks at the token before, two look at all words that a question
-does not share with other questions, and write them into the stream in directions that the text model hardly reads. In
-every other layer each of the three key heads compares what is foretold with what an image token tells: what was asked
-with the tags, and the last two words with those before a word that begins there; its value is that word. The last
-layers write it into the stream as the embedding that the text model's head knows. Text tokens are keys for "nothing
-here".
+The first layer hands codes on to where they are needed, the word before the last and what is asked for, in directions
+of the stream that the text model hardly reads. The layers that follow find the next word and hand its code on in the
+same way; the last ones say it, as the embedding that the text model's head knows. Where they look is learned
+(`finding.py`).
 
-Shapes: D width of the text model (576), C of a head (64), S slots of an image token, V words, W numbers of a code.
+Shapes: D width of the text model (576), H heads, C of a head (64), V words, W numbers of a code.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,11 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from casa.vision.page_encoder import WAVES
-from casa.vision.page_words import BEGUN
+from casa.vision.page_words import BEFORE, TAGS
 
 LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29)
-TELLING = LAYERS[0]
-SPEAKING = (20, 23, 26, 29)
 # queries are turned for a picture so many tokens before them; other pairs turn by more than half a radian in 15 more
 DISTANCE = 25
 STILL = torch.cat([torch.arange(9, 31), torch.arange(41, 63)])
@@ -40,36 +35,21 @@ UNSEEN = 20.0  # nats that image tokens are below text in the first layer
 LARGEST = 2.5  # of a code's numbers, beside those of a random one: no number says a word alone
 LINEAR = 6.0  # GELU is the identity from here on
 PLACED = 0.1  # length of a place's waves, beside words of length 1
-TAGGED = 0.35  # of a tag: there may be many of them, and an image token's length counts
+TAGGED = 0.6  # of tags: of what is written there, it is the least certain
 CONSTANT = 2.0  # of an image token, on the calmest axis: what tells it from text, and keeps its length
-COMPARED = {"asked": 11, "before": 11, "said": 22}
-"""Numbers of each code that a head compares: as many as stand still."""
-
-
-@dataclass(frozen=True)
-class Strengths:
-    """How strong each part is: a search over a few values, scored without training.
-
-    match: of the nats that a comparison is worth: numbers are not as independent as they are taken for. asked: of tags,
-    beside words. sure: the largest share of a number's variance that counts as foretold. sink: nats
-    that "nothing here" scores. said: of a word's embedding in the stream, whose length is 650 at the last layer.
-    told: of what the first layer writes, beside its stream's length.
-    """
-
-    match: float = 0.25
-    asked: float = 1.5
-    sure: float = 0.8
-    sink: float = 6.0
-    said: float = 300.0
-    told: float = 0.3
+HANDED = {"before": slice(0, 48), "asked": slice(48, 112), "found": slice(112, 176)}
+"""Which of the stream's quiet axes carry the code of the word before, of what is asked for, and of the word found."""
+ASKED = 64  # numbers of a code that a head carries
+TOLD = 0.3  # length of what is handed on, beside the stream's
+SAID = 100.0  # of a word's embedding that one layer says; the stream is 650 long at the last
 
 
 @dataclass
 class Moments:
     """Of hidden states (after a block's norm) over text: sums, by block.
 
-    first: (D,). second: (D, D). told: (D, T), with what a state is asked for (`told`). sizes: median length of the
-    stream before the norm. among: (T, T), of what is told with itself. count: of tokens.
+    first: (D,). second: (D, D). told: (D, T), with what a state is of (`codes`). sizes: median length of the stream
+    before the norm. among: (T, T), of what is told with itself. count: of tokens.
     """
 
     first: dict[int, Tensor] = field(default_factory=dict)
@@ -79,39 +59,18 @@ class Moments:
     among: Tensor | float = 0.0
     count: int = 0
 
-    def maps(self, block: int) -> tuple[Tensor, Tensor]:
-        """(D, T) float32, from a hidden state to its guess; and (T,), which share of the variance that is."""
-        found = self.solved(block)
-        assert isinstance(self.among, Tensor)
-        return found.float(), ((found * self.told[block]).sum(0) / self.among.diagonal()).float()
-
     def solved(self, block: int) -> Tensor:
-        """(D, T) float64: least squares, from a hidden state to what it is asked for."""
+        """(D, T) float64: least squares, from a hidden state to its word's code."""
         second = self.second[block]
         return torch.linalg.solve(second + 1e-4 * second.diagonal().mean() * torch.eye(len(second)), self.told[block])
 
 
-@dataclass(frozen=True)
-class Sentence:
-    """Text without a picture. ids: (B, L). wanted: bool (B, L), the words that are asked for, padding nowhere."""
-
-    ids: Tensor
-    wanted: Tensor
-
-    def told(self, codes: Tensor) -> Tensor:
-        """(B, L - 4, 3 W + 1): codes of the word, of the one before and, on average, of those asked for; if it is one.
-
-        From the fifth token: the first one's state is far larger than all others, and a picture stands before the
-        fourth. codes: (V, W).
-        """
-        words, wanted = codes[self.ids], self.wanted[..., None].float()
-        asked = (words * wanted).cumsum(1) / wanted.cumsum(1).clamp(min=1)
-        return torch.cat([words[:, 4:], words[:, 3:-1], asked[:, 4:], wanted[:, 4:]], dim=-1)
-
-
 @torch.no_grad()
-def moments(model: Any, sentences: Iterable[Sentence], codes: Tensor, blocks: Sequence[int]) -> Moments:
-    """Runs the fused model over sentences that stand behind an empty picture. codes: (V, W)."""
+def moments(model: Any, texts: Iterable[Tensor], codes: Tensor, blocks: Sequence[int]) -> Moments:
+    """Runs the fused model over texts (B, L) that stand behind an empty picture, from the fifth token on.
+
+    The first one's state is far larger than all others, and a picture stands before the fourth. codes: (V, T).
+    """
     found = Moments()
     states: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -120,10 +79,10 @@ def moments(model: Any, sentences: Iterable[Sentence], codes: Tensor, blocks: Se
 
     hooks = [model.decoder.blocks[block].input_layernorm.register_forward_hook(keep(block)) for block in blocks]
     try:
-        for sentence in sentences:
-            with blank(model, len(sentence.ids)) as picture:
-                model(input_ids=sentence.ids, **picture, use_cache=False, logits_to_keep=1)
-            targets = sentence.told(codes).flatten(0, 1)
+        for ids in texts:
+            with blank(model, len(ids)) as picture:
+                model(input_ids=ids, **picture, use_cache=False, logits_to_keep=1)
+            targets = codes[ids[:, 4:]].flatten(0, 1)
             found.among = found.among + (targets.T @ targets).double()
             for block in blocks:
                 stream, normed = (part[:, 4:].flatten(0, 1) for part in states[block])
@@ -142,20 +101,19 @@ def moments(model: Any, sentences: Iterable[Sentence], codes: Tensor, blocks: Se
 
 
 def codes_of_words(
-    model: Any, sentences: Iterable[Sentence], embeddings: Tensor, size: int, blocks: Sequence[int] = LAYERS[1:]
+    model: Any, texts: Iterable[Tensor], embeddings: Tensor, size: int, blocks: Sequence[int] = LAYERS[1:]
 ) -> Tensor:
     """(V, size), of length 1 or a little less: what hidden states foretell of the word they are of, best first.
 
     Canonical directions of the embeddings (V, D), on average over some blocks of the text model.
     """
-    seen = moments(model, sentences, embeddings, blocks)
-    width = embeddings.shape[1]
+    seen = moments(model, texts, embeddings, blocks)
     assert isinstance(seen.among, Tensor)
-    every = seen.among[:width, :width]
-    foretold = torch.zeros_like(every)
+    foretold = torch.zeros_like(seen.among)
     for block in blocks:
-        foretold += seen.told[block][:, :width].T @ seen.solved(block)[:, :width]
-    values, directions = torch.linalg.eigh(every + 1e-3 * every.diagonal().mean() * torch.eye(width))
+        foretold += seen.told[block].T @ seen.solved(block)
+    every = seen.among + 1e-3 * seen.among.diagonal().mean() * torch.eye(len(seen.among))
+    values, directions = torch.linalg.eigh(every)
     white = directions * values**-0.5
     best = torch.linalg.eigh(white.T @ foretold @ white)[1].flip(1)[:, :size]
     codes = nn.functional.normalize(embeddings @ (white @ best).float(), dim=-1)
@@ -203,7 +161,7 @@ class Slots(nn.Module):
         super().__init__()
         starts = np.cumsum((1, *sizes)).tolist()
         self.spans = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
-        self.words = slice(1, starts[-1])
+        self.words, self.tags = slice(1, starts[-1]), slice(1, starts[len(TAGS)])
         self.places = slice(starts[-1], starts[-1] + 4 * WAVES)
         self.axes = axes
 
@@ -211,7 +169,7 @@ class Slots(nn.Module):
         """tokens: (N, written + P): codes of words, then the place. Returns (N, D). Stands for the projector."""
         image = torch.zeros(len(tokens), len(self.axes))
         image[:, self.words] = tokens[:, : -4 * WAVES]
-        image[:, self.spans[0]] *= TAGGED
+        image[:, self.tags] *= TAGGED
         image[:, self.places] = tokens[:, -4 * WAVES :] * PLACED
         image[:, 0] = CONSTANT
         return image @ self.axes
@@ -219,7 +177,7 @@ class Slots(nn.Module):
     def read(self, slot: int, numbers: slice) -> Tensor:
         """(n, D): from an image token to some numbers of a slot's code, each of variance 1 over words."""
         rows = self.axes[self.spans[slot]]
-        return rows[numbers] * len(rows) ** 0.5 / (TAGGED if slot == 0 else 1.0)
+        return rows[numbers] * len(rows) ** 0.5 / (TAGGED if slot < len(TAGS) else 1.0)
 
     @torch.no_grad()
     def into(self, projector: Any, tokens: Tensor) -> None:
@@ -233,7 +191,7 @@ class Slots(nn.Module):
         image, constant = torch.zeros(width, projector.up.in_features), torch.zeros(width)
         written = self.words.stop - self.words.start
         image[self.words, :written] = torch.eye(written)
-        image[self.spans[0]] *= TAGGED
+        image[self.tags] *= TAGGED
         image[self.places, inputs - places : inputs] = torch.eye(places) * PLACED
         constant[0] = CONSTANT
         projector.up.weight.copy_(image)
@@ -256,21 +214,6 @@ def calm_axes(seen: Moments, gains: dict[int, Tensor]) -> tuple[Tensor, dict[int
     return torch.linalg.eigh(rest @ spread @ rest + 1e6 * common.T @ common)[1].T.contiguous(), means
 
 
-def _parts(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries (H, C, D), keys and values (K, C, D) and outputs (D, H, C) of a layer, all zero now; views."""
-    size = layer.head_dim
-    found = [getattr(layer, name).weight.unflatten(0, (-1, size)) for name in ("q_proj", "k_proj", "v_proj")]
-    found.append(layer.o_proj.weight.unflatten(1, (-1, size)))
-    for part in found:
-        part.zero_()
-    return tuple(found)  # type: ignore[return-value]
-
-
-def _constant(mean: Tensor, gain: Tensor) -> Tensor:
-    """(D,): from a hidden state to 1, if it is of text."""
-    return mean / mean.square().sum() / gain
-
-
 def quiet_axes(model: Any, means: Iterable[Tensor]) -> Tensor:
     """(D, D) directions, those first that the text model reads least: what is written there does it little harm."""
     width = model.decoder.stack.norm.weight.numel()
@@ -287,110 +230,127 @@ def quiet_axes(model: Any, means: Iterable[Tensor]) -> Tensor:
     return torch.linalg.eigh(read + 1e6 * common.T @ common)[1].T.contiguous()
 
 
-@torch.no_grad()
-def set_first_layer(
-    model: Any,
-    seen: Moments,
-    axes: Tensor,
-    mean: Tensor,
-    image: Tensor,
-    width: int,
-    sizes: tuple[int, int],
-    strengths: Strengths,
-) -> None:
-    """Sets the layer that moves words: the one before, and those that were asked for.
+@dataclass(frozen=True)
+class Start:
+    """What is known of a text model before its layers learn.
 
-    Args:
-        model: a Llama-family model in float32, three query heads to a key head, three key heads.
-        seen: of its text, at this layer's block.
-        axes: directions that text hardly uses, the first ones are written to.
-        mean: of text at this block, before the norm's gain.
-        image: (D,), before the norm's gain to 1 for an image token in which text begins, to nearly 0 for text.
-        width: W, numbers of a code.
-        sizes: how many of them are written of both.
-        strengths: Of each part.
+    slots: stands for the projector. length: of an image token (root mean square) in which text begins. gains: of the
+    blocks' norms (D,). constants: (D,), from a hidden state to 1 if it is of text. sizes: of the stream. quiet: (D, D),
+    axes that are hardly read. codes: (V, W). spoken: (D, W), from a word's code to what makes the text model say it.
+    own: (D, W), from a hidden state of the first layer's block to its word's code.
     """
-    layer = model.casa_layers[str(TELLING)]
-    gain = model.decoder.blocks[TELLING].input_layernorm.weight.detach().float()
-    queries, keys, values, output = _parts(layer)
-    size, group = layer.head_dim, len(queries) // len(keys)
-    root = size**0.5
-    constant, told = _constant(mean, gain), seen.maps(TELLING)[0]
-    before = (root * 40.0 / FAST) ** 0.5
-    for pair in range(FAST):  # turned by one token, a query is the key of the token before
-        keys[0][pair] = constant * before
-        queries[0][pair] = constant * before * TURNS[pair].cos()
-        queries[0][pair + size // 2] = -constant * before * TURNS[pair].sin()
-    start = 0
-    asked = [(first, min(first + size, sizes[1])) for first in range(0, sizes[1], size)]
-    for number, (first, last) in enumerate([(0, sizes[0]), *asked]):
-        count = last - first
-        values[number][:count] = told[:, first:last].T
-        if number:
-            keys[number][SINK] = told[:, -1] * root * 9.0
-        queries[number * group][SINK] = constant
-        keys[number][SINK] -= image / gain * root * UNSEEN
-        # of a code of length 1
-        length = seen.sizes[TELLING] * strengths.told * (width / count) ** 0.5
-        output[:, number * group, :count] = axes[start : start + count].T * length
-        start += count
 
+    slots: Slots
+    length: float
+    gains: dict[int, Tensor]
+    constants: dict[int, Tensor]
+    sizes: dict[int, float]
+    quiet: Tensor
+    codes: Tensor
+    spoken: Tensor
+    own: Tensor
 
-@torch.no_grad()
-def set_layers(
-    model: Any,
-    seen: Moments,
-    slots: Slots,
-    means: dict[int, Tensor],
-    length: float,
-    spoken: Tensor,
-    strengths: Strengths,
-) -> None:
-    """Sets queries, keys, values and outputs of all other layers.
-
-    Args:
-        model: a Llama-family model in float32, whose first layer is set.
-        seen: of its text, with that layer at work.
-        slots: where an image token keeps which word.
-        means: of text, by block, before the norm's gain.
-        length: of an image token (root mean square) in which text begins.
-        spoken: (D, W), from a word's code to what makes the text model say it.
-        strengths: Of each part.
-    """
-    head_gain = model.decoder.stack.norm.weight.detach().float()
-    width = spoken.shape[1]
-    for number, block in enumerate(LAYERS[1:]):
+    @torch.no_grad()
+    def hand_on(self, model: Any) -> None:
+        """Sets the first layer: a key head has the word before, the next one what is asked for, once it has learned."""
+        block = min(self.gains)
         layer = model.casa_layers[str(block)]
-        gain = model.decoder.blocks[block].input_layernorm.weight.detach().float()
-        queries, keys, values, output = _parts(layer)
-        size, group = layer.head_dim, len(queries) // len(keys)
-        told, shares = seen.maps(block)
-        # nats: a guess of a number times the number, by the variance that is left
-        guess = strengths.match * told * width**0.5 / (1 - shares.clamp(max=strengths.sure)) * size**0.5
-        nothing = _constant(means[block], gain) * (size**0.5 * strengths.sink) ** 0.5
-        for head in range(BEGUN):
-            asking, row = range(head * group, (head + 1) * group), 0
-            # tags, and the two words before the one that this head finds
-            for name, slot, first in (("asked", 0, 2 * width), ("before", head + 1, width), ("said", head + 2, 0)):
-                count = COMPARED[name]
-                rows, row = STILL[row : row + count], row + count
-                keys[head][rows] = slots.read(slot, slice(count)) / gain * length
-                for asker in asking:
-                    strength = strengths.asked if name == "asked" else 1.0
-                    queries[asker][rows] = guess[:, first : first + count].T * strength
-            keys[head][SINK] = nothing
-            for asker in asking:
-                queries[asker] = turned(queries[asker], -DISTANCE)
-                queries[asker][SINK] = nothing
-            # each layer carries another half of a code; outputs learn as fast as the stream is long
-            known = slots.spans[head + 3].stop - slots.spans[head + 3].start
-            first = size * (number % 2) if known >= 2 * size else 0
-            some = slice(first, min(first + size, known))
-            count, scale = some.stop - some.start, seen.sizes[block] / width**0.5
-            values[head][:count] = slots.read(head + 3, some) / gain * length * scale
-            if block in SPEAKING:
-                out = spoken[:, some] * strengths.said / width**0.5 / scale / head_gain[:, None]
-                output[:, asking[0], :count] = out
+        queries, keys, values, output = heads_of(layer)
+        for part in (queries, keys, values, output):
+            part.zero_()
+        size, group, root = layer.head_dim, len(queries) // len(keys), layer.head_dim**0.5
+        constant, gain = self.constants[block], self.gains[block]
+        before = (root * 40.0 / FAST) ** 0.5
+        for pair in range(FAST):  # turned by one token, a query is the key of the token before
+            keys[0][pair] = constant * before
+            queries[0][pair] = constant * before * TURNS[pair].cos()
+            queries[0][pair + size // 2] = -constant * before * TURNS[pair].sin()
+        image = self.slots.axes[0] * self.length / CONSTANT  # before the gain, to 1 where text begins
+        for head, name in enumerate(("before", "asked")):
+            count, axes = self._axes(name)
+            values[head][:count] = self.own[:, :count].T
+            keys[head][SINK] -= image / gain * root * UNSEEN
+            queries[head * group][SINK] = constant
+            length = self.sizes[block] * TOLD * (self.codes.shape[1] / count) ** 0.5  # of a code of length 1
+            output[:, head * group, :count] = axes.T * length
+
+    def numbers(self, slot: int, half: int, aloud: bool) -> slice:
+        """Which numbers of a slot's code one layer carries: a long code is said aloud in halves."""
+        known = self.slots.spans[slot].stop - self.slots.spans[slot].start
+        first = ASKED * half if aloud and known >= 2 * ASKED else 0
+        return slice(first, min(first + ASKED, known))
+
+    @torch.no_grad()
+    def say(self, layer: Any, block: int, found: Sequence[tuple[slice, Tensor]], aloud: bool) -> None:
+        """Sets what a layer says of the words it finds.
+
+        Args:
+            layer: Of CASA.
+            block: Its block.
+            found: By key head, which numbers of a code it carries, and the map (numbers, D) to them, of variance 1.
+            aloud: As an embedding for the model's head; else as a code for the layers that follow.
+        """
+        _, _, values, output = heads_of(layer)
+        values.zero_()
+        output.zero_()
+        group, width = output.shape[1] // len(values), self.codes.shape[1]
+        # outputs learn as fast as the stream is long
+        scale = self.sizes[block] / width**0.5 if aloud else 1.0
+        for head, (some, read) in enumerate(found):
+            values[head][: len(read)] = read * scale
+            if aloud:
+                said = self.spoken[:, some] * SAID / width**0.5 / scale
+            else:
+                said = self._axes("found")[1][: len(read)].T * self.sizes[block] * TOLD / len(read) ** 0.5
+            for query in range(head * group, (head + 1) * group):
+                output[:, query, : len(read)] = said
+
+    def _axes(self, name: str) -> tuple[int, Tensor]:
+        """How many numbers are handed on, and where."""
+        axes = self.quiet[HANDED[name]]
+        return len(axes), axes
+
+
+def start_of(
+    model: Any,
+    texts: Sequence[Tensor],
+    codes: Tensor,
+    embeddings: Tensor,
+    sizes: Sequence[int],
+    written: Tensor,
+    layers: Sequence[int] = LAYERS,
+) -> Start:
+    """Looks at a model whose layers say nothing yet.
+
+    Args:
+        model: A Llama-family model in float32, adapted with `LAYERS`, three query heads to a key head, three key heads.
+        texts: (B, L) each, to fit on.
+        codes: (V, W), of words.
+        embeddings: (V, D), of length 1.
+        sizes: Widths of the slots' codes.
+        written: (N, codes and places) of some pages.
+        layers: Blocks that have one; the first one's hands on.
+    """
+    gains = {block: model.decoder.blocks[block].input_layernorm.weight.detach().float() for block in layers}
+    seen = moments(model, texts, codes, layers)
+    axes, means = calm_axes(seen, gains)
+    slots, own = Slots(axes, sizes), len(TAGS) + BEFORE
+    begins = written[written[:, sum(sizes[:own]) : sum(sizes[: own + 1])].norm(dim=1) > 0.5]
+    length = slots(begins, None).square().mean(-1).sqrt().mean().item()
+    gain = model.decoder.stack.norm.weight.detach().float()
+    spoken = torch.linalg.lstsq(codes, embeddings).solution.T / gain[:, None]
+    constants = {block: mean / mean.square().sum() / gains[block] for block, mean in means.items()}
+    quiet, first = quiet_axes(model, means.values()), seen.solved(layers[0]).float()
+    return Start(slots, length, gains, constants, seen.sizes, quiet, codes, spoken, first)
+
+
+def heads_of(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Views: queries (H, C, D), keys and values (G, C, D) and outputs (D, H, C) of a layer."""
+    size = layer.head_dim
+    queries, keys, values = (
+        getattr(layer, name).weight.unflatten(0, (-1, size)) for name in ("q_proj", "k_proj", "v_proj")
+    )
+    return queries, keys, values, layer.o_proj.weight.unflatten(1, (-1, size))
 
 
 def turned(rows: Tensor, tokens: int) -> Tensor:
@@ -398,39 +358,3 @@ def turned(rows: Tensor, tokens: int) -> Tensor:
     low, high = rows.chunk(2)
     cos, sin = ((TURNS * tokens).cos()[:, None], (TURNS * tokens).sin()[:, None])
     return torch.cat([low * cos - high * sin, high * cos + low * sin])
-
-
-def begin(
-    model: Any,
-    sentences: Sequence[Sentence],
-    codes: Tensor,
-    embeddings: Tensor,
-    sizes: Sequence[int],
-    written: Tensor,
-    strengths: Strengths,
-) -> Slots:
-    """Sets all layers of a model whose layers say nothing yet. Returns what stands for its projector.
-
-    Args:
-        model: a Llama-family model in float32, adapted with `LAYERS`.
-        sentences: text to fit on.
-        codes: (V, W), of words.
-        embeddings: (V, D), of length 1.
-        sizes: widths of the slots' codes.
-        written: (N, codes and places) of some pages.
-        strengths: Of each part.
-    """
-    gains = {block: model.decoder.blocks[block].input_layernorm.weight.detach().float() for block in LAYERS}
-    seen = moments(model, sentences, codes, LAYERS)
-    axes, means = calm_axes(seen, gains)
-    slots = Slots(axes, sizes)
-    begins = written[written[:, sum(sizes[:2]) : sum(sizes[:3])].norm(dim=1) > 0.5]
-    length = slots(begins, None).square().mean(-1).sqrt().mean().item()
-    image = axes[0] * length / CONSTANT
-    quiet = quiet_axes(model, means.values())
-    width = codes.shape[1]
-    set_first_layer(model, seen, quiet, means[TELLING], image, width, (sizes[1], sizes[0]), strengths)
-    seen = moments(model, sentences, codes, LAYERS[1:])
-    spoken = torch.linalg.lstsq(codes, embeddings).solution.T
-    set_layers(model, seen, slots, means, length, spoken, strengths)
-    return slots

@@ -1,4 +1,4 @@
-"""Layers that begin by copying: pages that are never drawn, slots of image tokens, and how the next word is found."""
+"""How fusion begins: pages that are never drawn, slots of image tokens, and layers that learn where to look."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,9 +13,10 @@ from casa.testing import tiny_tokenizer
 from casa.vision.connector import Projector
 from casa.vision.page_encoder import PageEncoder, PageEncoderConfig, place_waves
 from casa.vision.page_words import BEFORE, NOTHING, TAGS
-from projects.casa_smol import pretraining, start
-from projects.casa_smol.pretraining import Pages, Settings, Watched, batch_of, train
-from projects.casa_smol.start import LARGEST, Slots, Strengths, begin, codes_of_words, moments
+from projects.casa_smol.finding import Closed, attention, begin_asking, keep, learn, loss_of, rows_of, values_of
+from projects.casa_smol.perfect_pages import Pages, batch_of
+from projects.casa_smol.pretraining import Settings, find, said, train
+from projects.casa_smol.start import LARGEST, Slots, codes_of_words, moments, start_of
 
 WIDTH = 576
 
@@ -30,7 +31,7 @@ def test_an_answers_tokens_stand_where_they_are_said_to(pages):
     for seed in range(40):
         one = pages.sample(np.random.default_rng(seed), pages=0.7)
         before = [NOTHING, line_break]
-        written = one.ids.reshape(-1, one.ids.shape[-1])[:, TAGS:]
+        written = one.ids.reshape(-1, one.ids.shape[-1])[:, sum(TAGS) :]
         assert len(one.found) == len(one.answer)
         assert len(one.wanted) == len(one.prompt)
         for (at, slot), token in zip(one.found, one.answer, strict=True):
@@ -56,7 +57,7 @@ def test_places_are_those_of_the_encoder():
     assert torch.equal(encoder.tokens(torch.zeros(1, 3, 48, 80))[0], place_waves(3, 5, (16, 16)))
 
 
-SIZES = (96, 64, 112, 128, 80, 48)
+SIZES = (32, 56, 56, 24, 48, 88, 128, 64, 48)
 
 
 def test_the_projector_becomes_the_same_linear_map():
@@ -76,14 +77,17 @@ def seeded():
     return torch.Generator().manual_seed(2)
 
 
+STAGES = (({1: "asked"}, False), ({2: "later"}, False), ({3: "next"}, True))
+
+
 @pytest.fixture(scope="module")
 def begun(pages) -> Any:
-    """A text model of three blocks with layers set, words' embeddings, and slots in the projector's place."""
+    """A text model of four blocks with fusion layers that say nothing, its eyes, and what is known of it."""
     tokenizer = pages.tokenizer
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=3,
+            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=4,
             num_attention_heads=9, num_key_value_heads=3, rope_theta=100000.0, tie_word_embeddings=True,
         )  # fmt: skip
         made: Any = {"hidden_size": 8, "stem_sizes": (4, 4), "dilations": (1,), "token_size": (16, 16), "reads": True}
@@ -91,56 +95,127 @@ def begun(pages) -> Any:
         text = LlamaForCausalLM(config)
         # as long as those of a trained model beside what blocks add, and with much in common
         text.model.embed_tokens.weight.data = 50 * text.model.embed_tokens.weight.data + torch.randn(WIDTH)
-        model: Any = adapt(text, fusion=FusionConfig.parallel(layers=(1, 2), output="zero"), vision=eyes)
-    table = model.get_input_embeddings().weight.detach()
-    words = torch.nn.functional.normalize(table - table.mean(0), dim=-1)
-    sentences = list(pages.sentences(np.random.default_rng(1), 8000))
-    codes = torch.nn.functional.normalize(words @ torch.randn(WIDTH, max(SIZES), generator=seeded()), dim=-1)
+        model: Any = adapt(text, fusion=FusionConfig.parallel(layers=(1, 2, 3), output="zero"), vision=eyes).eval()
+        table = model.get_input_embeddings().weight.detach()
+        words = torch.nn.functional.normalize(table - table.mean(0), dim=-1)
+        codes = torch.nn.functional.normalize(words @ torch.randn(WIDTH, max(SIZES)), dim=-1)
     eyes.learn_words(codes, tokenizer.backend_tokenizer.to_str())
+    texts = list(pages.sentences(np.random.default_rng(1), 6000))
     rng = np.random.default_rng(1)
-    batch = batch_of([pages.sample(rng, 0.5) for _ in range(8)], eyes, 0.0, rng)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(start, "LAYERS", (1, 2))
-        patch.setattr(start, "TELLING", 1)
-        model.projector = begin(
-            model.eval(), sentences, codes, words, SIZES, batch.inputs["image_features"], Strengths()
-        )
-    return model, batch, eyes
+    written = batch_of([pages.sample(rng, 0.5) for _ in range(8)], eyes, rng, noise=0.0).inputs["image_features"]
+    known = start_of(model, texts, codes, words, SIZES, written, layers=(1, 2, 3))
+    known.hand_on(model)
+    return model, eyes, known
+
+
+@pytest.fixture(scope="module")
+def samples(pages):
+    return [pages.sample(np.random.default_rng((7, number)), 0.5) for number in range(60)]
 
 
 def test_codes_are_what_is_foretold_of_words_and_no_number_says_a_word_alone(begun, pages):
     model, _, _ = begun
     table = model.get_input_embeddings().weight.detach()
     words = torch.nn.functional.normalize(table - table.mean(0), dim=-1)
-    sentences = list(pages.sentences(np.random.default_rng(4), 6000))
-    codes = codes_of_words(model, sentences, words, 40, blocks=(0,))
+    texts = list(pages.sentences(np.random.default_rng(4), 6000))
+    codes = codes_of_words(model, texts, words, 40, blocks=(0,))
     assert codes.shape == (len(table), 40)
     assert codes.norm(dim=1).max() < 1.001
     assert codes.abs().max() <= LARGEST / 40**0.5 + 1e-6
-    _, shares = moments(model, sentences, codes, (0,)).maps(0)
-    assert shares[:40].min() > 0.9  # the first block sees the word itself, and nothing of the one before
-    assert shares[40:80].mean() < 0.5
+    seen = moments(model, texts, codes, (0,))
+    shares = (seen.solved(0) * seen.told[0]).sum(0) / seen.among.diagonal()
+    assert shares.min() > 0.9  # the first block sees the word itself
 
 
-def test_layers_find_the_next_word_before_any_training(begun, monkeypatch):
-    model, batch, _ = begun
-    monkeypatch.setattr(pretraining, "LAYERS", (1, 2))
-    watched = Watched([1])
+def test_what_is_kept_is_what_the_model_sees_and_attention_is_the_models_own(begun, samples):
+    model, eyes, known = begun
+    some, layer = samples[:6], model.casa_layers["2"]
+    kept = keep(model, known.slots, eyes, some, (2,), seed=3)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for name in ("q_proj", "k_proj"):
+            getattr(layer, name).weight.data.normal_(std=0.03)
+    rows = rows_of(kept, 2)
     with torch.no_grad():
-        model(**batch.inputs, use_cache=False, record=watched)
-        _, hits = watched.loss(batch.inputs["attention_mask"], batch.where)
-    assert min(hits) > 0.55, hits
+        shares = attention(layer, rows, known.gains[2])
+    seen: dict[int, Any] = {}
+    projector, model.projector = model.projector, known.slots
+    order = sorted(range(len(some)), key=lambda number: len(some[number].prompt) + len(some[number].answer))
+    batch = batch_of([some[number] for number in order], eyes, np.random.default_rng((3, 0)))
+    with torch.no_grad():
+        model(**batch.inputs, use_cache=False, record=lambda layer, *parts: seen.__setitem__(layer, parts))
+    model.projector = projector
+    query, text_key, image_key, layout = seen[1]
+    scores = torch.einsum("qkhc,nkc->qkhn", query.unflatten(1, (3, 3)), torch.cat([image_key, text_key])) / 8
+    whole = scores.masked_fill(~layout.mask()[:, None, None], -torch.inf).softmax(-1)
+    mask = batch.inputs["attention_mask"]
+    packed = (mask.flatten().cumsum(0) - 1).view_as(mask)
+    starts = np.cumsum((0, *batch.inputs["image_grid_thw"].prod(1).tolist()))
+    for row, number in enumerate(order):
+        one, first = some[number], int((mask[row] == 0).sum())
+        for place in range(len(one.answer)):
+            exact = whole[packed[row, first + len(one.prompt) - 1 + place]][..., starts[row] : starts[row + 1]]
+            ours = shares[number, place, :, :, : exact.shape[-1]].exp()
+            torch.testing.assert_close(ours, exact, atol=0.02, rtol=0.05)  # states are kept in bfloat16
+    assert all(len(one.found) == sum(at >= 0 for at, _ in one.sample.found) for one in kept)
 
 
-def test_training_goes_on_where_it_stopped(begun, pages, tmp_path, monkeypatch):
-    model, _, eyes = begun
-    monkeypatch.setattr(pretraining, "LAYERS", (8, 11))
-    monkeypatch.setattr(Watched, "__init__", lambda self, layers: vars(self).update(layers=[0, 1], seen={}))
+@pytest.mark.parametrize(("role", "block"), [("asked", 1), ("first", 2), ("later", 2), ("next", 3)])
+def test_each_role_learns_to_find(begun, samples, pages, role, block):
+    model, eyes, known = begun
+    kept = keep(model, known.slots, eyes, samples, (block,), seed=0)
+    closed = Closed(known, pages.line_break)
+    layer = model.casa_layers[str(block)]
+    rate = begin_asking(layer, block, role, kept, closed)
+    run = list(learn(layer, block, kept, known.gains[block], loss_of(role), 25, rate, batch=12))
+    (_, before, _), (_, after, found) = run[0], run[-1]
+    assert after < 0.8 * before
+    assert found > 0.3
+
+
+def test_values_are_the_code_of_the_word_found_and_nothing_of_text(begun, samples, pages):
+    model, eyes, known = begun
+    kept = keep(model, known.slots, eyes, samples, (3,), seed=0)
+    layer = model.casa_layers["3"]
+    begin_asking(layer, 3, "next", kept, Closed(known, pages.line_break))
+    read = values_of(layer, 3, kept, known, [(0, slice(0, 64)), (1, slice(0, 64)), (2, slice(0, 48))])
+    rows = rows_of(kept, 3)
+    assert [one.shape for one in read] == [(64, WIDTH), (64, WIDTH), (48, WIDTH)]
+    there = rows.told[..., 0] >= 0
+    row, place = there.nonzero().T
+    found = rows.image[row, rows.told[row, place, 0]] * known.gains[3] @ read[0].T
+    words = torch.tensor([kept[r].sample.answer[k] for r, k in zip(row.tolist(), place.tolist(), strict=True)])
+    alike = torch.nn.functional.cosine_similarity(found, known.codes[words][:, :64], dim=1)
+    assert alike.mean() > 0.4
+    assert (rows.text[rows.is_text] @ read[0].T).norm(dim=1).mean() < 0.3 * found.norm(dim=1).mean()
+
+
+def test_finding_goes_on_where_it_stopped_and_then_layers_say_words(begun, samples, pages, tmp_path):
+    model, eyes, known = begun
+    settings, closed = Settings(finding=(24, 4)), Closed(known, pages.line_break)
+
+    def run(folder):
+        folder.mkdir(exist_ok=True)
+        find(model, known, eyes, samples[:24], closed, settings, folder, STAGES)
+        return {name: p.detach().clone() for name, p in model.casa_layers.named_parameters()}
+
+    whole = run(tmp_path / "whole")
+    assert all(whole[f"{block}.o_proj.weight"].any() for block in (1, 2, 3))
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "layer-1.pt").write_bytes((tmp_path / "whole" / "layer-1.pt").read_bytes())
+    for name, parameter in run(cut).items():
+        assert torch.equal(parameter, whole[name]), name
+
+
+def test_training_goes_on_where_it_stopped(begun, pages, tmp_path):
+    model, eyes, known = begun
     settings = Settings(steps=4, batch=2, keep_every=2, warm_up=1)
+    projector, model.projector = model.projector, known.slots
 
     def draw(step):
         rng = np.random.default_rng(step)
-        return batch_of([pages.sample(rng, 0.0) for _ in range(2)], eyes, 0.1, rng)
+        return batch_of([pages.sample(rng, 0.0) for _ in range(2)], eyes, rng)
 
     def learned():
         return {name: p.detach().clone() for name, p in model.named_parameters() if name.startswith("casa_layers")}
@@ -163,6 +238,13 @@ def test_training_goes_on_where_it_stopped(begun, pages, tmp_path, monkeypatch):
     train(model, draw, settings, tmp_path / "cut")
     for name, tensor in learned().items():
         assert torch.equal(tensor, whole[name]), name
+    with torch.no_grad():
+        nats, shares = said(model, draw(9))
+    assert nats.isfinite()
+    assert set(shares) == {"nats", "first", "tokens", "exact"}
+    begin_again()
+    model.projector = projector
+    model.float().eval()
 
 
 def interrupt():
@@ -172,5 +254,17 @@ def interrupt():
 def test_nothing_is_written_where_nothing_stands(begun, pages):
     one = pages.sample(np.random.default_rng(3), 0.0)
     empty = replace(one, ids=np.full_like(one.ids, NOTHING))
-    batch = batch_of([empty], begun[2], 0.0, np.random.default_rng(0))
+    batch = batch_of([empty], begun[1], np.random.default_rng(0), noise=0.0)
     assert not batch.inputs["image_features"][:, : sum(SIZES)].any()
+
+
+def test_image_tokens_in_which_nothing_begins_mostly_stay_away(begun, pages):
+    one = pages.sample(np.random.default_rng(4), 1.0)
+    kept, whole = (batch_of([one], begun[1], np.random.default_rng(0), empty=share) for share in (0.0, 1.0))
+    assert len(whole.inputs["image_features"]) == one.ids[..., 0].size
+    for batch in (kept, whole):
+        assert int(batch.inputs["image_grid_thw"].prod()) == len(batch.inputs["image_features"])
+        assert len(batch.where) == sum(at >= 0 for at, _ in one.found)
+    begins = torch.from_numpy(one.ids).flatten(0, 1)[:, sum(TAGS) + BEFORE] >= 0
+    begins[0] = True
+    assert len(kept.inputs["image_features"]) == int(begins.sum())

@@ -124,29 +124,29 @@ def test_a_token_holds_codes_of_the_words_that_begin_in_it(reader):
     assert found.shape == (2, 12, sum(sizes) + 28)
     assert torch.equal(found[0], found[1])
     first = tokenizer("Read line 2", add_special_tokens=False)["input_ids"][0]
-    own = 1 + BEFORE
+    own = len(TAGS) + BEFORE
     torch.testing.assert_close(found[0, 6, starts[own] : starts[own + 1]], codes[first], atol=CODE_STEP, rtol=0)
     # the line break stands before it, and nothing before that; the row above is empty, and a text alone has no tags
-    assert found[0, 6, starts[2] : starts[3]].any()
-    assert not found[0, 6, : starts[2]].any()
+    assert found[0, 6, starts[own - 1] : starts[own]].any()
+    assert not found[0, 6, : starts[own - 1]].any()
     assert not found[0, :6, : starts[-1]].any()
 
 
-def test_a_shorter_code_is_the_beginning_of_a_longer_and_codes_of_a_slot_add_up(reader):
+def test_a_shorter_code_is_the_beginning_of_a_longer_and_codes_of_a_slot_go_together(reader):
     encoder, _, _ = reader
     sizes = encoder.config.word_sizes
     starts = np.cumsum((0, *sizes)).tolist()
     whole = encoder.word_codes[7].float() * CODE_STEP
     ids = torch.full((sum(SLOTS),), NOTHING)
-    ids[TAGS:] = 7
+    ids[sum(TAGS) :] = 7
     code = encoder.codes_of(ids, torch.float32)
-    for slot in range(1, 1 + BEFORE + BEGUN):
+    for slot in range(len(TAGS), len(TAGS) + BEFORE + BEGUN):
         size = sizes[slot]
         torch.testing.assert_close(code[starts[slot] : starts[slot + 1]], whole[:size] * (max(sizes) / size) ** 0.5)
-    assert not code[: starts[1]].any()
-    ids[:3] = 7
+    assert not code[: starts[len(TAGS)]].any()
+    ids[1:4] = 7
     tags = encoder.codes_of(ids, torch.float32)[: starts[1]]
-    torch.testing.assert_close(tags, 3 * whole[: sizes[0]] * (max(sizes) / sizes[0]) ** 0.5)
+    torch.testing.assert_close(tags, 3**0.5 * whole[: sizes[0]] * (max(sizes) / sizes[0]) ** 0.5)
 
 
 def test_words_are_saved_and_folded_with_the_encoder(reader, tmp_path):

@@ -29,7 +29,19 @@ def run_of(text, row=3.0, first=1, step=2):
 
 
 def told(page, row, column):
-    return page.ids[row, column, TAGS:].tolist()
+    return page.ids[row, column, sum(TAGS) :].tolist()
+
+
+def kinds(tags):
+    """Of each text, its tags by kind."""
+    starts = np.cumsum((0, *TAGS))
+    return [
+        [
+            [tag for tag in text[first : first + most] if tag != NOTHING]
+            for first, most in zip(starts, TAGS, strict=False)
+        ]
+        for text in tags.tolist()
+    ]
 
 
 def test_tokens_stand_where_their_first_letter_does():
@@ -61,32 +73,39 @@ def test_a_text_ends_with_the_token_that_ends_an_answer():
 def test_a_value_is_asked_for_by_its_name_and_a_line_by_what_stands_above_it():
     runs = [
         run_of("amount", 1),
-        run_of("12345678", 1, 40),
+        run_of("overhead", 1, 40),
         run_of("tea", 4),
         run_of("two", 4, 20),
         run_of("four", 4, 40),
     ]
-    tags = tags_of(runs, words)
-    first, last = [81, 71, 72], [82, 73, 74, 75]
-    # a line has a number; the first of a line is under another text, all others are to the right of one
-    assert tags[0] == first
-    assert tags[1] == [*first, 6]
-    assert tags[2] == [*last, 6]
-    assert tags[3] == [*last, 3]
-    assert tags[4] == [*last, 3]
+    tags = kinds(tags_of(runs, words))
+    first, last = [71, 72, 81], [73, 74, 75, 82]
+    # a line has a number; what is behind another text of its line is asked for by that one and by the line's first
+    assert tags[0] == [first, [], [], [3]]
+    assert tags[1] == [first, [6], [], [4]]
+    assert tags[2] == [last, [], [6], []]
+    assert tags[3] == [last, [3], [], []]
+    assert tags[4] == [last, [3], [8], []]
 
 
 @pytest.mark.parametrize("apart", [0.4, -0.6])
 def test_texts_of_one_line_stand_a_little_higher_or_lower(apart):
     tags = tags_of([run_of("name", 3), run_of("value", 3 + apart, 30)], words)
-    assert tags == [[], [4]]
+    assert kinds(tags) == [[[], [], [], []], [[], [4], [], []]]
+
+
+def test_names_are_told_without_marks_and_in_small_letters(monkeypatch):
+    seen = []
+    runs = [run_of("Total: 3", 1), run_of("7", 1, 60)]
+    tags_of(runs, lambda text: seen.append(text) or words(text))
+    assert {"Total: 3", " Total: 3", " total: 3"} <= set(seen)
+    assert kinds(tags_of([run_of("a - b", 1), run_of("7", 1, 60)], words))[1][1] == [1]
 
 
 def test_a_line_alone_has_no_number_and_every_token_of_a_text_its_tags():
-    assert tags_of([run_of("alone")], words) == [[]]
+    assert (tags_of([run_of("alone")], words) == NOTHING).all()
     page = words_of_page([run_of("one", 1), run_of("two three", 4)], (4, 10), (2, 4), words)
     starts = [spot for spot, _ in page.spots[1][:2]]
-    tags = [page.ids.reshape(-1, sum(SLOTS))[spot, :TAGS].tolist() for spot in starts]
-    assert tags[0] == tags[1]
-    assert tags[0][:5] == [82, 73, 74, 75, 3]
-    assert len(SLOTS) == 1 + BEFORE + 3
+    tags = [kinds(page.ids.reshape(-1, sum(SLOTS))[spot : spot + 1]) for spot in starts]
+    assert tags[0] == tags[1] == [[[73, 74, 75, 82], [], [3], []]]
+    assert len(SLOTS) == len(TAGS) + BEFORE + 3

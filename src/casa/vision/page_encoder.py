@@ -69,7 +69,7 @@ class PageEncoderConfig(PreTrainedConfig):
     reads: bool = False
     vocabulary: tuple[int, int] | list[int] = (0, 0)
     text_end: int | None = None
-    word_sizes: tuple[int, ...] | list[int] = (96, 64, 112, 128, 80, 48)
+    word_sizes: tuple[int, ...] | list[int] = (32, 56, 56, 24, 48, 88, 128, 64, 48)
     batch_norm: bool = False
     image_mean: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5)
@@ -229,12 +229,19 @@ class PageEncoder(PreTrainedModel):
     def codes_of(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """(..., sum of `word_sizes`): codes of the slots side by side, each the sum of those of its words.
 
+        A sum of n codes is divided by the root of n, so that all slots are about as long.
+
         ids: int64 (..., sum of `SLOTS`), -1 where there is no word.
         """
-        codes = self.word_codes[ids.clamp(min=0)].to(dtype) * CODE_STEP * (ids >= 0)[..., None]
-        widest = codes.shape[-1]
-        slots = zip(codes.split(SLOTS, dim=-2), self.config.word_sizes, strict=True)
-        return torch.cat([slot[..., :size].sum(-2) * (widest / size) ** 0.5 for slot, size in slots], dim=-1)
+        given = (ids >= 0).to(dtype)
+        codes = self.word_codes[ids.clamp(min=0)].to(dtype) * CODE_STEP * given[..., None]
+        widest, found = codes.shape[-1], []
+        for slot, count, size in zip(
+            codes.split(SLOTS, dim=-2), given.split(SLOTS, dim=-1), self.config.word_sizes, strict=True
+        ):
+            scale = (widest / size / count.sum(-1, keepdim=True).clamp(min=1)) ** 0.5
+            found.append(slot[..., :size].sum(-2) * scale)
+        return torch.cat(found, dim=-1)
 
     @property
     def _block(self) -> tuple[int, int]:

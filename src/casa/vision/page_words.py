@@ -2,7 +2,7 @@
 
 Three things, each as ids that are looked up in a table of codes: the tokens that begin in it; the two that stand before
 the first of these, so that who has said them finds the next; and what the text as a whole may be asked by, its tags:
-the words to its left (of a form: its name), or those above it, and the number of its line.
+the number of its line, the words to its left (of a form: its name), those above it and those below it.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +16,10 @@ BEFORE = 2
 """How many tokens before the first that begins in an image token are told."""
 BEGUN = 3
 """How many of a text model's tokens that begin in one image token are told."""
-TAGS = 14
-"""How many tokens a text has as tags, at most."""
-SLOTS = (TAGS, *[1] * (BEFORE + BEGUN))
-"""Tokens by slot: an image token has one code for each slot, the sum of those of its tokens."""
+TAGS = (5, 12, 12, 8)
+"""How many tokens a text has as tags, at most: of its line's number, of what is to its left, above it and below it."""
+SLOTS = (*TAGS, *[1] * (BEFORE + BEGUN))
+"""Tokens by slot: an image token has one code for each slot, that of its tokens together."""
 NOTHING = -1
 """In place of a token's id: there is none."""
 
@@ -73,48 +73,65 @@ def words_of_page(
             row = min(max(int((run.rows[first] + 0.5) // block[0]), 0), grid[0] - 1)
             column = min(max(int((run.columns[first] + 0.5) // block[1]), 0), grid[1] - 1)
             told = ids[row, column]
-            begun = told[TAGS + BEFORE :]
+            begun = told[sum(TAGS) + BEFORE :]
             place = int((begun != NOTHING).sum())
             if place < BEGUN:
                 if place == 0:
-                    told[: len(tags)] = tags
-                    told[TAGS : TAGS + BEFORE] = before
+                    told[: sum(TAGS)] = tags
+                    told[sum(TAGS) : sum(TAGS) + BEFORE] = before
                 begun[place] = token
             spots[-1].append((row * grid[1] + column, place) if place < BEGUN else (-1, -1))
             before = [before[-1], token]
     return PageWords(ids, spots)
 
 
-def tags_of(runs: Sequence[TextRun], encode: Encode) -> list[list[int]]:
-    """Tokens that each text may be asked for by: of what is to its left, else above it, and of its line's number."""
+def tags_of(runs: Sequence[TextRun], encode: Encode) -> np.ndarray:
+    """int64 (texts, sum of `TAGS`): tokens that each text may be asked for by, NOTHING where there are no more.
+
+    To its left is the text before it on its line, and the first one of that line.
+    """
+    found = np.full((len(runs), sum(TAGS)), NOTHING, dtype=np.int64)
+    lines = _lines(runs)
+    for at, line in enumerate(lines if len(runs) > 1 else []):
+        for place, number in enumerate(line):
+            named = [line[place - 1], line[0]] if place else []
+            around = (named, _over(runs, lines[at - 1 : at], number), _over(runs, lines[at + 1 : at + 2], number))
+            kinds = [_numbers(at, len(lines), encode), *(_asked(runs, texts, encode) for texts in around)]
+            for first, most, tokens in zip(np.cumsum((0, *TAGS)), TAGS, kinds, strict=False):
+                few = list(dict.fromkeys(tokens))[:most]
+                found[number, first : first + len(few)] = few
+    return found
+
+
+def _lines(runs: Sequence[TextRun]) -> list[list[int]]:
+    """Numbers of the texts of each line, from the top and from the left."""
     lines: list[list[int]] = []
     for number in sorted(range(len(runs)), key=lambda number: runs[number].rows.mean()):
         if lines and abs(runs[lines[-1][0]].rows.mean() - runs[number].rows.mean()) <= SAME_LINE:
             lines[-1].append(number)
         else:
             lines.append([number])
-    found: list[list[int]] = [[] for _ in runs]
-    for at, line in enumerate(lines):
-        line.sort(key=lambda number: runs[number].columns[0])
-        for place, number in enumerate(line):
-            named = [line[place - 1], line[0]] if place else _above(runs, lines[:at], number)
-            texts = [runs[other].text for other in dict.fromkeys(named)]
-            tokens = [token for text in texts for form in (text, " " + text.lower()) for token, _ in encode(form)]
-            tokens = [*_numbers(at, len(lines), encode), *tokens] if len(lines) > 1 else tokens
-            found[number] = list(dict.fromkeys(tokens))[:TAGS]
-    return found
+    return [sorted(line, key=lambda number: runs[number].columns[0]) for line in lines]
 
 
-def _above(runs: Sequence[TextRun], lines: list[list[int]], number: int) -> list[int]:
-    """The text of the line before that stands over this one."""
+def _over(runs: Sequence[TextRun], lines: list[list[int]], number: int) -> list[int]:
+    """The first text of the line, if there is one, that stands over or under this one."""
     left, right = runs[number].columns[0], runs[number].columns[-1]
-    over = [other for other in (lines[-1] if lines else []) if runs[other].columns[0] <= right]
-    return [other for other in over if runs[other].columns[-1] >= left][:1]
+    there = [other for line in lines for other in line if runs[other].columns[0] <= right]
+    return [other for other in there if runs[other].columns[-1] >= left][:1]
+
+
+def _asked(runs: Sequence[TextRun], texts: list[int], encode: Encode) -> list[int]:
+    """Tokens by which someone would name these texts: as they are written, in a sentence, and in small letters."""
+    names = [runs[number].text for number in dict.fromkeys(texts)]
+    forms = [form for name in names for form in (name, " " + name, " " + name.lower())]
+    return [token for form in forms for token, (first, stop) in encode(form) if any(map(str.isalnum, form[first:stop]))]
 
 
 def _numbers(line: int, count: int, encode: Encode) -> list[int]:
-    """Of a line's number, from 0: its digits, its name, and whether it is the last."""
-    names = [str(line + 1), f" {ORDINALS[line]}"] if line < NUMBERED else [str(line + 1)]
+    """Of a line's number, from 0: its name, whether it is the last, and its digits."""
+    names = [f" {ORDINALS[line]}"] if line < NUMBERED else []
     names += [" top"] if line == 0 else []
     names += [" last", " bottom"] if line == count - 1 else []
-    return [token for name in names for token, _ in encode(name)]
+    names += [str(line + 1)]
+    return [token for name in names if count > 1 for token, _ in encode(name)]

@@ -1,0 +1,411 @@
+"""Where to look: queries and keys of the fusion layers, learned one layer after the other on hidden states kept once.
+
+Hidden states of a frozen model change only with what layers below them say. So the text model runs once over some
+thousand questions, and queries and keys of a layer learn on what is kept, for a hundredth of what a step through the
+whole model costs. Layers have one of four roles:
+
+- "asked", the first one: which words of a question say what is asked for. Their codes are handed on.
+- "first": with which text an answer begins: whose tags have most in common with what is asked for.
+- "later": which word comes next, by the last two.
+- "next": the word that layers below have found, by its code.
+
+"first" and "next" begin in closed form, with a guess of codes by least squares: begun from nothing they learn their
+samples by heart.
+
+Shapes: B samples, L text tokens, M image tokens, K answer tokens, D width (576), C of a head (64). Three query heads
+ask each of the three key heads (G), which know the first, second and third word that begins in an image token.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from casa.vision.page_encoder import PageEncoder
+from casa.vision.page_words import BEFORE, TAGS
+from projects.casa_smol.perfect_pages import IMAGE_AT, Sample, batch_of
+from projects.casa_smol.start import ASKED, DISTANCE, SINK, STILL, TURNS, Slots, Start, heads_of, turned
+
+NUMBER, LEFT, ABOVE, BELOW = range(len(TAGS))
+Stage = tuple[dict[int, str], bool]
+"""Roles by block of layers that learn on the same states, and whether they say aloud what they find."""
+STAGES: tuple[Stage, ...] = (
+    ({2: "asked"}, False),
+    ({5: "first", 8: "later", 11: "first", 14: "later"}, False),
+    ({17: "next", 20: "next", 23: "next", 26: "next", 29: "next"}, True),
+)
+ASKING = {0: ((LEFT, 32, 0),), 1: ((ABOVE, 16, 0), (BELOW, 16, 16)), 2: ((NUMBER, 32, 0), (None, 0, 0))}
+"""By key head, what each of its query heads compares: a slot of tags, how many numbers and from which row. Without a
+slot: all texts that begin, for pages of one line."""
+BEGINS = 12  # numbers of the line break that stands before the first word of a text
+ASKED_HEAD = 1  # key head of the first layer that hands on what is asked for
+WRONG = 0.3  # of the image's attention, in a loss: how little of it may be nowhere
+
+
+class EnoughError(Exception):
+    """Ends a forward pass at the last block that is asked for."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A sample's hidden states by block (L, D), and image tokens (M, D), in bfloat16.
+
+    found: of answer tokens, which image token and which of the words there, none for those that are nowhere.
+    """
+
+    sample: Sample
+    states: dict[int, Tensor]
+    image: Tensor
+    found: list[tuple[int, int, int]]
+
+
+@torch.no_grad()
+def keep(
+    model: Any, slots: Slots, encoder: PageEncoder, samples: Sequence[Sample], blocks: Sequence[int], seed: int
+) -> list[Kept]:
+    """Runs samples through the model up to the last of some blocks.
+
+    Args:
+        model: In float32, whose fusion layers at work are set; it runs in bfloat16.
+        slots: What stands for its projector.
+        encoder: Knows the codes of words.
+        samples: Pages with questions and answers.
+        blocks: Whose states after the input norm are kept.
+        seed: Of the noise of image tokens.
+
+    Returns:
+        What is kept of each, in order.
+    """
+    order = sorted(range(len(samples)), key=lambda number: len(samples[number].prompt) + len(samples[number].answer))
+    states: dict[int, Tensor] = {}
+
+    def hook(block: int) -> Callable[..., None]:
+        def read(module: nn.Module, given: Any, output: Tensor) -> None:
+            states[block] = output.bfloat16()
+            if block == max(blocks):
+                raise EnoughError
+
+        return read
+
+    hooks = [model.decoder.blocks[block].input_layernorm.register_forward_hook(hook(block)) for block in blocks]
+    projector, model.projector = model.projector, slots
+    model.bfloat16()
+    found: dict[int, Kept] = {}
+    try:
+        for first in range(0, len(order), 24):
+            some = order[first : first + 24]
+            batch = batch_of([samples[number] for number in some], encoder, np.random.default_rng((seed, first)))
+            try:
+                with torch.autocast("cpu", torch.bfloat16):
+                    model(**batch.inputs, use_cache=False, logits_to_keep=1)
+            except EnoughError:
+                pass
+            images = slots(batch.inputs["image_features"], None).bfloat16()
+            starts = np.cumsum((0, *batch.inputs["image_grid_thw"].prod(1).tolist()))
+            for row, number in enumerate(some):
+                real = batch.inputs["attention_mask"][row].bool()
+                mine = batch.where[batch.where[:, 0] == row]
+                begin = int((~real).sum()) + len(samples[number].prompt) - 1
+                places = [(at - begin, token - int(starts[row]), slot) for _, at, token, slot in mine.tolist()]
+                kept = {block: states[block][row][real].clone() for block in blocks}
+                found[number] = Kept(samples[number], kept, images[starts[row] : starts[row + 1]].clone(), places)
+    finally:
+        for handle in hooks:
+            handle.remove()
+        model.projector = projector
+        model.float()
+    return [found[number] for number in range(len(samples))]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Kept samples side by side, of one block.
+
+    text: (B, L, D). image: (B, M, D), of root mean square 1. is_text, is_image: bool, without padding and, of text,
+    from the picture on. at: int64 (B, K), tokens that say the next one. told: int64 (B, K, G), the image token that
+    tells it, -1 for none, -2 for padding. wanted: bool (B, L).
+    """
+
+    text: Tensor
+    is_text: Tensor
+    image: Tensor
+    is_image: Tensor
+    at: Tensor
+    told: Tensor
+    wanted: Tensor
+
+
+def rows_of(kept: Sequence[Kept], block: int) -> Rows:
+    """Pads kept samples at the right."""
+    length, tokens, answer = (
+        max(values)
+        for values in zip(
+            *((len(one.states[block]), len(one.image), len(one.sample.answer)) for one in kept), strict=True
+        )
+    )
+    width, count = kept[0].image.shape[1], len(kept)
+    text, image = torch.zeros(count, length, width), torch.zeros(count, tokens, width)
+    is_text, is_image = torch.zeros(count, length, dtype=torch.bool), torch.zeros(count, tokens, dtype=torch.bool)
+    at, told = torch.full((count, answer), IMAGE_AT), torch.full((count, answer, 3), -2)
+    wanted = torch.zeros(count, length, dtype=torch.bool)
+    for row, one in enumerate(kept):
+        n, m, k, prompt = len(one.states[block]), len(one.image), len(one.sample.answer), len(one.sample.prompt)
+        text[row, :n], image[row, :m] = one.states[block], one.image
+        is_text[row, IMAGE_AT:n], is_image[row, :m] = True, True
+        at[row, :k], told[row, :k] = torch.arange(prompt - 1, prompt - 1 + k), -1
+        wanted[row, :prompt] = torch.tensor(one.sample.wanted)
+        for number, token, slot in one.found:
+            told[row, number, slot] = token
+    image = image * torch.rsqrt(image.square().mean(-1, keepdim=True) + 1e-5)
+    return Rows(text, is_text, image, is_image, at, told, wanted)
+
+
+def attention(layer: Any, rows: Rows, gain: Tensor) -> Tensor:
+    """Log-probabilities (B, K, G, 3, M + L) of a layer's heads, image tokens first. gain: (D,), of the block's norm."""
+    size, (count, length, width) = layer.head_dim, rows.text.shape
+    asking = rows.text.gather(1, rows.at[..., None].expand(-1, -1, width))
+    query = _rotated(layer.q_proj(asking).unflatten(-1, (-1, size)), rows.at - IMAGE_AT).unflatten(2, (3, -1))
+    places = (torch.arange(length) - IMAGE_AT).clamp(min=0).expand(count, -1)
+    text = _rotated(layer.k_proj(rows.text).unflatten(-1, (-1, size)), places)
+    image = layer.k_proj(rows.image * gain).unflatten(-1, (-1, size))
+    sees = rows.is_text[:, None] & (torch.arange(length) <= rows.at[..., None])
+    scores = [
+        torch.einsum("bkghc,bmgc->bkghm", query, image).masked_fill(~rows.is_image[:, None, None, None], -torch.inf),
+        torch.einsum("bkghc,blgc->bkghl", query, text).masked_fill(~sees[:, :, None, None], -torch.inf),
+    ]
+    return (torch.cat(scores, dim=-1) / size**0.5).log_softmax(-1)
+
+
+def _rotated(heads: Tensor, places: Tensor) -> Tensor:
+    """(B, n, H, C) at places (B, n)."""
+    angles = places[..., None] * TURNS
+    cos, sin = angles.cos()[..., None, :], angles.sin()[..., None, :]
+    low, high = heads.chunk(2, dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+
+
+def asked_loss(shares: Tensor, rows: Rows) -> tuple[Tensor, float]:
+    """How far one head's attention is from an even look at all wanted words (nats); and its share on them."""
+    ours = shares[:, :, ASKED_HEAD, 0, rows.image.shape[1] :]
+    wanted = rows.wanted.float()
+    some = (wanted.sum(1) > 0)[:, None] & (rows.told[..., 0] > -2)
+    even = wanted / wanted.sum(1, keepdim=True).clamp(min=1)
+    nats = -(even[:, None] * ours.clamp(min=-30)).sum(-1) - torch.special.entr(even).sum(-1)[:, None]
+    return nats[some].mean(), (ours.exp() * wanted[:, None]).sum(-1)[some].mean().item()
+
+
+def found_loss(shares: Tensor, rows: Rows, role: str) -> tuple[Tensor, float]:
+    """What the heads' votes together miss, and looks at pictures that tell nothing (nats); share found."""
+    tokens = rows.image.shape[1]
+    votes, text = shares[..., :tokens].exp(), shares[..., tokens:].logsumexp(-1)
+    is_first = torch.zeros_like(rows.told, dtype=torch.bool)
+    is_first[:, 0] = True
+    known, told = rows.told >= 0, rows.told.clamp(min=0)
+    if role == "first":  # all heads have the same word
+        mine, silent = known[:, 0, 0], (rows.told > -2) & ~is_first
+        all_votes, target = votes[:, 0].flatten(1, 2).sum(1)[mine], told[:, 0, 0][mine]
+    else:
+        where = known & ~is_first if role == "later" else known
+        silent = (rows.told > -2) & ~where
+        all_votes, target = votes.sum(3)[where], told[where]
+    right = all_votes.gather(-1, target[..., None])[..., 0]
+    missed = (all_votes.sum(-1) + WRONG).log() - (right + 1e-6).log()
+    hit = (all_votes.argmax(-1) == target).float().mean().item()
+    return missed.mean() - 0.5 * text[silent].mean(), hit
+
+
+Loss = Callable[[Tensor, Rows], tuple[Tensor, float]]
+
+
+def learn(
+    layer: Any,
+    block: int,
+    kept: Sequence[Kept],
+    gain: Tensor,
+    loss: Loss,
+    steps: int,
+    rate: float,
+    batch: int = 64,
+) -> Iterator[tuple[int, float, float]]:
+    """Trains a layer's queries and keys. Yields step, loss and share found."""
+    learned = [layer.q_proj.weight, layer.k_proj.weight]
+    optimizer = torch.optim.AdamW(learned, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    for step in range(steps):
+        numbers = np.random.default_rng((block, step)).integers(len(kept), size=batch)
+        rows = rows_of([kept[number] for number in numbers], block)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 20, (steps - step) / (0.6 * steps))
+        missed, share = loss(attention(layer, rows, gain), rows)
+        for parameter, gradient in zip(learned, torch.autograd.grad(missed, learned), strict=True):
+            parameter.grad = gradient
+        nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield step + 1, missed.item(), share
+
+
+@torch.no_grad()
+def values_of(
+    layer: Any, block: int, kept: Sequence[Kept], start: Start, parts: Sequence[tuple[int, slice]]
+) -> list[Tensor]:
+    """Maps (numbers, D) from what heads look at to the code of the word found, by least squares.
+
+    Of text, at which a head looks that has nothing to say, they are to read next to nothing.
+
+    Args:
+        layer: Whose queries and keys have learned.
+        block: Its block.
+        kept: Samples with states of that block.
+        start: What is known of the model.
+        parts: By key head, which of the words of an image token, from 0, and which numbers of its code.
+    """
+    gain, width = start.gains[block], start.codes.shape[1]
+    second = [torch.zeros(len(gain), len(gain), dtype=torch.float64) for _ in parts]
+    told = [torch.zeros(len(gain), some.stop - some.start, dtype=torch.float64) for _, some in parts]
+    for first in range(0, len(kept), 64):
+        some_kept = kept[first : first + 64]
+        rows = rows_of(some_kept, block)
+        shares = attention(layer, rows, gain).exp()
+        seen = torch.cat([rows.image * gain, rows.text], dim=1)
+        words = torch.zeros(rows.at.shape, dtype=torch.long)
+        for row, one in enumerate(some_kept):
+            words[row, : len(one.sample.answer)] = torch.tensor(one.sample.answer)
+        real = rows.told[..., 0] > -2
+        for head, (word, some) in enumerate(parts):
+            looked = torch.einsum("bkhn,bnd->bkhd", shares[:, :, head], seen)[real].flatten(0, 1).double()
+            token = rows.told[..., word]
+            right = shares[:, :, head].gather(-1, token.clamp(min=0)[..., None, None].expand(-1, -1, 3, 1))
+            right = right * (token >= 0)[..., None, None]
+            code = start.codes[words][:, :, None, some] * width**0.5 * right
+            second[head] += looked.T @ looked
+            told[head] += looked.T @ code[real].flatten(0, 1).double()
+    eye = torch.eye(len(gain), dtype=torch.float64)
+    return [
+        torch.linalg.solve(square + 1e-3 * square.diagonal().mean() * eye, told).T.float()
+        for square, told in zip(second, told, strict=True)
+    ]
+
+
+def say_found(
+    layer: Any, block: int, kept: Sequence[Kept], start: Start, words: Sequence[int], half: int, aloud: bool
+) -> None:
+    """Sets what a layer says of what it has learned to find. words, half, aloud: as in `values_of` and `Start.say`."""
+    parts = [(word, start.numbers(len(TAGS) + BEFORE + word, half, aloud)) for word in words]
+    values = values_of(layer, block, kept, start, parts)
+    start.say(layer, block, [(some, read) for (_, some), read in zip(parts, values, strict=True)], aloud)
+
+
+@dataclass(frozen=True)
+class Closed:
+    """Queries and keys in closed form, by a guess of codes from hidden states.
+
+    Attributes:
+        start: What is known of the model.
+        line_break: Id of the token that stands before a text.
+        asked, begins, next: Nats that a comparison is worth where all is right: of tags, of where texts begin, and of
+            the next word.
+        sink: Nats that "nothing here" scores.
+    """
+
+    start: Start
+    line_break: int
+    asked: float = 14.0
+    begins: float = 8.0
+    next: float = 14.0
+    sink: float = 6.0
+
+    @torch.no_grad()
+    def first(self, layer: Any, block: int, kept: Sequence[Kept]) -> None:
+        """Sets a layer that finds a text by its tags."""
+        states = torch.stack([one.states[block][len(one.sample.prompt) - 1].float() for one in kept])
+        told = self._guessed(states, torch.stack([self._asked_for(one.sample) for one in kept]))
+        queries, keys, constant = self._silent(layer, block)
+        ends = STILL[32 : 32 + BEGINS]
+        unit = self.start.codes[self.line_break, :BEGINS] * self.start.codes.shape[1] ** 0.5
+        is_begin = (unit / unit.square().sum())[:, None] * constant * layer.head_dim**0.5 * self.begins
+        for head, parts in ASKING.items():
+            keys[head][ends] = self._read(block, len(TAGS) + BEFORE - 1, BEGINS)
+            for query, (slot, count, row) in zip(queries[head], parts, strict=False):
+                query[SINK] = 0.0
+                if slot is not None:
+                    some = STILL[row : row + count]
+                    keys[head][some] = self._read(block, slot, count)
+                    query[some] = self._compared(told[:count], layer, self.asked)
+                query[ends] = is_begin
+                query.copy_(turned(query, -DISTANCE))
+                query[SINK] = constant * self._sink(layer)
+
+    @torch.no_grad()
+    def next_word(self, layer: Any, block: int, kept: Sequence[Kept]) -> None:
+        """Sets a layer that finds the word which layers below have found."""
+        said = [(one, len(one.sample.prompt) - 1, one.sample.answer) for one in kept]
+        states = torch.cat([one.states[block][at : at + len(answer)].float() for one, at, answer in said])
+        words = torch.tensor([token for *_, answer in said for token in answer])
+        told = self._guessed(states, self.start.codes[words][:, :ASKED])
+        queries, keys, constant = self._silent(layer, block)
+        for head in range(len(keys)):
+            keys[head][STILL] = self._read(block, len(TAGS) + BEFORE + head, len(STILL))
+            for query in queries[head]:
+                query[SINK] = 0.0
+                query[STILL] = self._compared(told[: len(STILL)], layer, self.next)
+                query.copy_(turned(query, -DISTANCE))
+                query[SINK] = constant * self._sink(layer)
+
+    def _asked_for(self, sample: Sample) -> Tensor:
+        wanted = torch.tensor(sample.prompt)[torch.tensor(sample.wanted)]
+        return self.start.codes[wanted][:, :ASKED].mean(0) if len(wanted) else torch.zeros(ASKED)
+
+    def _guessed(self, states: Tensor, wanted: Tensor) -> Tensor:
+        """(numbers, D): least squares."""
+        second = states.T @ states / len(states)
+        second += 0.02 * second.diagonal().mean() * torch.eye(len(second))
+        return torch.linalg.solve(second, states.T @ wanted / len(states)).T
+
+    def _read(self, block: int, slot: int, count: int) -> Tensor:
+        """(count, D): from an image token behind the norm to the first numbers of a slot, of variance 1."""
+        return self.start.slots.read(slot, slice(count)) / self.start.gains[block] * self.start.length
+
+    def _compared(self, guess: Tensor, layer: Any, nats: float) -> Tensor:
+        """Queries whose product with keys of the same numbers is so large where all are right."""
+        return guess * (layer.head_dim * self.start.codes.shape[1]) ** 0.5 * nats / len(guess)
+
+    def _sink(self, layer: Any) -> float:
+        return (layer.head_dim**0.5 * self.sink) ** 0.5
+
+    def _silent(self, layer: Any, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (G, 3, C, D) that look at "nothing here", keys (G, C, D) of which text is that; (D,) to 1."""
+        queries, keys, *_ = heads_of(layer)
+        queries.zero_()
+        keys.zero_()
+        constant = self.start.constants[block]
+        keys[:, SINK] = constant * self._sink(layer)
+        queries[:, SINK] = 8 * constant * self._sink(layer)
+        return queries.unflatten(0, (len(keys), -1)), keys, constant
+
+
+def begin_asking(layer: Any, block: int, role: str, kept: Sequence[Kept], closed: Closed) -> float:
+    """Sets what a layer's queries and keys learn from. Returns at which rate they do."""
+    torch.manual_seed(block)
+    queries, keys, *_ = heads_of(layer)
+    if role == "first":
+        closed.first(layer, block, kept)
+    elif role == "next":
+        closed.next_word(layer, block, kept)
+    with torch.no_grad():
+        if role == "later":
+            queries.normal_(std=0.03)
+            keys.normal_(std=0.03)
+        elif role == "asked":  # beside what keeps it from looking at pictures
+            group = len(queries) // len(keys)
+            for rows in (queries[ASKED_HEAD * group], keys[ASKED_HEAD]):
+                rows += 0.02 * torch.randn_like(rows)
+    return {"asked": 2e-3, "later": 3e-3}.get(role, 3e-4)
+
+
+def loss_of(role: str) -> Loss:
+    """What a role is to learn."""
+    return asked_loss if role == "asked" else partial(found_loss, role=role)

@@ -1,0 +1,181 @@
+"""Pages that are never drawn: image tokens of which each says without fault which words begin in it.
+
+That is what the page encoder is trained to give. So layers can learn to find and to say texts for the text model's own
+arithmetic alone, and where an answer's next word stands is known.
+
+Shapes: B samples, L text tokens of a row, N image tokens of all pages, K answer tokens of all whose place is known.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor
+
+from casa.vision.page_encoder import CELL, PageEncoder, place_waves
+from casa.vision.page_reading import TextRun
+from casa.vision.page_words import BEFORE, TAGS, words_of_page
+from projects.casa_smol.tasks.asked import ordinal, turn
+from projects.casa_smol.tasks.lines import READ, READ_AFTER, READ_BEFORE, READ_LAST, READ_NUMBERED
+from projects.casa_smol.words import Words, pick
+
+TOKEN = 16  # px, height and width of an image token
+IMAGE_AT = 3  # pictures stand before this token of a prompt
+PROMPT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+VALUE = ("What is the {key}?", "{key}?", "Tell me the {key}.", "What does it say for {key}?", "How much is the {key}?")
+WORDINGS = (*READ, *READ_NUMBERED, *READ_AFTER, *READ_BEFORE, *READ_LAST, *VALUE)
+POINTING = ("first", "last", "top", "bottom")  # words of wordings that say which text is meant
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A page and a question.
+
+    ids: int (rows, columns, ids of an image token), what is written there. prompt, answer: token ids. wanted: which of
+    the prompt's tokens this question does not share with others. found: for each answer token the image token in which
+    it begins and its number there, -1 where that is not known.
+    """
+
+    ids: np.ndarray
+    prompt: list[int]
+    answer: list[int]
+    wanted: list[bool]
+    found: list[tuple[int, int]]
+
+
+class Pages:
+    """Draws samples: one line, lines one below the other, or names with their values, all in `token` ids."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.words = Words("train")
+        self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.line_break = self._encode("\n")[0][0]
+        fixed = [part for wording in (*WORDINGS, PROMPT) for part in re.split(r"\{\w+\}", wording)]
+        self.shared = {token for part in fixed for token, _ in self._encode(part)}
+        self.shared -= {token for word in POINTING for token, _ in self._encode(f" {word}")}
+
+    def _encode(self, text: str) -> list[tuple[int, tuple[int, int]]]:
+        """Ids, each with where in the text it begins and ends."""
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+
+    def _text(self, rng: Generator, most: int) -> str:
+        count = int(rng.integers(1, most + 1))
+        text = " ".join(self.words.styled(rng) if rng.random() < 0.85 else self.words.piece(rng) for _ in range(count))
+        return text[:1].upper() + text[1:] if rng.random() < 0.4 else text
+
+    def sample(self, rng: Generator, pages: float) -> Sample:
+        """One page of the next kind."""
+        if rng.random() >= pages:
+            return self._asked(rng, [(self._text(rng, 6), 0, 0.0)], int(rng.integers(14, 40)), READ, 0, {})
+        size = int(rng.integers(12, 22))
+        count = int(rng.integers(2, 11))
+        if rng.random() < 0.6:
+            texts = list(dict.fromkeys(self._text(rng, 4) for _ in range(count)))
+            placed = [(text, row, 0.0) for row, text in enumerate(texts)]
+            row = int(rng.integers(len(texts)))
+            kinds = [(READ_NUMBERED, row)] * 3 + [(READ_LAST, len(texts) - 1)]
+            kinds += [(READ_AFTER, row + 1)] * 2 if row + 1 < len(texts) else []
+            kinds += [(READ_BEFORE, row - 1)] if row else []
+            wordings, answer = pick(rng, kinds)
+            names = {"n": row + 1, "nth": ordinal(row + 1), "line": texts[row]}
+            return self._asked(rng, placed, size, wordings, answer, names)
+        keys = list(dict.fromkeys(self.words.phrase(rng, 1, 2) for _ in range(count)))
+        values = [self.words.piece(rng) if rng.random() < 0.7 else self.words.phrase(rng, 1, 2) for _ in keys]
+        right = max(map(len, keys)) * size * 0.5 + rng.uniform(8, 120)
+        colon = ":" if rng.random() < 0.4 else ""
+        placed = [(key + colon, row, 0.0) for row, key in enumerate(keys)]
+        placed += [(value, row, right) for row, value in enumerate(values)]
+        row = int(rng.integers(len(keys)))
+        said = keys[row] if rng.random() < 0.4 else keys[row].lower()
+        return self._asked(rng, placed, size, VALUE, len(keys) + row, {"key": said})
+
+    def _asked(
+        self, rng: Generator, placed: list[tuple[str, int, float]], size: int, wordings: Any, answer: int, names: Any
+    ) -> Sample:
+        wide, step = size * rng.uniform(0.45, 0.6), size * rng.uniform(1.3, 2.0)
+        left, top = rng.uniform(2, 30), rng.uniform(0, 14)
+        columns = int((left + max(x + len(text) * wide for text, _, x in placed)) // TOKEN) + 1
+        rows = int((top + (max(row for _, row, _ in placed) + 1) * step) // TOKEN) + 1
+        runs = [
+            TextRun(
+                text,
+                np.full(len(text), (top + (row + 0.5) * step) / CELL[0] - 0.5),
+                (left + x + (np.arange(len(text)) + 0.5) * wide) / CELL[1] - 0.5,
+            )
+            for text, row, x in placed
+        ]
+        block = TOKEN // CELL[0], TOKEN // CELL[1]
+        page = words_of_page(runs, (rows, columns), block, self._encode, self.end)
+        question = turn(rng, wordings, placed[answer][0], **names)
+        prompt = [token for token, _ in self._encode(PROMPT.format(question=question.question))]
+        said = [token for token, _ in self._encode(question.answer)]
+        wanted = [token not in self.shared for token in prompt]
+        return Sample(page.ids, prompt, [*said, self.end], wanted, page.spots[answer])
+
+    def sentences(self, rng: Generator, tokens: int, rows: int = 8, length: int = 64) -> Iterator[Tensor]:
+        """int64 (rows, length): questions with answers, and any words behind them, about so many tokens in all."""
+        said = [self.tokenizer.decode([number]) for number in range(len(self.tokenizer))]
+        plain = [number for number, text in enumerate(said) if text.strip() and text.isascii() and text.isprintable()]
+        for _ in range(-(-tokens // (rows * length))):
+            drawn = [self.sample(rng, 0.75) for _ in range(rows)]
+            ids = [[*one.prompt, *one.answer, *rng.choice(plain, length).tolist()][:length] for one in drawn]
+            yield torch.tensor(ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """inputs: of the model. labels: (B, L). where: int64 (K, 4): row, column of the query, image token, slot."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    where: Tensor
+
+
+def batch_of(
+    samples: list[Sample], encoder: PageEncoder, rng: Generator, noise: float = 0.1, empty: float = 0.1
+) -> Batch:
+    """Samples padded at the left; pictures stand before the question's first word.
+
+    Args:
+        samples: Pages with questions and answers.
+        encoder: Knows codes of words.
+        rng: Draws what follows.
+        noise: Of an image token's codes, in lengths of one.
+        empty: How many of the image tokens stay in which nothing begins; where they are does not matter.
+    """
+    length = max(len(one.prompt) + len(one.answer) for one in samples)
+    ids, labels = torch.zeros(len(samples), length, dtype=torch.long), torch.full((len(samples), length), -100)
+    mask = torch.zeros_like(ids)
+    positions, grids, tokens, where, passed = [], [], [], [], 0
+    for row, one in enumerate(samples):
+        start = length - len(one.prompt) - len(one.answer)
+        ids[row, start:] = torch.tensor(one.prompt + one.answer)
+        mask[row, start:] = 1
+        first = start + len(one.prompt)
+        labels[row, first:] = torch.tensor(one.answer)
+        positions.append((row, start + IMAGE_AT))
+        height, width, _ = one.ids.shape
+        every = torch.from_numpy(one.ids).flatten(0, 1)
+        stays = (every[:, sum(TAGS) + BEFORE] >= 0) | torch.from_numpy(rng.random(len(every)) < empty)
+        stays[0] = True  # a picture has at least one image token
+        number, written = stays.cumsum(0) - 1, every[stays]
+        grids.append((1, 1, len(written)))
+        words = encoder.codes_of(written, torch.float32)
+        off = noise / max(encoder.config.word_sizes) ** 0.5
+        words = words + torch.from_numpy(rng.standard_normal(words.shape)).float() * off
+        tokens.append(torch.cat([words, place_waves(height, width, encoder.config.token_size)[stays]], dim=1))
+        where += [
+            (row, first + n - 1, passed + int(number[at]), slot) for n, (at, slot) in enumerate(one.found) if at >= 0
+        ]
+        passed += len(written)
+    inputs = {
+        "input_ids": ids, "attention_mask": mask, "image_positions": torch.tensor(positions),
+        "image_grid_thw": torch.tensor(grids), "image_features": torch.cat(tokens),
+    }  # fmt: skip
+    return Batch(inputs, labels, torch.tensor(where).reshape(-1, 4))
