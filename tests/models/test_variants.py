@@ -244,7 +244,7 @@ class TestGist:
         ({"output": "zeros"}, "did you mean 'zero'"),
         ({"output": "zero", "share_weights": True}, "weights of their own"),
         ({"method": "insertion", "update_images": True}, "leave out update_images"),
-        ({"gist": -1}, "give a number of tokens"),
+        ({"gist": -1}, "it must be 0 or more"),
         ({"compressor": "pol:2"}, "pool"),
         ({"compressor": "pool"}, "pool:2"),
     ],
