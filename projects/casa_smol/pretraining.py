@@ -28,7 +28,7 @@ from casa.vision.page_encoder import CODE_STEP, PageEncoder
 from projects.casa_smol.finding import STAGES, Closed, Stage, begin_asking, keep, learn, loss_of, say_found
 from projects.casa_smol.parts import embeddings_of
 from projects.casa_smol.perfect_pages import Batch, Pages, Sample, batch_of
-from projects.casa_smol.start import LAYERS, Start, codes_of_words, start_of
+from projects.casa_smol.start import LAYERS, Slots, Start, codes_of_words, start_of
 from projects.casa_smol.targets import page
 
 FUSION = FusionConfig.parallel(layers=LAYERS, output="zero")
@@ -176,7 +176,7 @@ def main(arguments: list[str]) -> int:
     folder, eyes = given.parts / "text", given.out / "eyes"
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     embeddings, pages = embeddings_of(folder), Pages(tokenizer)
-    texts = list(pages.sentences(np.random.default_rng(11), given.tokens))
+    texts = [] if (given.out / "start.pt").exists() else list(pages.sentences(np.random.default_rng(11), given.tokens))
     if not (eyes / "config.json").exists():
         encoder = PageEncoder.from_pretrained(given.parts / "eyes", dtype=torch.float32).eval()
         model: Any = adapt(str(folder), fusion=FUSION, vision=str(given.parts / "eyes")).float().eval()
@@ -194,7 +194,13 @@ def main(arguments: list[str]) -> int:
         return batch_of(drawn(1, step), encoder, np.random.default_rng((settings.seed, 2, step)))
 
     codes, sizes = encoder.word_codes.float() * CODE_STEP, encoder.config.word_sizes
-    start = start_of(model, texts, codes, embeddings, sizes, draw(0).inputs["image_features"])
+    known = given.out / "start.pt"
+    if not known.exists():  # minutes, which a run that goes on need not take again
+        found = start_of(model, texts, codes, embeddings, sizes, draw(0).inputs["image_features"])
+        with replacing(known) as path:
+            torch.save(vars(found) | {"slots": found.slots.axes}, path)
+    parts = torch.load(known, weights_only=True)
+    start = Start(**parts | {"slots": Slots(parts["slots"], sizes)})
     closed = Closed(start, line_break=pages.line_break)
     find(model, start, encoder, drawn(0, count=settings.finding[0]), closed, settings, given.out)
     projector, model.projector = model.projector, start.slots
