@@ -227,18 +227,15 @@ class PageEncoder(PreTrainedModel):
         return self.codes_of(torch.from_numpy(np.stack(pages)).to(cells.device).flatten(1, 2), cells.dtype)
 
     def codes_of(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """(..., sum of `word_sizes`): codes of the slots side by side, each the sum of those of its words.
-
-        A sum of n codes is divided by the root of n, so that all slots are about as long.
+        """(..., sum of `word_sizes`): codes of the slots side by side, of n words their sum over the root of n.
 
         ids: int64 (..., sum of `SLOTS`), -1 where there is no word.
         """
         given = (ids >= 0).to(dtype)
         codes = self.word_codes[ids.clamp(min=0)].to(dtype) * CODE_STEP * given[..., None]
         widest, found = codes.shape[-1], []
-        for slot, count, size in zip(
-            codes.split(SLOTS, dim=-2), given.split(SLOTS, dim=-1), self.config.word_sizes, strict=True
-        ):
+        counts = given.split(SLOTS, dim=-1)
+        for slot, count, size in zip(codes.split(SLOTS, dim=-2), counts, self.config.word_sizes, strict=True):
             scale = (widest / size / count.sum(-1, keepdim=True).clamp(min=1)) ** 0.5
             found.append(slot[..., :size].sum(-2) * scale)
         return torch.cat(found, dim=-1)

@@ -86,15 +86,12 @@ def words_of_page(
 
 
 def tags_of(runs: Sequence[TextRun], encode: Encode) -> np.ndarray:
-    """int64 (texts, sum of `TAGS`): tokens that each text may be asked for by, NOTHING where there are no more.
-
-    To its left is the text before it on its line, and the first one of that line.
-    """
+    """int64 (texts, sum of `TAGS`): tokens that each text may be asked for by, NOTHING where there are no more."""
     found = np.full((len(runs), sum(TAGS)), NOTHING, dtype=np.int64)
     lines = _lines(runs)
     for at, line in enumerate(lines if len(runs) > 1 else []):
         for place, number in enumerate(line):
-            named = [line[place - 1], line[0]] if place else []
+            named = [line[place - 1], line[0]] if place else []  # the text before it, and the first of its line
             around = (named, _over(runs, lines[at - 1 : at], number), _over(runs, lines[at + 1 : at + 2], number))
             kinds = [_numbers(at, len(lines), encode), *(_asked(runs, texts, encode) for texts in around)]
             for first, most, tokens in zip(np.cumsum((0, *TAGS)), TAGS, kinds, strict=False):
@@ -116,9 +113,9 @@ def _lines(runs: Sequence[TextRun]) -> list[list[int]]:
 
 def _over(runs: Sequence[TextRun], lines: list[list[int]], number: int) -> list[int]:
     """The first text of the line, if there is one, that stands over or under this one."""
-    left, right = runs[number].columns[0], runs[number].columns[-1]
-    there = [other for line in lines for other in line if runs[other].columns[0] <= right]
-    return [other for other in there if runs[other].columns[-1] >= left][:1]
+    left, right = runs[number].columns[[0, -1]]
+    spans = {other: runs[other].columns for line in lines for other in line}
+    return [other for other, columns in spans.items() if columns[0] <= right and columns[-1] >= left][:1]
 
 
 def _asked(runs: Sequence[TextRun], texts: list[int], encode: Encode) -> list[int]:
