@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from casa.vision.page_encoder import PageEncoder
 from casa.vision.page_words import BEFORE, TAGS
 from projects.casa_smol.perfect_pages import IMAGE_AT, Sample, batch_of
-from projects.casa_smol.start import ASKED, DISTANCE, SINK, STILL, TURNS, Slots, Start, heads_of, turned
+from projects.casa_smol.start import ASKED, DISTANCE, SINK, STILL, Slots, Start, heads_of, least_squares, turned
 
 NUMBER, LEFT, ABOVE, BELOW = range(len(TAGS))
 Stage = tuple[dict[int, str], bool]
@@ -166,11 +166,11 @@ def rows_of(kept: Sequence[Kept], block: int) -> Rows:
 
 def attention(layer: Any, rows: Rows, gain: Tensor) -> Tensor:
     """Log-probabilities (B, K, G, 3, M + L) of a layer's heads, image tokens first. gain: (D,), of the block's norm."""
-    size, (count, length, width) = layer.head_dim, rows.text.shape
+    size, (_, length, width) = layer.head_dim, rows.text.shape
     asking = rows.text.gather(1, rows.at[..., None].expand(-1, -1, width))
-    query = _rotated(layer.q_proj(asking).unflatten(-1, (-1, size)), rows.at - IMAGE_AT).unflatten(2, (3, -1))
-    places = (torch.arange(length) - IMAGE_AT).clamp(min=0).expand(count, -1)
-    text = _rotated(layer.k_proj(rows.text).unflatten(-1, (-1, size)), places)
+    query = turned(layer.q_proj(asking).unflatten(-1, (-1, size)), rows.at[..., None] - IMAGE_AT).unflatten(2, (3, -1))
+    places = (torch.arange(length) - IMAGE_AT).clamp(min=0)
+    text = turned(layer.k_proj(rows.text).unflatten(-1, (-1, size)), places[:, None])
     image = layer.k_proj(rows.image * gain).unflatten(-1, (-1, size))
     sees = rows.is_text[:, None] & (torch.arange(length) <= rows.at[..., None])
     scores = [
@@ -178,14 +178,6 @@ def attention(layer: Any, rows: Rows, gain: Tensor) -> Tensor:
         torch.einsum("bkghc,blgc->bkghl", query, text).masked_fill(~sees[:, :, None, None], -torch.inf),
     ]
     return (torch.cat(scores, dim=-1) / size**0.5).log_softmax(-1)
-
-
-def _rotated(heads: Tensor, places: Tensor) -> Tensor:
-    """(B, n, H, C) at places (B, n)."""
-    angles = places[..., None] * TURNS
-    cos, sin = angles.cos()[..., None, :], angles.sin()[..., None, :]
-    low, high = heads.chunk(2, dim=-1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
 
 
 def asked_loss(shares: Tensor, rows: Rows) -> tuple[Tensor, float]:
@@ -240,8 +232,7 @@ def learn(
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 20, (steps - step) / (0.6 * steps))
         missed, share = loss(attention(layer, rows, gain), rows)
-        for parameter, gradient in zip(learned, torch.autograd.grad(missed, learned), strict=True):
-            parameter.grad = gradient
+        missed.backward()
         nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -283,11 +274,7 @@ def values_of(
             code = start.codes[words][:, :, None, some] * width**0.5 * right
             second[head] += looked.T @ looked
             told[head] += looked.T @ code[real].flatten(0, 1).double()
-    eye = torch.eye(len(gain), dtype=torch.float64)
-    return [
-        torch.linalg.solve(square + 1e-3 * square.diagonal().mean() * eye, told).T.float()
-        for square, told in zip(second, told, strict=True)
-    ]
+    return [least_squares(*both, 1e-3).T.float() for both in zip(second, told, strict=True)]
 
 
 def say_found(
@@ -330,14 +317,13 @@ class Closed:
         for head, parts in ASKING.items():
             keys[head][ends] = self._read(block, len(TAGS) + BEFORE - 1, BEGINS)
             for query, (slot, count, row) in zip(queries[head], parts, strict=False):
-                query[SINK] = 0.0
+                query.zero_()
                 if slot is not None:
                     some = STILL[row : row + count]
                     keys[head][some] = self._read(block, slot, count)
                     query[some] = self._compared(told[:count], layer, self.asked)
                 query[ends] = is_begin
-                query.copy_(turned(query, -DISTANCE))
-                query[SINK] = constant * self._sink(layer)
+                self._look_back(query, layer, constant)
 
     @torch.no_grad()
     def next_word(self, layer: Any, block: int, kept: Sequence[Kept]) -> None:
@@ -350,10 +336,9 @@ class Closed:
         for head in range(len(keys)):
             keys[head][STILL] = self._read(block, len(TAGS) + BEFORE + head, len(STILL))
             for query in queries[head]:
-                query[SINK] = 0.0
+                query.zero_()
                 query[STILL] = self._compared(told[: len(STILL)], layer, self.next)
-                query.copy_(turned(query, -DISTANCE))
-                query[SINK] = constant * self._sink(layer)
+                self._look_back(query, layer, constant)
 
     def _asked_for(self, sample: Sample) -> Tensor:
         wanted = torch.tensor(sample.prompt)[torch.tensor(sample.wanted)]
@@ -361,9 +346,7 @@ class Closed:
 
     def _guessed(self, states: Tensor, wanted: Tensor) -> Tensor:
         """(numbers, D): least squares."""
-        second = states.T @ states / len(states)
-        second += 0.02 * second.diagonal().mean() * torch.eye(len(second))
-        return torch.linalg.solve(second, states.T @ wanted / len(states)).T
+        return least_squares(states.T @ states / len(states), states.T @ wanted / len(states), 0.02).T
 
     def _read(self, block: int, slot: int, count: int) -> Tensor:
         """(count, D): from an image token behind the norm to the first numbers of a slot, of variance 1."""
@@ -372,6 +355,11 @@ class Closed:
     def _compared(self, guess: Tensor, layer: Any, nats: float) -> Tensor:
         """Queries whose product with keys of the same numbers is so large where all are right."""
         return guess * (layer.head_dim * self.start.codes.shape[1]) ** 0.5 * nats / len(guess)
+
+    def _look_back(self, query: Tensor, layer: Any, constant: Tensor) -> None:
+        """Turns a query (C, D) for a picture some tokens before, and lets it look at "nothing here" too."""
+        query.copy_(turned(query.T, torch.tensor(-DISTANCE)).T)
+        query[SINK] = constant * self._sink(layer)
 
     def _sink(self, layer: Any) -> float:
         return (layer.head_dim**0.5 * self.sink) ** 0.5

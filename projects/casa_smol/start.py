@@ -61,8 +61,7 @@ class Moments:
 
     def solved(self, block: int) -> Tensor:
         """(D, T) float64: least squares, from a hidden state to its word's code."""
-        second = self.second[block]
-        return torch.linalg.solve(second + 1e-4 * second.diagonal().mean() * torch.eye(len(second)), self.told[block])
+        return least_squares(self.second[block], self.told[block], 1e-4)
 
 
 @torch.no_grad()
@@ -353,8 +352,14 @@ def heads_of(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return queries, keys, values, layer.o_proj.weight.unflatten(1, (-1, size))
 
 
-def turned(rows: Tensor, tokens: int) -> Tensor:
-    """(C, D): a head's rows as rotary positions turn them from one token to one so many behind it."""
-    low, high = rows.chunk(2)
-    cos, sin = ((TURNS * tokens).cos()[:, None], (TURNS * tokens).sin()[:, None])
-    return torch.cat([low * cos - high * sin, high * cos + low * sin])
+def turned(heads: Tensor, places: Tensor) -> Tensor:
+    """Heads (..., C) as rotary positions turn them, at places that broadcast to (...)."""
+    angles = places[..., None] * TURNS
+    cos, sin = angles.cos(), angles.sin()
+    low, high = heads.chunk(2, dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+
+
+def least_squares(second: Tensor, told: Tensor, ridge: float) -> Tensor:
+    """(D, T), from moments (D, D) and (D, T). ridge: how much is added to the diagonal, in its mean."""
+    return torch.linalg.solve(second + ridge * second.diagonal().mean() * torch.eye(len(second)), told)
