@@ -26,8 +26,15 @@ from projects.casa_smol.words import Words, pick
 TOKEN = 16  # px, height and width of an image token
 IMAGE_AT = 3  # pictures stand before this token of a prompt
 PROMPT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-VALUE = ("What is the {key}?", "{key}?", "Tell me the {key}.", "What does it say for {key}?", "How much is the {key}?")
-WORDINGS = (*READ, *READ_NUMBERED, *READ_AFTER, *READ_BEFORE, *READ_LAST, *VALUE)
+VALUE = (
+    "What is the {key}?", "{key}?", "Tell me the {key}.", "What does it say for {key}?", "How much is the {key}?",
+    "Which {key} is given?", "How much was paid for the {key}?", "What is the price of {key}?", 'What is in "{key}"?',
+)  # fmt: skip
+CELL_OF = (
+    "What is the {column} of {key}?", "Which {column} does {key} have?", "{column} of {key}?",
+    "What does the table give as {column} for {key}?", "How much is the {column} for {key}?",
+)  # fmt: skip
+WORDINGS = (*READ, *READ_NUMBERED, *READ_AFTER, *READ_BEFORE, *READ_LAST, *VALUE, *CELL_OF)
 POINTING = ("first", "last", "top", "bottom")  # words of wordings that say which text is meant
 
 
@@ -48,7 +55,7 @@ class Sample:
 
 
 class Pages:
-    """Draws samples: one line, lines one below the other, or names with their values, all in `token` ids."""
+    """Draws samples: one line, lines one below the other, names with their values beside or below them, or a table."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -70,30 +77,58 @@ class Pages:
         return text[:1].upper() + text[1:] if rng.random() < 0.4 else text
 
     def sample(self, rng: Generator, pages: float) -> Sample:
-        """One page of the next kind."""
+        """One line, or with that probability a page of some kind."""
         if rng.random() >= pages:
             return self._asked(rng, [(self._text(rng, 6), 0, 0.0)], int(rng.integers(14, 40)), READ, 0, {})
+        return pick(rng, (self._lines, self._lines, self._fields, self._table))(rng)
+
+    def _lines(self, rng: Generator) -> Sample:
+        """Up to twenty lines, of which one is asked for."""
+        texts = list(dict.fromkeys(self._text(rng, 5) for _ in range(int(rng.integers(2, 21)))))
+        placed = [(text, row, 0.0) for row, text in enumerate(texts)]
+        row = int(rng.integers(len(texts)))
+        kinds = [(READ_NUMBERED, row)] * 3 + [(READ_LAST, len(texts) - 1)]
+        kinds += [(READ_AFTER, row + 1)] * 2 if row + 1 < len(texts) else []
+        kinds += [(READ_BEFORE, row - 1)] if row else []
+        wordings, answer = pick(rng, kinds)
+        names = {"n": row + 1, "nth": ordinal(row + 1), "line": texts[row]}
+        return self._asked(rng, placed, int(rng.integers(12, 22)), wordings, answer, names)
+
+    def _fields(self, rng: Generator) -> Sample:
+        """Names, and what belongs to them."""
         size = int(rng.integers(12, 22))
-        count = int(rng.integers(2, 11))
-        if rng.random() < 0.6:
-            texts = list(dict.fromkeys(self._text(rng, 4) for _ in range(count)))
-            placed = [(text, row, 0.0) for row, text in enumerate(texts)]
-            row = int(rng.integers(len(texts)))
-            kinds = [(READ_NUMBERED, row)] * 3 + [(READ_LAST, len(texts) - 1)]
-            kinds += [(READ_AFTER, row + 1)] * 2 if row + 1 < len(texts) else []
-            kinds += [(READ_BEFORE, row - 1)] if row else []
-            wordings, answer = pick(rng, kinds)
-            names = {"n": row + 1, "nth": ordinal(row + 1), "line": texts[row]}
-            return self._asked(rng, placed, size, wordings, answer, names)
-        keys = list(dict.fromkeys(self.words.phrase(rng, 1, 2) for _ in range(count)))
-        values = [self.words.piece(rng) if rng.random() < 0.7 else self.words.phrase(rng, 1, 2) for _ in keys]
-        right = max(map(len, keys)) * size * 0.5 + rng.uniform(8, 120)
+        keys = list(dict.fromkeys(self.words.phrase(rng, 1, 3) for _ in range(int(rng.integers(2, 15)))))
+        values = [self._value(rng) for _ in keys]
         colon = ":" if rng.random() < 0.4 else ""
-        placed = [(key + colon, row, 0.0) for row, key in enumerate(keys)]
-        placed += [(value, row, right) for row, value in enumerate(values)]
+        below = rng.random() < 0.25
+        right = 0.0 if below else max(map(len, keys)) * size * 0.5 + rng.uniform(8, 120)
+        step = 2 if below else 1
+        placed = [(key + colon, step * row, 0.0) for row, key in enumerate(keys)]
+        placed += [(value, step * row + below, right) for row, value in enumerate(values)]
         row = int(rng.integers(len(keys)))
-        said = keys[row] if rng.random() < 0.4 else keys[row].lower()
-        return self._asked(rng, placed, size, VALUE, len(keys) + row, {"key": said})
+        return self._asked(rng, placed, size, VALUE, len(keys) + row, {"key": self._named(rng, keys[row])})
+
+    def _table(self, rng: Generator) -> Sample:
+        """Rows and columns with names, and what stands where they meet."""
+        size = int(rng.integers(12, 18))
+        columns = list(dict.fromkeys(self.words.phrase(rng, 1, 2) for _ in range(int(rng.integers(3, 6)))))
+        keys = list(dict.fromkeys(self.words.phrase(rng, 1, 2) for _ in range(int(rng.integers(2, 11)))))
+        rows = [columns, *([key, *(self._value(rng) for _ in columns[1:])] for key in keys)]
+        rights = np.cumsum(
+            [0, *(max(map(len, texts)) * size * 0.6 + rng.uniform(8, 40) for texts in zip(*rows, strict=True))]
+        )
+        placed = [(text, at, rights[place]) for at, row in enumerate(rows) for place, text in enumerate(row)]
+        row, column = int(rng.integers(len(keys))), int(rng.integers(1, max(2, len(columns))))
+        if column >= len(columns):  # all columns had one name
+            return self._lines(rng)
+        names = {"key": self._named(rng, keys[row]), "column": self._named(rng, columns[column])}
+        return self._asked(rng, placed, size, CELL_OF, (row + 1) * len(columns) + column, names)
+
+    def _value(self, rng: Generator) -> str:
+        return self.words.piece(rng) if rng.random() < 0.7 else self.words.phrase(rng, 1, 3)
+
+    def _named(self, rng: Generator, name: str) -> str:
+        return name if rng.random() < 0.4 else name.lower()
 
     def _asked(
         self, rng: Generator, placed: list[tuple[str, int, float]], size: int, wordings: Any, answer: int, names: Any

@@ -1,10 +1,12 @@
 """Before pictures: the layers learn to find and to say texts on pages that are never drawn.
 
     python -m projects.casa_smol.pretraining data/parts --out data/parts/start
+    python -m projects.casa_smol.pretraining data/parts --out data/parts/start --read data/read --steps 3000
 
 First each layer learns where to look, on hidden states kept once (`finding.py`), from the first layer to the last; then
-all of them learn together what to say. The run goes on where it was broken off; at its end the encoder takes the place
-of the perfect tokens, and a model is written with which `casa train` goes on.
+all of them learn together what to say. With pages that the encoder has read (`read_pages.py`), half the samples are of
+those. The run goes on where it was broken off; at its end the encoder takes the place of the perfect tokens, and a
+model is written with which `casa train` goes on.
 """
 
 import argparse
@@ -24,14 +26,15 @@ from transformers import AutoTokenizer
 from casa import FusionConfig, adapt
 from casa.atomic import replacing
 from casa.models.auto import processor_for
+from casa.vision import output_width
 from casa.vision.page_encoder import CODE_STEP, PageEncoder
 from projects.casa_smol.finding import STAGES, Closed, Stage, begin_asking, keep, learn, loss_of, say_found
 from projects.casa_smol.parts import embeddings_of
 from projects.casa_smol.perfect_pages import Batch, Pages, Sample, batch_of
+from projects.casa_smol.read_pages import ReadPages
 from projects.casa_smol.start import LAYERS, Slots, Start, codes_of_words, start_of
-from projects.casa_smol.targets import page
 
-FUSION = FusionConfig.parallel(layers=LAYERS, output="zero")
+FUSION = FusionConfig.parallel(layers=LAYERS, output="zero", projector="linear")
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Settings:
 
     finding: samples on which layers learn where to look, and steps of each. qk: how much slower queries, keys and the
     first layer learn when all learn together, since they are right by then. pages: share of samples with more than one
-    line.
+    line. read: share of pages that the encoder has read, where there are any.
     """
 
     seed: int = 1
@@ -49,7 +52,8 @@ class Settings:
     batch: int = 16
     rate: float = 5e-4
     qk: float = 0.1
-    pages: float = 0.6
+    pages: float = 0.7
+    read: float = 0.5
     warm_up: int = 20
     decay: float = 0.4
     keep_every: int = 25
@@ -149,17 +153,6 @@ def said(model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
     }
 
 
-@torch.no_grad()
-def written_tokens(encoder: PageEncoder, pages: int = 16) -> Tensor:
-    """(M, d_v): image tokens of training pages in which text begins."""
-    found = []
-    for number in range(pages):
-        picture = torch.from_numpy(page((7, number), (256, 256))[0])[None]
-        tokens = encoder.tokens(((picture / 255 - 0.5) / 0.5).permute(0, 3, 1, 2))[0]
-        found.append(tokens[tokens[:, : sum(encoder.config.word_sizes)].any(1)])
-    return torch.cat(found)
-
-
 def main(arguments: list[str]) -> int:
     """Trains, and writes a model to begin with."""
     parser = argparse.ArgumentParser(description="Trains fusion layers on pages that are never drawn.")
@@ -169,6 +162,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--finding", type=int, nargs=2, default=Settings.finding, help="samples and steps of each layer"
     )
+    parser.add_argument("--read", type=Path, help="folder by projects.casa_smol.read_pages, to learn from as well")
     parser.add_argument("--tokens", type=int, default=20_000, help="of text, to fit codes on")
     given = parser.parse_args(arguments)
     settings = Settings(steps=given.steps, finding=tuple(given.finding))
@@ -190,8 +184,13 @@ def main(arguments: list[str]) -> int:
     def drawn(*seed: int, count: int = settings.batch) -> list[Sample]:
         return [pages.sample(np.random.default_rng((settings.seed, *seed, n)), settings.pages) for n in range(count)]
 
+    read_pages = ReadPages(given.read, tokenizer) if given.read else None
+
     def draw(step: int) -> Batch:
-        return batch_of(drawn(1, step), encoder, np.random.default_rng((settings.seed, 2, step)))
+        rng, samples = np.random.default_rng((settings.seed, 2, step)), drawn(1, step)
+        if read_pages is not None:
+            samples = [read_pages.sample(rng) if rng.random() < settings.read else one for one in samples]
+        return batch_of(samples, encoder, rng, empty=rng.random() ** 3)
 
     codes, sizes = encoder.word_codes.float() * CODE_STEP, encoder.config.word_sizes
     known = given.out / "start.pt"
@@ -206,7 +205,7 @@ def main(arguments: list[str]) -> int:
     projector, model.projector = model.projector, start.slots
     train(model, draw, settings, given.out)
     model.projector = projector.float()
-    start.slots.into(model.projector, written_tokens(encoder))
+    start.slots.into(model.projector, output_width(encoder.config))
     model.bfloat16().save_pretrained(given.out / "model")
     processor_for(tokenizer, str(eyes)).save_pretrained(given.out / "model")
     return 0

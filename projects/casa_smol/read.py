@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from casa.vision.page_encoder import CELL, PageEncoder
+from casa.vision.page_encoder import PageEncoder
 from casa.vision.page_reading import TextRun
 from projects.casa_smol.metrics import distance
 from projects.casa_smol.tasks import asked
@@ -21,16 +22,20 @@ from projects.casa_smol.weights import WEIGHTS, page_encoder
 
 
 @torch.no_grad()
-def read(picture: Image.Image, encoder: PageEncoder) -> list[TextRun]:
-    """The texts of a picture, from above."""
+def cells_of(picture: Image.Image, encoder: PageEncoder) -> Tensor:
+    """(1, d, R, C) float32: what an encoder sees in a picture, padded to whole image tokens."""
     values = np.asarray(picture.convert("RGB"))
-    lacking = [-side % step for side, step in zip(values.shape, CELL, strict=False)]
+    lacking = [-side % step for side, step in zip(values.shape, encoder.config.token_size, strict=False)]
     values = np.pad(values, ((0, lacking[0]), (0, lacking[1]), (0, 0)), mode="edge")
     mean, std = (torch.tensor(list(part)) for part in (encoder.config.image_mean, encoder.config.image_std))
     pixels = ((torch.from_numpy(values) / 255 - mean) / std).permute(2, 0, 1)[None]
     with torch.autocast("cpu", torch.bfloat16):
-        cells = encoder(pixels.contiguous(memory_format=torch.channels_last))
-    return encoder.runs(cells.float())[0]
+        return encoder(pixels.contiguous(memory_format=torch.channels_last)).float()
+
+
+def read(picture: Image.Image, encoder: PageEncoder) -> list[TextRun]:
+    """The texts of a picture, from above."""
+    return encoder.runs(cells_of(picture, encoder))[0]
 
 
 def score(task: str, count: int, seed: int, encoder: PageEncoder) -> dict[str, float]:

@@ -33,7 +33,6 @@ FAST = 5  # pairs that turn the fastest
 TURNS = 100_000.0 ** -(torch.arange(32) / 32)  # radians a token, by pair
 UNSEEN = 20.0  # nats that image tokens are below text in the first layer
 LARGEST = 2.5  # of a code's numbers, beside those of a random one: no number says a word alone
-LINEAR = 6.0  # GELU is the identity from here on
 PLACED = 0.1  # length of a place's waves, beside words of length 1
 TAGGED = 0.6  # of tags: of what is written there, it is the least certain
 CONSTANT = 2.0  # of an image token, on the calmest axis: what tells it from text, and keeps its length
@@ -179,24 +178,19 @@ class Slots(nn.Module):
         return rows[numbers] * len(rows) ** 0.5 / (TAGGED if slot < len(TAGS) else 1.0)
 
     @torch.no_grad()
-    def into(self, projector: Any, tokens: Tensor) -> None:
-        """Makes a projector the same linear map of an encoder's tokens; what is between words and places does nothing.
+    def into(self, projector: Any, width: int) -> None:
+        """Makes a linear projector the same map of an encoder's tokens; what is between words and places does nothing.
 
-        tokens: (M, d_v) of the encoder, in which text begins: the projector's norm keeps their scale.
+        width: d_v, of the encoder.
         """
-        projector.norm.weight.fill_(tokens.std(dim=1, unbiased=False).median().item())
-        projector.norm.bias.fill_(tokens.mean(dim=1).median().item())
-        width, inputs, places = len(self.axes), tokens.shape[1], 4 * WAVES
-        image, constant = torch.zeros(width, projector.up.in_features), torch.zeros(width)
+        places = 4 * WAVES
+        image = torch.zeros(len(self.axes), projector.map.in_features)
         written = self.words.stop - self.words.start
         image[self.words, :written] = torch.eye(written)
         image[self.tags] *= TAGGED
-        image[self.places, inputs - places : inputs] = torch.eye(places) * PLACED
-        constant[0] = CONSTANT
-        projector.up.weight.copy_(image)
-        projector.up.bias.copy_(constant + LINEAR)
-        projector.down.weight.copy_(self.axes.T)
-        projector.down.bias.copy_(-LINEAR * self.axes.sum(0))
+        image[self.places, width - places : width] = torch.eye(places) * PLACED
+        projector.map.weight.copy_(self.axes.T @ image)
+        projector.map.bias.copy_(CONSTANT * self.axes[0])
 
 
 def calm_axes(seen: Moments, gains: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:

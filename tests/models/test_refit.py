@@ -53,6 +53,8 @@ def test_compressor_and_gist_come_along():
     assert all(torch.equal(model.get_parameter(name), weight) for name, weight in weights.items())
     with pytest.raises(UserError, match="gist=2; give fusion the same"):
         adapt(tiny_casa(method="insertion", **choice), FusionConfig(compressor="q_former:2"))
+    with pytest.raises(UserError, match="projector=mlp; give fusion the same"):
+        adapt(tiny_casa(method="insertion"), FusionConfig(projector="linear"))
 
 
 @pytest.mark.slow

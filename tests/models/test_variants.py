@@ -32,6 +32,7 @@ VARIANTS = {
     "updated cross": {"update_images": True, "method": "cross_attention", "every": 2},
     "pooled": {"compressor": "pool:2"},
     "shuffled before": {"compressor": "pixel_shuffle:2", "placement": "before"},
+    "linear": {"projector": "linear"},
     "queried": {"compressor": "q_former:3"},
     "queried history": {"compressor": "q_former:3", "history": 1},
     "pooled insertion": {"compressor": "pool:2", "method": "insertion"},

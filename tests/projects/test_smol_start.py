@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from casa import FusionConfig, adapt
 from casa.testing import tiny_tokenizer
-from casa.vision.connector import Projector
+from casa.vision.connector import LinearProjector
 from casa.vision.page_encoder import PageEncoder, PageEncoderConfig, place_waves
 from casa.vision.page_words import BEFORE, NOTHING, TAGS
 from projects.casa_smol.finding import Closed, attention, begin_asking, keep, learn, loss_of, rows_of, values_of
@@ -65,12 +65,11 @@ def test_the_projector_becomes_the_same_linear_map():
     slots = Slots(torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=random))[0], SIZES)
     codes = torch.randn(6, sum(SIZES), generator=random) / 12
     tokens = torch.cat([codes, torch.randn(6, 30, generator=random), place_waves(2, 3, (16, 16))], dim=1)
-    tokens = torch.nn.functional.layer_norm(tokens, tokens.shape[1:])
-    projector = Projector(tokens.shape[1], WIDTH)
-    slots.into(projector, tokens)
+    projector = LinearProjector(tokens.shape[1], WIDTH)
+    slots.into(projector, tokens.shape[1])
     with torch.no_grad():
         wanted = slots(torch.cat([tokens[:, : sum(SIZES)], tokens[:, -28:]], dim=1), None)
-        torch.testing.assert_close(projector(tokens, [(2, 3)]), wanted, atol=2e-3, rtol=1e-2)
+        torch.testing.assert_close(projector(tokens, [(2, 3)]), wanted, atol=1e-5, rtol=1e-5)
 
 
 def seeded():
@@ -167,10 +166,10 @@ def test_each_role_learns_to_find(begun, samples, pages, role, block):
     closed = Closed(known, pages.line_break)
     layer = model.casa_layers[str(block)]
     rate = begin_asking(layer, block, role, kept, closed)
-    run = list(learn(layer, block, kept, known.gains[block], loss_of(role), 25, rate, batch=12))
-    (_, before, _), (_, after, found) = run[0], run[-1]
-    assert after < 0.8 * before
-    assert found > 0.3
+    run = list(learn(layer, block, kept, known.gains[block], loss_of(role), 30, rate, batch=12))
+    before, after = (np.mean(part, axis=0) for part in (run[:3], run[-3:]))
+    assert after[1] < 0.85 * before[1]
+    assert after[2] > 0.3
 
 
 def test_values_are_the_code_of_the_word_found_and_nothing_of_text(begun, samples, pages):

@@ -88,6 +88,17 @@ def test_a_value_is_asked_for_by_its_name_and_a_line_by_what_stands_above_it():
     assert tags[4] == [last, [3], [8], []]
 
 
+def test_what_stands_in_a_table_is_asked_for_by_the_head_of_its_column():
+    names = (("title",), ("of", "price", "quantity"), ("tea", "no", "a"), ("coffee", "yes", "b"), ("so", "total"))
+    runs = [run_of(text, 1 + 3 * at, 1 + 40 * n) for at, row in enumerate(names) for n, text in enumerate(row)]
+    above = {run.text: tags[2] for run, tags in zip(runs, kinds(tags_of(runs, words)), strict=True)}
+    assert above["no"] == [5]
+    assert above["yes"] == [5, 2]  # "price", then "no"
+    assert above["b"] == [8, 1]
+    assert above["price"] == []
+    assert above["total"] == [3]  # not of the table
+
+
 @pytest.mark.parametrize("apart", [0.4, -0.6])
 def test_texts_of_one_line_stand_a_little_higher_or_lower(apart):
     tags = tags_of([run_of("name", 3), run_of("value", 3 + apart, 30)], words)

@@ -54,7 +54,7 @@ def encoder_blocks(encoder: nn.Module) -> nn.ModuleList:
     raise UserError(f"{type(encoder).__name__} has no blocks where casa looks for them; set requires_grad by hand.")
 
 
-_KEPT = ("compressor", "gist")
+_KEPT = ("compressor", "gist", "projector")
 
 
 def check_refit(before: FusionConfig, fusion: FusionConfig) -> None:
@@ -80,7 +80,7 @@ def refit(model: CasaForConditionalGeneration, fusion: FusionConfig, config: Any
     joined = CasaForConditionalGeneration(config, backbone=model.backbone, vision=getattr(model, "vision", None))
     joined.initialise_fusion()
     freeze_backbone(joined)
-    for name in ("projector", *_KEPT):
+    for name in _KEPT:
         if (part := getattr(model, name, None)) is not None:
             setattr(joined, name, part.requires_grad_(False))
     joined.generation_config = model.generation_config

@@ -15,6 +15,7 @@ Placement = Literal["parallel", "before", "replace"]
 Split = Literal["image", "sample"]
 Gate = Literal["tanh", None]
 Output = Literal["copy", "zero"]
+ProjectorKind = Literal["mlp", "linear"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class FusionConfig(Settings):
             chat template writes there (paper v2). The processor writes them.
         compressor: Fewer image tokens before fusion, whatever the method: "pool:k" and "pixel_shuffle:k" make one of k
             x k, "q_former:n" makes n of an image.
+        projector: From an encoder to a text-only model: "mlp", two layers behind a LayerNorm, or one "linear" layer,
+            which keeps the scale of the encoder's tokens.
 
     Raises:
         UserError: A value is unknown, or makes no sense beside the others.
@@ -56,6 +59,7 @@ class FusionConfig(Settings):
     update_images: bool = False
     gist: NonNegative = 0
     compressor: str | None = None
+    projector: ProjectorKind = "mlp"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,7 +97,7 @@ class FusionConfig(Settings):
 
     @classmethod
     def insertion(cls, **fields: Any) -> "FusionConfig":
-        """The second baseline: image tokens in the text stream. fields: `gist` and `compressor`."""
+        """The second baseline: image tokens in the text stream. fields: `gist`, `compressor` and `projector`."""
         return cls(method="insertion", **fields)
 
     def blocks(self, count: int) -> tuple[int, ...]:

@@ -34,10 +34,10 @@ from casa.models.losses import IGNORE_INDEX, at_least_one, chunked_cross_entropy
 from casa.models.passes import FusionLayers, ImageTokens, run_insertion
 from casa.settings import near
 from casa.vision import (
+    PROJECTORS,
     AveragePool,
     Grids,
     PixelShuffle,
-    Projector,
     QFormer,
     encode,
     extra_depths,
@@ -71,7 +71,7 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     # the backbone and the encoder add their own
-    _no_split_modules = ["CasaAttention", "Projector", "QFormer", "PixelShuffle"]  # noqa: RUF012
+    _no_split_modules = ["CasaAttention", "Projector", "LinearProjector", "QFormer", "PixelShuffle"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     accepts_loss_kwargs = True
 
@@ -79,7 +79,7 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
     loss_chunk: int | None = None
     backbone: PreTrainedModel
     vision: PreTrainedModel
-    projector: Projector
+    projector: nn.Module
     compressor: AveragePool | PixelShuffle | QFormer
     gist: nn.Embedding
     casa_layers: nn.ModuleDict
@@ -104,7 +104,7 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
         self.backbone = backbone if backbone is not None else new_backbone(config.text_config)
         if config.vision_config is not None:
             self.vision = vision if vision is not None else new_encoder(config.vision_config)
-            self.projector = Projector(output_width(config.vision_config), width)
+            self.projector = PROJECTORS[fusion.projector](output_width(config.vision_config), width)
         if fusion.compressor is not None:
             self.compressor = make_compressor(fusion.compressor, width)
         if fusion.gist:

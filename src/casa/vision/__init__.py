@@ -3,9 +3,9 @@
 from casa.vision import page_encoder, towers  # noqa: F401 (both register what they know)
 from casa.vision.connector import (
     PLACE_WIDTH,
+    PROJECTORS,
     AveragePool,
     PixelShuffle,
-    Projector,
     QFormer,
     make_compressor,
     parse_compressor,
@@ -30,11 +30,11 @@ from casa.vision.encoder import (
 
 __all__ = [
     "PLACE_WIDTH",
+    "PROJECTORS",
     "AveragePool",
     "EncoderSpec",
     "Grids",
     "PixelShuffle",
-    "Projector",
     "QFormer",
     "encode",
     "encoder_class",

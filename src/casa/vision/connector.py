@@ -62,6 +62,23 @@ class Projector(nn.Module):
         return self.down(nn.functional.gelu(hidden))
 
 
+class LinearProjector(nn.Module):
+    """The encoder's token and its place through one linear map, without a norm: (N, d_v) to (N, d).
+
+    For encoders whose tokens have a scale of their own, which a norm would lose.
+    """
+
+    def __init__(self, vision_width: int, text_width: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(vision_width + PLACE_WIDTH, text_width)
+
+    def forward(self, tokens: Tensor, grids: Grids) -> Tensor:
+        return self.map(torch.cat([tokens, place_features(grids, tokens.device, tokens.dtype)], dim=-1))
+
+
+PROJECTORS = {"mlp": Projector, "linear": LinearProjector}
+
+
 def parse_compressor(spec: str) -> tuple[str, int]:
     """Returns kind and number of "pool:2", "pixel_shuffle:2", "q_former:32". Raises UserError for anything else."""
     kind, _, number = str(spec).partition(":")

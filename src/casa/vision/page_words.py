@@ -25,6 +25,7 @@ NOTHING = -1
 
 SAME_LINE = 1.0  # cells between the middles of two texts of one line, at most
 NUMBERED = 20  # lines that are told by their numbers
+TABLE = 3  # texts on a line of a table, at least
 _ORDINALS = (
     "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth "
     "sixteenth seventeenth eighteenth nineteenth twentieth"
@@ -92,7 +93,8 @@ def tags_of(runs: Sequence[TextRun], encode: Encode) -> np.ndarray:
     for at, line in enumerate(lines if len(runs) > 1 else []):
         for place, number in enumerate(line):
             named = [line[place - 1], line[0]] if place else []  # the text before it, and the first of its line
-            around = (named, _over(runs, lines[at - 1 : at], number), _over(runs, lines[at + 1 : at + 2], number))
+            above = [*_head(runs, lines[: at + 1], number), *_over(runs, lines[at - 1 : at], number)]
+            around = (named, above, _over(runs, lines[at + 1 : at + 2], number))
             kinds = [_numbers(at, len(lines), encode), *(_asked(runs, texts, encode) for texts in around)]
             for first, most, tokens in zip(np.cumsum((0, *TAGS)), TAGS, kinds, strict=False):
                 few = list(dict.fromkeys(tokens))[:most]
@@ -116,6 +118,14 @@ def _over(runs: Sequence[TextRun], lines: list[list[int]], number: int) -> list[
     left, right = runs[number].columns[[0, -1]]
     spans = {other: runs[other].columns for line in lines for other in line}
     return [other for other, columns in spans.items() if columns[0] <= right and columns[-1] >= left][:1]
+
+
+def _head(runs: Sequence[TextRun], lines: list[list[int]], number: int) -> list[int]:
+    """The head of the column that this text of the last line stands in, if that is one of a table."""
+    first = len(lines)
+    while first and len(lines[first - 1]) >= TABLE:
+        first -= 1
+    return _over(runs, lines[first : first + 1], number) if first < len(lines) - 1 else []
 
 
 def _asked(runs: Sequence[TextRun], texts: list[int], encode: Encode) -> list[int]:

@@ -1,0 +1,151 @@
+"""Pages as the page encoder reads them: what image tokens tell of the tasks' pictures, errors and all.
+
+    python -m projects.casa_smol.read_pages data/casa-smol data/parts/start/eyes --out data/read
+
+Pictures are read once, and kept as the ids of words in their image tokens, so that a step of training costs no encoder.
+One file for each tar of `data.py`; a command that was broken off goes on with the next one.
+
+A question goes in if its answer was read, or is one of those that no picture spells out, as "Yes" and "blue": those
+come again and again. What was misread cannot be answered, and would only teach to guess.
+"""
+
+import argparse
+import io
+import json
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from PIL import Image
+
+from casa.atomic import replacing
+from casa.vision.page_encoder import PageEncoder
+from casa.vision.page_words import NOTHING, SLOTS
+from projects.casa_smol.perfect_pages import PROMPT, Sample
+from projects.casa_smol.read import cells_of
+
+OFTEN = 6  # pictures of which an answer that none of them spells out is the answer, at least
+
+
+@dataclass(frozen=True)
+class ReadPage:
+    """A picture as it was read.
+
+    rows, columns: of image tokens. places: int (n,), those in which words begin. ids: int (n, ids of an image token).
+    turns: question, answer, and whether the answer was read.
+    """
+
+    task: str
+    rows: int
+    columns: int
+    places: np.ndarray
+    ids: np.ndarray
+    turns: list[tuple[str, str, bool]]
+
+    def grid(self) -> np.ndarray:
+        """int64 (rows, columns, ids of an image token)."""
+        whole = np.full((self.rows * self.columns, sum(SLOTS)), NOTHING, dtype=np.int64)
+        whole[self.places] = self.ids
+        return whole.reshape(self.rows, self.columns, -1)
+
+
+@torch.no_grad()
+def read_page(task: str, picture: Image.Image, turns: Sequence[tuple[str, str]], encoder: PageEncoder) -> ReadPage:
+    """Reads a picture. turns: questions and answers."""
+    cells = cells_of(picture, encoder)
+    runs = encoder.runs(cells)
+    ids = encoder.word_ids(runs, cells.shape[-2:])[0].numpy()
+    rows, columns = ids.shape[:2]
+    ids = ids.reshape(rows * columns, -1)
+    places = np.flatnonzero((ids != NOTHING).any(1))
+    texts = "\n".join(run.text for run in runs[0])
+    told = [(question, answer, answer in texts) for question, answer in turns]
+    return ReadPage(task, rows, columns, places.astype(np.int32), ids[places].astype(np.int32), told)
+
+
+def pictures_of(tar: Path) -> Iterator[tuple[Image.Image, list[tuple[str, str]]]]:
+    """Pictures with their questions and answers, of a tar that `data.py` wrote."""
+    with tarfile.open(tar) as file:
+        for name in sorted(name for name in file.getnames() if name.endswith(".json")):
+            chat: Any = json.load(file.extractfile(name))["messages"]  # type: ignore[arg-type]
+            asked = [
+                (next(part["text"] for part in question["content"] if part["type"] == "text"), answer["content"])
+                for question, answer in zip(chat[::2], chat[1::2], strict=True)
+            ]
+            data: Any = file.extractfile(name.replace(".json", ".jpg"))
+            yield Image.open(io.BytesIO(data.read())), asked
+
+
+def write(data: Path, encoder: PageEncoder, out: Path) -> Iterator[Path]:
+    """Reads the tars of a folder that have not been read, and yields each new file."""
+    out.mkdir(parents=True, exist_ok=True)
+    for tar in sorted(data.glob("*.tar"), key=lambda tar: tar.stem.rpartition("-")[::-1]):
+        if not (file := out / f"{tar.stem}.pt").exists():
+            task = tar.stem.rpartition("-")[0]
+            pages = [read_page(task, picture, turns, encoder) for picture, turns in pictures_of(tar)]
+            with replacing(file) as path:
+                torch.save([{**vars(one), "places": torch.from_numpy(one.places), "ids": torch.from_numpy(one.ids)}
+                            for one in pages], path)  # fmt: skip
+            yield file
+
+
+class ReadPages:
+    """Draws samples of a folder that `write` has filled; tasks by their numbers of pictures.
+
+    Args:
+        folder: Of read pages.
+        tokenizer: Of the text model.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        kept = [page for file in sorted(folder.glob("*.pt")) for page in torch.load(file, weights_only=True)]
+        pages = [ReadPage(**{**one, "places": one["places"].numpy(), "ids": one["ids"].numpy()}) for one in kept]
+        unread = Counter(
+            answer for page in pages for answer in {answer for _, answer, is_read in page.turns if not is_read}
+        )
+        self.turns = [
+            (
+                page,
+                [(question, answer) for question, answer, is_read in page.turns if is_read or unread[answer] >= OFTEN],
+            )
+            for page in pages
+        ]
+        self.turns = [(page, turns) for page, turns in self.turns if turns]
+
+    def sample(self, rng: Generator) -> Sample:
+        """A question about a page of any task."""
+        page, turns = self.turns[int(rng.integers(len(self.turns)))]
+        return self.asked(page, *turns[int(rng.integers(len(turns)))])
+
+    def asked(self, page: ReadPage, question: str, answer: str) -> Sample:
+        """The sample of a question, of which is not known where its answer stands."""
+        end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        prompt, said = (
+            self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (PROMPT.format(question=question), answer)
+        )
+        return Sample(page.grid(), prompt, [*said, end], [False] * len(prompt), [])
+
+
+def main(arguments: list[str]) -> int:
+    """Reads tars."""
+    parser = argparse.ArgumentParser(description="Reads the pictures of tars with a page encoder.")
+    parser.add_argument("data", type=Path, help="folder of tars, by projects.casa_smol.data")
+    parser.add_argument("eyes", type=Path, help="folder of a page encoder that has learned words")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    for file in write(given.data, PageEncoder.from_pretrained(given.eyes, dtype=torch.float32).eval(), given.out):
+        print(file, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
