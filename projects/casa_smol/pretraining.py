@@ -181,16 +181,20 @@ def main(arguments: list[str]) -> int:
     encoder = PageEncoder.from_pretrained(eyes, dtype=torch.float32).eval()
     model = adapt(str(folder), fusion=FUSION, vision=str(eyes)).float().eval()
 
-    def drawn(*seed: int, count: int = settings.batch) -> list[Sample]:
-        return [pages.sample(np.random.default_rng((settings.seed, *seed, n)), settings.pages) for n in range(count)]
-
     read_pages = ReadPages(given.read, tokenizer) if given.read else None
 
+    def drawn(*seed: int, count: int = settings.batch, found: bool = False) -> list[Sample]:
+        rngs = [np.random.default_rng((settings.seed, *seed, number)) for number in range(count)]
+        return [
+            read_pages.sample(rng, found)
+            if read_pages is not None and rng.random() < settings.read
+            else pages.sample(rng, settings.pages)
+            for rng in rngs
+        ]
+
     def draw(step: int) -> Batch:
-        rng, samples = np.random.default_rng((settings.seed, 2, step)), drawn(1, step)
-        if read_pages is not None:
-            samples = [read_pages.sample(rng) if rng.random() < settings.read else one for one in samples]
-        return batch_of(samples, encoder, rng, empty=rng.random() ** 3)
+        rng = np.random.default_rng((settings.seed, 2, step))
+        return batch_of(drawn(1, step), encoder, rng, empty=rng.random() ** 3)
 
     codes, sizes = encoder.word_codes.float() * CODE_STEP, encoder.config.word_sizes
     known = given.out / "start.pt"
@@ -201,7 +205,7 @@ def main(arguments: list[str]) -> int:
     parts = torch.load(known, weights_only=True)
     start = Start(**parts | {"slots": Slots(parts["slots"], sizes)})
     closed = Closed(start, line_break=pages.line_break)
-    find(model, start, encoder, drawn(0, count=settings.finding[0]), closed, settings, given.out)
+    find(model, start, encoder, drawn(0, count=settings.finding[0], found=True), closed, settings, given.out)
     projector, model.projector = model.projector, start.slots
     train(model, draw, settings, given.out)
     model.projector = projector.float()

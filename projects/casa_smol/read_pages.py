@@ -27,7 +27,7 @@ from PIL import Image
 
 from casa.atomic import replacing
 from casa.vision.page_encoder import PageEncoder
-from casa.vision.page_words import NOTHING, SLOTS
+from casa.vision.page_words import BEFORE, BEGUN, NOTHING, SLOTS, TAGS
 from projects.casa_smol.perfect_pages import PROMPT, Sample
 from projects.casa_smol.read import cells_of
 
@@ -120,19 +120,61 @@ class ReadPages:
         ]
         self.turns = [(page, turns) for page, turns in self.turns if turns]
 
-    def sample(self, rng: Generator) -> Sample:
-        """A question about a page of any task."""
-        page, turns = self.turns[int(rng.integers(len(self.turns)))]
-        return self.asked(page, *turns[int(rng.integers(len(turns)))])
+    def sample(self, rng: Generator, found: bool = False) -> Sample:
+        """A question about a page of any task. found: one of which is known where every word of its answer stands."""
+        while True:
+            page, turns = self.turns[int(rng.integers(len(self.turns)))]
+            one = self.asked(page, *turns[int(rng.integers(len(turns)))])
+            if not found or all(at >= 0 for at, _ in one.found):
+                return one
 
     def asked(self, page: ReadPage, question: str, answer: str) -> Sample:
-        """The sample of a question, of which is not known where its answer stands."""
+        """The sample of a question."""
         end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        prompt, said = (
+        line_break, prompt, said = (
             self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            for text in (PROMPT.format(question=question), answer)
+            for text in ("\n", PROMPT.format(question=question), answer)
         )
-        return Sample(page.grid(), prompt, [*said, end], [False] * len(prompt), [])
+        said, grid = [*said, end], page.grid()
+        found = find_words(grid, [NOTHING, line_break[0], *said])
+        return Sample(grid, prompt, said, [False] * len(prompt), found)
+
+
+def find_words(ids: np.ndarray, words: Sequence[int]) -> list[tuple[int, int]]:
+    """Where on a page words stand one behind the other: image token, and which of those that begin there.
+
+    Args:
+        ids: (rows, columns, ids of an image token).
+        words: Of which the first two only stand before the others.
+
+    Returns:
+        Of each word from the third on its place; (-1, -1) for all if they stand nowhere, or more than once.
+    """
+    columns = ids.shape[1]
+    told = ids.reshape(-1, ids.shape[-1])[:, sum(TAGS) :]
+    chains: list[list[tuple[int, int]]] = [[]]
+    for number in range(BEFORE, len(words)):
+        asked = words[number - BEFORE : number + 1]
+        places = [
+            (int(at), slot)
+            for slot in range(BEGUN)
+            for at in np.flatnonzero((told[:, slot : slot + BEFORE + 1] == asked).all(1))
+        ]
+        longer = {place: [place] for place in places} if number == BEFORE else {}
+        # of texts that meet in a place, the one that was nearest goes on
+        for chain in sorted(chains, key=lambda chain: chain[-1][0] % columns) if number > BEFORE else []:
+            last, slot = chain[-1]
+            row, column = divmod(last, columns)
+            behind = [
+                (at % columns, at, begun)
+                for at, begun in places
+                if abs(at // columns - row) <= 1 and ((at == last and begun > slot) or at % columns > column)
+            ]
+            if behind:  # a text may rise or fall by a row
+                place = min(behind)[1:]
+                longer[place] = [*chain, place]
+        chains = list(longer.values())
+    return chains[0] if len(chains) == 1 else [(-1, -1)] * (len(words) - BEFORE)
 
 
 def main(arguments: list[str]) -> int:

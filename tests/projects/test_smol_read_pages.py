@@ -12,7 +12,7 @@ from casa.testing import tiny_tokenizer
 from casa.vision.page_encoder import PageEncoder, PageEncoderConfig, image_processor
 from casa.vision.page_words import BEFORE, NOTHING, SLOTS, TAGS
 from projects.casa_smol.read import cells_of
-from projects.casa_smol.read_pages import OFTEN, ReadPage, ReadPages, pictures_of, read_page, write
+from projects.casa_smol.read_pages import OFTEN, ReadPage, ReadPages, find_words, pictures_of, read_page, write
 from projects.casa_smol.tasks import asked
 
 
@@ -60,6 +60,23 @@ def test_a_page_holds_what_the_encoders_tokens_tell(eyes, monkeypatch):
     assert told.any()
     assert torch.equal(eyes.codes_of(torch.from_numpy(page.grid()).flatten(0, 1), torch.float32), told)
     assert page.turns == [("What does it say?", "nothing of this kind", False)]
+
+
+def test_words_are_found_behind_those_before_them():
+    ids = np.full((2, 3, sum(SLOTS)), NOTHING)
+    told = ids.reshape(6, -1)[:, sum(TAGS) :]
+    told[1] = [NOTHING, 9, 5, 6, NOTHING]
+    told[2] = [5, 6, 7, NOTHING, NOTHING]
+    told[4] = [NOTHING, 9, 4, NOTHING, NOTHING]
+    told[5] = [9, 4, 6, NOTHING, NOTHING]
+    assert find_words(ids, [NOTHING, 9, 5, 6, 7]) == [(1, 0), (1, 1), (2, 0)]
+    assert find_words(ids, [NOTHING, 9, 4, 6]) == [(4, 0), (5, 0)]
+    assert find_words(ids, [NOTHING, 9, 4, 6, 8]) == [(-1, -1)] * 3
+    assert find_words(ids, [NOTHING, 9, 3, 6]) == [(-1, -1)] * 2
+    told[0] = [NOTHING, 9, 5, 4, NOTHING]  # another text begins so
+    assert find_words(ids, [NOTHING, 9, 5, 6, 7]) == [(1, 0), (1, 1), (2, 0)]
+    told[0] = [NOTHING, 9, 5, 6, 7]  # and says the same
+    assert find_words(ids, [NOTHING, 9, 5, 6, 7]) == [(-1, -1)] * 3
 
 
 def test_tars_are_read_once(eyes, tars, tokenizer, tmp_path):
