@@ -31,18 +31,12 @@ from projects.casa_smol.perfect_pages import IMAGE_AT, Sample, batch_of
 from projects.casa_smol.start import ASKED, DISTANCE, SINK, STILL, Slots, Start, heads_of, least_squares, turned
 
 NUMBER, LEFT, ABOVE, BELOW = range(len(TAGS))
-Stage = tuple[dict[int, str], bool]
-"""Roles by block of layers that learn on the same states, and whether they say aloud what they find."""
-STAGES: tuple[Stage, ...] = (
-    ({2: "asked"}, False),
-    ({5: "first", 8: "later", 11: "first", 14: "later"}, False),
-    ({17: "next", 20: "next", 23: "next", 26: "next", 29: "next"}, True),
-)
 ASKING = {0: ((LEFT, 32, 0),), 1: ((ABOVE, 16, 0), (BELOW, 16, 16)), 2: ((NUMBER, 32, 0), (None, 0, 0))}
 """By key head, what each of its query heads compares: a slot of tags, how many numbers and from which row. Without a
 slot: all texts that begin, for pages of one line."""
 BEGINS = 12  # numbers of the line break that stands before the first word of a text
 ASKED_HEAD = 1  # key head of the first layer that hands on what is asked for
+ANSWERED = 12  # words of an answer that are looked at, of a long one some from its first to its last
 WRONG = 0.3  # of the image's attention, in a loss: how little of it may be nowhere
 
 
@@ -126,8 +120,8 @@ class Rows:
     """Kept samples side by side, of one block.
 
     text: (B, L, D). image: (B, M, D), of root mean square 1. is_text, is_image: bool, without padding and, of text,
-    from the picture on. at: int64 (B, K), tokens that say the next one. told: int64 (B, K, G), the image token that
-    tells it, -1 for none, -2 for padding. wanted: bool (B, L).
+    from the picture on. at: int64 (B, K), tokens that say the next one. said: int64 (B, K), the next one's id. told:
+    int64 (B, K, G), the image token that tells it, -1 for none, -2 for padding. wanted: bool (B, L).
     """
 
     text: Tensor
@@ -135,33 +129,38 @@ class Rows:
     image: Tensor
     is_image: Tensor
     at: Tensor
+    said: Tensor
     told: Tensor
     wanted: Tensor
 
 
 def rows_of(kept: Sequence[Kept], block: int) -> Rows:
     """Pads kept samples at the right."""
-    length, tokens, answer = (
-        max(values)
-        for values in zip(
-            *((len(one.states[block]), len(one.image), len(one.sample.answer)) for one in kept), strict=True
-        )
+    chosen = [
+        np.unique(np.linspace(0, len(one.sample.answer) - 1, ANSWERED).round().astype(int)).tolist() for one in kept
+    ]
+    length, tokens = (
+        max(sizes) for sizes in zip(*((len(one.states[block]), len(one.image)) for one in kept), strict=True)
     )
+    answer = max(map(len, chosen))
     width, count = kept[0].image.shape[1], len(kept)
     text, image = torch.zeros(count, length, width), torch.zeros(count, tokens, width)
     is_text, is_image = torch.zeros(count, length, dtype=torch.bool), torch.zeros(count, tokens, dtype=torch.bool)
-    at, told = torch.full((count, answer), IMAGE_AT), torch.full((count, answer, 3), -2)
+    at, said = torch.full((count, answer), IMAGE_AT), torch.zeros(count, answer, dtype=torch.long)
+    told = torch.full((count, answer, 3), -2)
     wanted = torch.zeros(count, length, dtype=torch.bool)
-    for row, one in enumerate(kept):
-        n, m, k, prompt = len(one.states[block]), len(one.image), len(one.sample.answer), len(one.sample.prompt)
+    for row, (one, some) in enumerate(zip(kept, chosen, strict=True)):
+        n, m, k, prompt = len(one.states[block]), len(one.image), len(some), len(one.sample.prompt)
         text[row, :n], image[row, :m] = one.states[block], one.image
         is_text[row, IMAGE_AT:n], is_image[row, :m] = True, True
-        at[row, :k], told[row, :k] = torch.arange(prompt - 1, prompt - 1 + k), -1
+        at[row, :k], told[row, :k] = prompt - 1 + torch.tensor(some), -1
+        said[row, :k] = torch.tensor(one.sample.answer)[some]
         wanted[row, :prompt] = torch.tensor(one.sample.wanted)
         for number, token, slot in one.found:
-            told[row, number, slot] = token
+            if number in some:
+                told[row, some.index(number), slot] = token
     image = image * torch.rsqrt(image.square().mean(-1, keepdim=True) + 1e-5)
-    return Rows(text, is_text, image, is_image, at, told, wanted)
+    return Rows(text, is_text, image, is_image, at, said, told, wanted)
 
 
 def attention(layer: Any, rows: Rows, gain: Tensor) -> Tensor:
@@ -258,20 +257,16 @@ def values_of(
     second = [torch.zeros(len(gain), len(gain), dtype=torch.float64) for _ in parts]
     told = [torch.zeros(len(gain), some.stop - some.start, dtype=torch.float64) for _, some in parts]
     for first in range(0, len(kept), 64):
-        some_kept = kept[first : first + 64]
-        rows = rows_of(some_kept, block)
+        rows = rows_of(kept[first : first + 64], block)
         shares = attention(layer, rows, gain).exp()
         seen = torch.cat([rows.image * gain, rows.text], dim=1)
-        words = torch.zeros(rows.at.shape, dtype=torch.long)
-        for row, one in enumerate(some_kept):
-            words[row, : len(one.sample.answer)] = torch.tensor(one.sample.answer)
         real = rows.told[..., 0] > -2
         for head, (word, some) in enumerate(parts):
             looked = torch.einsum("bkhn,bnd->bkhd", shares[:, :, head], seen)[real].flatten(0, 1).double()
             token = rows.told[..., word]
             right = shares[:, :, head].gather(-1, token.clamp(min=0)[..., None, None].expand(-1, -1, 3, 1))
             right = right * (token >= 0)[..., None, None]
-            code = start.codes[words][:, :, None, some] * width**0.5 * right
+            code = start.codes[rows.said][:, :, None, some] * width**0.5 * right
             second[head] += looked.T @ looked
             told[head] += looked.T @ code[real].flatten(0, 1).double()
     return [least_squares(*both, 1e-3).T.float() for both in zip(second, told, strict=True)]

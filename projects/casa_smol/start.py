@@ -21,10 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from casa import FusionConfig
 from casa.vision.page_encoder import WAVES
 from casa.vision.page_words import BEFORE, TAGS
 
-LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29)
+Stage = tuple[dict[int, str], bool]
+"""Roles by block of layers that learn on the same states (`finding.py`), and whether they say aloud what they find."""
+STAGES: tuple[Stage, ...] = (
+    ({2: "asked"}, False),
+    ({5: "first", 8: "later", 11: "first", 14: "later"}, False),
+    ({17: "next", 20: "next", 23: "next", 26: "next", 29: "next"}, True),
+)
+LAYERS = tuple(block for roles, _ in STAGES for block in roles)
+FUSION = FusionConfig.parallel(layers=LAYERS, output="zero", projector="linear")
 # queries are turned for a picture so many tokens before them; other pairs turn by more than half a radian in 15 more
 DISTANCE = 25
 STILL = torch.cat([torch.arange(9, 31), torch.arange(41, 63)])

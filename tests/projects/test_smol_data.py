@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import torch
 import yaml
 
 import projects.casa_smol
+from casa import FusionConfig
 from casa.data.check import check_data
 from casa.data.settings import parse_data_settings
 from casa.testing import tiny_processor, tiny_text_model
 from casa.training.config import open_recipe
+from casa.vision.page_encoder import PageEncoder
 from projects.casa_smol import data, parts
 from projects.casa_smol.data import SHARES, shard_at, write
 from projects.casa_smol.encoder import Run, Settings
@@ -40,16 +43,21 @@ def test_every_task_is_trained_on_and_is_in_the_recipe():
     assert open_recipe(RECIPE).name == "casa-smol"
 
 
-def test_parts_are_folders_of_any_llama(tmp_path):
+def test_parts_are_folders_of_any_llama(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "FUSION", FusionConfig.parallel(projector="linear"))
+    monkeypatch.setattr(parts, "codes_of_words", lambda model, texts, table, size: torch.rand(len(table), size))
     run = Run.start(Settings(hidden_size=8, stem_sizes=(4, 4), dilations=(1,), score_pages=1, bf16=False))
     run.keep(tmp_path)
     export(tmp_path, tmp_path / "page.safetensors", pages=1)
     tiny_text_model().save_pretrained(tmp_path / "llama")
     tiny_processor().tokenizer.save_pretrained(tmp_path / "llama")
     folders = [str(tmp_path / name) for name in ("out", "llama", "page.safetensors")]
-    command = [folders[0], "--text", folders[1], "--encoder", folders[2]]
+    command = [folders[0], "--text", folders[1], "--encoder", folders[2], "--tokens", "64"]
     assert parts.main(command) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"text", "eyes"}
+    eyes = PageEncoder.from_pretrained(tmp_path / "out" / "eyes")
+    assert eyes.config.token_parts[0] == "words"
+    assert eyes.word_codes.any()
     before = (tmp_path / "out" / "text" / "model.safetensors").stat().st_mtime_ns
     assert parts.main(command) == 0
     assert (tmp_path / "out" / "text" / "model.safetensors").stat().st_mtime_ns == before

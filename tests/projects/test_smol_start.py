@@ -13,7 +13,17 @@ from casa.testing import tiny_tokenizer
 from casa.vision.connector import LinearProjector
 from casa.vision.page_encoder import PageEncoder, PageEncoderConfig, place_waves
 from casa.vision.page_words import BEFORE, NOTHING, TAGS
-from projects.casa_smol.finding import Closed, attention, begin_asking, keep, learn, loss_of, rows_of, values_of
+from projects.casa_smol.finding import (
+    ANSWERED,
+    Closed,
+    attention,
+    begin_asking,
+    keep,
+    learn,
+    loss_of,
+    rows_of,
+    values_of,
+)
 from projects.casa_smol.perfect_pages import Pages, batch_of
 from projects.casa_smol.pretraining import Settings, find, said, train
 from projects.casa_smol.start import LARGEST, Slots, codes_of_words, moments, start_of
@@ -152,8 +162,12 @@ def test_what_is_kept_is_what_the_model_sees_and_attention_is_the_models_own(beg
     starts = np.cumsum((0, *batch.inputs["image_grid_thw"].prod(1).tolist()))
     for row, number in enumerate(order):
         one, first = some[number], int((mask[row] == 0).sum())
-        for place in range(len(one.answer)):
-            exact = whole[packed[row, first + len(one.prompt) - 1 + place]][..., starts[row] : starts[row + 1]]
+        places = [0, *(n for n in range(1, rows.at.shape[1]) if rows.told[number, n, 0] > -2)]
+        assert len(places) == min(len(one.answer), ANSWERED)
+        assert rows.at[number, places[-1]] == len(one.prompt) + len(one.answer) - 2
+        for place in places:
+            assert rows.said[number, place] == one.answer[rows.at[number, place] - len(one.prompt) + 1]
+            exact = whole[packed[row, first + rows.at[number, place]]][..., starts[row] : starts[row + 1]]
             ours = shares[number, place, :, :, : exact.shape[-1]].exp()
             torch.testing.assert_close(ours, exact, atol=0.02, rtol=0.05)  # states are kept in bfloat16
     assert all(len(one.found) == sum(at >= 0 for at, _ in one.sample.found) for one in kept)
@@ -183,8 +197,7 @@ def test_values_are_the_code_of_the_word_found_and_nothing_of_text(begun, sample
     there = rows.told[..., 0] >= 0
     row, place = there.nonzero().T
     found = rows.image[row, rows.told[row, place, 0]] * known.gains[3] @ read[0].T
-    words = torch.tensor([kept[r].sample.answer[k] for r, k in zip(row.tolist(), place.tolist(), strict=True)])
-    alike = torch.nn.functional.cosine_similarity(found, known.codes[words][:, :64], dim=1)
+    alike = torch.nn.functional.cosine_similarity(found, known.codes[rows.said[row, place]][:, :64], dim=1)
     assert alike.mean() > 0.4
     assert (rows.text[rows.is_text] @ read[0].T).norm(dim=1).mean() < 0.3 * found.norm(dim=1).mean()
 
