@@ -5,7 +5,7 @@ One style is drawn in evaluation alone, and so is one name of ten. Pictures are 
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from numpy.random import Generator
@@ -80,25 +80,36 @@ def _one(rng: Generator, split: str) -> tuple[str, str]:
     return name, styles()[style][name]
 
 
-def drawing(rng: Generator, split: str) -> Drawing:
-    """One drawing, or two or four side by side."""
-    count = int(pick(rng, (1, 1, 1, 2, 4)))
-    found: dict[str, str] = {}
-    while len(found) < count:
-        name, svg = _one(rng, split)
-        found[name] = svg
+def image(svg: str, side: int, transform: str = "none") -> str:
+    """A drawing of `side` px as HTML has it."""
+    data = base64.b64encode(svg.encode()).decode()
+    style = f"width: {side}px; height: {side}px; transform: {transform}"
+    return f'<img src="data:image/svg+xml;base64,{data}" style="{style}">'
+
+
+def laid_out(rng: Generator, svgs: Sequence[str]) -> Html:
+    """One drawing, or two or four side by side: somewhat turned, some mirrored, on white or on a colour."""
+    count = len(svgs)
     side = int(rng.integers(72, 225) if count == 1 else rng.integers(64, 140))
     images = "".join(
-        f'<img src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}" style="width: {side}px; '
-        f'height: {side}px; transform: rotate({rng.normal(0, 5):.1f}deg) scaleX({pick(rng, (1, 1, 1, -1))})">'
-        for svg in found.values()
+        image(svg, side, f"rotate({rng.normal(0, 5):.1f}deg) scaleX({pick(rng, (1, 1, 1, -1))})") for svg in svgs
     )
     across = 1 if count == 1 else 2
     gap, edge = int(rng.integers(4, 30)), int(rng.integers(4, 40))
     paper = "#fff" if rng.random() < 0.5 else "#" + "".join(f"{int(v):02x}" for v in rng.integers(90, 256, 3))
     grid = f"display: grid; grid-template-columns: repeat({across}, {side}px); gap: {gap}px"
     css = f"background: {paper}; padding: {edge}px; {grid}"
-    html = Html(images, css, across * side + (across - 1) * gap + 2 * edge)
+    return Html(images, css, across * side + (across - 1) * gap + 2 * edge)
+
+
+def drawing(rng: Generator, split: str) -> Drawing:
+    """Drawings with questions: their names, their places, how many they are."""
+    count = int(pick(rng, (1, 1, 1, 2, 4)))
+    found: dict[str, str] = {}
+    while len(found) < count:
+        name, svg = _one(rng, split)
+        found[name] = svg
+    html = laid_out(rng, list(found.values()))
     names = [shown(name) for name in found]
     if count == 1:
         return html, (turn(rng, NAME, names[0]),)
