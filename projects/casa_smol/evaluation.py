@@ -34,7 +34,7 @@ from projects.casa_smol.asking import WAYS, Answer, Answering, Question, text_on
 from projects.casa_smol.metrics import scores, share
 from projects.casa_smol.named_drawings import KINDS, Nearest, named
 from projects.casa_smol.page_lines import asked_for
-from projects.casa_smol.peers import READ_THROUGH, READERS, Reader, is_written, reader, said_by, was_read
+from projects.casa_smol.peers import READ_THROUGH, READERS, Reader, is_written, reader, said_by, versions, was_read
 from projects.casa_smol.table import table
 from projects.casa_smol.tasks import BROWSED, TASKS, Asked, Browser, asked
 from projects.casa_smol.weights import WEIGHTS
@@ -186,7 +186,7 @@ def evaluated(given: argparse.Namespace) -> dict[str, Any]:
             return {}
 
     settings = {name: getattr(given, name) for name in ("model", "seed", "count", "films", "vqa", "ways")}
-    head = settings | {"readers": list(readers)} | provenance(model=given.model)
+    head = settings | {"readers": versions(list(readers), given.encoder)} | provenance(model=given.model)
     with evaluation.stack:
         found = run(given.tasks, of, head, given.out)
     told = head | {"left_out": list(dict.fromkeys(left_out)), "scores": found}

@@ -8,7 +8,8 @@ from casa.vision.page_words import ORDINALS
 from projects.casa_smol.metrics import distance
 from projects.casa_smol.tasks.lines import READ_AFTER, READ_BEFORE, READ_LAST, READ_NUMBERED
 
-_SLOTS = {"{n}": r"(?P<n>\d+)", "{nth}": r"(?P<nth>[a-z]+)", "{line}": r"(?P<line>.*)"}
+_PLACES = {name: place for place, name in enumerate(ORDINALS)}
+_SLOTS = {"{n}": r"(?P<n>\d+)", "{nth}": rf"(?P<nth>{'|'.join(ORDINALS)})", "{line}": r"(?P<line>.*)"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,6 @@ def _pattern(wording: str) -> str:
     return "".join(_SLOTS.get(part, re.escape(part)) for part in parts) + r"[?.]?"
 
 
-# the last line before those with a number: "last" could be one in words
 _KINDS = {"last": READ_LAST, "numbered": READ_NUMBERED, "after": READ_AFTER, "before": READ_BEFORE}
 _WORDINGS = {
     kind: [re.compile(_pattern(wording), re.IGNORECASE | re.DOTALL) for wording in wordings]
@@ -71,7 +71,7 @@ def answer_from(lines: Sequence[str], question: str) -> str:
     if kind == "last":
         place = len(lines) - 1
     elif kind == "numbered":
-        place = int(names["n"]) - 1 if "n" in names else ORDINALS.index(names["nth"].lower())
+        place = int(names["n"]) - 1 if "n" in names else _PLACES[names["nth"].lower()]
     else:
         unlike = [distance(line, names["line"]) for line in lines]
         place = unlike.index(min(unlike)) + (1 if kind == "after" else -1) if lines else -1

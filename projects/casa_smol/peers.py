@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import unicodedata
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,20 @@ def reader(name: str, encoder: Path, missing: list[str]) -> Reader | None:
     except UserError as error:
         missing.append(str(error))
         return None
+
+
+def versions(names: Sequence[str], encoder: Path) -> dict[str, str]:
+    """What readers that are here are: the program's or the runtime's version, the encoder's file."""
+    found = {}
+    for name in names:
+        if name == "tesseract":
+            told = subprocess.run(["tesseract", "--version"], capture_output=True, text=True, timeout=SECONDS)
+            found[name] = told.stdout.partition("\n")[0]
+        else:
+            found[name] = (
+                encoder.name if name == "encoder" else f"PP-OCRv5 mobile, onnxruntime {version('onnxruntime')}"
+            )
+    return found
 
 
 def folded(text: str) -> str:

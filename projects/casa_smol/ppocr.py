@@ -64,7 +64,7 @@ class PaddleReader:
         """What is written in a picture, and where."""
         found = []
         for box in self.boxes(picture):
-            size = tuple(max(1, round(side)) for side in box.size)
+            size = (max(1, round(box.size[0])), max(1, round(box.size[1])))
             corners = tuple(box.corners().reshape(-1).tolist())
             strip = picture.transform(size, Image.Transform.QUAD, corners, Image.Resampling.BICUBIC)
             if text := self.text(strip):
@@ -96,7 +96,8 @@ class PaddleReader:
 
 def boxes_of(text: np.ndarray, scale: tuple[float, float]) -> list[Box]:
     """Boxes around the parts of a map of text. text: (H, W), probabilities. scale: px of the picture for one of it."""
-    labels, count = ndimage.label(text > LEAST_TEXT, np.ones((3, 3)))
+    labelled: Any = ndimage.label(text > LEAST_TEXT, np.ones((3, 3)))
+    labels, count = labelled
     found = []
     for number, place in enumerate(ndimage.find_objects(labels, count), 1):
         own = labels[place] == number

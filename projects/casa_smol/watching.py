@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from casa.evaluation.metrics import Score, edit_distance, words
@@ -38,12 +37,13 @@ def reading_anew(read: Reader) -> Watch:
     """A reader that says the lines that it did not read in the frame before."""
 
     def watch(frames: Sequence[Image.Image]) -> list[str]:
-        said, before, last = [], list[str](), None
+        said, before, last = list[str](), list[str](), None
         for frame in frames:
-            if last is not None and np.array_equal(frame, last):
+            seen = frame.tobytes()
+            if seen == last:
                 said.append("")
                 continue
-            lines, last = read(frame, "film"), frame
+            lines, last = read(frame, "film"), seen
             said.append(" ".join(line for line in lines if not any(_is_same(line, old) for old in before)))
             before = lines
         return said

@@ -3,6 +3,7 @@
 import json
 import re
 import zlib
+from typing import Any
 
 import pytest
 import torch
@@ -142,24 +143,25 @@ class Sheet:
 
 
 def test_drawings_stand_beside_their_nearest(monkeypatch):
+    sheet: Any = Sheet()
     names = ("hat", "dog", "cup")
     bodies = {style: {name: f"{style} {name}" for name in names} for style in drawings.STYLES}
     monkeypatch.setattr(named_drawings, "styles", lambda: bodies)
     monkeypatch.setattr(named_drawings, "is_held_out", lambda name: name == "cup")
     monkeypatch.setattr(named_drawings, "worn", lambda picture, rng, strength: picture)
-    asked = list(named_drawings.named("drawing_new_name", 1, 5, Sheet()))
+    asked = list(named_drawings.named("drawing_new_name", 1, 5, sheet))
     assert {turn.answer for _, turn in asked} == {"cup"}
-    asked = list(named_drawings.named("drawing_seen_style", 1, 20, Sheet()))
+    asked = list(named_drawings.named("drawing_seen_style", 1, 20, sheet))
     assert {turn.answer for _, turn in asked} == {"hat", "dog"}
 
     def features(pictures):
         return torch.nn.functional.one_hot(torch.tensor([one.getpixel((0, 0))[0] for one in pictures]), 256).float()
 
-    nearest = named_drawings.Nearest(Sheet(), features)
+    nearest = named_drawings.Nearest(sheet, features)
     said = nearest([picture for picture, _ in asked])
     assert said == [turn.answer for _, turn in asked]
     with pytest.raises(UserError, match="EfficientNet-Lite0 is not here"):
-        named_drawings.Nearest(Sheet())
+        named_drawings.Nearest(sheet)
 
 
 def test_a_run_goes_on_with_the_next_task(tmp_path, capsys):
