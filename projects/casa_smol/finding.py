@@ -2,15 +2,16 @@
 
 Hidden states of a frozen model change only with what layers below them say. So the text model runs once over some
 thousand questions, and queries and keys of a layer learn on what is kept, for a hundredth of what a step through the
-whole model costs. Layers have one of four roles:
+whole model costs. Layers have one of five roles:
 
 - "asked", the first one: which words of a question say what is asked for. Their codes are handed on.
 - "first": with which text an answer begins: whose tags have most in common with what is asked for.
+- "again": the same, by the places too where the first layer's heads have looked: one for a row, another for a column.
 - "later": which word comes next, by the last two.
 - "next": the word that layers below have found, by its code.
 
-"first" and "next" begin in closed form, with a guess of codes by least squares: begun from nothing they learn their
-samples by heart.
+"first", "again" and "next" begin in closed form, with a guess of codes and places by least squares: begun from nothing
+they learn their samples by heart.
 
 Shapes: B samples, L text tokens, M image tokens, K answer tokens, D width (576), C of a head (64). Three query heads
 ask each of the three key heads (G), which know the first, second and third word that begins in an image token.
@@ -28,12 +29,27 @@ from torch import Tensor, nn
 from casa.vision.page_encoder import PageEncoder
 from casa.vision.page_words import BEFORE, TAGS
 from projects.casa_smol.perfect_pages import IMAGE_AT, Sample, batch_of
-from projects.casa_smol.start import ASKED, DISTANCE, SINK, STILL, Slots, Start, heads_of, least_squares, turned
+from projects.casa_smol.start import (
+    ASKED,
+    DISTANCE,
+    PLACED,
+    PLACES,
+    SINK,
+    STILL,
+    Slots,
+    Start,
+    heads_of,
+    least_squares,
+    turned,
+)
 
 NUMBER, LEFT, ABOVE, BELOW = range(len(TAGS))
 ASKING = {0: ((LEFT, 32, 0),), 1: ((ABOVE, 16, 0), (BELOW, 16, 16)), 2: ((NUMBER, 32, 0), (None, 0, 0))}
 """By key head, what each of its query heads compares: a slot of tags, how many numbers and from which row. Without a
 slot: all texts that begin, for pages of one line."""
+WAVES_NEAR = [5 * part + octave for part in range(4) for octave in range(4)]
+"""Which of the waves handed on are compared: up to 512 px."""
+NEAR = slice(16, 32)  # of the numbers that turn little: there places are compared, by who asks again
 BEGINS = 12  # numbers of the line break that stands before the first word of a text
 ASKED_HEAD = 1  # key head of the first layer that hands on what is asked for
 ANSWERED = 12  # words of an answer that are looked at, of a long one some from its first to its last
@@ -196,7 +212,7 @@ def found_loss(shares: Tensor, rows: Rows, role: str) -> tuple[Tensor, float]:
     is_first = torch.zeros_like(rows.told, dtype=torch.bool)
     is_first[:, 0] = True
     known, told = rows.told >= 0, rows.told.clamp(min=0)
-    if role == "first":  # all heads have the same word
+    if role in ("first", "again"):  # all heads have the same word
         mine, silent = known[:, 0, 0], (rows.told > -2) & ~is_first
         all_votes, target = votes[:, 0].flatten(1, 2).sum(1)[mine], told[:, 0, 0][mine]
     else:
@@ -272,13 +288,15 @@ def values_of(
     return [least_squares(*both, 1e-3).T.float() for both in zip(second, told, strict=True)]
 
 
-def say_found(
-    layer: Any, block: int, kept: Sequence[Kept], start: Start, words: Sequence[int], half: int, aloud: bool
-) -> None:
-    """Sets what a layer says of what it has learned to find. words, half, aloud: as in `values_of` and `Start.say`."""
-    parts = [(word, start.numbers(len(TAGS) + BEFORE + word, half, aloud)) for word in words]
+def say_found(layer: Any, block: int, role: str, kept: Sequence[Kept], start: Start, half: int, aloud: bool) -> None:
+    """Sets what a layer says of what it has learned to find. half, aloud: as in `Start.numbers`."""
+    is_first, place = role in ("first", "again"), role == "first"
+    parts = []
+    for word in (0, 0, 0) if is_first else (0, 1, 2):
+        some = start.numbers(len(TAGS) + BEFORE + word, half, aloud)
+        parts.append((word, slice(0, layer.head_dim - len(PLACES)) if place else some))
     values = values_of(layer, block, kept, start, parts)
-    start.say(layer, block, [(some, read) for (_, some), read in zip(parts, values, strict=True)], aloud)
+    start.say(layer, block, [(some, read) for (_, some), read in zip(parts, values, strict=True)], aloud, place)
 
 
 @dataclass(frozen=True)
@@ -288,36 +306,42 @@ class Closed:
     Attributes:
         start: What is known of the model.
         line_break: Id of the token that stands before a text.
-        asked, begins, next: Nats that a comparison is worth where all is right: of tags, of where texts begin, and of
-            the next word.
+        asked, placed, begins, next: Nats that a comparison is worth where all is right: of tags, of places, of where
+            texts begin, and of the next word.
         sink: Nats that "nothing here" scores.
     """
 
     start: Start
     line_break: int
     asked: float = 14.0
+    placed: float = 10.0
     begins: float = 8.0
     next: float = 14.0
     sink: float = 6.0
 
     @torch.no_grad()
-    def first(self, layer: Any, block: int, kept: Sequence[Kept]) -> None:
-        """Sets a layer that finds a text by its tags."""
+    def first(self, layer: Any, block: int, kept: Sequence[Kept], again: bool) -> None:
+        """Sets a layer that finds a text by its tags; again, half of its numbers are for places that were handed on."""
         states = torch.stack([one.states[block][len(one.sample.prompt) - 1].float() for one in kept])
         told = self._guessed(states, torch.stack([self._asked_for(one.sample) for one in kept]))
         queries, keys, constant = self._silent(layer, block)
         ends = STILL[32 : 32 + BEGINS]
         unit = self.start.codes[self.line_break, :BEGINS] * self.start.codes.shape[1] ** 0.5
         is_begin = (unit / unit.square().sum())[:, None] * constant * layer.head_dim**0.5 * self.begins
+        share = 2 if again else 1
         for head, parts in ASKING.items():
             keys[head][ends] = self._read(block, len(TAGS) + BEFORE - 1, BEGINS)
             for query, (slot, count, row) in zip(queries[head], parts, strict=False):
                 query.zero_()
                 if slot is not None:
-                    some = STILL[row : row + count]
+                    count = count // share
+                    some = STILL[row // share : row // share + count]
                     keys[head][some] = self._read(block, slot, count)
                     query[some] = self._compared(told[:count], layer, self.asked)
                 query[ends] = is_begin
+                if again:
+                    keys[head][STILL[NEAR]] = self.start.places(block)[WAVES_NEAR]
+                    query[STILL[NEAR]] = self._placed(block, kept) * layer.head_dim**0.5 * self.placed
                 self._look_back(query, layer, constant)
 
     @torch.no_grad()
@@ -334,6 +358,14 @@ class Closed:
                 query.zero_()
                 query[STILL] = self._compared(told[: len(STILL)], layer, self.next)
                 self._look_back(query, layer, constant)
+
+    def _placed(self, block: int, kept: Sequence[Kept]) -> Tensor:
+        """(waves, D): from a hidden state before an answer to the place where the answer begins, by least squares."""
+        axes = self.start.slots.axes[self.start.slots.places][PLACES][WAVES_NEAR] / PLACED
+        known = [(one, token) for one in kept for number, token, _ in one.found if number == 0]
+        states = torch.stack([one.states[block][len(one.sample.prompt) - 1].float() for one, _ in known])
+        places = torch.stack([one.image[token].float() for one, token in known]) @ axes.T
+        return self._guessed(states, places) / (len(WAVES_NEAR) / 2)
 
     def _asked_for(self, sample: Sample) -> Tensor:
         wanted = torch.tensor(sample.prompt)[torch.tensor(sample.wanted)]
@@ -374,8 +406,8 @@ def begin_asking(layer: Any, block: int, role: str, kept: Sequence[Kept], closed
     """Sets what a layer's queries and keys learn from. Returns at which rate they do."""
     torch.manual_seed(block)
     queries, keys, *_ = heads_of(layer)
-    if role == "first":
-        closed.first(layer, block, kept)
+    if role in ("first", "again"):
+        closed.first(layer, block, kept, role == "again")
     elif role == "next":
         closed.next_word(layer, block, kept)
     with torch.no_grad():

@@ -86,9 +86,7 @@ def find(
                         line = {"layer": block, "role": role, "step": step, "missed": missed, "found": share}
                         print(json.dumps(line), flush=True)
                 if role != "asked":
-                    say_found(
-                        layer, block, kept, start, (0, 0, 0) if role == "first" else (0, 1, 2), place % 2, is_aloud
-                    )
+                    say_found(layer, block, role, kept, start, place % 2, is_aloud)
                 with replacing(files[block]) as path:
                     torch.save(layer.state_dict(), path)
             layer.load_state_dict(torch.load(files[block], weights_only=True))

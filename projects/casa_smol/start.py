@@ -29,7 +29,8 @@ Stage = tuple[dict[int, str], bool]
 """Roles by block of layers that learn on the same states (`finding.py`), and whether they say aloud what they find."""
 STAGES: tuple[Stage, ...] = (
     ({2: "asked"}, False),
-    ({5: "first", 8: "later", 11: "first", 14: "later"}, False),
+    ({5: "first", 8: "later"}, False),
+    ({11: "again", 14: "later"}, False),
     ({17: "next", 20: "next", 23: "next", 26: "next", 29: "next"}, True),
 )
 LAYERS = tuple(block for roles, _ in STAGES for block in roles)
@@ -45,8 +46,11 @@ LARGEST = 2.5  # of a code's numbers, beside those of a random one: no number sa
 PLACED = 0.1  # length of a place's waves, beside words of length 1
 TAGGED = 0.6  # of tags: of what is written there, it is the least certain
 CONSTANT = 2.0  # of an image token, on the calmest axis: what tells it from text, and keeps its length
-HANDED = {"before": slice(0, 48), "asked": slice(48, 112), "found": slice(112, 176)}
-"""Which of the stream's quiet axes carry the code of the word before, of what is asked for, and of the word found."""
+HANDED = {"before": slice(0, 48), "asked": slice(48, 112), "found": slice(112, 176), "places": slice(176, 236)}
+"""Which of the stream's quiet axes carry the code of the word before, of what is asked for, of the word found, and the
+places where the first layer's three key heads look for it."""
+PLACES = [first + octave for first in (0, WAVES, 2 * WAVES, 3 * WAVES) for octave in range(1, 6)]
+"""Which waves of a place are handed on: from 64 to 1,024 px, of its height and of its width."""
 ASKED = 64  # numbers of a code that a head carries
 TOLD = 0.3  # length of what is handed on, beside the stream's
 SAID = 100.0  # of a word's embedding that one layer says; the stream is 650 long at the last
@@ -282,8 +286,14 @@ class Start:
         first = ASKED * half if aloud and known >= 2 * ASKED else 0
         return slice(first, min(first + ASKED, known))
 
+    def places(self, block: int) -> Tensor:
+        """(n, D): from an image token behind a block's norm to the `PLACES` of where it stands."""
+        return self.slots.axes[self.slots.places][PLACES] / PLACED / self.gains[block] * self.length
+
     @torch.no_grad()
-    def say(self, layer: Any, block: int, found: Sequence[tuple[slice, Tensor]], aloud: bool) -> None:
+    def say(
+        self, layer: Any, block: int, found: Sequence[tuple[slice, Tensor]], aloud: bool, place: bool = False
+    ) -> None:
         """Sets what a layer says of the words it finds.
 
         Args:
@@ -291,6 +301,7 @@ class Start:
             block: Its block.
             found: By key head, which numbers of a code it carries, and the map (numbers, D) to them, of variance 1.
             aloud: As an embedding for the model's head; else as a code for the layers that follow.
+            place: Whether each key head tells, too, where it looks: the last numbers of a head are for that.
         """
         _, _, values, output = heads_of(layer)
         values.zero_()
@@ -306,6 +317,11 @@ class Start:
                 said = self._axes("found")[1][: len(read)].T * self.sizes[block] * TOLD / len(read) ** 0.5
             for query in range(head * group, (head + 1) * group):
                 output[:, query, : len(read)] = said
+            if place:
+                count, (_, axes) = len(PLACES), self._axes("places")
+                values[head][-count:] = self.places(block)
+                told = axes[head * count : (head + 1) * count].T * self.sizes[block] * TOLD / count**0.5
+                output[:, head * group : (head + 1) * group, -count:] = told[:, None]
 
     def _axes(self, name: str) -> tuple[int, Tensor]:
         """How many numbers are handed on, and where."""

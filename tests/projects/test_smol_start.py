@@ -26,7 +26,7 @@ from projects.casa_smol.finding import (
 )
 from projects.casa_smol.perfect_pages import Pages, batch_of
 from projects.casa_smol.pretraining import Settings, find, said, train
-from projects.casa_smol.start import LARGEST, Slots, codes_of_words, moments, start_of
+from projects.casa_smol.start import HANDED, LARGEST, PLACES, Slots, codes_of_words, heads_of, moments, start_of
 
 WIDTH = 576
 
@@ -173,7 +173,7 @@ def test_what_is_kept_is_what_the_model_sees_and_attention_is_the_models_own(beg
     assert all(len(one.found) == sum(at >= 0 for at, _ in one.sample.found) for one in kept)
 
 
-@pytest.mark.parametrize(("role", "block"), [("asked", 1), ("first", 2), ("later", 2), ("next", 3)])
+@pytest.mark.parametrize(("role", "block"), [("asked", 1), ("first", 2), ("again", 2), ("later", 2), ("next", 3)])
 def test_each_role_learns_to_find(begun, samples, pages, role, block):
     model, eyes, known = begun
     kept = keep(model, known.slots, eyes, samples, (block,), seed=0)
@@ -200,6 +200,25 @@ def test_values_are_the_code_of_the_word_found_and_nothing_of_text(begun, sample
     alike = torch.nn.functional.cosine_similarity(found, known.codes[rows.said[row, place]][:, :64], dim=1)
     assert alike.mean() > 0.4
     assert (rows.text[rows.is_text] @ read[0].T).norm(dim=1).mean() < 0.3 * found.norm(dim=1).mean()
+
+
+def test_a_layer_tells_where_each_of_its_heads_looks(begun, samples):
+    model, eyes, known = begun
+    layer, some = model.casa_layers["2"], slice(0, 44)
+    known.say(layer, 2, [(some, torch.zeros(44, WIDTH))] * 3, aloud=False, place=True)
+    batch = batch_of(samples[:1], eyes, np.random.default_rng(0), noise=0.0, empty=0.0)
+    features = batch.inputs["image_features"]
+    image = known.slots(features, None)
+    image = image * torch.rsqrt(image.square().mean(-1, keepdim=True)) * known.gains[2]
+    _, _, values, output = heads_of(layer)
+    with torch.no_grad():
+        for head in range(3):
+            said = image @ values[head].T @ output[:, 3 * head + 1].T
+            told = said @ known.quiet[HANDED["places"]].T
+            mine = told[:, 20 * head : 20 * head + 20]
+            alike = torch.nn.functional.cosine_similarity(mine, features[:, -28:][:, PLACES], dim=1)
+            assert alike.min() > 0.99
+            assert told.norm(dim=1).allclose(mine.norm(dim=1), rtol=1e-4)  # others' axes stay free
 
 
 def test_finding_goes_on_where_it_stopped_and_then_layers_say_words(begun, samples, pages, tmp_path):
