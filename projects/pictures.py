@@ -5,11 +5,12 @@ moving picture is `casa-tiny` watching the demo's film, with the captions that i
 """
 
 import argparse
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 import casa
 from casa import WindowLayout
@@ -133,33 +134,74 @@ def placements() -> str:
 DRAWINGS = {"masks.svg": masks, "streams.svg": streams, "placements.svg": placements}
 FILM = Path(casa.__file__).parent / "assets" / "demo" / "clip.mp4"
 SHOWN_FPS, WATCHED = 6, 3  # frames shown a second; one of so many is watched
+KEPT = 108  # text tokens beside the prompt's
 PAPER, INK, QUIET, HUE = (250, 250, 248), (31, 41, 55), (110, 118, 132), (47, 125, 109)
 
 
 def moving(seconds: float) -> Iterator[Image.Image]:
     """Frames of `casa-tiny` captioning the demo's film, with what it said and what it keeps beside them."""
-    session = casa.load("casa-tiny").stream(max_text_tokens=128)
-    said: list[tuple[float, str]] = []
+    eyes = casa.load("casa-tiny")
     with open_source(FILM, fps=SHOWN_FPS, end=seconds) as frames:
-        for number, frame in enumerate(frames):
-            if number % WATCHED == 0 and (text := session.step(frame.image)):
-                said.append((frame.time, text))
-            yield _beside(frame.image, frame.time, said, session.usage)
+        yield from watched("casa-tiny", eyes, ((frame.image, frame.time) for frame in frames), WATCHED)
 
 
-def _beside(picture: Image.Image, time: float, said: list[tuple[float, str]], usage: Usage) -> Image.Image:
-    sheet = Image.new("RGB", (336 + 264, 336), PAPER)
-    sheet.paste(picture, (0, 0))
-    draw = ImageDraw.Draw(sheet)
-    draw.text((360, 20), "casa-tiny, live on a CPU", INK, font_size=17)
-    draw.text((360, 46), f"{time:5.1f} s of film", QUIET, font_size=14)
-    for row, (moment, text) in enumerate(said[-7:]):
-        newest = row == len(said[-7:]) - 1
-        draw.text((360, 80 + 25 * row), f"{moment:4.1f} s", QUIET, font_size=15)
-        draw.text((424, 80 + 25 * row), text, HUE if newest else INK, font_size=17)
-    draw.text((360, 272), f"image tokens kept   {usage.image_tokens}", INK, font_size=14)
-    draw.text((360, 294), f"text tokens kept     {usage.text_tokens} of 128", INK, font_size=14)
-    return sheet
+def watched(
+    name: str,
+    eyes: casa.CasaPipeline,
+    frames: Iterable[tuple[Image.Image, float]],
+    every: int = 1,
+    box: tuple[int, int] = (336, 336),
+    panel: int = 264,
+) -> Iterator[Image.Image]:
+    """Frames with what a model said of them so far, and what it keeps, beside them.
+
+    Args:
+        frames: Pictures and their times in seconds.
+        every: One of so many is watched.
+        box: Width and height in px that a picture is fitted into.
+        panel: Width of what stands beside it.
+    """
+    bound = len(eyes.processor.tokenizer.encode(eyes.processor.stream_prompt)) + KEPT
+    session = eyes.stream(max_text_tokens=bound)
+    said: list[tuple[float, str]] = []
+    for number, (picture, time) in enumerate(frames):
+        if number % every == 0 and (text := session.step(picture)):
+            said.append((time, text))
+        sheet = Image.new("RGB", (box[0] + panel, box[1]), PAPER)
+        fitted = ImageOps.contain(picture, box)
+        sheet.paste(fitted, (0, (box[1] - fitted.height) // 2))
+        _tell(ImageDraw.Draw(sheet), box, panel, f"{name}, live on a CPU", time, said, session.usage, bound)
+        yield sheet
+
+
+def _tell(
+    draw: ImageDraw.ImageDraw,
+    box: tuple[int, int],
+    panel: int,
+    title: str,
+    time: float,
+    said: list[tuple[float, str]],
+    usage: Usage,
+    bound: int,
+) -> None:
+    left, rows = box[0] + 24, (box[1] - 160) // 25
+    draw.text((left, 20), title, INK, font_size=17)
+    draw.text((left, 46), f"{time:5.1f} s of film", QUIET, font_size=14)
+    lines = []
+    for moment, text in said:
+        first, *more = textwrap.wrap(text, (panel - 88) // 8)
+        lines += [(f"{moment:4.1f} s", first, moment), *(("", part, moment) for part in more)]
+    for row, (moment, text, at) in enumerate(lines[-rows:]):
+        draw.text((left, 80 + 25 * row), moment, QUIET, font_size=15)
+        draw.text((left + 64, 80 + 25 * row), text, HUE if at == said[-1][0] else INK, font_size=17)
+    draw.text((left, box[1] - 64), f"image tokens kept   {usage.image_tokens}", INK, font_size=14)
+    draw.text((left, box[1] - 42), f"text tokens kept     {usage.text_tokens} of {bound}", INK, font_size=14)
+
+
+def save_moving(frames: Iterator[Image.Image], path: Path, fps: float) -> None:
+    """Writes frames as a moving WebP."""
+    first, *rest = frames
+    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, quality=60, method=6)
 
 
 def main() -> None:
@@ -171,16 +213,7 @@ def main() -> None:
     for name, draw in DRAWINGS.items():
         (given.out / name).write_text(draw(), encoding="utf-8")
     if given.seconds:
-        first, *rest = moving(given.seconds)
-        first.save(
-            given.out / "live.webp",
-            save_all=True,
-            append_images=rest,
-            duration=1000 // SHOWN_FPS,
-            loop=0,
-            quality=60,
-            method=6,
-        )
+        save_moving(moving(given.seconds), given.out / "live.webp", SHOWN_FPS)
 
 
 if __name__ == "__main__":

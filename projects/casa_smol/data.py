@@ -3,18 +3,26 @@
     python -m projects.casa_smol.data data/casa-smol --pictures 20000
     python -m projects.casa_smol.data data/casa-smol-held-out --pictures 400 --split held_out --seed 2026
 
-Shares of the tasks are in SHARES. A shard appears whole; a command that was broken off goes on with the next one, so
-it may run beside other work, and more pictures may be asked for later.
+Shares of the tasks are in SHARES; of every hundred pictures there is a film beside them, in shards of their own. A
+shard appears whole; a command that was broken off goes on with the next one, so it may run beside other work, and more
+pictures may be asked for later.
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from casa.data.made import write_pictures
+import numpy as np
+from PIL import Image
+
+from casa.data.made import write_clips, write_pictures
 from projects.casa_smol.tasks import BROWSED, SPLITS, Asked, Browser, asked
+from projects.casa_smol.tasks.films import FPS, PROMPT, Film, film
 
 # of every hundred pictures; lines first, since reading is what everything else stands on
 SHARES = {
@@ -23,6 +31,7 @@ SHARES = {
 }  # fmt: skip
 SHARD = 240
 MOST_TURNS = 6
+FILMS, FILM_SHARD, SECONDS = 0.01, 24, 6.0  # a picture; seconds: frames of the largest fill a pack, and none is shrunk
 
 
 def write(folder: Path, split: str, seed: int, pictures: int, shares: dict[str, int] | None = None) -> Iterator[Path]:
@@ -51,9 +60,9 @@ def write(folder: Path, split: str, seed: int, pictures: int, shares: dict[str, 
             browser.__exit__(None, None, None)
 
 
-def shard_at(folder: Path, task: str, start: int) -> Path:
+def shard_at(folder: Path, task: str, start: int, size: int | None = None) -> Path:
     """File of the shard whose first picture has that number."""
-    return folder / f"{task}-{start // SHARD:04}.tar"
+    return folder / f"{task}-{start // (size or SHARD):04}.tar"
 
 
 class _Next:
@@ -66,6 +75,43 @@ class _Next:
         return next(self._drawn)
 
 
+@dataclass(frozen=True)
+class Clip:
+    """A film as casa's writer of clips takes it."""
+
+    film: Film
+
+    @property
+    def width(self) -> int:
+        return self.film.frames[0].width
+
+    @property
+    def height(self) -> int:
+        return self.film.frames[0].height
+
+    def frames(self) -> tuple[Image.Image, ...]:
+        return self.film.frames
+
+    def captions(self) -> tuple[str, ...]:
+        return self.film.said
+
+
+def write_films(folder: Path, split: str, seed: int, count: int) -> Iterator[Path]:
+    """Writes what is missing of so many films, as video with what is said when beside it, and yields each new shard."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def drawn(rng: np.random.Generator) -> Clip:
+        return Clip(film(tuple(rng.integers(2**31, size=2).tolist()), split, SECONDS))
+
+    for start in range(0, count, FILM_SHARD):
+        path = shard_at(folder, "film", start, FILM_SHARD).with_suffix(".jsonl")
+        if not path.exists():
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # of a shard that was broken off
+            which = (seed, SPLITS.index(split), start)
+            write_clips(path, drawn, min(FILM_SHARD, count - start), which, prompt=PROMPT, fps=FPS)
+            yield path
+
+
 def main(arguments: list[str]) -> int:
     """Writes shards."""
     parser = argparse.ArgumentParser(description="Draws casa-smol's data into tars that casa train reads.")
@@ -74,7 +120,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args(arguments)
-    for path in write(given.out, given.split, given.seed, given.pictures):
+    films = write_films(given.out, given.split, given.seed, round(given.pictures * FILMS))
+    for path in chain(films, write(given.out, given.split, given.seed, given.pictures)):
         print(path, flush=True)
     return 0
 

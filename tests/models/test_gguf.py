@@ -11,7 +11,9 @@ from casa.cli.main import run
 from casa.errors import UserError
 from casa.models import loading
 from casa.models.auto import auto_processor
+from casa.models.backbone_source import load_backbone
 from casa.models.convert import convert
+from casa.models.gguf import llama_weights
 from casa.testing import TinySample, tiny_encoder, tiny_text_model
 from casa.testing.tiny import spread
 
@@ -166,6 +168,25 @@ def test_packed_weights_are_unpacked(plain, tmp_path, packed):
         assert torch.equal(logits(CasaForConditionalGeneration.from_pretrained(tmp_path / out)), found)
     sizes = [(tmp_path / out / "model.safetensors").stat().st_size for out in ("out", "added")]
     assert sizes[1] < 0.8 * sizes[0]
+
+
+@pytest.mark.parametrize("packed", [None, "Q8_0", "Q4_1", "Q4_0"])
+def test_read_by_itself_it_is_what_transformers_reads(tmp_path, packed):
+    kind = packed and gguf.GGMLQuantizationType[packed]
+    file = write(tmp_path / "small.gguf", text_model(), kind)
+    found = llama_weights(file)
+    if packed == "Q4_0":  # left to transformers
+        assert found is None
+        return
+    wanted = load_backbone(file).state_dict()
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        assert torch.equal(found[name], weight), name
+    whole = file.read_bytes()
+    for end in (0, 3, 200, 1500, len(whole) // 2, len(whole) - 300):
+        file.write_bytes(whole[:end])
+        assert llama_weights(file) is None, end
+    assert llama_weights(write(tmp_path / "other.gguf", text_model("qwen2"))) is None
 
 
 def test_weights_that_are_still_packed_are_refused(folder):

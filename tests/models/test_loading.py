@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from casa import CasaConfig, CasaForConditionalGeneration, CasaProcessor, FusionConfig, adapt
 from casa.errors import UserError
+from casa.models import loading
 from casa.models.loading import read_config, sentence_of
 from casa.testing import TinySample, tiny_casa, tiny_encoder, tiny_processor, tiny_text_model
 
@@ -160,6 +161,15 @@ def test_paths_that_hold_no_model_are_refused(tmp_path):
         CasaForConditionalGeneration.from_pretrained(tmp_path / "file")
     with pytest.raises(UserError, match="there is no model at"):
         CasaForConditionalGeneration.from_pretrained("casa-huge")
+
+
+def test_a_shipped_model_without_its_weights_is_said_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "ASSETS", tmp_path)
+    (tmp_path / "casa-tiny").mkdir()
+    assert loading.shipped() == ["casa-tiny"]
+    for read in (CasaForConditionalGeneration, CasaProcessor, CasaConfig):
+        with pytest.raises(UserError, match="this copy of casa is without the weights of casa-smol"):
+            read.from_pretrained("casa-smol")
 
 
 def test_no_code_of_a_checkpoint_runs(folder):

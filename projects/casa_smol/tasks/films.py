@@ -1,11 +1,21 @@
-"""Films in which text appears: slides, a terminal, signs that change. Two frames a second, and what is new in each."""
+"""Films in which text appears: slides, a terminal, signs that change. Two frames a second, and what is new in each.
 
+    python -m projects.casa_smol.tasks.films screen.mp4 --kind terminal --seconds 60 --size 448 336      a held-out one
+
+A model is asked once, by `PROMPT`, in training as in a session (`CasaProcessor.stream_prompt`). Of a frame with a new
+line it says that line and stops; of any other it stops at once, which is silence.
+"""
+
+import argparse
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.random import Generator
 from PIL import Image
 
+from casa.media import VideoWriter
 from projects.casa_smol.canvas import Canvas
 from projects.casa_smol.damage import worn
 from projects.casa_smol.pages import Brush, theme
@@ -13,6 +23,7 @@ from projects.casa_smol.tasks.asked import Seed
 from projects.casa_smol.words import pick
 
 FPS = 2.0
+PROMPT = "Read what is new."
 KINDS = ("slides", "terminal", "signs")
 
 
@@ -26,12 +37,15 @@ class Film:
     said: tuple[str, ...]
 
 
-def film(seed: Seed, split: str, seconds: float = 12.0, kind: str | None = None) -> Film:
-    """A film by its seed. kind: one of KINDS; any if left out. Frames are 336 to 640 px wide."""
+def film(
+    seed: Seed, split: str, seconds: float = 12.0, kind: str | None = None, size: tuple[int, int] | None = None
+) -> Film:
+    """A film by its seed. kind: one of KINDS; any if left out. size: in px; 336 to 640 wide if left out."""
     rng = np.random.default_rng(seed)
     kind = pick(rng, KINDS) if kind is None else kind
     width = int(rng.integers(336, 641))
-    size = (width, int(width * pick(rng, (0.5625, 0.75))))
+    drawn = (width, int(width * pick(rng, (0.5625, 0.75))))
+    size = drawn if size is None else size
     frames, said = [], []
     shots = _shots(rng, split, str(kind), size)
     image, text, stay = next(shots)
@@ -78,3 +92,29 @@ def _shots(rng: Generator, split: str, kind: str, size: tuple[int, int]):
             first = False
             if kind == "signs" or (kind == "slides" and rng.random() < 0.15):
                 break
+
+
+def main(arguments: list[str]) -> int:
+    """Writes a film as a video, and prints what is new when."""
+    parser = argparse.ArgumentParser(description="Draws a film in which text appears.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--kind", choices=KINDS)
+    parser.add_argument("--seconds", type=float, default=12.0)
+    parser.add_argument("--size", type=int, nargs=2, help="width and height in px")
+    parser.add_argument("--split", choices=("train", "held_out"), default="held_out")
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args(arguments)
+    made = film(
+        (given.seed,), given.split, given.seconds, given.kind, None if given.size is None else tuple(given.size)
+    )
+    with VideoWriter(given.out, made.frames[0].size, FPS, crf=18) as video:
+        for frame in made.frames:
+            video.write(frame)
+    for number, text in enumerate(made.said):
+        if text:
+            print(f"{number / FPS:5.1f} s  {text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -20,7 +20,7 @@ from PIL import Image
 
 from casa.benchmarks.harness import Benchmark, Figures, handwriting, percentiles, table, write_film
 from casa.benchmarks.settings import LiveSettings, StreamSettings
-from casa.media import read_frames
+from casa.media import probe, read_frames
 from casa.media.pictures import picture_from
 from casa.memory import resident_bytes
 from casa.models.auto import load_pretrained
@@ -55,11 +55,12 @@ def bench_live(settings: LiveSettings) -> Benchmark:
     """Watches for so many minutes, which it takes."""
     model, processor = load_pretrained(settings.model, settings.device)
     seconds, fps, bound = 60 * settings.minutes, settings.fps, settings.max_text_tokens or None
-    lap = min(LAP, max(2.0, math.ceil(seconds)))
+    lap = min(LAP, max(2.0, math.ceil(seconds))) if settings.video is None else probe(settings.video).duration
     session = StreamingSession(model, processor, max_text_tokens=bound, max_new_tokens=16)
     with TemporaryDirectory() as folder:
-        film = Path(folder) / "film.mp4"
-        write_film(film, lap, settings.size, CAMERA_FPS, min(fps, CAMERA_FPS), settings.seed)
+        film = Path(settings.video or Path(folder) / "film.mp4")
+        if settings.video is None:
+            write_film(film, lap, settings.size, CAMERA_FPS, min(fps, CAMERA_FPS), settings.seed)
         # what is slow the first time only (codec, kernels) is no part of watching
         session.step(next(laps(film, fps, seconds, lap)).image)
         moments = watch_live(session, laps(film, fps, seconds, lap), fps, in_real_time=True)
@@ -68,7 +69,8 @@ def bench_live(settings: LiveSettings) -> Benchmark:
     columns = {"minute": "{minute}", "frames": "{frames}", "dropped": "{dropped}", "cut": "{cut}"}
     columns |= {"lag, median": "{median_lag_ms:.0f} ms", "most": "{max_lag_ms:.0f} ms"}
     shown = f"{table(rows, columns | {'cache': '{cache_bytes!K:.0f} KiB'})}\nkeeps pace: {found['keeps_pace']}"
-    told = {"size": settings.size, "seed": settings.seed, "max_text_tokens": bound}
+    drawn = {"size": settings.size, "seed": settings.seed} if settings.video is None else {"video": film.name}
+    told = drawn | {"max_text_tokens": bound}
     return Benchmark("live", told, found, shown, str(model.device), settings.model)
 
 

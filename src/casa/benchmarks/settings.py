@@ -110,6 +110,7 @@ class LiveSettings(Settings):
 
     model: Model = "casa-tiny"
     minutes: Annotated[Above0, "How long to watch; it takes that long."] = 10.0
+    video: Annotated[str, "A film of your own, again and again; drawn handwriting if left out."] | None = None
     size: Size = 448
     fps: Annotated[Above0, "Frames per second that are looked at."] = 2.0
     max_text_tokens: MaxTextTokens = 256

@@ -2,17 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from PIL import Image
 
+from casa.analysis.budget import readable
 from casa.analysis.streaming_cost import CostRow
 from casa.atomic import replacing
 from casa.evaluation.metrics import normalise, word_error_rate, words
 from casa.media import draw_caption
 
+_size = partial(readable, unit="B", step=1024)
 STILLS = 4  # captioned frames in the picture of a run
 _WIDTH, _GAP = 1350, 12  # px of that picture, and between its parts
 
@@ -89,14 +92,14 @@ class DemoReport:
         told += [
             f"speed             {1 / self.latency:.1f} frames a second, with CASA; the stream has 2",
             f"latency           {begin:.0f} ms a frame in the first quarter, {end:.0f} ms in the last",
-            f"cache, CASA       {_size(costs[0].usage.cache_bytes)} after the first frame, "
-            f"{_size(costs[-1].usage.cache_bytes)} after frame {len(costs)}",
+            f"cache, CASA       {readable(costs[0].usage.cache_bytes, 'B', 1024)} after the first frame, "
+            f"{readable(costs[-1].usage.cache_bytes, 'B', 1024)} after frame {len(costs)}",
         ]
         rival = [row.insertion for row in self.rows if row.insertion is not None]
         if rival:
             told.append(
-                f"cache, insertion  {_size(rival[0].usage.cache_bytes)} after the first frame, "
-                f"{_size(rival[-1].usage.cache_bytes)} after frame {len(rival)}; "
+                f"cache, insertion  {readable(rival[0].usage.cache_bytes, 'B', 1024)} after the first frame, "
+                f"{readable(rival[-1].usage.cache_bytes, 'B', 1024)} after frame {len(rival)}; "
                 f"{1000 * median(cost.seconds for cost in rival[-quarter:]):.0f} ms a frame at the end"
             )
         told += ["", f"Asked about the frame at {self.asked_at:.1f} s:"]
@@ -104,7 +107,7 @@ class DemoReport:
             note = "" if found.truth is None else f"   ({mark(found.answer, found.truth)})"
             told.append(f"  {found.question}  {found.answer or '(nothing)'}{note}")
         told += ["", f"Written in {self.seconds:.0f} s:"]
-        return told + [f"  {path}  {_size(path.stat().st_size)}" for path in self.files]
+        return told + [f"  {path}  {readable(path.stat().st_size, 'B', 1024)}" for path in self.files]
 
 
 def mark(said: str, truth: str) -> str:
@@ -155,10 +158,3 @@ def _still(picture: Image.Image, text: str, side: int) -> Image.Image:
 
 def _fitted(picture: Image.Image, width: int) -> Image.Image:
     return picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
-
-
-def _size(number: int) -> str:
-    for unit, divisor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if number >= divisor:
-            return f"{number / divisor:.1f} {unit}"
-    return f"{number} bytes"

@@ -4,6 +4,7 @@ Prompts, splits and rules are those of lmms-eval, by which the paper measured (s
 fields as its public card has them. A table; what a set does that others do not is a small function beside it.
 """
 
+import json
 import re
 import string
 from collections import defaultdict
@@ -159,28 +160,7 @@ def _videomme(row: Row, _: str) -> AdaptedRow:
 
 
 # where the films of MVBench's tasks lie in its folder
-MVBENCH = {
-    "action_sequence": "star/Charades_segment",
-    "moving_count": "clevrer/video_validation",
-    "action_prediction": "star/Charades_segment",
-    "episodic_reasoning": "tvqa/video_fps3_hq_segment",
-    "action_antonym": "ssv2_video_mp4",
-    "action_count": "perception/videos",
-    "scene_transition": "scene_qa/video",
-    "object_shuffle": "perception/videos",
-    "object_existence": "clevrer/video_validation",
-    "fine_grained_pose": "nturgbd_convert",
-    "unexpected_action": "FunQA_test/test",
-    "moving_direction": "clevrer/video_validation",
-    "state_change": "perception/videos",
-    "object_interaction": "star/Charades_segment",
-    "character_order": "perception/videos",
-    "action_localization": "sta/sta_video_segment",
-    "counterfactual_inference": "clevrer/video_validation",
-    "fine_grained_action": "Moments_in_Time_Raw/videos",
-    "moving_attribute": "clevrer/video_validation",
-    "egocentric_navigation": "vlnqa",
-}
+MVBENCH: dict[str, str] = json.loads(Path(__file__).with_name("mvbench.json").read_text(encoding="utf-8"))
 
 
 def _mvbench(row: Row, subset: str) -> AdaptedRow:

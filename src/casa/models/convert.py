@@ -34,17 +34,9 @@ from casa.vision.encoder import BESIDE_TOWER, TOWER, tower_config_of
 
 # what safetensors files call the precisions that models are kept in
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 # of what `adapt` adds, the parts that have no weights to start from
 _FRESH = tuple(name for name in ADDED if name != "casa_layers")
 

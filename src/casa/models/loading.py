@@ -26,14 +26,21 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from casa.errors import UserError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-SHIPPED = ("casa-tiny",)
+SHIPPED = ("casa-tiny", "casa-smol")
+
+
+def shipped() -> list[str]:
+    """Names of the models that this copy of casa has the weights of."""
+    return [name for name in SHIPPED if (ASSETS / name).is_dir()]
 
 
 def resolve(name_or_path: Any) -> Any:
-    """The folder of a shipped checkpoint, or of the weights in an installed package; anything else stays as it is."""
+    """The folder of a shipped checkpoint (UserError if it is not there), or of a package's; all else stays as it is."""
     if not isinstance(name_or_path, str) or os.path.exists(name_or_path):
         return name_or_path
     if name_or_path in SHIPPED:
+        if not (ASSETS / name_or_path).is_dir():
+            raise UserError(f"this copy of casa is without the weights of {name_or_path}; install a release with them.")
         return str(ASSETS / name_or_path)
     try:
         files = importlib.metadata.files(name_or_path) or ()
@@ -73,33 +80,26 @@ def quietly(reports: bool = True) -> Iterator[None]:
 UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, ImportError, SafetensorError, StrictDataclassError)
 
 
-def place_of(name: Any) -> tuple[Any, dict[str, str]]:
-    """Where a checkpoint lies, and what transformers is to be told beside that: its GGUF file's name, if it is one.
-
-    Args:
-        name: Of a shipped model, a folder or a hub's, which have nothing beside; a .gguf file, or a folder with one and
-            no weights of another kind.
-
-    Raises:
-        UserError: The folder has several, the file is one of several parts, or packages for it are missing.
-    """
-    place = resolve(name)
-    path = Path(str(place))
-    if path.suffix == ".gguf" and path.is_file():
-        files = [path]
-    elif path.is_dir() and not any(path.glob("*.safetensors*")):
+def gguf_file(name: Any) -> Path | None:
+    """The GGUF file that a name is of, if it is. Raises UserError where there are several, or one part of several."""
+    path = Path(str(resolve(name)))
+    files = [path] if path.suffix == ".gguf" and path.is_file() else []
+    if path.is_dir() and not any(path.glob("*.safetensors*")):
         files = sorted(path.glob("*.gguf"))
-    else:
-        files = []
-    if not files:
-        return place, {}
     if len(files) > 1:
         raise UserError(f"{name} has several GGUF files; give the path of one: {', '.join(f.name for f in files)}.")
-    if re.search(r"-\d+-of-\d+\.gguf$", files[0].name):
+    if files and re.search(r"-\d+-of-\d+\.gguf$", files[0].name):
         raise UserError(f"{files[0]} is one part of several; join them first (llama.cpp has llama-gguf-split).")
+    return files[0] if files else None
+
+
+def place_of(name: Any) -> tuple[Any, dict[str, str]]:
+    """Where a checkpoint lies, and its GGUF file's name, for transformers. Raises UserError without packages for it."""
+    if (file := gguf_file(name)) is None:
+        return resolve(name), {}
     if missing := [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]:
-        raise UserError(f"Reading {files[0]} needs {' and '.join(missing)}: install casa-vlm[gguf].")
-    return str(files[0].parent), {"gguf_file": files[0].name}
+        raise UserError(f"Reading {file} needs {' and '.join(missing)}: install casa-vlm[gguf].")
+    return str(file.parent), {"gguf_file": file.name}
 
 
 def check_folder(name: Any, needed: str = "config.json", subfolder: str = "") -> None:
@@ -115,7 +115,7 @@ def check_folder(name: Any, needed: str = "config.json", subfolder: str = "") ->
         raise UserError(f"{name} is a file; give the folder that save_pretrained wrote.")
     looks_local = str(name).startswith((".", "/", "~")) or str(name).count("/") != 1
     if looks_local:
-        raise UserError(f"there is no model at {str(name)!r}; give a folder, or one of: {', '.join(SHIPPED)}.")
+        raise UserError(f"there is no model at {str(name)!r}; give a folder, or one of: {', '.join(shipped())}.")
 
 
 def load_checked(load: Callable[..., Any], name: Any, *args: Any, **kwargs: Any) -> Any:

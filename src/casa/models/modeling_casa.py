@@ -7,7 +7,7 @@ if the backbone has no eyes of its own, the image encoder (`vision.`) and the pr
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Unpack, cast
 
@@ -147,8 +147,7 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
                 if backbone is not None:
                     raise UserError(f"{path} holds its backbone's weights; leave out backbone.", field="backbone")
                 return read(path, *args, **kwargs)
-            found = with_backbone(path, config, backbone, kwargs)
-            name = found.pop("backbone_name")
+            found, name = with_backbone(path, config, backbone, kwargs)
             model: Any
             model, info = read(None, *args, **kwargs | found)  # type: ignore[misc]
             model.config.backbone_source, model.backbone_name = None, name
@@ -162,7 +161,8 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
         save_directory: Any,
         *args: Any,
         added_only: bool = False,
-        backbone: str | None = None,
+        backbone: str | Sequence[str] | None = None,
+        packed: bool = False,
         **kwargs: Any,
     ) -> None:
         """As in transformers; or only what fusion and training added or changed.
@@ -171,16 +171,18 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
             save_directory: The folder.
             added_only: Leaves out the weights of the backbone that are those of its own files. The folder says where
                 these are, and `from_pretrained` reads them from there.
-            backbone: Where they are: a path, a hub id, or an installed package. Left out, where `adapt` read them.
+            backbone: Where they are: a path, a hub id, or an installed package. Left out, where `adapt` read them. Of
+                several, those behind the first hold the same model, in another precision perhaps, if that is missing.
+            packed: The new weights in two thirds of the bytes, the same to the bit (`casa.models.packed`).
             args, kwargs: As in transformers.
 
         Raises:
             UserError: The backbone is not named, or is another.
         """
         if added_only:
-            save_added(self, save_directory, backbone, **kwargs)
-        elif backbone is not None:
-            raise UserError("backbone is for added_only=True; leave it out.", field=("backbone", "added_only"))
+            save_added(self, save_directory, backbone, packed, **kwargs)
+        elif backbone is not None or packed:
+            raise UserError("backbone and packed are for added_only=True; leave them out.", field="added_only")
         else:
             super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -284,9 +286,7 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
         """Image keys and values reach a block beside its arguments, which reentrant checkpointing cannot follow."""
         asked = getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
         if enable and asked:
-            raise UserError(
-                "use_reentrant=True loses the gradients of images; leave it out, or pass use_reentrant=False."
-            )
+            raise UserError("use_reentrant=True loses the gradients of images; leave it out, or pass False.")
         if enable and asked is None:
             gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
