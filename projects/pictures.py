@@ -134,7 +134,7 @@ def placements() -> str:
 DRAWINGS = {"masks.svg": masks, "streams.svg": streams, "placements.svg": placements}
 FILM = Path(casa.__file__).parent / "assets" / "demo" / "clip.mp4"
 SHOWN_FPS, WATCHED = 6, 3  # frames shown a second; one of so many is watched
-KEPT = 108  # text tokens beside the prompt's
+KEPT = 128  # text tokens
 PAPER, INK, QUIET, HUE = (250, 250, 248), (31, 41, 55), (110, 118, 132), (47, 125, 109)
 
 
@@ -161,8 +161,7 @@ def watched(
         box: Width and height in px that a picture is fitted into.
         panel: Width of what stands beside it.
     """
-    bound = len(eyes.processor.tokenizer.encode(eyes.processor.stream_prompt)) + KEPT
-    session = eyes.stream(max_text_tokens=bound)
+    session = eyes.stream(max_text_tokens=KEPT)
     said: list[tuple[float, str]] = []
     for number, (picture, time) in enumerate(frames):
         if number % every == 0 and (text := session.step(picture)):
@@ -170,7 +169,7 @@ def watched(
         sheet = Image.new("RGB", (box[0] + panel, box[1]), PAPER)
         fitted = ImageOps.contain(picture, box)
         sheet.paste(fitted, (0, (box[1] - fitted.height) // 2))
-        _tell(ImageDraw.Draw(sheet), box, panel, f"{name}, live on a CPU", time, said, session.usage, bound)
+        _tell(ImageDraw.Draw(sheet), box, panel, f"{name}, live on a CPU", time, said, session.usage)
         yield sheet
 
 
@@ -182,7 +181,6 @@ def _tell(
     time: float,
     said: list[tuple[float, str]],
     usage: Usage,
-    bound: int,
 ) -> None:
     left, rows = box[0] + 24, (box[1] - 160) // 25
     draw.text((left, 20), title, INK, font_size=17)
@@ -195,7 +193,7 @@ def _tell(
         draw.text((left, 80 + 25 * row), moment, QUIET, font_size=15)
         draw.text((left + 64, 80 + 25 * row), text, HUE if at == said[-1][0] else INK, font_size=17)
     draw.text((left, box[1] - 64), f"image tokens kept   {usage.image_tokens}", INK, font_size=14)
-    draw.text((left, box[1] - 42), f"text tokens kept     {usage.text_tokens} of {bound}", INK, font_size=14)
+    draw.text((left, box[1] - 42), f"text tokens kept     {usage.text_tokens} of {KEPT}", INK, font_size=14)
 
 
 def save_moving(frames: Iterator[Image.Image], path: Path, fps: float) -> None:
