@@ -5,10 +5,13 @@ averaged over the picture, are most alike.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 
 import numpy as np
+import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from projects.casa_smol.damage import worn
 from projects.casa_smol.lite0 import lite0, pooled
@@ -32,17 +35,14 @@ def named(kind: str, seed: int, count: int, browser: Browser) -> Iterator[tuple[
         style = pick(rng, TRAINED) if seen_style else HELD_OUT_STYLE
         name = pick(rng, [name for name in styles()[style] if is_held_out(name) != seen_name])
         asked.append((laid_out(rng, [styles()[style][name]]), Turn(pick(rng, NAME), (shown(name),))))
-    pictures = _pictures([html for html, _ in asked], browser)
+    pictures = chain.from_iterable(_sheets([html for html, _ in asked], browser))
     for picture, (_, turn) in zip(pictures, asked, strict=True):
         yield worn(picture, rng, WEAR["drawing"]), turn
 
 
-def _pictures(documents: Sequence[Html], browser: Browser) -> list[Image.Image]:
-    return [
-        picture
-        for first in range(0, len(documents), SHEET)
-        for picture in browser.draw(documents[first : first + SHEET])
-    ]
+def _sheets(documents: Sequence[Html], browser: Browser) -> Iterator[list[Image.Image]]:
+    for first in range(0, len(documents), SHEET):
+        yield browser.draw(documents[first : first + SHEET])
 
 
 class Nearest:
@@ -54,12 +54,11 @@ class Nearest:
     """
 
     def __init__(self, browser: Browser, features: Callable[[Sequence[Image.Image]], Tensor] | None = None) -> None:
-        model: nn.Module | None = None if features else lite0()
-        self._features = features or (lambda pictures: pooled(pictures, model))  # type: ignore[arg-type]
+        self._features = features or partial(pooled, model=lite0())
         trained = [(name, svg) for style in TRAINED for name, svg in styles()[style].items() if not is_held_out(name)]
         self._names = [shown(name) for name, _ in trained]
         documents = [Html(image(svg, 160), "background: #fff; padding: 16px", 192) for _, svg in trained]
-        self._known = self._features(_pictures(documents, browser))
+        self._known = torch.cat([self._features(sheet) for sheet in _sheets(documents, browser)])
 
     def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
         best = (self._features(pictures) @ self._known.T).argmax(1)
