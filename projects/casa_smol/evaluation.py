@@ -177,12 +177,14 @@ def evaluated(given: argparse.Namespace) -> dict[str, Any]:
         evaluation.answer, evaluation.watch = Answering(eyes), watching.watching(eyes)
 
     def of(task: str) -> dict[str, Any]:
-        if task != "text_only":
-            return evaluation.of(task)
         try:
+            if task != "text_only":
+                return evaluation.of(task)
             return {} if eyes is None else {"seen": text_only(eyes, given.text)}
-        except UserError as error:
-            left_out.append(f"text alone is left out: {error}")
+        except (UserError, ImportError, FileNotFoundError) as error:
+            left_out.append(
+                f"{task} is left out, since what it needs is not here (README.md says how to get it): {error}"
+            )
             return {}
 
     settings = {name: getattr(given, name) for name in ("model", "seed", "count", "films", "vqa", "ways")}

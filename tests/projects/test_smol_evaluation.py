@@ -263,5 +263,7 @@ def test_batches_and_kept_pictures_change_no_answer(model):
 
 
 def test_what_cannot_be_is_said_in_a_sentence(tmp_path, capsys):
+    assert main(["--tasks", "easy_vqa", "--readers"]) == 0
+    assert "easy_vqa is left out" in capsys.readouterr().out
     assert main(["--tasks", "line", "--out", str(tmp_path / "none" / "a.json")]) == 2
     assert "does not exist" in capsys.readouterr().err
