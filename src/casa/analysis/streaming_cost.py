@@ -7,7 +7,7 @@ else the machine does meets both alike.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -49,6 +49,7 @@ class Comparison:
         max_frames, max_image_tokens, max_seconds: Where the insertion session stops, since its cost grows without end:
             frames it watched, image tokens it holds, seconds of its own work. None: never.
         sampling: Of the CASA session; greedy if left out.
+        clock: Tells seconds.
         session: Further arguments of both sessions, such as prompt and max_new_tokens.
 
     Raises:
@@ -64,6 +65,7 @@ class Comparison:
         max_image_tokens: int | None = MAX_IMAGE_TOKENS,
         max_seconds: float | None = MAX_SECONDS,
         sampling: Sampling | None = None,
+        clock: Callable[[], float] = perf_counter,
         **session: Any,
     ) -> None:
         self._script: list[int] = []
@@ -75,7 +77,7 @@ class Comparison:
         self._insertion: StreamingSession | None = StreamingSession(
             insertion_twin(model), processor, sampling=repeater, **session
         )
-        self._device = model.device
+        self._device, self._clock = model.device, clock
         self._bounds = (max_frames, max_image_tokens, max_seconds)
         self._compared, self._spent = 0, 0.0
 
@@ -103,7 +105,7 @@ class Comparison:
         if self._device.type == "cuda":
             # an accelerator works on after a call returns
             torch.cuda.synchronize(self._device)
-        return perf_counter()
+        return self._clock()
 
 
 def compare(

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, MllamaForCausalLM, SmolVLMConfig, SmolVLMForConditionalGeneration
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
-from casa.benchmarks.decode import ALL, DTYPES, EVERY, clock, small_backbone
-from casa.benchmarks.harness import Benchmark, Figures, Panel, table
+from casa.benchmarks.decode import ALL, DTYPES, EVERY, small_backbone
+from casa.benchmarks.harness import Benchmark, Figures, Panel, clock, table
 from casa.benchmarks.settings import PeersSettings
 from casa.benchmarks.train import fresh_model, random_picture
 from casa.layers import Rotation
@@ -279,7 +279,8 @@ def _with_crossed_blocks(text: Any, every: int) -> MllamaTextConfig:
 @torch.inference_mode()
 def bench_peers(settings: PeersSettings) -> Benchmark:
     """Every contestant takes each turn beside the others; from each of `turns` on, `samples` of them are timed."""
-    now, device = clock(settings), pick_device(settings.device)
+    device = pick_device(settings.device)
+    now = clock(device, settings.cpu_time)
     made, pixels = new_peers(settings)
     generator = torch.Generator().manual_seed(settings.seed)
     vocabulary = made[INSERTION].model.config.get_text_config().vocab_size

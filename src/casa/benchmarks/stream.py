@@ -4,11 +4,10 @@ By sessions, in which each caption ends where the model ends it; or by turns of 
 official release measures it: nobody stops early, since what is said has no meaning there, only its cost.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import islice, pairwise
 from statistics import median
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from casa.analysis.streaming_cost import Comparison, Cost, insertion_twin
-from casa.benchmarks.harness import Benchmark, Figures, Panel, handwriting, in_own_process, table
+from casa.benchmarks.harness import Benchmark, Figures, Panel, clock, handwriting, in_own_process, table
 from casa.benchmarks.live import bench_sessions
 from casa.benchmarks.settings import StreamSettings
 from casa.errors import UserError
@@ -24,10 +23,15 @@ from casa.memory import max_memory_allocated, memory_allocated, reset_peak_memor
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.models.auto import load_pretrained
 from casa.models.generation import stop_ids
+from casa.models.image_cache import project_features
+from casa.streaming import StreamingSession
+from casa.streaming.batch import encode_together
+from casa.streaming.session import EncodedFrame
 
 METHODS = ("casa", "insertion")
 MAX_INSERTED = 120  # frames for which insertion is followed
 TENTHS = 10
+FRAMES = 40  # whose parts are told
 
 
 def bench_stream(settings: StreamSettings) -> Benchmark:
@@ -50,19 +54,50 @@ def _by_session(settings: StreamSettings) -> Benchmark:
         raise UserError(f"frames is {settings.frames}; give at least 4, to compare quarters.", field="frames")
     model, processor = load_pretrained(settings.model, settings.device)
     bound = settings.max_text_tokens or None
-    both = Comparison(model, processor, max_frames=MAX_INSERTED, max_image_tokens=None, max_text_tokens=bound)
+    now = clock(model.device, settings.cpu_time)
+    both = Comparison(
+        model, processor, max_frames=MAX_INSERTED, max_image_tokens=None, max_text_tokens=bound, clock=now
+    )
     rows = [both.step(frame) for frame in islice(handwriting(settings.seed, settings.size), settings.frames)]
     figures: Figures = {"frames": settings.frames, "text_tokens_said": sum(row.tokens for row in rows)}
     for name in METHODS:
         costs: list[Cost] = [cost for row in rows if (cost := getattr(row, name)) is not None]
         if len(costs) >= 4:
             figures[name] = _quarters(costs)
+    if settings.profile:
+        figures["parts"] = _parts(model, processor, handwriting(settings.seed, settings.size), now)
     shown = [{"method": name, **figures[name]} for name in METHODS if name in figures]
     columns = {"": "{method}", "frames": "{frames}", "first quarter": "{first_quarter_ms:.1f} ms"}
     columns |= {"last quarter": "{last_quarter_ms:.1f} ms", "ratio": "{latency_ratio:.2f}"}
     columns |= {"cache first": "{cache_bytes[0]!K:.1f} KiB", "cache last": "{cache_bytes[1]!K:.1f} KiB"}
-    told = {"size": settings.size, "seed": settings.seed, "max_text_tokens": bound}
-    return Benchmark("stream", told, figures, table(shown, columns), str(model.device), settings.model)
+    told = {"size": settings.size, "seed": settings.seed, "max_text_tokens": bound} | _by_clock(settings)
+    lines = [table(shown, columns)]
+    lines += [", ".join(f"{name} {ms:.2f} ms" for name, ms in figures["parts"].items())] if settings.profile else []
+    return Benchmark("stream", told, figures, "\n".join(lines), str(model.device), settings.model)
+
+
+def _by_clock(settings: StreamSettings) -> Figures:
+    return {"cpu_time": True} if settings.cpu_time else {}
+
+
+@torch.inference_mode()
+def _parts(
+    model: CasaForConditionalGeneration, processor: CasaProcessor, frames: Iterator[Any], now: Callable[[], float]
+) -> Figures:
+    """Median ms of a frame's parts, one after the other: its pixels, the encoder, the projection, and what is said."""
+    session, taken = StreamingSession(model, processor), []
+    for frame in islice(frames, FRAMES):
+        marks = [now()]
+        before, after, pixels = processor.frame(frame)
+        marks.append(now())
+        (images,) = encode_together(model, [pixels])
+        marks.append(now())
+        images = project_features(model, images)
+        marks.append(now())
+        session.step(EncodedFrame(before, after, images))
+        taken.append([1000 * (end - begun) for begun, end in pairwise([*marks, now()])])
+    names = ("pixels", "encoder", "projection", "text")
+    return {name: round(median(times), 3) for name, times in zip(names, zip(*taken, strict=True), strict=True)}
 
 
 def _quarters(costs: Sequence[Cost]) -> Figures:
@@ -96,8 +131,11 @@ class FixedTurn(NamedTuple):
 class FixedTurns:
     """A model that takes turns of a fixed number of tokens, each behind the last one's cache."""
 
-    def __init__(self, model: CasaForConditionalGeneration, processor: CasaProcessor, tokens: int) -> None:
+    def __init__(
+        self, model: CasaForConditionalGeneration, processor: CasaProcessor, tokens: int, cpu_time: bool = False
+    ) -> None:
         self._model, self._processor, self._tokens = model, processor, tokens
+        self._now = clock(model.device, cpu_time)
         self._cache = model.new_cache()
         self._filler = next(iter(stop_ids(model)), 0)
 
@@ -121,18 +159,18 @@ class FixedTurns:
         output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, **images)
         return int(output.logits[0, -1].argmax())
 
-    def _now(self) -> float:
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)
-        return perf_counter()
-
 
 def fixed_turns(
-    model: CasaForConditionalGeneration, processor: CasaProcessor, frames: Iterator[Any], turns: int, tokens: int
+    model: CasaForConditionalGeneration,
+    processor: CasaProcessor,
+    frames: Iterator[Any],
+    turns: int,
+    tokens: int,
+    cpu_time: bool = False,
 ) -> dict[str, list[FixedTurn]]:
     """Each frame through CASA and, beside it in the same turn, through insertion of the same weights."""
     models = {"casa": model, "insertion": insertion_twin(model)}
-    both = {name: FixedTurns(each, processor, tokens) for name, each in models.items()}
+    both = {name: FixedTurns(each, processor, tokens, cpu_time) for name, each in models.items()}
     found: dict[str, list[FixedTurn]] = {name: [] for name in both}
     for frame in islice(frames, turns):
         for name, taker in both.items():
@@ -146,7 +184,8 @@ def _by_turns(settings: StreamSettings, tokens: int) -> Benchmark:
     if turns < TENTHS:
         raise UserError(f"frames is {turns}; give at least {TENTHS}, to compare tenths.", field="frames")
     model, processor = load_pretrained(settings.model, settings.device)
-    found = fixed_turns(model, processor, handwriting(settings.seed, settings.size), turns, tokens)
+    frames = handwriting(settings.seed, settings.size)
+    found = fixed_turns(model, processor, frames, turns, tokens, settings.cpu_time)
     figures: Figures = {}
     for name, taken in found.items():
         tenth = turns // TENTHS
@@ -171,7 +210,7 @@ def _by_turns(settings: StreamSettings, tokens: int) -> Benchmark:
         Panel("frame", "ms to the first token", {name: [1000 * t.first_token for t in found[name]] for name in found}),
         Panel("frame", "cache, MiB", {name: [t.cache_bytes / 2**20 for t in found[name]] for name in found}),
     )
-    told = {"size": settings.size, "seed": settings.seed, "tokens": tokens}
+    told = {"size": settings.size, "seed": settings.seed, "tokens": tokens} | _by_clock(settings)
     return Benchmark("stream", told, figures, shown, str(model.device), settings.model, panels)
 
 

@@ -16,7 +16,6 @@ Weights and pictures are random. Shapes: T text tokens, N image tokens, n sample
 
 import copy
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,7 +29,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 from casa.analysis.published_models import shapes_of
-from casa.benchmarks.harness import Benchmark, Figures, in_own_process, table, take_turns
+from casa.benchmarks.harness import Benchmark, Figures, clock, in_own_process, shares, table, take_turns, told_shares
 from casa.benchmarks.packing import SampleLength, measure_packing, spread_lengths, stage_lengths
 from casa.benchmarks.settings import TrainSettings
 from casa.errors import UserError
@@ -226,17 +225,15 @@ def measure_step(settings: Figures, method: str, image_tokens: int) -> Figures:
     optimiser.zero_grad()
     before = memory_allocated(device)
     reset_peak_memory(device)  # making the model may have held more than a step does
-    final = seconds = math.nan
+    final, seconds, now = math.nan, math.nan, clock(device)
     for _ in range(STEPS):
-        begun = time.perf_counter()
+        begun = now()
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
         final = float(loss.detach())
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - begun  # of the last step: the first makes the moments
+        seconds = now() - begun  # of the last step: the first makes the moments
     peak, kept = max_memory_allocated(device), kept_bytes(model, batch)
     speed = round(chosen.text_tokens / seconds, 1)
     found = {"before": before, "peak": peak, "step": peak - before, "kept": kept}
@@ -363,7 +360,7 @@ def throughput(settings: TrainSettings, draws: int = DRAWS, budgets: Mapping[str
     kinds: Figures = {}
     for kind, budget in budgets.items():
         found = [
-            _packed_and_padded(model, drawn_lengths(kind, settings.drawn, budget, seed), budget, settings.rounds, seed)
+            _packed_and_padded(model, drawn_lengths(kind, settings.drawn, budget, seed), budget, settings, seed)
             for seed in range(settings.seed, settings.seed + draws)
         ]
         usual = round(median(each["packed_over_padded"] for each in found), 2)
@@ -373,7 +370,11 @@ def throughput(settings: TrainSettings, draws: int = DRAWS, budgets: Mapping[str
 
 
 def _packed_and_padded(
-    model: CasaForConditionalGeneration, lengths: list[SampleLength], budget: TokenBudget, rounds: int, seed: int
+    model: CasaForConditionalGeneration,
+    lengths: list[SampleLength],
+    budget: TokenBudget,
+    settings: TrainSettings,
+    seed: int,
 ) -> Figures:
     """The same samples packed and padded, in turns."""
     drawn, numbers = RandomSamples(model, lengths, seed), ways_of(lengths, budget)
@@ -381,7 +382,7 @@ def _packed_and_padded(
     batches = {way: [makers[way](chosen) for chosen in numbers[way]] for way in makers}
     text = sum(length.text_tokens for length in lengths)
     passes = {way: partial(_pass, model, batches[way], text - len(lengths)) for way in makers}
-    taken = take_turns(passes, rounds)
+    taken = take_turns(passes, settings.rounds)
     usual = {way: median(seconds for seconds, _ in found) for way, found in taken.items()}
     return {
         "seed": seed,
@@ -394,18 +395,14 @@ def _packed_and_padded(
         "seconds": {way: round(value, 4) for way, value in usual.items()},
         "samples_per_second": {way: round(len(lengths) / value, 2) for way, value in usual.items()},
         "packed_over_padded": round(usual["padded"] / usual["packed"], 2),
+        **({"shares": {way: shares(one) for way, one in passes.items()}} if settings.profile else {}),
     }
 
 
 def _pass(model: CasaForConditionalGeneration, batches: Sequence[Batch], learned: int) -> tuple[float, float]:
     """Seconds of forward and backward over all batches, and the mean loss of the learned tokens."""
-
-    def now() -> float:
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
-        return time.perf_counter()
-
-    began, total = now(), 0.0
+    now, total = clock(model.device), 0.0
+    began = now()
     for batch in batches:
         loss = model(**batch, use_cache=False, num_items_in_batch=learned).loss
         loss.backward()
@@ -427,7 +424,13 @@ def throughput_table(found: Figures) -> str:
     kinds = found["kinds"]
     rows = [{"kind": kind, **draw} for kind, row in kinds.items() for draw in row["draws"]]
     usual = ", ".join(f"{kind} {row['packed_over_padded']:.2f}x" for kind, row in kinds.items())
-    return f"{table(rows, columns | {'gain': '{packed_over_padded:.2f}x'})}\npacked over padded, medians: {usual}"
+    shown = table(rows, columns | {"gain": "{packed_over_padded:.2f}x"})
+    where = [
+        f"{row['kind']}, draw {row['seed']}, {way}: {told_shares(found)}"
+        for row in rows
+        for way, found in row.get("shares", {}).items()
+    ]
+    return "\n".join([shown, f"packed over padded, medians: {usual}", *where])
 
 
 def packing(samples: int = 2000, seed: int = 0) -> Figures:
