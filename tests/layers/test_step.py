@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from casa.layers import Rotation, turner
+from casa.layers import Rotation, Turner
 from casa.testing import tiny_casa, tiny_text_model
 
 SCALINGS = {
@@ -39,7 +39,7 @@ def test_it_turns_as_the_backbone_does():
 def test_turning_a_key_is_rotating_it_elsewhere(scale, distance):
     rotary = exact(scale=scale)
     x, positions = torch.randn(6, 2, 8, dtype=torch.float64), torch.tensor([5, 6, 7, 8, 9, 20])
-    moved = turner(rotary)(rotary(positions)(x), distance)
+    moved = Turner(rotary)(rotary(positions)(x), distance)
     torch.testing.assert_close(moved, rotary(positions + distance)(x), rtol=1e-12, atol=1e-12)
 
 

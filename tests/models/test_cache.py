@@ -8,7 +8,7 @@ from hypothesis import given
 from transformers import StaticCache
 
 from casa.errors import UserError
-from casa.layers import turner
+from casa.layers import Turner
 from casa.models.cache import CACHE
 from casa.testing import TinySample, tiny_casa
 from casa.testing.drawn import SEVERAL, texts_in_pieces
@@ -32,7 +32,7 @@ def after(model, cache, *tokens):
 
 def turns(model):
     blocks = range(len(model.decoder.blocks))
-    return [turner(rotary) for rotary in model.decoder.rotaries(blocks, model.device, model.dtype)]
+    return [Turner(rotary) for rotary in model.decoder.rotaries(blocks, model.device, model.dtype)]
 
 
 def rows_of(cache):

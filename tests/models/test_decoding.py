@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from casa import FusionConfig, adapt
 from casa.analysis.ablations import ablated
-from casa.models import decoding
+from casa.models import decoding, passes
 from casa.models.decoding import PreparedDecoder, prepared
 from casa.testing import BACKBONES, TinySample, as_batch, tiny_backbone, tiny_casa, tiny_casa_over, tiny_encoder
 from tests.few import few_first
@@ -359,3 +359,46 @@ def test_a_frame_behind_a_token_goes_the_same_way(fusion, ways):
     # an inserted image goes through the modules, and the question behind it does not
     assert len(ways) == (1 if fusion.get("method") else 2)
     torch.testing.assert_close(quick, fed(True), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    "fusion",
+    [{}, {"placement": "before", "gate": "tanh"}, {"placement": "replace", "every": 2}, {"method": "cross_attention"}],
+    ids=str,
+)
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_frame_is_seen_as_one_pass_sees_it(kind, fusion, at, monkeypatch):
+    """Frames of live sessions, and questions about them, write into the windows; a packed pass says the same."""
+    model, taken = tiny_casa_over(kind, **fusion), []
+    frame_step = passes.FusionLayers._frame_step
+
+    def noted(*args):
+        found = frame_step(*args)
+        taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr(passes.FusionLayers, "_frame_step", noted)
+    # what is seen of the first frames differs in length, and so does the text behind them
+    cases = as_batch((ROWS[0], ROWS[2]))
+    frame = TinySample((3, 6, 8), ((at, 2, 2), (at, 1, 2)), seed=50).inputs()
+    frames = {name: torch.cat([value] * 2) for name, value in frame.items()}
+    frames["image_positions"] = torch.tensor([[row, at] for row in (0, 0, 1, 1)])
+    asked = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
+
+    def fed(grad):
+        found, cache = [], None
+        with torch.set_grad_enabled(grad):
+            for call in (cases, frames, asked, frames):
+                output = model(**call, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                found.append(output.logits.detach())
+        return torch.cat(found[1:], dim=1), cache
+
+    quick, cache = fed(False)
+    assert taken == [False, True, True]
+    slow, other = fed(True)
+    torch.testing.assert_close(quick, slow, rtol=1e-12, atol=1e-12)
+    assert cache.windows.windows == other.windows.windows
+    for mine, theirs in zip(tensors(cache), tensors(other), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)

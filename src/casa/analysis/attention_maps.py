@@ -17,7 +17,7 @@ from torch import Tensor
 
 from casa.analysis.self_attention import watch_self_attention
 from casa.errors import UserError
-from casa.layers import turner
+from casa.layers import Turner
 from casa.models import CasaForConditionalGeneration
 from casa.models.cache import pop_cache
 from casa.models.inputs import read_image_places
@@ -257,7 +257,7 @@ def _fusion(model: CasaForConditionalGeneration, inputs: Mapping[str, Any], toke
     found, fusion = _Found(tokens), model.fusion
     rotaries = model.decoder.rotaries(model.fused_blocks, torch.device("cpu"), torch.float64)
     # plain cross-attention has no rotary positions to turn
-    turns = [turner(r) if fusion.history and fusion.attend == "both" else None for r in rotaries]
+    turns = [Turner(r) if fusion.history and fusion.attend == "both" else None for r in rotaries]
 
     def record(layer: int, query: Tensor, text_key: Tensor, image_key: Tensor, layout: WindowLayout) -> None:
         query, text_key, image_key = (x.detach().cpu().double() for x in (query, text_key, image_key))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
-from casa.benchmarks.harness import Benchmark, Figures, clock, percentiles, shares, table, take_turns, told_shares
+from casa.benchmarks.harness import Benchmark, Figures, clock, percentiles, table, take_turns
 from casa.benchmarks.settings import DecodeSettings
 from casa.models import CasaForConditionalGeneration, FusionConfig, adapt
 from casa.models.auto import pick_device
@@ -196,7 +196,7 @@ def bench_decode(settings: DecodeSettings) -> Benchmark:
                 "int8 beside whole weights: the likeliest token is the same at {agreement:.1%} of {tokens} places, "
                 "perplexity {perplexity:.3f} beside {perplexity_whole:.3f}, {kl:.5f} nats apart".format(**found)
             )
-    told = {name: value for name, value in vars(settings).items() if name not in ("backbone", "device", "profile")}
+    told = {name: value for name, value in vars(settings).items() if name not in ("backbone", "device")}
     told = {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
     return Benchmark("decode", told, figures, "\n\n".join(tables), pick_device(settings.device), settings.backbone)
 
@@ -213,13 +213,13 @@ def _measured(made: Contestants) -> Figures:
             if history:
                 model = _with_history(every, history)
                 runs[f"{EVERY.format(settings.every)}, history {history}"] = made.tokens(model, rows, BEFORE + 1)
-        found[f"token, {rows} rows" if rows > 1 else "token"] = summary(runs, settings.rounds, settings.profile)
+        found[f"token, {rows} rows" if rows > 1 else "token"] = summary(runs, settings.rounds)
     runs = {OWN: made.tokens(own, 1, 0)} | {name: made.first_token(model) for name, model in made.models.items()}
-    found["first token of a frame"] = summary(runs, settings.rounds, settings.profile)
+    found["first token of a frame"] = summary(runs, settings.rounds)
     runs = {OWN: made.prefill(own, framed=False), TEXT: made.prefill(every, framed=False)}
     runs |= {name: made.prefill(model, framed=True) for name, model in made.models.items()}
     runs[f"{EVERY.format(settings.every)}, frame last"] = made.prefill(every, framed=True, at=settings.prompt - 1)
-    found["prompt"] = summary(runs, settings.rounds, settings.profile)
+    found["prompt"] = summary(runs, settings.rounds)
     return found
 
 
@@ -230,10 +230,10 @@ def _with_history(model: CasaForConditionalGeneration, history: int) -> CasaForC
     return twin
 
 
-def summary(runs: Mapping[str, Run], rounds: int, profile: bool = False) -> Figures:
+def summary(runs: Mapping[str, Run], rounds: int) -> Figures:
     """Medians in ms, their spread (the middle half over the median), and the ratio to transformers' own.
 
-    The ratio is the median of those within a round: a busy machine slows both. profile: each once more for `shares`.
+    The ratio is the median of those within a round: a busy machine slows both.
     """
     for run in runs.values():
         run()  # what is made once is made
@@ -243,8 +243,6 @@ def summary(runs: Mapping[str, Run], rounds: int, profile: bool = False) -> Figu
         low, middle, high = percentiles(times, 25, 50, 75, digits=3)
         ratio = median(mine / own for mine, own in zip(times, turns[OWN], strict=True))
         found[name] = {"ms": middle, "spread": round((high - low) / middle, 3), "ratio": round(ratio, 3)}
-        if profile:
-            found[name]["shares"] = shares(runs[name])
     return found
 
 
@@ -254,6 +252,5 @@ def decode_table(found: Figures) -> str:
     parts = []
     for title, rows in found.items():
         shown = table([{"name": name, **row} for name, row in rows.items()], columns)
-        where = [f"{name}: {told_shares(row['shares'])}" for name, row in rows.items() if "shares" in row]
-        parts.append("\n".join([title, shown, *where]))
+        parts.append(f"{title}\n{shown}")
     return "\n\n".join(parts)

@@ -34,7 +34,6 @@ Figures = dict[str, Any]  # names and values, ready for JSON
 CLIP_SECONDS = 60.0
 DRAWN = 120  # different frames of a film
 FEW_POINTS = 12  # of a line, which are marked
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "_weight_int8pack_mm", "mkldnn_convolution"}
 UNITS = {"K": 2**10, "M": 2**20}
 
 
@@ -140,30 +139,6 @@ def clock(device: torch.device | str, cpu_time: bool = False) -> Callable[[], fl
         return read()
 
     return now
-
-
-def shares(run: Callable[[], object]) -> Figures:
-    """Of the time that a call spends in torch's operations: products of matrices, attention, and the rest by name."""
-    with torch.profiler.profile() as seen:
-        run()
-    products, attention, rest = 0.0, 0.0, dict[str, float]()
-    for event in seen.key_averages():
-        name, spent = event.key.removeprefix("aten::"), event.self_cpu_time_total
-        if "scaled_dot_product" in name:
-            attention += spent
-        elif name in PRODUCTS:
-            products += spent
-        else:
-            rest[name] = rest.get(name, 0.0) + spent
-    whole = products + attention + sum(rest.values())
-    most = sorted(rest, key=lambda name: -rest[name])[:4]
-    found = {"products": products, "attention": attention, **{name: rest[name] for name in most}}
-    return {name: round(spent / whole, 3) for name, spent in found.items()}
-
-
-def told_shares(found: Mapping[str, float]) -> str:
-    """The same in words."""
-    return ", ".join(f"{name} {share:.2f}" for name, share in found.items())
 
 
 def percentiles(values: Sequence[float], *shares: float, digits: int = 1) -> list[float]:

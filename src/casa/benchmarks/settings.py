@@ -22,7 +22,6 @@ MaxTextTokens = Annotated[NonNegative, "Bound on the text remembered, in tokens;
 Seed = Annotated[int, "Another seed draws other films, samples and weights."]
 Device = Annotated[str, "auto, cpu or cuda."]
 CpuTime = Annotated[bool, "Processor time: with one thread, about what a quiet machine takes, also on a busy one."]
-Profile = Annotated[bool, "Tell also where the time goes."]
 Above0 = Annotated[float, Bounds(gt=0, lt=math.inf)]
 
 
@@ -50,7 +49,6 @@ class DecodeSettings(Settings):
     history: Annotated[tuple[int, ...], "Earlier frames that stay visible, with commas; -1: all."] = (0, 1, -1)
     dtypes: Annotated[tuple[str, ...], f"Of the weights, with commas: {', '.join(WEIGHTS)}."] = ("bf16",)
     cpu_time: CpuTime = False
-    profile: Profile = False
     seed: Seed = 0
     device: Device = "auto"
 
@@ -105,7 +103,6 @@ class StreamSettings(Settings):
     device: Device = "auto"
     peak: Annotated[bool, "With tokens: peak memory of each method, run once more in a process of its own."] = True
     cpu_time: CpuTime = False
-    profile: Profile = False
 
 
 @dataclass(frozen=True)
@@ -206,7 +203,6 @@ class TrainSettings(Settings):
     frozen_tower: Annotated[bool, "Train all but the image encoder."] = False
     drawn: Annotated[int, Bounds(ge=2), "Samples to go through packed and padded."] = 64
     rounds: Annotated[Positive, "Passes over them; medians are printed."] = 3
-    profile: Profile = False
     seed: Seed = 0
     device: Device = "auto"
 

@@ -4,9 +4,9 @@ By sessions, in which each caption ends where the model ends it; or by turns of 
 official release measures it: nobody stops early, since what is said has no meaning there, only its cost.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice, pairwise
+from itertools import islice
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -23,15 +23,10 @@ from casa.memory import max_memory_allocated, memory_allocated, reset_peak_memor
 from casa.models import CasaForConditionalGeneration, CasaProcessor
 from casa.models.auto import load_pretrained
 from casa.models.generation import stop_ids
-from casa.models.image_cache import project_features
-from casa.streaming import StreamingSession
-from casa.streaming.batch import encode_together
-from casa.streaming.session import EncodedFrame
 
 METHODS = ("casa", "insertion")
 MAX_INSERTED = 120  # frames for which insertion is followed
 TENTHS = 10
-FRAMES = 40  # whose parts are told
 
 
 def bench_stream(settings: StreamSettings) -> Benchmark:
@@ -54,50 +49,21 @@ def _by_session(settings: StreamSettings) -> Benchmark:
         raise UserError(f"frames is {settings.frames}; give at least 4, to compare quarters.", field="frames")
     model, processor = load_pretrained(settings.model, settings.device)
     bound = settings.max_text_tokens or None
-    now = clock(model.device, settings.cpu_time)
-    both = Comparison(
-        model, processor, max_frames=MAX_INSERTED, max_image_tokens=None, max_text_tokens=bound, clock=now
-    )
+    most = {"max_frames": MAX_INSERTED, "max_image_tokens": None, "max_text_tokens": bound}
+    both = Comparison(model, processor, clock=clock(model.device, settings.cpu_time), **most)
     rows = [both.step(frame) for frame in islice(handwriting(settings.seed, settings.size), settings.frames)]
     figures: Figures = {"frames": settings.frames, "text_tokens_said": sum(row.tokens for row in rows)}
     for name in METHODS:
         costs: list[Cost] = [cost for row in rows if (cost := getattr(row, name)) is not None]
         if len(costs) >= 4:
             figures[name] = _quarters(costs)
-    if settings.profile:
-        figures["parts"] = _parts(model, processor, handwriting(settings.seed, settings.size), now)
     shown = [{"method": name, **figures[name]} for name in METHODS if name in figures]
     columns = {"": "{method}", "frames": "{frames}", "first quarter": "{first_quarter_ms:.1f} ms"}
     columns |= {"last quarter": "{last_quarter_ms:.1f} ms", "ratio": "{latency_ratio:.2f}"}
     columns |= {"cache first": "{cache_bytes[0]!K:.1f} KiB", "cache last": "{cache_bytes[1]!K:.1f} KiB"}
-    told = {"size": settings.size, "seed": settings.seed, "max_text_tokens": bound} | _by_clock(settings)
-    lines = [table(shown, columns)]
-    lines += [", ".join(f"{name} {ms:.2f} ms" for name, ms in figures["parts"].items())] if settings.profile else []
-    return Benchmark("stream", told, figures, "\n".join(lines), str(model.device), settings.model)
-
-
-def _by_clock(settings: StreamSettings) -> Figures:
-    return {"cpu_time": True} if settings.cpu_time else {}
-
-
-@torch.inference_mode()
-def _parts(
-    model: CasaForConditionalGeneration, processor: CasaProcessor, frames: Iterator[Any], now: Callable[[], float]
-) -> Figures:
-    """Median ms of a frame's parts, one after the other: its pixels, the encoder, the projection, and what is said."""
-    session, taken = StreamingSession(model, processor), []
-    for frame in islice(frames, FRAMES):
-        marks = [now()]
-        before, after, pixels = processor.frame(frame)
-        marks.append(now())
-        (images,) = encode_together(model, [pixels])
-        marks.append(now())
-        images = project_features(model, images)
-        marks.append(now())
-        session.step(EncodedFrame(before, after, images))
-        taken.append([1000 * (end - begun) for begun, end in pairwise([*marks, now()])])
-    names = ("pixels", "encoder", "projection", "text")
-    return {name: round(median(times), 3) for name, times in zip(names, zip(*taken, strict=True), strict=True)}
+    told = {"size": settings.size, "seed": settings.seed, "max_text_tokens": bound}
+    told |= {"cpu_time": True} if settings.cpu_time else {}
+    return Benchmark("stream", told, figures, table(shown, columns), str(model.device), settings.model)
 
 
 def _quarters(costs: Sequence[Cost]) -> Figures:
@@ -131,11 +97,9 @@ class FixedTurn(NamedTuple):
 class FixedTurns:
     """A model that takes turns of a fixed number of tokens, each behind the last one's cache."""
 
-    def __init__(
-        self, model: CasaForConditionalGeneration, processor: CasaProcessor, tokens: int, cpu_time: bool = False
-    ) -> None:
+    def __init__(self, model: CasaForConditionalGeneration, processor: CasaProcessor, tokens: int, cpu: bool = False):
         self._model, self._processor, self._tokens = model, processor, tokens
-        self._now = clock(model.device, cpu_time)
+        self._now = clock(model.device, cpu)
         self._cache = model.new_cache()
         self._filler = next(iter(stop_ids(model)), 0)
 
@@ -210,7 +174,8 @@ def _by_turns(settings: StreamSettings, tokens: int) -> Benchmark:
         Panel("frame", "ms to the first token", {name: [1000 * t.first_token for t in found[name]] for name in found}),
         Panel("frame", "cache, MiB", {name: [t.cache_bytes / 2**20 for t in found[name]] for name in found}),
     )
-    told = {"size": settings.size, "seed": settings.seed, "tokens": tokens} | _by_clock(settings)
+    told = {"size": settings.size, "seed": settings.seed, "tokens": tokens}
+    told |= {"cpu_time": True} if settings.cpu_time else {}
     return Benchmark("stream", told, figures, shown, str(model.device), settings.model, panels)
 
 

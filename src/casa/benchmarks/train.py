@@ -29,7 +29,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 from casa.analysis.published_models import shapes_of
-from casa.benchmarks.harness import Benchmark, Figures, clock, in_own_process, shares, table, take_turns, told_shares
+from casa.benchmarks.harness import Benchmark, Figures, clock, in_own_process, table, take_turns
 from casa.benchmarks.packing import SampleLength, measure_packing, spread_lengths, stage_lengths
 from casa.benchmarks.settings import TrainSettings
 from casa.errors import UserError
@@ -360,7 +360,7 @@ def throughput(settings: TrainSettings, draws: int = DRAWS, budgets: Mapping[str
     kinds: Figures = {}
     for kind, budget in budgets.items():
         found = [
-            _packed_and_padded(model, drawn_lengths(kind, settings.drawn, budget, seed), budget, settings, seed)
+            _packed_and_padded(model, drawn_lengths(kind, settings.drawn, budget, seed), budget, settings.rounds, seed)
             for seed in range(settings.seed, settings.seed + draws)
         ]
         usual = round(median(each["packed_over_padded"] for each in found), 2)
@@ -370,11 +370,7 @@ def throughput(settings: TrainSettings, draws: int = DRAWS, budgets: Mapping[str
 
 
 def _packed_and_padded(
-    model: CasaForConditionalGeneration,
-    lengths: list[SampleLength],
-    budget: TokenBudget,
-    settings: TrainSettings,
-    seed: int,
+    model: CasaForConditionalGeneration, lengths: list[SampleLength], budget: TokenBudget, rounds: int, seed: int
 ) -> Figures:
     """The same samples packed and padded, in turns."""
     drawn, numbers = RandomSamples(model, lengths, seed), ways_of(lengths, budget)
@@ -382,7 +378,7 @@ def _packed_and_padded(
     batches = {way: [makers[way](chosen) for chosen in numbers[way]] for way in makers}
     text = sum(length.text_tokens for length in lengths)
     passes = {way: partial(_pass, model, batches[way], text - len(lengths)) for way in makers}
-    taken = take_turns(passes, settings.rounds)
+    taken = take_turns(passes, rounds)
     usual = {way: median(seconds for seconds, _ in found) for way, found in taken.items()}
     return {
         "seed": seed,
@@ -395,7 +391,6 @@ def _packed_and_padded(
         "seconds": {way: round(value, 4) for way, value in usual.items()},
         "samples_per_second": {way: round(len(lengths) / value, 2) for way, value in usual.items()},
         "packed_over_padded": round(usual["padded"] / usual["packed"], 2),
-        **({"shares": {way: shares(one) for way, one in passes.items()}} if settings.profile else {}),
     }
 
 
@@ -424,13 +419,7 @@ def throughput_table(found: Figures) -> str:
     kinds = found["kinds"]
     rows = [{"kind": kind, **draw} for kind, row in kinds.items() for draw in row["draws"]]
     usual = ", ".join(f"{kind} {row['packed_over_padded']:.2f}x" for kind, row in kinds.items())
-    shown = table(rows, columns | {"gain": "{packed_over_padded:.2f}x"})
-    where = [
-        f"{row['kind']}, draw {row['seed']}, {way}: {told_shares(found)}"
-        for row in rows
-        for way, found in row.get("shares", {}).items()
-    ]
-    return "\n".join([shown, f"packed over padded, medians: {usual}", *where])
+    return f"{table(rows, columns | {'gain': '{packed_over_padded:.2f}x'})}\npacked over padded, medians: {usual}"
 
 
 def packing(samples: int = 2000, seed: int = 0) -> Figures:

@@ -12,7 +12,7 @@ from casa.layers.casa import (
 )
 from casa.layers.plan import CallPlan, images_by_row, plan_call
 from casa.layers.state import LayerWindow, WindowExtent, WindowState
-from casa.layers.step import AttentionRecorder, DecodeStep, PackedStep, Rotary, Rotation, Step, per_rotary, turner
+from casa.layers.step import AttentionRecorder, DecodeStep, PackedStep, Rotary, Rotation, Step, Turner, per_rotary
 
 __all__ = [
     "IMAGE_PROJECTIONS",
@@ -27,6 +27,7 @@ __all__ = [
     "Rotary",
     "Rotation",
     "Step",
+    "Turner",
     "WindowExtent",
     "WindowState",
     "casa_update",
@@ -36,5 +37,4 @@ __all__ = [
     "plan_call",
     "project_images",
     "rms_norm",
-    "turner",
 ]

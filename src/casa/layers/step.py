@@ -4,8 +4,9 @@ Shapes: Q new text tokens (all rows, padding left out), T text tokens incl. the 
 heads, Hkv key heads, D channels of a head, B rows.
 
 `PackedStep` does any call: prefill, training, a later call that opens windows. `DecodeStep` does the call that
-generation repeats, one new token per row and no new image, on buffers that it writes in place.
-Both are passed to the layers explicitly; nothing is kept on modules.
+generation repeats, new tokens and no new image, on buffers that it writes in place; `FrameStep` the call that brings a
+live session's next frame, as two of these.
+They are passed to the layers explicitly; nothing is kept on modules.
 
 Rotary positions: `cos` and `sin` are (T, D), as the backbone's own rotary module makes them, so every scaling rule of
 the backbone (linear, YaRN, Llama 3 ...) comes along.
@@ -14,7 +15,7 @@ the backbone (linear, YaRN, Llama 3 ...) comes along.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,11 @@ from torch import Tensor
 from casa.attention import casa_attention
 from casa.layers.ablation import Ablation
 from casa.layers.plan import CallPlan
-from casa.layers.state import LayerWindow, WindowState
+from casa.layers.state import LayerWindow, WindowExtent, WindowState
 from casa.windows import WindowLayout
 
 Made = TypeVar("Made")
+ROOM = 16  # slots for text behind a window's images, at first
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,6 @@ class Turner:
         return self._made[1](key)
 
 
-def turner(rotary: Rotary | None) -> Turner:
-    """What moves keys of this rotary."""
-    return Turner(rotary)
-
-
 AttentionRecorder = Callable[[int, Tensor, Tensor, Tensor, WindowLayout], None]
 """(layer ordinal, query (Q, Hq, D), text key (T, Hkv, D), image key (N, Hkv, D), layout), rotary applied; scores are
 query times key over sqrt(D), whatever the backbone's own scale."""
@@ -165,6 +162,10 @@ class PackedStep:
         self._rotations = per_rotary(self.rotary, lambda rotary: (rotary(text), _needed(rotary(image))))
         if self.plan.keep is not None:
             self.next_state = WindowState(self.plan.keep.windows)
+
+    def finish(self) -> WindowState | None:
+        """What later calls need, once all layers have run."""
+        return self.next_state
 
     def attention(
         self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None, scale: float | None = None
@@ -228,7 +229,7 @@ class PackedStep:
     def _kept(self, key: Tensor, value: Tensor, image_key: Tensor, image_value: Tensor) -> LayerWindow:
         keep = self.plan.keep
         assert keep is not None
-        room = 0 if self.attend == "image" else 16
+        room = 0 if self.attend == "image" else ROOM
 
         def buffer(image: Tensor, text: Tensor) -> Tensor:
             parts = [image[keep.image_index]]
@@ -242,12 +243,13 @@ class PackedStep:
 
 @dataclass
 class DecodeStep:
-    """One new token per row, in the window that is open; writes its key and value into the state."""
+    """`length` new tokens per row, in the window that is open; writes their keys and values into the state."""
 
     state: WindowState
     rotary: Sequence[Rotary | None]
     device: torch.device
     attend: str = "both"
+    length: int = 1
 
     def __post_init__(self) -> None:
         self._turners: list[Callable[[Tensor], Tensor] | None] = [None] * len(self.rotary)
@@ -256,24 +258,59 @@ class DecodeStep:
             self._turners = per_rotary(self.rotary, lambda rotary: partial(Turner(rotary).each, distances=back))
         text, images = self.state.text_tokens, self.state.image_tokens
         self.tokens: Tensor | None = None
-        self.sees_image = None if all(images) else torch.tensor([n > 0 for n in images], device=self.device)
+        self.sees_image = None
+        if not all(images):
+            self.sees_image = torch.tensor([n > 0 for n in images for _ in range(self.length)], device=self.device)
         self.record: AttentionRecorder | None = None
-        self._text = torch.tensor(text, device=self.device)
-        self._rows = torch.arange(len(text), device=self.device)
+        new = torch.arange(self.length, device=self.device)
+        self._places = torch.tensor(text, device=self.device)[:, None] + new  # (B, length), in the window
+        self._rows = torch.arange(len(text), device=self.device)[:, None]
         self._same = text[0] if len(set(text)) == 1 else None
-        self._longest = max(text)
-        self._rotations = per_rotary(self.rotary, lambda rotary: rotary(self._text))
+        self._stop = max(text) + self.length
+        self._rotations = per_rotary(self.rotary, lambda rotary: rotary(self._places.flatten()))
         self._mask = None
+        self._biases: dict[tuple[int, torch.dtype], Tensor] = {}
         # after rows were selected the buffer may be wider than any row's images
         widest = self.state.layers[0].images
-        if self._same is None or set(images) != {widest}:
-            counts = torch.tensor(images, device=self.device)[:, None]
-            if self.attend == "image":
+        only_images = self.attend == "image"
+        if set(images) != {widest} or (not only_images and (self._same is None or self.length > 1)):
+            counts = torch.tensor(images, device=self.device)[:, None, None]
+            if only_images:
                 counts = counts.clamp(min=1)  # a row without image sees a slot whose result is thrown away
-            image = torch.arange(widest, device=self.device) < counts
-            now = torch.arange(self._longest + 1, device=self.device) <= self._text[:, None]
-            parts = [image] if self.attend == "image" else [image, now]
-            self._mask = torch.cat(parts, dim=1)[:, None, None]  # (B, 1, 1, keys)
+            image = (torch.arange(widest, device=self.device) < counts).expand(-1, self.length, -1)
+            now = torch.arange(self._stop, device=self.device) <= self._places[..., None]
+            # (B, 1, length, keys)
+            self._mask = torch.cat([image] if only_images else [image, now], dim=2)[:, None]
+
+    @classmethod
+    def opening(
+        cls,
+        images: Sequence[tuple[Tensor, Tensor]],
+        counts: Sequence[int],
+        rotary: Sequence[Rotary | None],
+        grid: Tensor | None,
+        attend: str,
+        length: int,
+    ) -> "DecodeStep":
+        """Behind new images alone, `counts` tokens of them in each row. images, rotary, grid: as in `PackedStep`."""
+        where = images[0][0].new_zeros(sum(counts), dtype=torch.int64)
+        if grid is not None:
+            where = torch.cat([where[None], grid])
+        turns = per_rotary(rotary, lambda rotation: _needed(rotation(where)))
+        room, widest = 0 if attend == "image" else length + ROOM, max(counts)
+
+        def buffer(image: Tensor) -> Tensor:
+            held = image.new_zeros(len(counts), image.shape[1], widest + room, image.shape[2])
+            for row, part in zip(held, image.split(list(counts)), strict=True):
+                row[:, : len(part)] = part.transpose(0, 1)
+            return held
+
+        layers = [
+            LayerWindow(buffer(key if turn is None else turn(key)), buffer(value), widest)
+            for (key, value), turn in zip(images, turns, strict=True)
+        ]
+        state = WindowState([[WindowExtent(count, 0, 0)] for count in counts], layers)
+        return cls(state, rotary, where.device, attend, length)
 
     def attention(
         self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None, scale: float | None = None
@@ -287,43 +324,80 @@ class DecodeStep:
             if rotation is not None:
                 key = rotation(key)
             window.unlock()
-            while self._longest >= window.capacity:
+            while self._stop > window.capacity:
                 window.grow()
-            where = stop + self._text
             held = [(window.key, key), (window.value, value)]
             held += [] if turn is None else [(window.seen_key(turn), key)]
             for buffer, new in held:
+                new = new.unflatten(0, self._places.shape)
                 if self._same is not None:
-                    buffer[:, :, stop + self._same] = new
+                    buffer.narrow(2, stop + self._same, self.length).copy_(new.transpose(1, 2))
                 else:
-                    buffer[self._rows, :, where] = new
-            stop += self._longest + 1
+                    buffer[self._rows, :, stop + self._places] = new
+            stop += self._stop
         if stop == 0:  # only images are keys, and no row has one
             return torch.zeros_like(query)
         keys = window.key if turn is None else window.seen_key(turn)
-        heads = keys.shape[1]
+        rows, heads, _, width = keys.shape
         # the query heads of a key head are queries of one attention: no key is copied
-        grouped = query.unflatten(1, (heads, -1))
+        grouped = query.view(rows, self.length, heads, -1, width).transpose(1, 2).flatten(2, 3)
+        bias = self._bias(grouped.shape[2] // self.length, query.dtype)
         out = F.scaled_dot_product_attention(
-            grouped, keys[:, :, :stop], window.value[:, :, :stop], attn_mask=self._mask, scale=scale
+            grouped, keys[:, :, :stop], window.value[:, :, :stop], attn_mask=bias, scale=scale
         )
-        return out.flatten(1, 2)
+        return out.unflatten(2, (self.length, -1)).transpose(1, 2).reshape(query.shape)
 
-    def finish(self) -> None:
-        """Counts the new token, once all layers have run."""
-        self.state.windows = [[*row[:-1], row[-1].longer(1)] for row in self.state.windows]
+    def _bias(self, groups: int, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the scores, (B, 1, length * groups, keys), once for all layers; None if all see all."""
+        if self._mask is None:
+            return None
+        if (groups, dtype) not in self._biases:
+            bias = torch.zeros_like(self._mask, dtype=dtype).masked_fill_(~self._mask, -torch.inf)
+            self._biases[groups, dtype] = bias.repeat_interleave(groups, 2)
+        return self._biases[groups, dtype]
+
+    def then(self, new: "DecodeStep") -> "DecodeStep":
+        """For text of which the first part, in each row, is this step's, and the rest stands in `new` windows."""
+        return FrameStep(self, new)
+
+    def finish(self) -> WindowState:
+        """Counts the new tokens, once all layers have run."""
+        self.state.windows = [[*row[:-1], row[-1].longer(self.length)] for row in self.state.windows]
+        return self.state
 
     @staticmethod
     def possible(state: WindowState | None, valid: Tensor) -> bool:
-        """Whether a call over `valid` (B, L) without new images is one token per row in an open window."""
+        """Whether a call over `valid` (B, L) without new images is of tokens in open windows, as many in every row."""
         return (
             state is not None
             and not torch.is_grad_enabled()
-            and valid.shape[1] == 1
             and len(state.layers) > 0
             and all(state.windows)
             and bool(valid.all())
         )
+
+
+class FrameStep(DecodeStep):
+    """Text around a frame, as much in each row: some in the windows that close, the rest in those that open."""
+
+    def __init__(self, old: DecodeStep, new: DecodeStep) -> None:
+        self._old, self._new, self.attend, self.length = old, new, new.attend, old.length + new.length
+        self.tokens = self.record = self.sees_image = None
+        if old.sees_image is not None:
+            self.sees_image = F.pad(old.sees_image.view(-1, old.length), (0, new.length), value=True).flatten()
+
+    def attention(
+        self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None, scale: float | None = None
+    ) -> Tensor:
+        found, first, given = [], 0, (query, key, value)
+        for step in (self._old, self._new):
+            own = slice(first, first := first + step.length)
+            q, k, v = (x if x is None else x.unflatten(0, (-1, self.length))[:, own].flatten(0, 1) for x in given)
+            found.append(step.attention(layer, cast(Tensor, q), k, v, scale).unflatten(0, (-1, step.length)))
+        return torch.cat(found, dim=1).flatten(0, 1)
+
+    def finish(self) -> WindowState:
+        return self._new.finish()
 
 
 def per_rotary(rotaries: Sequence[Rotary | None], compute: Callable[[Rotary], Made]) -> list[Made | None]:

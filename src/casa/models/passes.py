@@ -116,7 +116,8 @@ class FusionLayers:
                 mask = None if text.mask is None or bool(text.mask.all()) else text.mask.bool()
                 rotaries = decoder.rotaries(range(len(decoder.blocks)), embeds.device, decoder.dtype)
                 hidden = quick(embeds, text.position_ids, mask, rotaries, cache, step)
-                self._after(step, cache)
+                if step is not None:
+                    cache.windows = step.finish()
                 return BaseModelOutputWithPast(last_hidden_state=cast(torch.FloatTensor, hidden))
         if step is not None:
             silent = self.ablation.silent if self.ablation is not None else frozenset()
@@ -134,20 +135,13 @@ class FusionLayers:
             use_cache=cache is not None,
             **kwargs,
         )
-        if cache is not None:
-            self._after(step, cache)
+        if cache is not None and step is not None:
+            cache.windows = step.finish()
         seen = output.hidden_states
         if seen and self.config.placement == "before" and 0 in self.blocks:
             # the first block was handed its input with the update; the first hidden states are the text's embeddings
             output.hidden_states = (embeds, *seen[1:])  # type: ignore[assignment]
         return output
-
-    @staticmethod
-    def _after(step: PackedStep | DecodeStep | None, cache: CasaCache) -> None:
-        if isinstance(step, PackedStep):
-            cache.windows = step.next_state
-        elif step is not None:
-            step.finish()
 
     @torch.compiler.disable(reason="lays out the windows of this one call")
     def _step(
@@ -174,7 +168,11 @@ class FusionLayers:
         is_watched = record is not None or self.ablation is not None
         if images is None and not is_watched and DecodeStep.possible(state, text.valid):
             assert state is not None
-            return DecodeStep(state, rotaries, device, config.attend)
+            return DecodeStep(state, rotaries, device, config.attend, text.valid.shape[1])
+        if images is not None and cache is not None and not is_watched:
+            step = self._frame_step(text.valid, places, images, cache, rotaries)
+            if step is not None:
+                return step
         if images is None:
             images = ImageTokens(embeds.new_zeros(0, embeds.shape[-1], dtype=decoder.dtype))
         plan = plan_call(
@@ -191,6 +189,27 @@ class FusionLayers:
         )
         grid = images.rows_and_columns() if decoder.rotary_axes > 1 else None
         return PackedStep(plan, self.keys_values(images), rotaries, grid, config.attend, state, record, self.ablation)
+
+    def _frame_step(
+        self, valid: Tensor, places: Places, images: ImageTokens, cache: CasaCache, rotaries: list
+    ) -> DecodeStep | None:
+        """For text with images before the same token of every row, which open a window there."""
+        config, (rows, length) = self.config, valid.shape
+        at = places[0][1] if places else length
+        pairs = list(zip(places, images.lengths, strict=True))
+        counts = [sum(tokens for place, tokens in pairs if place == (row, at)) for row in range(rows)]
+        orderly = 0 <= at < length and places == sorted(places) and sum(counts) == sum(images.lengths)
+        alike = orderly and all(counts) and bool(valid.all())
+        if torch.is_grad_enabled() or config.split != "image" or config.history or not alike:
+            return None
+        state = cache.windows
+        # images with no text between them are one run
+        apart = state is None or all(not row or row[-1].text for row in state.windows)
+        if not (DecodeStep.possible(state, valid) if at else apart):
+            return None
+        grid = images.rows_and_columns() if self.decoder.rotary_axes > 1 and config.attend != "image" else None
+        new = DecodeStep.opening(self.keys_values(images), counts, rotaries, grid, config.attend, length - at)
+        return DecodeStep(state, rotaries, valid.device, config.attend, at).then(new) if at and state else new
 
 
 def is_short(

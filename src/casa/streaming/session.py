@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from casa.errors import UserError
-from casa.layers import turner
+from casa.layers import Turner
 from casa.media.pictures import check_picture
 from casa.models import CasaCache, CasaForConditionalGeneration, CasaProcessor
 from casa.models.generation import stop_ids
@@ -113,7 +113,7 @@ class StreamingSession:
             raise UserError("the model has no stop token; set generation_config.eos_token_id.")
         self._stops, self._stop = frozenset(stops), stops[0]
         rotaries = model.decoder.rotaries(range(len(model.decoder.blocks)), model.device, model.dtype)
-        self._turns = [turner(rotary) for rotary in rotaries]
+        self._turns = [Turner(rotary) for rotary in rotaries]
 
     def step(self, frame: StepFrame, should_stop: ShouldStop | None = None) -> str:
         """Watches a frame and returns what it says: "" if nothing.
