@@ -29,7 +29,9 @@ def test_it_turns_as_the_backbone_does():
     model = tiny_casa()
     x = torch.randn(5, 2, 8, dtype=torch.float64)
     positions = torch.tensor([0, 3, 4, 100, 7])
-    turn = model.decoder.rotaries([0], torch.device("cpu"), torch.float64)[0](positions)
+    rotary = model.decoder.rotaries([0], torch.device("cpu"), torch.float64)[0]
+    assert rotary is not None
+    turn = rotary(positions)
     wanted, _ = apply_rotary_pos_emb(x[None].transpose(1, 2), x[None].transpose(1, 2), turn.cos[None], turn.sin[None])
     assert torch.equal(turn(x), wanted.transpose(1, 2)[0])
 
