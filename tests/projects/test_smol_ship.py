@@ -73,7 +73,7 @@ def test_what_must_not_be_shipped_is_refused_and_the_old_one_stays(run, tmp_path
 
 def test_a_tokenizer_written_small_is_the_same(tmp_path):
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.train_from_iterator(["a few words, and a few words more"] * 9, trainers.BpeTrainer(vocab_size=300))
     file = tmp_path / "tokenizer.json"
     tokenizer.save(str(file))

@@ -111,7 +111,7 @@ def save_added(
     **kwargs: Any,
 ) -> None:
     """What `model.save_pretrained(folder, added_only=True, ...)` does."""
-    names = [backbone] if isinstance(backbone, str | os.PathLike) else list(backbone or ())
+    names = [str(backbone)] if isinstance(backbone, str | os.PathLike) else list(backbone or ())
     name = names[0] if names else model.backbone_name
     if not name:
         raise UserError(
