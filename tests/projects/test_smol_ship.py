@@ -1,6 +1,7 @@
 """Shipping: what is put into the package is what was trained, without the language model, small, with a true card."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -146,11 +147,13 @@ def test_what_is_not_at_hand_is_said_and_no_failure(tmp_path, monkeypatch, capsy
 @pytest.mark.slow
 @pytest.mark.skipif(not is_installed, reason=f"{PACKAGE} is not installed")
 @torch.no_grad()
-def test_over_the_real_language_model_text_alone_is_that_models_bit_for_bit(tmp_path):
+def test_over_the_real_language_model_text_alone_is_that_models_bit_for_bit(tmp_path, monkeypatch):
     fusion = FusionConfig.parallel(layers=LAYERS, output="copy", projector="linear")
     model = adapt(PACKAGE, fusion, vision=encoder()).bfloat16().eval()
     model.save_pretrained(tmp_path, added_only=True, packed=True, backbone=card.BACKBONES)
-    again = CasaForConditionalGeneration.from_pretrained(tmp_path)
+    with monkeypatch.context() as patched:  # which whoever loads it does not need
+        patched.setitem(sys.modules, "gguf", None)
+        again = CasaForConditionalGeneration.from_pretrained(tmp_path)
     found, wanted = again.state_dict(), model.state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
