@@ -368,7 +368,7 @@ class Closed:
         return self._guessed(states, places) / (len(WAVES_NEAR) / 2)
 
     def _asked_for(self, sample: Sample) -> Tensor:
-        wanted = torch.tensor(sample.prompt)[torch.tensor(sample.wanted)]
+        wanted = self.start.names[torch.tensor(sample.prompt)[torch.tensor(sample.wanted)]]
         return self.start.codes[wanted][:, :ASKED].mean(0) if len(wanted) else torch.zeros(ASKED)
 
     def _guessed(self, states: Tensor, wanted: Tensor) -> Tensor:

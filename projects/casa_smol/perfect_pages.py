@@ -18,7 +18,7 @@ from torch import Tensor
 
 from casa.vision.page_encoder import CELL, PageEncoder, place_waves
 from casa.vision.page_reading import TextRun
-from casa.vision.page_words import BEFORE, TAGS, words_of_page
+from casa.vision.page_words import BEFORE, TAGS, Encode, plain_token, words_of_page
 from projects.casa_smol.tasks.asked import ordinal, turn
 from projects.casa_smol.tasks.lines import READ, READ_AFTER, READ_BEFORE, READ_LAST, READ_NUMBERED
 from projects.casa_smol.words import Words, pick
@@ -54,22 +54,34 @@ class Sample:
     found: list[tuple[int, int]]
 
 
+def encoding(tokenizer: Any) -> Encode:
+    """A text to the ids of its tokens, each with where in the text it begins and ends."""
+
+    def encode(text: str) -> list[tuple[int, tuple[int, int]]]:
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+
+    return encode
+
+
+def names_of(tokenizer: Any) -> Tensor:
+    """int64 (V,): the token that tags have for each of a vocabulary."""
+    encode = encoding(tokenizer)
+    return torch.tensor([plain_token(n, tokenizer.decode([n]), encode) for n in range(len(tokenizer))])
+
+
 class Pages:
     """Draws samples: one line, lines one below the other, names with their values beside or below them, or a table."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self._encode = encoding(tokenizer)
         self.words = Words("train")
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.line_break = self._encode("\n")[0][0]
         fixed = [part for wording in (*WORDINGS, PROMPT) for part in re.split(r"\{\w+\}", wording)]
         self.shared = {token for part in fixed for token, _ in self._encode(part)}
         self.shared -= {token for word in POINTING for token, _ in self._encode(f" {word}")}
-
-    def _encode(self, text: str) -> list[tuple[int, tuple[int, int]]]:
-        """Ids, each with where in the text it begins and ends."""
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
 
     def _text(self, rng: Generator, most: int) -> str:
         count = int(rng.integers(1, most + 1))

@@ -30,7 +30,7 @@ from casa.vision import output_width
 from casa.vision.page_encoder import CODE_STEP, PageEncoder
 from projects.casa_smol.finding import Closed, begin_asking, keep, learn, loss_of, say_found
 from projects.casa_smol.parts import embeddings_of
-from projects.casa_smol.perfect_pages import Batch, Pages, Sample, batch_of
+from projects.casa_smol.perfect_pages import Batch, Pages, Sample, batch_of, names_of
 from projects.casa_smol.read_pages import ReadPages
 from projects.casa_smol.start import FUSION, STAGES, Slots, Stage, Start, start_of
 
@@ -188,7 +188,8 @@ def main(arguments: list[str]) -> int:
     known = given.out / "start.pt"
     if not known.exists():  # minutes, which a run that goes on need not take again
         texts = list(pages.sentences(np.random.default_rng(11), given.tokens))
-        found = start_of(model, texts, codes, embeddings_of(folder), sizes, draw(0).inputs["image_features"])
+        written, names = draw(0).inputs["image_features"], names_of(tokenizer)
+        found = start_of(model, texts, codes, embeddings_of(folder), sizes, written, names)
         with replacing(known) as path:
             torch.save(vars(found) | {"slots": found.slots.axes}, path)
     parts = torch.load(known, weights_only=True)

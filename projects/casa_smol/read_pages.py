@@ -1,9 +1,9 @@
 """Pages as the page encoder reads them: what image tokens tell of the tasks' pictures, errors and all.
 
-    python -m projects.casa_smol.read_pages data/casa-smol data/parts/start/eyes --out data/read
+    python -m projects.casa_smol.read_pages data/casa-smol --out data/read
 
-Pictures are read once, and kept as the ids of words in their image tokens, so that a step of training costs no encoder.
-One file for each tar of `data.py`; a command that was broken off goes on with the next one.
+Pictures are read once, and kept as texts and places, so that a step of training costs no encoder. One file for each tar
+of `data.py`; a command that was broken off goes on with the next one.
 
 A question goes in if its answer was read, or is one of those that no picture spells out, as "Yes" and "blue": those
 come again and again. What was misread cannot be answered, and would only teach to guess.
@@ -16,58 +16,42 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.random import Generator
 from PIL import Image
 
 from casa.atomic import replacing
-from casa.vision.page_encoder import PageEncoder
-from casa.vision.page_words import BEFORE, BEGUN, NOTHING, SLOTS, TAGS
-from projects.casa_smol.perfect_pages import PROMPT, Sample
+from casa.vision.page_encoder import CELL, PageEncoder
+from casa.vision.page_reading import TextRun
+from casa.vision.page_words import BEFORE, BEGUN, NOTHING, TAGS, words_of_page
+from projects.casa_smol.perfect_pages import PROMPT, TOKEN, Sample, encoding
 from projects.casa_smol.read import cells_of
+from projects.casa_smol.weights import WEIGHTS, page_encoder
 
 OFTEN = 6  # pictures of which an answer that none of them spells out is the answer, at least
 
 
 @dataclass(frozen=True)
 class ReadPage:
-    """A picture as it was read.
-
-    rows, columns: of image tokens. places: int (n,), those in which words begin. ids: int (n, ids of an image token).
-    turns: question, answer, and whether the answer was read.
-    """
+    """A picture as it was read. cells: rows and columns. turns: question, answer, and whether the answer was read."""
 
     task: str
-    rows: int
-    columns: int
-    places: np.ndarray
-    ids: np.ndarray
+    cells: tuple[int, int]
+    runs: list[TextRun]
     turns: list[tuple[str, str, bool]]
 
-    def grid(self) -> np.ndarray:
-        """int64 (rows, columns, ids of an image token)."""
-        whole = np.full((self.rows * self.columns, sum(SLOTS)), NOTHING, dtype=np.int64)
-        whole[self.places] = self.ids
-        return whole.reshape(self.rows, self.columns, -1)
 
-
-@torch.no_grad()
 def read_page(task: str, picture: Image.Image, turns: Sequence[tuple[str, str]], encoder: PageEncoder) -> ReadPage:
     """Reads a picture. turns: questions and answers."""
     cells = cells_of(picture, encoder)
-    runs = encoder.runs(cells)
-    ids = encoder.word_ids(runs, cells.shape[-2:])[0].numpy()
-    rows, columns = ids.shape[:2]
-    ids = ids.reshape(rows * columns, -1)
-    places = np.flatnonzero((ids != NOTHING).any(1))
-    texts = "\n".join(run.text for run in runs[0])
+    runs = encoder.runs(cells)[0]
+    texts = "\n".join(run.text for run in runs)
     told = [(question, answer, answer in texts) for question, answer in turns]
-    return ReadPage(task, rows, columns, places.astype(np.int32), ids[places].astype(np.int32), told)
+    return ReadPage(task, (cells.shape[2], cells.shape[3]), runs, told)
 
 
 def pictures_of(tar: Path) -> Iterator[tuple[Image.Image, list[tuple[str, str]]]]:
@@ -87,13 +71,24 @@ def write(data: Path, encoder: PageEncoder, out: Path) -> Iterator[Path]:
     """Reads the tars of a folder that have not been read, and yields each new file."""
     out.mkdir(parents=True, exist_ok=True)
     for tar in sorted(data.glob("*.tar"), key=lambda tar: tar.stem.rpartition("-")[::-1]):
-        if not (file := out / f"{tar.stem}.pt").exists():
+        if not (file := out / f"{tar.stem}.jsonl").exists():
             task = tar.stem.rpartition("-")[0]
             pages = [read_page(task, picture, turns, encoder) for picture, turns in pictures_of(tar)]
             with replacing(file) as path:
-                torch.save([{**vars(one), "places": torch.from_numpy(one.places), "ids": torch.from_numpy(one.ids)}
-                            for one in pages], path)  # fmt: skip
+                path.write_text("".join(json.dumps(asdict(one), default=_listed) + "\n" for one in pages))
             yield file
+
+
+def _listed(values: np.ndarray) -> list[float]:
+    return values.round(2).tolist()
+
+
+def load(file: Path) -> Iterator[ReadPage]:
+    """The pages of a file."""
+    for line in file.read_text().splitlines():
+        kept = json.loads(line)
+        runs = [TextRun(run["text"], np.array(run["rows"]), np.array(run["columns"])) for run in kept["runs"]]
+        yield ReadPage(kept["task"], tuple(kept["cells"]), runs, [tuple(turn) for turn in kept["turns"]])
 
 
 class ReadPages:
@@ -106,8 +101,8 @@ class ReadPages:
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        kept = [page for file in sorted(folder.glob("*.pt")) for page in torch.load(file, weights_only=True)]
-        pages = [ReadPage(**{**one, "places": one["places"].numpy(), "ids": one["ids"].numpy()}) for one in kept]
+        self.encode = encoding(tokenizer)
+        pages = [page for file in sorted(folder.glob("*.jsonl")) for page in load(file)]
         unread = Counter(
             answer for page in pages for answer in {answer for _, answer, is_read in page.turns if not is_read}
         )
@@ -121,23 +116,33 @@ class ReadPages:
         self.turns = [(page, turns) for page, turns in self.turns if turns]
 
     def sample(self, rng: Generator, found: bool = False) -> Sample:
-        """A question about a page of any task. found: one of which is known where every word of its answer stands."""
-        while True:
+        """A question about a page of any task.
+
+        Args:
+            rng: Draws it.
+            found: Only one of which is known where every word of its answer stands.
+
+        Raises:
+            RuntimeError: There seems to be none.
+        """
+        for _ in range(500):
             page, turns = self.turns[int(rng.integers(len(self.turns)))]
             one = self.asked(page, *turns[int(rng.integers(len(turns)))])
             if not found or all(at >= 0 for at, _ in one.found):
                 return one
+        raise RuntimeError("of 500 questions none has an answer that is found on its page; read more pages.")
 
     def asked(self, page: ReadPage, question: str, answer: str) -> Sample:
         """The sample of a question."""
         end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         line_break, prompt, said = (
-            self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            for text in ("\n", PROMPT.format(question=question), answer)
+            [token for token, _ in self.encode(text)] for text in ("\n", PROMPT.format(question=question), answer)
         )
-        said, grid = [*said, end], page.grid()
-        found = find_words(grid, [NOTHING, line_break[0], *said])
-        return Sample(grid, prompt, said, [False] * len(prompt), found)
+        block = TOKEN // CELL[0], TOKEN // CELL[1]
+        grid = page.cells[0] // block[0], page.cells[1] // block[1]
+        ids, said = words_of_page(page.runs, grid, block, self.encode, end).ids, [*said, end]
+        found = find_words(ids, [NOTHING, line_break[0], *said])
+        return Sample(ids, prompt, said, [False] * len(prompt), found)
 
 
 def find_words(ids: np.ndarray, words: Sequence[int]) -> list[tuple[int, int]]:
@@ -181,10 +186,10 @@ def main(arguments: list[str]) -> int:
     """Reads tars."""
     parser = argparse.ArgumentParser(description="Reads the pictures of tars with a page encoder.")
     parser.add_argument("data", type=Path, help="folder of tars, by projects.casa_smol.data")
-    parser.add_argument("eyes", type=Path, help="folder of a page encoder that has learned words")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--encoder", type=Path, default=WEIGHTS, help="file of projects.casa_smol.weights")
     given = parser.parse_args(arguments)
-    for file in write(given.data, PageEncoder.from_pretrained(given.eyes, dtype=torch.float32).eval(), given.out):
+    for file in write(given.data, page_encoder(given.encoder, token_size=(TOKEN, TOKEN)), given.out):
         print(file, flush=True)
     return 0
 

@@ -243,7 +243,8 @@ class Start:
     slots: stands for the projector. length: of an image token (root mean square) in which text begins. gains: of the
     blocks' norms (D,). constants: (D,), from a hidden state to 1 if it is of text. sizes: of the stream. quiet: (D, D),
     axes that are hardly read. codes: (V, W). spoken: (D, W), from a word's code to what makes the text model say it.
-    own: (D, W), from a hidden state of the first layer's block to its word's code.
+    own, named: (D, W), from a hidden state of the first layer's block to its word's code, and to that of the token
+    which tags have for it. names: int64 (V,), these tokens.
     """
 
     slots: Slots
@@ -255,6 +256,8 @@ class Start:
     codes: Tensor
     spoken: Tensor
     own: Tensor
+    named: Tensor
+    names: Tensor
 
     @torch.no_grad()
     def hand_on(self, model: Any) -> None:
@@ -272,9 +275,9 @@ class Start:
             queries[0][pair] = constant * before * TURNS[pair].cos()
             queries[0][pair + size // 2] = -constant * before * TURNS[pair].sin()
         image = self.slots.axes[0] * self.length / CONSTANT  # before the gain, to 1 where text begins
-        for head, name in enumerate(("before", "asked")):
+        for head, (name, told) in enumerate((("before", self.own), ("asked", self.named))):
             count, axes = self._axes(name)
-            values[head][:count] = self.own[:, :count].T
+            values[head][:count] = told[:, :count].T
             keys[head][SINK] -= image / gain * root * UNSEEN
             queries[head * group][SINK] = constant
             length = self.sizes[block] * TOLD * (self.codes.shape[1] / count) ** 0.5  # of a code of length 1
@@ -336,6 +339,7 @@ def start_of(
     embeddings: Tensor,
     sizes: Sequence[int],
     written: Tensor,
+    names: Tensor,
     layers: Sequence[int] = LAYERS,
 ) -> Start:
     """Looks at a model whose layers say nothing yet.
@@ -347,10 +351,11 @@ def start_of(
         embeddings: (V, D), of length 1.
         sizes: Widths of the slots' codes.
         written: (N, codes and places) of some pages.
+        names: int64 (V,), the token that tags have for each.
         layers: Blocks that have one; the first one's hands on.
     """
     gains = {block: model.decoder.blocks[block].input_layernorm.weight.detach().float() for block in layers}
-    seen = moments(model, texts, codes, layers)
+    seen = moments(model, texts, torch.cat([codes, codes[names]], dim=1), layers)
     axes, means = calm_axes(seen, gains)
     slots, own = Slots(axes, sizes), len(TAGS) + BEFORE
     begins = written[written[:, sum(sizes[:own]) : sum(sizes[: own + 1])].norm(dim=1) > 0.5]
@@ -358,8 +363,9 @@ def start_of(
     gain = model.decoder.stack.norm.weight.detach().float()
     spoken = torch.linalg.lstsq(codes, embeddings).solution.T / gain[:, None]
     constants = {block: mean / mean.square().sum() / gains[block] for block, mean in means.items()}
-    quiet, first = quiet_axes(model, means.values()), seen.solved(layers[0]).float()
-    return Start(slots, length, gains, constants, seen.sizes, quiet, codes, spoken, first)
+    own_word, name = seen.solved(layers[0]).float().chunk(2, dim=1)
+    quiet = quiet_axes(model, means.values())
+    return Start(slots, length, gains, constants, seen.sizes, quiet, codes, spoken, own_word, name, names)
 
 
 def heads_of(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,18 +1,19 @@
 """Pages as the encoder reads them: kept as words in image tokens, and asked about as the pictures are."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from casa.data.made import write_pictures
 from casa.testing import tiny_tokenizer
 from casa.vision.page_encoder import PageEncoder, PageEncoderConfig, image_processor
-from casa.vision.page_words import BEFORE, NOTHING, SLOTS, TAGS
+from casa.vision.page_words import NOTHING, SLOTS, TAGS
 from projects.casa_smol.read import cells_of
-from projects.casa_smol.read_pages import OFTEN, ReadPage, ReadPages, find_words, pictures_of, read_page, write
+from projects.casa_smol.read_pages import OFTEN, ReadPages, find_words, load, pictures_of, read_page, write
 from projects.casa_smol.tasks import asked
 
 
@@ -31,7 +32,8 @@ def eyes(tokenizer) -> PageEncoder:
         torch.manual_seed(3)
         found = PageEncoder(PageEncoderConfig(**made)).eval()
         found.middles.bias.data.fill_(0.6)
-        found.learn_words(torch.randn(len(tokenizer), 128), tokenizer.backend_tokenizer.to_str())
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        found.learn_words(torch.randn(len(tokenizer), 128), tokenizer.backend_tokenizer.to_str(), end)
     found.config.token_parts = ("words", "places")
     return found
 
@@ -45,7 +47,7 @@ def tars(tmp_path_factory):
     return folder
 
 
-def test_a_page_holds_what_the_encoders_tokens_tell(eyes, monkeypatch):
+def test_a_page_is_what_the_encoder_reads(eyes, tokenizer, monkeypatch):
     picture = next(iter(asked("line", "train", 1, 1))).picture
     cells = cells_of(picture, eyes)
     processed = image_processor(eyes.config)(picture, return_tensors="pt")
@@ -56,10 +58,11 @@ def test_a_page_holds_what_the_encoders_tokens_tell(eyes, monkeypatch):
     torch.testing.assert_close(cells, whole, atol=0.05, rtol=0.05)  # cells are computed in bfloat16
     monkeypatch.setattr("projects.casa_smol.read_pages.cells_of", lambda picture, encoder: cells)
     page = read_page("line", picture, [("What does it say?", "nothing of this kind")], eyes)
+    assert page.turns == [("What does it say?", "nothing of this kind", False)]
     told = eyes.part("words", cells)[0]
     assert told.any()
-    assert torch.equal(eyes.codes_of(torch.from_numpy(page.grid()).flatten(0, 1), torch.float32), told)
-    assert page.turns == [("What does it say?", "nothing of this kind", False)]
+    ids = ReadPages(Path("nowhere"), tokenizer).asked(page, "What?", "no").ids
+    assert torch.equal(eyes.codes_of(torch.from_numpy(ids).flatten(0, 1), torch.float32), told)
 
 
 def test_words_are_found_behind_those_before_them():
@@ -79,35 +82,38 @@ def test_words_are_found_behind_those_before_them():
     assert find_words(ids, [NOTHING, 9, 5, 6, 7]) == [(-1, -1)] * 3
 
 
-def test_tars_are_read_once(eyes, tars, tokenizer, tmp_path):
-    assert [file.name for file in write(tars, eyes, tmp_path)] == ["line-0000.pt", "page-0000.pt"]
+def test_tars_are_read_once(eyes, tars, tmp_path):
+    assert [file.name for file in write(tars, eyes, tmp_path)] == ["line-0000.jsonl", "page-0000.jsonl"]
     assert list(write(tars, eyes, tmp_path)) == []
-    (tmp_path / "page-0000.pt").unlink()
-    assert [file.name for file in write(tars, eyes, tmp_path)] == ["page-0000.pt"]
-    kept = torch.load(tmp_path / "page-0000.pt", weights_only=True)
+    (tmp_path / "page-0000.jsonl").unlink()
+    assert [file.name for file in write(tars, eyes, tmp_path)] == ["page-0000.jsonl"]
+    kept = list(load(tmp_path / "page-0000.jsonl"))
     pictures = list(pictures_of(tars / "page-0000.tar"))
-    assert [[turn[:2] for turn in page["turns"]] for page in kept] == [turns for _, turns in pictures]
-    assert isinstance(pictures[0][0], Image.Image)
+    assert [[turn[:2] for turn in page.turns] for page in kept] == [turns for _, turns in pictures]
+    again = read_page("page", *pictures[0], eyes)
+    assert (kept[0].task, kept[0].cells, kept[0].turns) == (again.task, again.cells, again.turns)
+    assert [run.text for run in kept[0].runs] == [run.text for run in again.runs]
+    assert all(
+        np.allclose(one.columns, two.columns, atol=0.01) for one, two in zip(kept[0].runs, again.runs, strict=True)
+    )
 
 
 def test_questions_go_in_whose_answers_were_read_or_come_often(tokenizer, tmp_path):
-    ids = np.full((1, sum(SLOTS)), NOTHING, dtype=np.int32)
-    ids[0, sum(TAGS) + BEFORE] = 5
-
     def page(number):
-        turns = [("Read it.", f"word {number}", number == 0), ("Is it on?", "Yes", False)]
-        one = ReadPage("line", 2, 3, np.array([4], dtype=np.int32), ids, turns)
-        return {**vars(one), "places": torch.from_numpy(one.places), "ids": torch.from_numpy(one.ids)}
+        turns = [("Read it.", "some word", number == 0), ("Is it on?", "Yes", False)]
+        return {"task": "line", "cells": [4, 32], "turns": turns,
+                "runs": [{"text": "some word", "rows": [3.0] * 9, "columns": list(range(0, 27, 3))}]}  # fmt: skip
 
-    torch.save([page(number) for number in range(OFTEN)], tmp_path / "line-0000.pt")
-    pages = ReadPages(tmp_path, tokenizer)
+    def kept(pages):
+        (tmp_path / "line-0000.jsonl").write_text("".join(json.dumps(one) + "\n" for one in pages))
+        return ReadPages(tmp_path, tokenizer)
+
+    pages = kept([page(number) for number in range(OFTEN)])
     asked_for = [[answer for _, answer in turns] for _, turns in pages.turns]
-    assert asked_for == [["word 0", "Yes"], *[["Yes"]] * (OFTEN - 1)]
-    one = pages.sample(np.random.default_rng(0))
-    assert one.ids.shape == (2, 3, sum(SLOTS))
-    assert (one.ids[1, 1] == ids[0]).all()
-    assert (one.ids[0] == NOTHING).all()
+    assert asked_for == [["some word", "Yes"], *[["Yes"]] * (OFTEN - 1)]
+    one = pages.sample(np.random.default_rng(0), found=True)
+    assert one.ids.shape == (2, 8, sum(SLOTS))
     assert one.answer[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    (tmp_path / "line-0000.pt").unlink()
-    torch.save([page(number) for number in range(1, OFTEN - 1)], tmp_path / "line-0000.pt")
-    assert ReadPages(tmp_path, tokenizer).turns == []
+    assert tokenizer.decode(one.answer[:-1]) == "some word"
+    assert [at for at, _ in one.found] == sorted(at for at, _ in one.found)
+    assert kept([page(number) for number in range(1, OFTEN - 1)]).turns == []

@@ -24,7 +24,7 @@ from projects.casa_smol.finding import (
     rows_of,
     values_of,
 )
-from projects.casa_smol.perfect_pages import Pages, batch_of
+from projects.casa_smol.perfect_pages import Pages, batch_of, names_of
 from projects.casa_smol.pretraining import Settings, find, said, train
 from projects.casa_smol.start import HANDED, LARGEST, PLACES, Slots, codes_of_words, heads_of, moments, start_of
 
@@ -112,7 +112,7 @@ def begun(pages) -> Any:
     texts = list(pages.sentences(np.random.default_rng(1), 6000))
     rng = np.random.default_rng(1)
     written = batch_of([pages.sample(rng, 0.5) for _ in range(8)], eyes, rng, noise=0.0).inputs["image_features"]
-    known = start_of(model, texts, codes, words, SIZES, written, layers=(1, 2, 3))
+    known = start_of(model, texts, codes, words, SIZES, written, names_of(tokenizer), layers=(1, 2, 3))
     known.hand_on(model)
     return model, eyes, known
 

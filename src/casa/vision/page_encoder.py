@@ -219,17 +219,12 @@ class PageEncoder(PreTrainedModel):
         self.register_buffer("tokenizer", packed)
         self.config.vocabulary, self.config.text_end = (len(codes), len(packed)), end
 
-    def word_ids(self, pages: Sequence[Sequence[TextRun]], cells: Sequence[int]) -> Tensor:
-        """int64 (n, rows, columns, sum of `SLOTS`): which words each token of pages of so many cells (R, C) tells."""
-        block = self._block
-        grid = cells[0] // block[0], cells[1] // block[1]
-        encode = _encoder_of(self.tokenizer.cpu().numpy().tobytes())
-        told = [words_of_page(runs, grid, block, encode, self.config.text_end).ids for runs in pages]
-        return torch.from_numpy(np.stack(told))
-
     def _words(self, cells: Tensor) -> Tensor:
-        ids = self.word_ids(self.runs(cells), cells.shape[-2:])
-        return self.codes_of(ids.to(cells.device).flatten(1, 2), cells.dtype)
+        block = self._block
+        grid = cells.shape[2] // block[0], cells.shape[3] // block[1]
+        encode = _encoder_of(self.tokenizer.cpu().numpy().tobytes())
+        pages = [words_of_page(runs, grid, block, encode, self.config.text_end).ids for runs in self.runs(cells)]
+        return self.codes_of(torch.from_numpy(np.stack(pages)).to(cells.device).flatten(1, 2), cells.dtype)
 
     def codes_of(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """(..., sum of `word_sizes`): codes of the slots side by side, of n words their sum over the root of n.

@@ -92,13 +92,13 @@ def tags_of(runs: Sequence[TextRun], encode: Encode) -> np.ndarray:
     lines = _lines(runs)
     for at, line in enumerate(lines if len(runs) > 1 else []):
         for place, number in enumerate(line):
-            named = [line[place - 1], line[0]] if place else []  # the text before it, and the first of its line
+            named = [line[0], line[place - 1]] if place else []  # the first text of its line, and the one before it
             above = [*_head(runs, lines[: at + 1], number), *_over(runs, lines[at - 1 : at], number)]
             around = (named, above, _over(runs, lines[at + 1 : at + 2], number))
-            kinds = [_numbers(at, len(lines), encode), *(_asked(runs, texts, encode) for texts in around)]
+            kinds = [_numbers(at, len(lines), encode)]
+            kinds += [_asked(runs, texts, encode, most) for texts, most in zip(around, TAGS[1:], strict=True)]
             for first, most, tokens in zip(np.cumsum((0, *TAGS)), TAGS, kinds, strict=False):
-                few = list(dict.fromkeys(tokens))[:most]
-                found[number, first : first + len(few)] = few
+                found[number, first : first + len(tokens[:most])] = tokens[:most]
     return found
 
 
@@ -128,11 +128,21 @@ def _head(runs: Sequence[TextRun], lines: list[list[int]], number: int) -> list[
     return _over(runs, lines[first : first + 1], number) if first < len(lines) - 1 else []
 
 
-def _asked(runs: Sequence[TextRun], texts: list[int], encode: Encode) -> list[int]:
-    """Tokens by which someone would name these texts: as they are written, in a sentence, and in small letters."""
-    names = [runs[number].text for number in dict.fromkeys(texts)]
-    forms = [form for name in names for form in (name, " " + name, " " + name.lower())]
-    return [token for form in forms for token, (first, stop) in encode(form) if any(map(str.isalnum, form[first:stop]))]
+def _asked(runs: Sequence[TextRun], texts: list[int], encode: Encode, most: int) -> list[int]:
+    """Tokens by which someone would name these texts, as many of each: as they are written, and in small letters."""
+    names, found = [runs[number].text for number in dict.fromkeys(texts)], []
+    for name in names:
+        forms = (" " + name, " " + name.lower())
+        pieces = [(token, form[first:stop]) for form in forms for token, (first, stop) in encode(form)]
+        tokens = [plain_token(token, piece, encode) for token, piece in pieces if any(map(str.isalnum, piece))]
+        found += list(dict.fromkeys(tokens))[: most // len(names)]
+    return list(dict.fromkeys(found))
+
+
+def plain_token(token: int, text: str, encode: Encode) -> int:
+    """The token that tags have for one: that of its text in small letters behind a blank, if there is such a token."""
+    found = encode(" " + text.strip().lower())
+    return found[0][0] if len(found) == 1 else token
 
 
 def _numbers(line: int, count: int, encode: Encode) -> list[int]:
@@ -141,4 +151,4 @@ def _numbers(line: int, count: int, encode: Encode) -> list[int]:
     names += [" top"] if line == 0 else []
     names += [" last", " bottom"] if line == count - 1 else []
     names += [str(line + 1)]
-    return [token for name in names if count > 1 for token, _ in encode(name)]
+    return list(dict.fromkeys(token for name in names if count > 1 for token, _ in encode(name)))
