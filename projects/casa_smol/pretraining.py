@@ -33,6 +33,7 @@ from projects.casa_smol.parts import embeddings_of
 from projects.casa_smol.perfect_pages import Batch, Pages, Sample, batch_of, names_of
 from projects.casa_smol.read_pages import ReadPages
 from projects.casa_smol.start import FUSION, STAGES, Slots, Stage, Start, start_of
+from projects.casa_smol.tasks.films import PROMPT
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,9 @@ def main(arguments: list[str]) -> int:
     model.projector = projector.float()
     start.slots.into(model.projector, output_width(encoder.config))
     model.bfloat16().save_pretrained(given.out / "model")
-    processor_for(tokenizer, str(eyes)).save_pretrained(given.out / "model")
+    processor = processor_for(tokenizer, str(eyes))
+    processor.stream_prompt = PROMPT
+    processor.save_pretrained(given.out / "model")
     return 0
 
 
