@@ -364,7 +364,7 @@ def test_a_frame_behind_a_token_goes_the_same_way(fusion, ways):
 @pytest.mark.parametrize("kind", ["llama", "qwen2_5_vl"])
 @pytest.mark.parametrize(
     "fusion",
-    [{}, {"placement": "before", "gate": "tanh"}, {"placement": "replace", "every": 2}, {"method": "cross_attention"}],
+    [{}, {"placement": "before"}, {"placement": "replace", "every": 2}, {"method": "cross_attention"}],
     ids=str,
 )
 @pytest.mark.parametrize("at", [0, 1, 2])

@@ -56,9 +56,9 @@ class LayerWindow:
         if self.key.is_inference() and not torch.is_inference_mode_enabled():
             self.key, self.value, self.seen = self.key.clone(), self.value.clone(), None
 
-    def grow(self) -> None:
-        """Doubles the room for text."""
-        room = max(16, self.capacity)
+    def grow(self, text: int) -> None:
+        """Makes room for so many text tokens, and an eighth more."""
+        room = text + max(16, text // 8) - self.capacity
         self.key = torch.nn.functional.pad(self.key, (0, 0, 0, room))
         self.value = torch.nn.functional.pad(self.value, (0, 0, 0, room))
         self.seen = None

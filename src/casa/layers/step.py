@@ -324,8 +324,8 @@ class DecodeStep:
             if rotation is not None:
                 key = rotation(key)
             window.unlock()
-            while self._stop > window.capacity:
-                window.grow()
+            if self._stop > window.capacity:
+                window.grow(self._stop)
             held = [(window.key, key), (window.value, value)]
             held += [] if turn is None else [(window.seen_key(turn), key)]
             for buffer, new in held:
