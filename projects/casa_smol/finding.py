@@ -8,7 +8,8 @@ whole model costs. Layers have one of five roles:
 - "first": with which text an answer begins: whose tags have most in common with what is asked for.
 - "again": the same, by the places too where the first layer's heads have looked: one for a row, another for a column.
 - "later": which word comes next, by the last two.
-- "next": the word that layers below have found, by its code.
+- "next": the word that layers below have found, by its code and its place. These say it aloud; all others but the first
+  hand on, for layers that follow, its code and where each of their heads looks.
 
 "first", "again" and "next" begin in closed form, with a guess of codes and places by least squares: begun from nothing
 they learn their samples by heart.
@@ -49,7 +50,8 @@ ASKING = {0: ((LEFT, 32, 0),), 1: ((ABOVE, 16, 0), (BELOW, 16, 16)), 2: ((NUMBER
 slot: all texts that begin, for pages of one line."""
 WAVES_NEAR = [5 * part + octave for part in range(4) for octave in range(4)]
 """Which of the waves handed on are compared: up to 512 px."""
-NEAR = slice(16, 32)  # of the numbers that turn little: there places are compared, by who asks again
+NEAR = slice(16, 32)  # of the numbers that turn little: there places are compared, by who looks for a place
+FAR = torch.cat([STILL[: NEAR.start], STILL[NEAR.stop :]])
 BEGINS = 12  # numbers of the line break that stands before the first word of a text
 ASKED_HEAD = 1  # key head of the first layer that hands on what is asked for
 ANSWERED = 12  # words of an answer that are looked at, of a long one some from its first to its last
@@ -290,13 +292,10 @@ def values_of(
 
 def say_found(layer: Any, block: int, role: str, kept: Sequence[Kept], start: Start, half: int, aloud: bool) -> None:
     """Sets what a layer says of what it has learned to find. half, aloud: as in `Start.numbers`."""
-    is_first, place = role in ("first", "again"), role == "first"
-    parts = []
-    for word in (0, 0, 0) if is_first else (0, 1, 2):
-        some = start.numbers(len(TAGS) + BEFORE + word, half, aloud)
-        parts.append((word, slice(0, layer.head_dim - len(PLACES)) if place else some))
+    words = (0, 0, 0) if role in ("first", "again") else (0, 1, 2)
+    parts = [(word, start.numbers(len(TAGS) + BEFORE + word, half, aloud)) for word in words]
     values = values_of(layer, block, kept, start, parts)
-    start.say(layer, block, [(some, read) for (_, some), read in zip(parts, values, strict=True)], aloud, place)
+    start.say(layer, block, [(some, read) for (_, some), read in zip(parts, values, strict=True)], aloud)
 
 
 @dataclass(frozen=True)
@@ -353,19 +352,29 @@ class Closed:
         told = self._guessed(states, self.start.codes[words][:, :ASKED])
         queries, keys, constant = self._silent(layer, block)
         for head in range(len(keys)):
-            keys[head][STILL] = self._read(block, len(TAGS) + BEFORE + head, len(STILL))
+            keys[head][FAR] = self._read(block, len(TAGS) + BEFORE + head, len(FAR))
+            keys[head][STILL[NEAR]] = self.start.places(block)[WAVES_NEAR]
+            near = self._placed(block, kept, head) * layer.head_dim**0.5 * self.placed
             for query in queries[head]:
                 query.zero_()
-                query[STILL] = self._compared(told[: len(STILL)], layer, self.next)
+                query[FAR] = self._compared(told[: len(FAR)], layer, self.next)
+                query[STILL[NEAR]] = near
                 self._look_back(query, layer, constant)
 
-    def _placed(self, block: int, kept: Sequence[Kept]) -> Tensor:
-        """(waves, D): from a hidden state before an answer to the place where the answer begins, by least squares."""
+    def _placed(self, block: int, kept: Sequence[Kept], slot: int | None = None) -> Tensor:
+        """(waves, D): from a hidden state to the place of the word to come, by least squares.
+
+        Of an answer's first word; with a slot, of all words that are that one of an image token.
+        """
         axes = self.start.slots.axes[self.start.slots.places][PLACES][WAVES_NEAR] / PLACED
-        known = [(one, token) for one in kept for number, token, _ in one.found if number == 0]
-        states = torch.stack([one.states[block][len(one.sample.prompt) - 1].float() for one, _ in known])
-        places = torch.stack([one.image[token].float() for one, token in known]) @ axes.T
-        return self._guessed(states, places) / (len(WAVES_NEAR) / 2)
+        known = [
+            (one.states[block][len(one.sample.prompt) - 1 + number], one.image[token])
+            for one in kept
+            for number, token, place in one.found
+            if (number == 0 if slot is None else place == slot)
+        ]
+        states, images = (torch.stack(parts).float() for parts in zip(*known, strict=True))
+        return self._guessed(states, images @ axes.T) / (len(WAVES_NEAR) / 2)
 
     def _asked_for(self, sample: Sample) -> Tensor:
         wanted = self.start.names[torch.tensor(sample.prompt)[torch.tensor(sample.wanted)]]

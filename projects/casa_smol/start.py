@@ -48,7 +48,7 @@ TAGGED = 0.6  # of tags: of what is written there, it is the least certain
 CONSTANT = 2.0  # of an image token, on the calmest axis: what tells it from text, and keeps its length
 HANDED = {"before": slice(0, 48), "asked": slice(48, 112), "found": slice(112, 176), "places": slice(176, 236)}
 """Which of the stream's quiet axes carry the code of the word before, of what is asked for, of the word found, and the
-places where the first layer's three key heads look for it."""
+places where the three key heads of layers have looked for it."""
 PLACES = [first + octave for first in (0, WAVES, 2 * WAVES, 3 * WAVES) for octave in range(1, 6)]
 """Which waves of a place are handed on: from 64 to 1,024 px, of its height and of its width."""
 ASKED = 64  # numbers of a code that a head carries
@@ -287,24 +287,22 @@ class Start:
         """Which numbers of a slot's code one layer carries: a long code is said aloud in halves."""
         known = self.slots.spans[slot].stop - self.slots.spans[slot].start
         first = ASKED * half if aloud and known >= 2 * ASKED else 0
-        return slice(first, min(first + ASKED, known))
+        return slice(first, min(first + (ASKED if aloud else ASKED - len(PLACES)), known))
 
     def places(self, block: int) -> Tensor:
         """(n, D): from an image token behind a block's norm to the `PLACES` of where it stands."""
         return self.slots.axes[self.slots.places][PLACES] / PLACED / self.gains[block] * self.length
 
     @torch.no_grad()
-    def say(
-        self, layer: Any, block: int, found: Sequence[tuple[slice, Tensor]], aloud: bool, place: bool = False
-    ) -> None:
+    def say(self, layer: Any, block: int, found: Sequence[tuple[slice, Tensor]], aloud: bool) -> None:
         """Sets what a layer says of the words it finds.
 
         Args:
             layer: Of CASA.
             block: Its block.
             found: By key head, which numbers of a code it carries, and the map (numbers, D) to them, of variance 1.
-            aloud: As an embedding for the model's head; else as a code for the layers that follow.
-            place: Whether each key head tells, too, where it looks: the last numbers of a head are for that.
+            aloud: As an embedding for the model's head; else as a code for the layers that follow, and with the last
+                numbers of each key head the place where it looks.
         """
         _, _, values, output = heads_of(layer)
         values.zero_()
@@ -320,7 +318,7 @@ class Start:
                 said = self._axes("found")[1][: len(read)].T * self.sizes[block] * TOLD / len(read) ** 0.5
             for query in range(head * group, (head + 1) * group):
                 output[:, query, : len(read)] = said
-            if place:
+            if not aloud:
                 count, (_, axes) = len(PLACES), self._axes("places")
                 values[head][-count:] = self.places(block)
                 told = axes[head * count : (head + 1) * count].T * self.sizes[block] * TOLD / count**0.5

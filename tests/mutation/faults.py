@@ -114,15 +114,15 @@ FAULTS = (
     Fault(
         "a decoding step reads slots past a row's own images",
         "layers/step.py",
-        "image = torch.arange(widest, device=self.device) < counts",
-        "image = torch.arange(widest, device=self.device) < counts + 1",
+        "image = (torch.arange(widest, device=self.device) < counts)",
+        "image = (torch.arange(widest, device=self.device) < counts + 1)",
         ("models/test_equivalence.py",),
     ),
     Fault(
         "a decoding step does not count its token",
         "layers/step.py",
-        "row[-1].longer(1)",
-        "row[-1].longer(0)",
+        "row[-1].longer(self.length)",
+        "row[-1].longer(self.length - 1)",
         ("models/test_equivalence.py",),
     ),
     Fault(

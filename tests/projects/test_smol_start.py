@@ -190,7 +190,7 @@ def test_values_are_the_code_of_the_word_found_and_nothing_of_text(begun, sample
     model, eyes, known = begun
     kept = keep(model, known.slots, eyes, samples, (3,), seed=0)
     layer = model.casa_layers["3"]
-    begin_asking(layer, 3, "next", kept, Closed(known, pages.line_break))
+    begin_asking(layer, 3, "next", kept, Closed(known, pages.line_break, placed=0.0))
     read = values_of(layer, 3, kept, known, [(0, slice(0, 64)), (1, slice(0, 64)), (2, slice(0, 48))])
     rows = rows_of(kept, 3)
     assert [one.shape for one in read] == [(64, WIDTH), (64, WIDTH), (48, WIDTH)]
@@ -205,7 +205,7 @@ def test_values_are_the_code_of_the_word_found_and_nothing_of_text(begun, sample
 def test_a_layer_tells_where_each_of_its_heads_looks(begun, samples):
     model, eyes, known = begun
     layer, some = model.casa_layers["2"], slice(0, 44)
-    known.say(layer, 2, [(some, torch.zeros(44, WIDTH))] * 3, aloud=False, place=True)
+    known.say(layer, 2, [(some, torch.zeros(44, WIDTH))] * 3, aloud=False)
     batch = batch_of(samples[:1], eyes, np.random.default_rng(0), noise=0.0, empty=0.0)
     features = batch.inputs["image_features"]
     image = known.slots(features, None)
