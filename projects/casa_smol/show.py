@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageOps
 import casa
 from casa.errors import UserError
 from casa.models.loading import quietly
-from projects.casa_smol.metrics import MEASURES, exact, relaxed, verbatim
+from projects.casa_smol.metrics import JUDGES, MEASURES
 from projects.casa_smol.tasks import Turn, asked
 from projects.casa_smol.tasks.films import FPS, film
 from projects.pictures import HUE, INK, PAPER, QUIET, save_moving, watched
@@ -29,7 +29,6 @@ SEED = 24
 # of each task: the number of the picture, and of the questions about it
 CHOSEN = {"receipt": (6, (6, 0, 3)), "window": (8, (0, 4)), "chart": (4, (2, 1, 3)), "page": (8, (1, 0))}
 FILM, SECONDS = (SEED, 0), 28.0
-MEASURE = {"exact": exact, "relaxed": relaxed, "verbatim": verbatim}
 WIDTH, SIDE, LINE = 760, 340, 22  # px of the picture of all answers: its width, that of a picture in it, of a line
 
 
@@ -43,7 +42,7 @@ class Shown:
 
     def is_right(self, said: str, turn: Turn) -> bool:
         """By the task's own measure."""
-        return MEASURE[MEASURES.get(self.task, "exact")](said, turn.answers) == 1.0
+        return JUDGES[MEASURES.get(self.task, "exact")](said, turn.answers) == 1.0
 
 
 def kept(folder: Path = KEPT) -> list[Shown]:

@@ -89,14 +89,16 @@ def words_of_page(
 def tags_of(runs: Sequence[TextRun], encode: Encode) -> np.ndarray:
     """int64 (texts, sum of `TAGS`): tokens that each text may be asked for by, NOTHING where there are no more."""
     found = np.full((len(runs), sum(TAGS)), NOTHING, dtype=np.int64)
-    lines = _lines(runs)
-    for at, line in enumerate(lines if len(runs) > 1 else []):
+    if len(runs) < 2:
+        return found
+    lines, names = _lines(runs), [_name(run.text, encode) for run in runs]
+    for at, line in enumerate(lines):
         for place, number in enumerate(line):
             named = [line[0], line[place - 1]] if place else []  # the first text of its line, and the one before it
             above = [*_head(runs, lines[: at + 1], number), *_over(runs, lines[at - 1 : at], number)]
             around = (named, above, _over(runs, lines[at + 1 : at + 2], number))
             kinds = [_numbers(at, len(lines), encode)]
-            kinds += [_asked(runs, texts, encode, most) for texts, most in zip(around, TAGS[1:], strict=True)]
+            kinds += [_asked(names, texts, most) for texts, most in zip(around, TAGS[1:], strict=True)]
             for first, most, tokens in zip(np.cumsum((0, *TAGS)), TAGS, kinds, strict=False):
                 found[number, first : first + len(tokens[:most])] = tokens[:most]
     return found
@@ -128,15 +130,17 @@ def _head(runs: Sequence[TextRun], lines: list[list[int]], number: int) -> list[
     return _over(runs, lines[first : first + 1], number) if first < len(lines) - 1 else []
 
 
-def _asked(runs: Sequence[TextRun], texts: list[int], encode: Encode, most: int) -> list[int]:
-    """Tokens by which someone would name these texts, as many of each: as they are written, and in small letters."""
-    names, found = [runs[number].text for number in dict.fromkeys(texts)], []
-    for name in names:
-        forms = (" " + name, " " + name.lower())
-        pieces = [(token, form[first:stop]) for form in forms for token, (first, stop) in encode(form)]
-        tokens = [plain_token(token, piece, encode) for token, piece in pieces if any(map(str.isalnum, piece))]
-        found += list(dict.fromkeys(tokens))[: most // len(names)]
-    return list(dict.fromkeys(found))
+def _asked(names: Sequence[list[int]], texts: list[int], most: int) -> list[int]:
+    """Tokens by which someone would name these texts, as many of each."""
+    chosen = list(dict.fromkeys(texts))
+    return list(dict.fromkeys(token for number in chosen for token in names[number][: most // len(chosen)]))
+
+
+def _name(text: str, encode: Encode) -> list[int]:
+    """Tokens by which someone would name a text: as it is written, and in small letters."""
+    forms = (" " + text, " " + text.lower())
+    pieces = [(token, form[first:stop]) for form in forms for token, (first, stop) in encode(form)]
+    return list(dict.fromkeys(plain_token(*piece, encode) for piece in pieces if any(map(str.isalnum, piece[1]))))
 
 
 def plain_token(token: int, text: str, encode: Encode) -> int:
