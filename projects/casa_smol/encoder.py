@@ -3,8 +3,8 @@
     python -m projects.casa_smol.encoder runs/page-encoder --steps 40000
     python -m projects.casa_smol.encoder runs/longer --steps 40000 --start runs/page-encoder
 
-The second command is a new run that begins with the first one's weights. A cell is told which character stands there,
-and which ones stand around it, so that reading mends what one cell alone has missed.
+The second command is a new run that begins with the first one's weights, or with a file of `weights.py`. A cell is told
+which character stands there, and which ones stand around it, so that reading mends what one cell alone has missed.
 
 Every batch is a function of seed and step, so a run that was killed goes on from its last checkpoint and ends with the
 same weights, bit for bit, as one that was not. `--steps` may be changed underway: the rate falls over the last part.
@@ -17,11 +17,13 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -253,15 +255,25 @@ class Run:
             run.step, run.seconds, run.log = kept["step"], kept["seconds"], kept["log"]
         return run
 
-    def take(self, folder: Path) -> None:
-        """Begins with the weights of another run, where it has them; blocks that it lacks change nothing at first."""
-        kept = torch.load(folder / "checkpoint.pt", weights_only=True)["average"]
-        for module in (self.learner, self.average):
-            lacking, _ = module.load_state_dict(kept, strict=False)
-            with torch.no_grad():
-                for name in lacking:
-                    if name.startswith("encoder.blocks.") and name.endswith("mix.1.weight"):
-                        module.get_parameter(name).zero_()
+    def take(self, start: Path) -> None:
+        """Begins with the weights of another run's folder, or of a file of `weights.py`, where it has them.
+
+        Blocks that these lack change nothing at first.
+        """
+        if start.is_dir():
+            kept = torch.load(start / "checkpoint.pt", weights_only=True)["average"]
+        else:
+            kept = {_in_learner(name): tensor.float() for name, tensor in load_file(start).items()}
+        lacking, further = self.learner.load_state_dict(kept, strict=False)
+        with torch.no_grad():
+            for name in lacking:
+                if name.startswith("encoder.blocks.") and name.endswith("mix.1.weight"):
+                    self.learner.get_parameter(name).zero_()
+        if further:  # biases of convolutions that BatchNorm was worked into
+            _, width, height = self.settings.shapes[0]
+            seen = stacked([page((self.settings.seed, 987654320, number), (width, height)) for number in range(16)])
+            _unfold(self.learner, {name: kept[name] for name in further}, seen["pictures"])
+        self.average.load_state_dict(self.learner.state_dict())
 
     def keep(self, folder: Path) -> None:
         """Writes the checkpoint and the log, each whole or not at all."""
@@ -292,6 +304,39 @@ class Run:
         return {name: part.item() for name, part in parts.items()}
 
 
+def _in_learner(name: str) -> str:
+    """The name in a `Learner` of a weight of an exported encoder; files of before it read say where a weight was."""
+    name = name.removeprefix("encoder.").removeprefix("heads.")
+    place = {"middles": "heads.", "inks": "heads.", "grounds": "heads.", "around": ""}
+    return place.get(name.split(".")[0], "encoder.") + name
+
+
+@torch.no_grad()
+def _unfold(learner: Learner, biases: dict[str, Tensor], pictures: Tensor) -> None:
+    """Gives convolutions the BatchNorm back that was worked into them: on these pictures they compute what they did."""
+
+    def restored(pair: Any, given: tuple[Tensor], _: Tensor, bias: Tensor | None) -> Tensor:
+        conv, norm = pair
+        found = conv(given[0])
+        variance, mean = torch.var_mean(found, (0, 2, 3), correction=0)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        if bias is not None:
+            norm.weight.copy_((variance + norm.eps).sqrt())
+            norm.bias.copy_(mean + bias)
+        return norm(found)
+
+    hooks = [
+        module.register_forward_hook(partial(restored, bias=biases.get(f"{name}.0.bias")))
+        for name, module in learner.named_modules()
+        if isinstance(module, nn.Sequential)
+    ]
+    learner.eval()(pictures)
+    for hook in hooks:
+        hook.remove()
+    learner.train()
+
+
 def _told(settings: Settings) -> dict[str, Any]:
     """Settings as JSON has them, without what may change underway."""
     free = ("steps", "decay", "keep_every", "score_every", "score_pages")
@@ -315,7 +360,7 @@ def train(
 ) -> Run:
     """Trains to the settings' last step, or to `stop` before it, going on from what is in the folder.
 
-    start: folder of a run whose weights a new one begins with.
+    start: folder of a run, or file of weights, that a new one begins with.
     """
     stop = settings.steps if stop is None else min(stop, settings.steps)
     folder.mkdir(parents=True, exist_ok=True)
@@ -351,12 +396,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--stop", type=int, help="the step to stop at for now, before the last")
     parser.add_argument("--seed", type=int, default=Settings.seed)
-    parser.add_argument("--start", type=Path, help="folder of a run whose weights this one begins with")
+    parser.add_argument("--start", type=Path, help="folder of a run, or file of weights, to begin with")
     parser.add_argument("--tiny", action="store_true", help="a setting of seconds, to try the command")
     given = parser.parse_args(arguments)
     settings = Settings(seed=given.seed, steps=given.steps)
     if given.start is not None:  # what is learned is not to be shaken
-        settings = replace(settings, rate=1e-3, warm_up=300)
+        settings = replace(settings, rate=1e-3, warm_up=300, decay=0.5)
     if given.tiny:
         settings = replace(
             settings,

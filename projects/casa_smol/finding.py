@@ -32,6 +32,7 @@ from casa.vision.page_words import BEFORE, TAGS
 from projects.casa_smol.perfect_pages import IMAGE_AT, Sample, batch_of
 from projects.casa_smol.start import (
     ASKED,
+    CARRIED,
     DISTANCE,
     PLACED,
     PLACES,
@@ -44,15 +45,26 @@ from projects.casa_smol.start import (
     turned,
 )
 
-NUMBER, LEFT, ABOVE, BELOW = range(len(TAGS))
-ASKING = {0: ((LEFT, 32, 0),), 1: ((ABOVE, 16, 0), (BELOW, 16, 16)), 2: ((NUMBER, 32, 0), (None, 0, 0))}
-"""By key head, what each of its query heads compares: a slot of tags, how many numbers and from which row. Without a
-slot: all texts that begin, for pages of one line."""
+CALLED, PLACED_BY, UNDER = range(len(TAGS))
+ASKING = (
+    ((0, 44), {CALLED: 1.0, PLACED_BY: 0.3, UNDER: 0.2}),
+    ((16, 60), {CALLED: 1.0, PLACED_BY: 0.3}),
+    ((40, 84), {CALLED: 1.0}),
+)
+"""By key head: which numbers of the code of what is asked for it compares, and with which tags, each with its weight.
+They are added up before they are compared: a head that went by a row's name alone would look at all its cells."""
+AGAIN = (
+    ((0, 28), {CALLED: 1.0, PLACED_BY: 0.3, UNDER: 0.2}),
+    ((28, 56), {CALLED: 1.0, PLACED_BY: 0.3}),
+    ((56, 84), {CALLED: 1.0}),
+)
+"""The same for a layer that goes by places, too."""
+SHARP = (0.6, 1.0, 1.6)  # of a key head's three query heads
 WAVES_NEAR = [5 * part + octave for part in range(4) for octave in range(4)]
 """Which of the waves handed on are compared: up to 512 px."""
 NEAR = slice(16, 32)  # of the numbers that turn little: there places are compared, by who looks for a place
 FAR = torch.cat([STILL[: NEAR.start], STILL[NEAR.stop :]])
-BEGINS = 12  # numbers of the line break that stands before the first word of a text
+BEGINS = 63  # of the slowest pair: there is told whether a text begins
 ASKED_HEAD = 1  # key head of the first layer that hands on what is asked for
 ANSWERED = 12  # words of an answer that are looked at, of a long one some from its first to its last
 WRONG = 0.3  # of the image's attention, in a loss: how little of it may be nowhere
@@ -312,7 +324,7 @@ class Closed:
 
     start: Start
     line_break: int
-    asked: float = 14.0
+    asked: float = 25.0
     placed: float = 10.0
     begins: float = 8.0
     next: float = 14.0
@@ -321,26 +333,26 @@ class Closed:
     @torch.no_grad()
     def first(self, layer: Any, block: int, kept: Sequence[Kept], again: bool) -> None:
         """Sets a layer that finds a text by its tags; again, half of its numbers are for places that were handed on."""
-        states = torch.stack([one.states[block][len(one.sample.prompt) - 1].float() for one in kept])
-        told = self._guessed(states, torch.stack([self._asked_for(one.sample) for one in kept]))
+        known = [(one, asked) for one in kept if (asked := self._asked_for(one.sample)) is not None]
+        states = torch.stack([one.states[block][len(one.sample.prompt) - 1].float() for one, _ in known])
+        told = self._guessed(states, torch.stack([asked for _, asked in known]))
         queries, keys, constant = self._silent(layer, block)
-        ends = STILL[32 : 32 + BEGINS]
-        unit = self.start.codes[self.line_break, :BEGINS] * self.start.codes.shape[1] ** 0.5
-        is_begin = (unit / unit.square().sum())[:, None] * constant * layer.head_dim**0.5 * self.begins
-        share = 2 if again else 1
-        for head, parts in ASKING.items():
-            keys[head][ends] = self._read(block, len(TAGS) + BEFORE - 1, BEGINS)
-            for query, (slot, count, row) in zip(queries[head], parts, strict=False):
+        before = len(TAGS) + BEFORE - 1
+        line_break = self.start.codes[self.line_break, : self.start.known(before)] * self.start.codes.shape[1] ** 0.5
+        begins = line_break @ self._read(block, before, len(line_break)) / line_break.square().sum()
+        for head, ((first, stop), tags) in enumerate(AGAIN if again else ASKING):
+            still = FAR if again else STILL
+            for slot, weight in tags.items():
+                count = min(stop, self.start.known(slot)) - first
+                keys[head][still[:count]] += self._read(block, slot, stop)[first:] * weight
+            keys[head][BEGINS] = begins
+            for query, sharp in zip(queries[head], SHARP, strict=True):
                 query.zero_()
-                if slot is not None:
-                    count = count // share
-                    some = STILL[row // share : row // share + count]
-                    keys[head][some] = self._read(block, slot, count)
-                    query[some] = self._compared(told[:count], layer, self.asked)
-                query[ends] = is_begin
+                query[still[: stop - first]] = self._compared(told[first:stop], layer, self.asked * sharp)
+                query[BEGINS] = constant * layer.head_dim**0.5 * self.begins
                 if again:
                     keys[head][STILL[NEAR]] = self.start.places(block)[WAVES_NEAR]
-                    query[STILL[NEAR]] = self._placed(block, kept) * layer.head_dim**0.5 * self.placed
+                    query[STILL[NEAR]] = self._placed(block, kept) * layer.head_dim**0.5 * self.placed * sharp
                 self._look_back(query, layer, constant)
 
     @torch.no_grad()
@@ -349,7 +361,7 @@ class Closed:
         said = [(one, len(one.sample.prompt) - 1, one.sample.answer) for one in kept]
         states = torch.cat([one.states[block][at : at + len(answer)].float() for one, at, answer in said])
         words = torch.tensor([token for *_, answer in said for token in answer])
-        told = self._guessed(states, self.start.codes[words][:, :ASKED])
+        told = self._guessed(states, self.start.codes[words][:, :CARRIED])
         queries, keys, constant = self._silent(layer, block)
         for head in range(len(keys)):
             keys[head][FAR] = self._read(block, len(TAGS) + BEFORE + head, len(FAR))
@@ -376,9 +388,9 @@ class Closed:
         states, images = (torch.stack(parts).float() for parts in zip(*known, strict=True))
         return self._guessed(states, images @ axes.T) / (len(WAVES_NEAR) / 2)
 
-    def _asked_for(self, sample: Sample) -> Tensor:
+    def _asked_for(self, sample: Sample) -> Tensor | None:
         wanted = self.start.names[torch.tensor(sample.prompt)[torch.tensor(sample.wanted)]]
-        return self.start.codes[wanted][:, :ASKED].mean(0) if len(wanted) else torch.zeros(ASKED)
+        return self.start.codes[wanted][:, :ASKED].mean(0) if len(wanted) else None
 
     def _guessed(self, states: Tensor, wanted: Tensor) -> Tensor:
         """(numbers, D): least squares."""
@@ -428,6 +440,15 @@ def begin_asking(layer: Any, block: int, role: str, kept: Sequence[Kept], closed
             for rows in (queries[ASKED_HEAD * group], keys[ASKED_HEAD]):
                 rows += 0.02 * torch.randn_like(rows)
     return {"asked": 2e-3, "later": 3e-3}.get(role, 3e-4)
+
+
+def share_asked(layer: Any) -> None:
+    """The third key head carries further numbers of what the second one looks at."""
+    queries, keys, *_ = heads_of(layer)
+    group = len(queries) // len(keys)
+    with torch.no_grad():
+        for rows, step in ((queries, group), (keys, 1)):
+            rows[(ASKED_HEAD + 1) * step] = rows[ASKED_HEAD * step]
 
 
 def loss_of(role: str) -> Loss:

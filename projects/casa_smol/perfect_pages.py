@@ -18,7 +18,7 @@ from torch import Tensor
 
 from casa.vision.page_encoder import CELL, PageEncoder, place_waves
 from casa.vision.page_reading import TextRun
-from casa.vision.page_words import BEFORE, TAGS, Encode, plain_token, words_of_page
+from casa.vision.page_words import BEFORE, TAG_IDS, Encode, plain_token, words_of_page
 from projects.casa_smol.tasks.asked import ordinal, turn
 from projects.casa_smol.tasks.lines import READ, READ_AFTER, READ_BEFORE, READ_LAST, READ_NUMBERED
 from projects.casa_smol.words import Words, pick
@@ -209,7 +209,7 @@ def batch_of(
         positions.append((row, start + IMAGE_AT))
         height, width, _ = one.ids.shape
         every = torch.from_numpy(one.ids).flatten(0, 1)
-        stays = (every[:, sum(TAGS) + BEFORE] >= 0) | torch.from_numpy(rng.random(len(every)) < empty)
+        stays = (every[:, TAG_IDS + BEFORE] >= 0) | torch.from_numpy(rng.random(len(every)) < empty)
         stays[0] = True  # a picture has at least one image token
         number, written = stays.cumsum(0) - 1, every[stays]
         grids.append((1, 1, len(written)))

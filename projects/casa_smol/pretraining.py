@@ -28,7 +28,7 @@ from casa.atomic import replacing
 from casa.models.auto import processor_for
 from casa.vision import output_width
 from casa.vision.page_encoder import CODE_STEP, PageEncoder
-from projects.casa_smol.finding import Closed, begin_asking, keep, learn, loss_of, say_found
+from projects.casa_smol.finding import Closed, begin_asking, keep, learn, loss_of, say_found, share_asked
 from projects.casa_smol.parts import embeddings_of
 from projects.casa_smol.perfect_pages import Batch, Pages, Sample, batch_of, names_of
 from projects.casa_smol.read_pages import ReadPages
@@ -86,7 +86,9 @@ def find(
                         missed, share = np.mean(run[-50:], axis=0).round(3).tolist()
                         line = {"layer": block, "role": role, "step": step, "missed": missed, "found": share}
                         print(json.dumps(line), flush=True)
-                if role != "asked":
+                if role == "asked":
+                    share_asked(layer)
+                else:
                     say_found(layer, block, role, kept, start, place % 2, is_aloud)
                 with replacing(files[block]) as path:
                     torch.save(layer.state_dict(), path)
@@ -170,7 +172,7 @@ def main(arguments: list[str]) -> int:
     encoder = PageEncoder.from_pretrained(eyes, dtype=torch.float32).eval()
     model: Any = adapt(str(folder), fusion=FUSION, vision=str(eyes)).float().eval()
 
-    read_pages = ReadPages(given.read, tokenizer) if given.read else None
+    read_pages = ReadPages(given.read, tokenizer, pages.shared) if given.read else None
 
     def drawn(*seed: int, count: int = settings.batch, found: bool = False) -> list[Sample]:
         rngs = [np.random.default_rng((settings.seed, *seed, number)) for number in range(count)]

@@ -15,7 +15,7 @@ import json
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from PIL import Image
 from casa.atomic import replacing
 from casa.vision.page_encoder import CELL, PageEncoder
 from casa.vision.page_reading import TextRun
-from casa.vision.page_words import BEFORE, BEGUN, NOTHING, TAGS, words_of_page
-from projects.casa_smol.perfect_pages import PROMPT, TOKEN, Sample, encoding
+from casa.vision.page_words import BEFORE, BEGUN, NOTHING, TAG_IDS, words_of_page
+from projects.casa_smol.perfect_pages import PROMPT, TOKEN, Sample, encoding, names_of
 from projects.casa_smol.read import cells_of
 from projects.casa_smol.weights import WEIGHTS, page_encoder
 
@@ -97,10 +97,12 @@ class ReadPages:
     Args:
         folder: Of read pages.
         tokenizer: Of the text model.
+        shared: Tokens that say nothing of what a question asks for.
     """
 
-    def __init__(self, folder: Path, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, folder: Path, tokenizer: Any, shared: Collection[int] = ()) -> None:
+        self.tokenizer, self.shared = tokenizer, shared
+        self.names = names_of(tokenizer).tolist()
         self.encode = encoding(tokenizer)
         pages = [page for file in sorted(folder.glob("*.jsonl")) for page in load(file)]
         unread = Counter(
@@ -142,7 +144,9 @@ class ReadPages:
         grid = page.cells[0] // block[0], page.cells[1] // block[1]
         ids, said = words_of_page(page.runs, grid, block, self.encode, end).ids, [*said, end]
         found = find_words(ids, [NOTHING, line_break[0], *said])
-        return Sample(ids, prompt, said, [False] * len(prompt), found)
+        tags = set(ids.reshape(-1, ids.shape[-1])[found[0][0], :TAG_IDS].tolist()) if found[0][0] >= 0 else set()
+        wanted = [self.names[token] in tags and token not in self.shared for token in prompt]
+        return Sample(ids, prompt, said, wanted, found)
 
 
 def find_words(ids: np.ndarray, words: Sequence[int]) -> list[tuple[int, int]]:
@@ -156,7 +160,7 @@ def find_words(ids: np.ndarray, words: Sequence[int]) -> list[tuple[int, int]]:
         Of each word from the third on its place; (-1, -1) for all if they stand nowhere, or more than once.
     """
     columns = ids.shape[1]
-    told = ids.reshape(-1, ids.shape[-1])[:, sum(TAGS) :]
+    told = ids.reshape(-1, ids.shape[-1])[:, TAG_IDS:]
     chains: list[list[tuple[int, int]]] = [[]]
     for number in range(BEFORE, len(words)):
         asked = words[number - BEFORE : number + 1]

@@ -46,12 +46,13 @@ LARGEST = 2.5  # of a code's numbers, beside those of a random one: no number sa
 PLACED = 0.1  # length of a place's waves, beside words of length 1
 TAGGED = 0.6  # of tags: of what is written there, it is the least certain
 CONSTANT = 2.0  # of an image token, on the calmest axis: what tells it from text, and keeps its length
-HANDED = {"before": slice(0, 48), "asked": slice(48, 112), "found": slice(112, 176), "places": slice(176, 236)}
+HANDED = {"before": slice(0, 48), "asked": slice(48, 132), "found": slice(132, 196), "places": slice(196, 256)}
 """Which of the stream's quiet axes carry the code of the word before, of what is asked for, of the word found, and the
 places where the three key heads of layers have looked for it."""
 PLACES = [first + octave for first in (0, WAVES, 2 * WAVES, 3 * WAVES) for octave in range(1, 6)]
 """Which waves of a place are handed on: from 64 to 1,024 px, of its height and of its width."""
-ASKED = 64  # numbers of a code that a head carries
+ASKED = 84  # numbers of the code of what is asked for
+CARRIED = 64  # numbers that a head carries
 TOLD = 0.3  # length of what is handed on, beside the stream's
 SAID = 100.0  # of a word's embedding that one layer says; the stream is 650 long at the last
 
@@ -275,19 +276,27 @@ class Start:
             queries[0][pair] = constant * before * TURNS[pair].cos()
             queries[0][pair + size // 2] = -constant * before * TURNS[pair].sin()
         image = self.slots.axes[0] * self.length / CONSTANT  # before the gain, to 1 where text begins
-        for head, (name, told) in enumerate((("before", self.own), ("asked", self.named))):
-            count, axes = self._axes(name)
+        before_axes, asked_axes = self.quiet[HANDED["before"]], self.quiet[HANDED["asked"]]
+        asked = self.named[:, :ASKED].split(CARRIED, dim=1)
+        parts = [(before_axes, self.own), *zip(asked_axes.split(CARRIED), asked, strict=True)]
+        for head, (axes, told) in enumerate(parts):
+            count = len(axes)
             values[head][:count] = told[:, :count].T
             keys[head][SINK] -= image / gain * root * UNSEEN
             queries[head * group][SINK] = constant
-            length = self.sizes[block] * TOLD * (self.codes.shape[1] / count) ** 0.5  # of a code of length 1
+            # of a code of length 1
+            length = self.sizes[block] * TOLD * (self.codes.shape[1] / (count if head == 0 else ASKED)) ** 0.5
             output[:, head * group, :count] = axes.T * length
+
+    def known(self, slot: int) -> int:
+        """How many numbers of a slot's code image tokens tell."""
+        return self.slots.spans[slot].stop - self.slots.spans[slot].start
 
     def numbers(self, slot: int, half: int, aloud: bool) -> slice:
         """Which numbers of a slot's code one layer carries: a long code is said aloud in halves."""
-        known = self.slots.spans[slot].stop - self.slots.spans[slot].start
-        first = ASKED * half if aloud and known >= 2 * ASKED else 0
-        return slice(first, min(first + (ASKED if aloud else ASKED - len(PLACES)), known))
+        known = self.known(slot)
+        first = CARRIED * half if aloud and known >= 2 * CARRIED else 0
+        return slice(first, min(first + (CARRIED if aloud else CARRIED - len(PLACES)), known))
 
     def places(self, block: int) -> Tensor:
         """(n, D): from an image token behind a block's norm to the `PLACES` of where it stands."""

@@ -16,6 +16,7 @@ from casa.errors import UserError
 from projects.casa_smol.encoder import Run, Settings, main, scores, stacked, train
 from projects.casa_smol.fonts import CHARACTERS
 from projects.casa_smol.targets import page
+from projects.casa_smol.weights import export
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "projects.casa_smol.encoder", "--tiny"]
@@ -97,3 +98,18 @@ def test_a_longer_encoder_begins_as_the_shorter_one(tmp_path):
     picture = torch.from_numpy(page((3, 4), (64, 64))[0])[None]
     shorter = Run.at(tmp_path, short).average.eval()
     assert torch.equal(run.learner.eval()(picture)["classes"], shorter(picture)["classes"])
+
+
+def test_a_run_begins_with_exported_weights_as_if_batch_norm_had_never_left(tmp_path):
+    whole = train(tmp_path / "one", replace(TINY, steps=6, bf16=False), workers=0, score=False)
+    export(tmp_path / "one", tmp_path / "weights.safetensors", pages=1)
+    deeper = Run.start(replace(TINY, seed=5, dilations=(1, 2), bf16=False))
+    deeper.take(tmp_path / "weights.safetensors")
+    pictures = stacked([page((1, 2, number), (96, 64)) for number in range(2)])["pictures"]
+    with torch.no_grad():
+        wanted, found = whole.average.eval()(pictures), deeper.average.eval()(pictures)
+    for name in ("cells", "classes", "middles"):
+        torch.testing.assert_close(found[name], wanted[name], atol=0.05, rtol=0.05)  # exported in bfloat16
+    kept = deeper.learner.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in deeper.average.state_dict().items())
+    assert deeper.learner.training

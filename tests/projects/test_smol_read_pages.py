@@ -11,7 +11,7 @@ import torch
 from casa.data.made import write_pictures
 from casa.testing import tiny_tokenizer
 from casa.vision.page_encoder import PageEncoder, PageEncoderConfig, image_processor
-from casa.vision.page_words import NOTHING, SLOTS, TAGS
+from casa.vision.page_words import IDS, NOTHING, TAG_IDS
 from projects.casa_smol.read import cells_of
 from projects.casa_smol.read_pages import OFTEN, ReadPages, find_words, load, pictures_of, read_page, write
 from projects.casa_smol.tasks import asked
@@ -66,8 +66,8 @@ def test_a_page_is_what_the_encoder_reads(eyes, tokenizer, monkeypatch):
 
 
 def test_words_are_found_behind_those_before_them():
-    ids = np.full((2, 3, sum(SLOTS)), NOTHING)
-    told = ids.reshape(6, -1)[:, sum(TAGS) :]
+    ids = np.full((2, 3, IDS), NOTHING)
+    told = ids.reshape(6, -1)[:, TAG_IDS:]
     told[1] = [NOTHING, 9, 5, 6, NOTHING]
     told[2] = [5, 6, 7, NOTHING, NOTHING]
     told[4] = [NOTHING, 9, 4, NOTHING, NOTHING]
@@ -112,8 +112,27 @@ def test_questions_go_in_whose_answers_were_read_or_come_often(tokenizer, tmp_pa
     asked_for = [[answer for _, answer in turns] for _, turns in pages.turns]
     assert asked_for == [["some word", "Yes"], *[["Yes"]] * (OFTEN - 1)]
     one = pages.sample(np.random.default_rng(0), found=True)
-    assert one.ids.shape == (2, 8, sum(SLOTS))
+    assert one.ids.shape == (2, 8, IDS)
     assert one.answer[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert tokenizer.decode(one.answer[:-1]) == "some word"
     assert [at for at, _ in one.found] == sorted(at for at, _ in one.found)
     assert kept([page(number) for number in range(1, OFTEN - 1)]).turns == []
+
+
+def test_of_a_question_those_words_are_wanted_that_its_answer_is_called_by(tokenizer, tmp_path):
+    def run(text, row, left):
+        return {"text": text, "rows": [row] * len(text), "columns": [left + 2.0 * n for n in range(len(text))]}
+
+    runs = [run("Tea", 3.0, 0), run("some word", 3.0, 40), run("Milk", 9.0, 0), run("other one", 9.0, 40)]
+    turns = [("How much is the tea?", "some word", True)]
+    page = {"task": "form", "cells": [12, 64], "turns": turns, "runs": runs}
+    (tmp_path / "form-0000.jsonl").write_text(json.dumps(page) + "\n")
+
+    def wanted(shared):
+        one = ReadPages(tmp_path, tokenizer, shared).sample(np.random.default_rng(0))
+        return tokenizer.decode([token for token, is_wanted in zip(one.prompt, one.wanted, strict=True) if is_wanted])
+
+    found = wanted(()).replace(" ", "")  # this tokenizer knows hardly any words, so letters of others are among them
+    assert "tea" in found
+    assert "much" not in found
+    assert "tea" not in wanted(tokenizer(" tea")["input_ids"]).replace(" ", "")

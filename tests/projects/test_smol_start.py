@@ -12,7 +12,7 @@ from casa import FusionConfig, adapt
 from casa.testing import tiny_tokenizer
 from casa.vision.connector import LinearProjector
 from casa.vision.page_encoder import PageEncoder, PageEncoderConfig, place_waves
-from casa.vision.page_words import BEFORE, NOTHING, TAGS
+from casa.vision.page_words import BEFORE, NOTHING, TAG_IDS
 from projects.casa_smol.finding import (
     ANSWERED,
     Closed,
@@ -41,7 +41,7 @@ def test_an_answers_tokens_stand_where_they_are_said_to(pages):
     for seed in range(40):
         one = pages.sample(np.random.default_rng(seed), pages=0.7)
         before = [NOTHING, line_break]
-        written = one.ids.reshape(-1, one.ids.shape[-1])[:, sum(TAGS) :]
+        written = one.ids.reshape(-1, one.ids.shape[-1])[:, TAG_IDS:]
         assert len(one.found) == len(one.answer)
         assert len(one.wanted) == len(one.prompt)
         for (at, slot), token in zip(one.found, one.answer, strict=True):
@@ -67,7 +67,7 @@ def test_places_are_those_of_the_encoder():
     assert torch.equal(encoder.tokens(torch.zeros(1, 3, 48, 80))[0], place_waves(3, 5, (16, 16)))
 
 
-SIZES = (32, 56, 56, 24, 48, 88, 128, 64, 48)
+SIZES = (84, 60, 24, 48, 88, 128, 64, 48)
 
 
 def test_the_projector_becomes_the_same_linear_map():
@@ -296,6 +296,6 @@ def test_image_tokens_in_which_nothing_begins_mostly_stay_away(begun, pages):
     for batch in (kept, whole):
         assert int(batch.inputs["image_grid_thw"].prod()) == len(batch.inputs["image_features"])
         assert len(batch.where) == sum(at >= 0 for at, _ in one.found)
-    begins = torch.from_numpy(one.ids).flatten(0, 1)[:, sum(TAGS) + BEFORE] >= 0
+    begins = torch.from_numpy(one.ids).flatten(0, 1)[:, TAG_IDS + BEFORE] >= 0
     begins[0] = True
     assert len(kept.inputs["image_features"]) == int(begins.sum())

@@ -7,7 +7,7 @@ import torch
 from casa.testing import tiny_tokenizer
 from casa.vision.page_encoder import CODE_STEP, PageEncoder, PageEncoderConfig
 from casa.vision.page_reading import FOLLOWING, TextRun, read_runs
-from casa.vision.page_words import BEFORE, BEGUN, NOTHING, SLOTS, TAGS
+from casa.vision.page_words import BEFORE, BEGUN, IDS, NOTHING, TAG_IDS, TAGS
 
 LETTERS = " .0123456789:abcdefghijklmnopqrstuvwxyzABCT"
 
@@ -137,16 +137,17 @@ def test_a_shorter_code_is_the_beginning_of_a_longer_and_codes_of_a_slot_go_toge
     sizes = encoder.config.word_sizes
     starts = np.cumsum((0, *sizes)).tolist()
     whole = encoder.word_codes[7].float() * CODE_STEP
-    ids = torch.full((sum(SLOTS),), NOTHING)
-    ids[sum(TAGS) :] = 7
+    ids = torch.full((IDS,), NOTHING)
+    ids[TAG_IDS:] = 7
     code = encoder.codes_of(ids, torch.float32)
     for slot in range(len(TAGS), len(TAGS) + BEFORE + BEGUN):
         size = sizes[slot]
         torch.testing.assert_close(code[starts[slot] : starts[slot + 1]], whole[:size] * (max(sizes) / size) ** 0.5)
     assert not code[: starts[len(TAGS)]].any()
-    ids[1:4] = 7
+    ids[1:4] = 7  # three of one group, and one of the next one
+    ids[8] = 7
     tags = encoder.codes_of(ids, torch.float32)[: starts[1]]
-    torch.testing.assert_close(tags, 3**0.5 * whole[: sizes[0]] * (max(sizes) / sizes[0]) ** 0.5)
+    torch.testing.assert_close(tags, (3**0.5 + 1) * whole[: sizes[0]] * (max(sizes) / sizes[0]) ** 0.5)
 
 
 def test_words_are_saved_and_folded_with_the_encoder(reader, tmp_path):

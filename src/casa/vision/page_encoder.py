@@ -69,7 +69,7 @@ class PageEncoderConfig(PreTrainedConfig):
     reads: bool = False
     vocabulary: tuple[int, int] | list[int] = (0, 0)
     text_end: int | None = None
-    word_sizes: tuple[int, ...] | list[int] = (32, 56, 56, 24, 48, 88, 128, 64, 48)
+    word_sizes: tuple[int, ...] | list[int] = (84, 60, 24, 48, 88, 128, 64, 48)
     batch_norm: bool = False
     image_mean: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5)
@@ -227,18 +227,24 @@ class PageEncoder(PreTrainedModel):
         return self.codes_of(torch.from_numpy(np.stack(pages)).to(cells.device).flatten(1, 2), cells.dtype)
 
     def codes_of(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """(..., sum of `word_sizes`): codes of the slots side by side, of n words their sum over the root of n.
+        """(..., sum of `word_sizes`): codes of the slots side by side.
 
-        ids: int64 (..., sum of `SLOTS`), -1 where there is no word.
+        A slot's code is the sum over its groups, of which each adds the sum of n words over the root of n.
+
+        ids: int64 (..., `IDS`), -1 where there is no word.
         """
         given = (ids >= 0).to(dtype)
         codes = self.word_codes[ids.clamp(min=0)].to(dtype) * CODE_STEP * given[..., None]
-        widest, found = codes.shape[-1], []
-        counts = given.split(SLOTS, dim=-1)
-        for slot, count, size in zip(codes.split(SLOTS, dim=-2), counts, self.config.word_sizes, strict=True):
-            scale = (widest / size / count.sum(-1, keepdim=True).clamp(min=1)) ** 0.5
-            found.append(slot[..., :size].sum(-2) * scale)
-        return torch.cat(found, dim=-1)
+        sizes = [most for slot in SLOTS for most in slot]
+        groups = zip(codes.split(sizes, dim=-2), given.split(sizes, dim=-1), strict=True)
+        added = iter([code.sum(-2) / count.sum(-1, keepdim=True).clamp(min=1) ** 0.5 for code, count in groups])
+        return torch.cat(
+            [
+                sum(next(added)[..., :size] for _ in slot) * (codes.shape[-1] / size) ** 0.5
+                for slot, size in zip(SLOTS, self.config.word_sizes, strict=True)
+            ],
+            dim=-1,
+        )
 
     @property
     def _block(self) -> tuple[int, int]:

@@ -1,8 +1,10 @@
 """What an image token tells of the texts on its page, in tokens of a text model.
 
 Three things, each as ids that are looked up in a table of codes: the tokens that begin in it; the two that stand before
-the first of these, so that who has said them finds the next; and what the text as a whole may be asked by, its tags:
-the number of its line, the words to its left (of a form: its name), those above it and those below it.
+the first of these, so that who has said them finds the next; and what the text as a whole may be asked by, its tags.
+Of these there are three kinds: what it is called (of a form's value the name to its left, of a table's cell those of
+its row and its column), where it stands, and what stands below it. They are compared together, so that of a row's cells
+the one is found that is in the right column.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +18,16 @@ BEFORE = 2
 """How many tokens before the first that begins in an image token are told."""
 BEGUN = 3
 """How many of a text model's tokens that begin in one image token are told."""
-TAGS = (5, 12, 12, 8)
-"""How many tokens a text has as tags, at most: of its line's number, of what is to its left, above it and below it."""
-SLOTS = (*TAGS, *[1] * (BEFORE + BEGUN))
-"""Tokens by slot: an image token has one code for each slot, that of its tokens together."""
+TAGS = ((8, 8), (8, 3, 2, 8), (8,))
+"""Groups of tokens that a text has as tags, how many at most: what it is called by, the first text of its line and the
+head of its column; where it stands, the text to its left, its line's number, whether that is the first or the last, the
+text above it; and, as few are asked for by it, the text below it."""
+TAG_IDS = sum(map(sum, TAGS))
+"""Ids of tags; behind them the tokens before, and those that begin."""
+SLOTS = (*TAGS, *[(1,)] * (BEFORE + BEGUN))
+"""Groups of tokens by slot: an image token has one code for each slot, to which each group adds as much."""
+IDS = sum(map(sum, SLOTS))
+"""Ids of an image token."""
 NOTHING = -1
 """In place of a token's id: there is none."""
 
@@ -31,14 +39,13 @@ _ORDINALS = (
     "sixteenth seventeenth eighteenth nineteenth twentieth"
 )
 ORDINALS = _ORDINALS.split()
-
 Encode = Callable[[str], Sequence[tuple[int, tuple[int, int]]]]
 """A text to its tokens: the id of each, and where in the text it begins and ends."""
 
 
 @dataclass(frozen=True)
 class PageWords:
-    """ids: int64 (rows, columns, sum of `SLOTS`), NOTHING where there is no token.
+    """ids: int64 (rows, columns, `IDS`), NOTHING where there is no token.
 
     spots: for each text the image token in which each of its tokens begins, in reading order, and the number among
     those that begin there; (-1, -1) for one that found no room. The end of the text is its last.
@@ -62,7 +69,7 @@ def words_of_page(
         encode: The text model's tokenizer.
         end: The token that ends an answer; a line break if None.
     """
-    ids = np.full((*grid, sum(SLOTS)), NOTHING, dtype=np.int64)
+    ids = np.full((*grid, IDS), NOTHING, dtype=np.int64)
     line_break = encode("\n")[0][0]
     end = line_break if end is None else end
     spots: list[list[tuple[int, int]]] = []
@@ -74,12 +81,12 @@ def words_of_page(
             row = min(max(int((run.rows[first] + 0.5) // block[0]), 0), grid[0] - 1)
             column = min(max(int((run.columns[first] + 0.5) // block[1]), 0), grid[1] - 1)
             told = ids[row, column]
-            begun = told[sum(TAGS) + BEFORE :]
+            begun = told[TAG_IDS + BEFORE :]
             place = int((begun != NOTHING).sum())
             if place < BEGUN:
                 if place == 0:
-                    told[: sum(TAGS)] = tags
-                    told[sum(TAGS) : sum(TAGS) + BEFORE] = before
+                    told[:TAG_IDS] = tags
+                    told[TAG_IDS : TAG_IDS + BEFORE] = before
                 begun[place] = token
             spots[-1].append((row * grid[1] + column, place) if place < BEGUN else (-1, -1))
             before = [before[-1], token]
@@ -87,20 +94,22 @@ def words_of_page(
 
 
 def tags_of(runs: Sequence[TextRun], encode: Encode) -> np.ndarray:
-    """int64 (texts, sum of `TAGS`): tokens that each text may be asked for by, NOTHING where there are no more."""
-    found = np.full((len(runs), sum(TAGS)), NOTHING, dtype=np.int64)
+    """int64 (texts, TAG_IDS): tokens that each text may be asked for by, NOTHING where there are no more."""
+    found = np.full((len(runs), TAG_IDS), NOTHING, dtype=np.int64)
     if len(runs) < 2:
         return found
     lines, names = _lines(runs), [_name(run.text, encode) for run in runs]
+    sizes = [most for slot in TAGS for most in slot]
+    starts = np.cumsum((0, *sizes[:-1]))
     for at, line in enumerate(lines):
         for place, number in enumerate(line):
-            named = [line[0], line[place - 1]] if place else []  # the first text of its line, and the one before it
-            above = [*_head(runs, lines[: at + 1], number), *_over(runs, lines[at - 1 : at], number)]
-            around = (named, above, _over(runs, lines[at + 1 : at + 2], number))
-            kinds = [_numbers(at, len(lines), encode)]
-            kinds += [_asked(names, texts, most) for texts, most in zip(around, TAGS[1:], strict=True)]
-            for first, most, tokens in zip(np.cumsum((0, *TAGS)), TAGS, kinds, strict=False):
-                found[number, first : first + len(tokens[:most])] = tokens[:most]
+            first, left = line[: min(place, 1)], line[1:place][-1:]
+            head = _head(runs, lines[: at + 1], number)
+            above, below = (_over(runs, some, number) for some in (lines[at - 1 : at], lines[at + 1 : at + 2]))
+            beside = [names[other[0]] if other else [] for other in (first, head, left, above, below)]
+            groups = [*beside[:3], *_numbers(at, len(lines), encode), *beside[3:]]
+            for start, most, tokens in zip(starts, sizes, groups, strict=True):
+                found[number, start : start + len(tokens[:most])] = tokens[:most]
     return found
 
 
@@ -130,12 +139,6 @@ def _head(runs: Sequence[TextRun], lines: list[list[int]], number: int) -> list[
     return _over(runs, lines[first : first + 1], number) if first < len(lines) - 1 else []
 
 
-def _asked(names: Sequence[list[int]], texts: list[int], most: int) -> list[int]:
-    """Tokens by which someone would name these texts, as many of each."""
-    chosen = list(dict.fromkeys(texts))
-    return list(dict.fromkeys(token for number in chosen for token in names[number][: most // len(chosen)]))
-
-
 def _name(text: str, encode: Encode) -> list[int]:
     """Tokens by which someone would name a text: as it is written, and in small letters."""
     forms = (" " + text, " " + text.lower())
@@ -149,10 +152,13 @@ def plain_token(token: int, text: str, encode: Encode) -> int:
     return found[0][0] if len(found) == 1 else token
 
 
-def _numbers(line: int, count: int, encode: Encode) -> list[int]:
-    """Of a line's number, from 0: its name, whether it is the last, and its digits."""
-    names = [f" {ORDINALS[line]}"] if line < NUMBERED else []
-    names += [" top"] if line == 0 else []
-    names += [" last", " bottom"] if line == count - 1 else []
-    names += [str(line + 1)]
-    return list(dict.fromkeys(token for name in names if count > 1 for token, _ in encode(name)))
+def _numbers(line: int, count: int, encode: Encode) -> list[list[int]]:
+    """Of a line's number, from 0: its name and its digits; and whether it is the first or the last."""
+    if count < 2:
+        return [[], []]
+    number = [f" {ORDINALS[line]}"] if line < NUMBERED else []
+    ends = [" top"] if line == 0 else [" last", " bottom"] if line == count - 1 else []
+    return [
+        list(dict.fromkeys(token for name in names for token, _ in encode(name)))
+        for names in ([*number, str(line + 1)], ends)
+    ]
