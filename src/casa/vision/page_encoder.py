@@ -227,24 +227,20 @@ class PageEncoder(PreTrainedModel):
         return self.codes_of(torch.from_numpy(np.stack(pages)).to(cells.device).flatten(1, 2), cells.dtype)
 
     def codes_of(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """(..., sum of `word_sizes`): codes of the slots side by side.
-
-        A slot's code is the sum over its groups, of which each adds the sum of n words over the root of n.
+        """(..., sum of `word_sizes`): of each slot the sum of its groups' codes, those of n words over the root of n.
 
         ids: int64 (..., `IDS`), -1 where there is no word.
         """
-        given = (ids >= 0).to(dtype)
-        codes = self.word_codes[ids.clamp(min=0)].to(dtype) * CODE_STEP * given[..., None]
+        given = (ids >= 0).to(dtype)[..., None]
+        codes = self.word_codes[ids.clamp(min=0)].to(dtype) * CODE_STEP * given
         sizes = [most for slot in SLOTS for most in slot]
-        groups = zip(codes.split(sizes, dim=-2), given.split(sizes, dim=-1), strict=True)
-        added = iter([code.sum(-2) / count.sum(-1, keepdim=True).clamp(min=1) ** 0.5 for code, count in groups])
-        return torch.cat(
-            [
-                sum(next(added)[..., :size] for _ in slot) * (codes.shape[-1] / size) ** 0.5
-                for slot, size in zip(SLOTS, self.config.word_sizes, strict=True)
-            ],
-            dim=-1,
-        )
+        groups = zip(codes.split(sizes, dim=-2), given.split(sizes, dim=-2), strict=True)
+        added = iter([code.sum(-2) / some.sum(-2).clamp(min=1) ** 0.5 for code, some in groups])
+        told = [
+            sum(next(added)[..., :size] for _ in slot) * (codes.shape[-1] / size) ** 0.5
+            for slot, size in zip(SLOTS, self.config.word_sizes, strict=True)
+        ]
+        return torch.cat(told, dim=-1)
 
     @property
     def _block(self) -> tuple[int, int]:
@@ -253,10 +249,8 @@ class PageEncoder(PreTrainedModel):
         return high, wide
 
     def _places(self, cells: Tensor) -> Tensor:
-        block = self._block
-        found = place_waves(
-            cells.shape[2] // block[0], cells.shape[3] // block[1], self.config.token_size, cells.device
-        )
+        rows, columns = (side // part for side, part in zip(cells.shape[2:], self._block, strict=True))
+        found = place_waves(rows, columns, self.config.token_size, cells.device)
         return found.to(cells.dtype).expand(len(cells), -1, -1)
 
 

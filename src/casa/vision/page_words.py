@@ -14,22 +14,17 @@ import numpy as np
 
 from casa.vision.page_reading import TextRun
 
-BEFORE = 2
-"""How many tokens before the first that begins in an image token are told."""
-BEGUN = 3
-"""How many of a text model's tokens that begin in one image token are told."""
+BEFORE = 2  # tokens told that stand before the first that begins in an image token
+BEGUN = 3  # tokens told that begin in one image token, at most
 TAGS = ((8, 8), (8, 3, 2, 8), (8,))
 """Groups of tokens that a text has as tags, how many at most: what it is called by, the first text of its line and the
 head of its column; where it stands, the text to its left, its line's number, whether that is the first or the last, the
 text above it; and, as few are asked for by it, the text below it."""
-TAG_IDS = sum(map(sum, TAGS))
-"""Ids of tags; behind them the tokens before, and those that begin."""
+TAG_IDS = sum(map(sum, TAGS))  # ids of tags; behind them are the tokens before, and those that begin
 SLOTS = (*TAGS, *[(1,)] * (BEFORE + BEGUN))
 """Groups of tokens by slot: an image token has one code for each slot, to which each group adds as much."""
-IDS = sum(map(sum, SLOTS))
-"""Ids of an image token."""
-NOTHING = -1
-"""In place of a token's id: there is none."""
+IDS = sum(map(sum, SLOTS))  # ids of an image token
+NOTHING = -1  # in place of a token's id: there is none
 
 SAME_LINE = 1.0  # cells between the middles of two texts of one line, at most
 NUMBERED = 20  # lines that are told by their numbers
