@@ -244,7 +244,7 @@ def test_weights_of_any_shape_are_packed_and_damage_is_noticed():
         assert torch.equal(weight.nan_to_num(7), weights[name].nan_to_num(7)), name
     whole = small["casa_layers.0.a.packed"]
     for damaged in (whole[:-20], whole[20:], torch.cat([whole[:40], whole[41:]]), torch.zeros(9, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="a packed weight is damaged"):
+        with pytest.raises(UserError, match="a packed weight is damaged"):
             unpack({"casa_layers.0.a.packed": damaged})
 
 

@@ -2,17 +2,17 @@
 
 A 16-bit number of a trained weight is mostly a random fraction beside one of few exponents. So the bytes of a weight
 are parted, all first ones before all second ones, and zipped: about two thirds are left. A packed weight is named
-`name.packed`: uint8, a line with its dtype and shape, then what was zipped. Image encoders stay as they are, for
-transformers to read.
+`name.packed`: uint8, a line with its dtype and shape, then what was zipped. Image encoders do not change.
 """
 
-import math
 import zlib
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from casa.errors import UserError
 
 SUFFIX = ".packed"
 _PARTS = ("casa_layers.", "projector.")
@@ -25,7 +25,7 @@ def pack(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `pack` was given. Raises ValueError for what it has not made."""
+    """What `pack` was given. Raises UserError for what it has not made."""
     plain = {name: weight for name, weight in stored.items() if not name.endswith(SUFFIX)}
     return plain | {name.removesuffix(SUFFIX): _unpacked(one) for name, one in stored.items() if name not in plain}
 
@@ -41,9 +41,9 @@ def _unpacked(stored: Tensor) -> Tensor:
         head, _, zipped = stored.numpy().tobytes().partition(b"\n")
         dtype, *sides = head.decode().split()
         kind, shape = getattr(torch, dtype), [int(side) for side in sides]
-        size = math.prod(shape) * kind.itemsize
+        size = int(np.prod(shape)) * kind.itemsize
         # no more than the weight's own bytes, whatever was zipped
         parted = np.frombuffer(zlib.decompressobj().decompress(zipped, size), np.uint8).reshape(kind.itemsize, -1)
         return torch.frombuffer(bytearray(parted.T.tobytes()), dtype=kind).view(shape) if size else torch.empty(shape)
     except (zlib.error, AttributeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"a packed weight is damaged ({error})") from error
+        raise UserError(f"a packed weight is damaged ({error}); fetch the model's files again.") from error
