@@ -33,6 +33,7 @@ from projects.casa_smol.read import cells_of
 from projects.casa_smol.weights import WEIGHTS, page_encoder
 
 OFTEN = 6  # pictures of which an answer that none of them spells out is the answer, at least
+COMMON = 0.02  # of all questions have a word that belongs to how one asks, and not to what is asked for
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,16 @@ class ReadPages:
             for page in pages
         ]
         self.turns = [(page, turns) for page, turns in self.turns if turns]
+        asked = [self.encode(question) for _, turns in self.turns for question, _ in turns]
+        seen = Counter(token for words in asked for token in {token for token, _ in words})
+        self.rare = {token for token, count in seen.items() if count <= COMMON * len(asked)}
 
     def sample(self, rng: Generator, found: bool = False) -> Sample:
         """A question about a page of any task.
 
         Args:
             rng: Draws it.
-            found: Only one of which is known where every word of its answer stands.
+            found: Only one of which is known where every word of its answer stands, and by what it is asked for.
 
         Raises:
             RuntimeError: There seems to be none.
@@ -130,7 +134,7 @@ class ReadPages:
         for _ in range(500):
             page, turns = self.turns[int(rng.integers(len(self.turns)))]
             one = self.asked(page, *turns[int(rng.integers(len(turns)))])
-            if not found or all(at >= 0 for at, _ in one.found):
+            if not found or (all(at >= 0 for at, _ in one.found) and (any(one.wanted) or len(page.runs) == 1)):
                 return one
         raise RuntimeError("of 500 questions none has an answer that is found on its page; read more pages.")
 
@@ -145,7 +149,8 @@ class ReadPages:
         ids, said = words_of_page(page.runs, grid, block, self.encode, end).ids, [*said, end]
         found = find_words(ids, [NOTHING, line_break[0], *said])
         tags = set(ids.reshape(-1, ids.shape[-1])[found[0][0], :TAG_IDS].tolist()) if found[0][0] >= 0 else set()
-        wanted = [self.names[token] in tags and token not in self.shared for token in prompt]
+        # a name that was misread is what is asked for, too: hardly any other question has its words
+        wanted = [token not in self.shared and (self.names[token] in tags or token in self.rare) for token in prompt]
         return Sample(ids, prompt, said, wanted, found)
 
 
