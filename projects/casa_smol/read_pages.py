@@ -33,7 +33,7 @@ from projects.casa_smol.read import cells_of
 from projects.casa_smol.weights import WEIGHTS, page_encoder
 
 OFTEN = 6  # pictures of which an answer that none of them spells out is the answer, at least
-COMMON = 0.02  # of all questions have a word that belongs to how one asks, and not to what is asked for
+COMMON = 0.005  # of all questions have a word that belongs to how one asks, and not to what is asked for
 
 
 @dataclass(frozen=True)
