@@ -29,8 +29,10 @@ Stage = tuple[dict[int, str], bool]
 """Roles by block of layers that learn on the same states (`finding.py`), and whether they say aloud what they find."""
 STAGES: tuple[Stage, ...] = (
     ({2: "asked"}, False),
-    ({5: "first", 8: "later"}, False),
-    ({11: "again", 14: "later"}, False),
+    ({5: "first"}, False),
+    ({8: "later"}, False),
+    ({11: "again"}, False),
+    ({14: "later"}, False),
     ({17: "next", 20: "next", 23: "next", 26: "next", 29: "next"}, True),
 )
 LAYERS = tuple(block for roles, _ in STAGES for block in roles)
