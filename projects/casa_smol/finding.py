@@ -11,8 +11,8 @@ whole model costs. Layers have one of five roles:
 - "next": the word that layers below have found, by its code and its place. These say it aloud; all others but the first
   hand on, for layers that follow, its code and where each of their heads looks.
 
-"first", "again" and "next" begin in closed form, with a guess of codes and places by least squares: begun from nothing
-they learn their samples by heart.
+All but the first begin in closed form, with a guess of codes and places by least squares: begun from nothing they learn
+their samples by heart, or look at the right token with a small part of their attention.
 
 Shapes: B samples, L text tokens, M image tokens, K answer tokens, D width (576), C of a head (64). Three query heads
 ask each of the three key heads (G), which know the first, second and third word that begins in an image token.
@@ -66,6 +66,7 @@ NEAR = slice(16, 32)  # of the numbers that turn little: there places are compar
 FAR = torch.cat([STILL[: NEAR.start], STILL[NEAR.stop :]])
 BEGINS = 63  # of the slowest pair: there is told whether a text begins
 ASKED_HEAD = 1  # key head of the first layer that hands on what is asked for
+LAST = 30  # numbers of the last word's code that a head compares; the others are of the word before that
 ANSWERED = 12  # words of an answer that are looked at, of a long one some from its first to its last
 WRONG = 0.3  # of the image's attention, in a loss: how little of it may be nowhere
 
@@ -317,8 +318,8 @@ class Closed:
     Attributes:
         start: What is known of the model.
         line_break: Id of the token that stands before a text.
-        asked, placed, begins, next: Nats that a comparison is worth where all is right: of tags, of places, of where
-            texts begin, and of the next word.
+        asked, placed, begins, next, last, before: Nats that a comparison is worth where all is right: of tags, of places,
+            of where texts begin, of the next word, of the last one, and of the one before that.
         sink: Nats that "nothing here" scores.
     """
 
@@ -328,6 +329,8 @@ class Closed:
     placed: float = 10.0
     begins: float = 8.0
     next: float = 14.0
+    last: float = 14.0
+    before: float = 8.0
     sink: float = 6.0
 
     @torch.no_grad()
@@ -371,6 +374,30 @@ class Closed:
                 query.zero_()
                 query[FAR] = self._compared(told[: len(FAR)], layer, self.next)
                 query[STILL[NEAR]] = near
+                self._look_back(query, layer, constant)
+
+    @torch.no_grad()
+    def later(self, layer: Any, block: int, kept: Sequence[Kept]) -> None:
+        """Sets a layer that finds a word by the two before it: an answer's first one has none."""
+        states, last, before = [], [], []
+        for one in kept:
+            begin, said = len(one.sample.prompt) - 1, [self.line_break, *one.sample.answer[:-1]]
+            states.append(one.states[block][begin : begin + len(said)].float())
+            codes = self.start.codes[torch.tensor(said)]
+            last.append(torch.cat([torch.zeros_like(codes[:1]), codes[1:]]))
+            before.append(torch.cat([torch.zeros_like(codes[:1]), codes[:-1]]))
+        seen = torch.cat(states)
+        queries, keys, constant = self._silent(layer, block)
+        near, far = STILL[:LAST], STILL[LAST:]
+        told = [self._guessed(seen, torch.cat(codes)[:, :count]) for codes, count in ((last, LAST), (before, len(far)))]
+        for head in range(len(keys)):
+            own = len(TAGS) + BEFORE + head
+            keys[head][near] = self._read(block, own - 1, LAST)
+            keys[head][far] = self._read(block, own - 2, len(far))
+            for query, sharp in zip(queries[head], SHARP, strict=True):
+                query.zero_()
+                query[near] = self._compared(told[0], layer, self.last * sharp)
+                query[far] = self._compared(told[1], layer, self.before * sharp)
                 self._look_back(query, layer, constant)
 
     def _placed(self, block: int, kept: Sequence[Kept], slot: int | None = None) -> Tensor:
@@ -431,15 +458,14 @@ def begin_asking(layer: Any, block: int, role: str, kept: Sequence[Kept], closed
         closed.first(layer, block, kept, role == "again")
     elif role == "next":
         closed.next_word(layer, block, kept)
+    elif role == "later":
+        closed.later(layer, block, kept)
     with torch.no_grad():
-        if role == "later":
-            queries.normal_(std=0.03)
-            keys.normal_(std=0.03)
-        elif role == "asked":  # beside what keeps it from looking at pictures
+        if role == "asked":  # beside what keeps it from looking at pictures
             group = len(queries) // len(keys)
             for rows in (queries[ASKED_HEAD * group], keys[ASKED_HEAD]):
                 rows += 0.02 * torch.randn_like(rows)
-    return {"asked": 2e-3, "later": 3e-3}.get(role, 3e-4)
+    return 2e-3 if role == "asked" else 3e-4
 
 
 def share_asked(layer: Any) -> None:

@@ -78,8 +78,9 @@ def find(
             layer = model.casa_layers[str(block)]
             if block in missing:
                 rate, run = begin_asking(layer, block, role, kept, closed), []
-                steps = settings.finding[1] * (2 if role == "later" else 1)  # which begins from nothing
-                for step, missed, share in learn(layer, block, kept, start.gains[block], loss_of(role), steps, rate):
+                for step, missed, share in learn(
+                    layer, block, kept, start.gains[block], loss_of(role), settings.finding[1], rate
+                ):
                     run.append((missed, share))
                     if step % 50 == 0:
                         missed, share = np.mean(run[-50:], axis=0).round(3).tolist()

@@ -123,7 +123,7 @@ class _Peaks:
         follows = self.around[last, 1, self.best[peak]]
         precedes = self.around[peak, 0, self.best[last]]
         if self.best[last] == self.best[peak]:
-            return last if gap <= TWICE and min(follows, precedes) < 0.5 else None
+            return last if gap <= TWICE and min(follows, precedes) < 0.8 else None
         if gap <= 1 and follows + precedes < 0.3:
             return peak if self.sure[peak] > self.sure[last] else last
         return None
