@@ -318,8 +318,8 @@ class Closed:
     Attributes:
         start: What is known of the model.
         line_break: Id of the token that stands before a text.
-        asked, placed, begins, next, last, before: Nats that a comparison is worth where all is right: of tags, of places,
-            of where texts begin, of the next word, of the last one, and of the one before that.
+        asked, placed, begins, next, last, before: Nats that a comparison is worth where all is right: of tags, of
+            places, of where texts begin, of the next word, of the last one, and of the one before that.
         sink: Nats that "nothing here" scores.
     """
 
