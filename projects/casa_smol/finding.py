@@ -329,8 +329,8 @@ class Closed:
     placed: float = 10.0
     begins: float = 8.0
     next: float = 14.0
-    last: float = 14.0
-    before: float = 8.0
+    last: float = 25.0
+    before: float = 14.0
     sink: float = 6.0
 
     @torch.no_grad()
@@ -465,7 +465,7 @@ def begin_asking(layer: Any, block: int, role: str, kept: Sequence[Kept], closed
             group = len(queries) // len(keys)
             for rows in (queries[ASKED_HEAD * group], keys[ASKED_HEAD]):
                 rows += 0.02 * torch.randn_like(rows)
-    return 2e-3 if role == "asked" else 3e-4
+    return {"asked": 2e-3, "later": 1e-3}.get(role, 3e-4)
 
 
 def share_asked(layer: Any) -> None:
