@@ -56,6 +56,11 @@ def text_only(eyes: Any, source: str) -> dict[str, int]:
         UserError: There is no such text model.
     """
     alone: Any = load_backbone(source, dtype=eyes.model.dtype).eval().to(eyes.model.device)
+    # on some processors the same product has other last bits where its numbers lie elsewhere in memory
+    own = dict(eyes.model.backbone.named_parameters())
+    for name, weight in alone.named_parameters():
+        if name in own and torch.equal(own[name], weight):
+            weight.data = own[name].data
     same = 0
     for prompt in PROMPTS:
         chat = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]

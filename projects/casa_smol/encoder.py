@@ -305,10 +305,8 @@ class Run:
 
 
 def _in_learner(name: str) -> str:
-    """The name in a `Learner` of a weight of an exported encoder; files of before it read say where a weight was."""
-    name = name.removeprefix("encoder.").removeprefix("heads.")
-    place = {"middles": "heads.", "inks": "heads.", "grounds": "heads.", "around": ""}
-    return place.get(name.split(".")[0], "encoder.") + name
+    """The name in a `Learner` of a weight of an exported encoder."""
+    return {"middles": "heads.", "around": ""}.get(name.split(".")[0], "encoder.") + name
 
 
 @torch.no_grad()

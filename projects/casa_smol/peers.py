@@ -108,11 +108,8 @@ def by_encoder(encoder: PageEncoder) -> Reader:
 
 
 def own_reader(file: Path = WEIGHTS) -> Reader:
-    """The page encoder of a file of `projects.casa_smol.weights`. Raises UserError if it cannot read by itself."""
-    encoder = page_encoder(file)
-    if not encoder.config.reads:
-        raise UserError(f"the page encoder alone is left out: {file.name} is of before it read by itself.")
-    return by_encoder(encoder)
+    """The page encoder of a file of `projects.casa_smol.weights`."""
+    return by_encoder(page_encoder(file))
 
 
 def reader(name: str, encoder: Path, missing: list[str]) -> Reader | None:

@@ -69,9 +69,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=2026)
     given = parser.parse_args(arguments)
     encoder = page_encoder(given.encoder)
-    if not encoder.config.reads:
-        print(f"{given.encoder} is of before the encoder read by itself; export a run anew.", file=sys.stderr)
-        return 2
     for name in given.what:
         if given.score:
             print(name, json.dumps(score(name, given.count, given.seed, encoder)))

@@ -30,9 +30,7 @@ def page_encoder(file: Path = WEIGHTS, **config: Any) -> PageEncoder:
     """The trained encoder, float32, in eval mode. config: token_size, token_parts, bounds, as one likes."""
     told = json.loads(file.with_suffix(".json").read_text())
     encoder = PageEncoder(PageEncoderConfig(**told["encoder"] | config))
-    kept = {name.removeprefix("encoder."): tensor for name, tensor in load_file(file).items()}
-    # a file of before the encoder read by itself has heads that it does not have
-    encoder.load_state_dict({name: kept[name] for name in encoder.state_dict()})
+    encoder.load_state_dict(load_file(file))
     return encoder.eval()
 
 
