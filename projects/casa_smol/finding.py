@@ -343,19 +343,21 @@ class Closed:
         before = len(TAGS) + BEFORE - 1
         line_break = self.start.codes[self.line_break, : self.start.known(before)] * self.start.codes.shape[1] ** 0.5
         begins = line_break @ self._read(block, before, len(line_break)) / line_break.square().sum()
+        near = self._placed(block, kept) * layer.head_dim**0.5 * self.placed if again else None
         for head, ((first, stop), tags) in enumerate(AGAIN if again else ASKING):
             still = FAR if again else STILL
             for slot, weight in tags.items():
                 count = min(stop, self.start.known(slot)) - first
                 keys[head][still[:count]] += self._read(block, slot, stop)[first:] * weight
             keys[head][BEGINS] = begins
+            if again:
+                keys[head][STILL[NEAR]] = self.start.places(block)[WAVES_NEAR]
             for query, sharp in zip(queries[head], SHARP, strict=True):
                 query.zero_()
                 query[still[: stop - first]] = self._compared(told[first:stop], layer, self.asked * sharp)
                 query[BEGINS] = constant * layer.head_dim**0.5 * self.begins
-                if again:
-                    keys[head][STILL[NEAR]] = self.start.places(block)[WAVES_NEAR]
-                    query[STILL[NEAR]] = self._placed(block, kept) * layer.head_dim**0.5 * self.placed * sharp
+                if near is not None:
+                    query[STILL[NEAR]] = near * sharp
                 self._look_back(query, layer, constant)
 
     @torch.no_grad()
