@@ -8,7 +8,7 @@ Shapes: B samples, L text tokens of a row, N image tokens of all pages, K answer
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from casa.vision.page_encoder import CELL, PageEncoder, place_waves
 from casa.vision.page_reading import TextRun
 from casa.vision.page_words import BEFORE, TAG_IDS, Encode, plain_token, words_of_page
 from projects.casa_smol.tasks.asked import ordinal, turn
+from projects.casa_smol.tasks.films import PROMPT as PROMPT_OF_FILMS
 from projects.casa_smol.tasks.lines import READ, READ_AFTER, READ_BEFORE, READ_LAST, READ_NUMBERED
 from projects.casa_smol.words import Words, pick
 
@@ -44,7 +45,8 @@ class Sample:
 
     ids: int (rows, columns, ids of an image token), what is written there. prompt, answer: token ids. wanted: which of
     the prompt's tokens this question does not share with others. found: for each answer token the image token in which
-    it begins and its number there, -1 where that is not known.
+    it begins and its number there, -1 where that is not known. image_at: the prompt's token before which the picture
+    stands. earlier: what was asked before, in order; a question about the same `ids` shows no second picture.
     """
 
     ids: np.ndarray
@@ -52,6 +54,24 @@ class Sample:
     answer: list[int]
     wanted: list[bool]
     found: list[tuple[int, int]]
+    image_at: int = IMAGE_AT
+    earlier: tuple["Sample", ...] = ()
+
+    @property
+    def turns(self) -> tuple["Sample", ...]:
+        """All questions, this one last."""
+        return (*self.earlier, self)
+
+    @property
+    def length(self) -> int:
+        """Of all its text."""
+        return sum(len(one.prompt) + len(one.answer) for one in self.turns)
+
+
+def after(sample: Sample, earlier: Sample, line_break: int) -> Sample:
+    """A sample as the next turn of a chat, behind another's turns. line_break: id of the token between turns."""
+    later = replace(sample, prompt=[line_break, *sample.prompt], wanted=[False, *sample.wanted])
+    return replace(later, image_at=sample.image_at + 1, earlier=earlier.turns)
 
 
 def encoding(tokenizer: Any) -> Encode:
@@ -105,6 +125,36 @@ class Pages:
         wordings, answer = pick(rng, kinds)
         names = {"n": row + 1, "nth": ordinal(row + 1), "line": texts[row]}
         return self._asked(rng, placed, int(rng.integers(12, 22)), wordings, answer, names)
+
+    def film(self, rng: Generator) -> Sample:
+        """Frames of a session in which lines come one by one, or replace each other: of each the last line is asked."""
+        step, count = bool(rng.random() < 0.7), int(rng.integers(1, 4))
+        texts = [self._text(rng, 4) for _ in range(int(rng.integers(count, 9)))]
+        at, layout, frames = int(rng.integers(len(texts) - count + 1)), int(rng.integers(2**31)), list[Sample]()
+        for number in range(count):
+            shown = np.random.default_rng(layout)  # lines stay where they are
+            if rng.random() < 0.12:
+                frame = self._blank(rng)
+            else:
+                lines = texts[: at + 1] if step else texts[at : at + 1]
+                placed = [(text, row, 0.0) for row, text in enumerate(lines)]
+                size = int(shown.integers(14, 28))
+                frame = self._asked(shown, placed, size, (PROMPT_OF_FILMS,), len(lines) - 1, {})
+                at = min(at + int(rng.random() < 0.7), len(texts) - 1)
+            opening = self._turn(PROMPT_OF_FILMS) if number == 0 else []
+            frame = replace(frame, prompt=[*opening, *self._turn(PROMPT_OF_FILMS)], image_at=len(opening) + IMAGE_AT)
+            frames.append(frame)
+        return replace(frames[-1], earlier=tuple(frames[:-1]))
+
+    def _blank(self, rng: Generator) -> Sample:
+        """A picture with nothing on it, of which nothing is said."""
+        block, cells = (TOKEN // CELL[0], TOKEN // CELL[1]), tuple(map(int, rng.integers(4, 24, 2)))
+        ids = words_of_page([], (cells[0], cells[1]), block, self._encode, self.end).ids
+        prompt = self._turn(pick(rng, (*READ, PROMPT_OF_FILMS)))
+        return Sample(ids, prompt, [self.end], [False] * len(prompt), [(-1, -1)])
+
+    def _turn(self, question: str) -> list[int]:
+        return [token for token, _ in self._encode(PROMPT.format(question=question))]
 
     def _fields(self, rng: Generator) -> Sample:
         """Names, and what belongs to them."""
@@ -160,7 +210,7 @@ class Pages:
         block = TOKEN // CELL[0], TOKEN // CELL[1]
         page = words_of_page(runs, (rows, columns), block, self._encode, self.end)
         question = turn(rng, wordings, placed[answer][0], **names)
-        prompt = [token for token, _ in self._encode(PROMPT.format(question=question.question))]
+        prompt = self._turn(question.question)
         said = [token for token, _ in self._encode(question.answer)]
         wanted = [token not in self.shared for token in prompt]
         return Sample(page.ids, prompt, [*said, self.end], wanted, page.spots[answer])
@@ -196,31 +246,38 @@ def batch_of(
         noise: Of an image token's codes, in lengths of one.
         empty: How many of the image tokens stay in which nothing begins; where they are does not matter.
     """
-    length = max(len(one.prompt) + len(one.answer) for one in samples)
+    length = max(one.length for one in samples)
     ids, labels = torch.zeros(len(samples), length, dtype=torch.long), torch.full((len(samples), length), -100)
     mask = torch.zeros_like(ids)
     positions, grids, tokens, where, passed = [], [], [], [], 0
-    for row, one in enumerate(samples):
-        start = length - len(one.prompt) - len(one.answer)
-        ids[row, start:] = torch.tensor(one.prompt + one.answer)
+    for row, sample in enumerate(samples):
+        start, page = length - sample.length, None
         mask[row, start:] = 1
-        first = start + len(one.prompt)
-        labels[row, first:] = torch.tensor(one.answer)
-        positions.append((row, start + IMAGE_AT))
-        height, width, _ = one.ids.shape
-        every = torch.from_numpy(one.ids).flatten(0, 1)
-        stays = (every[:, TAG_IDS + BEFORE] >= 0) | torch.from_numpy(rng.random(len(every)) < empty)
-        stays[0] = True  # a picture has at least one image token
-        number, written = stays.cumsum(0) - 1, every[stays]
-        grids.append((1, 1, len(written)))
-        words = encoder.codes_of(written, torch.float32)
-        off = noise / max(encoder.config.word_sizes) ** 0.5
-        words = words + torch.from_numpy(rng.standard_normal(words.shape)).float() * off
-        tokens.append(torch.cat([words, place_waves(height, width, encoder.config.token_size)[stays]], dim=1))
-        where += [
-            (row, first + n - 1, passed + int(number[at]), slot) for n, (at, slot) in enumerate(one.found) if at >= 0
-        ]
-        passed += len(written)
+        for one in sample.turns:
+            first = start + len(one.prompt)
+            stop = first + len(one.answer)
+            ids[row, start:stop] = torch.tensor(one.prompt + one.answer)
+            labels[row, first:stop] = torch.tensor(one.answer)
+            if one.ids is not page:
+                page, before = one.ids, passed
+                every = torch.from_numpy(page).flatten(0, 1)
+                stays = (every[:, TAG_IDS + BEFORE] >= 0) | torch.from_numpy(rng.random(len(every)) < empty)
+                stays[0] = True  # a picture has at least one image token
+                number, written = stays.cumsum(0) - 1, every[stays]
+                words = encoder.codes_of(written, torch.float32)
+                off = noise / max(encoder.config.word_sizes) ** 0.5
+                words = words + torch.from_numpy(rng.standard_normal(words.shape)).float() * off
+                places = place_waves(*page.shape[:2], encoder.config.token_size)[stays]
+                tokens.append(torch.cat([words, places], dim=1))
+                positions.append((row, start + one.image_at))
+                grids.append((1, 1, len(written)))
+                passed += len(written)
+            where += [
+                (row, first + n - 1, before + int(number[at]), slot)
+                for n, (at, slot) in enumerate(one.found)
+                if at >= 0
+            ]
+            start = stop
     inputs = {
         "input_ids": ids, "attention_mask": mask, "image_positions": torch.tensor(positions),
         "image_grid_thw": torch.tensor(grids), "image_features": torch.cat(tokens),

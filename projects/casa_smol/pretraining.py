@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from casa.vision import output_width
 from casa.vision.page_encoder import CODE_STEP, PageEncoder
 from projects.casa_smol.finding import Closed, begin_asking, keep, learn, loss_of, say_found, share_asked
 from projects.casa_smol.parts import embeddings_of
-from projects.casa_smol.perfect_pages import Batch, Pages, Sample, batch_of, names_of
+from projects.casa_smol.perfect_pages import Batch, Pages, Sample, after, batch_of, names_of
 from projects.casa_smol.read_pages import ReadPages
 from projects.casa_smol.start import FUSION, STAGES, Slots, Stage, Start, start_of
 from projects.casa_smol.tasks.films import PROMPT
@@ -42,7 +42,8 @@ class Settings:
 
     finding: samples on which layers learn where to look, and steps of each. qk: how much slower queries, keys and the
     first layer learn when all learn together, since they are right by then. pages: share of samples with more than one
-    line. read: share of pages that the encoder has read, where there are any.
+    line. read: share of pages that the encoder has read, where there are any. films, chats: shares of samples that are
+    frames of a session, and of more than one question, when all learn together.
     """
 
     seed: int = 1
@@ -53,6 +54,8 @@ class Settings:
     qk: float = 0.1
     pages: float = 0.7
     read: float = 0.5
+    films: float = 0.1
+    chats: float = 0.25
     warm_up: int = 20
     decay: float = 0.4
     keep_every: int = 25
@@ -174,18 +177,21 @@ def main(arguments: list[str]) -> int:
 
     read_pages = ReadPages(given.read, tokenizer, pages.shared) if given.read else None
 
-    def drawn(*seed: int, count: int = settings.batch, found: bool = False) -> list[Sample]:
-        rngs = [np.random.default_rng((settings.seed, *seed, number)) for number in range(count)]
-        return [
-            read_pages.sample(rng, found)
-            if read_pages is not None and rng.random() < settings.read
-            else pages.sample(rng, settings.pages)
-            for rng in rngs
-        ]
+    def drawn(*seed: int, count: int = settings.batch, found: bool = False) -> Iterator[Sample]:
+        for number in range(count):
+            rng = np.random.default_rng((settings.seed, *seed, number))
+            is_read, kind = read_pages is not None and rng.random() < settings.read, 1.0 if found else rng.random()
+            if kind < settings.films:
+                yield pages.film(rng)
+            elif kind < settings.films + settings.chats:
+                one, two = (pages.sample(rng, settings.pages) for _ in range(2))
+                yield read_pages.chat(rng) if read_pages and is_read else after(two, one, pages.line_break)
+            else:
+                yield read_pages.sample(rng, found) if read_pages and is_read else pages.sample(rng, settings.pages)
 
     def draw(step: int) -> Batch:
         rng = np.random.default_rng((settings.seed, 2, step))
-        return batch_of(drawn(1, step), encoder, rng, empty=rng.random() ** 3)
+        return batch_of(list(drawn(1, step)), encoder, rng, empty=rng.random() ** 3)
 
     codes, sizes = encoder.word_codes.float() * CODE_STEP, encoder.config.word_sizes
     known = given.out / "start.pt"
@@ -198,14 +204,15 @@ def main(arguments: list[str]) -> int:
     parts = torch.load(known, weights_only=True)
     start = Start(**parts | {"slots": Slots(parts["slots"], sizes)})
     closed = Closed(start, line_break=pages.line_break)
-    find(model, start, encoder, drawn(0, count=settings.finding[0], found=True), closed, settings, given.out)
+    samples = list(drawn(0, count=settings.finding[0], found=True))
+    find(model, start, encoder, samples, closed, settings, given.out)
     projector, model.projector = model.projector, start.slots
     train(model, draw, settings, given.out)
     model.projector = projector.float()
     start.slots.into(model.projector, output_width(encoder.config))
     model.bfloat16().save_pretrained(given.out / "model")
     processor = processor_for(tokenizer, str(eyes))
-    processor.stream_prompt = PROMPT
+    processor.stream_prompt, processor.stream_turns = PROMPT, True
     processor.save_pretrained(given.out / "model")
     return 0
 

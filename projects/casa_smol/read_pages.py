@@ -16,7 +16,7 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from casa.atomic import replacing
 from casa.vision.page_encoder import CELL, PageEncoder
 from casa.vision.page_reading import TextRun
 from casa.vision.page_words import BEFORE, BEGUN, NOTHING, TAG_IDS, words_of_page
-from projects.casa_smol.perfect_pages import PROMPT, TOKEN, Sample, encoding, names_of
+from projects.casa_smol.perfect_pages import PROMPT, TOKEN, Sample, after, encoding, names_of
 from projects.casa_smol.read import cells_of
 from projects.casa_smol.weights import WEIGHTS, page_encoder
 
@@ -105,6 +105,7 @@ class ReadPages:
         self.tokenizer, self.shared = tokenizer, shared
         self.names = names_of(tokenizer).tolist()
         self.encode = encoding(tokenizer)
+        self.line_break = self.encode("\n")[0][0]
         pages = [page for file in sorted(folder.glob("*.jsonl")) for page in load(file)]
         unread = Counter(
             answer for page in pages for answer in {answer for _, answer, is_read in page.turns if not is_read}
@@ -138,16 +139,25 @@ class ReadPages:
                 return one
         raise RuntimeError("of 500 questions none has an answer that is found on its page; read more pages.")
 
+    def chat(self, rng: Generator, most: int = 3) -> Sample:
+        """Up to so many questions about one page, one after the other."""
+        page, turns = self.turns[int(rng.integers(len(self.turns)))]
+        chosen = [turns[int(at)] for at in rng.permutation(len(turns))[: int(rng.integers(1, most + 1))]]
+        said = self.asked(page, *chosen[0])
+        for turn in chosen[1:]:
+            said = after(replace(self.asked(page, *turn), ids=said.ids), said, self.line_break)
+        return said
+
     def asked(self, page: ReadPage, question: str, answer: str) -> Sample:
         """The sample of a question."""
         end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        line_break, prompt, said = (
-            [token for token, _ in self.encode(text)] for text in ("\n", PROMPT.format(question=question), answer)
+        prompt, said = (
+            [token for token, _ in self.encode(text)] for text in (PROMPT.format(question=question), answer)
         )
         block = TOKEN // CELL[0], TOKEN // CELL[1]
         grid = page.cells[0] // block[0], page.cells[1] // block[1]
         ids, said = words_of_page(page.runs, grid, block, self.encode, end).ids, [*said, end]
-        found = find_words(ids, [NOTHING, line_break[0], *said])
+        found = find_words(ids, [NOTHING, self.line_break, *said])
         tags = set(ids.reshape(-1, ids.shape[-1])[found[0][0], :TAG_IDS].tolist()) if found[0][0] >= 0 else set()
         # a name that was misread is what is asked for, too: hardly any other question has its words
         wanted = [token not in self.shared and (self.names[token] in tags or token in self.rare) for token in prompt]

@@ -57,7 +57,7 @@ def ship(run: Path, folder: Path = FOLDER, backbones: Sequence[str] = BACKBONES)
     with quietly(reports=False), TemporaryDirectory(dir=folder.parent, prefix=".casa-smol-") as place:
         model: Any = CasaForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
         processor: Any = CasaProcessor.from_pretrained(source)
-        processor.stream_prompt = PROMPT
+        processor.stream_prompt, processor.stream_turns = PROMPT, True
         made = Path(place) / folder.name
         model.save_pretrained(made, added_only=True, packed=True, backbone=backbones)
         processor.save_pretrained(made)

@@ -55,7 +55,7 @@ PLACES = [first + octave for first in (0, WAVES, 2 * WAVES, 3 * WAVES) for octav
 """Which waves of a place are handed on: from 64 to 1,024 px, of its height and of its width."""
 ASKED = 84  # numbers of the code of what is asked for
 CARRIED = 64  # numbers that a head carries
-TOLD = 0.3  # length of what is handed on, beside the stream's
+TOLD = 0.6  # length of what is handed on, beside the stream's
 SAID = 100.0  # of a word's embedding that one layer says; the stream is 650 long at the last
 
 
@@ -209,34 +209,55 @@ class Slots(nn.Module):
         projector.map.bias.copy_(CONSTANT * self.axes[0])
 
 
-def calm_axes(seen: Moments, gains: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
-    """(D, D) directions, those in which text varies least first, its mean last; and means before the gain, by block.
+@dataclass(frozen=True)
+class Spread:
+    """How text varies before the norms' gains, on average over some blocks: of what is 1 over a gain behind it.
 
-    gains: of the blocks' norms, all of them: 1 over a gain is a hidden state before it.
+    varied: (D, D), second moments. means: (D,), by block. common: (4, D), orthonormal, what all means have in common.
     """
-    means = {block: (seen.first[block] / seen.count).float() / gain for block, gain in gains.items()}
-    spread = torch.stack(
-        [(seen.second[block] / seen.count).float() / gain[:, None] / gain[None] for block, gain in gains.items()]
-    ).mean(0)
-    common = torch.linalg.svd(torch.stack(list(means.values())), full_matrices=False)[2][:4]
-    rest = torch.eye(len(spread)) - common.T @ common
-    return torch.linalg.eigh(rest @ spread @ rest + 1e6 * common.T @ common)[1].T.contiguous(), means
 
+    varied: Tensor
+    means: dict[int, Tensor]
+    common: Tensor
 
-def quiet_axes(model: Any, means: Iterable[Tensor]) -> Tensor:
-    """(D, D) directions, those first that the text model reads least: what is written there does it little harm."""
-    width = model.decoder.stack.norm.weight.numel()
-    read = torch.zeros(width, width)
-    for block in model.decoder.blocks:
-        for norm, modules in (
-            (block.input_layernorm, (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)),
-            (block.post_attention_layernorm, (block.mlp.gate_proj, block.mlp.up_proj)),
-        ):
-            for module in modules:
-                weight = module.weight.detach().float() * norm.weight.detach().float()
-                read += weight.T @ weight / weight.square().sum()
-    common = torch.linalg.svd(torch.stack(list(means)), full_matrices=False)[2][:4]
-    return torch.linalg.eigh(read + 1e6 * common.T @ common)[1].T.contiguous()
+    @classmethod
+    def of(cls, seen: Moments, gains: dict[int, Tensor]) -> "Spread":
+        """gains: of the blocks' norms, all of them."""
+        means = {block: (seen.first[block] / seen.count).float() / gain for block, gain in gains.items()}
+        varied = torch.stack(
+            [(seen.second[block] / seen.count).float() / gain[:, None] / gain[None] for block, gain in gains.items()]
+        ).mean(0)
+        common = torch.linalg.svd(torch.stack(list(means.values())), full_matrices=False)[2][:4]
+        return cls(varied, means, common)
+
+    def axes(self, seen: Tensor) -> Tensor:
+        """(D, D) orthonormal directions, those first of which some second moments (D, D) have least; the means last."""
+        common = self.common.double()
+        rest = torch.eye(len(seen)) - common.T @ common
+        seen = rest @ seen.double() @ rest
+        last = 10 * seen.trace() * common.T @ common
+        return torch.linalg.eigh(seen + last)[1].T.float().contiguous()
+
+    def calm(self) -> Tensor:
+        """(D, D) directions, those first in which text varies least."""
+        return self.axes(self.varied)
+
+    def quiet(self, model: Any) -> Tensor:
+        """(D, D) directions, those first that the text model hardly reads, and in which it hardly writes.
+
+        What is written there does it little harm, and can still be read many blocks above.
+        """
+        read = torch.zeros_like(self.varied)
+        for block in model.decoder.blocks:
+            for norm, modules in (
+                (block.input_layernorm, (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)),
+                (block.post_attention_layernorm, (block.mlp.gate_proj, block.mlp.up_proj)),
+            ):
+                for module in modules:
+                    weight = module.weight.detach().float() * norm.weight.detach().float()
+                    read += weight.T @ weight / weight.square().sum()
+        varied = self.varied.trace() - (self.common @ self.varied * self.common).sum()
+        return self.axes(read / read.trace() + self.varied / varied)
 
 
 @dataclass(frozen=True)
@@ -365,15 +386,15 @@ def start_of(
     """
     gains = {block: model.decoder.blocks[block].input_layernorm.weight.detach().float() for block in layers}
     seen = moments(model, texts, torch.cat([codes, codes[names]], dim=1), layers)
-    axes, means = calm_axes(seen, gains)
-    slots, own = Slots(axes, sizes), len(TAGS) + BEFORE
+    spread = Spread.of(seen, gains)
+    slots, own = Slots(spread.calm(), sizes), len(TAGS) + BEFORE
     begins = written[written[:, sum(sizes[:own]) : sum(sizes[: own + 1])].norm(dim=1) > 0.5]
     length = slots(begins, None).square().mean(-1).sqrt().mean().item()
     gain = model.decoder.stack.norm.weight.detach().float()
     spoken = torch.linalg.lstsq(codes, embeddings).solution.T / gain[:, None]
-    constants = {block: mean / mean.square().sum() / gains[block] for block, mean in means.items()}
+    constants = {block: mean / mean.square().sum() / gains[block] for block, mean in spread.means.items()}
     own_word, name = seen.solved(layers[0]).float().chunk(2, dim=1)
-    quiet = quiet_axes(model, means.values())
+    quiet = spread.quiet(model)
     return Start(slots, length, gains, constants, seen.sizes, quiet, codes, spoken, own_word, name, names)
 
 

@@ -52,6 +52,16 @@ def asked(processor, words):
     return processor.apply_chat_template(chat, **given)["input_ids"][0].tolist()
 
 
+def around(processor):
+    """The tokens before and behind a frame: of a whole turn, where each frame is one."""
+    if not processor.stream_turns:
+        return processor.around_frame()
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": processor.stream_prompt}]}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    before, after = text.split(processor.image_token)
+    return tuple(processor.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
+
+
 @torch.no_grad()
 def in_one_pass(model, processor, turns, tokens):
     """The logits (n, V) behind which `tokens` were picked, of one pass over the prompt, the turns and what was said."""
@@ -60,7 +70,7 @@ def in_one_pass(model, processor, turns, tokens):
         if isinstance(turn, str):
             ids += asked(processor, turn)
         else:
-            before, after, seen = processor.frame(turn)
+            (before, after), (*_, seen) = around(processor), processor.frame(turn)
             ids += before
             # without a delimiter behind it, a frame stands before the last token that was waiting
             places.append((0, len(ids) if after else len(ids) - 1))
@@ -81,9 +91,13 @@ def check(model, processor, turns):
     wanted = in_one_pass(model, processor, turns, tokens)
     torch.testing.assert_close(logits, wanted, rtol=1e-10, atol=1e-10)
     assert [token for said in tokens for token in said] == wanted.argmax(-1).tolist()
-    for text, said in zip(texts, tokens, strict=True):
+    last = ""
+    for turn, text, said in zip(turns, texts, tokens, strict=True):
         words = [token for token in said if token != STOP]
-        assert text == processor.tokenizer.decode(words, skip_special_tokens=True).strip()
+        whole = processor.tokenizer.decode(words, skip_special_tokens=True).strip()
+        again = processor.stream_turns and not isinstance(turn, str) and whole == last
+        assert text == ("" if again else whole)
+        last = last if isinstance(turn, str) else whole
     return texts
 
 
@@ -92,6 +106,34 @@ def test_a_stream_with_a_question_is_one_interleaved_pass(model, processor):
     """The question comes after the second frame, and is answered from it."""
     texts = check(model, processor, [*FRAMES[:2], "who", *FRAMES[2:]])
     assert len(set(texts)) > 1, "or any caption would have done"
+
+
+@pytest.mark.slow
+def test_a_stream_of_turns_asks_with_each_frame(model, processor, monkeypatch):
+    """To the logit one pass over the prompt and a turn for each frame."""
+    monkeypatch.setattr(processor, "stream_turns", True)
+    texts = check(model, processor, [*FRAMES[:2], "who", *FRAMES[2:]])
+    assert len(set(texts)) > 1, "or any caption would have done"
+
+
+def test_a_stream_of_turns_is_silent_where_it_would_say_the_same_again(model, processor, monkeypatch, tmp_path):
+    """Also behind a question, and after it was saved; what was said once is said again behind something else."""
+    said = iter([*"ab<b<b<b<b<c<b<"])
+
+    class Told(Sampling):
+        def pick(self, *given):
+            letter = next(said)
+            return STOP if letter == "<" else processor.tokenizer.convert_tokens_to_ids(letter)
+
+    monkeypatch.setattr(processor, "stream_turns", True)
+    session = StreamingSession(model, processor, sampling=Told(), max_new_tokens=4)
+    assert [session.step(frame) for frame in FRAMES[:2]] == ["ab", "b"]
+    assert session.step(FRAMES[2]) == ""
+    assert session.ask("who") == "b"
+    session.save(tmp_path / "session")
+    loaded = StreamingSession.load(tmp_path / "session", model, processor)
+    loaded.sampling = session.sampling
+    assert [loaded.step(frame) for frame in (FRAMES[3], FRAMES[4], FRAMES[0])] == ["", "c", "b"]
 
 
 frames = st.builds(noise, st.integers(0, 99), st.integers(1, 3), st.integers(1, 3))

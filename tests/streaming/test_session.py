@@ -77,7 +77,7 @@ def test_a_session_goes_on_as_a_chat(model, processor, tmp_path):
         tokens, after = tokens[:-1], tokens[-1:]
     pixels = {name: value.double() if value.is_floating_point() else value for name, value in pixels.items()}
     pixels["image_positions"] = torch.tensor([[0, len(tokens)]])
-    question = session.pending + session._turn_tokens("who is it")
+    question = session.pending + processor.turn("who is it")[0]
     for one in (session, loaded):
         held = one.cache.num_text
         assert said_from(one.cache, question) == one.fork().ask("who is it")

@@ -2,8 +2,8 @@
 
     python -m projects.casa_smol.tasks.films screen.mp4 --kind terminal --seconds 60 --size 448 336      a held-out one
 
-A model is asked once, by `PROMPT`, in training as in a session (`CasaProcessor.stream_prompt`). Of a frame with a new
-line it says that line and stops; of any other it stops at once, which is silence.
+New lines come last, so a model is asked of each frame, by `PROMPT`, for the last line (`CasaProcessor.stream_prompt`).
+Of a frame with nothing on it, it stops at once; where it says again what it said before, a session is silent.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from projects.casa_smol.tasks.asked import Seed
 from projects.casa_smol.words import pick
 
 FPS = 2.0
-PROMPT = "Read what is new."
+PROMPT = "Read the last line."
 KINDS = ("slides", "terminal", "signs")
 
 

@@ -68,6 +68,8 @@ class CasaProcessor(ProcessorMixin):
         frame_prefix, frame_suffix: The delimiters that the template puts around a picture; a streamed frame gets the
             same ones. The suffix is the gist token of the paper (v2), where there is one.
         stream_prompt: What a live session asks the model for, unless told otherwise.
+        stream_turns: A live session asks again with each frame, in a user's turn, as a model that learned from single
+            pictures is asked; and it is silent where such a model says the same as of the frame before.
         gist_ids: Ids of the model's own gist tokens, which follow every picture (`FusionConfig.gist`).
 
     Raises:
@@ -84,10 +86,11 @@ class CasaProcessor(ProcessorMixin):
         frame_prefix: str = "",
         frame_suffix: str = "",
         stream_prompt: str = "Describe what is new.",
+        stream_turns: bool = False,
         gist_ids: list[int] | None = None,
     ) -> None:
         self.gist_ids = list(gist_ids or ())
-        self.stream_prompt = stream_prompt
+        self.stream_prompt, self.stream_turns = stream_prompt, stream_turns
         self.frame_prefix = frame_prefix
         self.frame_suffix = frame_suffix
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -201,14 +204,17 @@ class CasaProcessor(ProcessorMixin):
         return tensors | {"image_positions": Places.of(positions)} if positions else tensors
 
     def frame(self, image: Any) -> tuple[list[int], list[int], dict[str, Any]]:
-        """A streamed frame, in any form that `casa.media.pictures.as_picture` takes: token ids before it, token ids
-        after it, and its pixels and grid.
-        """
-        return *self.around_frame, self._pixels([image], {"return_tensors": "pt"})
+        """Of a streamed frame, as `as_picture` takes it: token ids before and after it, and its pixels and grid."""
+        return *self.around_frame(), self._pixels([image], {"return_tensors": "pt"})
 
-    @property
-    def around_frame(self) -> tuple[list[int], list[int]]:
-        """Token ids before and after a streamed frame: the delimiters, and gist tokens right behind it."""
+    def around_frame(self, prompt: str | None = None) -> tuple[list[int], list[int]]:
+        """Token ids before and after a streamed frame: the delimiters, and gist tokens right behind it.
+
+        With `stream_turns`, those of a user's turn that shows the frame and asks: the prompt, or the processor's own.
+        """
+        if self.stream_turns:
+            ids, (place,) = self.turn(self.stream_prompt if prompt is None else prompt, shows=True)
+            return ids[:place], ids[place:]
         before, after = (
             self.tokenizer.encode(text, add_special_tokens=False) if text else []
             for text in (self.frame_prefix, self.frame_suffix)
@@ -314,6 +320,17 @@ class CasaProcessor(ProcessorMixin):
         known = self.tokenizer.special_tokens_map.items()
         variables = tuple((name, value) for name, value in known if isinstance(value, str))
         return template_form(template, image_token or self.image_token, variables)
+
+    def turn(self, question: str, opens: bool = False, shows: bool = False) -> Row:
+        """Token ids of a user's turn up to its answer's first token, and the place of the picture that it shows.
+
+        opens: It opens the text; another one leaves out the token that only opens texts, if the tokenizer has one.
+        """
+        parts = [{"type": "image"}] * shows + [{"type": "text", "text": question}]
+        text = self.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+        ids, places = self.text_row(text)
+        first = 0 if opens or [at for at, one in enumerate(ids) if one == self.tokenizer.bos_token_id] != [0] else 1
+        return ids[first:], [place - first for place in places]
 
     @property
     def template_variables(self) -> frozenset[str]:

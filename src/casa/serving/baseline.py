@@ -101,7 +101,7 @@ class InsertionTally:
 
     def __init__(self, costs: InsertionCosts, processor: CasaProcessor, tokens: int) -> None:
         self._costs, self._processor = costs, processor
-        self._around = sum(map(len, processor.around_frame))
+        self._around = sum(map(len, processor.around_frame()))
         self.tokens = tokens
 
     def frame(self, image_tokens: int, text: str, seconds: float) -> dict[str, Any]:

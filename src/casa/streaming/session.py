@@ -83,8 +83,7 @@ class StreamingSession:
             raise UserError(f"max_new_tokens is {max_new_tokens}; give 1 or more.")
         if not same_frame >= 0:
             raise UserError(f"same_frame is {same_frame}; give 0 or more.")
-        self._bind(model, processor)
-        self.prompt = processor.stream_prompt if prompt is None else prompt
+        self._bind(model, processor, processor.stream_prompt if prompt is None else prompt)
         self.max_text_tokens = max_text_tokens
         self.max_new_tokens = max_new_tokens
         self.same_frame = same_frame
@@ -95,7 +94,7 @@ class StreamingSession:
         self._generator = torch.Generator().manual_seed(seed)
         self._earlier: list[int] = []  # what was said, for repetition control
         self._cache = model.new_cache()
-        tokens = self._prompt_tokens(self.prompt)
+        tokens, _ = processor.turn(self.prompt, opens=True)
         self._sinks = max(MIN_SINKS, len(tokens))
         self._check_bound()
         # the last token of the prompt waits: without a suffix it is the one that sees the first frame
@@ -105,8 +104,9 @@ class StreamingSession:
                 ids = torch.tensor([tokens[:-1]], device=model.device)
                 model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
 
-    def _bind(self, model: CasaForConditionalGeneration, processor: CasaProcessor) -> None:
-        self._model, self._processor = model, processor
+    def _bind(self, model: CasaForConditionalGeneration, processor: CasaProcessor, prompt: str) -> None:
+        self._model, self._processor, self.prompt = model, processor, prompt
+        self._around, self._said = processor.around_frame(prompt), ""
         self._encoded: tuple[Images, Tensor] | None = None  # the frame encoded last, and its features
         stops = stop_ids(model, processor.tokenizer)
         if not stops:
@@ -143,13 +143,13 @@ class StreamingSession:
     def encode(self, frame: Image.Image | np.ndarray) -> EncodedFrame:
         """Encodes and projects a frame ahead of its turn; `step` takes the result in its place, from any thread."""
         settle()
-        before, after, pixels = self._processor.frame(check_picture(frame))
+        *_, pixels = self._processor.frame(check_picture(frame))
         images = self._recognised(pixels)
         with torch.no_grad():
             if images is pixels:
                 (images,) = encode_together(self._model, [pixels])
                 self._encoded = pixels, images["image_features"]
-            return EncodedFrame(before, after, project_features(self._model, images))
+            return EncodedFrame(*self._around, project_features(self._model, images))
 
     def _recognised(self, images: Images) -> Images:
         """A frame that looks as the one encoded last: with that one's features in the place of its pixels."""
@@ -159,24 +159,21 @@ class StreamingSession:
         if not torch.equal(last["image_grid_thw"], images["image_grid_thw"]):
             return images
         known, pixels = last["pixel_values"], images["pixel_values"]
-        if not torch.equal(known, pixels):
-            alike = self.same_frame and float((known - pixels).abs().float().mean()) <= self.same_frame
-            if not alike:
-                return images
+        if not torch.equal(known, pixels) and not float((known - pixels).abs().float().mean()) <= self.same_frame:
+            return images
         return {"image_features": features, "image_grid_thw": images["image_grid_thw"]}
 
     def prepare(self, frame: StepFrame, should_stop: ShouldStop | None = None) -> StepRequest:
         """What this session feeds for a frame, in a batch; it is as it was until `accept` is given what comes back."""
         if not isinstance(frame, EncodedFrame):
-            frame = EncodedFrame(*self._processor.frame(check_picture(frame)))
-        tokens, after = self._pending + frame.before, frame.after
-        if not after:
-            tokens, after = tokens[:-1], tokens[-1:]
-        return self._request(tokens + after, len(tokens), self._recognised(frame.images), should_stop)
+            frame = EncodedFrame(*self._around, self._processor.frame(check_picture(frame))[2])
+        tokens = self._pending + frame.before + frame.after
+        place = len(tokens) - max(1, len(frame.after))
+        return self._request(tokens, place, self._recognised(frame.images), should_stop)
 
     def prepare_question(self, question: str, should_stop: ShouldStop | None = None) -> StepRequest:
         """The same for a question about the frame at hand. Raises UserError for one that the bound has no room for."""
-        tokens = self._pending + self._turn_tokens(question)
+        tokens = self._pending + self._processor.turn(question)[0]
         needed = self._sinks + len(tokens) + self.max_new_tokens
         if self.max_text_tokens is not None and needed > self.max_text_tokens:
             raise UserError(
@@ -194,6 +191,8 @@ class StreamingSession:
         self.frames += result.request.image_index is not None
         if result.features is not None and "pixel_values" in result.request.images:
             self._encoded = result.request.images, result.features
+        if self._processor.stream_turns and result.request.image_index is not None:
+            self._said, text = text, "" if text == self._said else text
         return text
 
     def _request(
@@ -243,7 +242,7 @@ class StreamingSession:
     @property
     def max_step_tokens(self) -> int:
         """The most text tokens that a step can add: those around the frame, and the longest caption."""
-        return 2 + sum(map(len, self._processor.around_frame)) + self.max_new_tokens
+        return 2 + sum(map(len, self._around)) + self.max_new_tokens
 
     def fork(self) -> "StreamingSession":
         """A second session that goes on from here by itself; the model is shared."""
@@ -256,7 +255,7 @@ class StreamingSession:
 
     def save(self, path: str | Path) -> None:
         """Writes the session's state (not the model) as one safetensors file, whole or not at all."""
-        settings = {name: getattr(self, name) for name in (*SETTINGS, "same_frame")}
+        settings = {name: getattr(self, name) for name in (*SETTINGS, "same_frame", "_said")}
         settings["sampling"] = self.sampling.to_dict()
         state.save(path, self._model, self._cache, settings, self._generator.get_state())
 
@@ -272,26 +271,13 @@ class StreamingSession:
         """A session that goes on exactly where the saved one stopped. Raises UserError for one of another model."""
         cache, settings, generator = state.load(path, model)
         session = cls.__new__(cls)
-        session._bind(model, processor)
+        session._bind(model, processor, settings["prompt"])
         for name in SETTINGS:
             setattr(session, name, settings[name])
-        session.same_frame = settings.get("same_frame", 0.0)
+        session.same_frame, session._said = settings.get("same_frame", 0.0), settings.get("_said", "")
         session.sampling = Sampling(**settings["sampling"])
         session._generator, session._cache = _generator(generator), cache
         return session
-
-    def _prompt_tokens(self, prompt: str) -> list[int]:
-        messages = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
-        inputs = self._processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return inputs["input_ids"][0].tolist()
-
-    def _turn_tokens(self, question: str) -> list[int]:
-        """A user's turn in mid-conversation: as at its start, without the token that opens a text."""
-        tokens = self._prompt_tokens(question)
-        opening = self._processor.tokenizer.bos_token_id
-        return tokens[1:] if tokens and tokens[0] == opening else tokens
 
     def _check_bound(self) -> None:
         if (bound := self.max_text_tokens) is None:

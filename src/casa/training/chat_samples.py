@@ -349,25 +349,22 @@ class _LiveFeed:
         self._processor, self._stop = processor, stop
         self.tokens = ChatTokens()
         self._early: list[str] = []
-        self._open, self._asked = False, ""
+        self._open, self._asked, self._prompt = False, "", ""
 
     def turn(self, asked: str) -> None:
         """The prompt, or a question in mid-stream; an assistant who goes on is not asked anything."""
         begun = bool(self.tokens.ids)
         if begun and not asked:
             return
-        chat = [{"role": "user", "content": [{"type": "text", "text": asked or self._processor.stream_prompt}]}]
-        inputs = self._processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
-        tokens = inputs["input_ids"][0].tolist()
-        again = begun and tokens[0] == self._processor.tokenizer.bos_token_id
-        self.tokens.extend(tokens[1:] if again else tokens, False)
+        self._prompt = self._prompt if begun else asked or self._processor.stream_prompt
+        self.tokens.extend(self._processor.turn(asked or self._prompt, opens=not begun)[0], False)
         # a prompt waits for its first frame, a question for its answer
         self._open = bool(self.tokens.pictures)
         self._asked = asked if self._open else ""
 
     def show(self, frame: Picture) -> None:
         """A frame, with what stands around it."""
-        before, after = self._processor.around_frame
+        before, after = self._processor.around_frame(self._prompt)
         tokens = self.tokens
         tokens.extend(before, False)
         tokens.places.append(len(tokens.ids) if after else len(tokens.ids) - 1)
