@@ -51,7 +51,7 @@ class Settings:
     steps: int = 300
     batch: int = 16
     rate: float = 5e-4
-    qk: float = 0.1
+    qk: float = 0.4
     pages: float = 0.7
     read: float = 0.5
     films: float = 0.1
