@@ -136,3 +136,20 @@ def test_of_a_question_those_words_are_wanted_that_its_answer_is_called_by(token
     assert "tea" in found
     assert "much" not in found
     assert "tea" not in wanted(tokenizer(" tea")["input_ids"]).replace(" ", "")
+
+
+def test_a_chat_asks_several_questions_about_one_picture(tokenizer, tmp_path):
+    runs = [{"text": "some word", "rows": [3.0] * 9, "columns": list(range(0, 27, 3))}]
+    turns = [(question, "some word", True) for question in ("Read it.", "What is it?", "And this?")]
+    page = {"task": "line", "cells": [4, 32], "turns": turns, "runs": runs}
+    (tmp_path / "line-0000.jsonl").write_text(json.dumps(page) + "\n")
+    pages = ReadPages(tmp_path, tokenizer)
+    counts = set()
+    for seed in range(12):
+        chat = pages.chat(np.random.default_rng(seed), most=3)
+        counts.add(len(chat.turns))
+        assert all(one.ids is chat.ids for one in chat.turns)
+        asked = [tokenizer.decode(one.prompt) for one in chat.turns]
+        assert len(set(asked)) == len(asked)
+        assert [text.startswith("\n") for text in asked] == [number > 0 for number in range(len(asked))]
+    assert counts == {1, 2, 3}

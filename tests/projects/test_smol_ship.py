@@ -47,7 +47,7 @@ def test_what_was_added_is_shipped_and_is_the_model(run, tmp_path):
     assert {file.name for file in out.parent.iterdir()} == {"casa-smol"}
     assert not (out / "of an earlier one").exists()
     eyes, trained = casa.load(out), CasaForConditionalGeneration.from_pretrained(run / "final")
-    assert eyes.processor.stream_prompt == PROMPT
+    assert (eyes.processor.stream_prompt, eyes.processor.stream_turns) == (PROMPT, True)
     assert eyes.ask(None, "abc", max_new_tokens=2) is not None
     for name, weight in trained.state_dict().items():
         assert torch.equal(eyes.model.state_dict()[name], weight), name

@@ -24,9 +24,10 @@ from projects.casa_smol.finding import (
     rows_of,
     values_of,
 )
-from projects.casa_smol.perfect_pages import Pages, batch_of, names_of
+from projects.casa_smol.perfect_pages import IMAGE_AT, PROMPT, Pages, after, batch_of, names_of
 from projects.casa_smol.pretraining import Settings, find, said, train
 from projects.casa_smol.start import HANDED, LARGEST, PLACES, Slots, codes_of_words, heads_of, moments, start_of
+from projects.casa_smol.tasks.films import PROMPT as FILM_PROMPT
 
 WIDTH = 576
 
@@ -280,6 +281,62 @@ def test_training_goes_on_where_it_stopped(begun, pages, tmp_path):
 
 def interrupt():
     raise KeyboardInterrupt
+
+
+def texts_of(tokenizer, batch):
+    """Of each row the text without padding; and before which of its tokens pictures stand."""
+    mask, ids = batch.inputs["attention_mask"].bool(), batch.inputs["input_ids"]
+    pads = (~mask).sum(1)
+    texts = [tokenizer.decode(row[real]) for row, real in zip(ids, mask, strict=True)]
+    return texts, [(row, at - int(pads[row])) for row, at in batch.inputs["image_positions"].tolist()]
+
+
+def test_a_chats_turns_are_those_alone(begun, pages):
+    one, two, third = (pages.sample(np.random.default_rng(seed), 1.0) for seed in (1, 2, 3))
+    third = replace(third, ids=two.ids)  # of the same page
+    chat = after(third, after(two, one, pages.line_break), pages.line_break)
+
+    def batch(*some):
+        return batch_of(list(some), begun[1], np.random.default_rng(0), noise=0.0, empty=0.0)
+
+    alone, together = [batch(each) for each in (one, two, third)], batch(one, chat)
+    tokens = [each.inputs["input_ids"][0] for each in alone]
+    line_break = torch.tensor([pages.line_break])
+    ids = torch.cat([tokens[0], line_break, tokens[1], line_break, tokens[2]])
+    assert torch.equal(together.inputs["input_ids"][1][-len(ids) :], ids)
+    labels = [each.labels[0] for each in alone]
+    silent = torch.tensor([-100])
+    wanted = torch.cat([labels[0], silent, labels[1], silent, labels[2]])
+    assert torch.equal(together.labels[1][-len(ids) :], wanted)
+    pictures = [each.inputs["image_features"] for each in alone[:2]]
+    assert torch.equal(together.inputs["image_features"], torch.cat([pictures[0], *pictures]))
+    _, places = texts_of(pages.tokenizer, together)
+    assert places == [(0, IMAGE_AT), (1, IMAGE_AT), (1, len(tokens[0]) + 1 + IMAGE_AT)]
+    mine = together.where[together.where[:, 0] == 1]
+    begins = together.labels.shape[1] - len(ids)
+    assert torch.equal(mine[: len(alone[0].where), 1] - begins, alone[0].where[:, 1])
+    moved = alone[1].where + torch.tensor([0, begins + len(tokens[0]) + 1, 2 * len(pictures[0]), 0])
+    assert torch.equal(mine[len(alone[0].where) :][: len(moved), 1:], moved[:, 1:])
+
+
+def test_a_films_frames_are_turns_of_a_session(begun, pages):
+    """As `StreamingSession` feeds them: the prompt, then for each frame a turn, with no line break between."""
+    turn, silent, repeated = PROMPT.format(question=FILM_PROMPT), 0, 0
+    for seed in range(40):
+        film = pages.film(np.random.default_rng(seed))
+        batch = batch_of([film], begun[1], np.random.default_rng(0))
+        (text,), places = texts_of(pages.tokenizer, batch)
+        answers = [pages.tokenizer.decode(one.answer) for one in film.turns]
+        assert text == turn + "".join(turn + answer for answer in answers)
+        assert all(one.answer[-1] == pages.end for one in film.turns)
+        assert len(places) == len(film.turns)
+        for (_, at), one in zip(places, film.turns, strict=True):
+            assert pages.tokenizer.decode(batch.inputs["input_ids"][0, at - IMAGE_AT :]).startswith(turn)
+            assert (len(one.answer) == 1) == (one.ids[..., TAG_IDS + BEFORE] < 0).all()
+        silent += sum(len(one.answer) == 1 for one in film.turns)
+        repeated += len(answers) - len(set(answers))
+    assert silent > 3
+    assert repeated > 3
 
 
 def test_nothing_is_written_where_nothing_stands(begun, pages):
