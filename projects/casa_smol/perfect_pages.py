@@ -251,7 +251,7 @@ def batch_of(
     mask = torch.zeros_like(ids)
     positions, grids, tokens, where, passed = [], [], [], [], 0
     for row, sample in enumerate(samples):
-        start, page = length - sample.length, None
+        start, page, before, number = length - sample.length, None, 0, torch.empty(0)
         mask[row, start:] = 1
         for one in sample.turns:
             first = start + len(one.prompt)
@@ -267,7 +267,7 @@ def batch_of(
                 words = encoder.codes_of(written, torch.float32)
                 off = noise / max(encoder.config.word_sizes) ** 0.5
                 words = words + torch.from_numpy(rng.standard_normal(words.shape)).float() * off
-                places = place_waves(*page.shape[:2], encoder.config.token_size)[stays]
+                places = place_waves(page.shape[0], page.shape[1], encoder.config.token_size)[stays]
                 tokens.append(torch.cat([words, places], dim=1))
                 positions.append((row, start + one.image_at))
                 grids.append((1, 1, len(written)))
