@@ -6,20 +6,25 @@
 First each layer learns where to look, on hidden states kept once (`finding.py`), from the first layer to the last; then
 all of them learn together what to say. With pages that the encoder has read (`read_pages.py`), half the samples are of
 those. The run goes on where it was broken off; at its end the encoder takes the place of the perfect tokens, and a
-model is written with which `casa train` goes on.
+model is written with which `casa train` goes on. With `torchrun --nproc-per-node N` N processes learn together, each
+from a batch of its own.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -34,6 +39,8 @@ from projects.casa_smol.perfect_pages import Batch, Pages, Sample, after, batch_
 from projects.casa_smol.read_pages import ReadPages
 from projects.casa_smol.start import FUSION, STAGES, Slots, Stage, Start, start_of
 from projects.casa_smol.tasks.films import PROMPT
+
+POOL = 4  # batches are drawn together, and samples of one length put side by side: less of a step is padding
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def find(
     model: Any,
     start: Start,
     encoder: PageEncoder,
-    samples: Sequence[Sample],
+    samples: Callable[[], Sequence[Sample]],
     closed: Closed,
     settings: Settings,
     folder: Path,
@@ -76,7 +83,7 @@ def find(
     for number, (roles, is_aloud) in enumerate(stages):
         files = {block: folder / f"layer-{block}.pt" for block in roles}
         missing = [block for block, file in files.items() if not file.exists()]
-        kept = keep(model, start.slots, encoder, samples, missing, seed=number) if missing else []
+        kept = keep(model, start.slots, encoder, samples(), missing, seed=number) if missing else []
         for place, (block, role) in enumerate(roles.items()):
             layer = model.casa_layers[str(block)]
             if block in missing:
@@ -120,7 +127,7 @@ def train(model: Any, draw: Callable[[int], Batch], settings: Settings, folder: 
         with torch.no_grad():
             for name, parameter in learned.items():
                 parameter.copy_(state["learned"][name])
-    begun = time.process_time()
+    begun, (process, processes) = time.process_time(), rank()
     for step in range(first, settings.steps):
         falling = (settings.steps - step) / max(1.0, settings.decay * settings.steps)
         for group in optimizer.param_groups:
@@ -128,9 +135,14 @@ def train(model: Any, draw: Callable[[int], Batch], settings: Settings, folder: 
         batch = draw(step)
         nats, right = said(model, batch)
         nats.backward()
+        for parameter in learned.values() if processes > 1 else ():
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad.div_(processes))
         nn.utils.clip_grad_norm_([*slow, *fast], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if process:
+            continue
         print(json.dumps({"step": step + 1, "seconds": round(time.process_time() - begun), **right}), flush=True)
         if (step + 1) % settings.keep_every == 0 or step + 1 == settings.steps:
             state = {"step": step + 1, "optimizer": optimizer.state_dict(), "settings": asdict(settings)}
@@ -139,17 +151,23 @@ def train(model: Any, draw: Callable[[int], Batch], settings: Settings, folder: 
                 torch.save(state, path)
 
 
+def rank() -> tuple[int, int]:
+    """Which process this is, of how many that learn together."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def said(model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
     """Nats an answer token; and shares of first tokens, of all tokens and of whole answers that are right."""
-    count = int((batch.labels >= 0).any(0).sum()) + 1
+    are_said = batch.labels[:, 1:] >= 0
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(**batch.inputs, use_cache=False, logits_to_keep=count).logits
-    predicted, labels = logits[:, :-1], batch.labels[:, 1 - count :]
-    are_said = labels >= 0
-    nats = nn.functional.cross_entropy(predicted[are_said].float(), labels[are_said])
-    right = (predicted.argmax(-1) == labels) | ~are_said
-    first = right.gather(1, are_said.int().argmax(1)[:, None])
-    shares = {"first": first, "tokens": right[are_said], "exact": right.all(1)}
+        output = model(**batch.inputs, use_cache=False, logits_to_keep=1, output_hidden_states=True)
+        logits = model.decoder.logits(output.hidden_states[-1][:, :-1][are_said])
+    labels = batch.labels[:, 1:][are_said]
+    nats = nn.functional.cross_entropy(logits.float(), labels)
+    right = logits.argmax(-1) == labels
+    is_first = (are_said & ~nn.functional.pad(are_said[:, :-1], (1, 0)))[are_said]
+    wrong = torch.zeros(int(is_first.sum())).index_add(0, is_first.cumsum(0) - 1, (~right).float())
+    shares = {"first": right[is_first], "tokens": right, "exact": wrong == 0}
     return nats, {"nats": round(nats.item(), 3)} | {
         name: round(hit.float().mean().item(), 3) for name, hit in shares.items()
     }
@@ -169,6 +187,9 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     settings = Settings(steps=given.steps, finding=tuple(given.finding))
     given.out.mkdir(parents=True, exist_ok=True)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
+    process, _ = rank()
     folder, eyes = given.parts / "text", given.parts / "eyes"
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     pages = Pages(tokenizer)
@@ -189,11 +210,19 @@ def main(arguments: list[str]) -> int:
             else:
                 yield read_pages.sample(rng, found) if read_pages and is_read else pages.sample(rng, settings.pages)
 
+    @lru_cache(maxsize=1)
+    def pool(number: int) -> list[Sample]:
+        return sorted(drawn(1, process, number, count=settings.batch * POOL), key=lambda one: one.length)
+
     def draw(step: int) -> Batch:
-        rng = np.random.default_rng((settings.seed, 2, step))
-        return batch_of(list(drawn(1, step)), encoder, rng, empty=rng.random() ** 3)
+        rng, (number, turn) = np.random.default_rng((settings.seed, 2, process, step)), divmod(step, POOL)
+        part = int(np.random.default_rng((settings.seed, 3, number)).permutation(POOL)[turn])
+        some = pool(number)[part * settings.batch : (part + 1) * settings.batch]
+        return batch_of(some, encoder, rng, empty=rng.random() ** 3)
 
     codes, sizes = encoder.word_codes.float() * CODE_STEP, encoder.config.word_sizes
+    if process:  # what the first one finds, the others read
+        dist.barrier()
     known = given.out / "start.pt"
     if not known.exists():  # minutes, which a run that goes on need not take again
         texts = list(pages.sentences(np.random.default_rng(11), given.tokens))
@@ -204,10 +233,14 @@ def main(arguments: list[str]) -> int:
     parts = torch.load(known, weights_only=True)
     start = Start(**parts | {"slots": Slots(parts["slots"], sizes)})
     closed = Closed(start, line_break=pages.line_break)
-    samples = list(drawn(0, count=settings.finding[0], found=True))
+    samples = cache(lambda: list(drawn(0, count=settings.finding[0], found=True)))
     find(model, start, encoder, samples, closed, settings, given.out)
+    if dist.is_initialized() and not process:
+        dist.barrier()
     projector, model.projector = model.projector, start.slots
     train(model, draw, settings, given.out)
+    if process:
+        return 0
     model.projector = projector.float()
     start.slots.into(model.projector, output_width(encoder.config))
     model.bfloat16().save_pretrained(given.out / "model")

@@ -32,8 +32,7 @@ STAGES: tuple[Stage, ...] = (
     ({5: "first"}, False),
     ({8: "later"}, False),
     ({11: "again"}, False),
-    ({14: "later"}, False),
-    ({17: "next", 20: "next", 23: "next", 26: "next", 29: "next"}, True),
+    ({14: "later", 17: "later", 20: "next", 23: "next", 26: "later", 29: "next"}, True),
 )
 LAYERS = tuple(block for roles, _ in STAGES for block in roles)
 FUSION = FusionConfig.parallel(layers=LAYERS, output="zero", projector="linear")
@@ -48,9 +47,12 @@ LARGEST = 2.5  # of a code's numbers, beside those of a random one: no number sa
 PLACED = 0.1  # length of a place's waves, beside words of length 1
 TAGGED = 0.6  # of tags: of what is written there, it is the least certain
 CONSTANT = 2.0  # of an image token, on the calmest axis: what tells it from text, and keeps its length
-HANDED = {"before": slice(0, 48), "asked": slice(48, 132), "found": slice(132, 196), "places": slice(196, 256)}
-"""Which of the stream's quiet axes carry the code of the word before, of what is asked for, of the word found, and the
-places where the three key heads of layers have looked for it."""
+HANDED = {
+    "before": slice(0, 48), "asked": slice(48, 132), "found": slice(132, 196), "places": slice(196, 256),
+    "own": slice(256, 304),
+}  # fmt: skip
+"""Which of the stream's quiet axes carry the code of the word before, of what is asked for, of the word found, the
+places where the three key heads of layers have looked for it, and the code of a token's own word."""
 PLACES = [first + octave for first in (0, WAVES, 2 * WAVES, 3 * WAVES) for octave in range(1, 6)]
 """Which waves of a place are handed on: from 64 to 1,024 px, of its height and of its width."""
 ASKED = 84  # numbers of the code of what is asked for
@@ -294,22 +296,25 @@ class Start:
         size, group, root = layer.head_dim, len(queries) // len(keys), layer.head_dim**0.5
         constant, gain = self.constants[block], self.gains[block]
         before = (root * 40.0 / FAST) ** 0.5
-        for pair in range(FAST):  # turned by one token, a query is the key of the token before
-            keys[0][pair] = constant * before
+        for pair in range(FAST):  # turned by one token, a query is the key of the token before; else of its own
+            keys[0][pair] = queries[1][pair] = constant * before
             queries[0][pair] = constant * before * TURNS[pair].cos()
             queries[0][pair + size // 2] = -constant * before * TURNS[pair].sin()
         image = self.slots.axes[0] * self.length / CONSTANT  # before the gain, to 1 where text begins
         before_axes, asked_axes = self.quiet[HANDED["before"]], self.quiet[HANDED["asked"]]
         asked = self.named[:, :ASKED].split(CARRIED, dim=1)
-        parts = [(before_axes, self.own), *zip(asked_axes.split(CARRIED), asked, strict=True)]
-        for head, (axes, told) in enumerate(parts):
-            count = len(axes)
+        parts = [(0, before_axes, self.own), (1, self.quiet[HANDED["own"]], self.own)]
+        parts += [
+            (query * group, *part) for query, part in enumerate(zip(asked_axes.split(CARRIED), asked, strict=True), 1)
+        ]
+        for query, axes, told in parts:
+            count, head = len(axes), query // group
             values[head][:count] = told[:, :count].T
-            keys[head][SINK] -= image / gain * root * UNSEEN
-            queries[head * group][SINK] = constant
+            keys[head][SINK] = -image / gain * root * UNSEEN
+            queries[query][SINK] = constant
             # of a code of length 1
             length = self.sizes[block] * TOLD * (self.codes.shape[1] / (count if head == 0 else ASKED)) ** 0.5
-            output[:, head * group, :count] = axes.T * length
+            output[:, query, :count] = axes.T * length
 
     def known(self, slot: int) -> int:
         """How many numbers of a slot's code image tokens tell."""

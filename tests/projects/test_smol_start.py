@@ -228,7 +228,7 @@ def test_finding_goes_on_where_it_stopped_and_then_layers_say_words(begun, sampl
 
     def run(folder):
         folder.mkdir(exist_ok=True)
-        find(model, known, eyes, samples[:24], closed, settings, folder, STAGES)
+        find(model, known, eyes, lambda: samples[:24], closed, settings, folder, STAGES)
         return {name: p.detach().clone() for name, p in model.casa_layers.named_parameters()}
 
     whole = run(tmp_path / "whole")
