@@ -26,7 +26,18 @@ from projects.casa_smol.finding import (
 )
 from projects.casa_smol.perfect_pages import IMAGE_AT, PROMPT, Pages, after, batch_of, names_of
 from projects.casa_smol.pretraining import Settings, find, said, train
-from projects.casa_smol.start import HANDED, LARGEST, PLACES, Slots, codes_of_words, heads_of, moments, start_of
+from projects.casa_smol.start import (
+    HANDED,
+    LARGEST,
+    PLACES,
+    Slots,
+    Spread,
+    blank,
+    codes_of_words,
+    heads_of,
+    moments,
+    start_of,
+)
 from projects.casa_smol.tasks.films import PROMPT as FILM_PROMPT
 
 WIDTH = 576
@@ -135,6 +146,44 @@ def test_codes_are_what_is_foretold_of_words_and_no_number_says_a_word_alone(beg
     seen = moments(model, texts, codes, (0,))
     shares = (seen.solved(0) * seen.told[0]).sum(0) / seen.among.diagonal()
     assert shares.min() > 0.9  # the first block sees the word itself
+
+
+def test_a_tokens_own_word_and_the_one_before_are_handed_on(begun, pages):
+    model, _, known = begun
+    (ids, *_), layer = list(pages.sentences(np.random.default_rng(6), 600)), model.casa_layers["1"]
+    states: list[Any] = []
+    hook = model.decoder.blocks[2].input_layernorm.register_forward_hook(lambda _, given, out: states.append(given[0]))
+    output = layer.o_proj.weight.detach().clone()
+    with blank(model, len(ids)) as picture, torch.no_grad():
+        for weight in (output, torch.zeros_like(output)):
+            layer.o_proj.weight.copy_(weight)
+            model(input_ids=ids, **picture, use_cache=False, logits_to_keep=1)
+    hook.remove()
+    layer.o_proj.weight.data.copy_(output)
+    told = (states[0] - states[1])[:, 5:]
+    for name, words in (("own", ids[:, 5:]), ("before", ids[:, 4:-1])):
+        alike = torch.cosine_similarity(told @ known.quiet[HANDED[name]].T, known.codes[words][..., :48], dim=-1)
+        assert alike.mean() > 0.8, name
+    own, before = (told @ known.quiet[HANDED[name]].T for name in ("own", "before"))
+    torch.testing.assert_close(own[:, :-1], before[:, 1:], atol=0.05 * own.abs().max().item(), rtol=0.0)
+
+
+def test_quiet_directions_are_neither_read_nor_written_much(begun, pages):
+    model, _, known = begun
+    gains = known.gains
+    seen = moments(model, list(pages.sentences(np.random.default_rng(1), 6000)), known.codes, list(gains))
+    spread = Spread.of(seen, gains)
+    quiet = spread.quiet(model)
+    torch.testing.assert_close(quiet @ quiet.T, torch.eye(WIDTH), atol=1e-4, rtol=0.0)
+    written = ((quiet @ spread.varied) * quiet).sum(1)
+    assert written[:300].mean() < 0.5 * written[:-4].mean()
+    assert (quiet[:-4] @ spread.common.T).abs().max() < 1e-3  # what all hidden states have in common comes last
+    read = sum(
+        (quiet @ (module.weight.detach() * block.input_layernorm.weight.detach()).T).square().sum(1)
+        for block in model.decoder.blocks
+        for module in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+    )
+    assert torch.as_tensor(read)[:300].mean() < torch.as_tensor(read)[300:-4].mean()
 
 
 def test_what_is_kept_is_what_the_model_sees_and_attention_is_the_models_own(begun, samples):
