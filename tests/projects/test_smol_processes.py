@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from casa.testing import PATIENCE
 from projects.casa_smol import pretraining
 from projects.casa_smol.pretraining import Settings, train
 
@@ -54,7 +55,7 @@ def test_two_processes_learn_what_one_learns_of_both_batches(tmp_path, monkeypat
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(120)
+        worker.join(PATIENCE)
         assert worker.exitcode == 0
     first, second = (torch.load(tmp_path / "two" / f"{number}.pt") for number in range(2))
     for name, weight in alone.items():
