@@ -91,7 +91,9 @@ def test_a_cluster_comes_to_the_same_file(folder, tmp_path, monkeypatch, casa):
         known = path.read_text().splitlines()
         assert 9 <= len(known) < 37
         again = casa("eval", model, *words, "--records", path, "--resume", "--cluster", "auto")
-        assert (again.status, again.out) == (0, first.out)
+        # Ray may still tell of the workers that were stopped
+        own = [line for line in again.out.splitlines() if "(raylet)" not in line]
+        assert (again.status, own) == (0, first.out.splitlines())
         assert lines(path) == lines(whole)
         assert set(known) <= set(path.read_text().splitlines()), "what is answered is not asked again"
         no_model = partial(package.load, str(tmp_path / "none"))
