@@ -8,8 +8,10 @@ whole model costs. Layers have one of five roles:
 - "first": with which text an answer begins: whose tags have most in common with what is asked for.
 - "again": the same, by the places too where the first layer's heads have looked: one for a row, another for a column.
 - "later": which word comes next, by the last two.
-- "next": the word that layers below have found, by its code and its place. These say it aloud; all others but the first
-  hand on, for layers that follow, its code and where each of their heads looks.
+- "next": the word that layers below have found, by its code and its place.
+
+Those of the last stage say the word aloud (`start.STAGES`); all others but the first hand on, for layers that follow,
+its code and where each of their heads looks.
 
 All but the first begin in closed form, with a guess of codes and places by least squares: begun from nothing they learn
 their samples by heart, or look at the right token with a small part of their attention.

@@ -25,6 +25,7 @@ from projects.casa_smol.tasks.lines import READ, READ_AFTER, READ_BEFORE, READ_L
 from projects.casa_smol.words import Words, pick
 
 TOKEN = 16  # px, height and width of an image token
+BLOCK = TOKEN // CELL[0], TOKEN // CELL[1]  # cells of an image token
 IMAGE_AT = 3  # pictures stand before this token of a prompt
 PROMPT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 VALUE = (
@@ -133,25 +134,21 @@ class Pages:
         at, layout, frames = int(rng.integers(len(texts) - count + 1)), int(rng.integers(2**31)), list[Sample]()
         for number in range(count):
             shown = np.random.default_rng(layout)  # lines stay where they are
-            if rng.random() < 0.12:
-                frame = self._blank(rng)
-            else:
-                lines = texts[: at + 1] if step else texts[at : at + 1]
-                placed = [(text, row, 0.0) for row, text in enumerate(lines)]
-                size = int(shown.integers(14, 28))
-                frame = self._asked(shown, placed, size, (PROMPT_OF_FILMS,), len(lines) - 1, {})
-                at = min(at + int(rng.random() < 0.7), len(texts) - 1)
             opening = self._turn(PROMPT_OF_FILMS) if number == 0 else []
-            frame = replace(frame, prompt=[*opening, *self._turn(PROMPT_OF_FILMS)], image_at=len(opening) + IMAGE_AT)
-            frames.append(frame)
+            prompt = [*opening, *self._turn(PROMPT_OF_FILMS)]
+            told: dict[str, Any] = {"prompt": prompt, "wanted": [False] * len(prompt)}
+            told["image_at"] = len(opening) + IMAGE_AT
+            if rng.random() < 0.12:  # nothing is written, and nothing said
+                rows, columns = map(int, rng.integers(4, 24, 2))
+                ids = words_of_page([], (rows, columns), BLOCK, self._encode, self.end).ids
+                frames.append(Sample(ids, answer=[self.end], found=[(-1, -1)], **told))
+                continue
+            lines = texts[: at + 1] if step else texts[at : at + 1]
+            placed = [(text, row, 0.0) for row, text in enumerate(lines)]
+            size = int(shown.integers(14, 28))
+            frames.append(replace(self._asked(shown, placed, size, (PROMPT_OF_FILMS,), len(lines) - 1, {}), **told))
+            at = min(at + int(rng.random() < 0.7), len(texts) - 1)
         return replace(frames[-1], earlier=tuple(frames[:-1]))
-
-    def _blank(self, rng: Generator) -> Sample:
-        """A picture with nothing on it, of which nothing is said."""
-        block, cells = (TOKEN // CELL[0], TOKEN // CELL[1]), tuple(map(int, rng.integers(4, 24, 2)))
-        ids = words_of_page([], (cells[0], cells[1]), block, self._encode, self.end).ids
-        prompt = self._turn(pick(rng, (*READ, PROMPT_OF_FILMS)))
-        return Sample(ids, prompt, [self.end], [False] * len(prompt), [(-1, -1)])
 
     def _turn(self, question: str) -> list[int]:
         return [token for token, _ in self._encode(PROMPT.format(question=question))]
@@ -207,8 +204,7 @@ class Pages:
             )
             for text, row, x in placed
         ]
-        block = TOKEN // CELL[0], TOKEN // CELL[1]
-        page = words_of_page(runs, (rows, columns), block, self._encode, self.end)
+        page = words_of_page(runs, (rows, columns), BLOCK, self._encode, self.end)
         question = turn(rng, wordings, placed[answer][0], **names)
         prompt = self._turn(question.question)
         said = [token for token, _ in self._encode(question.answer)]

@@ -25,10 +25,10 @@ from numpy.random import Generator
 from PIL import Image
 
 from casa.atomic import replacing
-from casa.vision.page_encoder import CELL, PageEncoder
+from casa.vision.page_encoder import PageEncoder
 from casa.vision.page_reading import TextRun
 from casa.vision.page_words import BEFORE, BEGUN, NOTHING, TAG_IDS, words_of_page
-from projects.casa_smol.perfect_pages import PROMPT, TOKEN, Sample, after, encoding, names_of
+from projects.casa_smol.perfect_pages import BLOCK, PROMPT, TOKEN, Sample, after, encoding, names_of
 from projects.casa_smol.read import cells_of
 from projects.casa_smol.weights import WEIGHTS, page_encoder
 
@@ -154,9 +154,8 @@ class ReadPages:
         prompt, said = (
             [token for token, _ in self.encode(text)] for text in (PROMPT.format(question=question), answer)
         )
-        block = TOKEN // CELL[0], TOKEN // CELL[1]
-        grid = page.cells[0] // block[0], page.cells[1] // block[1]
-        ids, said = words_of_page(page.runs, grid, block, self.encode, end).ids, [*said, end]
+        grid = page.cells[0] // BLOCK[0], page.cells[1] // BLOCK[1]
+        ids, said = words_of_page(page.runs, grid, BLOCK, self.encode, end).ids, [*said, end]
         found = find_words(ids, [NOTHING, self.line_break, *said])
         tags = set(ids.reshape(-1, ids.shape[-1])[found[0][0], :TAG_IDS].tolist()) if found[0][0] >= 0 else set()
         # a name that was misread is what is asked for, too: hardly any other question has its words

@@ -44,10 +44,10 @@ def test_a_frame_that_breaks_the_processor_is_that_sessions_own_affair(plain, mo
     processor = tiny_processor()
     frame = processor.frame
 
-    def breaking(image):
+    def breaking(image, *known):
         if image.size == (30, 30):
             raise error("no room")
-        return frame(image)
+        return frame(image, *known)
 
     monkeypatch.setattr(processor, "frame", breaking)
     engine = StreamingEngine(plain, processor)

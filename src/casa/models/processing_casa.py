@@ -203,9 +203,9 @@ class CasaProcessor(ProcessorMixin):
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return tensors | {"image_positions": Places.of(positions)} if positions else tensors
 
-    def frame(self, image: Any) -> tuple[list[int], list[int], dict[str, Any]]:
-        """Of a streamed frame, as `as_picture` takes it: token ids before and after it, and its pixels and grid."""
-        return *self.around_frame(), self._pixels([image], {"return_tensors": "pt"})
+    def frame(self, image: Any, around: Row | None = None) -> tuple[list[int], list[int], dict[str, Any]]:
+        """Token ids before and after a streamed frame (`around`, where known), and its pixels and grid."""
+        return *(around or self.around_frame()), self._pixels([image], {"return_tensors": "pt"})
 
     def around_frame(self, prompt: str | None = None) -> tuple[list[int], list[int]]:
         """Token ids before and after a streamed frame: the delimiters, and gist tokens right behind it.
@@ -326,10 +326,10 @@ class CasaProcessor(ProcessorMixin):
 
         opens: It opens the text; another one leaves out the token that only opens texts, if the tokenizer has one.
         """
-        parts = [{"type": "image"}] * shows + [{"type": "text", "text": question}]
-        text = self.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
-        ids, places = self.text_row(text)
-        first = 0 if opens or [at for at, one in enumerate(ids) if one == self.tokenizer.bos_token_id] != [0] else 1
+        chat = [{"role": "user", "content": [{"type": "image"}] * shows + [{"type": "text", "text": question}]}]
+        ids, places = self.text_row(self.apply_chat_template(chat, add_generation_prompt=True))
+        opening = self.tokenizer.bos_token_id
+        first = int(not opens and ids[:1] == [opening] and ids.count(opening) == 1)  # one that opens turns stays
         return ids[first:], [place - first for place in places]
 
     @property

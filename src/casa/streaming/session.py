@@ -143,13 +143,13 @@ class StreamingSession:
     def encode(self, frame: Image.Image | np.ndarray) -> EncodedFrame:
         """Encodes and projects a frame ahead of its turn; `step` takes the result in its place, from any thread."""
         settle()
-        *_, pixels = self._processor.frame(check_picture(frame))
+        before, after, pixels = self._processor.frame(check_picture(frame), self._around)
         images = self._recognised(pixels)
         with torch.no_grad():
             if images is pixels:
                 (images,) = encode_together(self._model, [pixels])
                 self._encoded = pixels, images["image_features"]
-            return EncodedFrame(*self._around, project_features(self._model, images))
+            return EncodedFrame(before, after, project_features(self._model, images))
 
     def _recognised(self, images: Images) -> Images:
         """A frame that looks as the one encoded last: with that one's features in the place of its pixels."""
@@ -158,15 +158,15 @@ class StreamingSession:
         last, features = self._encoded
         if not torch.equal(last["image_grid_thw"], images["image_grid_thw"]):
             return images
-        known, pixels = last["pixel_values"], images["pixel_values"]
-        if not torch.equal(known, pixels) and not float((known - pixels).abs().float().mean()) <= self.same_frame:
+        known, pixels, most = last["pixel_values"], images["pixel_values"], self.same_frame
+        if not torch.equal(known, pixels) and not (most and float((known - pixels).abs().float().mean()) <= most):
             return images
         return {"image_features": features, "image_grid_thw": images["image_grid_thw"]}
 
     def prepare(self, frame: StepFrame, should_stop: ShouldStop | None = None) -> StepRequest:
         """What this session feeds for a frame, in a batch; it is as it was until `accept` is given what comes back."""
         if not isinstance(frame, EncodedFrame):
-            frame = EncodedFrame(*self._around, self._processor.frame(check_picture(frame))[2])
+            frame = EncodedFrame(*self._processor.frame(check_picture(frame), self._around))
         tokens = self._pending + frame.before + frame.after
         place = len(tokens) - max(1, len(frame.after))
         return self._request(tokens, place, self._recognised(frame.images), should_stop)
