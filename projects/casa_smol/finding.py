@@ -150,20 +150,20 @@ def keep(
 
 @dataclass(frozen=True)
 class Rows:
-    """Kept samples side by side, of one block.
+    """Pictures side by side, each with the text from there on, of one block.
 
-    text: (B, L, D). image: (B, M, D), of root mean square 1. is_text, is_image: bool, without padding and, of text,
-    from the picture on. at: int64 (B, K), tokens that say the next one. said: int64 (B, K), the next one's id. told:
-    int64 (B, K, G), the image token that tells it, -1 for none, -2 for padding. wanted: bool (B, L).
+    text: (B, L, D). image: (B, M, D), of root mean square 1. is_image: bool, without padding. at: int64 (B, K), tokens
+    that say the next one. said: int64 (B, K), the next one's id. told: int64 (B, K, G), the image token that tells it,
+    -1 for none, -2 for padding. is_first: bool (B, K), of an answer's words. wanted: bool (B, L).
     """
 
     text: Tensor
-    is_text: Tensor
     image: Tensor
     is_image: Tensor
     at: Tensor
     said: Tensor
     told: Tensor
+    is_first: Tensor
     wanted: Tensor
 
 
@@ -177,34 +177,37 @@ def rows_of(kept: Sequence[Kept], block: int) -> Rows:
     )
     answer = max(map(len, chosen))
     width, count = kept[0].image.shape[1], len(kept)
-    text, image = torch.zeros(count, length, width), torch.zeros(count, tokens, width)
-    is_text, is_image = torch.zeros(count, length, dtype=torch.bool), torch.zeros(count, tokens, dtype=torch.bool)
-    at, said = torch.full((count, answer), IMAGE_AT), torch.zeros(count, answer, dtype=torch.long)
-    told = torch.full((count, answer, 3), -2)
-    wanted = torch.zeros(count, length, dtype=torch.bool)
+    text, image = torch.zeros(count, length - IMAGE_AT, width), torch.zeros(count, tokens, width)
+    is_image = torch.zeros(count, tokens, dtype=torch.bool)
+    at, said = torch.zeros(count, answer, dtype=torch.long), torch.zeros(count, answer, dtype=torch.long)
+    told, is_first = torch.full((count, answer, 3), -2), torch.zeros(count, answer, dtype=torch.bool)
+    wanted = torch.zeros(count, length - IMAGE_AT, dtype=torch.bool)
+    is_first[:, 0] = True
     for row, (one, some) in enumerate(zip(kept, chosen, strict=True)):
-        n, m, k, prompt = len(one.states[block]), len(one.image), len(some), len(one.sample.prompt)
-        text[row, :n], image[row, :m] = one.states[block], one.image
-        is_text[row, IMAGE_AT:n], is_image[row, :m] = True, True
-        at[row, :k], told[row, :k] = prompt - 1 + torch.tensor(some), -1
+        n, m, k, prompt = len(one.states[block]) - IMAGE_AT, len(one.image), len(some), len(one.sample.prompt)
+        text[row, :n], image[row, :m], is_image[row, :m] = one.states[block][IMAGE_AT:], one.image, True
+        at[row, :k], told[row, :k] = prompt - 1 - IMAGE_AT + torch.tensor(some), -1
         said[row, :k] = torch.tensor(one.sample.answer)[some]
-        wanted[row, :prompt] = torch.tensor(one.sample.wanted)
+        wanted[row, : prompt - IMAGE_AT] = torch.tensor(one.sample.wanted)[IMAGE_AT:]
         for number, token, slot in one.found:
             if number in some:
                 told[row, some.index(number), slot] = token
-    image = image * torch.rsqrt(image.square().mean(-1, keepdim=True) + 1e-5)
-    return Rows(text, is_text, image, is_image, at, said, told, wanted)
+    return Rows(text, even(image), is_image, at, said, told, is_first, wanted)
+
+
+def even(image: Tensor) -> Tensor:
+    """Image tokens (..., D) as a block's norm has them before its gain, of root mean square 1."""
+    return image * torch.rsqrt(image.square().mean(-1, keepdim=True) + 1e-5)
 
 
 def attention(layer: Any, rows: Rows, gain: Tensor) -> Tensor:
     """Log-probabilities (B, K, G, 3, M + L) of a layer's heads, image tokens first. gain: (D,), of the block's norm."""
     size, (_, length, width) = layer.head_dim, rows.text.shape
     asking = rows.text.gather(1, rows.at[..., None].expand(-1, -1, width))
-    query = turned(layer.q_proj(asking).unflatten(-1, (-1, size)), rows.at[..., None] - IMAGE_AT).unflatten(2, (3, -1))
-    places = (torch.arange(length) - IMAGE_AT).clamp(min=0)
-    text = turned(layer.k_proj(rows.text).unflatten(-1, (-1, size)), places[:, None])
+    query = turned(layer.q_proj(asking).unflatten(-1, (-1, size)), rows.at[..., None]).unflatten(2, (3, -1))
+    text = turned(layer.k_proj(rows.text).unflatten(-1, (-1, size)), torch.arange(length)[:, None])
     image = layer.k_proj(rows.image * gain).unflatten(-1, (-1, size))
-    sees = rows.is_text[:, None] & (torch.arange(length) <= rows.at[..., None])
+    sees = torch.arange(length) <= rows.at[..., None]
     scores = [
         torch.einsum("bkghc,bmgc->bkghm", query, image).masked_fill(~rows.is_image[:, None, None, None], -torch.inf),
         torch.einsum("bkghc,blgc->bkghl", query, text).masked_fill(~sees[:, :, None, None], -torch.inf),
@@ -226,20 +229,19 @@ def found_loss(shares: Tensor, rows: Rows, role: str) -> tuple[Tensor, float]:
     """What the heads' votes together miss, and looks at pictures that tell nothing (nats); share found."""
     tokens = rows.image.shape[1]
     votes, text = shares[..., :tokens].exp(), shares[..., tokens:].logsumexp(-1)
-    is_first = torch.zeros_like(rows.told, dtype=torch.bool)
-    is_first[:, 0] = True
+    is_first = rows.is_first[..., None].expand_as(rows.told)
     known, told = rows.told >= 0, rows.told.clamp(min=0)
     if role in ("first", "again"):  # all heads have the same word
-        mine, silent = known[:, 0, 0], (rows.told > -2) & ~is_first
-        all_votes, target = votes[:, 0].flatten(1, 2).sum(1)[mine], told[:, 0, 0][mine]
+        mine, silent = (known & is_first)[..., 0], (rows.told > -2) & ~is_first
+        all_votes, target = votes.flatten(2, 3).sum(2)[mine], told[..., 0][mine]
     else:
         where = known & ~is_first if role == "later" else known
         silent = (rows.told > -2) & ~where
         all_votes, target = votes.sum(3)[where], told[where]
     right = all_votes.gather(-1, target[..., None])[..., 0]
     missed = (all_votes.sum(-1) + WRONG).log() - (right + 1e-6).log()
-    hit = (all_votes.argmax(-1) == target).float().mean().item()
-    return missed.mean() - 0.5 * text[silent].mean(), hit
+    hit = (all_votes.argmax(-1) == target).float().sum().item() / max(1, len(target))
+    return missed.sum() / max(1, len(target)) - 0.5 * text[silent].sum() / max(1, int(silent.sum()) * 9), hit
 
 
 Loss = Callable[[Tensor, Rows], tuple[Tensor, float]]

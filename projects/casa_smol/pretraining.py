@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache, lru_cache
@@ -34,6 +34,7 @@ from casa.models.auto import processor_for
 from casa.vision import output_width
 from casa.vision.page_encoder import CODE_STEP, PageEncoder
 from projects.casa_smol.finding import Closed, begin_asking, keep, learn, loss_of, say_found, share_asked
+from projects.casa_smol.looking import look
 from projects.casa_smol.parts import embeddings_of
 from projects.casa_smol.perfect_pages import Batch, Pages, Sample, after, batch_of, names_of
 from projects.casa_smol.read_pages import ReadPages
@@ -47,8 +48,9 @@ POOL = 4  # batches are drawn together, and samples of one length put side by si
 class Settings:
     """What makes a run.
 
-    finding: samples on which layers learn where to look, and steps of each. qk: how much slower queries, keys and the
-    first layer learn when all learn together, since they are right by then. pages: share of samples with more than one
+    finding: samples on which layers learn where to look, and steps of each. looking: how much a layer's look at the
+    right place counts beside what is said, when all learn together. qk: how much slower queries, keys and the first
+    layer learn then, since they are nearly right. pages: share of samples with more than one
     line. read: share of pages that the encoder has read, where there are any. films, chats: shares of samples that are
     frames of a session, and of more than one question, when all learn together.
     """
@@ -58,9 +60,10 @@ class Settings:
     steps: int = 300
     batch: int = 16
     rate: float = 5e-4
-    qk: float = 0.4
+    looking: float = 0.1
+    qk: float = 0.6
     pages: float = 0.7
-    read: float = 0.5
+    read: float = 0.6
     films: float = 0.1
     chats: float = 0.25
     warm_up: int = 20
@@ -105,8 +108,11 @@ def find(
             layer.load_state_dict(torch.load(files[block], weights_only=True))
 
 
-def train(model: Any, draw: Callable[[int], Batch], settings: Settings, folder: Path) -> None:
+def train(
+    model: Any, draw: Callable[[int], Batch], settings: Settings, folder: Path, stages: Sequence[Stage] = STAGES
+) -> None:
     """Trains what fusion added, with the text model in bfloat16. draw: from a step's number."""
+    finding = {block: role for roles, _ in stages for block, role in roles.items() if role != "asked"}
     model.bfloat16().train()
     slow, fast = [], []
     first_layer = f"casa_layers.{min(map(int, model.casa_layers))}."
@@ -133,8 +139,8 @@ def train(model: Any, draw: Callable[[int], Batch], settings: Settings, folder: 
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * group["share"] * min(1.0, (step + 1) / settings.warm_up, max(0.02, falling))
         batch = draw(step)
-        nats, right = said(model, batch)
-        nats.backward()
+        nats, missed, right = said(model, batch, finding)
+        (nats + settings.looking * missed).backward()
         for parameter in learned.values() if processes > 1 else ():
             assert parameter.grad is not None
             dist.all_reduce(parameter.grad.div_(processes))
@@ -156,8 +162,13 @@ def rank() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def said(model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """Nats an answer token; and shares of first tokens, of all tokens and of whole answers that are right."""
+def said(model: Any, batch: Batch, finding: Mapping[int, str]) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """How well a batch's answers are foretold, and found. finding: roles of layers, by block.
+
+    Returns:
+        Nats an answer token; what layers miss (`look`); and shares of first tokens, of all tokens and of whole answers
+        that are right, and of words that a layer finds.
+    """
     are_said = batch.labels[:, 1:] >= 0
     with torch.autocast("cpu", torch.bfloat16):
         output = model(**batch.inputs, use_cache=False, logits_to_keep=1, output_hidden_states=True)
@@ -168,9 +179,11 @@ def said(model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
     is_first = (are_said & ~nn.functional.pad(are_said[:, :-1], (1, 0)))[are_said]
     wrong = torch.zeros(int(is_first.sum())).index_add(0, is_first.cumsum(0) - 1, (~right).float())
     shares = {"first": right[is_first], "tokens": right, "exact": wrong == 0}
-    return nats, {"nats": round(nats.item(), 3)} | {
-        name: round(hit.float().mean().item(), 3) for name, hit in shares.items()
-    }
+    told = {"nats": nats.item()} | {name: hit.float().mean().item() for name, hit in shares.items()}
+    image = model.projector(batch.inputs["image_features"], batch.inputs["image_grid_thw"])
+    missed, found = look(model, finding, output.hidden_states, image, batch)
+    told["found"] = sum(found.values()) / len(found)
+    return nats, missed, {name: round(value, 3) for name, value in told.items()}
 
 
 def main(arguments: list[str]) -> int:

@@ -22,9 +22,9 @@ class Standin(nn.Module):
         self.casa_layers = nn.ModuleDict({"2": nn.Linear(3, 2)})
 
 
-def said(model, batch):
-    nats = model.casa_layers["2"](batch).square().mean()
-    return nats, {"nats": nats.item()}
+def said(model, batch, finding):
+    nats, missed = model.casa_layers["2"](batch).square().mean(dim=0)
+    return nats, missed, {"nats": nats.item()}
 
 
 def learn(process, processes, folder):

@@ -18,12 +18,14 @@ from projects.casa_smol.finding import (
     Closed,
     attention,
     begin_asking,
+    even,
     keep,
     learn,
     loss_of,
     rows_of,
     values_of,
 )
+from projects.casa_smol.looking import places_of
 from projects.casa_smol.perfect_pages import IMAGE_AT, PROMPT, Pages, after, batch_of, names_of
 from projects.casa_smol.pretraining import Settings, find, said, train
 from projects.casa_smol.start import (
@@ -214,13 +216,54 @@ def test_what_is_kept_is_what_the_model_sees_and_attention_is_the_models_own(beg
         one, first = some[number], int((mask[row] == 0).sum())
         places = [0, *(n for n in range(1, rows.at.shape[1]) if rows.told[number, n, 0] > -2)]
         assert len(places) == min(len(one.answer), ANSWERED)
-        assert rows.at[number, places[-1]] == len(one.prompt) + len(one.answer) - 2
+        assert rows.at[number, places[-1]] + IMAGE_AT == len(one.prompt) + len(one.answer) - 2
         for place in places:
-            assert rows.said[number, place] == one.answer[rows.at[number, place] - len(one.prompt) + 1]
-            exact = whole[packed[row, first + rows.at[number, place]]][..., starts[row] : starts[row + 1]]
+            assert rows.said[number, place] == one.answer[rows.at[number, place] + IMAGE_AT - len(one.prompt) + 1]
+            exact = whole[packed[row, first + IMAGE_AT + rows.at[number, place]]][..., starts[row] : starts[row + 1]]
             ours = shares[number, place, :, :, : exact.shape[-1]].exp()
             torch.testing.assert_close(ours, exact, atol=0.02, rtol=0.05)  # states are kept in bfloat16
     assert all(len(one.found) == sum(at >= 0 for at, _ in one.sample.found) for one in kept)
+
+
+def test_a_batchs_layers_look_where_the_model_does_in_chats_and_films_too(begun, pages):
+    model, eyes, known = begun
+    one, two, third = (pages.sample(np.random.default_rng(seed), 1.0) for seed in (1, 2, 3))
+    films = [film for film in (pages.film(np.random.default_rng(seed)) for seed in range(9)) if film.earlier][:2]
+    chat = after(replace(third, ids=two.ids, found=[(-1, -1)] * len(third.answer)), two, pages.line_break)
+    several = [one, after(two, one, pages.line_break), chat, *films]
+    batch, seen = batch_of(several, eyes, np.random.default_rng(0)), dict[int, Any]()
+    projector, model.projector = model.projector, known.slots
+    with torch.no_grad():
+        output = model(
+            **batch.inputs, use_cache=False, output_hidden_states=True,
+            record=lambda layer, *parts: seen.__setitem__(layer, parts),
+        )  # fmt: skip
+        places, image = places_of(batch), even(known.slots(batch.inputs["image_features"], None))
+        rows = places.rows(model.decoder.blocks[2].input_layernorm(output.hidden_states[2]), image)
+        shares = attention(model.casa_layers["2"], rows, known.gains[2]).exp()
+    model.projector = projector
+    query, text_key, image_key, layout = seen[1]
+    scores = torch.einsum("qkhc,nkc->qkhn", query.unflatten(1, (3, 3)), torch.cat([image_key, text_key])) / 8
+    whole = scores.masked_fill(~layout.mask()[:, None, None], -torch.inf).softmax(-1)
+    mask, labels = batch.inputs["attention_mask"], batch.labels
+    packed = mask.flatten().cumsum(0) - 1
+    told = {tuple(line[:2]): [-1, -1, -1] for line in batch.where.tolist()}
+    for row, column, token, slot in batch.where.tolist():
+        told[row, column][slot] = token
+    counted = 0
+    for picture in range(len(rows.at)):
+        for place, at in enumerate(rows.at[picture].tolist()):
+            if rows.told[picture, place, 0] == -2:
+                continue
+            row, column = divmod(int(places.text[picture, at]), labels.shape[1])
+            counted, real = counted + 1, rows.is_image[picture]
+            assert rows.said[picture, place] == labels[row, column + 1]
+            assert rows.is_first[picture, place] == (labels[row, column] < 0)
+            exact = whole[packed[row * labels.shape[1] + column]][..., places.image[picture][real]]
+            torch.testing.assert_close(shares[picture, place][..., : len(real)][..., real], exact, atol=2e-3, rtol=1e-3)
+            theirs = [int(places.image[picture][token]) if token >= 0 else -1 for token in rows.told[picture, place]]
+            assert theirs == told.get((row, column), [-1, -1, -1])
+    assert counted == int((labels >= 0).sum())
 
 
 @pytest.mark.parametrize(("role", "block"), [("asked", 1), ("first", 2), ("again", 2), ("later", 2), ("next", 3)])
@@ -249,7 +292,7 @@ def test_values_are_the_code_of_the_word_found_and_nothing_of_text(begun, sample
     found = rows.image[row, rows.told[row, place, 0]] * known.gains[3] @ read[0].T
     alike = torch.nn.functional.cosine_similarity(found, known.codes[rows.said[row, place]][:, :64], dim=1)
     assert alike.mean() > 0.4
-    assert (rows.text[rows.is_text] @ read[0].T).norm(dim=1).mean() < 0.3 * found.norm(dim=1).mean()
+    assert (rows.text.flatten(0, 1) @ read[0].T).norm(dim=1).mean() < 0.3 * found.norm(dim=1).mean()
 
 
 def test_a_layer_tells_where_each_of_its_heads_looks(begun, samples):
@@ -302,7 +345,7 @@ def test_training_goes_on_where_it_stopped(begun, pages, tmp_path):
         return {name: p.detach().clone() for name, p in model.named_parameters() if name.startswith("casa_layers")}
 
     before = learned()
-    train(model, draw, settings, tmp_path / "whole")
+    train(model, draw, settings, tmp_path / "whole", STAGES)
     whole = learned()
     assert not all(torch.equal(before[name], whole[name]) for name in before)
 
@@ -314,15 +357,16 @@ def test_training_goes_on_where_it_stopped(begun, pages, tmp_path):
 
     begin_again()
     with pytest.raises(KeyboardInterrupt):
-        train(model, lambda step: draw(step) if step < 3 else interrupt(), settings, tmp_path / "cut")
+        train(model, lambda step: draw(step) if step < 3 else interrupt(), settings, tmp_path / "cut", STAGES)
     begin_again()
-    train(model, draw, settings, tmp_path / "cut")
+    train(model, draw, settings, tmp_path / "cut", STAGES)
     for name, tensor in learned().items():
         assert torch.equal(tensor, whole[name]), name
     with torch.no_grad():
-        nats, shares = said(model, draw(9))
+        nats, missed, shares = said(model, draw(9), {2: "later"})
     assert nats.isfinite()
-    assert set(shares) == {"nats", "first", "tokens", "exact"}
+    assert missed.isfinite()
+    assert set(shares) == {"nats", "first", "tokens", "exact", "found"}
     begin_again()
     model.projector = projector
     model.float().eval()
