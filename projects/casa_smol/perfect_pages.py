@@ -18,7 +18,7 @@ from torch import Tensor
 
 from casa.vision.page_encoder import CELL, PageEncoder, place_waves
 from casa.vision.page_reading import TextRun
-from casa.vision.page_words import BEFORE, TAG_IDS, Encode, plain_token, words_of_page
+from casa.vision.page_words import BEFORE, TAG_IDS, Encode, known_words, plain_token, words_of_page
 from projects.casa_smol.tasks.asked import ordinal, turn
 from projects.casa_smol.tasks.films import PROMPT as PROMPT_OF_FILMS
 from projects.casa_smol.tasks.lines import READ, READ_AFTER, READ_BEFORE, READ_LAST, READ_NUMBERED
@@ -96,7 +96,7 @@ class Pages:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._encode = encoding(tokenizer)
+        self._encode, self._known = encoding(tokenizer), known_words(tokenizer.get_vocab())
         self.words = Words("train")
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.line_break = self._encode("\n")[0][0]
@@ -204,7 +204,7 @@ class Pages:
             )
             for text, row, x in placed
         ]
-        page = words_of_page(runs, (rows, columns), BLOCK, self._encode, self.end)
+        page = words_of_page(runs, (rows, columns), BLOCK, self._encode, self.end, self._known)
         question = turn(rng, wordings, placed[answer][0], **names)
         prompt = self._turn(question.question)
         said = [token for token, _ in self._encode(question.answer)]

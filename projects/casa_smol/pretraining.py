@@ -67,7 +67,7 @@ class Settings:
     films: float = 0.1
     chats: float = 0.25
     warm_up: int = 20
-    decay: float = 0.4
+    decay: float = 0.3
     keep_every: int = 25
 
 

@@ -27,7 +27,7 @@ from PIL import Image
 from casa.atomic import replacing
 from casa.vision.page_encoder import PageEncoder
 from casa.vision.page_reading import TextRun
-from casa.vision.page_words import BEFORE, BEGUN, NOTHING, TAG_IDS, words_of_page
+from casa.vision.page_words import BEFORE, BEGUN, KINDS, NOTHING, TAG_IDS, apart, known_words, words_of_page
 from projects.casa_smol.perfect_pages import BLOCK, PROMPT, TOKEN, Sample, after, encoding, names_of
 from projects.casa_smol.read import cells_of
 from projects.casa_smol.weights import WEIGHTS, page_encoder
@@ -104,8 +104,9 @@ class ReadPages:
     def __init__(self, folder: Path, tokenizer: Any, shared: Collection[int] = ()) -> None:
         self.tokenizer, self.shared = tokenizer, shared
         self.names = names_of(tokenizer).tolist()
-        self.encode = encoding(tokenizer)
+        self.encode, self.known = encoding(tokenizer), known_words(tokenizer.get_vocab())
         self.line_break = self.encode("\n")[0][0]
+        self.kinds = {token for words in KINDS.values() for token, _ in self.encode(words)}
         pages = [page for file in sorted(folder.glob("*.jsonl")) for page in load(file)]
         unread = Counter(
             answer for page in pages for answer in {answer for _, answer, is_read in page.turns if not is_read}
@@ -155,23 +156,28 @@ class ReadPages:
             [token for token, _ in self.encode(text)] for text in (PROMPT.format(question=question), answer)
         )
         grid = page.cells[0] // BLOCK[0], page.cells[1] // BLOCK[1]
-        ids, said = words_of_page(page.runs, grid, BLOCK, self.encode, end).ids, [*said, end]
-        found = find_words(ids, [NOTHING, self.line_break, *said])
+        ids, said = words_of_page(apart(page.runs), grid, BLOCK, self.encode, end, self.known).ids, [*said, end]
+        found = find_words(ids, [NOTHING, self.line_break, *said], [self.names[token] for token in prompt])
         tags = set(ids.reshape(-1, ids.shape[-1])[found[0][0], :TAG_IDS].tolist()) if found[0][0] >= 0 else set()
         # a name that was misread is what is asked for, too: hardly any other question has its words
-        wanted = [token not in self.shared and (self.names[token] in tags or token in self.rare) for token in prompt]
+        wanted = [
+            token in tags & self.kinds
+            or (token not in self.shared and (self.names[token] in tags or token in self.rare))
+            for token in prompt
+        ]
         return Sample(ids, prompt, said, wanted, found)
 
 
-def find_words(ids: np.ndarray, words: Sequence[int]) -> list[tuple[int, int]]:
+def find_words(ids: np.ndarray, words: Sequence[int], asked: Collection[int] = ()) -> list[tuple[int, int]]:
     """Where on a page words stand one behind the other: image token, and which of those that begin there.
 
     Args:
         ids: (rows, columns, ids of an image token).
         words: Of which the first two only stand before the others.
+        asked: Tokens by which is asked: of several places the one is meant that has most of them as tags.
 
     Returns:
-        Of each word from the third on its place; (-1, -1) for all if they stand nowhere, or more than once.
+        Of each word from the third on its place; (-1, -1) for all if they stand nowhere, or nobody knows where.
     """
     columns = ids.shape[1]
     told = ids.reshape(-1, ids.shape[-1])[:, TAG_IDS:]
@@ -197,7 +203,10 @@ def find_words(ids: np.ndarray, words: Sequence[int]) -> list[tuple[int, int]]:
                 place = min(behind)[1:]
                 longer[place] = [*chain, place]
         chains = list(longer.values())
-    return chains[0] if len(chains) == 1 else [(-1, -1)] * (len(words) - BEFORE)
+    tags = ids.reshape(-1, ids.shape[-1])[:, :TAG_IDS]
+    meant = [len({*tags[chain[0][0]].tolist()} & {*asked}) for chain in chains if chain]
+    most = [chain for chain, count in zip(chains, meant, strict=False) if count == max(meant)]
+    return most[0] if len(most) == 1 else [(-1, -1)] * (len(words) - BEFORE)
 
 
 def main(arguments: list[str]) -> int:

@@ -4,7 +4,20 @@ import numpy as np
 import pytest
 
 from casa.vision.page_reading import TextRun
-from casa.vision.page_words import BEFORE, IDS, NOTHING, SLOTS, TAG_IDS, TAGS, plain_token, tags_of, words_of_page
+from casa.vision.page_words import (
+    BEFORE,
+    IDS,
+    KINDS,
+    NOTHING,
+    SLOTS,
+    TAG_IDS,
+    TAGS,
+    apart,
+    known_words,
+    plain_token,
+    tags_of,
+    words_of_page,
+)
 
 BREAK, END = 99, 98
 NAMED = {"first": 71, "top": 72, "second": 73, "last": 74, "bottom": 75, "third": 76}
@@ -134,3 +147,81 @@ def test_a_line_alone_has_no_number_and_every_token_of_a_text_its_tags():
     tags = [kinds(page.ids.reshape(-1, IDS)[spot : spot + 1]) for spot in starts]
     assert tags[0] == tags[1] == [[[], [], [], [73, 82], [74, 75], [3], []]]
     assert len(SLOTS) == len(TAGS) + BEFORE + 3
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("Tea .......... 4.10", ["Tea", "4.10"]),
+        ("______ 7", ["7"]),
+        ("2 x Green tea", ["2", "Green tea"]),
+        ("12x Tea", ["12", "Tea"]),
+        ("Tea (3)", ["Tea", "3"]),
+        ("Tea (green) 3", ["Tea (green) 3"]),
+        ("wait ... what", ["wait ... what"]),
+        ("3 x 4", ["3 x 4"]),
+        ("ax box", ["ax box"]),
+        ("1234x Tea", ["1234x Tea"]),
+    ],
+)
+def test_what_stands_beside_dots_or_a_number_of_things_is_a_text_of_its_own(text, pieces):
+    whole = run_of(text, first=5)
+    found = apart([whole])
+    assert [run.text for run in found] == pieces
+    for run in found:
+        at = text.index(run.text)
+        assert run.columns.tolist() == whole.columns[at : at + len(run.text)].tolist()
+        assert len(run.rows) == len(run.text)
+
+
+def test_names_and_values_in_turns_belong_together_and_a_number_of_things_to_the_things():
+    runs = [run_of(text, 1, first) for text, first in (("name", 1), ("b", 30), ("street", 60), ("18", 90))]
+    tags = kinds(tags_of(runs, words))
+    assert [each[0] for each in tags] == [[], [4], [4], [6]]
+    runs = [run_of(text, 1, first) for text, first in (("name", 1), ("row 1", 30), ("x1", 60), ("18", 90))]
+    assert [each[0] for each in kinds(tags_of(runs, words))] == [[], [4], [4], [4]], "a table's row"
+    runs = [run_of(text, 1, first) for text, first in (("2", 1), ("coffee", 10), ("4.10", 90))]
+    assert [each[0] for each in kinds(tags_of(runs, words))] == [[6], [], [6]]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("$4.10", " price cost much"),
+        ("1.927,20 €", " price cost much"),
+        ("12:29 AM", " time"),
+        ("18 August 1994", " date"),
+        ("1994-08-18", " date phone"),
+        ("18/08/1994", " date"),
+        ("7", " many quantity"),
+        ("7%", " percent"),
+        ("+49 398 749 167", " phone"),
+        ("2260", ""),
+        ("the change was 7%", ""),
+    ],
+)
+def test_a_text_without_a_columns_head_is_asked_for_as_what_it_is(text, kind):
+    assert {word for words_of in KINDS.values() for word in words_of.split()} >= set(kind.split())
+    tags = kinds(tags_of([run_of("name", 1), run_of(text, 1, 60)], words))
+    assert tags[1][1] == [len(word) for word in kind.split()]
+    names = (("of", "price", "quantity"), ("tea", text, "a"), ("coffee", "yes", "b"))
+    runs = [run_of(each, 1 + 3 * at, 1 + 60 * n) for at, row in enumerate(names) for n, each in enumerate(row)]
+    assert kinds(tags_of(runs, words))[4][1] == [5], "the head of its column goes before"
+
+
+def test_a_misread_name_is_told_as_the_word_that_it_nearly_is():
+    known = known_words(["Ġamount", "ĠTotal", "▁receipt", "Ġa1b2", "Ġtea", "amounts", "Ġat"])
+    assert known == {"amount", "total", "receipt", "tea"}
+    said = []
+
+    def encode(text):
+        said.append(text)
+        return words(text)
+
+    tags_of([run_of("Armount", 1), run_of("7", 1, 60)], encode, known)
+    assert " amount" in said
+    for right in ("Total", "Teas", "Recxipxt", "te"):
+        said.clear()
+        tags_of([run_of(right, 1), run_of("7", 1, 60)], encode, known)
+        meant = {text.strip() for text in said if text.strip() in known}
+        assert meant == {"Total": {"total"}, "Teas": {"tea"}}.get(right, set())

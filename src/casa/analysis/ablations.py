@@ -30,12 +30,7 @@ from casa.models import CasaForConditionalGeneration
 from casa.models.generation import IMAGE_INPUTS
 from casa.settings import near
 
-HIDES = {
-    "no-self-attention": "itself",
-    "no-random-text": "random_text",
-    "no-text": "text",
-    "no-images": "images",
-}
+HIDES = {"no-self-attention": "itself", "no-random-text": "random_text", "no-text": "text", "no-images": "images"}
 LAYERED = ("without-layers", "only-layers")
 ABLATIONS = (*HIDES, "shuffled-images", "no-gate", *LAYERED)
 

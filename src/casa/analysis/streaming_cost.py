@@ -7,7 +7,7 @@ else the machine does meets both alike.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -148,16 +148,9 @@ class _Scripted(Sampling):
     script: list[int] = field(default_factory=list)
     repeats: bool = False
 
-    def pick(
-        self,
-        logits: Tensor,
-        said: list[int],
-        generator: torch.Generator,
-        stops: frozenset[int] = frozenset(),
-        earlier: Sequence[int] = (),
-    ) -> int:
+    def pick(self, logits: Tensor, said: list[int], *how: Any, **named: Any) -> int:
         # a repeater reads the logits too, as every way of picking does
-        token = super().pick(logits, said, generator, stops, earlier)
+        token = super().pick(logits, said, *how, **named)
         if self.repeats:
             return self.script[len(said)]
         self.script.append(token)

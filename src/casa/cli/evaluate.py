@@ -80,8 +80,7 @@ def evaluate(
         typer.Option(help="Pages, scenes, and numbers shown in streams (200 if left out); rows of other data."),
     ] = None,
     largest: Annotated[
-        int | None,
-        typer.Option(min=112, help="Longest side of a task's picture, in px; of a stream at least 224."),
+        int | None, typer.Option(min=112, help="Longest side of a task's picture, in px; of a stream at least 224.")
     ] = None,
     judge: Annotated[
         str | None, typer.Option(metavar="URL", help="Answers are judged too, by an OpenAI-compatible API: .../v1.")

@@ -88,11 +88,6 @@ class Records(Iterator[Record]):
         self._drawn: tuple[int, np.ndarray] = (-1, np.zeros(0))
         self._ended = False
 
-    @property
-    def epochs(self) -> list[int]:
-        """How many times each source was given whole."""
-        return [source.epoch for source in self._sources]
-
     def __iter__(self) -> "Records":
         if self._ended:
             self._ended = False

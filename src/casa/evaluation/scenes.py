@@ -37,11 +37,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (246, 246, 246),
     "black": (18, 18, 20),
 }
-PLACES = (
-    *("top left", "top", "top right"),
-    *("left", "centre", "right"),
-    *("bottom left", "bottom", "bottom right"),
-)
+PLACES = (*("top left", "top", "top right"), *("left", "centre", "right"), *("bottom left", "bottom", "bottom right"))
 # real photographs that lie inside scikit-image's wheel, so that nothing is downloaded
 PHOTOS: dict[Split, tuple[str, ...]] = {
     "train": (

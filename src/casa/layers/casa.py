@@ -74,13 +74,7 @@ class CasaAttention(nn.Module):
 
 
 def casa_update(
-    weights: nn.Module,
-    hidden: Tensor,
-    step: Step,
-    layer: int,
-    *,
-    gate: Tensor | None = None,
-    replaces: bool = False,
+    weights: nn.Module, hidden: Tensor, step: Step, layer: int, *, gate: Tensor | None = None, replaces: bool = False
 ) -> Tensor:
     """Computes what a CASA layer adds to the text.
 

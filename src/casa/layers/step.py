@@ -219,12 +219,7 @@ class PackedStep:
             return new if old is None else torch.cat([_slots(old, join.image_slots), new])[join.image_order]
 
         old_key, old_value = (held.key, held.value) if held is not None else (None, None)
-        return (
-            text(key, old_key),
-            text(value, old_value),
-            image(image_key, old_key),
-            image(image_value, old_value),
-        )
+        return (text(key, old_key), text(value, old_value), image(image_key, old_key), image(image_value, old_value))
 
     def _kept(self, key: Tensor, value: Tensor, image_key: Tensor, image_value: Tensor) -> LayerWindow:
         keep = self.plan.keep

@@ -9,9 +9,7 @@ from casa.errors import UserError
 from casa.models.adapt import has_own_tower
 from casa.models.backbones import InsertionVLM, family_of
 from casa.models.configuration_casa import CasaConfig
-from casa.models.image_processing_casa import (
-    image_processor_for,
-)
+from casa.models.image_processing_casa import image_processor_for
 from casa.models.int8 import WEIGHTS, to_int8
 from casa.models.loading import find_file, place_of, quietly, read_config, read_json, read_text, reading, resolve
 from casa.models.modeling_casa import CasaForConditionalGeneration

@@ -168,11 +168,7 @@ class CasaGenerativeModel(PreTrainedModel, GenerationMixin):
         return self.new_cache().take_over(given)
 
     def generate(
-        self,
-        inputs: Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        *args: Any,
-        **kwargs: Any,
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """As in transformers, from a filled cache too: another turn of a chat, of which only what is new is computed.
 

@@ -21,11 +21,7 @@ IGNORE_INDEX = -100
 
 
 def chunked_cross_entropy(
-    hidden: Tensor,
-    labels: Tensor,
-    logits_of: Callable[[Tensor], Tensor],
-    chunk: int,
-    count: Tensor | int | None = None,
+    hidden: Tensor, labels: Tensor, logits_of: Callable[[Tensor], Tensor], chunk: int, count: Tensor | int | None = None
 ) -> Tensor:
     """The loss of predicting each label from its row: a scalar, in float32 or, for float64 logits, in float64.
 

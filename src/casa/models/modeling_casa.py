@@ -85,10 +85,7 @@ class CasaForConditionalGeneration(CasaGenerativeModel):
     casa_layers: nn.ModuleDict
 
     def __init__(
-        self,
-        config: CasaConfig,
-        backbone: PreTrainedModel | None = None,
-        vision: PreTrainedModel | None = None,
+        self, config: CasaConfig, backbone: PreTrainedModel | None = None, vision: PreTrainedModel | None = None
     ) -> None:
         """Fresh weights for all parts but the ones given, which are taken over as they are (see `adapt`)."""
         if getattr(backbone, "is_quantized", False):

@@ -40,10 +40,7 @@ def fetch(address: str, limits: Limits, kind: str = "picture") -> bytes:
 async def _fetch(url: httpx.URL, limits: Limits, kind: str) -> bytes:
     instead = f"send the {kind} as a data: address."
     try:
-        async with (
-            httpx.AsyncClient(trust_env=False, timeout=None) as client,
-            asyncio.timeout(limits.fetch_seconds),
-        ):
+        async with httpx.AsyncClient(trust_env=False, timeout=None) as client, asyncio.timeout(limits.fetch_seconds):
             for _ in range(1 + MAX_REDIRECTS):
                 host = url.raw_host.decode()
                 checked = public_address(host) if url.scheme in ("http", "https") else None

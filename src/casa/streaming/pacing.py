@@ -134,11 +134,7 @@ class Box(Generic[Item]):
 
 
 def watch(
-    session: StreamingSession,
-    frames: Iterable[TimedFrame],
-    counts: WatchCounts | None = None,
-    *,
-    prefetch: bool = True,
+    session: StreamingSession, frames: Iterable[TimedFrame], counts: WatchCounts | None = None, *, prefetch: bool = True
 ) -> Generator[FrameCaption, None, None]:
     """Watches every frame in turn, as fast as it goes.
 

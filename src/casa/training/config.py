@@ -38,11 +38,7 @@ class TokenBudget(Settings):
 
 
 # the paper's, per stage and GPU (section 4)
-BUDGETS = {
-    "image": TokenBudget(2048, 20_480),
-    "video": TokenBudget(3072, 46_080),
-    "live": TokenBudget(3072, 30_720),
-}
+BUDGETS = {"image": TokenBudget(2048, 20_480), "video": TokenBudget(3072, 46_080), "live": TokenBudget(3072, 30_720)}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ of the config.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import lru_cache
 from typing import Any
 
@@ -28,7 +28,7 @@ from transformers.processing_utils import ImagesKwargs
 from casa.errors import UserError
 from casa.vision.encoder import EncoderSpec, register_encoder
 from casa.vision.page_reading import FOLLOWING, TextRun, read_runs
-from casa.vision.page_words import SLOTS, Encode, words_of_page
+from casa.vision.page_words import SLOTS, Encode, apart, known_words, words_of_page
 
 CELL = (8, 4)
 ASCII = "".join(map(chr, range(32, 127)))
@@ -222,8 +222,9 @@ class PageEncoder(PreTrainedModel):
     def _words(self, cells: Tensor) -> Tensor:
         block = self._block
         grid = cells.shape[2] // block[0], cells.shape[3] // block[1]
-        encode = _encoder_of(self.tokenizer.cpu().numpy().tobytes())
-        pages = [words_of_page(runs, grid, block, encode, self.config.text_end).ids for runs in self.runs(cells)]
+        encode, known = _encoder_of(self.tokenizer.cpu().numpy().tobytes())
+        told = (grid, block, encode, self.config.text_end, known)
+        pages = [words_of_page(apart(runs), *told).ids for runs in self.runs(cells)]
         return self.codes_of(torch.from_numpy(np.stack(pages)).to(cells.device).flatten(1, 2), cells.dtype)
 
     def codes_of(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -270,14 +271,14 @@ def place_waves(rows: int, columns: int, token_size: Sequence[int], device: torc
 
 
 @lru_cache(maxsize=2)
-def _encoder_of(packed: bytes) -> Encode:
+def _encoder_of(packed: bytes) -> tuple[Encode, Set[str]]:
     tokenizer = Tokenizer.from_str(zlib.decompress(packed).decode())
 
     def encode(text: str) -> list[tuple[int, tuple[int, int]]]:
         found = tokenizer.encode(text, add_special_tokens=False)
         return list(zip(found.ids, found.offsets, strict=True))
 
-    return encode
+    return encode, known_words(tokenizer.get_vocab())
 
 
 class PagePicturesKwargs(ImagesKwargs, total=False):

@@ -55,12 +55,4 @@ def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     return (AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM).from_config(config)
 
 
-__all__ = [
-    "FAMILIES",
-    "Decoder",
-    "InsertionVLM",
-    "decoder_of",
-    "family_of",
-    "new_backbone",
-    "register_decoder",
-]
+__all__ = ["FAMILIES", "Decoder", "InsertionVLM", "decoder_of", "family_of", "new_backbone", "register_decoder"]
