@@ -34,6 +34,11 @@ def exact(said: str, answers: Sequence[str]) -> float:
     return float(any(plain(said) == plain(answer) for answer in answers))
 
 
+def contained(said: str, answers: Sequence[str]) -> float:
+    """1.0 if an answer is given in a sentence, too: as `exact` compares texts, between words."""
+    return float(any(re.search(rf"(?<!\w){re.escape(plain(answer))}(?!\w)", plain(said)) for answer in answers))
+
+
 def anls(said: str, answers: Sequence[str]) -> float:
     """1 - distance / length of the likest answer, 0 below one half (average normalised Levenshtein similarity)."""
     found = 0.0
@@ -71,11 +76,15 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def scores(task: str, said: Sequence[tuple[str, Sequence[str]]]) -> dict[str, Any]:
-    """A task's own measure, ANLS, and the error rate of characters, with 95 % intervals. said: texts, their answers."""
+    """A task's own measure, "contained", ANLS, and the error rate of characters, with 95 % intervals.
+
+    said: texts, with their answers.
+    """
     name = MEASURES.get(task, "exact")
     found = share(name, [JUDGES[name](*one) for one in said])
     errors = interval([Score(*characters(*one)) for one in said])
     return found | {
+        **share("contained", [contained(*one) for one in said]),
         "anls": round(sum(anls(*one) for one in said) / max(1, len(said)), 4),
         "character_error_rate": round(errors.score, 4),
         "character_error_rate_interval": [round(errors.low, 4), round(errors.high, 4)],

@@ -183,11 +183,11 @@ def find_words(ids: np.ndarray, words: Sequence[int], asked: Collection[int] = (
     told = ids.reshape(-1, ids.shape[-1])[:, TAG_IDS:]
     chains: list[list[tuple[int, int]]] = [[]]
     for number in range(BEFORE, len(words)):
-        asked = words[number - BEFORE : number + 1]
+        chained = words[number - BEFORE : number + 1]
         places = [
             (int(at), slot)
             for slot in range(BEGUN)
-            for at in np.flatnonzero((told[:, slot : slot + BEFORE + 1] == asked).all(1))
+            for at in np.flatnonzero((told[:, slot : slot + BEFORE + 1] == chained).all(1))
         ]
         longer = {place: [place] for place in places} if number == BEFORE else {}
         # of texts that meet in a place, the one that was nearest goes on

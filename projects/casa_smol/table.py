@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from projects.casa_smol.metrics import wilson
+from projects.casa_smol.metrics import JUDGES, wilson
 from projects.casa_smol.tasks.documents import DOCUMENTS
 from projects.casa_smol.tasks.screens import SCREENS
 
@@ -25,8 +25,8 @@ NAMES = {
 ERRORS = ("character_error_rate", "word_error_rate")  # the fewer the better
 BESIDE = (
     "Brackets: 95 % intervals (Wilson's for shares, the bootstrap's for error rates). **Bold**: the goal is met. "
-    "Blind: without the picture. Told: with the answer's text in its place. ≤: a reader answers no questions; of the "
-    "answers that stand in a document it has read so many, somewhere."
+    "Blind: without the picture. Told: with the answer's text in its place; right if a sentence with it is said. "
+    "≤: a reader answers no questions; of the answers that stand in a document it has read so many, somewhere."
 )
 
 
@@ -94,7 +94,8 @@ def _shown(row: Row, goal: Any) -> str:
 
 
 def _cell(known: Sequence[Mapping[str, Any]], column: str, row: Row, goal: Any) -> str:
-    pooled = _pooled(known, column, row.measure)
+    told_in_words = column == "told" and row.measure in JUDGES
+    pooled = _pooled(known, column, "contained" if told_in_words else row.measure)
     if pooled is None:
         most = _pooled(known, column, "was_read") if row.measure == "exact" else None
         return f"≤ {_percent(most[0])}" if most else ""

@@ -19,7 +19,7 @@ from projects.casa_smol import named_drawings, watching
 from projects.casa_smol.asking import Answering
 from projects.casa_smol.evaluation import Evaluation, main, reading, run
 from projects.casa_smol.lite0 import Lite0, SameConv
-from projects.casa_smol.metrics import anls, characters, distance, exact, relaxed, verbatim, wilson
+from projects.casa_smol.metrics import anls, characters, contained, distance, exact, relaxed, verbatim, wilson
 from projects.casa_smol.page_lines import asked_for
 from projects.casa_smol.table import main as print_table
 from projects.casa_smol.tasks import Turn, drawings
@@ -62,6 +62,12 @@ def test_a_shares_interval_is_wilsons():
     assert wilson(0.0, 0) == (0.0, 1.0)
 
 
+def test_an_answer_in_a_sentence_is_contained_and_a_part_of_a_word_is_not():
+    assert contained("The total is 4.20.", ["4.20"]) == 1.0
+    assert contained("It says Tea and milk", ["tea AND milk."]) == 1.0
+    assert contained("14.20", ["4.20"]) == contained("teapot", ["tea"]) == contained("", ["tea"]) == 0.0
+
+
 def knows(questions, way):
     return [turn.answer if way == "seen" else "nothing" for _, turn in questions]
 
@@ -70,6 +76,7 @@ def test_each_way_is_scored_by_the_tasks_own_measure():
     asked = Evaluation(4, 1, knows, ways=("seen", "blind"))
     line, chart = asked.of("line"), asked.of("chart")
     right = {"verbatim": 1.0, "verbatim_interval": [0.5101, 1.0], "anls": 1.0, "questions": 4}
+    right |= {"contained": 1.0, "contained_interval": [0.5101, 1.0]}
     assert line["seen"] == right | {"character_error_rate": 0.0, "character_error_rate_interval": [0.0, 0.0]}
     assert line["blind"]["verbatim"] == 0.0
     assert chart["seen"]["relaxed"] == 1.0
@@ -189,7 +196,10 @@ def test_the_table_pools_tasks_and_says_what_is_met(tmp_path, capsys):
     scores = {
         "receipt": {"seen": found(0.9, 100), "blind": found(0.1, 100), "ppocr": found(0.8, 40, "was_read")},
         "table": {"seen": found(0.8, 300), "blind": found(0.0, 300), "ppocr": found(0.9, 40, "was_read")},
-        "line": {"seen": found(0.9, 10, "verbatim") | {"character_error_rate": 0.02}},
+        "line": {
+            "seen": found(0.9, 10, "verbatim") | {"character_error_rate": 0.02},
+            "told": found(0.1, 10, "verbatim") | found(0.7, 10, "contained"),
+        },
         "drawing_new_style": {"seen": found(0.5, 10), "nearest": found(0.5, 10)},
         "film": {"seen": {"word_error_rate": 0.2, "silent": 1.0, "films": 3}},
         "text_only": {"seen": {"same_logits": 3, "prompts": 3}},
@@ -205,6 +215,7 @@ def test_the_table_pools_tasks_and_says_what_is_met(tmp_path, capsys):
     ]  # fmt: skip
     assert rows["a printed line", "character error rate"][1] == "**2.0 %**"
     assert rows["a printed line", "lines right"][1].startswith("**90.0 %")
+    assert rows["a printed line", "lines right"][3] == "70.0 % (10.0–90.0)", "the answer is in what was said"
     assert rows["drawings, a style never seen", "exact"][:2] == [
         "above 50.0 %, the nearest neighbour",
         "50.0 % (10.0–90.0)",

@@ -80,6 +80,9 @@ def test_words_are_found_behind_those_before_them():
     assert find_words(ids, [NOTHING, 9, 5, 6, 7]) == [(1, 0), (1, 1), (2, 0)]
     told[0] = [NOTHING, 9, 5, 6, 7]  # and says the same
     assert find_words(ids, [NOTHING, 9, 5, 6, 7]) == [(-1, -1)] * 3
+    ids.reshape(-1, ids.shape[-1])[[0, 1], 0] = 31, 32  # but has another name
+    assert find_words(ids, [NOTHING, 9, 5, 6, 7], asked=[40, 32]) == [(1, 0), (1, 1), (2, 0)]
+    assert find_words(ids, [NOTHING, 9, 5, 6, 7], asked=[31, 32]) == [(-1, -1)] * 3
 
 
 def test_tars_are_read_once(eyes, tars, tmp_path):
