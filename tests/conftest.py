@@ -15,7 +15,7 @@ from time import monotonic
 # before torch is loaded: its threads read this once, and spin while they wait unless told otherwise
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# equal products are equal to the last bit, wherever in memory their numbers lie: MKL reads this at its first one
+# equal products are equal to the last bit, wherever in memory their numbers lie; read by MKL at its first one
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import numpy as np

@@ -95,8 +95,9 @@ def test_windows_tile_text_and_images_in_order(definition):
 def test_positions_count_from_the_window_start(definition):
     layout = WindowLayout.from_insertions(**definition)
     token = torch.arange(layout.num_text)
-    assert torch.equal(layout.text_position, token - layout.window_start[layout.text_window])
-    start = layout.window_start[layout.image_window]
+    starts = torch.tensor([window.text_start for window in layout.windows])
+    assert torch.equal(layout.text_position, token - starts[layout.text_window])
+    start = starts[layout.image_window]
     assert torch.equal(layout.image_position, layout.image_text_index - start)
     assert (layout.image_position >= 0).all()
     if layout.split == "image":

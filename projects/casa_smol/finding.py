@@ -154,7 +154,8 @@ class Rows:
 
     text: (B, L, D). image: (B, M, D), of root mean square 1. is_image: bool, without padding. at: int64 (B, K), tokens
     that say the next one. said: int64 (B, K), the next one's id. told: int64 (B, K, G), the image token that tells it,
-    -1 for none, -2 for padding. is_first: bool (B, K), of an answer's words. wanted: bool (B, L).
+    -1 for none, -2 for padding. is_first: bool (B, K), whether that is an answer's first. wanted: bool (B, L), whether
+    it says what is asked for.
     """
 
     text: Tensor
@@ -220,8 +221,8 @@ def asked_loss(shares: Tensor, rows: Rows) -> tuple[Tensor, float]:
     ours = shares[:, :, ASKED_HEAD, 0, rows.image.shape[1] :]
     wanted = rows.wanted.float()
     some = (wanted.sum(1) > 0)[:, None] & (rows.told[..., 0] > -2)
-    even = wanted / wanted.sum(1, keepdim=True).clamp(min=1)
-    nats = -(even[:, None] * ours.clamp(min=-30)).sum(-1) - torch.special.entr(even).sum(-1)[:, None]
+    evenly = wanted / wanted.sum(1, keepdim=True).clamp(min=1)
+    nats = -(evenly[:, None] * ours.clamp(min=-30)).sum(-1) - torch.special.entr(evenly).sum(-1)[:, None]
     return nats[some].mean(), (ours.exp() * wanted[:, None]).sum(-1)[some].mean().item()
 
 
@@ -241,7 +242,7 @@ def found_loss(shares: Tensor, rows: Rows, role: str) -> tuple[Tensor, float]:
     right = all_votes.gather(-1, target[..., None])[..., 0]
     missed = (all_votes.sum(-1) + WRONG).log() - (right + 1e-6).log()
     hit = (all_votes.argmax(-1) == target).float().sum().item() / max(1, len(target))
-    return missed.sum() / max(1, len(target)) - 0.5 * text[silent].sum() / max(1, int(silent.sum()) * 9), hit
+    return missed.sum() / max(1, len(target)) - 0.5 * text[silent].sum() / max(1, text[silent].numel()), hit
 
 
 Loss = Callable[[Tensor, Rows], tuple[Tensor, float]]

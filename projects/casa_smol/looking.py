@@ -3,7 +3,8 @@
 Of a batch as the whole model sees it, each picture is a row with the text from there on, up to the next picture. So the
 loss of a layer's role holds in chats and in sessions of frames, too; it reaches the layers below by hidden states.
 
-Shapes: P pictures, L text tokens behind one, M image tokens of one, K answer tokens, D width of the text model.
+Shapes: B rows of a batch, P pictures, N image tokens of all; of one picture L text tokens from it on, M image tokens, K
+answer tokens; D width of the text model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -74,8 +75,8 @@ def look(
 
     Args:
         model: The fused model.
-        roles: By block.
-        states: (B, L, D) of the text before each block.
+        roles: By block; none is "asked".
+        states: (B, length, D) of the text before each block.
         image: (N, D), all image tokens, before a block's norm.
         batch: What the model has seen.
     """

@@ -36,7 +36,8 @@ def exact(said: str, answers: Sequence[str]) -> float:
 
 def contained(said: str, answers: Sequence[str]) -> float:
     """1.0 if an answer is given in a sentence, too: as `exact` compares texts, between words."""
-    return float(any(re.search(rf"(?<!\w){re.escape(plain(answer))}(?!\w)", plain(said)) for answer in answers))
+    text, wanted = plain(said), filter(None, map(plain, answers))
+    return float(any(re.search(rf"(?<![\w-])(?<!\d[.,:/]){re.escape(one)}(?!\w|[.,:/-]\d)", text) for one in wanted))
 
 
 def anls(said: str, answers: Sequence[str]) -> float:
@@ -84,7 +85,7 @@ def scores(task: str, said: Sequence[tuple[str, Sequence[str]]]) -> dict[str, An
     found = share(name, [JUDGES[name](*one) for one in said])
     errors = interval([Score(*characters(*one)) for one in said])
     return found | {
-        **share("contained", [contained(*one) for one in said]),
+        **share("contained", [max(JUDGES[name](*one), contained(*one)) for one in said]),
         "anls": round(sum(anls(*one) for one in said) / max(1, len(said)), 4),
         "character_error_rate": round(errors.score, 4),
         "character_error_rate_interval": [round(errors.low, 4), round(errors.high, 4)],

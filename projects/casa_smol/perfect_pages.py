@@ -18,7 +18,7 @@ from torch import Tensor
 
 from casa.vision.page_encoder import CELL, PageEncoder, place_waves
 from casa.vision.page_reading import TextRun
-from casa.vision.page_words import BEFORE, TAG_IDS, Encode, known_words, plain_token, words_of_page
+from casa.vision.page_words import BEFORE, KINDS, TAG_IDS, Encode, known_words, plain_token, words_of_page
 from projects.casa_smol.tasks.asked import ordinal, turn
 from projects.casa_smol.tasks.films import PROMPT as PROMPT_OF_FILMS
 from projects.casa_smol.tasks.lines import READ, READ_AFTER, READ_BEFORE, READ_LAST, READ_NUMBERED
@@ -97,6 +97,7 @@ class Pages:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._encode, self._known = encoding(tokenizer), known_words(tokenizer.get_vocab())
+        self._kinds = {token for words in KINDS.values() for token, _ in self._encode(words)}
         self.words = Words("train")
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.line_break = self._encode("\n")[0][0]
@@ -208,7 +209,8 @@ class Pages:
         question = turn(rng, wordings, placed[answer][0], **names)
         prompt = self._turn(question.question)
         said = [token for token, _ in self._encode(question.answer)]
-        wanted = [token not in self.shared for token in prompt]
+        tags = {*page.ids.reshape(-1, page.ids.shape[-1])[page.spots[answer][0][0], :TAG_IDS].tolist()}
+        wanted = [token not in self.shared or token in tags & self._kinds for token in prompt]
         return Sample(page.ids, prompt, [*said, self.end], wanted, page.spots[answer])
 
     def sentences(self, rng: Generator, tokens: int, rows: int = 8, length: int = 64) -> Iterator[Tensor]:
@@ -278,4 +280,4 @@ def batch_of(
         "input_ids": ids, "attention_mask": mask, "image_positions": torch.tensor(positions),
         "image_grid_thw": torch.tensor(grids), "image_features": torch.cat(tokens),
     }  # fmt: skip
-    return Batch(inputs, labels, torch.tensor(where).reshape(-1, 4))
+    return Batch(inputs, labels, torch.tensor(where, dtype=torch.long).reshape(-1, 4))

@@ -4,10 +4,10 @@
     python -m projects.casa_smol.pretraining data/parts --out data/parts/start --read data/read --steps 3000
 
 First each layer learns where to look, on hidden states kept once (`finding.py`), from the first layer to the last; then
-all of them learn together what to say. With pages that the encoder has read (`read_pages.py`), half the samples are of
-those. The run goes on where it was broken off; at its end the encoder takes the place of the perfect tokens, and a
-model is written with which `casa train` goes on. With `torchrun --nproc-per-node N` N processes learn together, each
-from a batch of its own.
+all of them learn together what to say, and go on learning where to look (`looking.py`). With pages that the encoder has
+read (`read_pages.py`), three of five samples are of those. The run goes on where it was broken off; at its end the
+encoder takes the place of the perfect tokens, and a model is written with which `casa train` goes on. With
+`torchrun --nproc-per-node N` N processes learn together, each from a batch of its own.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def train(
     model: Any, draw: Callable[[int], Batch], settings: Settings, folder: Path, stages: Sequence[Stage] = STAGES
 ) -> None:
     """Trains what fusion added, with the text model in bfloat16. draw: from a step's number."""
-    finding = {block: role for roles, _ in stages for block, role in roles.items() if role != "asked"}
+    roles = {block: role for some, _ in stages for block, role in some.items() if role != "asked"}
     model.bfloat16().train()
     slow, fast = [], []
     first_layer = f"casa_layers.{min(map(int, model.casa_layers))}."
@@ -139,7 +139,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * group["share"] * min(1.0, (step + 1) / settings.warm_up, max(0.02, falling))
         batch = draw(step)
-        nats, missed, right = said(model, batch, finding)
+        nats, missed, right = said(model, batch, roles)
         (nats + settings.looking * missed).backward()
         for parameter in learned.values() if processes > 1 else ():
             assert parameter.grad is not None
@@ -162,8 +162,8 @@ def rank() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def said(model: Any, batch: Batch, finding: Mapping[int, str]) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """How well a batch's answers are foretold, and found. finding: roles of layers, by block.
+def said(model: Any, batch: Batch, roles: Mapping[int, str]) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """How well a batch's answers are foretold, and found. roles: of layers, by block.
 
     Returns:
         Nats an answer token; what layers miss (`look`); and shares of first tokens, of all tokens and of whole answers
@@ -181,7 +181,7 @@ def said(model: Any, batch: Batch, finding: Mapping[int, str]) -> tuple[Tensor, 
     shares = {"first": right[is_first], "tokens": right, "exact": wrong == 0}
     told = {"nats": nats.item()} | {name: hit.float().mean().item() for name, hit in shares.items()}
     image = model.projector(batch.inputs["image_features"], batch.inputs["image_grid_thw"])
-    missed, found = look(model, finding, output.hidden_states, image, batch)
+    missed, found = look(model, roles, output.hidden_states, image, batch)
     told["found"] = sum(found.values()) / len(found)
     return nats, missed, {name: round(value, 3) for name, value in told.items()}
 

@@ -157,7 +157,8 @@ class ReadPages:
         )
         grid = page.cells[0] // BLOCK[0], page.cells[1] // BLOCK[1]
         ids, said = words_of_page(apart(page.runs), grid, BLOCK, self.encode, end, self.known).ids, [*said, end]
-        found = find_words(ids, [NOTHING, self.line_break, *said], [self.names[token] for token in prompt])
+        names = [self.names[token] for token in prompt if token not in self.shared or token in self.kinds]
+        found = find_words(ids, [NOTHING, self.line_break, *said], names)
         tags = set(ids.reshape(-1, ids.shape[-1])[found[0][0], :TAG_IDS].tolist()) if found[0][0] >= 0 else set()
         # a name that was misread is what is asked for, too: hardly any other question has its words
         wanted = [
@@ -180,7 +181,7 @@ def find_words(ids: np.ndarray, words: Sequence[int], asked: Collection[int] = (
         Of each word from the third on its place; (-1, -1) for all if they stand nowhere, or nobody knows where.
     """
     columns = ids.shape[1]
-    told = ids.reshape(-1, ids.shape[-1])[:, TAG_IDS:]
+    tags, told = np.split(ids.reshape(-1, ids.shape[-1]), [TAG_IDS], axis=1)
     chains: list[list[tuple[int, int]]] = [[]]
     for number in range(BEFORE, len(words)):
         chained = words[number - BEFORE : number + 1]
@@ -203,9 +204,8 @@ def find_words(ids: np.ndarray, words: Sequence[int], asked: Collection[int] = (
                 place = min(behind)[1:]
                 longer[place] = [*chain, place]
         chains = list(longer.values())
-    tags = ids.reshape(-1, ids.shape[-1])[:, :TAG_IDS]
-    meant = [len({*tags[chain[0][0]].tolist()} & {*asked}) for chain in chains if chain]
-    most = [chain for chain, count in zip(chains, meant, strict=False) if count == max(meant)]
+    meant = [len({*tags[chain[0][0]].tolist()} & {*asked}) for chain in chains]
+    most = [chain for chain, count in zip(chains, meant, strict=True) if count == max(meant)]
     return most[0] if len(most) == 1 else [(-1, -1)] * (len(words) - BEFORE)
 
 

@@ -221,11 +221,6 @@ class WindowLayout:
         return _repeat(range(self.num_windows), [w.num_image for w in self.windows])
 
     @_lasting
-    def window_start(self) -> Tensor:
-        """int64 (W,): the packed text index at which each window starts; positions count from there."""
-        return _long(w.text_start for w in self.windows)
-
-    @_lasting
     def text_position(self) -> Tensor:
         """int64 (T,): 0, 1, 2, ... from the start of the token's window."""
         starts = _repeat((w.text_start for w in self.windows), [w.num_text for w in self.windows])

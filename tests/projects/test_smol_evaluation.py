@@ -19,7 +19,7 @@ from projects.casa_smol import named_drawings, watching
 from projects.casa_smol.asking import Answering
 from projects.casa_smol.evaluation import Evaluation, main, reading, run
 from projects.casa_smol.lite0 import Lite0, SameConv
-from projects.casa_smol.metrics import anls, characters, contained, distance, exact, relaxed, verbatim, wilson
+from projects.casa_smol.metrics import anls, characters, contained, distance, exact, relaxed, scores, verbatim, wilson
 from projects.casa_smol.page_lines import asked_for
 from projects.casa_smol.table import main as print_table
 from projects.casa_smol.tasks import Turn, drawings
@@ -65,7 +65,11 @@ def test_a_shares_interval_is_wilsons():
 def test_an_answer_in_a_sentence_is_contained_and_a_part_of_a_word_is_not():
     assert contained("The total is 4.20.", ["4.20"]) == 1.0
     assert contained("It says Tea and milk", ["tea AND milk."]) == 1.0
-    assert contained("14.20", ["4.20"]) == contained("teapot", ["tea"]) == contained("", ["tea"]) == 0.0
+    assert contained("At 12:30, on 18/08/1994", ["12:30"]) == contained("-4.", ["-4"]) == 1.0
+    for said, answer in (("14.20", "4.20"), ("It costs 4.20", "4"), ("4.20", "20"), ("12:30", "30"), ("-4", "4"),
+                         ("18/08/1994", "1994"), ("teapot", "tea"), ("", "tea"), ("hm!", "")):  # fmt: skip
+        assert contained(said, [answer]) == 0.0
+    assert scores("chart", [("104", ["100"])])["contained"] == 1.0, "as near as is right for charts"
 
 
 def knows(questions, way):

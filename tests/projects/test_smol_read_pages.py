@@ -1,6 +1,7 @@
 """Pages as the encoder reads them: kept as words in image tokens, and asked about as the pictures are."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from casa.data.made import write_pictures
 from casa.testing import tiny_tokenizer
 from casa.vision.page_encoder import PageEncoder, PageEncoderConfig, image_processor
+from casa.vision.page_reading import TextRun
 from casa.vision.page_words import IDS, NOTHING, TAG_IDS
 from projects.casa_smol.read import cells_of
 from projects.casa_smol.read_pages import OFTEN, ReadPages, find_words, load, pictures_of, read_page, write
@@ -62,6 +64,12 @@ def test_a_page_is_what_the_encoder_reads(eyes, tokenizer, monkeypatch):
     told = eyes.part("words", cells)[0]
     assert told.any()
     ids = ReadPages(Path("nowhere"), tokenizer).asked(page, "What?", "no").ids
+    assert torch.equal(eyes.codes_of(torch.from_numpy(ids).flatten(0, 1), torch.float32), told)
+    tea = TextRun("2 x Tea", np.full(7, 1.0), np.arange(7.0))
+    monkeypatch.setattr(eyes, "runs", lambda cells: [[tea, replace(tea, text="3 x Tea", rows=np.full(7, 5.0))]])
+    ids = ReadPages(Path("nowhere"), tokenizer).asked(replace(page, runs=eyes.runs(cells)[0]), "What?", "no").ids
+    told = eyes.part("words", cells)[0]
+    assert (ids[..., TAG_IDS + 2] >= 0).sum() == 4, "numbers and things are texts of their own"
     assert torch.equal(eyes.codes_of(torch.from_numpy(ids).flatten(0, 1), torch.float32), told)
 
 

@@ -223,8 +223,8 @@ class PageEncoder(PreTrainedModel):
         block = self._block
         grid = cells.shape[2] // block[0], cells.shape[3] // block[1]
         encode, known = _encoder_of(self.tokenizer.cpu().numpy().tobytes())
-        told = (grid, block, encode, self.config.text_end, known)
-        pages = [words_of_page(apart(runs), *told).ids for runs in self.runs(cells)]
+        how = (grid, block, encode, self.config.text_end, known)
+        pages = [words_of_page(apart(runs), *how).ids for runs in self.runs(cells)]
         return self.codes_of(torch.from_numpy(np.stack(pages)).to(cells.device).flatten(1, 2), cells.dtype)
 
     def codes_of(self, ids: Tensor, dtype: torch.dtype) -> Tensor:

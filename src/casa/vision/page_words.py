@@ -3,7 +3,7 @@
 Three things, each as ids that are looked up in a table of codes: the tokens that begin in it; the two that stand before
 the first of these, so that who has said them finds the next; and what the text as a whole may be asked by, its tags.
 Of these there are three kinds: what it is called (of a form's value the name to its left, of a table's cell those of
-its row and its column, of a receipt's price its line's and "price"; a name misread by a letter as what it may be, too),
+its row and its column, of a receipt's price its line's and "price"; a name one letter off a word as that word, too),
 where it stands, and what is below it. They are compared together, so that of a row's cells the right one is found.
 """
 
@@ -35,7 +35,8 @@ LETTERS = 9  # of a price, a date or the like, at most
 MISREAD = 4  # letters of a word that may be another one misread, at least
 # dots that lead to a price; how many of a thing before it, or in brackets behind it
 _APART = re.compile(
-    r"\s*(?:[._–-] ?){5,}\s*|(?<=^\d) ?[x×] ?(?=[^\W\d])|(?<=^\d\d) ?[x×] ?(?=[^\W\d])|\s+\((?=\d+\)$)|(?<=\(\d)\)$"
+    r"\s*(?:[._–-] ?){5,}\s*|(?:(?<=^\d)|(?<=^\d\d)) ?(?:x |× ?)(?=[^\W\d_])"
+    r"|\s*\((?<=\s\()(?=\d\d?\)$)|(?:(?<=\s\(\d)|(?<=\s\(\d\d))\)$"
 )
 _ORDINALS = (
     "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth "
@@ -43,11 +44,11 @@ _ORDINALS = (
 )
 ORDINALS = _ORDINALS.split()
 KINDS = {
-    r"\d{4}-\d\d?-\d\d?|\d\d?([./])\d\d?\1\d\d|\d (Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)": " date",
+    r"\d{4}-\d\d?-\d\d?|\b\d\d?([./])\d\d?\1\d\d|\b(Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]* \d": " date",
     r"\d:\d\d": " time",
     r"^\W?[$€£]|[$€£]$|^\d[\d.,]*[.,]\d\d$": " price cost much",
     r"^\d{1,3}$": " many quantity",
-    r"^[+(]?\d[\d() -]{5,}$": " phone",
+    r"^(?!\d{4}-)[+(]?\d[\d() -]{5,}$": " phone",
     r"\d ?%$": " percent",
 }
 """Forms of texts that are of some kind, and words by which one asks for that."""
@@ -136,7 +137,9 @@ def tags_of(runs: Sequence[TextRun], encode: Encode, known: Set[str] = frozenset
             head = _head(runs, lines[: at + 1], number)
             above, below = (_over(runs, some, number) for some in (lines[at - 1 : at], lines[at + 1 : at + 2]))
             beside = [names[other[0]] if other else [] for other in (first, head, left, above, below)]
-            beside[1] = beside[1] or _kind(runs[number].text, encode)
+            kinds = [_kind(runs[other].text, encode) for other in (number, *head)]
+            if kinds[0] == kinds[-1] != []:  # no head is what its column is made of
+                beside[1] = kinds[0]
             groups = [*beside[:3], *_numbers(at, len(lines), encode), *beside[3:]]
             for start, most, tokens in zip(starts, sizes, groups, strict=True):
                 found[number, start : start + len(tokens[:most])] = tokens[:most]
@@ -182,7 +185,7 @@ def _name(text: str, encode: Encode, known: Set[str]) -> list[int]:
     """Tokens by which someone would name a text: as it is written, in small letters, and as it may be meant."""
     words = {word for word in re.findall(r"[a-z]+", text.lower()) if len(word) >= MISREAD and word not in known}
     meant = [f" {one}" for word in sorted(words) for one in sorted(_nearly(word) & known)[:2]] if known else []
-    forms = (*meant, " " + text, " " + text.lower())
+    forms = (" " + text, " " + text.lower(), *meant)
     pieces = [(token, form[first:stop]) for form in forms for token, (first, stop) in encode(form)]
     return list(dict.fromkeys(plain_token(*piece, encode) for piece in pieces if any(map(str.isalnum, piece[1]))))
 
@@ -201,7 +204,7 @@ def _nearly(word: str) -> set[str]:
 
 def known_words(vocabulary: Iterable[str]) -> frozenset[str]:
     """Words that are one token behind a blank, of a byte-level or SentencePiece tokenizer's tokens."""
-    words = (token[1:].lower() for token in vocabulary if token[0] in "Ġ▁" and token[1:].isascii())
+    words = (token[1:].lower() for token in vocabulary if token[:1] in "Ġ▁" and token[1:].isascii())
     return frozenset(word for word in words if len(word) >= MISREAD - 1 and word.isalpha())
 
 
