@@ -7,8 +7,8 @@ Shapes: B rows of a batch, P pictures, N image tokens of all; of one picture L t
 answer tokens; D width of the text model.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,30 +18,17 @@ from projects.casa_smol.finding import Rows, attention, even, loss_of
 from projects.casa_smol.perfect_pages import Batch
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where the parts of a batch's `Rows` lie.
+def rows_in(batch: Batch, image: Tensor) -> tuple[Tensor, Callable[[Tensor], Rows]]:
+    """Finds a batch's pictures, and the answer tokens behind each.
 
-    text, image: int64 (P, L) and (P, M), in the batch's text, all of its rows one after the other, and in all of its
-    image tokens. is_image, at, said, told, is_first: as `Rows` has them.
+    Args:
+        batch: What the model has seen.
+        image: (N, D), of root mean square 1.
+
+    Returns:
+        int64 (P, L), where the text behind each picture lies in the batch's, all of whose rows come one after the
+        other; and what makes rows of that text's hidden states in a block (P, L, D), behind its norm.
     """
-
-    text: Tensor
-    image: Tensor
-    is_image: Tensor
-    at: Tensor
-    said: Tensor
-    told: Tensor
-    is_first: Tensor
-
-    def rows(self, text: Tensor, image: Tensor) -> Rows:
-        """Of one block. text: (B, length, D) behind its norm. image: (N, D), of root mean square 1."""
-        text, wanted = text.flatten(0, 1)[self.text], torch.zeros_like(self.text, dtype=torch.bool)
-        return Rows(text, image[self.image], self.is_image, self.at, self.said, self.told, self.is_first, wanted)
-
-
-def places_of(batch: Batch) -> Places:
-    """Finds a batch's pictures, and the answer tokens behind each."""
     positions, sizes = batch.inputs["image_positions"], batch.inputs["image_grid_thw"].prod(1)
     rows, begins = positions.T
     length = batch.labels.shape[1]
@@ -50,22 +37,28 @@ def places_of(batch: Batch) -> Places:
     text = begins[:, None] + torch.arange(int((ends - begins).max()))
     is_mine = text < ends[:, None]
     text = rows[:, None] * length + text.clamp(max=length - 1)
-    image, firsts = torch.arange(int(sizes.max())).expand(len(sizes), -1), sizes.cumsum(0) - sizes
-    is_image = image < sizes[:, None]
-    image = torch.where(is_image, image + firsts[:, None], 0)
+    tokens, firsts = torch.arange(int(sizes.max())).expand(len(sizes), -1), sizes.cumsum(0) - sizes
+    is_image = tokens < sizes[:, None]
     following = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=-100)
     says = (following.flatten()[text] >= 0) & is_mine
     # answer tokens first, in order
     at = says.int().argsort(dim=1, descending=True, stable=True)[:, : int(says.sum(1).max())]
-    is_said = says.gather(1, at)
-    query = text.gather(1, at)
+    is_said, query = says.gather(1, at), text.gather(1, at)
     told = torch.where(is_said, -1, -2)[..., None].repeat(1, 1, 3)
     _, column, token, slot = batch.where.T.contiguous()
     picture = torch.searchsorted(firsts, token, right=True) - 1
     place = (at[picture] == (column - begins[picture])[:, None]).int().argmax(1)
     told[picture, place, slot] = token - firsts[picture]
-    is_first = is_said & (batch.labels.flatten()[query] < 0)
-    return Places(text, image, is_image, at, following.flatten()[query], told, is_first)
+    return text, partial(
+        Rows,
+        image=image[torch.where(is_image, tokens + firsts[:, None], 0)],
+        is_image=is_image,
+        at=at,
+        said=following.flatten()[query],
+        told=told,
+        is_first=is_said & (batch.labels.flatten()[query] < 0),
+        wanted=torch.zeros_like(is_mine),
+    )
 
 
 def look(
@@ -80,11 +73,10 @@ def look(
         image: (N, D), all image tokens, before a block's norm.
         batch: What the model has seen.
     """
-    places, total, found = places_of(batch), torch.zeros(()), dict[int, float]()
-    image = even(image.float())
+    (text, rows_of_text), total, found = rows_in(batch, even(image.float())), torch.zeros(()), dict[int, float]()
     for block, role in roles.items():
         norm = model.decoder.blocks[block].input_layernorm
-        rows = places.rows(norm(states[block]), image)
+        rows = rows_of_text(norm(states[block]).flatten(0, 1)[text])
         with torch.autocast("cpu", torch.bfloat16):
             shares = attention(model.casa_layers[str(block)], rows, norm.weight)
         missed, found[block] = loss_of(role)(shares.float(), rows)

@@ -82,10 +82,11 @@ def scores(task: str, said: Sequence[tuple[str, Sequence[str]]]) -> dict[str, An
     said: texts, with their answers.
     """
     name = MEASURES.get(task, "exact")
-    found = share(name, [JUDGES[name](*one) for one in said])
+    right = [JUDGES[name](*one) for one in said]
     errors = interval([Score(*characters(*one)) for one in said])
-    return found | {
-        **share("contained", [max(JUDGES[name](*one), contained(*one)) for one in said]),
+    return {
+        **share(name, right),
+        **share("contained", [max(is_right, contained(*one)) for is_right, one in zip(right, said, strict=True)]),
         "anls": round(sum(anls(*one) for one in said) / max(1, len(said)), 4),
         "character_error_rate": round(errors.score, 4),
         "character_error_rate_interval": [round(errors.low, 4), round(errors.high, 4)],

@@ -91,13 +91,23 @@ def names_of(tokenizer: Any) -> Tensor:
     return torch.tensor([plain_token(n, tokenizer.decode([n]), encode) for n in range(len(tokenizer))])
 
 
+def kinds_of(encode: Encode) -> set[int]:
+    """Tokens by which one asks for a text of some kind (`casa.vision.page_words.KINDS`)."""
+    return {token for words in KINDS.values() for token, _ in encode(words)}
+
+
+def tags_at(ids: np.ndarray, at: int) -> set[int]:
+    """What the text in an image token may be asked by. ids: (rows, columns, ids of one). at: -1 for nowhere."""
+    return set(ids.reshape(-1, ids.shape[-1])[at, :TAG_IDS].tolist()) if at >= 0 else set()
+
+
 class Pages:
     """Draws samples: one line, lines one below the other, names with their values beside or below them, or a table."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._encode, self._known = encoding(tokenizer), known_words(tokenizer.get_vocab())
-        self._kinds = {token for words in KINDS.values() for token, _ in self._encode(words)}
+        self._kinds = kinds_of(self._encode)
         self.words = Words("train")
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.line_break = self._encode("\n")[0][0]
@@ -209,8 +219,8 @@ class Pages:
         question = turn(rng, wordings, placed[answer][0], **names)
         prompt = self._turn(question.question)
         said = [token for token, _ in self._encode(question.answer)]
-        tags = {*page.ids.reshape(-1, page.ids.shape[-1])[page.spots[answer][0][0], :TAG_IDS].tolist()}
-        wanted = [token not in self.shared or token in tags & self._kinds for token in prompt]
+        kinds = tags_at(page.ids, page.spots[answer][0][0]) & self._kinds
+        wanted = [token not in self.shared or token in kinds for token in prompt]
         return Sample(page.ids, prompt, [*said, self.end], wanted, page.spots[answer])
 
     def sentences(self, rng: Generator, tokens: int, rows: int = 8, length: int = 64) -> Iterator[Tensor]:

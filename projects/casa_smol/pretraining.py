@@ -50,9 +50,9 @@ class Settings:
 
     finding: samples on which layers learn where to look, and steps of each. looking: how much a layer's look at the
     right place counts beside what is said, when all learn together. qk: how much slower queries, keys and the first
-    layer learn then, since they are nearly right. pages: share of samples with more than one
-    line. read: share of pages that the encoder has read, where there are any. films, chats: shares of samples that are
-    frames of a session, and of more than one question, when all learn together.
+    layer learn then, since they are nearly right. pages: share of samples with more than one line. read: share of pages
+    that the encoder has read, where there are any. films, chats: shares of samples that are frames of a session, and of
+    more than one question, when all learn together.
     """
 
     seed: int = 1

@@ -27,8 +27,8 @@ from PIL import Image
 from casa.atomic import replacing
 from casa.vision.page_encoder import PageEncoder
 from casa.vision.page_reading import TextRun
-from casa.vision.page_words import BEFORE, BEGUN, KINDS, NOTHING, TAG_IDS, apart, known_words, words_of_page
-from projects.casa_smol.perfect_pages import BLOCK, PROMPT, TOKEN, Sample, after, encoding, names_of
+from casa.vision.page_words import BEFORE, BEGUN, NOTHING, TAG_IDS, apart, known_words, words_of_page
+from projects.casa_smol.perfect_pages import BLOCK, PROMPT, TOKEN, Sample, after, encoding, kinds_of, names_of, tags_at
 from projects.casa_smol.read import cells_of
 from projects.casa_smol.weights import WEIGHTS, page_encoder
 
@@ -106,7 +106,7 @@ class ReadPages:
         self.names = names_of(tokenizer).tolist()
         self.encode, self.known = encoding(tokenizer), known_words(tokenizer.get_vocab())
         self.line_break = self.encode("\n")[0][0]
-        self.kinds = {token for words in KINDS.values() for token, _ in self.encode(words)}
+        self.kinds = kinds_of(self.encode)
         pages = [page for file in sorted(folder.glob("*.jsonl")) for page in load(file)]
         unread = Counter(
             answer for page in pages for answer in {answer for _, answer, is_read in page.turns if not is_read}
@@ -159,11 +159,11 @@ class ReadPages:
         ids, said = words_of_page(apart(page.runs), grid, BLOCK, self.encode, end, self.known).ids, [*said, end]
         names = [self.names[token] for token in prompt if token not in self.shared or token in self.kinds]
         found = find_words(ids, [NOTHING, self.line_break, *said], names)
-        tags = set(ids.reshape(-1, ids.shape[-1])[found[0][0], :TAG_IDS].tolist()) if found[0][0] >= 0 else set()
+        tags = tags_at(ids, found[0][0])
+        kinds = tags & self.kinds
         # a name that was misread is what is asked for, too: hardly any other question has its words
         wanted = [
-            token in tags & self.kinds
-            or (token not in self.shared and (self.names[token] in tags or token in self.rare))
+            token in kinds or (token not in self.shared and (self.names[token] in tags or token in self.rare))
             for token in prompt
         ]
         return Sample(ids, prompt, said, wanted, found)

@@ -25,7 +25,7 @@ from projects.casa_smol.finding import (
     rows_of,
     values_of,
 )
-from projects.casa_smol.looking import look, places_of
+from projects.casa_smol.looking import look, rows_in
 from projects.casa_smol.perfect_pages import IMAGE_AT, PROMPT, Pages, after, batch_of, names_of
 from projects.casa_smol.pretraining import Settings, find, said, train
 from projects.casa_smol.start import (
@@ -239,8 +239,8 @@ def test_a_batchs_layers_look_where_the_model_does_in_chats_and_films_too(begun,
             **batch.inputs, use_cache=False, output_hidden_states=True,
             record=lambda layer, *parts: seen.__setitem__(layer, parts),
         )  # fmt: skip
-        places, image = places_of(batch), even(known.slots(batch.inputs["image_features"], None))
-        rows = places.rows(model.decoder.blocks[2].input_layernorm(output.hidden_states[2]), image)
+        text, rows_of_text = rows_in(batch, even(known.slots(batch.inputs["image_features"], None)))
+        rows = rows_of_text(model.decoder.blocks[2].input_layernorm(output.hidden_states[2]).flatten(0, 1)[text])
         shares = attention(model.casa_layers["2"], rows, known.gains[2]).exp()
     model.projector = projector
     query, text_key, image_key, layout = seen[1]
@@ -251,18 +251,20 @@ def test_a_batchs_layers_look_where_the_model_does_in_chats_and_films_too(begun,
     told = {tuple(line[:2]): [-1, -1, -1] for line in batch.where.tolist()}
     for row, column, token, slot in batch.where.tolist():
         told[row, column][slot] = token
+    firsts = [0, *batch.inputs["image_grid_thw"].prod(1).cumsum(0).tolist()]
     counted = 0
     for picture in range(len(rows.at)):
+        mine = slice(firsts[picture], firsts[picture + 1])
         for place, at in enumerate(rows.at[picture].tolist()):
             if rows.told[picture, place, 0] == -2:
                 continue
-            row, column = divmod(int(places.text[picture, at]), labels.shape[1])
+            row, column = divmod(int(text[picture, at]), labels.shape[1])
             counted, real = counted + 1, rows.is_image[picture]
             assert rows.said[picture, place] == labels[row, column + 1]
             assert rows.is_first[picture, place] == (labels[row, column] < 0)
-            exact = whole[packed[row * labels.shape[1] + column]][..., places.image[picture][real]]
+            exact = whole[packed[row * labels.shape[1] + column]][..., mine]
             torch.testing.assert_close(shares[picture, place][..., : len(real)][..., real], exact, atol=2e-3, rtol=1e-3)
-            theirs = [int(places.image[picture][token]) if token >= 0 else -1 for token in rows.told[picture, place]]
+            theirs = [firsts[picture] + int(token) if token >= 0 else -1 for token in rows.told[picture, place]]
             assert theirs == told.get((row, column), [-1, -1, -1])
     assert counted == int((labels >= 0).sum())
 

@@ -11,7 +11,7 @@ of the config.
 """
 
 import zlib
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -271,7 +271,7 @@ def place_waves(rows: int, columns: int, token_size: Sequence[int], device: torc
 
 
 @lru_cache(maxsize=2)
-def _encoder_of(packed: bytes) -> tuple[Encode, Set[str]]:
+def _encoder_of(packed: bytes) -> tuple[Encode, frozenset[str]]:
     tokenizer = Tokenizer.from_str(zlib.decompress(packed).decode())
 
     def encode(text: str) -> list[tuple[int, tuple[int, int]]]:

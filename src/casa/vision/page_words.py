@@ -8,8 +8,9 @@ where it stands, and what is below it. They are compared together, so that of a 
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from string import ascii_lowercase
 
 import numpy as np
@@ -74,7 +75,7 @@ def words_of_page(
     block: tuple[int, int],
     encode: Encode,
     end: int | None = None,
-    known: Set[str] = frozenset(),
+    known: frozenset[str] = frozenset(),
 ) -> PageWords:
     """Which tokens of a text model each image token tells.
 
@@ -117,18 +118,18 @@ def apart(runs: Sequence[TextRun]) -> list[TextRun]:
     pieces = []
     for run in runs:
         cuts = [0, *(at for cut in _APART.finditer(run.text) for at in cut.span()), len(run.text)]
-        for first, stop in zip(cuts[::2], cuts[1::2], strict=True):
-            if first < stop:
-                pieces.append(TextRun(run.text[first:stop], run.rows[first:stop], run.columns[first:stop]))
+        ends = zip(cuts[::2], cuts[1::2], strict=True)
+        pieces += [TextRun(run.text[a:b], run.rows[a:b], run.columns[a:b]) for a, b in ends if a < b]
     return pieces
 
 
-def tags_of(runs: Sequence[TextRun], encode: Encode, known: Set[str] = frozenset()) -> np.ndarray:
+def tags_of(runs: Sequence[TextRun], encode: Encode, known: frozenset[str] = frozenset()) -> np.ndarray:
     """int64 (texts, TAG_IDS): tokens that each text may be asked for by, NOTHING where there are no more."""
     found = np.full((len(runs), TAG_IDS), NOTHING, dtype=np.int64)
     if len(runs) < 2:
         return found
     lines, names = _lines(runs), [_name(run.text, encode, known) for run in runs]
+    kinds = [_kind(run.text, encode) for run in runs]
     sizes = [most for slot in TAGS for most in slot]
     starts = np.cumsum((0, *sizes[:-1]))
     for at, line in enumerate(lines):
@@ -137,9 +138,8 @@ def tags_of(runs: Sequence[TextRun], encode: Encode, known: Set[str] = frozenset
             head = _head(runs, lines[: at + 1], number)
             above, below = (_over(runs, some, number) for some in (lines[at - 1 : at], lines[at + 1 : at + 2]))
             beside = [names[other[0]] if other else [] for other in (first, head, left, above, below)]
-            kinds = [_kind(runs[other].text, encode) for other in (number, *head)]
-            if kinds[0] == kinds[-1] != []:  # no head is what its column is made of
-                beside[1] = kinds[0]
+            if kinds[number] == kinds[[number, *head][-1]] != []:  # no head is what its column is made of
+                beside[1] = kinds[number]
             groups = [*beside[:3], *_numbers(at, len(lines), encode), *beside[3:]]
             for start, most, tokens in zip(starts, sizes, groups, strict=True):
                 found[number, start : start + len(tokens[:most])] = tokens[:most]
@@ -181,10 +181,10 @@ def _head(runs: Sequence[TextRun], lines: list[list[int]], number: int) -> list[
     return _over(runs, lines[first : first + 1], number) if first < len(lines) - 1 else []
 
 
-def _name(text: str, encode: Encode, known: Set[str]) -> list[int]:
+def _name(text: str, encode: Encode, known: frozenset[str]) -> list[int]:
     """Tokens by which someone would name a text: as it is written, in small letters, and as it may be meant."""
     words = {word for word in re.findall(r"[a-z]+", text.lower()) if len(word) >= MISREAD and word not in known}
-    meant = [f" {one}" for word in sorted(words) for one in sorted(_nearly(word) & known)[:2]] if known else []
+    meant = [f" {one}" for word in sorted(words) for one in _meant(word, known)]
     forms = (" " + text, " " + text.lower(), *meant)
     pieces = [(token, form[first:stop]) for form in forms for token, (first, stop) in encode(form)]
     return list(dict.fromkeys(plain_token(*piece, encode) for piece in pieces if any(map(str.isalnum, piece[1]))))
@@ -196,10 +196,12 @@ def _kind(text: str, encode: Encode) -> list[int]:
     return [token for token, _ in encode(words)] if sum(map(str.isalpha, text)) <= LETTERS else []
 
 
-def _nearly(word: str) -> set[str]:
-    """All that is one letter off, and the word itself."""
-    halves = [(word[:at], word[at:]) for at in range(len(word) + 1)]
-    return {left + one + right[out:] for left, right in halves for one in ("", *ascii_lowercase) for out in (0, 1)}
+@lru_cache(maxsize=4096)  # frames of a film have the same words
+def _meant(word: str, known: frozenset[str]) -> list[str]:
+    """Up to two known words that are one letter off."""
+    cut = [(word[:at], word[at:]) for at in range(len(word) + 1)] if known else []
+    near = {left + one + right[out:] for left, right in cut for one in ("", *ascii_lowercase) for out in (0, 1)}
+    return sorted(near & known)[:2]
 
 
 def known_words(vocabulary: Iterable[str]) -> frozenset[str]:
