@@ -62,7 +62,7 @@ try:
 except SystemExit as end:
     print("ended", end.code)
 print("-->" in open("clip.srt", encoding="utf-8").read())
-print([line for line in unsaid if "casa" in line])
+print([line for line in unsaid if line.startswith(os.path.dirname(casa.__file__))])
 """
 
 
