@@ -7,7 +7,7 @@ whole model costs. Layers have one of five roles:
 - "asked", the first one: which words of a question say what is asked for. Their codes are handed on.
 - "first": with which text an answer begins: whose tags have most in common with what is asked for.
 - "again": the same, by the places too where the first layer's heads have looked: one for a row, another for a column.
-- "later": which word comes next, by the last two.
+- "later": which word comes next, by the last three.
 - "next": the word that layers below have found, by its code and its place.
 
 Those of the last stage say the word aloud (`start.STAGES`); all others but the first hand on, for layers that follow,
@@ -68,7 +68,7 @@ NEAR = slice(16, 32)  # of the numbers that turn little: there places are compar
 FAR = torch.cat([STILL[: NEAR.start], STILL[NEAR.stop :]])
 BEGINS = 63  # of the slowest pair: there is told whether a text begins
 ASKED_HEAD = 1  # key head of the first layer that hands on what is asked for
-LAST = 30  # numbers of the last word's code that a head compares; the others are of the word before that
+LAST = (22, 12, 10)  # numbers of codes that a head compares: of the last word and of the two before it
 ANSWERED = 12  # words of an answer that are looked at, of a long one some from its first to its last
 WRONG = 0.3  # of the image's attention, in a loss: how little of it may be nowhere
 
@@ -323,8 +323,8 @@ class Closed:
     Attributes:
         start: What is known of the model.
         line_break: Id of the token that stands before a text.
-        asked, placed, begins, next, last, before: Nats that a comparison is worth where all is right: of tags, of
-            places, of where texts begin, of the next word, of the last one, and of the one before that.
+        asked, placed, begins, next, last: Nats that a comparison is worth where all is right: of tags, of places, of
+            where texts begin, of the next word; and of the last one, the one before it and the one before that.
         sink: Nats that "nothing here" scores.
     """
 
@@ -334,8 +334,7 @@ class Closed:
     placed: float = 10.0
     begins: float = 8.0
     next: float = 14.0
-    last: float = 25.0
-    before: float = 14.0
+    last: tuple[float, float, float] = (25.0, 12.0, 8.0)
     sink: float = 6.0
 
     @torch.no_grad()
@@ -385,26 +384,29 @@ class Closed:
 
     @torch.no_grad()
     def later(self, layer: Any, block: int, kept: Sequence[Kept]) -> None:
-        """Sets a layer that finds a word by the two before it: an answer's first one has none."""
-        states, last, before = [], [], []
+        """Sets a layer that finds a word by the three before it: an answer's first one has none."""
+        states: list[Tensor] = []
+        said: list[list[Tensor]] = [[] for _ in LAST]
         for one in kept:
-            begin, said = len(one.sample.prompt) - 1, [self.line_break, *one.sample.answer[:-1]]
-            states.append(one.states[block][begin : begin + len(said)].float())
-            codes = self.start.codes[torch.tensor(said)]
-            last.append(torch.cat([torch.zeros_like(codes[:1]), codes[1:]]))
-            before.append(torch.cat([torch.zeros_like(codes[:1]), codes[:-1]]))
-        seen = torch.cat(states)
+            begin, words = len(one.sample.prompt) - 1, torch.tensor([self.line_break, *one.sample.answer[:-1]])
+            states.append(one.states[block][begin : begin + len(words)].float())
+            codes = self.start.codes[words]
+            for back, before in enumerate(said):
+                before.append(nn.functional.pad(codes[: max(0, len(codes) - back)], (0, 0, min(back, len(codes)), 0)))
+                before[-1][0] = 0
         queries, keys, constant = self._silent(layer, block)
-        near, far = STILL[:LAST], STILL[LAST:]
-        told = [self._guessed(seen, torch.cat(codes)[:, :count]) for codes, count in ((last, LAST), (before, len(far)))]
+        told = [
+            self._guessed(torch.cat(states), torch.cat(codes)[:, :count])
+            for codes, count in zip(said, LAST, strict=True)
+        ]
         for head in range(len(keys)):
             own = len(TAGS) + BEFORE + head
-            keys[head][near] = self._read(block, own - 1, LAST)
-            keys[head][far] = self._read(block, own - 2, len(far))
+            for back, some in enumerate(STILL.split(LAST), 1):
+                keys[head][some] = self._read(block, own - back, len(some))
             for query, sharp in zip(queries[head], SHARP, strict=True):
                 query.zero_()
-                query[near] = self._compared(told[0], layer, self.last * sharp)
-                query[far] = self._compared(told[1], layer, self.before * sharp)
+                for some, guess, nats in zip(STILL.split(LAST), told, self.last, strict=True):
+                    query[some] = self._compared(guess, layer, nats * sharp)
                 self._look_back(query, layer, constant)
 
     def _placed(self, block: int, kept: Sequence[Kept], slot: int | None = None) -> Tensor:

@@ -83,29 +83,32 @@ def find(
 ) -> None:
     """Sets all layers of a model, stage by stage; layers that `folder` has are taken from there."""
     start.hand_on(model)
+    files = {block: folder / f"layer-{block}.pt" for roles, _ in stages for block in roles}
+    for block, file in files.items():
+        if file.exists():
+            model.casa_layers[str(block)].load_state_dict(torch.load(file, weights_only=True))
     for number, (roles, is_aloud) in enumerate(stages):
-        files = {block: folder / f"layer-{block}.pt" for block in roles}
-        missing = [block for block, file in files.items() if not file.exists()]
+        missing = [block for block in roles if not files[block].exists()]
         kept = keep(model, start.slots, encoder, samples(), missing, seed=number) if missing else []
         for place, (block, role) in enumerate(roles.items()):
+            if block not in missing:
+                continue
             layer = model.casa_layers[str(block)]
-            if block in missing:
-                rate, run = begin_asking(layer, block, role, kept, closed), []
-                for step, missed, share in learn(
-                    layer, block, kept, start.gains[block], loss_of(role), settings.finding[1], rate
-                ):
-                    run.append((missed, share))
-                    if step % 50 == 0:
-                        missed, share = np.mean(run[-50:], axis=0).round(3).tolist()
-                        line = {"layer": block, "role": role, "step": step, "missed": missed, "found": share}
-                        print(json.dumps(line), flush=True)
-                if role == "asked":
-                    share_asked(layer)
-                else:
-                    say_found(layer, block, role, kept, start, place % 2, is_aloud)
-                with replacing(files[block]) as path:
-                    torch.save(layer.state_dict(), path)
-            layer.load_state_dict(torch.load(files[block], weights_only=True))
+            rate, run = begin_asking(layer, block, role, kept, closed), []
+            for step, missed, share in learn(
+                layer, block, kept, start.gains[block], loss_of(role), settings.finding[1], rate
+            ):
+                run.append((missed, share))
+                if step % 50 == 0:
+                    missed, share = np.mean(run[-50:], axis=0).round(3).tolist()
+                    line = {"layer": block, "role": role, "step": step, "missed": missed, "found": share}
+                    print(json.dumps(line), flush=True)
+            if role == "asked":
+                share_asked(layer)
+            else:
+                say_found(layer, block, role, kept, start, place % 2, is_aloud)
+            with replacing(files[block]) as path:
+                torch.save(layer.state_dict(), path)
 
 
 def train(

@@ -158,7 +158,7 @@ class ReadPages:
         grid = page.cells[0] // BLOCK[0], page.cells[1] // BLOCK[1]
         ids, said = words_of_page(apart(page.runs), grid, BLOCK, self.encode, end, self.known).ids, [*said, end]
         names = [self.names[token] for token in prompt if token not in self.shared or token in self.kinds]
-        found = find_words(ids, [NOTHING, self.line_break, *said], names)
+        found = find_words(ids, [*[NOTHING] * (BEFORE - 1), self.line_break, *said], names)
         tags = tags_at(ids, found[0][0])
         kinds = tags & self.kinds
         # a name that was misread is what is asked for, too: hardly any other question has its words
@@ -174,11 +174,11 @@ def find_words(ids: np.ndarray, words: Sequence[int], asked: Collection[int] = (
 
     Args:
         ids: (rows, columns, ids of an image token).
-        words: Of which the first two only stand before the others.
+        words: Of which the first three (`BEFORE`) only stand before the others.
         asked: Tokens by which is asked: of several places the one is meant that has most of them as tags.
 
     Returns:
-        Of each word from the third on its place; (-1, -1) for all if they stand nowhere, or nobody knows where.
+        Of each word from the fourth on its place; (-1, -1) for all if they stand nowhere, or nobody knows where.
     """
     columns = ids.shape[1]
     tags, told = np.split(ids.reshape(-1, ids.shape[-1]), [TAG_IDS], axis=1)

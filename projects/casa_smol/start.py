@@ -1,13 +1,13 @@
 """What fusion begins with in closed form: codes of words, where image tokens keep them, and what layers say.
 
 SmolLM2 stays frozen, and has to be told word by word what a picture says. An image token tells which words begin in it,
-which two stand before these, and by what its text may be asked for (`casa.vision.page_words`). Words are told by codes:
-numbers that hidden states of the text model foretell, those foretold best first.
+which three stand before these, and by what its text may be asked for (`casa.vision.page_words`). Words are told by
+codes: numbers that hidden states of the text model foretell, those foretold best first.
 
-The first layer hands codes on to where they are needed, the word before the last and what is asked for, in directions
-of the stream that the text model hardly reads. The layers that follow find the next word and hand its code on in the
-same way; the last ones say it, as the embedding that the text model's head knows. Where they look is learned
-(`finding.py`).
+The first layer hands codes on to where they are needed, the two words before the last and what is asked for, in
+directions of the stream that the text model hardly reads. The layers that follow find the next word and hand its code
+on in the same way; the last ones say it, as the embedding that the text model's head knows. Where they look is
+learned (`finding.py`).
 
 Shapes: D width of the text model (576), H heads, C of a head (64), V words, W numbers of a code.
 """
@@ -49,10 +49,11 @@ TAGGED = 0.6  # of tags: of what is written there, it is the least certain
 CONSTANT = 2.0  # of an image token, on the calmest axis: what tells it from text, and keeps its length
 HANDED = {
     "before": slice(0, 48), "asked": slice(48, 132), "found": slice(132, 196), "places": slice(196, 256),
-    "own": slice(256, 304),
+    "own": slice(256, 304), "earlier": slice(304, 352),
 }  # fmt: skip
 """Which of the stream's quiet axes carry the code of the word before, of what is asked for, of the word found, the
-places where the three key heads of layers have looked for it, and the code of a token's own word."""
+places where the three key heads of layers have looked for it, and the codes of a token's own word and of the one two
+before it."""
 PLACES = [first + octave for first in (0, WAVES, 2 * WAVES, 3 * WAVES) for octave in range(1, 6)]
 """Which waves of a place are handed on: from 64 to 1,024 px, of its height and of its width."""
 ASKED = 84  # numbers of the code of what is asked for
@@ -287,7 +288,7 @@ class Start:
 
     @torch.no_grad()
     def hand_on(self, model: Any) -> None:
-        """Sets the first layer: a key head has the word before, the next one what is asked for, once it has learned."""
+        """Sets the first layer: a key head has the last words, the next one what is asked for, once it has learned."""
         block = min(self.gains)
         layer = model.casa_layers[str(block)]
         queries, keys, values, output = heads_of(layer)
@@ -295,18 +296,16 @@ class Start:
             part.zero_()
         size, group, root = layer.head_dim, len(queries) // len(keys), layer.head_dim**0.5
         constant, gain = self.constants[block], self.gains[block]
-        before = (root * 40.0 / FAST) ** 0.5
-        for pair in range(FAST):  # turned by one token, a query is the key of the token before; else of its own
-            keys[0][pair] = queries[1][pair] = constant * before
-            queries[0][pair] = constant * before * TURNS[pair].cos()
-            queries[0][pair + size // 2] = -constant * before * TURNS[pair].sin()
+        near = constant * (root * 40.0 / FAST) ** 0.5
+        keys[0][:FAST] = near
+        words = ("own", "before", "earlier")
+        for back in range(len(words)):  # turned by so many tokens, a query is the key of the one that stood there
+            queries[back][:FAST] = (back * TURNS[:FAST]).cos()[:, None] * near
+            queries[back][size // 2 : size // 2 + FAST] = -(back * TURNS[:FAST]).sin()[:, None] * near
         image = self.slots.axes[0] * self.length / CONSTANT  # before the gain, to 1 where text begins
-        before_axes, asked_axes = self.quiet[HANDED["before"]], self.quiet[HANDED["asked"]]
-        asked = self.named[:, :ASKED].split(CARRIED, dim=1)
-        parts = [(0, before_axes, self.own), (1, self.quiet[HANDED["own"]], self.own)]
-        parts += [
-            (query * group, *part) for query, part in enumerate(zip(asked_axes.split(CARRIED), asked, strict=True), 1)
-        ]
+        asked = self.quiet[HANDED["asked"]].split(CARRIED), self.named[:, :ASKED].split(CARRIED, dim=1)
+        parts = [(back, self.quiet[HANDED[name]], self.own) for back, name in enumerate(words)]
+        parts += [(query * group, *part) for query, part in enumerate(zip(*asked, strict=True), 1)]
         for query, axes, told in parts:
             count, head = len(axes), query // group
             values[head][:count] = told[:, :count].T

@@ -13,7 +13,7 @@ from casa.data.made import write_pictures
 from casa.testing import tiny_tokenizer
 from casa.vision.page_encoder import PageEncoder, PageEncoderConfig, image_processor
 from casa.vision.page_reading import TextRun
-from casa.vision.page_words import IDS, NOTHING, TAG_IDS
+from casa.vision.page_words import BEFORE, IDS, NOTHING, TAG_IDS
 from projects.casa_smol.read import cells_of
 from projects.casa_smol.read_pages import OFTEN, ReadPages, find_words, load, pictures_of, read_page, write
 from projects.casa_smol.tasks import asked
@@ -69,28 +69,28 @@ def test_a_page_is_what_the_encoder_reads(eyes, tokenizer, monkeypatch):
     monkeypatch.setattr(eyes, "runs", lambda cells: [[tea, replace(tea, text="3 x Tea", rows=np.full(7, 5.0))]])
     ids = ReadPages(Path("nowhere"), tokenizer).asked(replace(page, runs=eyes.runs(cells)[0]), "What?", "no").ids
     told = eyes.part("words", cells)[0]
-    assert (ids[..., TAG_IDS + 2] >= 0).sum() == 4, "numbers and things are texts of their own"
+    assert (ids[..., TAG_IDS + BEFORE] >= 0).sum() == 4, "numbers and things are texts of their own"
     assert torch.equal(eyes.codes_of(torch.from_numpy(ids).flatten(0, 1), torch.float32), told)
 
 
 def test_words_are_found_behind_those_before_them():
     ids = np.full((2, 3, IDS), NOTHING)
     told = ids.reshape(6, -1)[:, TAG_IDS:]
-    told[1] = [NOTHING, 9, 5, 6, NOTHING]
-    told[2] = [5, 6, 7, NOTHING, NOTHING]
-    told[4] = [NOTHING, 9, 4, NOTHING, NOTHING]
-    told[5] = [9, 4, 6, NOTHING, NOTHING]
-    assert find_words(ids, [NOTHING, 9, 5, 6, 7]) == [(1, 0), (1, 1), (2, 0)]
-    assert find_words(ids, [NOTHING, 9, 4, 6]) == [(4, 0), (5, 0)]
-    assert find_words(ids, [NOTHING, 9, 4, 6, 8]) == [(-1, -1)] * 3
-    assert find_words(ids, [NOTHING, 9, 3, 6]) == [(-1, -1)] * 2
-    told[0] = [NOTHING, 9, 5, 4, NOTHING]  # another text begins so
-    assert find_words(ids, [NOTHING, 9, 5, 6, 7]) == [(1, 0), (1, 1), (2, 0)]
-    told[0] = [NOTHING, 9, 5, 6, 7]  # and says the same
-    assert find_words(ids, [NOTHING, 9, 5, 6, 7]) == [(-1, -1)] * 3
+    told[1] = [NOTHING, NOTHING, 9, 5, 6, NOTHING]
+    told[2] = [9, 5, 6, 7, NOTHING, NOTHING]
+    told[4] = [NOTHING, NOTHING, 9, 4, NOTHING, NOTHING]
+    told[5] = [NOTHING, 9, 4, 6, NOTHING, NOTHING]
+    assert find_words(ids, [NOTHING, NOTHING, 9, 5, 6, 7]) == [(1, 0), (1, 1), (2, 0)]
+    assert find_words(ids, [NOTHING, NOTHING, 9, 4, 6]) == [(4, 0), (5, 0)]
+    assert find_words(ids, [NOTHING, NOTHING, 9, 4, 6, 8]) == [(-1, -1)] * 3
+    assert find_words(ids, [NOTHING, NOTHING, 9, 3, 6]) == [(-1, -1)] * 2
+    told[0] = [NOTHING, NOTHING, 9, 5, 4, NOTHING]  # another text begins so
+    assert find_words(ids, [NOTHING, NOTHING, 9, 5, 6, 7]) == [(1, 0), (1, 1), (2, 0)]
+    told[0] = [NOTHING, NOTHING, 9, 5, 6, 7]  # and says the same
+    assert find_words(ids, [NOTHING, NOTHING, 9, 5, 6, 7]) == [(-1, -1)] * 3
     ids.reshape(-1, ids.shape[-1])[[0, 1], 0] = 31, 32  # but has another name
-    assert find_words(ids, [NOTHING, 9, 5, 6, 7], asked=[40, 32]) == [(1, 0), (1, 1), (2, 0)]
-    assert find_words(ids, [NOTHING, 9, 5, 6, 7], asked=[31, 32]) == [(-1, -1)] * 3
+    assert find_words(ids, [NOTHING, NOTHING, 9, 5, 6, 7], asked=[40, 32]) == [(1, 0), (1, 1), (2, 0)]
+    assert find_words(ids, [NOTHING, NOTHING, 9, 5, 6, 7], asked=[31, 32]) == [(-1, -1)] * 3
 
 
 def test_tars_are_read_once(eyes, tars, tmp_path):

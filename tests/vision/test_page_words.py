@@ -60,25 +60,25 @@ def test_tokens_stand_where_their_first_letter_does():
     assert page.ids.shape == (2, 10, IDS)
     assert (page.ids[0] == NOTHING).all()
     # "seven" begins at column 1, a text; before "a" stand the first two; the break stands at the last letter
-    assert told(page, 1, 0) == [NOTHING, BREAK, 5, NOTHING, NOTHING]
-    assert told(page, 1, 3) == [BREAK, 5, 2, NOTHING, NOTHING]
-    assert told(page, 1, 4) == [5, 2, 1, NOTHING, NOTHING]
-    assert told(page, 1, 5) == [2, 1, 6, NOTHING, NOTHING]
-    assert told(page, 1, 8) == [1, 6, BREAK, NOTHING, NOTHING]
+    assert told(page, 1, 0) == [NOTHING, NOTHING, BREAK, 5, NOTHING, NOTHING]
+    assert told(page, 1, 3) == [NOTHING, BREAK, 5, 2, NOTHING, NOTHING]
+    assert told(page, 1, 4) == [BREAK, 5, 2, 1, NOTHING, NOTHING]
+    assert told(page, 1, 5) == [5, 2, 1, 6, NOTHING, NOTHING]
+    assert told(page, 1, 8) == [2, 1, 6, BREAK, NOTHING, NOTHING]
     assert page.spots == [[(10, 0), (13, 0), (14, 0), (15, 0), (18, 0)]]
 
 
 def test_more_than_a_token_holds_are_left_out_and_none_leaves_the_page():
     page = words_of_page([run_of("a b c d e f", step=1)], (2, 1), (2, 40), words, end=END)
-    assert told(page, 1, 0) == [NOTHING, BREAK, 1, 1, 1]
+    assert told(page, 1, 0) == [NOTHING, NOTHING, BREAK, 1, 1, 1]
     assert page.spots == [[(1, 0), (1, 1), (1, 2), *[(-1, -1)] * 4]]
     page = words_of_page([run_of("at the end", row=9.4, first=30)], (2, 4), (2, 4), words, end=END)
-    assert told(page, 1, 3) == [NOTHING, BREAK, 2, 3, 3]
+    assert told(page, 1, 3) == [NOTHING, NOTHING, BREAK, 2, 3, 3]
 
 
 def test_a_text_ends_with_the_token_that_ends_an_answer():
     page = words_of_page([run_of("over")], (2, 4), (2, 4), words, end=END)
-    assert told(page, 1, 1) == [BREAK, 4, END, NOTHING, NOTHING]
+    assert told(page, 1, 1) == [NOTHING, BREAK, 4, END, NOTHING, NOTHING]
 
 
 def test_a_value_is_asked_for_by_its_name_and_a_line_by_what_stands_above_it():

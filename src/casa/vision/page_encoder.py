@@ -69,7 +69,7 @@ class PageEncoderConfig(PreTrainedConfig):
     reads: bool = False
     vocabulary: tuple[int, int] | list[int] = (0, 0)
     text_end: int | None = None
-    word_sizes: tuple[int, ...] | list[int] = (84, 60, 24, 48, 88, 128, 64, 48)
+    word_sizes: tuple[int, ...] | list[int] = (84, 60, 24, 24, 24, 88, 128, 64, 48)
     batch_norm: bool = False
     image_mean: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5)

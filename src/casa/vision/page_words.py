@@ -1,9 +1,9 @@
 """What an image token tells of the texts on its page, in tokens of a text model.
 
-Three things, each as ids that are looked up in a table of codes: the tokens that begin in it; the two that stand before
-the first of these, so that who has said them finds the next; and what the text as a whole may be asked by, its tags.
-Of these there are three kinds: what it is called (of a form's value the name to its left, of a table's cell those of
-its row and its column, of a receipt's price its line's and "price"; a name one letter off a word as that word, too),
+Three things, each as ids that are looked up in a table of codes: the tokens that begin in it; the three that stand
+before the first of these, so that who has said them finds the next; and what the text as a whole may be asked by, its
+tags. Of these there are three kinds: what it is called (of a form's value the name to its left, of a table's cell
+those of its row and its column, of a receipt's price its line's and "price"; a name a letter off a word as that word),
 where it stands, and what is below it. They are compared together, so that of a row's cells the right one is found.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from casa.vision.page_reading import TextRun
 
-BEFORE = 2  # tokens told that stand before the first that begins in an image token
+BEFORE = 3  # tokens told that stand before the first that begins in an image token
 BEGUN = 3  # tokens told that begin in one image token, at most
 TAGS = ((8, 8), (8, 3, 2, 8), (8,))
 """Groups of tokens that a text has as tags, how many at most: what it is called by, its line's name, and the head of
@@ -94,7 +94,7 @@ def words_of_page(
     end = line_break if end is None else end
     spots: list[list[tuple[int, int]]] = []
     for run, tags in zip(runs, tags_of(runs, encode, known), strict=True):
-        before, last = [NOTHING, line_break], len(run.text) - 1
+        before, last = [*[NOTHING] * (BEFORE - 1), line_break], len(run.text) - 1
         spots.append([])
         for token, (first, stop) in [*encode(run.text), (end, (last, last + 1))]:
             first = min(first + len(run.text[first:stop]) - len(run.text[first:stop].lstrip()), last)
@@ -109,7 +109,7 @@ def words_of_page(
                     told[TAG_IDS : TAG_IDS + BEFORE] = before
                 begun[place] = token
             spots[-1].append((row * grid[1] + column, place) if place < BEGUN else (-1, -1))
-            before = [before[-1], token]
+            before = [*before[1:], token]
     return PageWords(ids, spots)
 
 
