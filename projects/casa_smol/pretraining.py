@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer
 
 from casa import adapt
@@ -33,7 +34,8 @@ from casa.atomic import replacing
 from casa.models.auto import processor_for
 from casa.vision import output_width
 from casa.vision.page_encoder import CODE_STEP, PageEncoder
-from projects.casa_smol.finding import Closed, begin_asking, keep, learn, loss_of, say_found, share_asked
+from projects.casa_smol.closed_form import Closed, begin_asking, share_asked
+from projects.casa_smol.finding import LEARNING, Finder, Kept, keep, say_found
 from projects.casa_smol.looking import look
 from projects.casa_smol.parts import embeddings_of
 from projects.casa_smol.perfect_pages import Batch, Pages, Sample, after, batch_of, names_of
@@ -48,15 +50,15 @@ POOL = 4  # batches are drawn together, and samples of one length put side by si
 class Settings:
     """What makes a run.
 
-    finding: samples on which layers learn where to look, and steps of each. looking: how much a layer's look at the
-    right place counts beside what is said, when all learn together. qk: how much slower queries, keys and the first
-    layer learn then, since they are nearly right. pages: share of samples with more than one line. read: share of pages
-    that the encoder has read, where there are any. films, chats: shares of samples that are frames of a session, and of
-    more than one question, when all learn together.
+    finding: samples on which layers learn where to look, and steps on them, till others are drawn. looking: how much a
+    layer's look at the right place counts beside what is said, when all learn together. qk: how much slower
+    queries, keys and the first layer learn then, since they are nearly right. pages: share of samples with more than
+    one line. read: share of pages that the encoder has read, where there are any. films, chats: shares of samples that
+    are frames of a session, and of more than one question, when all learn together.
     """
 
     seed: int = 1
-    finding: tuple[int, int] = (6_000, 450)
+    finding: tuple[int, int] = (2_000, 60)
     steps: int = 300
     batch: int = 16
     rate: float = 5e-4
@@ -71,17 +73,44 @@ class Settings:
     keep_every: int = 25
 
 
+@dataclass(frozen=True)
+class Draws(Dataset[Sample]):
+    """Samples by number, without an end. found: only pages without films and chats, whose answers' places are known."""
+
+    pages: Pages
+    read_pages: ReadPages | None
+    settings: Settings
+    seed: tuple[int, ...]
+    found: bool = False
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, number: int) -> Sample:
+        settings, pages, read_pages = self.settings, self.pages, self.read_pages
+        rng = np.random.default_rng((settings.seed, *self.seed, number))
+        is_read, kind = read_pages is not None and rng.random() < settings.read, 1.0 if self.found else rng.random()
+        if kind < settings.films:
+            return pages.film(rng)
+        if kind < settings.films + settings.chats:
+            one, two = (pages.sample(rng, settings.pages) for _ in range(2))
+            return read_pages.chat(rng) if read_pages and is_read else after(two, one, pages.line_break)
+        if read_pages and is_read:
+            return read_pages.sample(rng, self.found)
+        return pages.sample(rng, settings.pages)
+
+
 def find(
     model: Any,
     start: Start,
     encoder: PageEncoder,
-    samples: Callable[[], Sequence[Sample]],
+    drawn: Iterator[Sequence[Sample]],
     closed: Closed,
     settings: Settings,
     folder: Path,
     stages: Sequence[Stage] = STAGES,
 ) -> None:
-    """Sets all layers of a model, stage by stage; layers that `folder` has are taken from there."""
+    """Sets all layers of a model, stage by stage; layers that `folder` has are taken from there. drawn: by round."""
     start.hand_on(model)
     files = {block: folder / f"layer-{block}.pt" for roles, _ in stages for block in roles}
     for block, file in files.items():
@@ -89,20 +118,23 @@ def find(
             model.casa_layers[str(block)].load_state_dict(torch.load(file, weights_only=True))
     for number, (roles, is_aloud) in enumerate(stages):
         missing = [block for block in roles if not files[block].exists()]
-        kept = keep(model, start.slots, encoder, samples(), missing, seed=number) if missing else []
+        finders, kept = dict[int, Finder](), list[Kept]()
+        for turn in range(max([LEARNING[roles[block]][1] for block in missing], default=0)):
+            kept = keep(model, start.slots, encoder, next(drawn), missing, seed=number)
+            for block in missing:
+                layer, role, (rate, turns) = model.casa_layers[str(block)], roles[block], LEARNING[roles[block]]
+                if turn == 0:
+                    begin_asking(layer, block, role, kept, closed)
+                    steps = turns * settings.finding[1]
+                    finders[block] = Finder(layer, block, start.gains[block], role, steps, rate)
+                if turn < turns:
+                    missed, share = finders[block].learn(kept, settings.finding[1])
+                    line = {"layer": block, "role": role, "step": finders[block].step}
+                    print(json.dumps(line | {"missed": round(missed, 3), "found": round(share, 3)}), flush=True)
         for place, (block, role) in enumerate(roles.items()):
             if block not in missing:
                 continue
             layer = model.casa_layers[str(block)]
-            rate, run = begin_asking(layer, block, role, kept, closed), []
-            for step, missed, share in learn(
-                layer, block, kept, start.gains[block], loss_of(role), settings.finding[1], rate
-            ):
-                run.append((missed, share))
-                if step % 50 == 0:
-                    missed, share = np.mean(run[-50:], axis=0).round(3).tolist()
-                    line = {"layer": block, "role": role, "step": step, "missed": missed, "found": share}
-                    print(json.dumps(line), flush=True)
             if role == "asked":
                 share_asked(layer)
             else:
@@ -196,7 +228,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument(
-        "--finding", type=int, nargs=2, default=Settings.finding, help="samples and steps of each layer"
+        "--finding", type=int, nargs=2, default=Settings.finding, help="samples of a round, and steps on them"
     )
     parser.add_argument("--read", type=Path, help="folder by projects.casa_smol.read_pages, to learn from as well")
     parser.add_argument("--tokens", type=int, default=20_000, help="of text, to fit codes on")
@@ -214,21 +246,10 @@ def main(arguments: list[str]) -> int:
 
     read_pages = ReadPages(given.read, tokenizer, pages.shared) if given.read else None
 
-    def drawn(*seed: int, count: int = settings.batch, found: bool = False) -> Iterator[Sample]:
-        for number in range(count):
-            rng = np.random.default_rng((settings.seed, *seed, number))
-            is_read, kind = read_pages is not None and rng.random() < settings.read, 1.0 if found else rng.random()
-            if kind < settings.films:
-                yield pages.film(rng)
-            elif kind < settings.films + settings.chats:
-                one, two = (pages.sample(rng, settings.pages) for _ in range(2))
-                yield read_pages.chat(rng) if read_pages and is_read else after(two, one, pages.line_break)
-            else:
-                yield read_pages.sample(rng, found) if read_pages and is_read else pages.sample(rng, settings.pages)
-
     @lru_cache(maxsize=1)
     def pool(number: int) -> list[Sample]:
-        return sorted(drawn(1, process, number, count=settings.batch * POOL), key=lambda one: one.length)
+        some = Draws(pages, read_pages, settings, (1, process, number))
+        return sorted((some[place] for place in range(settings.batch * POOL)), key=lambda one: one.length)
 
     def draw(step: int) -> Batch:
         rng, (number, turn) = np.random.default_rng((settings.seed, 2, process, step)), divmod(step, POOL)
@@ -249,8 +270,10 @@ def main(arguments: list[str]) -> int:
     parts = torch.load(known, weights_only=True)
     start = Start(**parts | {"slots": Slots(parts["slots"], sizes)})
     closed = Closed(start, line_break=pages.line_break)
-    samples = cache(lambda: list(drawn(0, count=settings.finding[0], found=True)))
-    find(model, start, encoder, samples, closed, settings, given.out)
+    some = Draws(pages, read_pages, settings, (0,), found=True)
+    # another process draws: that takes as long as the model's lower blocks
+    drawn = DataLoader(some, settings.finding[0], num_workers=1, collate_fn=list)
+    find(model, start, encoder, iter(drawn), closed, settings, given.out)
     if dist.is_initialized() and not process:
         dist.barrier()
     projector, model.projector = model.projector, start.slots

@@ -1,6 +1,7 @@
 """How fusion begins: pages that are never drawn, slots of image tokens, and layers that learn where to look."""
 
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,14 @@ from casa.testing import tiny_tokenizer
 from casa.vision.connector import LinearProjector
 from casa.vision.page_encoder import PageEncoder, PageEncoderConfig, place_waves
 from casa.vision.page_words import BEFORE, NOTHING, TAG_IDS
+from projects.casa_smol.closed_form import Closed, begin_asking
 from projects.casa_smol.finding import (
     ANSWERED,
-    Closed,
+    LEARNING,
+    Finder,
     attention,
-    begin_asking,
     even,
     keep,
-    learn,
-    loss_of,
     rows_of,
     values_of,
 )
@@ -297,11 +297,12 @@ def test_each_role_learns_to_find(begun, samples, pages, role, block):
     kept = keep(model, known.slots, eyes, samples, (block,), seed=0)
     closed = Closed(known, pages.line_break)
     layer = model.casa_layers[str(block)]
-    rate = begin_asking(layer, block, role, kept, closed)
-    run = list(learn(layer, block, kept, known.gains[block], loss_of(role), 30, rate, batch=12))
+    begin_asking(layer, block, role, kept, closed)
+    finder = Finder(layer, block, known.gains[block], role, 30, LEARNING[role][0])
+    run = [finder.learn(kept, 1, batch=12) for _ in range(30)]
     before, after = (np.mean(part, axis=0) for part in (run[:3], run[-3:]))
-    assert after[1] < 0.85 * before[1]
-    assert after[2] > 0.3
+    assert after[0] < 0.85 * before[0]
+    assert after[1] > 0.3
 
 
 def test_values_are_the_code_of_the_word_found_and_nothing_of_text(begun, samples, pages):
@@ -346,7 +347,7 @@ def test_finding_goes_on_where_it_stopped_and_then_layers_say_words(begun, sampl
 
     def run(folder):
         folder.mkdir(exist_ok=True)
-        find(model, known, eyes, lambda: samples[:24], closed, settings, folder, STAGES)
+        find(model, known, eyes, repeat(samples[:24]), closed, settings, folder, STAGES)
         return {name: p.detach().clone() for name, p in model.casa_layers.named_parameters()}
 
     whole = run(tmp_path / "whole")
