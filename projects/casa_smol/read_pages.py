@@ -12,6 +12,7 @@ come again and again. What was misread cannot be answered, and would only teach 
 import argparse
 import io
 import json
+import re
 import sys
 import tarfile
 from collections import Counter
@@ -31,9 +32,13 @@ from casa.vision.page_words import BEFORE, BEGUN, NOTHING, TAG_IDS, apart, known
 from projects.casa_smol.perfect_pages import BLOCK, PROMPT, TOKEN, Sample, after, encoding, kinds_of, names_of, tags_at
 from projects.casa_smol.read import cells_of
 from projects.casa_smol.weights import WEIGHTS, page_encoder
+from projects.casa_smol.words import Words
 
 OFTEN = 6  # pictures of which an answer that none of them spells out is the answer, at least
 COMMON = 0.005  # of all questions have a word that belongs to how one asks, and not to what is asked for
+NAMED = 0.01  # of all pages have a word that names one thing among many, at most
+RENAMED = 0.5  # of the samples have other names
+WORD = re.compile("([A-Za-z]{4,})")
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,10 @@ class ReadPages:
         asked = [self.encode(question) for _, turns in self.turns for question, _ in turns]
         seen = Counter(token for words in asked for token in {token for token, _ in words})
         self.rare = {token for token, count in seen.items() if count <= COMMON * len(asked)}
+        written = Counter(word for page in pages for word in {*WORD.findall(" ".join(run.text for run in page.runs))})
+        self.kept = {word.lower() for word, count in written.items() if count > NAMED * len(pages)}
+        said = Counter(word for _, turns in self.turns for question, _ in turns for word in WORD.findall(question))
+        self.kept |= {word.lower() for word, count in said.items() if count > COMMON * len(asked)}
 
     def sample(self, rng: Generator, found: bool = False) -> Sample:
         """A question about a page of any task.
@@ -134,7 +143,7 @@ class ReadPages:
             RuntimeError: There seems to be none.
         """
         for _ in range(500):
-            page, turns = self.turns[int(rng.integers(len(self.turns)))]
+            page, turns = self._drawn(rng)
             one = self.asked(page, *turns[int(rng.integers(len(turns)))])
             if not found or (all(at >= 0 for at, _ in one.found) and (any(one.wanted) or len(page.runs) == 1)):
                 return one
@@ -142,12 +151,16 @@ class ReadPages:
 
     def chat(self, rng: Generator, most: int = 3) -> Sample:
         """Up to so many questions about one page, one after the other."""
-        page, turns = self.turns[int(rng.integers(len(self.turns)))]
+        page, turns = self._drawn(rng)
         chosen = [turns[int(at)] for at in rng.permutation(len(turns))[: int(rng.integers(1, most + 1))]]
         said = self.asked(page, *chosen[0])
         for turn in chosen[1:]:
             said = after(replace(self.asked(page, *turn), ids=said.ids), said, self.line_break)
         return said
+
+    def _drawn(self, rng: Generator) -> tuple[ReadPage, list[tuple[str, str]]]:
+        page, turns = self.turns[int(rng.integers(len(self.turns)))]
+        return renamed(rng, page, turns, self.kept) if rng.random() < RENAMED else (page, turns)
 
     def asked(self, page: ReadPage, question: str, answer: str) -> Sample:
         """The sample of a question."""
@@ -167,6 +180,34 @@ class ReadPages:
             for token in prompt
         ]
         return Sample(ids, prompt, said, wanted, found)
+
+
+def renamed(
+    rng: Generator, page: ReadPage, turns: Sequence[tuple[str, str]], kept: Collection[str]
+) -> tuple[ReadPage, list[tuple[str, str]]]:
+    """The page with other words in place of its names, and questions and answers that go with them.
+
+    So one page is many: layers learned by heart what is asked about it. kept: words in small letters that stay.
+    """
+    names = {word for run in page.runs for word in WORD.findall(run.text.lower())} - {*kept}
+    drawn = {name: re.sub("[^a-z]", "", Words().word(rng).lower()) or name for name in sorted(names)}
+
+    def other(word: str) -> str:
+        new = drawn.get(word.lower(), word)
+        return new.upper() if word.isupper() else new.capitalize() if word.istitle() else new
+
+    def said_so(text: str) -> str:
+        return WORD.sub(lambda found: other(found[0]), text)
+
+    def other_run(run: TextRun) -> TextRun:
+        parts = WORD.split(run.text)
+        said, ends, own = [*map(other, parts)], np.cumsum([0, *map(len, parts)]), np.arange(len(run.text))
+        at = np.concatenate([np.linspace(*ends[n : n + 2] - (0, 1), len(new)) for n, new in enumerate(said) if new])
+        return TextRun("".join(said), np.interp(at, own, run.rows), np.interp(at, own, run.columns))
+
+    return replace(page, runs=[other_run(run) for run in page.runs]), [
+        (said_so(question), said_so(answer)) for question, answer in turns
+    ]
 
 
 def find_words(ids: np.ndarray, words: Sequence[int], asked: Collection[int] = ()) -> list[tuple[int, int]]:

@@ -15,7 +15,17 @@ from casa.vision.page_encoder import PageEncoder, PageEncoderConfig, image_proce
 from casa.vision.page_reading import TextRun
 from casa.vision.page_words import BEFORE, IDS, NOTHING, TAG_IDS
 from projects.casa_smol.read import cells_of
-from projects.casa_smol.read_pages import OFTEN, ReadPages, find_words, load, pictures_of, read_page, write
+from projects.casa_smol.read_pages import (
+    OFTEN,
+    ReadPage,
+    ReadPages,
+    find_words,
+    load,
+    pictures_of,
+    read_page,
+    renamed,
+    write,
+)
 from projects.casa_smol.tasks import asked
 
 
@@ -147,6 +157,32 @@ def test_of_a_question_those_words_are_wanted_that_its_answer_is_called_by(token
     assert "tea" in found
     assert "much" not in found
     assert "tea" not in wanted(tokenizer(" tea")["input_ids"]).replace(" ", "")
+
+
+def test_names_are_others_on_the_page_and_in_what_is_asked_about_it():
+    def run(text, row):
+        return TextRun(text, np.linspace(row, row + 1, len(text)), np.arange(5.0, 5 + 2 * len(text), 2))
+
+    runs = [run("PRICE of Cabbage: 4.10", 2), run("cabbage", 8), run("no", 12)]
+    page = ReadPage("receipt", (20, 80), runs, [])
+    turns = [("What does Cabbage cost? (the price)", "4.10"), ("Read line 2.", "cabbage"), ("Is there tofu?", "no")]
+    other, asked = renamed(np.random.default_rng(0), page, turns, {"price", "line"})
+    new = other.runs[1].text
+    assert new.isalpha()
+    assert new.islower()
+    assert new != "cabbage"
+    assert [one.text for one in other.runs] == [f"PRICE of {new.capitalize()}: 4.10", new, "no"]
+    assert asked == [(f"What does {new.capitalize()} cost? (the price)", "4.10"), ("Read line 2.", new), turns[2]]
+    for before, after in zip(runs, other.runs, strict=True):
+        assert len(after.rows) == len(after.columns) == len(after.text)
+        assert (np.diff(after.columns) > 0).all()
+        for places in ("rows", "columns"):  # what stood there stays where it was, and the rest where that ends
+            one, two = getattr(before, places), getattr(after, places)
+            assert two[[0, -1]].tolist() == one[[0, -1]].tolist()
+    assert other.runs[0].columns[:9].tolist() == runs[0].columns[:9].tolist()
+    assert other.runs[0].columns[-6:].tolist() == runs[0].columns[-6:].tolist()
+    again, _ = renamed(np.random.default_rng(0), page, turns, {"price", "line"})
+    assert [one.text for one in again.runs] == [one.text for one in other.runs]
 
 
 def test_a_chat_asks_several_questions_about_one_picture(tokenizer, tmp_path):
