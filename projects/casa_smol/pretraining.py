@@ -100,6 +100,11 @@ class Draws(Dataset[Sample]):
         return pages.sample(rng, settings.pages)
 
 
+def rounds(draws: Draws) -> Iterator[list[Sample]]:
+    """Samples of one round after the other, drawn by a process beside: that takes as long as a model's lower blocks."""
+    yield from DataLoader(draws, draws.settings.finding[0], num_workers=1, prefetch_factor=1, collate_fn=list)
+
+
 def find(
     model: Any,
     start: Start,
@@ -120,7 +125,7 @@ def find(
         missing = [block for block in roles if not files[block].exists()]
         finders, kept = dict[int, Finder](), list[Kept]()
         for turn in range(max([LEARNING[roles[block]][1] for block in missing], default=0)):
-            kept = keep(model, start.slots, encoder, next(drawn), missing, seed=number)
+            kept = keep(model, start.slots, encoder, next(drawn), missing, seed=100 * number + turn)
             for block in missing:
                 layer, role, (rate, turns) = model.casa_layers[str(block)], roles[block], LEARNING[roles[block]]
                 if turn == 0:
@@ -270,10 +275,9 @@ def main(arguments: list[str]) -> int:
     parts = torch.load(known, weights_only=True)
     start = Start(**parts | {"slots": Slots(parts["slots"], sizes)})
     closed = Closed(start, line_break=pages.line_break)
-    some = Draws(pages, read_pages, settings, (0,), found=True)
-    # another process draws: that takes as long as the model's lower blocks
-    drawn = DataLoader(some, settings.finding[0], num_workers=1, collate_fn=list)
-    find(model, start, encoder, iter(drawn), closed, settings, given.out)
+    find(
+        model, start, encoder, rounds(Draws(pages, read_pages, settings, (0,), found=True)), closed, settings, given.out
+    )
     if dist.is_initialized() and not process:
         dist.barrier()
     projector, model.projector = model.projector, start.slots

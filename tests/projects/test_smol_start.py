@@ -27,7 +27,7 @@ from projects.casa_smol.finding import (
 )
 from projects.casa_smol.looking import look, rows_in
 from projects.casa_smol.perfect_pages import IMAGE_AT, PROMPT, Pages, after, batch_of, names_of
-from projects.casa_smol.pretraining import Settings, find, said, train
+from projects.casa_smol.pretraining import Draws, Settings, find, rounds, said, train
 from projects.casa_smol.start import (
     HANDED,
     LARGEST,
@@ -357,6 +357,16 @@ def test_finding_goes_on_where_it_stopped_and_then_layers_say_words(begun, sampl
     (cut / "layer-1.pt").write_bytes((tmp_path / "whole" / "layer-1.pt").read_bytes())
     for name, parameter in run(cut).items():
         assert torch.equal(parameter, whole[name]), name
+
+
+def test_rounds_of_new_samples_are_drawn_by_a_process_beside(pages):
+    draws = Draws(pages, None, Settings(finding=(3, 1)), (0,), found=True)
+    drawn = rounds(draws)
+    for number in (0, 3, 6):
+        some = next(drawn)
+        assert [one.prompt for one in some] == [draws[at].prompt for at in range(number, number + 3)]
+        assert all((one.ids == draws[at].ids).all() for at, one in enumerate(some, number))
+    drawn.close()
 
 
 def test_training_goes_on_where_it_stopped(begun, pages, tmp_path):

@@ -230,7 +230,7 @@ class PageEncoder(PreTrainedModel):
     def codes_of(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """(..., sum of `word_sizes`): of each slot the sum of its groups' codes, those of n words over the root of n.
 
-        ids: int64 (..., `IDS`), -1 where there is no word.
+        ids: int32 or int64 (..., `IDS`), -1 where there is no word.
         """
         given = (ids >= 0).to(dtype)[..., None]
         codes = self.word_codes[ids.clamp(min=0)].to(dtype) * CODE_STEP * given

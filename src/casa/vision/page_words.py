@@ -59,7 +59,7 @@ Encode = Callable[[str], Sequence[tuple[int, tuple[int, int]]]]
 
 @dataclass(frozen=True)
 class PageWords:
-    """ids: int64 (rows, columns, `IDS`), NOTHING where there is no token.
+    """ids: int32 (rows, columns, `IDS`), NOTHING where there is no token.
 
     spots: for each text the image token in which each of its tokens begins, in reading order, and the number among
     those that begin there; (-1, -1) for one that found no room. The end of the text is its last.
@@ -89,7 +89,7 @@ def words_of_page(
         end: The token that ends an answer; a line break if None.
         known: Words, as `known_words` has them, of which misread ones remind.
     """
-    ids = np.full((*grid, IDS), NOTHING, dtype=np.int64)
+    ids = np.full((*grid, IDS), NOTHING, dtype=np.int32)
     line_break = encode("\n")[0][0]
     end = line_break if end is None else end
     spots: list[list[tuple[int, int]]] = []
