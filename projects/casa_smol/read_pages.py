@@ -202,7 +202,8 @@ def renamed(
     def other_run(run: TextRun) -> TextRun:
         parts = WORD.split(run.text)
         said, ends, own = [*map(other, parts)], np.cumsum([0, *map(len, parts)]), np.arange(len(run.text))
-        at = np.concatenate([np.linspace(*ends[n : n + 2] - (0, 1), len(new)) for n, new in enumerate(said) if new])
+        spans = zip(ends, ends[1:], said, strict=False)
+        at = np.concatenate([np.linspace(start, stop - 1, len(new)) for start, stop, new in spans if new])
         return TextRun("".join(said), np.interp(at, own, run.rows), np.interp(at, own, run.columns))
 
     return replace(page, runs=[other_run(run) for run in page.runs]), [
