@@ -46,4 +46,4 @@ def test_it_is_short_and_its_moving_picture_small():
     (moving,) = re.findall(r"\((docs/images/[\w.-]+\.webp)\)", README)
     assert (ROOT / moving).stat().st_size < 2_000_000
     with Image.open(ROOT / moving) as opened:
-        assert opened.n_frames > 30
+        assert opened.n_frames > 50
