@@ -135,7 +135,8 @@ class Client:
         return events
 
     def hello(self, **settings):
-        self.say(type="hello", **({"max_new_tokens": 5} | settings))
+        # one frame in 100 s: no caption is cut where a machine is slow
+        self.say(type="hello", **({"max_new_tokens": 5, "fps": 0.01} | settings))
         return self.hear()
 
     def show(self, frame, at=None):

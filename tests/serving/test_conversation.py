@@ -57,7 +57,7 @@ def test_captions_are_those_of_a_session_alone(server, client, model, pictures, 
         seed=3,
     )
     with client(server) as one:
-        ready = one.hello(prompt="what", max_text_tokens=60, sampling=sampling, seed=3, fps=0.01)
+        ready = one.hello(prompt="what", max_text_tokens=60, sampling=sampling, seed=3)
         assert (ready["type"], ready["model"], ready["prompt"]) == ("ready", "tiny", "what")
         assert ready["insertion"] == {"cache_bytes": "computed", "latency": None}
         heard = [one.show(frame, number / 2) for number, frame in enumerate(frames)]
@@ -81,7 +81,7 @@ def test_frames_of_three_formats(server, client, model, pictures, encode, kind):
     sent = [encode(picture, kind) for picture in pictures[:4]]
     session = StreamingSession(model, tiny_processor(), max_text_tokens=1024, max_new_tokens=5)
     with client(server) as one:
-        one.hello(fps=0.01)
+        one.hello()
         heard = [one.show(frame)[0] for frame in sent]
     assert heard == [session.step(Image.open(io.BytesIO(frame)).convert("RGB")) for frame in sent]
     assert any(heard)
@@ -90,7 +90,7 @@ def test_frames_of_three_formats(server, client, model, pictures, encode, kind):
 @pytest.mark.slow
 def test_captions_as_files_while_it_runs_and_afterwards(server, client, frames):
     with client(server) as one:
-        name = one.hello(fps=0.01)["stream"]
+        name = one.hello()["stream"]
         said = [(number / 2, one.show(frame, number / 2)[0]) for number, frame in enumerate(frames)]
         live = get(server, f"/v1/streams/{name}/captions.srt")
         one.say(type="close")

@@ -379,7 +379,7 @@ def test_the_server_says_that_it_is_overloaded(serving, client, frames, monkeypa
             return json.load(answer)
 
     with serving() as server, client(server) as one:
-        assert one.hello()["advice"] is None
+        assert one.hello(fps=2.0)["advice"] is None
         one.show(frames[0])
         found = health(server)
         assert (found["status"], found["sessions"], found["chats"]) == ("ok", 1, {"running": 0, "waiting": 0})
@@ -392,7 +392,7 @@ def test_the_server_says_that_it_is_overloaded(serving, client, frames, monkeypa
         # one more than the machine sustains
         monkeypatch.setattr(server._state.worker.load, "_share", 1e-9)
         with client(server) as two:
-            error = two.hello()
+            error = two.hello(fps=2.0)
             assert (error["type"], error["fatal"]) == ("error", True)
             assert "1 stream asks for 2 already" in error["message"]
             with pytest.raises(ConnectionClosed) as closed:
