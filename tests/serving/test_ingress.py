@@ -221,7 +221,9 @@ def test_frames_that_come_all_the_time_are_told_of_once(cluster, frames):
     """Replicas come to their end one after another while four cameras send; every frame is watched or dropped."""
 
     async def all_of_them(running):
-        tasks = [asyncio.create_task(watch(running.url, frames * 5, fps=10, hello=HELLO | {"fps": 10})) for _ in range(4)]
+        tasks = [
+            asyncio.create_task(watch(running.url, frames * 5, fps=10, hello=HELLO | {"fps": 10})) for _ in range(4)
+        ]
         await asyncio.sleep(1.5)
         running.replicas[0].drain()
         await asyncio.sleep(1)

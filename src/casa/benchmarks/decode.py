@@ -164,18 +164,9 @@ def small_backbone(name: str | None) -> PreTrainedModel:
     """The language model of that name; random weights in the shape of SmolLM2-135M without one."""
     if name is not None:
         return load_backbone(name)
-    return new_backbone(
-        LlamaConfig(
-            vocab_size=49_152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            max_position_embeddings=8192,
-            tie_word_embeddings=True,
-        )
-    )
+    shape: dict[str, Any] = {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536}
+    shape |= {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
+    return new_backbone(LlamaConfig(vocab_size=49_152, tie_word_embeddings=True, **shape))
 
 
 @torch.inference_mode()

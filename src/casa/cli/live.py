@@ -5,7 +5,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -103,59 +103,41 @@ def caption(
             raise UserError(f"{', '.join(given)}: for one source; leave out with --batch.")
         if len(words) > 1 or len(out or ()) != 1:
             raise UserError("a batch takes one output: casa caption casa-tiny --batch manifest.jsonl --out all.jsonl")
-        from casa.captioning.batch import BatchRequest
-        from casa.streaming import Sampling
-
-        _caption_batch(
-            BatchRequest(
-                manifest=batch,
-                out=(out or [])[0],
-                fps=fps,
-                prompt=prompt,
-                max_text_tokens=max_text_tokens or None,
-                max_new_tokens=max_new_tokens,
-                sampling=Sampling(temperature, top_k, top_p, stop_bias, repetition, decay, no_repeat_ngram_size),
-                seed=seed,
-                batch_size=batch_size,
-                resume=resume,
-            ),
-            *(words or ["casa-tiny"]),
-            device=device,
-            weights=weights,
-            cluster=cluster,
-        )
-        return
-    if cluster is not None:
+    elif cluster is not None:
         raise UserError("--cluster is for --batch; add it, or leave --cluster out.")
-    if len(words) not in (1, 2):
+    elif len(words) not in (1, 2):
         raise UserError("caption takes one video: casa caption casa-tiny talk.mp4 --out talk.srt")
+    from casa.streaming import Sampling
+
+    sampling = Sampling(temperature, top_k, top_p, stop_bias, repetition, decay, no_repeat_ngram_size)
+    asked: dict[str, Any] = {"fps": fps, "prompt": prompt, "max_text_tokens": max_text_tokens or None, "seed": seed}
+    asked |= {"max_new_tokens": max_new_tokens, "sampling": sampling, "resume": resume}
+    if batch is not None:
+        from casa.captioning.batch import BatchRequest
+
+        many = BatchRequest(manifest=batch, out=(out or [])[0], batch_size=batch_size, **asked)
+        _caption_batch(many, words[0] if words else "casa-tiny", device, weights, cluster)
+        return
     name, source = words if len(words) == 2 else ("casa-tiny", words[0])
     from casa.captioning import CaptionReport, CaptionRequest, GracefulStop, TimedQuestion
     from casa.captioning import caption as run
     from casa.models.auto import load_pretrained
-    from casa.streaming import Sampling
 
     request = CaptionRequest(
         source=source,
         out=tuple(out or ()),
         burn=burn,
         track=track,
-        fps=fps,
         start=start,
         end=end,
         live=live,
         hold=hold,
         cue=cue,
-        prompt=prompt,
-        max_text_tokens=max_text_tokens or None,
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_k, top_p, stop_bias, repetition, decay, no_repeat_ngram_size),
-        seed=seed,
         questions=tuple(TimedQuestion(*parse_question(written)) for written in ask or ()),
-        resume=resume,
         save_every=save_every,
         source_options=pairs(source_options, "--source-option", "rtsp_transport=udp"),
         reconnect_for=reconnect_for,
+        **asked,
     )
     report, whole = CaptionReport(), False
     with GracefulStop() as stop:

@@ -50,6 +50,7 @@ class StepRequest:
     # that is too slow says little, not nothing, and only the model's own stop token is silence.
     should_stop: ShouldStop | None = None
     said: Sequence[int] = ()  # what an earlier batch said of this caption; its last token is the one to feed
+    draft: Sequence[int] = ()  # what may be said, fed with the tokens: as far as it is, it takes one pass (`decode`)
 
 
 @dataclass(frozen=True)
@@ -91,21 +92,21 @@ def run_batch(
     """
     settle()
     alone = len(requests) == 1
-    longest = max(len(request.tokens) for request in requests)
-    padded = [[request.stop] * (longest - len(request.tokens)) + request.tokens for request in requests]
+    fed = [[*request.tokens, *request.draft] for request in requests]
+    longest = max(map(len, fed))
+    padded = [[request.stop] * (longest - len(row)) + row for row, request in zip(fed, requests, strict=True)]
     inputs = {"input_ids": torch.tensor(padded)}
     if alone:
         cache = requests[0].cache
     else:
         cache, cached = join([request.cache for request in requests], model.new_cache())
-        fed = _right_aligned([len(request.tokens) for request in requests], longest)
-        inputs["attention_mask"] = torch.cat([cached, fed], dim=1).long()
+        inputs["attention_mask"] = torch.cat([cached, _right_aligned(list(map(len, fed)), longest)], dim=1).long()
     given = [request.images for request in requests if request.images]
     features: dict[int, Tensor | None] = {}
     if given:
         inputs["image_positions"] = torch.tensor(
             [
-                (row, longest - len(request.tokens) + request.image_index)
+                (row, longest - len(fed[row]) + request.image_index)
                 for row, request in enumerate(requests)
                 if request.image_index is not None and request.images
             ]
@@ -123,7 +124,7 @@ def run_batch(
         return cache if alone else part(cache, row, model.new_cache())
 
     captions = [_Caption(request) for request in requests]
-    for ended in decode(model, inputs, cache, captions):
+    for ended in decode(model, inputs, cache, captions, drafts=dict(enumerate(request.draft for request in requests))):
         for row in ended:
             caption = captions[row]
             state, found = own(row), features.get(row)
@@ -132,7 +133,7 @@ def run_batch(
         if still and should_yield is not None and should_yield():
             for row in still:
                 tokens = captions[row].tokens
-                yield row, replace(requests[row], cache=own(row), tokens=tokens[-1:], images={}, said=tokens)
+                yield row, replace(requests[row], cache=own(row), tokens=tokens[-1:], images={}, said=tokens, draft=())
             return
 
 

@@ -139,6 +139,7 @@ def decode(
     cache: CasaCache,
     texts: Sequence[RunningText],
     *,
+    drafts: Mapping[int, Sequence[int]] | None = None,
     drop_ended: bool = False,
 ) -> Iterator[list[int]]:
     """Reads a prompt, and then goes on with all texts in step. Yields after each pass which of them ended with it.
@@ -148,20 +149,38 @@ def decode(
         inputs: The first call of all rows; a single row is read once and repeated for every text.
         cache: Filled as the texts go on.
         texts: One per row.
+        drafts: By row, tokens at the end of its inputs that its text may begin with: as far as it does, they are said
+            in the first pass; the rest is taken back.
         drop_ended: Makes the batch smaller as texts end. Otherwise their rows run on, unheard, which costs less where
             texts are short.
     """
-    rows = list(enumerate(texts))
+    rows, drafts = list(enumerate(texts)), drafts or {}
     while True:
-        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        keep = 1 + max(map(len, drafts.values()), default=0)
+        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
         if len(logits) < len(rows):
             cache.batch_repeat_interleave(len(rows))
-            logits = logits.expand(len(rows), -1)
-        yield [number for at, (number, text) in enumerate(rows) if text.is_open and text.take(logits[at])]
+            logits = logits.expand(len(rows), -1, -1)
+        ended, refused = [], [0] * len(rows)
+        for at, (number, text) in enumerate(rows):
+            if text.is_open:
+                refused[at] = _follow(text, drafts.get(number, ()), logits[at])
+                ended += [] if text.is_open else [number]
+        if any(refused):
+            cache.crop(-refused[0]) if len(rows) == 1 else cache.forget_last(torch.tensor(refused, device=model.device))
+        yield ended
         still = [at for at, (_, text) in enumerate(rows) if text.is_open]
         if not still:
             return
         if drop_ended and len(still) < len(rows):
             cache.batch_select_indices(torch.tensor(still, device=model.device))
             rows = [rows[at] for at in still]
-        inputs = {"input_ids": torch.tensor([[text.last] for _, text in rows], device=model.device)}
+        inputs, drafts = {"input_ids": torch.tensor([[text.last] for _, text in rows], device=model.device)}, {}
+
+
+def _follow(text: RunningText, draft: Sequence[int], logits: Tensor) -> int:
+    """Chooses tokens from the last logits (.., V) as long as they are the draft's; how many of that were not chosen."""
+    for left in range(len(draft), -1, -1):
+        if text.take(logits[-1 - left]) or not left or text.last != draft[-left]:
+            break
+    return left

@@ -200,9 +200,10 @@ class StreamingSession:
     ) -> StepRequest:
         # what the request does, it does to a twin: a batch that fails leaves nothing behind
         cache, generator = self._cache.twin(), _generator(self._generator.get_state())
+        opens = image_index is not None
         if self.max_text_tokens is not None:
             # all the room that a caption may need is made first: nothing is forgotten while one is said
-            count, opens = len(tokens) + self.max_new_tokens, image_index is not None
+            count = len(tokens) + self.max_new_tokens
             state.make_room(cache, count, self.max_text_tokens, self._sinks, self._turns, opens)
         return StepRequest(
             cache=cache,
@@ -216,7 +217,12 @@ class StreamingSession:
             generator=generator,
             to_text=self._to_text,
             should_stop=should_stop,
+            draft=self._draft() if opens and cache.is_croppable else (),
         )
+
+    def _draft(self) -> list[int]:
+        """Where every frame is a turn, its answer is the last one's as long as nothing new is seen."""
+        return self._processor.tokenizer.encode(self._said, add_special_tokens=False)[: self.max_new_tokens]
 
     def _to_text(self, tokens: Sequence[int]) -> str:
         return self._processor.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
