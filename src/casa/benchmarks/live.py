@@ -53,7 +53,7 @@ def laps(path: Path, fps: float, seconds: float, lap: float) -> Iterator[LapFram
 
 def bench_live(settings: LiveSettings) -> Benchmark:
     """Watches for so many minutes, which it takes."""
-    model, processor = load_pretrained(settings.model, settings.device)
+    model, processor = load_pretrained(settings.model, settings.device, settings.weights)
     seconds, fps, bound = 60 * settings.minutes, settings.fps, settings.max_text_tokens or None
     lap = min(LAP, max(2.0, math.ceil(seconds))) if settings.video is None else probe(settings.video).duration
     session = StreamingSession(model, processor, max_text_tokens=bound, max_new_tokens=16)
@@ -70,7 +70,7 @@ def bench_live(settings: LiveSettings) -> Benchmark:
     columns |= {"lag, median": "{median_lag_ms:.0f} ms", "most": "{max_lag_ms:.0f} ms"}
     shown = f"{table(rows, columns | {'cache': '{cache_bytes!K:.0f} KiB'})}\nkeeps pace: {found['keeps_pace']}"
     drawn = {"size": settings.size, "seed": settings.seed} if settings.video is None else {"video": film.name}
-    told = drawn | {"max_text_tokens": bound}
+    told = drawn | {"max_text_tokens": bound, "weights_as": settings.weights}
     return Benchmark("live", told, found, shown, str(model.device), settings.model)
 
 
@@ -151,7 +151,7 @@ def bench_sessions(settings: StreamSettings, most: int, seconds: float = LOAD_SE
     Loads are 1, 2, 4, ... up to `most` sessions, each for `seconds`, which it takes; behind the first that is not
     sustained, those halfway between it and the last that was.
     """
-    model, processor = load_pretrained(settings.model, settings.device)
+    model, processor = load_pretrained(settings.model, settings.device, settings.weights)
     fps, bound = settings.fps, settings.max_text_tokens or None
 
     def load(count: int) -> Figures:

@@ -117,6 +117,7 @@ class LiveSettings(Settings):
     max_text_tokens: MaxTextTokens = 256
     seed: Seed = 0
     device: Device = "auto"
+    weights: Annotated[str, "own, as they were saved, or int8."] = "own"
 
 
 @dataclass(frozen=True)
