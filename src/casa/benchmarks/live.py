@@ -151,7 +151,7 @@ def bench_sessions(settings: StreamSettings, most: int, seconds: float = LOAD_SE
     Loads are 1, 2, 4, ... up to `most` sessions, each for `seconds`, which it takes; behind the first that is not
     sustained, those halfway between it and the last that was.
     """
-    model, processor = load_pretrained(settings.model, settings.device, settings.weights)
+    model, processor = load_pretrained(settings.model, settings.device)
     fps, bound = settings.fps, settings.max_text_tokens or None
 
     def load(count: int) -> Figures:

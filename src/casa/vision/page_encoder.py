@@ -189,6 +189,9 @@ class PageEncoder(PreTrainedModel):
         blocks = cells.unflatten(2, (-1, high)).unflatten(4, (-1, wide))  # (n, d, rows, high, columns, wide)
         return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
+    def _classes(self, cells: Tensor) -> Tensor:
+        return self._features(self.classifier(cells).softmax(dim=1))
+
     def runs(self, cells: Tensor) -> list[list[TextRun]]:
         """The texts of each page, of what `forward` returns."""
         with torch.no_grad():
