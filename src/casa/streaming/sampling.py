@@ -180,7 +180,7 @@ def decode(
 
 def _follow(text: RunningText, draft: Sequence[int], logits: Tensor) -> int:
     """Chooses tokens from the last logits (.., V) as long as they are the draft's; how many of that were not chosen."""
-    for left in range(len(draft), -1, -1):
-        if text.take(logits[-1 - left]) or not left or text.last != draft[-left]:
-            break
+    left = len(draft)
+    while not text.take(logits[-1 - left]) and left and text.last == draft[-left]:
+        left -= 1
     return left
