@@ -48,6 +48,7 @@ def scores(records: Records, section: Mapping[str, Any]) -> Any:
         _named(axes, column, "% right", "")
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)
         axes.margins(x=0.15)
+        axes.locator_params(axis="x", nbins=3)
     grid[0].set_yticks(range(len(names)), names, fontsize=8)
     grid[0].set_ylim(len(names) - 0.5, -0.5)
     return figure
