@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,16 +33,17 @@ from projects.casa_smol.start import (
 
 CALLED, PLACED_BY, UNDER = range(len(TAGS))
 ASKING = (
-    ((0, 44), {CALLED: 1.0, PLACED_BY: 0.3, UNDER: 0.2}),
-    ((16, 60), {CALLED: 1.0, PLACED_BY: 0.3}),
-    ((40, 84), {CALLED: 1.0}),
+    ((0, 44), {CALLED: 1.0, PLACED_BY: 0.3}, -1.0),
+    ((16, 60), {CALLED: 1.0, PLACED_BY: 0.3}, -1.0),
+    ((0, 24), {UNDER: 1.0}, 1.0),
 )
 """By key head: which numbers of the code of what is asked for it compares, and with which tags, each with its weight.
-They are added up before they are compared: a head that went by a row's name alone would look at all its cells."""
+They are added up before they are compared: a head that went by a row's name alone would look at all its cells. Last:
+whether it looks where something is asked for by what is below it (1), or where by anything else (-1)."""
 AGAIN = (
-    ((0, 28), {CALLED: 1.0, PLACED_BY: 0.3, UNDER: 0.2}),
-    ((28, 56), {CALLED: 1.0, PLACED_BY: 0.3}),
-    ((56, 84), {CALLED: 1.0}),
+    ((0, 28), {CALLED: 1.0, PLACED_BY: 0.3, UNDER: 0.2}, 0.0),
+    ((28, 56), {CALLED: 1.0, PLACED_BY: 0.3}, 0.0),
+    ((56, 84), {CALLED: 1.0}, 0.0),
 )
 """The same for a layer that goes by places, too."""
 SHARP = (0.6, 1.0, 1.6)  # of a key head's three query heads
@@ -60,8 +62,9 @@ class Closed:
     Attributes:
         start: What is known of the model.
         line_break: Id of the token that stands before a text.
-        asked, placed, begins, next, last: Nats that a comparison is worth where all is right: of tags, of places, of
-            where texts begin, of the next word; and of the last one, the one before it and the one before that.
+        asked, placed, begins, side, next, last: Nats that a comparison is worth where all is right: of tags, of places,
+            of where texts begin, of the side that is asked by, of the next word; and of the last one, the one before it
+            and the one before that.
         sink: Nats that "nothing here" scores.
     """
 
@@ -70,6 +73,7 @@ class Closed:
     asked: float = 25.0
     placed: float = 10.0
     begins: float = 8.0
+    side: float = 8.0
     next: float = 14.0
     last: tuple[float, float, float] = (25.0, 12.0, 8.0)
     sink: float = 6.0
@@ -80,12 +84,13 @@ class Closed:
         known = [(one, asked) for one in kept if (asked := self._asked_for(one.sample)) is not None]
         states = torch.stack([one.states[block][len(one.sample.prompt) - 1].float() for one, _ in known])
         told = self._guessed(states, torch.stack([asked for _, asked in known]))
+        below = self._guessed(states, torch.tensor([[self._below(one.sample)] for one, _ in known]))[0]
         queries, keys, constant = self._silent(layer, block)
         before = len(TAGS) + BEFORE - 1
         line_break = self.start.codes[self.line_break, : self.start.known(before)] * self.start.codes.shape[1] ** 0.5
         begins = line_break @ self._read(block, before, len(line_break)) / line_break.square().sum()
         near = self._placed(block, kept) * layer.head_dim**0.5 * self.placed if again else None
-        for head, ((first, stop), tags) in enumerate(AGAIN if again else ASKING):
+        for head, ((first, stop), tags, side) in enumerate(AGAIN if again else ASKING):
             still = FAR if again else STILL
             for slot, weight in tags.items():
                 count = min(stop, self.start.known(slot)) - first
@@ -96,7 +101,7 @@ class Closed:
             for query, sharp in zip(queries[head], SHARP, strict=True):
                 query.zero_()
                 query[still[: stop - first]] = self._compared(told[first:stop], layer, self.asked * sharp)
-                query[BEGINS] = constant * layer.head_dim**0.5 * self.begins
+                query[BEGINS] = (constant * self.begins + below * self.side * side) * layer.head_dim**0.5
                 if near is not None:
                     query[STILL[NEAR]] = near * sharp
                 self._look_back(query, layer, constant)
@@ -164,6 +169,14 @@ class Closed:
     def _asked_for(self, sample: Sample) -> Tensor | None:
         wanted = self.start.names[torch.tensor(sample.prompt)[torch.tensor(sample.wanted)]]
         return self.start.codes[wanted][:, :ASKED].mean(0) if len(wanted) else None
+
+    def _below(self, sample: Sample) -> float:
+        """1 where a text is asked for by more of what is below it than of any other tags, else -1."""
+        wanted = set(self.start.names[torch.tensor(sample.prompt)[torch.tensor(sample.wanted)]].tolist())
+        tags = sample.ids.reshape(-1, sample.ids.shape[-1])[sample.found[0][0]]
+        kinds = np.split(tags, np.cumsum([sum(groups) for groups in TAGS]))[: len(TAGS)]
+        called, placed, under = (len(wanted & set(kind.tolist())) for kind in kinds)
+        return 1.0 if under > max(called, placed) else -1.0
 
     def _guessed(self, states: Tensor, wanted: Tensor) -> Tensor:
         """(numbers, D): least squares."""

@@ -133,7 +133,7 @@ class Pages:
         row = int(rng.integers(len(texts)))
         kinds = [(READ_NUMBERED, row)] * 3 + [(READ_LAST, len(texts) - 1)]
         kinds += [(READ_AFTER, row + 1)] * 2 if row + 1 < len(texts) else []
-        kinds += [(READ_BEFORE, row - 1)] if row else []
+        kinds += [(READ_BEFORE, row - 1)] * 2 if row else []
         wordings, answer = pick(rng, kinds)
         names = {"n": row + 1, "nth": ordinal(row + 1), "line": texts[row]}
         return self._asked(rng, placed, int(rng.integers(12, 22)), wordings, answer, names)
