@@ -18,6 +18,7 @@ import typer
 
 from casa.errors import UserError
 from projects.study.grid import Run, Study, read_study
+from projects.study.real import begin_real
 from projects.study.run import is_done, train_run
 from projects.study.shared import begin
 
@@ -39,7 +40,7 @@ def work(study: Study, folder: Path, groups: list[str]) -> int:
     """Trains every run that is not done and that no other process has; returns how many failed."""
     with (folder / "begin.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        beginning = begin(study, folder)
+        beginning = begin_real(study, folder) if study.shared.parts else begin(study, folder)
     failed = 0
     runs = chosen(study, groups)
     for number, run in enumerate(runs, start=1):

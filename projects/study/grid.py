@@ -61,14 +61,16 @@ class Shared(Settings):
         seed: Of all of it.
         side: px of a picture's sides.
         pictures: By split, how many of each kind.
+        parts: At the real scale, the folder of `projects.casa_smol.parts`; what follows is of the small one.
         text: Keys of transformers' LlamaConfig.
         text_budget: Of the text model.
         vocabulary: Tokens at most.
     """
 
     pictures: dict[str, dict[str, int]]
-    text: dict[str, Any]
-    text_budget: Budget
+    parts: str = ""
+    text: dict[str, Any] = field(default_factory=dict)
+    text_budget: Budget = field(default_factory=lambda: Budget(6000))
     seed: NonNegative = 1
     side: Positive = 112
     vocabulary: Positive = 400
@@ -96,7 +98,7 @@ class Group(Settings):
     Args:
         name: Of the group.
         tasks: What they are trained and asked on.
-        runs: A fusion's fields by the run's name.
+        runs: A fusion's fields by the run's name; at the real scale `lora` too, the rank of the text model's adapters.
         grid: Values of a fusion's fields, all of whose combinations are runs.
         seeds: Of each run.
         budget: Changes to the study's budget.
@@ -125,7 +127,7 @@ def _written(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """One model that is trained and scored. name: is unique together with the seed."""
+    """One model that is trained and scored. name: unique together with the seed. lora: rank of adapters, 0: none."""
 
     group: str
     name: str
@@ -134,6 +136,7 @@ class Run:
     tasks: str
     budget: Budget
     inspect: bool
+    lora: int = 0
 
     @property
     def id(self) -> str:
@@ -143,7 +146,8 @@ class Run:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which a record keeps: a run whose values have changed is another one."""
         values = vars(self) | {"fusion": self.fusion.to_dict(), "budget": vars(self.budget)}
-        return {name: values[name] for name in ("group", "name", "seed", "tasks", "fusion", "budget")}
+        names = ("group", "name", "seed", "tasks", "fusion", "budget", *(["lora"] if self.lora else []))
+        return {name: values[name] for name in names}
 
 
 @dataclass(frozen=True)
@@ -187,8 +191,9 @@ class Study(Settings):
             budget = build(Budget, vars(self.budget) | group.budget, at=f"groups.{group.name}.budget")
             for seed in group.seeds:
                 for name, values in group.fusions().items():
-                    fusion = build(FusionConfig, values, "fusion")
-                    found.append(Run(group.name, name, seed, fusion, group.tasks, budget, name in group.inspect))
+                    fusion = build(FusionConfig, {k: v for k, v in values.items() if k != "lora"}, "fusion")
+                    shown, lora = name in group.inspect, int(values.get("lora", 0))
+                    found.append(Run(group.name, name, seed, fusion, group.tasks, budget, shown, lora))
         return found
 
 

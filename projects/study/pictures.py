@@ -8,7 +8,7 @@ names. Pages of one line and scenes of one shape serve as `numbers` and `cards`,
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,23 @@ _CODES = {"train": 101, "held_out": 202}
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of one kind. features: float16 (n, N, C). facts: of each: `turns`, and `lines`, `shapes` or `bars`."""
+    """Pictures of one kind.
 
-    features: Tensor
-    facts: list[dict[str, Any]]
+    features: of each, float16 (N, C). grids: its rows and columns of patches. facts: its `turns`, and `lines`, `shapes`
+    or `bars`.
+    """
+
+    features: Sequence[Tensor]
+    grids: Sequence[tuple[int, int]]
+    facts: Sequence[dict[str, Any]]
+
+    def some(self, numbers: Sequence[int]) -> "Pictures":
+        """Those of these numbers."""
+        return Pictures(
+            [self.features[number] for number in numbers],
+            [self.grids[number] for number in numbers],
+            [self.facts[number] for number in numbers],
+        )
 
 
 Bank = Mapping[str, Pictures]
@@ -78,16 +91,16 @@ def make_pictures(folder: Path, counts: Mapping[str, Mapping[str, int]], seed: i
         write_text(folder / f"{kind}-{split}.json", json.dumps(facts) + "\n")
 
 
-def read_pictures(folder: Path, split: Split) -> Bank:
+def read_pictures(folder: Path, split: Split, side: int) -> Bank:
     """The pictures of a split, and of these the pages of one line as `numbers`, the scenes of one shape as `cards`."""
     bank = {}
     for path in sorted(folder.glob(f"*-{split}.json")):
-        features = load_file(path.with_suffix(".safetensors"))["features"]
-        bank[path.name.removesuffix(f"-{split}.json")] = Pictures(features, json.loads(path.read_text("utf-8")))
+        features, facts = load_file(path.with_suffix(".safetensors"))["features"], json.loads(path.read_text("utf-8"))
+        grids = [(side // PATCH, side // PATCH)] * len(facts)
+        bank[path.name.removesuffix(f"-{split}.json")] = Pictures(features.unbind(), grids, facts)
     for name, kind, holds in (("numbers", "pages", "lines"), ("cards", "scenes", "shapes")):
         if kind in bank:
-            chosen = [number for number, facts in enumerate(bank[kind].facts) if len(facts[holds]) == 1]
-            bank[name] = Pictures(bank[kind].features[chosen], [bank[kind].facts[number] for number in chosen])
+            bank[name] = bank[kind].some([n for n, facts in enumerate(bank[kind].facts) if len(facts[holds]) == 1])
     return bank
 
 

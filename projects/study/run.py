@@ -16,13 +16,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from casa.atomic import write_text
-from casa.models import CasaForConditionalGeneration
 from casa.provenance import fingerprint, provenance
 from projects.study.grid import Run, Study
 from projects.study.scoring import attention, inspect, part_of, score
 from projects.study.shared import Beginning
 from projects.study.tasks import Writer, held_out, training_batch
-from projects.study.training import Watch, train_steps
+from projects.study.training import Watch, computing, train_steps
 
 QUESTIONS_SEED = 2026
 ON_THE_WAY, LOOKED_AT = 40, 6  # questions and cases of a task while a model is trained
@@ -52,7 +51,7 @@ def train_run(study: Study, run: Run, beginning: Beginning, folder: Path) -> dic
         UserError: It was ended by SIGTERM; called again, it goes on.
     """
     tasks, budget = study.tasks[run.tasks], run.budget
-    model = beginning.model(run.fusion, 1000 + run.seed)
+    model = beginning.model(run.fusion, 1000 + run.seed, run.lora)
     device = "cuda" if study.device == "auto" and torch.cuda.is_available() else "cpu"
     model.to(device)  # type: ignore[arg-type]
     questions = held_out(tasks.questions, beginning.banks["held_out"], QUESTIONS_SEED)
@@ -78,7 +77,7 @@ def train_run(study: Study, run: Run, beginning: Beginning, folder: Path) -> dic
         "study": study.name,
         "run": plain(run.to_dict()),
         **provenance(device),
-        "text_model": fingerprint(beginning.folder / "text"),
+        "text_model": fingerprint(beginning.text),
         "parameters": counted | {"fusion_layers": fused},
         "step_gflop": round(flops / 1e9, 3),
         "seconds": round(watch.seconds, 1),
@@ -115,7 +114,7 @@ class Batches:
 
     def __init__(self, run: Run, study: Study, beginning: Beginning, gist: list[int]) -> None:
         self.run, self.weights, self.beginning = run, study.tasks[run.tasks].weights, beginning
-        self.writer = Writer(beginning.tokenizer, gist)
+        self.writer = Writer(beginning.tokenizer, gist, beginning.marks)
 
     def __call__(self, start: int) -> Iterator[dict[str, Tensor]]:
         budget, seed = self.run.budget, self.run.seed
@@ -133,10 +132,10 @@ class Batches:
             yield inputs
 
 
-def step_flops(model: CasaForConditionalGeneration, batch: dict[str, Tensor], device: str) -> int:
+def step_flops(model: Any, batch: dict[str, Tensor], device: str) -> int:
     """Operations of matrix products and attention, forward and backward, of one step; nothing is trained."""
     counter = FlopCounterMode(display=False)
-    with counter:
+    with counter, computing(model):
         model(**{name: value.to(device) for name, value in batch.items()}, use_cache=False).loss.backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()

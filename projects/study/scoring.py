@@ -15,6 +15,7 @@ from casa.analysis.statistics import Case, set_statistics
 from casa.models import CasaForConditionalGeneration
 from projects.study.shared import Beginning
 from projects.study.tasks import Sample, Writer
+from projects.study.training import computing
 
 _BATCH, _ROW = 48, 256  # samples of a pass, tokens of a row
 PART = 60  # questions of a task on which models with parts taken out are asked
@@ -52,14 +53,15 @@ class Scores:
 @torch.no_grad()
 def score(model: CasaForConditionalGeneration, beginning: Beginning, samples: Sequence[Sample]) -> Scores:
     """Asks held-out questions, one per sample."""
-    writer = Writer(beginning.tokenizer, model.gist_ids)
+    writer = Writer(beginning.tokenizer, model.gist_ids, beginning.marks)
     exact, log_likelihood = [False] * len(samples), [0.0] * len(samples)
     for begin in range(0, len(samples), _BATCH):
         asked = list(samples[begin : begin + _BATCH])
         written = [writer.write(sample) for sample in asked]
         inputs, starts = beginning.inputs(asked, written, "held_out", _ROW)
         del inputs["labels"]
-        chances = model(**_on(inputs, model.device), use_cache=False).logits.float().log_softmax(-1).cpu()
+        with computing(model):
+            chances = model(**_on(inputs, model.device), use_cache=False).logits.float().log_softmax(-1).cpu()
         for number, row, start in starts:
             chat = written[number]
             learned = torch.tensor([index for index, learn in enumerate(chat.learn) if learn])
@@ -106,7 +108,7 @@ def inspect(model: CasaForConditionalGeneration, beginning: Beginning, samples: 
 
 def attention(model: CasaForConditionalGeneration, beginning: Beginning, samples: Sequence[Sample]) -> dict[str, Any]:
     """Where answers look in the fusion layers, by layer and head; of self-attention under insertion."""
-    writer = Writer(beginning.tokenizer, model.gist_ids)
+    writer = Writer(beginning.tokenizer, model.gist_ids, beginning.marks)
     cases = []
     for sample in samples:
         chat = writer.write(sample)

@@ -5,10 +5,10 @@ folder/text/        tokenizer and text model, trained on the words of all tasks 
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, FusionConfig, adapt
 from projects.casa_tiny.chat import ChatTokens, build_tokenizer, pack
 from projects.study.grid import Shared, Study
-from projects.study.pictures import Bank, make_pictures, read_pictures
-from projects.study.tasks import TASKS, Sample, Writer, described, training_batch
+from projects.study.pictures import SPLITS, Bank, make_pictures, read_pictures
+from projects.study.tasks import SMALL, Sample, Writer, described, training_batch
 from projects.study.training import train_steps
 
 _DOCUMENTS = 2000  # samples whose text the tokenizer is made from
@@ -36,17 +36,17 @@ _DOCUMENTS = 2000  # samples whose text the tokenizer is made from
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a run begins from. banks: pictures by split. grid: rows and columns of patches of each picture."""
+    """What a run begins from. text: folder of the text model. banks: pictures by split. marks: see `Writer`."""
 
-    folder: Path
+    text: Path
     banks: dict[str, Bank]
     tokenizer: PreTrainedTokenizerBase
-    grid: tuple[int, int]
+    marks: Mapping[str, str] = field(default_factory=dict)
 
-    def model(self, fusion: FusionConfig, seed: int) -> CasaForConditionalGeneration:
+    def model(self, fusion: FusionConfig, seed: int, lora: int = 0) -> Any:
         """The text model and casa-tiny's image tower, fused; the tower is frozen, what is new is drawn by the seed."""
         torch.manual_seed(seed)
-        text = LlamaForCausalLM.from_pretrained(self.folder / "text", attn_implementation="sdpa")
+        text = LlamaForCausalLM.from_pretrained(self.text, attn_implementation="sdpa")
         tower = CasaForConditionalGeneration.from_pretrained("casa-tiny").vision
         model = adapt(text, fusion=fusion, vision=tower)
         model.vision.requires_grad_(False)
@@ -72,7 +72,7 @@ class Beginning:
         inputs = {
             **rows.inputs,
             "image_positions": rows.image_positions,
-            "image_grid_thw": torch.tensor([(1, *self.grid)] * len(shown)).view(-1, 3),
+            "image_grid_thw": torch.tensor([(1, *bank[kind].grids[number]) for kind, number in shown]).view(-1, 3),
             "image_features": torch.cat([bank[kind].features[number] for kind, number in shown]).float(),
         }
         return inputs, starts
@@ -92,16 +92,15 @@ def begin(study: Study, folder: Path) -> Beginning:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, values)
     make_pictures(folder / "pictures", shared.pictures, shared.seed, shared.side)
-    banks = {split: read_pictures(folder / "pictures", split) for split in ("train", "held_out")}
+    banks = {split: read_pictures(folder / "pictures", split, shared.side) for split in SPLITS}
     if not (folder / "text" / "config.json").is_file():
         make_text_model(shared, study.device, banks["train"], folder)
-    side = shared.side // 14
-    return Beginning(folder, banks, AutoTokenizer.from_pretrained(folder / "text"), (side, side))
+    return Beginning(folder / "text", banks, AutoTokenizer.from_pretrained(folder / "text"))
 
 
 def make_text_model(shared: Shared, device: str, bank: Bank, folder: Path) -> None:
     """Makes the tokenizer and a text model that answers all tasks where pictures are put in words, in `folder/text`."""
-    weights = dict.fromkeys(TASKS, 1.0)
+    weights = dict.fromkeys(SMALL, 1.0)
     rng = np.random.default_rng([shared.seed, 11])
     drawn = training_batch(weights, bank, rng, _DOCUMENTS, 4)
     texts = [part for sample in drawn for part in (*sample.parts, *described(sample, bank).parts)]

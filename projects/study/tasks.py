@@ -124,7 +124,7 @@ def ago(bank: Bank, rng: np.random.Generator, count: int) -> Sample:
     return Sample(parts, tuple(each[0] for each in shown), f"ago.{back}")
 
 
-TASKS: dict[str, Task] = {
+SMALL: dict[str, Task] = {
     "pages": about_one("pages"),
     "scenes": about_one("scenes"),
     "charts": about_one("charts"),
@@ -135,6 +135,9 @@ TASKS: dict[str, Task] = {
     "between": between,
     "ago": ago,
 }
+REAL = ("line", "page", "receipt", "invoice", "form", "table", "chart", "dialog", "login", "settings", "window")
+"""Tasks of casa-smol, at the real scale: questions about one picture."""
+TASKS = SMALL | {kind: about_one(kind) for kind in REAL}
 
 
 def _some(bank: Bank, kind: str, rng: np.random.Generator, count: int) -> tuple[int, list[tuple[str, str, str]]]:
@@ -176,32 +179,42 @@ def _words(facts: Mapping[str, Any]) -> str:
 
 @dataclass
 class Writer:
-    """Writes samples as tokens. gist: ids that stand behind every picture."""
+    """Writes samples as tokens.
+
+    Args:
+        tokenizer: Of the text model.
+        gist: Ids that stand behind every picture.
+        marks: What stands for casa-tiny's marks of turns in another model's chats.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     gist: Sequence[int] = ()
+    marks: Mapping[str, str] = field(default_factory=dict)
     _known: dict[str, list[int]] = field(default_factory=dict)
 
     def write(self, sample: Sample) -> ChatTokens:
         """The tokens of a sample; those of answers are learned."""
-        mark = self.tokenizer.convert_tokens_to_ids(IMAGE)
         ids: list[int] = []
         learn: list[bool] = []
         places: list[int] = []
         for number, part in enumerate(sample.parts):
-            for token in self._encode(part):
-                if token == mark:
+            begin = len(ids)
+            for at, piece in enumerate(part.split(IMAGE)):
+                if at:
                     places.append(len(ids))
-                written = self.gist if token == mark else [token]
-                ids += written
-                learn += [number % 2 == 1] * len(written)
+                    ids += self.gist
+                ids += self._encode(piece)
+            learn += [number % 2 == 1] * (len(ids) - begin)
         return ChatTokens(tuple(ids), tuple(learn), tuple(places))
 
     def _encode(self, text: str) -> list[int]:
         if text not in self._known:
             if len(self._known) > 50_000:
                 self._known.clear()
-            self._known[text] = self.tokenizer.encode(text, add_special_tokens=False)
+            written = text
+            for mark, other in self.marks.items():
+                written = written.replace(mark, other)
+            self._known[text] = self.tokenizer.encode(written, add_special_tokens=False)
         return self._known[text]
 
 

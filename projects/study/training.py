@@ -7,6 +7,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from casa.atomic import write_text
@@ -76,6 +77,15 @@ class Watch(TrainerCallback):
         write_text(self.path, json.dumps(kept) + "\n")
 
 
+def _is_narrow(model: Any) -> bool:
+    return any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+
+
+def computing(model: Any) -> Any:
+    """How a model computes outside of training: in bfloat16 where its frozen part is kept in that."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=_is_narrow(model))
+
+
 def _now() -> tuple[float, float]:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return perf_counter(), used.ru_utime + used.ru_stime
@@ -120,6 +130,7 @@ def train_steps(
             existing_lr=budget.lr,
             muon_lr=budget.muon_lr,
             trainable="as given",
+            precision="bfloat16" if _is_narrow(model) else "float32",
         ),
         spike_detection=SpikeSettings(factor=None),  # a step of few samples is noisy
         saving=SavingSettings(every=every, keep=1),

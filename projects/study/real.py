@@ -1,0 +1,110 @@
+"""The real scale: a frozen language model with casa-smol's page encoder, on casa-smol's tasks.
+
+    folder/pictures/line-train.safetensors   features float16 (tokens of all pictures, C); grids int64 (n, 2)
+    folder/pictures/line-train.json          of each picture its questions with answers
+
+Of the text model nothing is trained but LoRA's adapters, where a run has them, so that all methods begin from the same
+model and can train as many parameters.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from casa import adapt
+from casa.atomic import replacing, write_text
+from casa.errors import UserError
+from casa.models import FusionConfig
+from casa.training.config import LoraSettings
+from casa.training.models import with_lora
+from casa.vision import spec_of
+from casa.vision.page_encoder import PageEncoder, image_processor
+from projects.casa_smol.tasks import Asked, asked
+from projects.casa_tiny.chat import ASSISTANT, END, FRAME, USER
+from projects.study.grid import Study
+from projects.study.pictures import SPLITS, Bank, Pictures
+from projects.study.shared import Beginning
+
+MARKS = {
+    USER: "<|im_start|>user\n",
+    FRAME: "",
+    END + ASSISTANT: "<|im_end|>\n<|im_start|>assistant\n",
+    END: "<|im_end|>\n",
+}
+"""The chat template of casa-smol, by casa-tiny's marks."""
+
+
+@dataclass(frozen=True)
+class RealBeginning(Beginning):
+    """What a run begins from at the real scale. eyes: the page encoder's folder."""
+
+    eyes: Path = Path()
+
+    def model(self, fusion: FusionConfig, seed: int, lora: int = 0) -> Any:
+        """The frozen text model and page encoder, fused; what is new is drawn by the seed."""
+        torch.manual_seed(seed)
+        model = adapt(str(self.text), fusion=fusion, vision=str(self.eyes))
+        model.backbone.requires_grad_(False).bfloat16()
+        model.vision.requires_grad_(False)
+        return with_lora(model, LoraSettings(rank=lora, alpha=2.0 * lora)) if lora else model
+
+
+def begin_real(study: Study, folder: Path) -> RealBeginning:
+    """Draws and encodes what is not in the folder yet, and reads all of it.
+
+    Raises:
+        UserError: The parts are not there.
+    """
+    shared, parts = study.shared, Path(study.shared.parts)
+    if not (parts / "eyes").is_dir():
+        raise UserError(f"there are no parts at {parts}; make them: python -m projects.casa_smol.parts {parts}")
+    make_pictures(folder / "pictures", shared.pictures, shared.seed, parts / "eyes")
+    banks = {split: read_pictures(folder / "pictures", split) for split in SPLITS}
+    return RealBeginning(parts / "text", banks, AutoTokenizer.from_pretrained(parts / "text"), MARKS, parts / "eyes")
+
+
+def make_pictures(folder: Path, counts: Mapping[str, Mapping[str, int]], seed: int, eyes: Path) -> None:
+    """Draws and encodes pictures, a file for each task and split; one that is there stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder: PageEncoder | None = None
+    for split in SPLITS:
+        for task, count in counts[split].items():
+            if (folder / f"{task}-{split}.json").is_file():
+                continue
+            encoder = encoder or PageEncoder.from_pretrained(eyes, dtype=torch.float32).eval()
+            print(f"drawing {count:,} of {task}, {split}", flush=True)
+            features, grids, facts = [], [], []
+            for one in asked(task, split, seed, count):
+                grid, found = _encoded(encoder, one)
+                features.append(found)
+                grids.append(grid)
+                facts.append({"turns": [(turn.question, turn.answer, "all") for turn in one.turns]})
+            with replacing(folder / f"{task}-{split}.safetensors") as unfinished:
+                save_file({"features": torch.cat(features), "grids": torch.tensor(grids)}, unfinished)
+            write_text(folder / f"{task}-{split}.json", json.dumps(facts) + "\n")
+
+
+@torch.no_grad()
+def _encoded(encoder: PageEncoder, one: Asked) -> tuple[tuple[int, int], Tensor]:
+    """A picture's grid, and float16 (N, C)."""
+    seen = image_processor(encoder.config)([one.picture], return_tensors="pt")
+    ((_, rows, columns),) = seen["image_grid_thw"].tolist()
+    return (rows, columns), spec_of(encoder.config).run(encoder, seen["pixel_values"], seen["image_grid_thw"]).half()
+
+
+def read_pictures(folder: Path, split: str) -> Bank:
+    """The pictures of a split, by task."""
+    bank = {}
+    for path in sorted(folder.glob(f"*-{split}.json")):
+        held, facts = load_file(path.with_suffix(".safetensors")), json.loads(path.read_text(encoding="utf-8"))
+        grids = [(rows, columns) for rows, columns in held["grids"].tolist()]
+        features = held["features"].split([rows * columns for rows, columns in grids])
+        bank[path.name.removesuffix(f"-{split}.json")] = Pictures(features, grids, facts)
+    return bank

@@ -1,0 +1,144 @@
+"""The real scale of a study over stand-ins: what is frozen stays, what is asked is in the text model's own words."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from casa.errors import UserError
+from casa.settings import build
+from casa.testing import tiny_tokenizer
+from casa.vision.page_encoder import PageEncoder, PageEncoderConfig, image_processor
+from projects.casa_smol.parts import TEMPLATE
+from projects.casa_smol.tasks import asked
+from projects.study.grid import Study
+from projects.study.real import MARKS, begin_real
+from projects.study.run import train_run
+from projects.study.tasks import TASKS, Writer
+
+COUNTS = {"train": {"line": 6}, "held_out": {"line": 3}}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    tokenizer = tiny_tokenizer("gpt2")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "text")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None,
+        )  # fmt: skip
+        LlamaForCausalLM(config).bfloat16().save_pretrained(folder / "text")
+        made: Any = {"hidden_size": 8, "stem_sizes": (4, 4), "dilations": (1,), "token_size": (16, 16)}
+        PageEncoder(PageEncoderConfig(**made, token_parts=("features", "places"))).save_pretrained(folder / "eyes")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def study(parts):
+    return build(
+        Study,
+        {
+            "name": "real",
+            "shared": {"parts": str(parts), "pictures": COUNTS, "seed": 3},
+            "budget": {"steps": 20, "samples": 2, "warmup": 1, "most_turns": 2, "muon_lr": 0, "dropout": 0.0},
+            "tasks": {"read": {"weights": {"line": 1}, "questions": {"line": 3}}},
+            "groups": [
+                {
+                    "name": "main",
+                    "tasks": "read",
+                    "seeds": [1],
+                    "runs": {"casa": {}, "insertion": {"method": "insertion", "lora": 2}},
+                }
+            ],
+        },
+        what="the study",
+    )
+
+
+@pytest.fixture(scope="module")
+def beginning(study, tmp_path_factory):
+    return begin_real(study, tmp_path_factory.mktemp("study"))
+
+
+def test_a_picture_is_kept_as_the_encoder_sees_it_alone(beginning, parts):
+    encoder: Any = PageEncoder.from_pretrained(parts / "eyes", dtype=torch.float32).eval()
+    for split, counts in COUNTS.items():
+        bank = beginning.banks[split]["line"]
+        for number, one in enumerate(asked("line", split, 3, counts["line"])):
+            seen = image_processor(encoder.config)([one.picture], return_tensors="pt")
+            assert bank.grids[number] == tuple(seen["image_grid_thw"][0, 1:].tolist())
+            rows, columns = bank.grids[number]
+            blocks = seen["pixel_values"].view(rows, columns, 3, 16, 16).permute(2, 0, 3, 1, 4)
+            with torch.no_grad():
+                wanted = encoder.tokens(blocks.reshape(1, 3, rows * 16, columns * 16))[0]
+            torch.testing.assert_close(bank.features[number].float(), wanted, atol=2e-3, rtol=2e-3)
+            assert bank.facts[number]["turns"] == [[turn.question, turn.answer, "all"] for turn in one.turns]
+
+
+def test_a_sample_is_a_chat_of_the_text_models_own(beginning, parts):
+    tokenizer: Any = AutoTokenizer.from_pretrained(parts / "text")
+    bank, writer = beginning.banks["train"], Writer(tokenizer, marks=MARKS)
+    sample = TASKS["line"](bank, np.random.default_rng(2), 2)
+    chat = writer.write(sample)
+    learned = tokenizer.decode([token for token, learn in zip(chat.ids, chat.learn, strict=True) if learn])
+    assert learned == "".join(part.replace("<end>", "<|im_end|>\n") for part in sample.parts[1::2])
+    messages = []
+    for number, part in enumerate(sample.parts):
+        words = part.replace("<image>", "").replace("<frame>", "")
+        for mark in ("<user>", "<end>", "<assistant>"):
+            words = words.replace(mark, "")
+        messages.append({"role": "assistant" if number % 2 else "user", "content": words})
+    assert tokenizer.decode(chat.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+    before = tokenizer.decode(chat.ids[: chat.places[0]])
+    assert before == "<|im_start|>user\n", "the picture stands in front of the question"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["casa", "insertion"])
+def test_a_run_trains_what_is_new_and_the_text_model_stays(study, beginning, parts, tmp_path, name, monkeypatch):
+    (run,) = [one for one in study.runs() if one.name == name]
+    kept: list[Any] = []
+    made = type(beginning).model
+
+    def model(self, *given):
+        kept.append(made(self, *given))
+        return kept[0]
+
+    monkeypatch.setattr(type(beginning), "model", model)
+    record = train_run(study, run, beginning, tmp_path)
+    trained = [name for name, parameter in kept[0].named_parameters() if parameter.requires_grad]
+    assert trained
+    new = ("lora_", "projector") if name == "insertion" else ("casa_layers", "projector")
+    assert all(any(part in one for part in new) for one in trained)
+    before = LlamaForCausalLM.from_pretrained(parts / "text", dtype=torch.bfloat16).state_dict()
+    after = {one.replace("base_layer.", ""): value for one, value in kept[0].state_dict().items()}
+    for key, value in before.items():
+        (same,) = [other for one, other in after.items() if one.endswith(f"backbone.{key}")]
+        assert torch.equal(same, value), key
+    assert record["run"].get("lora", 0) == run.lora == (2 if name == "insertion" else 0)
+    assert len(record["scores"]["line.all"]["exact"]) == 3
+    assert len(record["curve"]) == 2
+    assert json.loads((tmp_path / "records" / f"{run.id}.json").read_text())["text_model"]
+
+
+def test_without_its_parts_it_says_how_to_make_them(study, tmp_path):
+    lacking = build(
+        Study,
+        {
+            "name": "real",
+            "shared": {"parts": str(tmp_path / "none"), "pictures": COUNTS},
+            "budget": {"steps": 1},
+            "tasks": {"read": {"weights": {"line": 1}, "questions": {"line": 1}}},
+            "groups": [{"name": "main", "tasks": "read", "runs": {"casa": {}}}],
+        },
+        what="the study",
+    )
+    with pytest.raises(UserError, match=r"python -m projects\.casa_smol\.parts"):
+        begin_real(lacking, tmp_path)
