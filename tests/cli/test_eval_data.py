@@ -42,6 +42,22 @@ def lines(path):
 
 
 @pytest.mark.slow
+def test_a_picture_that_was_missing_is_asked_about_once_it_is_there(folder, tmp_path, casa):
+    """Where no record could be asked it says so, and fails."""
+    (tmp_path / "qa.jsonl").write_text('{"image": "later.png", "question": "Read line 1.", "answer": "1"}\n')
+    words = ["--data", tmp_path / "qa.jsonl", "--metric", "exact", "--records", tmp_path / "out.jsonl", "--json"]
+    lacking = casa("eval", "casa-tiny", *words)
+    assert (lacking.status, lacking.out) == (2, "")
+    assert "later.png: check the path" in lacking.err
+    assert "qa.jsonl could be asked; mend what is said above." in lacking.err
+    (tmp_path / "later.png").write_bytes((folder / "0.png").read_bytes())
+    there = casa("eval", "casa-tiny", *words, "--resume")
+    assert (there.status, json.loads(there.out)["data"]["n"]) == (0, 1)
+    (line,) = lines(tmp_path / "out.jsonl")
+    assert "answer" in line
+
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_file(folder, tmp_path, casa):
     whole, path = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     words = ["--data", folder / "qa.jsonl", "--metric", "anls,exact", "--batch-size", 1, "--device", "cpu", "--json"]

@@ -6,7 +6,9 @@ import ast
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,15 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import casa
 from casa.errors import UserError
+from casa.media import sources
 from casa.models.auto import pick_device
 from casa.testing import PATIENCE, noise_frames, tiny_casa, tiny_processor
+from casa.training import checkpoints
 
 SOURCE = Path(casa.__file__).parent
 # what one system alone has, and how a file that uses it guards it
 ONLY_POSIX = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "posix"}
 
 MASKED = """
-import os, select, signal, sys, warnings
+import os, select, signal, sys, types, warnings
 # what others do on each system is not casa's doing
 import PIL.Image, av, numpy, rich, safetensors.torch, torch, typer
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, GenerationMixin
@@ -35,7 +39,8 @@ for name in ("SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGPIPE", "SIGCHLD", "S
     if hasattr(signal, name):
         delattr(signal, name)
 del select.poll
-sys.platform = "darwin"
+sys.platform = %r
+sys.modules["msvcrt"] = types.SimpleNamespace(setmode=lambda *given: None) if sys.platform == "win32" else None
 
 def away(event, args):
     if event == "open" and isinstance(args[0], str) and args[0].startswith(("/proc/", "/sys/")):
@@ -95,15 +100,42 @@ def test_texts_are_read_and_written_as_utf_8():
 
 
 @pytest.mark.slow
-def test_the_core_runs_without_what_linux_alone_has(tmp_path):
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_the_core_runs_without_what_linux_alone_has(tmp_path, platform):
     for file in ("../../docs/images/page.png", "assets/demo/clip.mp4"):
         (tmp_path / Path(file).name).write_bytes((SOURCE / file).read_bytes())
-    code = MASKED % sorted(ONLY_POSIX - {"posix"})
+    code = MASKED % (sorted(ONLY_POSIX - {"posix"}), platform)
     command = [sys.executable, "-X", "warn_default_encoding", "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
     told = done.stdout.splitlines()
     assert told[:2] == ["797", "707"], done.stderr
     assert told[-3:] == ["ended 0", "True", "[]"], done.stderr
+
+
+def test_a_pipe_is_read_as_bytes_on_windows(monkeypatch):
+    """There a pipe is text until it is told otherwise: line breaks would be changed."""
+    told = []
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "O_BINARY", 32768, raising=False)
+    monkeypatch.setattr(sources, "msvcrt", SimpleNamespace(setmode=lambda *given: told.append(given)), raising=False)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: False, fileno=lambda: 7))
+    sources._Pipe("-", threading.Event())
+    assert told == [(7, 32768)]
+
+
+def test_windows_opens_no_folders_and_files_to_be_synced_for_writing(tmp_path, monkeypatch):
+    opened = []
+
+    def opening(path, flags):
+        opened.append((path, flags))
+        return os.open(path, flags)
+
+    system = SimpleNamespace(name="nt", open=opening, fsync=os.fsync, close=os.close, O_RDWR=os.O_RDWR)
+    monkeypatch.setattr(checkpoints, "os", system)
+    (tmp_path / "file").write_bytes(b"1")
+    checkpoints._sync(tmp_path)
+    checkpoints._sync(tmp_path / "file")
+    assert opened == [(tmp_path / "file", os.O_RDWR)]
 
 
 def test_words_that_the_terminal_cannot_show_do_not_end_the_program():

@@ -1,5 +1,6 @@
 """The README cannot lie: its code runs, its map names what is there, its picture and commands exist."""
 
+import json
 import re
 from pathlib import Path
 
@@ -47,3 +48,8 @@ def test_it_is_short_and_its_moving_picture_small():
     assert (ROOT / moving).stat().st_size < 2_000_000
     with Image.open(ROOT / moving) as opened:
         assert opened.n_frames > 50
+
+
+def test_how_long_the_suite_takes_is_what_was_measured():
+    record = json.loads((ROOT / "docs/results/suite-cpu.json").read_text(encoding="utf-8"))
+    assert f"{record['passed']:,} tests took {record['seconds']} s on two cores." in README

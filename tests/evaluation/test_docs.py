@@ -32,13 +32,13 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(auto, "load_pretrained", lambda *_: loaded)
     monkeypatch.setattr("casa.pipeline.load_pretrained", lambda *_: loaded)
     shutil.copy(ROOT / "docs" / "images" / "page.png", tmp_path)
-    (questions,) = [text for kind, _, text in BLOCKS if kind == "json"]
-    (tmp_path / "qa.jsonl").write_text(questions)
+    for name, text in zip(
+        ("qa.jsonl", "live.jsonl"), [text for kind, _, text in BLOCKS if kind == "json"], strict=True
+    ):
+        (tmp_path / name).write_text(text)
     with VideoWriter(tmp_path / "clip.mp4", (336, 336), fps=10) as video:
         for frame in read_frames(FILM, fps=10, end=3.0):
             video.write(frame.image)
-    row = {"video": "clip.mp4", "video_end": 3.0, "words": [[0.4, 0.9, "door"], [0.9, 1.2, "7"]]}
-    (tmp_path / "live.jsonl").write_text(json.dumps(row) + "\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -47,18 +47,12 @@ def here(tmp_path, monkeypatch):
 def test_the_commands_run(here, monkeypatch, capsys):
     told = {}
     for line in LINES:
-        if "*.jsonl" in line:
-            (here / "live.jsonl").rename(here / "live.kept")
-            (here / "answers.jsonl").rename(here / "answers.kept")
         monkeypatch.setattr(sys, "argv", shlex.split(line))
         try:
             run()
         except SystemExit as end:
             assert end.code in (0, None), (line, capsys.readouterr().err)  # noqa: PT017
         told[line] = capsys.readouterr()
-        if "*.jsonl" in line:
-            (here / "live.kept").rename(here / "live.jsonl")
-            (here / "answers.kept").rename(here / "answers.jsonl")
     first = told[LINES[0]]
     assert "qa.jsonl:4: There is no picture" in first.err
     # as the page says, but for the time it took

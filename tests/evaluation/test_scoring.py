@@ -18,8 +18,8 @@ RUN = {"model": "m", "metrics": ["exact"]}
 class Echo:
     """Answers with the question's number; of two at a time, later ones first. Ends after so many batches."""
 
-    def __init__(self, most=None):
-        self.most, self.asked = most, []
+    def __init__(self, most=None, damaged=3):
+        self.most, self.damaged, self.asked = most, damaged, []
 
     def batches(self, questions):
         turned = questions[::-1]
@@ -30,7 +30,7 @@ class Echo:
             raise KeyboardInterrupt
         self.asked.append([one.index for one in questions])
         bad = BadRecord("unreadable-picture", "It is damaged.")
-        return [bad if one.index == 3 else str(one.index) for one in questions]
+        return [bad if one.index == self.damaged else str(one.index) for one in questions]
 
 
 def questions(count=7):
@@ -42,8 +42,8 @@ def questions(count=7):
         yield Question(index, record, turn, asked, (str(index % 4),))
 
 
-def run(path=None, resume=False, most=None, **changes):
-    answers = Echo(most)
+def run(path=None, resume=False, most=None, damaged=3, **changes):
+    answers = Echo(most, damaged)
     lines = score_questions(questions(), answers, SCORERS, RecordsFile(path, RUN | changes, resume))
     for line in lines:
         line.pop("seconds", None)
@@ -81,9 +81,25 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, most):
         file.write(b'{"index": 0, "record": "qa.js')  # what a stop may leave
     lines, answers = run(path, resume=True)
     assert lines == whole
-    assert len(answers.asked) == 4 - most, "what is answered is not asked again"
+    left = [[6, 5], [4, 3], [2, 1], [0]][most:]
+    assert answers.asked == ([[4, 3]] if most > 1 else []) + left, "what is answered is not asked again"
     again, answers = run(path, resume=True)
-    assert (again, answers.asked) == (whole, [])
+    assert (again, answers.asked) == (whole, [[4, 3]])
+
+
+@pytest.mark.parametrize("most", [2, None])
+def test_what_was_bad_is_asked_again(tmp_path, most):
+    """Its picture may have been put where it belongs."""
+    path = tmp_path / "out.jsonl"
+    if most is None:
+        run(path)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run(path, most=most)
+    lines, answers = run(path, resume=True, damaged=None)
+    assert [4, 3] in answers.asked
+    assert lines == run(damaged=None)[0]
+    assert len(path.read_text().splitlines()) == len(lines)
 
 
 def test_a_batch_that_is_there_in_part_is_asked_again(tmp_path):
@@ -93,7 +109,7 @@ def test_a_batch_that_is_there_in_part_is_asked_again(tmp_path):
     path.write_text("".join(lines[:2] + lines[5:]))
     again, answers = run(path, resume=True)
     assert again == whole
-    assert answers.asked == [[4, 3], [2, 1]]
+    assert answers.asked == [[4, 3], [2, 1]], "4 is there, 3 was bad"
 
 
 @pytest.mark.parametrize("most", [0, 2, None])
@@ -110,7 +126,8 @@ def test_batches_that_are_answered_elsewhere_come_to_the_same_file(tmp_path, mos
             run(path, most=most)
     lines = score_questions(questions(), Echo(0), SCORERS, RecordsFile(path, RUN, True), spread=spread)
     assert [{k: v for k, v in line.items() if k != "seconds"} for line in lines] == whole
-    assert there.asked == [[0], [2, 1], [4, 3], [6, 5]][: 4 if most is None else 4 - most]
+    left = [[0], [2, 1], [4, 3], [6, 5]][: 4 if most is None else 4 - most]
+    assert there.asked == left + ([[4, 3]] if [4, 3] not in left else [])
 
 
 def test_another_run_is_refused(tmp_path):

@@ -143,8 +143,7 @@ def evaluate(
         if not {*names} - {*OFFLINE}:
             raise UserError("--judge is for --data or benchmarks; name them, or leave --judge out.")
     told: dict[str, Any] = {"eval": model, "seed": seed, **({} if data is None else {"data": data})}
-    told |= {"ablate": ablate} if ablate else {}
-    told |= {} if weights == "own" else {"weights": weights}
+    told |= ({"ablate": ablate} if ablate else {}) | ({} if weights == "own" else {"weights": weights})
     scores: dict[str, Any] = {}
     summaries: dict[str, Summary] = {}
     load = partial(casa.load, model, device=device, weights=weights, image_cache=image_cache)
@@ -165,14 +164,15 @@ def evaluate(
             else:
                 summary = ask.on_task(name, data, source, alone=len(benchmarks) == 1)
         summaries[name], scores[name] = summary, summary.scores()
-    told |= {"limit": 200 if limit is None and not summaries else limit}
-    told |= {"largest": largest} if largest is not None else {}
+    told |= {"limit": 200 if limit is None and not summaries else limit} | ({"largest": largest} if largest else {})
     told |= {"bad": {name: dict(one.bad) for name, one in summaries.items()}} if summaries else {}
     if out is not None:
         record = {**told, **provenance(str(eyes.model.device), model), "scores": scores}
         write_text(out, json_module.dumps(record, indent=2) + "\n")
-    for summary in summaries.values():
+    for name, summary in summaries.items():
         name_bad(summary.named, ", which are in --records FILE")
+        if summary.bad and not summary.questions:
+            raise UserError(f"No record of {name if data is None else data} could be asked; mend what is said above.")
     if json:
         print(json_module.dumps(scores))
         return

@@ -93,7 +93,7 @@ class RecordsFile:
             )
 
     def _read(self, path: Path) -> None:
-        """Takes over whole lines, and cuts off what a stop left behind them."""
+        """Takes over whole lines, and cuts off what a stop left behind them. What was wrong may have been mended."""
         held = path.read_bytes()
         whole = 0
         for piece in held.splitlines(keepends=True):
@@ -103,7 +103,7 @@ class RecordsFile:
                 line = None
             if not isinstance(line, dict) or "record" not in line:
                 break
-            self.lines[_name(line)] = line
+            self.lines |= {} if "error" in line else {_name(line): line}
             whole += len(piece)
         if whole < len(held):
             with path.open("r+b") as file:

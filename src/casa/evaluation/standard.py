@@ -37,7 +37,7 @@ class StandardTask:
         hub, subsets, split: Where it lies.
         ask: A row (and its subset) to what is shown, asked and accepted.
         metric: The name of its score.
-        prompt: Stands on a line of its own behind the question.
+        prompt: Stands on a line of its own behind the question. max_new_tokens: of the longest answer.
         keep: Fields of a row that stand in the records.
         by: The field by which scores are told apart.
         combine: Further scores, from the lines' scores and rows.

@@ -200,10 +200,9 @@ class StreamingSession:
     ) -> StepRequest:
         # what the request does, it does to a twin: a batch that fails leaves nothing behind
         cache, generator = self._cache.twin(), _generator(self._generator.get_state())
-        opens = image_index is not None
+        count, opens = len(tokens) + self.max_new_tokens, image_index is not None
         if self.max_text_tokens is not None:
             # all the room that a caption may need is made first: nothing is forgotten while one is said
-            count = len(tokens) + self.max_new_tokens
             state.make_room(cache, count, self.max_text_tokens, self._sinks, self._turns, opens)
         return StepRequest(
             cache=cache,
