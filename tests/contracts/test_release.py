@@ -85,18 +85,25 @@ def closure(requirements, extras):
     return found.values()
 
 
-def environment(wheel, folder, extras=()):
-    """An environment with the wheel and what it requires, lent by links, for torch is large; and nothing else."""
+def environment(wheel, folder, extras=(), sdist=None):
+    """An environment with the wheel and what it requires, lent by links, for torch is large; and nothing else.
+
+    sdist: installed in the wheel's place, by the setuptools that is here.
+    """
     venv.create(folder, with_pip=True)
     (there,) = folder.glob("lib/python*/site-packages")
+    for old in (*there.glob("setuptools*"), *there.glob("_distutils_hack")):  # venv's own, which may be too old to build
+        shutil.rmtree(old)
     with zipfile.ZipFile(wheel) as held:
         told = message_from_bytes(held.read(f"casa_vlm-{casa.__version__}.dist-info/METADATA"))
-    for package in closure(told.get_all("Requires-Dist"), extras):
+    for package in closure([*told.get_all("Requires-Dist"), *(["setuptools"] if sdist else [])], extras):
         for name in {file.parts[0] for file in package.files or ()} - {"..", "__pycache__"}:
             if not (there / name).exists():
                 (there / name).symlink_to(package.locate_file(name))
-    wanted = f"{wheel}[{','.join(extras)}]" if extras else str(wheel)
-    command = [folder / "bin" / "python", "-m", "pip", "install", "--no-index", wanted]
+    wanted = [f"{wheel}[{','.join(extras)}]" if extras else str(wheel)]
+    if sdist:
+        wanted = ["--no-build-isolation", str(sdist)]
+    command = [folder / "bin" / "python", "-m", "pip", "install", "--no-index", *wanted]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return folder
@@ -145,6 +152,13 @@ def test_the_core_answers_and_says_what_is_missing(built, tmp_path):
         assert done.returncode == 2, (words, done.stderr)
         assert extra in done.stderr, (words, done.stderr)
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_sdist_can_be_installed(built, tmp_path):
+    folder = environment(built[0], tmp_path / "env", sdist=built[1])
+    done = in_it(folder, "ask", "casa-tiny", str(ROOT / "docs" / "images" / "page.png"), "Read line 1.", where=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "797\n"), done.stderr
 
 
 @pytest.mark.slow
