@@ -4,11 +4,13 @@ python -m projects.study.page --runs runs/study     takes over the records of fi
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 import yaml
 
@@ -113,6 +115,27 @@ def _found(records: Records, section: Mapping[str, Any]) -> list[str]:
     return sentences or ["Open: fewer than three seeds."]
 
 
+def _verdict(records: Records, section: Mapping[str, Any]) -> str | None:
+    """The section's verdict, its figures those of the records; None while one of them is not of enough seeds.
+
+    `{casa - insertion on charts}` is a difference in points with its interval, `{itself of casa}` by block the factor
+    by which attention to itself is above that to one image token.
+    """
+    known: dict[str, str] = {}
+    for one, other, column, gap in _gaps(records, section, section["compared_on"]):
+        if len(gap.seeds) >= LEAST_SEEDS:
+            figures = f"{_signed(gap.mean)}, {_signed(gap.low)} to {_signed(gap.high)}"
+            known[f"{one.strip('`')} - {other.strip('`')} on {column}"] = figures
+    for name in section["rows"]:
+        seen = [found["attention"]["gate_log10"] for found in records.of(name) if "attention" in found]
+        if len(seen) >= LEAST_SEEDS:
+            factors = 10 ** np.array(seen, dtype=float).mean(axis=(0, 2))
+            known[f"itself of {name}"] = ", ".join(f"{factor:.2g}" for factor in factors)
+    text = section.get("verdict", "")
+    named = re.findall(r"\{(.*?)\}", text)
+    return re.sub(r"\{(.*?)\}", lambda found: known[found[1]], text) if {*named} <= {*known} and text else None
+
+
 def _gaps(
     records: Records, section: Mapping[str, Any], columns: Sequence[str]
 ) -> Iterator[tuple[str, str, str, Difference]]:
@@ -133,6 +156,8 @@ def _gaps(
 def _section(records: Records, section: Mapping[str, Any], folder: str) -> Iterator[str]:
     yield f"## {section['id']}: {section['title']}"
     yield f"The claim: {section['says']}\n\nThe paper's figure: {section['paper']}"
+    if verdict := _verdict(records, section):
+        yield f"**The verdict so far: {verdict}**"
     if note := section.get("note"):
         yield note
     rows = [name for name in section["rows"] if records.seeds(name)]

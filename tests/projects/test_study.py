@@ -236,6 +236,19 @@ def test_differences_are_paired_by_question_and_say_nothing_of_two_seeds(tmp_pat
     assert Difference(0.3, 0.2, 0.4, (0.5, 0.5, -0.1)).reading == "unsettled, seeds differ"
     assert Difference(0.01, -0.05, 0.07, (0.0, 0.1, -0.1)).reading == "unsettled"
     assert records.difference("a", "none", "charts") is None
+    section = {
+        "rows": ["a", "b"],
+        "compare": [["a", "b"]],
+        "compared_on": ["charts"],
+        "verdict": "A wins ({a - b on charts}).",
+    }
+    said = pages._verdict(records, section)
+    assert said == f"A wins (+{100 * gap.mean:.1f}, +{100 * gap.low:.1f} to +{100 * gap.high:.1f})."
+    assert pages._verdict(records, section | {"verdict": "{a - b on charts} and {itself of a}."}) is None, (
+        "not looked at"
+    )
+    (tmp_path / "b-seed-3.json").unlink()
+    assert pages._verdict(Records(tmp_path), section) is None, "two seeds say nothing"
 
 
 def test_the_page_says_what_its_records_say():
