@@ -39,7 +39,7 @@ ASKING = (
 )
 """By key head: which numbers of the code of what is asked for it compares, and with which tags, each with its weight.
 They are added up before they are compared: a head that went by a row's name alone would look at all its cells. Last:
-whether it looks where something is asked for by what is below it (1), or where by anything else (-1)."""
+whether it looks where something is asked for by what is below it (1), where by anything else (-1), or at both (0)."""
 AGAIN = (
     ((0, 28), {CALLED: 1.0, PLACED_BY: 0.3, UNDER: 0.2}, 0.0),
     ((28, 56), {CALLED: 1.0, PLACED_BY: 0.3}, 0.0),
@@ -90,7 +90,7 @@ class Closed:
         line_break = self.start.codes[self.line_break, : self.start.known(before)] * self.start.codes.shape[1] ** 0.5
         begins = line_break @ self._read(block, before, len(line_break)) / line_break.square().sum()
         near = self._placed(block, kept) * layer.head_dim**0.5 * self.placed if again else None
-        for head, ((first, stop), tags, side) in enumerate(AGAIN if again else ASKING):
+        for head, ((first, stop), tags, by_below) in enumerate(AGAIN if again else ASKING):
             still = FAR if again else STILL
             for slot, weight in tags.items():
                 count = min(stop, self.start.known(slot)) - first
@@ -101,7 +101,7 @@ class Closed:
             for query, sharp in zip(queries[head], SHARP, strict=True):
                 query.zero_()
                 query[still[: stop - first]] = self._compared(told[first:stop], layer, self.asked * sharp)
-                query[BEGINS] = (constant * self.begins + below * self.side * side) * layer.head_dim**0.5
+                query[BEGINS] = (constant * self.begins + below * self.side * by_below) * layer.head_dim**0.5
                 if near is not None:
                     query[STILL[NEAR]] = near * sharp
                 self._look_back(query, layer, constant)
@@ -172,8 +172,10 @@ class Closed:
 
     def _below(self, sample: Sample) -> float:
         """1 where a text is asked for by more of what is below it than of any other tags, else -1."""
+        if (at := sample.found[0][0]) < 0:
+            return -1.0
         wanted = set(self.start.names[torch.tensor(sample.prompt)[torch.tensor(sample.wanted)]].tolist())
-        tags = sample.ids.reshape(-1, sample.ids.shape[-1])[sample.found[0][0]]
+        tags = sample.ids.reshape(-1, sample.ids.shape[-1])[at]
         kinds = np.split(tags, np.cumsum([sum(groups) for groups in TAGS]))[: len(TAGS)]
         called, placed, under = (len(wanted & set(kind.tolist())) for kind in kinds)
         return 1.0 if under > max(called, placed) else -1.0

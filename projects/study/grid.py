@@ -59,9 +59,9 @@ class Shared(Settings):
 
     Args:
         seed: Of all of it.
-        side: px of a picture's sides.
         pictures: By split, how many of each kind.
         parts: At the real scale, the folder of `projects.casa_smol.parts`; what follows is of the small one.
+        side: px of a picture's sides.
         text: Keys of transformers' LlamaConfig.
         text_budget: Of the text model.
         vocabulary: Tokens at most.
@@ -180,6 +180,7 @@ class Study(Settings):
             for name in group.inspect:
                 if name not in group.fusions():
                     raise UserError(f"{where} inspects {name!r}, which it does not run; {near(name, group.fusions())}")
+        require(bool(self.shared.text or self.shared.parts), "shared", "empty", "given text, or parts")
         names = [run.id for run in self.runs()]
         for name in names:
             require(names.count(name) == 1, "groups", name, "a name of one run only")
@@ -192,7 +193,8 @@ class Study(Settings):
             for seed in group.seeds:
                 for name, values in group.fusions().items():
                     fusion = build(FusionConfig, {k: v for k, v in values.items() if k != "lora"}, "fusion")
-                    shown, lora = name in group.inspect, int(values.get("lora", 0))
+                    shown, lora = name in group.inspect, values.get("lora", 0)
+                    require(isinstance(lora, int) and lora >= 0, "lora", lora, "a whole number, 0 or more")
                     found.append(Run(group.name, name, seed, fusion, group.tasks, budget, shown, lora))
         return found
 

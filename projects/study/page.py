@@ -45,7 +45,7 @@ fewer than {seeds} seeds nothing is said. Handwriting and photographs of the que
 
 Memory and latency (C5, C6) are measured by `casa bench` and stand in the README; here operations and seconds of a run
 stand beside its scores. The real scale, a language model of 135 million parameters on documents, charts and screens,
-has not been begun, and nothing here speaks of it.
+is written as a study and has not been run; nothing here speaks of it.
 """
 
 

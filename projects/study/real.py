@@ -22,6 +22,7 @@ from casa import adapt
 from casa.atomic import replacing, write_text
 from casa.errors import UserError
 from casa.models import FusionConfig
+from casa.provenance import fingerprint
 from casa.training.config import LoraSettings
 from casa.training.models import with_lora
 from casa.vision import spec_of
@@ -30,7 +31,7 @@ from projects.casa_smol.tasks import Asked, asked
 from projects.casa_tiny.chat import ASSISTANT, END, FRAME, USER
 from projects.study.grid import Study
 from projects.study.pictures import SPLITS, Bank, Pictures
-from projects.study.shared import Beginning
+from projects.study.shared import Beginning, claim
 
 MARKS = {
     USER: "<|im_start|>user\n",
@@ -47,6 +48,10 @@ class RealBeginning(Beginning):
 
     eyes: Path = Path()
 
+    @property
+    def fingerprints(self) -> dict[str, str | None]:
+        return super().fingerprints | {"eyes": fingerprint(self.eyes)}
+
     def model(self, fusion: FusionConfig, seed: int, lora: int = 0) -> Any:
         """The frozen text model and page encoder, fused; what is new is drawn by the seed."""
         torch.manual_seed(seed)
@@ -60,17 +65,18 @@ def begin_real(study: Study, folder: Path) -> RealBeginning:
     """Draws and encodes what is not in the folder yet, and reads all of it.
 
     Raises:
-        UserError: The parts are not there.
+        UserError: The parts are not there, or the folder holds what another study began from.
     """
     shared, parts = study.shared, Path(study.shared.parts)
     if not (parts / "eyes").is_dir():
         raise UserError(f"there are no parts at {parts}; make them: python -m projects.casa_smol.parts {parts}")
-    make_pictures(folder / "pictures", shared.pictures, shared.seed, parts / "eyes")
-    banks = {split: read_pictures(folder / "pictures", split) for split in SPLITS}
+    claim(folder, shared)
+    encode_pages(folder / "pictures", shared.pictures, shared.seed, parts / "eyes")
+    banks = {split: read_pages(folder / "pictures", split) for split in SPLITS}
     return RealBeginning(parts / "text", banks, AutoTokenizer.from_pretrained(parts / "text"), MARKS, parts / "eyes")
 
 
-def make_pictures(folder: Path, counts: Mapping[str, Mapping[str, int]], seed: int, eyes: Path) -> None:
+def encode_pages(folder: Path, counts: Mapping[str, Mapping[str, int]], seed: int, eyes: Path) -> None:
     """Draws and encodes pictures, a file for each task and split; one that is there stays."""
     folder.mkdir(parents=True, exist_ok=True)
     encoder: PageEncoder | None = None
@@ -99,7 +105,7 @@ def _encoded(encoder: PageEncoder, one: Asked) -> tuple[tuple[int, int], Tensor]
     return (rows, columns), spec_of(encoder.config).run(encoder, seen["pixel_values"], seen["image_grid_thw"]).half()
 
 
-def read_pictures(folder: Path, split: str) -> Bank:
+def read_pages(folder: Path, split: str) -> Bank:
     """The pictures of a split, by task."""
     bank = {}
     for path in sorted(folder.glob(f"*-{split}.json")):

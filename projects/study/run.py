@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from casa.atomic import write_text
-from casa.provenance import fingerprint, provenance
+from casa.provenance import provenance
 from projects.study.grid import Run, Study
 from projects.study.scoring import attention, inspect, part_of, score
 from projects.study.shared import Beginning
@@ -77,7 +77,7 @@ def train_run(study: Study, run: Run, beginning: Beginning, folder: Path) -> dic
         "study": study.name,
         "run": plain(run.to_dict()),
         **provenance(device),
-        "text_model": fingerprint(beginning.text),
+        **beginning.fingerprints,
         "parameters": counted | {"fusion_layers": fused},
         "step_gflop": round(flops / 1e9, 3),
         "seconds": round(watch.seconds, 1),

@@ -118,7 +118,8 @@ def attention(model: CasaForConditionalGeneration, beginning: Beginning, samples
         for name in ("labels", "position_ids"):
             del inputs[name]
         cases.append(Case(_on(inputs, model.device), chat.ids[begin:], sample.needs_picture))
-    found = set_statistics(model, cases, layers=False).to_dict()
+    with computing(model):
+        found = set_statistics(model, cases, layers=False).to_dict()
     return _rounded({name: value for name, value in found.items() if name != "scores"})
 
 

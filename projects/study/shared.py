@@ -25,6 +25,7 @@ from transformers import (
 from casa.atomic import write_text
 from casa.errors import UserError
 from casa.models import CasaForConditionalGeneration, FusionConfig, adapt
+from casa.provenance import fingerprint
 from projects.casa_tiny.chat import ChatTokens, build_tokenizer, pack
 from projects.study.grid import Shared, Study
 from projects.study.pictures import SPLITS, Bank, make_pictures, read_pictures
@@ -43,8 +44,15 @@ class Beginning:
     tokenizer: PreTrainedTokenizerBase
     marks: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def fingerprints(self) -> dict[str, str | None]:
+        """Of the weights that a run begins from; for its record."""
+        return {"text_model": fingerprint(self.text)}
+
     def model(self, fusion: FusionConfig, seed: int, lora: int = 0) -> Any:
         """The text model and casa-tiny's image tower, fused; the tower is frozen, what is new is drawn by the seed."""
+        if lora:
+            raise UserError("lora is for the real scale, whose text model is frozen; leave it out.")
         torch.manual_seed(seed)
         text = LlamaForCausalLM.from_pretrained(self.text, attn_implementation="sdpa")
         tower = CasaForConditionalGeneration.from_pretrained("casa-tiny").vision
@@ -85,17 +93,22 @@ def begin(study: Study, folder: Path) -> Beginning:
         UserError: The folder holds what another study began from.
     """
     shared = study.shared
+    claim(folder, shared)
+    make_pictures(folder / "pictures", shared.pictures, shared.seed, shared.side)
+    banks = {split: read_pictures(folder / "pictures", split, shared.side) for split in SPLITS}
+    if not (folder / "text" / "config.json").is_file():
+        make_text_model(shared, study.device, banks["train"], folder)
+    return Beginning(folder / "text", banks, AutoTokenizer.from_pretrained(folder / "text"))
+
+
+def claim(folder: Path, shared: Shared) -> None:
+    """Notes what all runs of a folder begin from. Raises UserError if it holds what another study began from."""
     values = json.dumps(json.loads(json.dumps(shared, default=vars)), indent=1) + "\n"
     path = folder / "shared.json"
     if path.is_file() and path.read_text(encoding="utf-8") != values:
         raise UserError(f"{folder} holds runs that began from something else; give another folder, or the same study.")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, values)
-    make_pictures(folder / "pictures", shared.pictures, shared.seed, shared.side)
-    banks = {split: read_pictures(folder / "pictures", split, shared.side) for split in SPLITS}
-    if not (folder / "text" / "config.json").is_file():
-        make_text_model(shared, study.device, banks["train"], folder)
-    return Beginning(folder / "text", banks, AutoTokenizer.from_pretrained(folder / "text"))
 
 
 def make_text_model(shared: Shared, device: str, bank: Bank, folder: Path) -> None:

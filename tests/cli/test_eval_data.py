@@ -47,9 +47,9 @@ def test_a_picture_that_was_missing_is_asked_about_once_it_is_there(folder, tmp_
     (tmp_path / "qa.jsonl").write_text('{"image": "later.png", "question": "Read line 1.", "answer": "1"}\n')
     words = ["--data", tmp_path / "qa.jsonl", "--metric", "exact", "--records", tmp_path / "out.jsonl", "--json"]
     lacking = casa("eval", "casa-tiny", *words)
-    assert (lacking.status, lacking.out) == (2, "")
+    assert (lacking.status, json.loads(lacking.out)["data"]["n"]) == (2, 0)
     assert "later.png: check the path" in lacking.err
-    assert "qa.jsonl could be asked; mend what is said above." in lacking.err
+    assert "No question was asked of data: the data has none, or see what is said above." in lacking.err
     (tmp_path / "later.png").write_bytes((folder / "0.png").read_bytes())
     there = casa("eval", "casa-tiny", *words, "--resume")
     assert (there.status, json.loads(there.out)["data"]["n"]) == (0, 1)

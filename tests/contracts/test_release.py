@@ -103,10 +103,8 @@ def environment(wheel, folder, extras=(), sdist=None):
         for name in {file.parts[0] for file in package.files or ()} - {"..", "__pycache__"}:
             if not (there / name).exists():
                 (there / name).symlink_to(package.locate_file(name))
-    wanted = [f"{wheel}[{','.join(extras)}]" if extras else str(wheel)]
-    if sdist:
-        wanted = ["--no-build-isolation", str(sdist)]
-    command = [folder / "bin" / "python", "-m", "pip", "install", "--no-index", *wanted]
+    wanted = f"{sdist or wheel}[{','.join(extras)}]" if extras else str(sdist or wheel)
+    command = [folder / "bin" / "python", "-m", "pip", "install", "--no-index", "--no-build-isolation", wanted]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return folder

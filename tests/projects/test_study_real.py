@@ -54,6 +54,7 @@ def study(parts):
                     "name": "main",
                     "tasks": "read",
                     "seeds": [1],
+                    "inspect": ["casa"],
                     "runs": {"casa": {}, "insertion": {"method": "insertion", "lora": 2}},
                 }
             ],
@@ -117,6 +118,7 @@ def test_a_run_trains_what_is_new_and_the_text_model_stays(study, beginning, par
     assert trained
     new = ("lora_", "projector") if name == "insertion" else ("casa_layers", "projector")
     assert all(any(part in one for part in new) for one in trained)
+    assert all(any(part in one for one in trained) for part in new)
     before = LlamaForCausalLM.from_pretrained(parts / "text", dtype=torch.bfloat16).state_dict()
     after = {one.replace("base_layer.", ""): value for one, value in kept[0].state_dict().items()}
     for key, value in before.items():
@@ -125,7 +127,9 @@ def test_a_run_trains_what_is_new_and_the_text_model_stays(study, beginning, par
     assert record["run"].get("lora", 0) == run.lora == (2 if name == "insertion" else 0)
     assert len(record["scores"]["line.all"]["exact"]) == 3
     assert len(record["curve"]) == 2
-    assert json.loads((tmp_path / "records" / f"{run.id}.json").read_text())["text_model"]
+    written = json.loads((tmp_path / "records" / f"{run.id}.json").read_text())
+    assert written["text_model"] != written["eyes"]
+    assert ("attention" in written) == (name == "casa")
 
 
 def test_without_its_parts_it_says_how_to_make_them(study, tmp_path):

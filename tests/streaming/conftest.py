@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from casa.models import CasaForConditionalGeneration, CasaProcessor
+from casa.models import CasaForConditionalGeneration, CasaProcessor, FusionConfig, adapt
 from casa.streaming import StreamingSession
-from casa.testing import tiny_processor, tiny_speaker
+from casa.testing import tiny_backbone, tiny_encoder, tiny_processor, tiny_speaker
+from casa.testing.tiny import spread
 
 VARIANTS = {
     "parallel": {},
@@ -42,6 +43,17 @@ def forgetting(request) -> CasaForConditionalGeneration:
 def shared(request) -> CasaForConditionalGeneration:
     """A model for several sessions, of every kind whose caches differ."""
     return tiny_speaker(**IN_COMPANY[request.param])
+
+
+@pytest.fixture(scope="module")
+def sliding() -> CasaForConditionalGeneration:
+    """A model whose blocks keep the newest 16 tokens of text."""
+    backbone = tiny_backbone("mistral")
+    backbone.config.sliding_window = 16
+    model = adapt(backbone, FusionConfig(), vision=tiny_encoder())
+    spread(model.projector)
+    model.generation_config.eos_token_id = 2
+    return model.eval()
 
 
 @pytest.fixture(scope="session")

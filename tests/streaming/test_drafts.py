@@ -99,10 +99,56 @@ def test_streams_together_draft_each_for_itself(shared, turns, same_state):
     for at in range(4):
         shown = [FRAMES[(at + number) % 2 if number < 3 else 0] for number in range(len(drafts))]
         wanted = [one.step(frame) for one, frame in zip(alone, shown, strict=True)]
-        results = run_all(shared, [one.prepare(frame) for one, frame in zip(together, shown, strict=True)])
+        requests = [one.prepare(frame) for one, frame in zip(together, shown, strict=True)]
+        results = list(run_all(shared, requests) if at % 2 else run_in_pieces(shared, requests))
+        if shared.fusion.method != "insertion":
+            assert len({len(request.draft) for request in requests}) > 1
         assert [one.accept(result) for one, result in zip(together, results, strict=True)] == wanted
         for one, other in zip(together, alone, strict=True):
             same_state(one, other)
+
+
+def run_in_pieces(model, requests):
+    """Each step yields after its first pass."""
+    left: dict[int, object] = dict(enumerate(requests))
+    while any(isinstance(one, StepRequest) for one in left.values()):
+        rows = [row for row, one in left.items() if isinstance(one, StepRequest)]
+        for at, found in run_batch(model, [left[row] for row in rows], lambda: True):
+            left[rows[at]] = found
+    return left.values()
+
+
+def test_text_is_forgotten_with_drafts_as_without(forgetting, turns, same_state):
+    plain, one = (session(forgetting, turns, drafts, max_text_tokens=48) for drafts in ([[]], None))
+    for frame in [FRAMES[0], *FRAMES, *FRAMES]:
+        assert step(one, frame) == step(plain, frame)
+        assert one.prepare(frame).draft
+        same_state(one, plain)
+    assert one.usage.text_tokens <= 48
+
+
+def test_a_session_that_was_saved_drafts_what_it_said(turns, tmp_path):
+    """In tokens, as they were said: text that is encoded again may be others, or marks of the processor."""
+    model, mark = tiny_speaker(), 5
+
+    class Told(Sampling):
+        def pick(self, logits, said, *others):
+            return [41, mark, 2][len(said)]
+
+    one = session(model, turns, sampling=Told())
+    one.step(FRAMES[0])
+    one.save(tmp_path / "session")
+    loaded = StreamingSession.load(tmp_path / "session", model, turns)
+    assert loaded.prepare(FRAMES[1]).draft == one.prepare(FRAMES[1]).draft == [41, mark]
+    before = StreamingSession.load(tmp_path / "session", model, tiny_processor())
+    assert before.prepare(FRAMES[1]).draft == [], "its frames are no turns"
+
+
+def test_a_cache_that_slides_takes_nothing_back(sliding, turns):
+    plain, one = (session(sliding, turns, drafts) for drafts in ([[]], [WRONG]))
+    for frame in [*FRAMES, *FRAMES]:
+        assert one.prepare(frame).draft == ()
+        assert step(one, frame) == step(plain, frame)
 
 
 @pytest.mark.parametrize("words", [1, 2, 3])

@@ -3,11 +3,9 @@
 import pytest
 
 from casa.errors import UserError
-from casa.models import FusionConfig, adapt
 from casa.streaming import Sampling, StreamingEngine, StreamingSession
 from casa.streaming.batch import run_all
-from casa.testing import noise_frames, tiny_backbone, tiny_encoder, tiny_processor, tiny_speaker
-from casa.testing.tiny import spread
+from casa.testing import noise_frames, tiny_processor, tiny_speaker
 
 
 @pytest.fixture(scope="module")
@@ -123,19 +121,8 @@ def test_bounded_sessions_forget_in_company_as_alone(forgetting, same_state):
     assert 20 < most <= 32, "the bound was reached"
 
 
-def sliding():
-    """A model whose blocks keep the newest 16 tokens of text."""
-    backbone = tiny_backbone("mistral")
-    backbone.config.sliding_window = 16
-    model = adapt(backbone, FusionConfig(), vision=tiny_encoder())
-    spread(model.projector)
-    model.generation_config.eos_token_id = 2
-    return model.eval()
-
-
-def test_sessions_of_a_model_that_forgets_by_itself_are_themselves_in_company():
-    model = sliding()
-    engine = StreamingEngine(model, tiny_processor())
+def test_sessions_of_a_model_that_forgets_by_itself_are_themselves_in_company(sliding):
+    model, engine = sliding, StreamingEngine(sliding, tiny_processor())
     heard = {"a": [], "b": []}
     for turn in range(6):
         for name in heard:
@@ -153,10 +140,9 @@ def test_sessions_of_a_model_that_forgets_by_itself_are_themselves_in_company():
 
 
 @pytest.mark.parametrize("halt", [None, lambda: True])
-def test_of_such_a_model_too_nobody_waits_for_a_long_caption(halt):
+def test_of_such_a_model_too_nobody_waits_for_a_long_caption(sliding, halt):
     """Sessions that cannot share a pass take turns, token by token."""
-    model = sliding()
-    engine = StreamingEngine(model, tiny_processor())
+    model, engine = sliding, StreamingEngine(sliding, tiny_processor())
     talking = Sampling(stop_bias=-1e4)
     engine.open("long", max_new_tokens=9, sampling=talking)
     engine.open("short", max_new_tokens=2, sampling=talking)

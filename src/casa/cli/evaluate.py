@@ -169,18 +169,17 @@ def evaluate(
     if out is not None:
         record = {**told, **provenance(str(eyes.model.device), model), "scores": scores}
         write_text(out, json_module.dumps(record, indent=2) + "\n")
-    for name, summary in summaries.items():
+    for summary in summaries.values():
         name_bad(summary.named, ", which are in --records FILE")
-        if summary.bad and not summary.questions:
-            raise UserError(f"No record of {name if data is None else data} could be asked; mend what is said above.")
     if json:
         print(json_module.dumps(scores))
-        return
-    for name, values in scores.items():
+    for name, values in () if json else scores.items():
         if name in summaries:
             _show(summaries[name], data if name == "data" and data is not None else name)
         else:
             print(f"{name:8} " + "  ".join(f"{k} {v:.3f}" if k != "n" else f"n {v:g}" for k, v in values.items()))
+    if empty := [name for name, summary in summaries.items() if not summary.questions]:
+        raise UserError(f"No question was asked of {', '.join(empty)}: the data has none, or see what is said above.")
 
 
 def _check(

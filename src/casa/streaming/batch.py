@@ -87,7 +87,7 @@ def run_batch(
 ) -> Iterator[tuple[int, StepResult | StepRequest]]:
     """Runs one request per session; yields the index of each and what it came to, as soon as that is known.
 
-    `should_yield` is asked after every token. Once it says True the batch ends; what is half said comes to a request
+    `should_yield` is asked after every pass. Once it says True the batch ends; what is half said comes to a request
     that goes on with it. The cache of a single request is gone on with; those of several are copied.
     """
     settle()

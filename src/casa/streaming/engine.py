@@ -270,7 +270,7 @@ class StreamingEngine:
 
         Args:
             should_stop: Asked before every token; once it says True, all captions end where they are.
-            should_yield: Asked after every token; once it says True, the step ends. What is half said goes on in the
+            should_yield: Asked after every pass; once it says True, the step ends. What is half said goes on in the
                 next one; until it is said, its session is as it was before, also for `save` and `fork`.
             on_event: Called with each event as soon as it is there, while others are half said still.
         """

@@ -106,7 +106,7 @@ class StreamingSession:
 
     def _bind(self, model: CasaForConditionalGeneration, processor: CasaProcessor, prompt: str) -> None:
         self._model, self._processor, self.prompt = model, processor, prompt
-        self._around, self._said = processor.around_frame(prompt), ""
+        self._around, self._answered = processor.around_frame(prompt), list[int]()
         self._encoded: tuple[Images, Tensor] | None = None  # the frame encoded last, and its features
         stops = stop_ids(model, processor.tokenizer)
         if not stops:
@@ -192,7 +192,8 @@ class StreamingSession:
         if result.features is not None and "pixel_values" in result.request.images:
             self._encoded = result.request.images, result.features
         if self._processor.stream_turns and result.request.image_index is not None:
-            self._said, text = text, "" if text == self._said else text
+            text = "" if text == self._to_text(self._answered) else text
+            self._answered = result.tokens
         return text
 
     def _request(
@@ -216,12 +217,12 @@ class StreamingSession:
             generator=generator,
             to_text=self._to_text,
             should_stop=should_stop,
-            draft=self._draft() if opens and cache.is_croppable else (),
+            draft=self._draft() if opens and cache.is_croppable and not cache.slides else (),
         )
 
     def _draft(self) -> list[int]:
         """Where every frame is a turn, its answer is the last one's as long as nothing new is seen."""
-        return self._processor.tokenizer.encode(self._said, add_special_tokens=False)[: self.max_new_tokens]
+        return self._answered[: self.max_new_tokens] if self._processor.stream_turns else []
 
     def _to_text(self, tokens: Sequence[int]) -> str:
         return self._processor.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
@@ -260,7 +261,7 @@ class StreamingSession:
 
     def save(self, path: str | Path) -> None:
         """Writes the session's state (not the model) as one safetensors file, whole or not at all."""
-        settings = {name: getattr(self, name) for name in (*SETTINGS, "same_frame", "_said")}
+        settings = {name: getattr(self, name) for name in (*SETTINGS, "same_frame", "_answered")}
         settings["sampling"] = self.sampling.to_dict()
         state.save(path, self._model, self._cache, settings, self._generator.get_state())
 
@@ -279,7 +280,7 @@ class StreamingSession:
         session._bind(model, processor, settings["prompt"])
         for name in SETTINGS:
             setattr(session, name, settings[name])
-        session.same_frame, session._said = settings.get("same_frame", 0.0), settings.get("_said", "")
+        session.same_frame, session._answered = settings.get("same_frame", 0.0), settings.get("_answered", [])
         session.sampling = Sampling(**settings["sampling"])
         session._generator, session._cache = _generator(generator), cache
         return session
