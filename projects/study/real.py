@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from casa import adapt
@@ -27,7 +26,7 @@ from casa.training.config import LoraSettings
 from casa.training.models import with_lora
 from casa.vision import spec_of
 from casa.vision.page_encoder import PageEncoder, image_processor
-from projects.casa_smol.tasks import Asked, asked
+from projects.casa_smol.tasks import asked
 from projects.casa_tiny.chat import ASSISTANT, END, FRAME, USER
 from projects.study.grid import Study
 from projects.study.pictures import SPLITS, Bank, Pictures
@@ -79,30 +78,25 @@ def begin_real(study: Study, folder: Path) -> RealBeginning:
 def encode_pages(folder: Path, counts: Mapping[str, Mapping[str, int]], seed: int, eyes: Path) -> None:
     """Draws and encodes pictures, a file for each task and split; one that is there stays."""
     folder.mkdir(parents=True, exist_ok=True)
-    encoder: PageEncoder | None = None
-    for split in SPLITS:
-        for task, count in counts[split].items():
-            if (folder / f"{task}-{split}.json").is_file():
-                continue
-            encoder = encoder or PageEncoder.from_pretrained(eyes, dtype=torch.float32).eval()
-            print(f"drawing {count:,} of {task}, {split}", flush=True)
-            features, grids, facts = [], [], []
-            for one in asked(task, split, seed, count):
-                grid, found = _encoded(encoder, one)
-                features.append(found)
-                grids.append(grid)
-                facts.append({"turns": [(turn.question, turn.answer, "all") for turn in one.turns]})
-            with replacing(folder / f"{task}-{split}.safetensors") as unfinished:
-                save_file({"features": torch.cat(features), "grids": torch.tensor(grids)}, unfinished)
-            write_text(folder / f"{task}-{split}.json", json.dumps(facts) + "\n")
-
-
-@torch.no_grad()
-def _encoded(encoder: PageEncoder, one: Asked) -> tuple[tuple[int, int], Tensor]:
-    """A picture's grid, and float16 (N, C)."""
-    seen = image_processor(encoder.config)([one.picture], return_tensors="pt")
-    ((_, rows, columns),) = seen["image_grid_thw"].tolist()
-    return (rows, columns), spec_of(encoder.config).run(encoder, seen["pixel_values"], seen["image_grid_thw"]).half()
+    missing = [
+        (task, split) for split in SPLITS for task in counts[split] if not (folder / f"{task}-{split}.json").is_file()
+    ]
+    if not missing:
+        return
+    encoder = PageEncoder.from_pretrained(eyes, dtype=torch.float32).eval()
+    process, run = image_processor(encoder.config), spec_of(encoder.config).run
+    for task, split in missing:
+        print(f"drawing {counts[split][task]:,} of {task}, {split}", flush=True)
+        features, grids, facts = [], [], []
+        for one in asked(task, split, seed, counts[split][task]):
+            seen = process([one.picture], return_tensors="pt")
+            with torch.no_grad():
+                features.append(run(encoder, seen["pixel_values"], seen["image_grid_thw"]).half())
+            grids.append(seen["image_grid_thw"][0, 1:])
+            facts.append({"turns": [(turn.question, turn.answer, "all") for turn in one.turns]})
+        with replacing(folder / f"{task}-{split}.safetensors") as unfinished:
+            save_file({"features": torch.cat(features), "grids": torch.stack(grids)}, unfinished)
+        write_text(folder / f"{task}-{split}.json", json.dumps(facts) + "\n")
 
 
 def read_pages(folder: Path, split: str) -> Bank:

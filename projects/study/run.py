@@ -20,7 +20,7 @@ from casa.provenance import provenance
 from projects.study.grid import Run, Study
 from projects.study.scoring import attention, inspect, part_of, score
 from projects.study.shared import Beginning
-from projects.study.tasks import Writer, held_out, training_batch
+from projects.study.tasks import held_out, training_batch
 from projects.study.training import Watch, computing, train_steps
 
 QUESTIONS_SEED = 2026
@@ -114,7 +114,7 @@ class Batches:
 
     def __init__(self, run: Run, study: Study, beginning: Beginning, gist: list[int]) -> None:
         self.run, self.weights, self.beginning = run, study.tasks[run.tasks].weights, beginning
-        self.writer = Writer(beginning.tokenizer, gist, beginning.marks)
+        self.writer = beginning.writer(gist)
 
     def __call__(self, start: int) -> Iterator[dict[str, Tensor]]:
         budget, seed = self.run.budget, self.run.seed

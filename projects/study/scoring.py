@@ -14,7 +14,7 @@ from casa.analysis import ablated
 from casa.analysis.statistics import Case, set_statistics
 from casa.models import CasaForConditionalGeneration
 from projects.study.shared import Beginning
-from projects.study.tasks import Sample, Writer
+from projects.study.tasks import Sample
 from projects.study.training import computing
 
 _BATCH, _ROW = 48, 256  # samples of a pass, tokens of a row
@@ -53,7 +53,7 @@ class Scores:
 @torch.no_grad()
 def score(model: CasaForConditionalGeneration, beginning: Beginning, samples: Sequence[Sample]) -> Scores:
     """Asks held-out questions, one per sample."""
-    writer = Writer(beginning.tokenizer, model.gist_ids, beginning.marks)
+    writer = beginning.writer(model.gist_ids)
     exact, log_likelihood = [False] * len(samples), [0.0] * len(samples)
     for begin in range(0, len(samples), _BATCH):
         asked = list(samples[begin : begin + _BATCH])
@@ -108,7 +108,7 @@ def inspect(model: CasaForConditionalGeneration, beginning: Beginning, samples: 
 
 def attention(model: CasaForConditionalGeneration, beginning: Beginning, samples: Sequence[Sample]) -> dict[str, Any]:
     """Where answers look in the fusion layers, by layer and head; of self-attention under insertion."""
-    writer = Writer(beginning.tokenizer, model.gist_ids, beginning.marks)
+    writer = beginning.writer(model.gist_ids)
     cases = []
     for sample in samples:
         chat = writer.write(sample)

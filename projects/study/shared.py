@@ -5,7 +5,7 @@ folder/text/        tokenizer and text model, trained on the words of all tasks 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -43,6 +43,10 @@ class Beginning:
     banks: dict[str, Bank]
     tokenizer: PreTrainedTokenizerBase
     marks: Mapping[str, str] = field(default_factory=dict)
+
+    def writer(self, gist: Sequence[int] = ()) -> Writer:
+        """What writes samples in the text model's words. gist: a model's ids of gist tokens."""
+        return Writer(self.tokenizer, gist, self.marks)
 
     @property
     def fingerprints(self) -> dict[str, str | None]:

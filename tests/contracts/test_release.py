@@ -92,10 +92,8 @@ def environment(wheel, folder, extras=(), sdist=None):
     """
     venv.create(folder, with_pip=True)
     (there,) = folder.glob("lib/python*/site-packages")
-    for old in (
-        *there.glob("setuptools*"),
-        *there.glob("_distutils_hack"),
-    ):  # venv's own, which may be too old to build
+    # venv's own setuptools may be too old to build
+    for old in (*there.glob("setuptools*"), *there.glob("_distutils_hack")):
         shutil.rmtree(old)
     with zipfile.ZipFile(wheel) as held:
         told = message_from_bytes(held.read(f"casa_vlm-{casa.__version__}.dist-info/METADATA"))

@@ -184,7 +184,7 @@ def test_right_is_what_greedy_decoding_says(beginning, fusion):
             return type(chat)(chat.ids[:begins] + ids, chat.learn[:begins] + (True,) * len(ids), chat.places)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("projects.study.scoring.Writer", Given)
+        patch.setattr("projects.study.shared.Writer", Given)
         assert score(model, beginning, [sample for sample, _ in asked]).exact == wanted
 
 

@@ -173,11 +173,12 @@ def evaluate(
         name_bad(summary.named, ", which are in --records FILE")
     if json:
         print(json_module.dumps(scores))
-    for name, values in () if json else scores.items():
-        if name in summaries:
-            _show(summaries[name], data if name == "data" and data is not None else name)
-        else:
-            print(f"{name:8} " + "  ".join(f"{k} {v:.3f}" if k != "n" else f"n {v:g}" for k, v in values.items()))
+    else:
+        for name, values in scores.items():
+            if name in summaries:
+                _show(summaries[name], data if name == "data" and data is not None else name)
+            else:
+                print(f"{name:8} " + "  ".join(f"{k} {v:.3f}" if k != "n" else f"n {v:g}" for k, v in values.items()))
     if empty := [name for name, summary in summaries.items() if not summary.questions]:
         raise UserError(f"No question was asked of {', '.join(empty)}: the data has none, or see what is said above.")
 
