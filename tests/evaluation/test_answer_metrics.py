@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from casa.errors import UserError
-from casa.evaluation.metrics import ERRORS, LIVE, METRICS, Score, check_metrics, choice_of, options_of
+from casa.evaluation.metrics import LIVE, METRICS, Score, check_metrics, choice_of, options_of
 from casa.evaluation.vqa_accuracy import vqa_words
 from casa.training.config import EvaluationSettings
 
@@ -171,7 +171,6 @@ def test_a_share_of_nothing():
 
 def test_a_wrong_name_is_told():
     assert check_metrics(["wer", " anls", "wer"]) == ["wer", "anls"]
-    assert set(METRICS) > ERRORS
     with pytest.raises(UserError, match="no metric 'anl'; did you mean 'anls'"):
         check_metrics(["anl"])
     with pytest.raises(UserError, match="No metric was named; choose from anls"):

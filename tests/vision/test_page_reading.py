@@ -88,6 +88,31 @@ def test_a_character_seen_twice_is_read_once_and_a_double_twice():
     assert page.read()[0].text == "spell"
 
 
+@pytest.mark.parametrize("text", ["lone", "spell"])
+@pytest.mark.parametrize("side", ["first", "second"])
+def test_a_character_that_takes_its_twin_for_a_neighbour_is_not_believed(text, side):
+    page, number = Page((text, 2, 4)), text.index("e" if text == "spell" else "n")
+    name = 1 + LETTERS.index(text[number])
+    one, two = (2, 4 + 3 * number), (2, 5 + 3 * number)
+    page.middles[two] = 0.9
+    page.put(two, name)
+    told = page.around[one]
+    # of the two, one says of its neighbours what is so
+    page.around[two] = told if side == "first" else [name, *told[1:]]
+    if side == "first":
+        page.around[one] = [told[0], name, *told[1:-1]]
+    assert [run.text for run in page.read()] == [text]
+
+
+def test_grains_of_the_paper_are_no_text():
+    page = Page(("tea", 2, 4), ("iu", 6, 4), ("u", 6, 40), ("1", 10, 4), ("i", 10, 40))
+    assert [run.text for run in page.read()] == ["tea", "iu", "u", "1", "i"]
+    for spot, chance in (((6, 4), 0.5), ((6, 7), 0.2), ((6, 40), 0.6), ((10, 4), 0.6), ((10, 40), 0.8)):
+        page.classes[:, *spot] *= chance
+    # a letter alone is less likely a text than a digit alone
+    assert [run.text for run in page.read()] == ["tea", "1", "i"]
+
+
 def test_slanting_lines_hold_together():
     page = Page(("ab", 3, 4), ("cd", 4, 10))
     page.around[3, 7] = [1 + LETTERS.index("a"), *(1 + LETTERS.index(letter) for letter in "cd"), 0, 0, 0, 0]

@@ -51,7 +51,8 @@ def page_data(found: Inspection, max_maps: int = MAX_MAPS) -> dict[str, Any]:
     notes = []
     if layers * heads * columns * len(rows) > max_maps:
         # the place before the first written token is where it comes from
-        rows = [row for row in rows if shares.tokens[row] >= _first_answered(found) - 1]
+        answered = next((place for place, token in enumerate(found.tokens) if token.answered), len(found.tokens))
+        rows = [row for row in rows if shares.tokens[row] >= answered - 1]
         notes.append("Tokens of the question are left out: the maps would be too many.")
     weights = shares.weights[:, :, rows, :columns].transpose(0, 2).transpose(1, 2)  # (q, C, Hq, N)
     if weights.numel() > max_maps:
@@ -115,10 +116,6 @@ def page_data(found: Inspection, max_maps: int = MAX_MAPS) -> dict[str, Any]:
         ],
         "inserted": found.method == "insertion",
     }
-
-
-def _first_answered(found: Inspection) -> int:
-    return next((place for place, token in enumerate(found.tokens) if token.answered), len(found.tokens))
 
 
 def _floats(x: Tensor) -> str:

@@ -19,7 +19,6 @@ from casa.demo.report import STILLS, DemoReport, FrameAnswer, heading, line, wri
 from casa.errors import UserError
 from casa.figures import new_figure
 from casa.media import burn_captions, captions_from_frames, read_frames, write_captions
-from casa.models import CasaProcessor
 from casa.pipeline import CasaPipeline, load
 
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "demo"
@@ -99,9 +98,9 @@ def run_demo(
         eyes = load(model_name_or_path)
         report(f"Watching {path.name} at {FPS:g} frames a second, as if live; insertion, of the same size, beside it.")
         report(heading(film is not None))
-        comparison = Comparison(
-            eyes.model, eyes.processor, max_text_tokens=_bound(eyes.processor), max_new_tokens=MAX_NEW_TOKENS
-        )
+        prompt = eyes.processor.tokenizer.encode(eyes.processor.stream_prompt, add_special_tokens=False)
+        bound = MAX_TEXT_TOKENS + len(prompt)  # room for the prompt, however long, and for what is said
+        comparison = Comparison(eyes.model, eyes.processor, max_text_tokens=bound, max_new_tokens=MAX_NEW_TOKENS)
         ask_at, number = _frame_to_ask_about(film, total)
         with _progress("frames watched", total) as advance:
             for frame in frames:
@@ -199,11 +198,6 @@ def _folder(out: str | os.PathLike[str]) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{out} cannot be written into: name another folder.")
     return folder
-
-
-def _bound(processor: CasaProcessor) -> int:
-    """Room for the prompt, however long, and for what is said."""
-    return MAX_TEXT_TOKENS + len(processor.tokenizer.encode(processor.stream_prompt, add_special_tokens=False))
 
 
 def _frame_to_ask_about(film: DemoFilm | None, total: int | None) -> tuple[float, str | None]:

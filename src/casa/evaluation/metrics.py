@@ -209,7 +209,6 @@ METRICS: dict[str, Metric] = {
     "contains": contains,
     "mcq": mcq,
 }
-ERRORS = frozenset({"cer", "wer"})  # less is better
 LIVE = "live"  # among metrics: those of `casa.evaluation.live_captions`, of live records
 
 

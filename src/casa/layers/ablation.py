@@ -15,16 +15,14 @@ from torch import Tensor
 
 from casa.windows import WindowLayout
 
-HIDEABLE = ("itself", "text", "random_text", "images")
-
 
 @dataclass(frozen=True)
 class Ablation:
     """What is taken from all queries of every CASA layer.
 
     Attributes:
-        hidden: Of `HIDEABLE`: the token's own key (the paper's implicit gate), all text keys, one other text token that
-            is drawn for each query and layer, all image tokens. A query with nothing left to see gets zeros.
+        hidden: Any of "itself" (the token's own key, the paper's implicit gate), "text" (all text keys), "random_text"
+            (one other text token, drawn for each query and layer) and "images". A query that sees nothing gets zeros.
         silent: Numbers of the fusion layers whose update is dropped; they still keep keys and values.
         seed: Of the draws. They depend on a query's place in its window alone, so that a text in pieces, or in a batch,
             loses what it loses in one pass.

@@ -205,8 +205,10 @@ class StreamSource(VideoSource):
         self._name, self._fps, self._connect = name, fps, connect
         self._clock = clock
         self._sleep = sleep if sleep is not None else self._stopping.wait
-        self._decoder = connect(self.counts)
-        self.is_live = not _has_length(self._decoder) if live is None else live
+        self._decoder = decoder = connect(self.counts)
+        # a playlist is a file of some size too, whatever it lists
+        ends = math.isfinite(decoder.duration) or (decoder.size > 0 and decoder.format not in PLAYLISTS)
+        self.is_live = not ends if live is None else live
         if backoff is None:
             backoff = Backoff(attempts=math.inf) if self.is_live else Backoff()
         self._backoff, self._failures, self._broke_off = backoff, 0, 0.0
@@ -439,8 +441,3 @@ def _is_over(decoder: VideoDecoder, timeline: _Timeline) -> bool:
 def _has_end_mark(decoder: VideoDecoder) -> bool:
     """Whether it is a playlist that lists all there will ever be."""
     return decoder.format in PLAYLISTS and math.isfinite(decoder.duration)
-
-
-def _has_length(decoder: VideoDecoder) -> bool:
-    # a playlist is a file of some size too, whatever it lists
-    return math.isfinite(decoder.duration) or (decoder.size > 0 and decoder.format not in PLAYLISTS)

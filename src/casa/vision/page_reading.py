@@ -23,6 +23,7 @@ TWICE = 3  # cells between peaks of a character that is seen twice, at most
 MISSED = 3  # characters put back between two, at most
 MISSING = 1.5  # nats that one of these costs
 SURE = 0.6  # of a character put back at the end of a text
+SURE_TEXT, SURE_LETTER = 0.37, 0.7  # of a text's middling character, and of a letter alone
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ def read_runs(middles: Tensor, classes: Tensor, around: Callable[[Tensor], Tenso
         around(spots).float().cpu().numpy(),
     )
     runs = [_text(run, characters) for line in page.lines() for run in page.runs(line)]
-    return sorted((run for run in runs if run.text), key=lambda run: (run.rows.mean(), run.columns[0]))
+    likely = classes[1:].amax(0).float().cpu().numpy()
+    sure = (run for run in runs if run.text and _is_sure(run, likely))
+    return sorted(sure, key=lambda run: (run.rows.mean(), run.columns[0]))
 
 
 Placed = tuple[int, float, float]  # class, row, column
@@ -123,7 +126,10 @@ class _Peaks:
         follows = self.around[last, 1, self.best[peak]]
         precedes = self.around[peak, 0, self.best[last]]
         if self.best[last] == self.best[peak]:
-            return last if gap <= TWICE and min(follows, precedes) < 0.8 else None
+            if gap > TWICE or min(follows, precedes) >= 0.5:
+                return None
+            # the one that takes the other for its neighbour does not know its own
+            return peak if follows > precedes else last
         if gap <= 1 and follows + precedes < 0.3:
             return peak if self.sure[peak] > self.sure[last] else last
         return None
@@ -153,6 +159,14 @@ class _Peaks:
             found.append((name, row, column + 1 + len(found)))
         # without an end in sight it may go on beyond the page
         return found if self.around[last, 1 + len(found)].argmax() == 0 else []
+
+
+def _is_sure(run: TextRun, likely: np.ndarray) -> bool:
+    """Whether a text is no grain of the paper. likely: (R, C), probability of a cell's best character."""
+    rows = np.minimum(run.rows.round().astype(int), likely.shape[0] - 1)
+    columns = np.minimum(run.columns.round().astype(int), likely.shape[1] - 1)
+    is_letter = len(run.text) == 1 and run.text.isalpha()
+    return bool(np.median(likely[rows, columns]) >= (SURE_LETTER if is_letter else SURE_TEXT))
 
 
 def _text(run: list[Placed], characters: str) -> TextRun:
