@@ -18,11 +18,16 @@ from casa.atomic import write_text
 from casa.errors import UserError
 from casa.figures import write_png
 from projects.study.plots import PLOTS, curves
-from projects.study.records import ALIKE, LEAST_SEEDS, RESAMPLES, Difference, Records, answers, points
+from projects.study.records import ALIKE, LEAST_SEEDS, RESAMPLES, Difference, Records, points, rights_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, RECORDS = ROOT / "docs" / "results" / "claims.md", ROOT / "docs" / "results" / "study"
 CLAIMS, BUDGET = Path(__file__).with_name("claims.yaml"), Path(__file__).with_name("budget.md")
+# by the beginning of their names, and what they were asked on the way
+PILOTS = {
+    "pilot": ("pages", "scenes", "charts", "midway", "spoken"),
+    "real-pilot": ("number", "prices", "line", "easy_vqa"),
+}
 
 _HEAD = """# What is true of CASA
 
@@ -72,19 +77,27 @@ def text_of(records: Records, sections: Sequence[Mapping[str, Any]], folder: str
 
 
 def _budget(records: Records) -> str:
-    """How long the runs are, and the pilot that it was found by."""
-    columns = ["pages", "scenes", "charts", "midway", "spoken"]
-    rows = []
-    for name in sorted(name for name in records.runs if name.startswith("pilot")):
-        for record in records.of(name):
-            steps = record["run"]["budget"]["steps"]
-            for step, found in sorted(record["on_the_way"].items(), key=lambda entry: int(entry[0])):
-                way = [f"{100 * found['scores'][column]:.1f}" for column in columns]
-                rows.append(_row([f"`{name}`", f"{step} of {steps}", *way]))
-            end = [f"{100 * float(answers(record, column).mean()):.1f}" for column in columns]
-            rows.append(_row([f"`{name}`", f"{steps}", *end]))
-    told = BUDGET.read_text(encoding="utf-8").strip()
-    return "\n\n".join([told, "\n".join([_row(["% right", "step", *columns], head=True), *rows])]) if rows else told
+    """How long the runs are, and the pilots that it was found by."""
+    told = [BUDGET.read_text(encoding="utf-8").strip()]
+    for pilot, tasks in PILOTS.items():
+        rows = [
+            row
+            for name in sorted(records.runs)
+            if name.startswith(f"{pilot}-")
+            for record in records.of(name)
+            for row in _on_the_way(record, tasks)
+        ]
+        if rows:
+            told.append("\n".join([_row(["% right", "step", *tasks], head=True), *rows]))
+    return "\n\n".join(told)
+
+
+def _on_the_way(record: Mapping[str, Any], tasks: Sequence[str]) -> Iterator[str]:
+    """Rows of a table: what a run answered on the way, and at its end."""
+    name, steps = f"`{record['run']['name']}`", record["run"]["budget"]["steps"]
+    for step, found in sorted(record["on_the_way"].items(), key=lambda entry: int(entry[0])):
+        yield _row([name, f"{step} of {steps}", *(f"{100 * found['scores'][task]:.1f}" for task in tasks)])
+    yield _row([name, f"{steps}", *(f"{100 * float(rights_of(record, (task,)).mean()):.1f}" for task in tasks)])
 
 
 def _facts(records: Records) -> str:

@@ -30,6 +30,7 @@ from projects.casa_smol.tasks import asked
 from projects.casa_tiny.chat import ASSISTANT, END, FRAME, USER
 from projects.study.grid import Study
 from projects.study.pictures import SPLITS, Bank, Pictures
+from projects.study.printed import PRINTED, printed
 from projects.study.shared import Beginning, claim
 
 MARKS = {
@@ -88,7 +89,7 @@ def encode_pages(folder: Path, counts: Mapping[str, Mapping[str, int]], seed: in
     for task, split in missing:
         print(f"drawing {counts[split][task]:,} of {task}, {split}", flush=True)
         features, grids, facts = [], [], []
-        for one in asked(task, split, seed, counts[split][task]):
+        for one in (printed if task in PRINTED else asked)(task, split, seed, counts[split][task]):
             seen = process([one.picture], return_tensors="pt")
             with torch.no_grad():
                 features.append(run(encoder, seen["pixel_values"], seen["image_grid_thw"]).half())

@@ -35,6 +35,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "now": ("ago.0",),
     "1 to 3 ago": ("ago.1", "ago.2", "ago.3"),
     "4 to 7 ago": ("ago.4", "ago.5", "ago.6", "ago.7"),
+    "printed numbers": ("number",),
+    "price lists": ("prices",),
+    "printed lines": ("line",),
+    "easy-VQA": ("easy_vqa",),
+    "all at the real scale": ("number", "prices", "line", "easy_vqa"),
 }
 
 
@@ -108,8 +113,13 @@ class Records:
 
 def answers(record: Mapping[str, Any], column: str, part: str | None = None) -> NDArray[np.float64]:
     """1 for each question of a column that was answered right, else 0; empty where the run was not asked."""
+    return rights_of(record, COLUMNS[column], part)
+
+
+def rights_of(record: Mapping[str, Any], kinds: Iterable[str], part: str | None = None) -> NDArray[np.float64]:
+    """The same of tasks and kinds of questions by their names."""
     scores = record["scores"] if part is None else record.get("ablations", {}).get(part, {})
-    bits = "".join(value["exact"] for kind, value in sorted(scores.items()) if _belongs(kind, COLUMNS[column]))
+    bits = "".join(value["exact"] for kind, value in sorted(scores.items()) if _belongs(kind, kinds))
     return np.array([int(bit) for bit in bits], dtype=np.float64)
 
 

@@ -135,8 +135,11 @@ SMALL: dict[str, Task] = {
     "between": between,
     "ago": ago,
 }
-REAL = ("line", "page", "receipt", "invoice", "form", "table", "chart", "dialog", "login", "settings", "window")
-"""Tasks of casa-smol, at the real scale: questions about one picture."""
+REAL = (
+    "line", "page", "receipt", "invoice", "form", "table", "chart", "dialog", "login", "settings", "window", "easy_vqa",
+    "number", "prices",
+)  # fmt: skip
+"""At the real scale: questions about one picture, tasks of casa-smol and `printed`."""
 TASKS = SMALL | {kind: about_one(kind) for kind in REAL}
 
 
