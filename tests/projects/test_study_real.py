@@ -15,6 +15,7 @@ from casa.vision.page_encoder import PageEncoder, PageEncoderConfig, image_proce
 from projects.casa_smol.parts import TEMPLATE
 from projects.casa_smol.tasks import asked
 from projects.study.grid import Study
+from projects.study.printed import PRINTED, printed
 from projects.study.real import MARKS, begin_real
 from projects.study.run import train_run
 from projects.study.tasks import TASKS, Writer
@@ -130,6 +131,35 @@ def test_a_run_trains_what_is_new_and_the_text_model_stays(study, beginning, par
     written = json.loads((tmp_path / "records" / f"{run.id}.json").read_text())
     assert written["text_model"] != written["eyes"]
     assert ("attention" in written) == (name == "casa")
+
+
+@pytest.mark.parametrize("task", PRINTED)
+def test_small_pictures_of_print_are_drawn_by_seed(task):
+    drawn = list(printed(task, "train", 5, 12))
+    for one, again in zip(drawn, printed(task, "train", 5, 12), strict=True):
+        assert one.picture.tobytes() == again.picture.tobytes()
+        assert one.turns == again.turns
+        # of few image tokens, and every question has an answer of its own
+        assert 8 <= one.picture.width * one.picture.height / 256 < 250
+        assert one.turns
+        assert len({turn.question for turn in one.turns}) == len(one.turns)
+    assert all(
+        one.picture.tobytes() != other.picture.tobytes()
+        for one, other in zip(drawn, printed(task, "held_out", 5, 12), strict=True)
+    )
+
+
+def test_a_list_of_prices_answers_both_ways_alike():
+    asked = 0
+    for one in printed("prices", "held_out", 6, 30):
+        priced = {
+            turn.answer: turn for turn in one.turns if turn.question.startswith(("How", "What does", "What is the"))
+        }
+        for turn in one.turns:
+            if turn.answer not in priced and (price := next((p for p in priced if p in turn.question), None)):
+                assert turn.answer in priced[price].question
+                asked += 1
+    assert asked > 5
 
 
 def test_without_its_parts_it_says_how_to_make_them(study, tmp_path):
