@@ -12,11 +12,12 @@ from casa.errors import UserError
 from casa.settings import build
 from casa.testing import tiny_tokenizer
 from casa.vision.page_encoder import PageEncoder, PageEncoderConfig, image_processor
+from casa.vision.page_words import BEFORE, IDS, NOTHING, TAG_IDS
 from projects.casa_smol.parts import TEMPLATE
 from projects.casa_smol.tasks import asked
 from projects.study.grid import Study
 from projects.study.printed import PRINTED, printed
-from projects.study.real import MARKS, begin_real
+from projects.study.real import MARKS, align, begin_real
 from projects.study.run import train_run
 from projects.study.tasks import TASKS, Writer
 
@@ -117,6 +118,8 @@ def test_a_run_trains_what_is_new_and_the_text_model_stays(study, beginning, par
     record = train_run(study, run, beginning, tmp_path)
     trained = [name for name, parameter in kept[0].named_parameters() if parameter.requires_grad]
     assert trained
+    # a rate of 1e-3 is too fine a step for bfloat16
+    assert {parameter.dtype for parameter in kept[0].parameters() if parameter.requires_grad} == {torch.float32}
     new = ("lora_", "projector") if name == "insertion" else ("casa_layers", "projector")
     assert all(any(part in one for part in new) for one in trained)
     assert all(any(part in one for one in trained) for part in new)
@@ -131,6 +134,27 @@ def test_a_run_trains_what_is_new_and_the_text_model_stays(study, beginning, par
     written = json.loads((tmp_path / "records" / f"{run.id}.json").read_text())
     assert written["text_model"] != written["eyes"]
     assert ("attention" in written) == (name == "casa")
+
+
+def test_all_methods_begin_with_words_near_their_embeddings():
+    sizes = (8, 4, 4, 4, 4, 6, 12, 8, 4)
+    made: Any = {"hidden_size": 8, "stem_sizes": (4, 4), "dilations": (1,), "token_size": (16, 16), "reads": True}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        encoder = PageEncoder(PageEncoderConfig(**made, token_parts=("places",), word_sizes=sizes))
+        codes = torch.nn.functional.normalize(torch.randn(300, 12), dim=-1)
+        embeddings = codes @ torch.randn(12, 24) + torch.randn(24)
+        projector = torch.nn.Linear(sum(sizes) + 28, 24)
+    encoder.learn_words(codes, tiny_tokenizer("gpt2").backend_tokenizer.to_str())
+    align(projector, encoder, embeddings)
+    ids = torch.full((IDS,), NOTHING)
+    ids[TAG_IDS + BEFORE] = 41  # begins here; another one stands before it
+    ids[TAG_IDS + BEFORE - 1] = 17
+    code = torch.nn.functional.pad(encoder.codes_of(ids, torch.float32), (0, 28))
+    assert int(torch.cdist(projector(code)[None], embeddings).argmin()) == 41
+    nothing = torch.zeros_like(code)
+    nothing[-28:] = 1
+    torch.testing.assert_close(projector(nothing), embeddings.mean(0))
 
 
 @pytest.mark.parametrize("task", PRINTED)
