@@ -61,7 +61,8 @@ def run() -> None:
     try:
         app(arguments)
     except Exception as error:
-        if debug or not (isinstance(error, (UserError, OSError)) or _lacks_memory(error) or _lacks_extra(error)):
+        lacks_extra = isinstance(error, ModuleNotFoundError) and error.name in EXTRAS
+        if debug or not (isinstance(error, (UserError, OSError)) or _lacks_memory(error) or lacks_extra):
             raise
         print(f"casa: {_sentence(error, arguments)}", file=sys.stderr)
         sys.exit(2)
@@ -82,10 +83,6 @@ def _sentence(error: BaseException, arguments: list[str]) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     return str(error) or type(error).__name__
-
-
-def _lacks_extra(error: BaseException) -> bool:
-    return isinstance(error, ModuleNotFoundError) and error.name in EXTRAS
 
 
 def with_flags(error: UserError, arguments: list[str]) -> str:

@@ -32,12 +32,24 @@ Images = dict[str, Tensor]
 log = logging.getLogger("casa.streaming")
 
 
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What the encoder made of a frame: the very same one for all frames that look alike.
+
+    images: with pixel_values. features: (N, d_v). is_ahead: the frame was encoded before its turn.
+    """
+
+    images: Images
+    features: Tensor
+    is_ahead: bool = False
+
+
 @dataclass(frozen=True)
 class StepRequest:
     """What one session feeds."""
 
     cache: CasaCache
-    tokens: list[int]  # text around the frame
+    tokens: list[int]  # text around the frame; none where nothing is asked that was not answered: by the draft
     image_index: int | None  # of the token before which the frame stands; None if there is no frame
     images: Images  # empty if there is no frame, or it is cached
     pick: Callable[[Tensor, list[int]], int]  # the next token, from logits (V,) and what has been said so far
@@ -51,6 +63,8 @@ class StepRequest:
     should_stop: ShouldStop | None = None
     said: Sequence[int] = ()  # what an earlier batch said of this caption; its last token is the one to feed
     draft: Sequence[int] = ()  # what may be said, fed with the tokens: as far as it is, it takes one pass (`decode`)
+    look: Look | None = None  # the frame's, where it is known
+    pending: Sequence[int] = ()  # what the last caption has left to feed
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ class StepResult:
     pending: int  # the token that ended the caption, chosen and not yet fed
     cache: CasaCache  # what the session goes on with
     complete: bool  # False if time cut the caption
-    features: Tensor | None = None  # (N, d_v), what the encoder made of the request's pixels, if it had any
+    look: Look | None = None  # the frame's, if there was one
 
 
 def encode_together(model: CasaForConditionalGeneration, frames: Sequence[Images]) -> list[Images]:
@@ -91,6 +105,13 @@ def run_batch(
     that goes on with it. The cache of a single request is gone on with; those of several are copied.
     """
     settle()
+    rows = [row for row, request in enumerate(requests) if request.tokens]
+    for row, request in enumerate(requests):
+        if not request.tokens:
+            yield row, StepResult(request, [*request.draft], request.pending[-1], request.cache, True, request.look)
+    if not rows:
+        return
+    requests = [requests[row] for row in rows]
     alone = len(requests) == 1
     fed = [[*request.tokens, *request.draft] for request in requests]
     longest = max(map(len, fed))
@@ -102,7 +123,7 @@ def run_batch(
         cache, cached = join([request.cache for request in requests], model.new_cache())
         inputs["attention_mask"] = torch.cat([cached, _right_aligned(list(map(len, fed)), longest)], dim=1).long()
     given = [request.images for request in requests if request.images]
-    features: dict[int, Tensor | None] = {}
+    looks = [request.look for request in requests]
     if given:
         inputs["image_positions"] = torch.tensor(
             [
@@ -113,7 +134,9 @@ def run_batch(
         )
         given = encode_together(model, given)
         seen = [row for row, request in enumerate(requests) if request.images]
-        features = {row: images.get("image_features") for row, images in zip(seen, given, strict=True)}
+        for row, images in zip(seen, given, strict=True):
+            if "pixel_values" in requests[row].images:
+                looks[row] = Look(requests[row].images, images["image_features"])
         if any("image_keys_values" in images for images in given):
             # where some are projected already, the others are now
             given = [project_features(model, images) for images in given]
@@ -127,13 +150,14 @@ def run_batch(
     for ended in decode(model, inputs, cache, captions, drafts=dict(enumerate(request.draft for request in requests))):
         for row in ended:
             caption = captions[row]
-            state, found = own(row), features.get(row)
-            yield row, StepResult(requests[row], caption.tokens, caption.pending, state, caption.complete, found)
+            request, state = requests[row], own(row)
+            result = StepResult(request, caption.tokens, caption.pending, state, caption.complete, looks[row])
+            yield rows[row], result
         still = [row for row, caption in enumerate(captions) if caption.is_open]
         if still and should_yield is not None and should_yield():
             for row in still:
-                tokens = captions[row].tokens
-                yield row, replace(requests[row], cache=own(row), tokens=tokens[-1:], images={}, said=tokens, draft=())
+                said = {"tokens": captions[row].tokens[-1:], "said": captions[row].tokens, "draft": ()}
+                yield rows[row], replace(requests[row], cache=own(row), images={}, look=looks[row], **said)
             return
 
 

@@ -8,7 +8,7 @@ Without a suffix the last pending token comes behind the image, so that some tex
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from casa.models import CasaCache, CasaForConditionalGeneration, CasaProcessor
 from casa.models.generation import stop_ids
 from casa.models.image_cache import project_features
 from casa.streaming import state
-from casa.streaming.batch import Images, ShouldStop, StepRequest, StepResult, encode_together, run_all
+from casa.streaming.batch import Images, Look, ShouldStop, StepRequest, StepResult, encode_together, run_all
 from casa.streaming.sampling import Sampling
 from casa.streaming.state import Usage
 from casa.threads import settle
@@ -34,11 +34,12 @@ MIN_SINKS = 4  # the first tokens that attention leans on, whatever they say
 
 @dataclass(frozen=True)
 class EncodedFrame:
-    """A frame as it is fed: token ids before and after it, and its pixels, or what was made of them."""
+    """A frame as it is fed: token ids before and after it, its pixels or what was made of them, and its look."""
 
     before: list[int]
     after: list[int]
-    images: dict[str, Tensor]
+    images: Images
+    look: Look | None = None
 
 
 StepFrame = Image.Image | np.ndarray | EncodedFrame
@@ -107,7 +108,8 @@ class StreamingSession:
     def _bind(self, model: CasaForConditionalGeneration, processor: CasaProcessor, prompt: str) -> None:
         self._model, self._processor, self.prompt = model, processor, prompt
         self._around, self._answered = processor.around_frame(prompt), list[int]()
-        self._encoded: tuple[Images, Tensor] | None = None  # the frame encoded last, and its features
+        self._encoded: Look | None = None  # the frame encoded last
+        self._shown: Look | None = None  # the one answered last
         stops = stop_ids(model, processor.tokenizer)
         if not stops:
             raise UserError("the model has no stop token; set generation_config.eos_token_id.")
@@ -144,32 +146,36 @@ class StreamingSession:
         """Encodes and projects a frame ahead of its turn; `step` takes the result in its place, from any thread."""
         settle()
         before, after, pixels = self._processor.frame(check_picture(frame), self._around)
-        images = self._recognised(pixels)
+        images, look = self._recognised(pixels)
         with torch.no_grad():
-            if images is pixels:
+            if look is None:
                 (images,) = encode_together(self._model, [pixels])
-                self._encoded = pixels, images["image_features"]
-            return EncodedFrame(before, after, project_features(self._model, images))
+                self._encoded = look = Look(pixels, images["image_features"], is_ahead=True)
+            return EncodedFrame(before, after, project_features(self._model, images), look)
 
-    def _recognised(self, images: Images) -> Images:
+    def _recognised(self, images: Images) -> tuple[Images, Look | None]:
         """A frame that looks as the one encoded last: with that one's features in the place of its pixels."""
-        if self._encoded is None or "pixel_values" not in images:
-            return images
-        last, features = self._encoded
-        if not torch.equal(last["image_grid_thw"], images["image_grid_thw"]):
-            return images
-        known, pixels, most = last["pixel_values"], images["pixel_values"], self.same_frame
+        last = self._encoded
+        if last is None or "pixel_values" not in images:
+            return images, None
+        if not torch.equal(last.images["image_grid_thw"], images["image_grid_thw"]):
+            return images, None
+        known, pixels, most = last.images["pixel_values"], images["pixel_values"], self.same_frame
         if not torch.equal(known, pixels) and not (most and float((known - pixels).abs().float().mean()) <= most):
-            return images
-        return {"image_features": features, "image_grid_thw": images["image_grid_thw"]}
+            return images, None
+        return {"image_features": last.features, "image_grid_thw": images["image_grid_thw"]}, last
 
     def prepare(self, frame: StepFrame, should_stop: ShouldStop | None = None) -> StepRequest:
         """What this session feeds for a frame, in a batch; it is as it was until `accept` is given what comes back."""
         if not isinstance(frame, EncodedFrame):
             frame = EncodedFrame(*self._processor.frame(check_picture(frame), self._around))
+        images, look = (frame.images, frame.look) if frame.look else self._recognised(frame.images)
         tokens = self._pending + frame.before + frame.after
         place = len(tokens) - max(1, len(frame.after))
-        return self._request(tokens, place, self._recognised(frame.images), should_stop)
+        if self._processor.stream_turns and look is not None and look is self._shown:
+            # the same turn again has the same answer
+            return replace(self._request([], place, {}, should_stop), look=look, draft=self._answered)
+        return replace(self._request(tokens, place, images, should_stop), look=look)
 
     def prepare_question(self, question: str, should_stop: ShouldStop | None = None) -> StepRequest:
         """The same for a question about the frame at hand. Raises UserError for one that the bound has no room for."""
@@ -189,20 +195,22 @@ class StreamingSession:
         self._cache, self._pending, self._generator = result.cache, [result.pending], result.request.generator
         self._earlier = [*self._earlier, *result.tokens][-self.sampling.memory :] if self.sampling.memory else []
         self.frames += result.request.image_index is not None
-        if result.features is not None and "pixel_values" in result.request.images:
-            self._encoded = result.request.images, result.features
+        if (look := result.look) is not None:
+            # a caption that was cut may have more to say
+            self._shown = look if result.complete else None
+            self._encoded = self._encoded if look.is_ahead else look
         if self._processor.stream_turns and result.request.image_index is not None:
             text = "" if text == self._to_text(self._answered) else text
             self._answered = result.tokens
         return text
 
     def _request(
-        self, tokens: list[int], image_index: int | None, images: dict[str, Tensor], should_stop: ShouldStop | None
+        self, tokens: list[int], image_index: int | None, images: Images, should_stop: ShouldStop | None
     ) -> StepRequest:
         # what the request does, it does to a twin: a batch that fails leaves nothing behind
         cache, generator = self._cache.twin(), _generator(self._generator.get_state())
         count, opens = len(tokens) + self.max_new_tokens, image_index is not None
-        if self.max_text_tokens is not None:
+        if tokens and self.max_text_tokens is not None:
             # all the room that a caption may need is made first: nothing is forgotten while one is said
             state.make_room(cache, count, self.max_text_tokens, self._sinks, self._turns, opens)
         return StepRequest(
@@ -218,6 +226,7 @@ class StreamingSession:
             to_text=self._to_text,
             should_stop=should_stop,
             draft=self._draft() if opens and cache.is_croppable and not cache.slides else (),
+            pending=self._pending,
         )
 
     def _draft(self) -> list[int]:
