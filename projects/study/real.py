@@ -60,7 +60,7 @@ class RealBeginning(Beginning):
         A linear projector begins with words as the text model's embeddings have them, in all methods (`align`).
         """
         torch.manual_seed(seed)
-        model = adapt(str(self.text), fusion=fusion, vision=str(self.eyes))
+        model: Any = adapt(str(self.text), fusion=fusion, vision=str(self.eyes))
         if fusion.projector == "linear" and len(getattr(model.vision, "word_codes", ())):
             align(model.projector.map, model.vision, model.get_input_embeddings().weight)
         model.backbone.requires_grad_(False).bfloat16()
