@@ -49,8 +49,8 @@ difference" where the interval is within {alike:.0f} points of zero and no seed 
 fewer than {seeds} seeds nothing is said. Handwriting and photographs of the questions were never trained on.
 
 Memory and latency (C5, C6) are measured by `casa bench` and stand in the README; here operations and seconds of a run
-stand beside its scores. The real scale, a language model of 135 million parameters on printed numbers, prices, lines and
-easy-VQA, is written as a study and has not been run; nothing here speaks of it.
+stand beside its scores. The real scale, a language model of 135 million parameters on printed numbers, prices, lines
+and easy-VQA, is written as a study and has not been run; nothing here speaks of it.
 """
 
 
