@@ -13,6 +13,7 @@ from PIL import Image
 from projects.casa_smol.canvas import Canvas, width_of
 from projects.casa_smol.damage import worn
 from projects.casa_smol.pages import Brush, theme
+from projects.casa_smol.tasks import SPLITS
 from projects.casa_smol.tasks.asked import Asked, Turn, some, turn
 from projects.casa_smol.tasks.lines import READ
 from projects.casa_smol.words import pick
@@ -75,7 +76,7 @@ PRINTED: dict[str, Callable[[Generator, str], tuple[Image.Image, tuple[Turn, ...
 
 def printed(task: str, split: str, seed: int, count: int) -> Iterator[Asked]:
     """So many pictures of a kind of PRINTED; one on which nothing could be written is drawn again."""
-    own = [*PRINTED].index(task), ("train", "held_out").index(split)
+    own = [*PRINTED].index(task), SPLITS.index(split)
     for one in range(count):
         again = 0
         while True:

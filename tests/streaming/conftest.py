@@ -68,6 +68,14 @@ def same_state():
     return check
 
 
+@pytest.fixture
+def turns(monkeypatch):
+    """A processor with which each frame is a turn."""
+    processor = tiny_processor()
+    monkeypatch.setattr(processor, "stream_turns", True)
+    return processor
+
+
 @pytest.fixture(scope="module", params=[True, False], ids=["delimited", "bare"])
 def processor(request) -> CasaProcessor:
     return tiny_processor(request.param)

@@ -16,14 +16,6 @@ SAMPLINGS = {"greedy": Sampling(), "drawn": Sampling(temperature=1.5, repetition
 
 
 @pytest.fixture
-def turns(monkeypatch):
-    """A processor with which each frame is a turn."""
-    processor = tiny_processor()
-    monkeypatch.setattr(processor, "stream_turns", True)
-    return processor
-
-
-@pytest.fixture
 def passes(model, monkeypatch):
     """The tokens of each pass, per row."""
     counts, forward = [], model.forward

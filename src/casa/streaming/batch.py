@@ -49,7 +49,7 @@ class StepRequest:
     """What one session feeds."""
 
     cache: CasaCache
-    tokens: list[int]  # text around the frame; none where nothing is asked that was not answered: by the draft
+    tokens: list[int]  # text around the frame; none where the same was asked last: nothing runs
     image_index: int | None  # of the token before which the frame stands; None if there is no frame
     images: Images  # empty if there is no frame, or it is cached
     pick: Callable[[Tensor, list[int]], int]  # the next token, from logits (V,) and what has been said so far
@@ -64,7 +64,6 @@ class StepRequest:
     said: Sequence[int] = ()  # what an earlier batch said of this caption; its last token is the one to feed
     draft: Sequence[int] = ()  # what may be said, fed with the tokens: as far as it is, it takes one pass (`decode`)
     look: Look | None = None  # the frame's, where it is known
-    pending: Sequence[int] = ()  # what the last caption has left to feed
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def run_batch(
     rows = [row for row, request in enumerate(requests) if request.tokens]
     for row, request in enumerate(requests):
         if not request.tokens:
-            yield row, StepResult(request, [*request.draft], request.pending[-1], request.cache, True, request.look)
+            yield row, StepResult(request, [], request.stop, request.cache, complete=True)
     if not rows:
         return
     requests = [requests[row] for row in rows]

@@ -173,8 +173,7 @@ class StreamingSession:
         tokens = self._pending + frame.before + frame.after
         place = len(tokens) - max(1, len(frame.after))
         if self._processor.stream_turns and look is not None and look is self._shown:
-            # the same turn again has the same answer
-            return replace(self._request([], place, {}, should_stop), look=look, draft=self._answered)
+            tokens, images = [], {}  # the same turn again has the same answer
         return replace(self._request(tokens, place, images, should_stop), look=look)
 
     def prepare_question(self, question: str, should_stop: ShouldStop | None = None) -> StepRequest:
@@ -190,6 +189,9 @@ class StreamingSession:
 
     def accept(self, result: StepResult) -> str:
         """Takes over the state that a request has left; its caption."""
+        if not result.request.tokens:
+            self.frames += 1
+            return ""
         text = self._to_text(result.tokens)
         self._truncated += not result.complete
         self._cache, self._pending, self._generator = result.cache, [result.pending], result.request.generator
@@ -210,7 +212,7 @@ class StreamingSession:
         # what the request does, it does to a twin: a batch that fails leaves nothing behind
         cache, generator = self._cache.twin(), _generator(self._generator.get_state())
         count, opens = len(tokens) + self.max_new_tokens, image_index is not None
-        if tokens and self.max_text_tokens is not None:
+        if self.max_text_tokens is not None:
             # all the room that a caption may need is made first: nothing is forgotten while one is said
             state.make_room(cache, count, self.max_text_tokens, self._sinks, self._turns, opens)
         return StepRequest(
@@ -226,7 +228,6 @@ class StreamingSession:
             to_text=self._to_text,
             should_stop=should_stop,
             draft=self._draft() if opens and cache.is_croppable and not cache.slides else (),
-            pending=self._pending,
         )
 
     def _draft(self) -> list[int]:
