@@ -20,6 +20,7 @@ from casa.training.config import (
     SpikeSettings,
     TrainerSettings,
 )
+from casa.training.optimizer import is_inner
 from casa.training.trainer import CasaTrainer
 from projects.casa_tiny.stage import Batches, DrawnBatches
 from projects.study.grid import Budget
@@ -77,6 +78,11 @@ class Watch(TrainerCallback):
         write_text(self.path, json.dumps(kept) + "\n")
 
 
+def _has_matrices(model: Any) -> bool:
+    """Whether matrices inside blocks are trained, which adapters are not taken for."""
+    return any(is_inner(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
 def _is_narrow(model: Any) -> bool:
     return any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
 
@@ -128,7 +134,7 @@ def train_steps(
             decay_steps=int(budget.decay * budget.steps),
             new_lr=budget.lr,
             existing_lr=budget.lr,
-            muon_lr=budget.muon_lr,
+            muon_lr=budget.muon_lr if _has_matrices(model) else 0,
             trainable="as given",
             precision="bfloat16" if _is_narrow(model) else "float32",
         ),

@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
+from casa.models import replay
 from casa.testing import TinySample, as_batch, as_packed, tiny_casa
 
 FUSIONS = {
@@ -99,6 +100,32 @@ def test_packed_gradients_are_the_sum_of_each_sample_alone(models):
         # bfloat16 keeps 8 bits, and a gradient is a sum of many such
         allowed = 2 * (plain[name] - want).norm() + 0.02 * want.norm()
         assert (fast[name] - want).norm() <= allowed, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3])
+def test_replayed_tokens_are_those_that_are_launched(models, no_worse, monkeypatch, rows):
+    exact, model = models
+    if model.device.type != "cuda":
+        pytest.skip("only CUDA has graphs; tests/models/test_replay.py has a stand-in")
+    captured, capture = [], replay.capture
+    monkeypatch.setattr(replay, "capture", lambda run: captured.append(1) or capture(run))
+    inputs = as_batch([SAMPLES[number % 3] for number in range(rows)])
+    steps = torch.randint(3, 60, (40, rows, 1), generator=torch.Generator().manual_seed(7))
+
+    def said(of):
+        cache, mask = of(**moved(inputs, of), use_cache=True).past_key_values, inputs["attention_mask"]
+        found = []
+        for ids in steps:
+            mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
+            call = moved({"input_ids": ids, "attention_mask": mask}, of)
+            found.append(of(**call, past_key_values=cache, use_cache=True).logits)
+        return torch.cat(found, dim=1)
+
+    found = said(model)
+    assert bool(captured) == (model.fusion.history == 0 or model.fusion.attend == "image")
+    with replay.launched():
+        check(no_worse, found, said(model), said(exact))
 
 
 @torch.no_grad()

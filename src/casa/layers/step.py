@@ -48,8 +48,10 @@ class Rotation:
         """Cosines and signed sines of the pairs that turn together: (T, 1 or H, 2, D / 2), or (.., D / 2, 2)."""
         pairs = [x[:, None] if x.dim() == 2 else x for x in (self.cos, self.sin)]
         cos, sin = (x.unflatten(-1, (-1, 2) if self.neighbours else (2, -1)) for x in pairs)
-        signs = sin.new_tensor([-1.0, 1.0])
-        return cos, sin * (signs if self.neighbours else signs[:, None])
+        pair = -1 if self.neighbours else -2
+        # the first of a pair is turned against the second; numbers from Python would be no part of a CUDA graph
+        first, second = sin.unbind(pair)
+        return cos, torch.stack([-first, second], dim=pair)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Turns x (T, H, D)."""
@@ -262,20 +264,41 @@ class DecodeStep:
         self._rows = torch.arange(len(text), device=self.device)[:, None]
         self._same = text[0] if len(set(text)) == 1 else None
         self._stop = max(text) + self.length
-        self._rotations = per_rotary(self.rotary, lambda rotary: rotary(self._places.flatten()))
-        self._mask = None
         self._biases: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    @property
+    def has_history(self) -> bool:
+        """Whether images of earlier windows are in sight."""
+        return any(turner is not None for turner in self._turners)
+
+    @property
+    def places(self) -> Tensor:
+        """int64 (B,), of each row's first new token among its window's text."""
+        return self._places[:, 0]
+
+    @property
+    def image_counts(self) -> Tensor:
+        """int64 (B,): images that each row sees; 1 of a row without where only images are keys, whose result is
+        thrown away.
+        """
+        counts = torch.tensor(self.state.image_tokens, device=self.device)
+        return counts.clamp(min=1) if self.attend == "image" else counts
+
+    @cached_property
+    def _rotations(self) -> list[Rotation | None]:
+        return per_rotary(self.rotary, lambda rotary: rotary(self._places.flatten()))
+
+    @cached_property
+    def _mask(self) -> Tensor | None:
+        """What each new token sees, bool (B, 1, length, keys); None if all of it."""
         # after rows were selected the buffer may be wider than any row's images
-        widest = self.state.layers[0].images
-        only_images = self.attend == "image"
-        if set(images) != {widest} or (not only_images and (self._same is None or self.length > 1)):
-            counts = torch.tensor(images, device=self.device)[:, None, None]
-            if only_images:
-                counts = counts.clamp(min=1)  # a row without image sees a slot whose result is thrown away
-            image = (torch.arange(widest, device=self.device) < counts).expand(-1, self.length, -1)
-            now = torch.arange(self._stop, device=self.device) <= self._places[..., None]
-            # (B, 1, length, keys)
-            self._mask = torch.cat([image] if only_images else [image, now], dim=2)[:, None]
+        widest, only_images = self.state.layers[0].images, self.attend == "image"
+        if set(self.state.image_tokens) == {widest} and (only_images or (self._same is not None and self.length == 1)):
+            return None
+        counts = self.image_counts[:, None, None]
+        image = (torch.arange(widest, device=self.device) < counts).expand(-1, self.length, -1)
+        now = torch.arange(self._stop, device=self.device) <= self._places[..., None]
+        return torch.cat([image] if only_images else [image, now], dim=2)[:, None]
 
     @classmethod
     def opening(

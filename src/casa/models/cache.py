@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from casa.errors import UserError
 from casa.layers import WindowState
 from casa.models.insertion import StreamState, last_real
+from casa.models.replay import Replays
 
 # what transformers calls a cache, as an argument and in outputs, from 5.24 on and before
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -97,6 +98,26 @@ class GrowingLayer(DynamicLayer):
         self._buffer = buffer
         return self._keys, self._values
 
+    def reserve(self, count: int) -> Tensor:
+        """The buffer (2, B, Hkv, room, D) with room for `count` more tokens, zeros behind those held."""
+        held = _length(self._keys)
+        buffer = self._room(held + count)
+        if buffer is None:
+            buffer = _begun((self._keys, self._values), cast(Tensor, self._keys), held + count)
+            self._keys, self._values = buffer.narrow(3, 0, held).unbind()
+            self._buffer = buffer
+        buffer[:, :, :, held:] = 0
+        return buffer
+
+    def room_is(self, buffer: Tensor) -> bool:
+        """Whether this is the buffer, and may be written."""
+        return self._buffer is buffer and self._room(_length(self._keys) + 1) is not None
+
+    def written(self, count: int) -> None:
+        """Takes for its own so many tokens that were written into the room behind those held."""
+        length = _length(self._keys) + count
+        self._keys, self._values = cast(Tensor, self._buffer).narrow(3, 0, length).unbind()
+
     def _room(self, length: int) -> Tensor | None:
         """The buffer, if it has room for `length` tokens and may be written."""
         buffer = self._buffer
@@ -116,12 +137,8 @@ def _alike(held: Tensor, new: Tensor) -> bool:
     """Whether new tokens can stand behind those held, as they are."""
     if held.dim() < 4:
         return True
-    rows, heads, _, width = held.shape
-    return (held.dtype, held.device) == (new.dtype, new.device) and new.shape[:2] + new.shape[3:] == (
-        rows,
-        heads,
-        width,
-    )
+    same_shape = new.shape[:2] + new.shape[3:] == held.shape[:2] + held.shape[3:]
+    return same_shape and (held.dtype, held.device) == (new.dtype, new.device)
 
 
 def _begun(held: tuple[Tensor | None, Tensor | None], new: Tensor, length: int) -> Tensor:
@@ -207,6 +224,7 @@ class CasaCache(Cache):
         seen: What each row has seen; empty while no row has seen an image.
         ids: int64 (B, S), the text that is cached, where `generate` knows it.
         searched: Whether beams have filled it, whose rows are not those of the answer.
+        replays: On a GPU, its token as it was captured.
     """
 
     def __init__(self, config: Any = None, replaced: Iterable[int] = ()) -> None:
@@ -219,6 +237,7 @@ class CasaCache(Cache):
         self.seen: list[Seen] = []
         self.ids: Tensor | None = None
         self.searched = False
+        self.replays = Replays()
 
     def take_over(self, given: DynamicCache) -> "CasaCache":
         """Makes an empty cache of transformers one of this model's, as it stands in its owner's hands."""
@@ -383,7 +402,9 @@ class CasaCache(Cache):
         twin.text = copy.copy(self.text)
         twin.layers = twin.text.layers = [copy.copy(layer) for layer in self.text.layers]
         twin.windows = self.windows.twin() if self.windows is not None else None
-        twin.seen = list(self.seen)
+        twin.seen, self.replays = list(self.seen), Replays()
+        if self.windows is not None:
+            twin.replays.lend(self.windows.layers)
         return twin
 
     def _text_tensors(self) -> list[Tensor]:

@@ -35,6 +35,7 @@ from casa.models.cache import CasaCache, GrowingLayer
 from casa.models.configuration_casa import FusionConfig
 from casa.models.fusion import ReplacedSelfAttention, is_own_hook
 from casa.models.int8 import Int8Linear, int8_product
+from casa.models.replay import is_replayed
 
 # blocks of transformers that are x + attention(norm(x)), then x + feed-forward(norm(x))
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Helium", "Qwen2VL", "Qwen2_5_VL", "Qwen3VLText")
@@ -287,6 +288,9 @@ class PreparedDecoder:
             self._norm = Norm(decoder.stack.get_submodule("norm"))
             # blocks differ in them only where text is not among the keys of some
             self._heads = max((block.text.counts for block in self._blocks), key=len)
+            # rotary positions that look at how far the text has come cannot be captured
+            kind = getattr(decoder.stack.get_submodule("rotary_emb"), "rope_type", "")
+            self._is_steady = kind != "longrope" and "dynamic" not in kind
             # joining has moved them
             self._watch.note()
 
@@ -307,10 +311,12 @@ class PreparedDecoder:
 
         mask: bool (B, S + L), the cached text and the new; None if all is real. rotaries: of every block.
         """
-        rows, length = embeds.shape[:2]
-        queries, shared = [*self._heads, 0][:2]
-        where = positions.flatten()
-        turns = per_rotary(rotaries, lambda rotary: rotary(where).beside(queries + shared, shared))
+        length = embeds.shape[1]
+        if length == 1 and self._is_steady and is_replayed(embeds):
+            through = partial(self._through, rotaries)
+            found = cache.replays.token(through, self, embeds, positions, mask, cache, step)
+            if found is not None:
+                return found
         seen = None if mask is None else mask[:, None, None]
         if length > 1:
             held = cache.text.get_seq_length() if mask is None else mask.shape[1] - length
@@ -318,9 +324,25 @@ class PreparedDecoder:
             # padding sees itself, which is better than nothing
             itself = torch.eye(length, held + length, dtype=torch.bool, device=embeds.device).roll(held, 1)
             seen = causal if seen is None else (causal & seen) | itself
-        elif seen is not None:
+        return self._through(rotaries, embeds, positions, seen, cast(list[GrowingLayer], cache.text.layers), step)
+
+    def _through(
+        self,
+        rotaries: Sequence[Rotary | None],
+        embeds: Tensor,
+        positions: Tensor,
+        seen: Tensor | None,
+        text: Sequence[Any],
+        step: Step | None,
+    ) -> Tensor:
+        """The stack's output (B, L, d). seen: (B, 1, L or 1, keys), bool or a bias. text: of every block."""
+        rows, length = embeds.shape[:2]
+        queries, shared = [*self._heads, 0][:2]
+        where = positions.flatten()
+        turns = per_rotary(rotaries, lambda rotary: rotary(where).beside(queries + shared, shared))
+        if length == 1 and seen is not None:
             seen = seen.repeat_interleave(shared, 0)
-        call = Call(step, length, turns, seen, cast(list[GrowingLayer], cache.text.layers))
+        call = Call(step, length, turns, seen, text)
         x = embeds.flatten(0, 1)
         for block in self._blocks:
             x = block(x, call)
