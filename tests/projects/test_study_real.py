@@ -151,10 +151,11 @@ def test_all_methods_begin_with_words_near_their_embeddings():
     ids[TAG_IDS + BEFORE] = 41  # begins here; another one stands before it
     ids[TAG_IDS + BEFORE - 1] = 17
     code = torch.nn.functional.pad(encoder.codes_of(ids, torch.float32), (0, 28))
-    assert int(torch.cdist(projector(code)[None], embeddings).argmin()) == 41
+    centred = embeddings - embeddings.mean(0)
+    assert int(torch.cdist(projector(code)[None], centred).argmin()) == 41
     nothing = torch.zeros_like(code)
     nothing[-28:] = 1
-    torch.testing.assert_close(projector(nothing), embeddings.mean(0))
+    assert not projector(nothing).any()
 
 
 @pytest.mark.parametrize("task", PRINTED)
