@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from casa import FusionConfig, adapt
 from casa.analysis.ablations import ablated
 from casa.models import decoding, passes
-from casa.models.decoding import PreparedDecoder, prepared
+from casa.models.decoding import Matrix, PreparedDecoder, prepared
 from casa.testing import BACKBONES, TinySample, as_batch, tiny_backbone, tiny_casa, tiny_casa_over, tiny_encoder
 from tests.few import few_first
 from tests.models.conftest import FEW, FUSIONS
@@ -94,6 +94,29 @@ def tensors(cache):
 def test_families_and_placements(kind, fusion, ways, monkeypatch):
     sample = PROMPT.in_squares() if kind == "smolvlm" else PROMPT
     both_ways(tiny_casa_over(kind, **fusion), sample.inputs(), ways, monkeypatch)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, decoding.FEW + 1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_whichever_product_is_faster_is_the_same(monkeypatch, slow, rows, bias):
+    monkeypatch.setattr(decoding, "linear_is_slow", lambda dtype, several: slow)
+    random = torch.Generator().manual_seed(rows)
+    linear = nn.Linear(12, 7, bias=bias).double()
+    x, residual = (torch.randn(rows, width, generator=random).double() for width in (12, 7))
+    with torch.no_grad():
+        found, added = Matrix(linear)(x), Matrix(linear)(x, residual.clone())
+        torch.testing.assert_close(found, linear(x), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(added, linear(x) + residual, rtol=1e-12, atol=1e-12)
+    assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_is_faster_here_is_measured_once(several):
+    decoding.linear_is_slow.cache_clear()
+    assert decoding.linear_is_slow(torch.bfloat16, several) in (False, True)
+    assert decoding.linear_is_slow.cache_info().currsize == 1
+    assert decoding.linear_is_slow(torch.float64, several) is True
 
 
 @pytest.mark.parametrize("inputs", [PROMPT.inputs(), as_batch(ROWS), as_batch(ROWS[1:2])], ids=["one", "rows", "text"])

@@ -11,17 +11,19 @@ Whatever takes the place of a parameter or a module, or is hooked to one, is not
     all others                 queries, keys, values of each
     feed-forward               gate | up
 
-On a CPU one row goes through `mv` and a few through W x^T: `linear` takes half as long again (docs/performance.md).
+On a CPU one row goes through `mv` and a few through W x^T where torch's `linear` takes longer: it takes half as long
+again on some machines, and two thirds on others (docs/performance.md).
 What has to go through the modules is told by `PreparedDecoder.refusal`.
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import repeat
 from operator import contains, is_
 from threading import Lock
+from time import perf_counter
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -60,15 +62,15 @@ class Matrix:
         weight, bias = self.weight, self.bias
         if self.scale is not None:
             found = int8_product(x, weight, self.scale, bias)
-        elif x.is_cpu and x.shape[0] == 1:
+        elif not (x.is_cpu and x.shape[0] <= FEW and linear_is_slow(x.dtype, x.shape[0] > 1)):
+            found = F.linear(x, weight, bias)
+        elif x.shape[0] == 1:
             plus = bias if residual is None else residual[0] if bias is None else residual[0] + bias
             return (torch.mv(weight, x[0]) if plus is None else torch.addmv(plus, weight, x[0]))[None]
-        elif x.is_cpu and x.shape[0] <= FEW:
+        else:
             # attention wants its heads' channels side by side
             found = torch.mm(weight, x.t()).t().contiguous()
             found = found if bias is None else found + bias
-        else:
-            found = F.linear(x, weight, bias)
         return found if residual is None else found.add_(residual)
 
     def rows(self, start: int) -> "Matrix":
@@ -77,6 +79,31 @@ class Matrix:
         found.scale = None if self.scale is None else self.scale[start:]
         found.weight, found.bias = self.weight[start:], None if self.bias is None else self.bias[start:]
         return found
+
+
+@cache
+def linear_is_slow(dtype: torch.dtype, several: bool) -> bool:
+    """Whether `linear` takes longer on this CPU for one row, or for eight, than what stands in for it.
+
+    Measured once a process in half precision, where machines differ, on more weights than a cache holds.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    weights, rows = torch.ones(24, 1536, 576, dtype=dtype), torch.ones(8 if several else 1, 576, dtype=dtype)
+
+    def instead(weight: Tensor) -> Tensor:
+        return torch.mm(weight, rows.t()).t().contiguous() if several else torch.mv(weight, rows[0])
+
+    def seconds(way: Callable[[Tensor], Tensor]) -> float:
+        begun = perf_counter()
+        for weight in weights:
+            way(weight)
+        return perf_counter() - begun
+
+    # in turns, so that other work slows both
+    turns = [(seconds(instead), seconds(partial(F.linear, rows))) for _ in range(5)]
+    ours, linear = map(min, zip(*turns, strict=True))
+    return linear > ours
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
