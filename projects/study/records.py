@@ -36,10 +36,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "1 to 3 ago": ("ago.1", "ago.2", "ago.3"),
     "4 to 7 ago": ("ago.4", "ago.5", "ago.6", "ago.7"),
     "printed numbers": ("number",),
-    "price lists": ("prices",),
-    "printed lines": ("line",),
     "easy-VQA": ("easy_vqa",),
-    "all at the real scale": ("number", "prices", "line", "easy_vqa"),
+    "all at the real scale": ("number", "easy_vqa"),
 }
 
 

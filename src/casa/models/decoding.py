@@ -476,7 +476,8 @@ def short_logits(decoder: Decoder, hidden: Tensor, goes_on: bool) -> Tensor:
     whole = type(decoder).logits is Decoder.logits and is_its_weight(head) and type(head.weight.data) is Tensor
     # two dimensions: of three, torch would multiply a last token alone as a batch, and copy the whole head for it
     each = hidden.flatten(0, 1)
-    if not (goes_on and whole) or each.shape[0] > FEW or torch.is_grad_enabled() or is_autocast():
+    elsewhere = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_autocast()
+    if not (goes_on and whole) or each.shape[0] > FEW or elsewhere:
         return decoder.logits(each).unflatten(0, hidden.shape[:2])
     return Matrix(head)(each).unflatten(0, hidden.shape[:2])
 
