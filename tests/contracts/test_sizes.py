@@ -10,7 +10,7 @@ SOURCE = Path(casa.__file__).parent
 MAX_FILE_LINES = 500
 MAX_FILES = 200
 TINY_LINES, MAX_TINY_FILES = 60, 30
-MAX_LINES = 41_581
+MAX_LINES = 41_589
 LONGER: dict[str, int] = {}  # files that are still too long, and may not grow
 
 

@@ -209,6 +209,20 @@ def test_tokens_taken_back_and_padding_that_ends(captured):
     same_caches(quick, slow)
 
 
+def test_what_cannot_be_captured_is_launched_and_told_once(captured, monkeypatch, caplog):
+    def refuse(run):
+        run()
+        captured.append(None)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(replay, "capture", refuse)
+    model = tiny_casa()
+    for _ in range(2):
+        both(model, PROMPT.inputs())
+    assert len(captured) == 1
+    assert caplog.text.count("cannot be captured") == 1
+
+
 def test_a_live_session_has_one_graph(captured):
     model, processor = tiny_speaker(), tiny_processor()
 

@@ -14,12 +14,13 @@ that is joined of several sessions for one caption does not live long enough for
 Shapes: B rows, Hkv key heads, D channels of a head, d width of the text model.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
-from weakref import ReferenceType, ref
+from weakref import ReferenceType, WeakSet, ref
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,9 @@ def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
     return graph.replay, found
 
 
+log = logging.getLogger(__name__)
 _side: dict[int, Any] = {}
+_refused: WeakSet[object] = WeakSet()  # whose tokens cannot be captured
 
 
 _launched: ContextVar[bool] = ContextVar("_launched", default=False)
@@ -83,7 +86,7 @@ class Replays:
 
     def __init__(self) -> None:
         self._graph: _Graph | None = None
-        self._count, self._of = 0, (None, 0)
+        self._count, self._rows, self._of = 0, 0, cast(object, None)
 
     def __deepcopy__(self, memo: object) -> "Replays":
         return Replays()
@@ -119,15 +122,20 @@ class Replays:
         if step is not None and not _is_plain(step):
             return None
         step = cast("DecodeStep | None", step)
-        if self._of != (owner, len(embeds)):
-            self._of, self._graph, self._count = (owner, len(embeds)), None, 0
+        if self._of is not owner or self._rows != len(embeds):
+            self._of, self._rows, self._graph, self._count = owner, len(embeds), None, 0
         if self._graph is not None and not self._graph.fits(cache, step):
             self._graph, self._count = None, 0
         if self._graph is None:
             self._count += 1
-            if self._count <= PATIENCE:
+            if self._count <= PATIENCE or self._of in _refused:
                 return None
-            self._graph = _Graph(through, embeds, positions, cache, step)
+            try:
+                self._graph = _Graph(through, embeds, positions, cache, step)
+            except RuntimeError as error:
+                log.warning("a token cannot be captured here, and is launched: %s", error)
+                _refused.add(self._of)
+                return None
         return self._graph(embeds, positions, mask, cache, step)
 
 
