@@ -111,28 +111,23 @@ def test_other_rows_and_other_weights_are_captured_anew(captured):
     one, other = prefilled(model, as_batch(SAMPLES)), prefilled(model, as_batch(SAMPLES))
     mask = as_batch(SAMPLES)["attention_mask"]
 
-    def on(cache, **more):
-        return go_on(model, cache, **more)
-
-    def change(cache):
-        cache.batch_select_indices(torch.tensor([2, 0]))
-
-    found = [on(one, mask=mask)]
+    found = [go_on(model, one, mask=mask)]
     with replay.launched():
-        wanted = [on(other, mask=mask)]
+        wanted = [go_on(model, other, mask=mask)]
     shown = torch.cat([mask, mask.new_ones(len(mask), COUNT)], dim=1)[[2, 0]]
-    change(one), change(other)
-    found.append(on(one, mask=shown))
+    for cache in (one, other):
+        cache.batch_select_indices(torch.tensor([2, 0]))
+    found.append(go_on(model, one, mask=shown))
     with replay.launched():
-        wanted.append(on(other, mask=shown))
+        wanted.append(go_on(model, other, mask=shown))
     assert len(captured) == 2
     block = model.decoder.blocks[0]
     block.mlp.down_proj = copy.deepcopy(block.mlp.down_proj)
     block.mlp.down_proj.weight.data.mul_(2)
     shown = torch.cat([shown, shown.new_ones(2, COUNT)], dim=1)
-    found.append(on(one, mask=shown))
+    found.append(go_on(model, one, mask=shown))
     with replay.launched():
-        wanted.append(on(other, mask=shown))
+        wanted.append(go_on(model, other, mask=shown))
     assert len(captured) == 3
     for mine, theirs in zip(found, wanted, strict=True):
         same(mine, theirs)
@@ -176,6 +171,10 @@ def test_a_cache_that_did_not_go_on_keeps_what_it_had(captured):
     assert len(captured) == 1
     # a frame has been copied over what both had held
     same_caches(cache, other)
+    for _ in range(3):
+        kept = twin.twin()  # each lets go of the one before
+        twin = kept.twin()
+    assert len(twin.replays._graph.windows.lent) <= 2 * len(cache.windows.layers)
     found = go_on(model, cache)
     with replay.launched():
         same(found, go_on(model, other))

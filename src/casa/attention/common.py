@@ -196,6 +196,11 @@ def joined(rows: list[Tensor]) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
+def bias_of(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores, of the mask's shape: 0 where it is True, and minus infinity elsewhere."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+
+
 def zeros_of(x: Tensor) -> Tensor:
     """Zeros like x that still belong to its graph: what queries get that see nothing."""
     return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0)

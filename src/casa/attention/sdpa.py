@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from casa.attention.common import AttentionInputs, RowGather, RowList, joined, zeros_of
+from casa.attention.common import AttentionInputs, RowGather, RowList, bias_of, joined, zeros_of
 from casa.windows import WindowLayout
 
 CALL = 100_000.0
@@ -120,8 +120,7 @@ class WindowBatch:
             row[shape.queries :, 0] = True
         if full.all():
             return None
-        bias = torch.zeros(full.shape, dtype=dtype).masked_fill(~full, -torch.inf)
-        return bias.repeat(1, groups, 1)[:, None].to(device)
+        return bias_of(full, dtype).repeat(1, groups, 1)[:, None].to(device)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from casa.attention import casa_attention
+from casa.attention import bias_of, casa_attention
 from casa.layers.ablation import Ablation
 from casa.layers.plan import CallPlan
 from casa.layers.state import LayerWindow, WindowExtent, WindowState
@@ -370,8 +370,7 @@ class DecodeStep:
         if self._mask is None:
             return None
         if (groups, dtype) not in self._biases:
-            bias = torch.zeros_like(self._mask, dtype=dtype).masked_fill_(~self._mask, -torch.inf)
-            self._biases[groups, dtype] = bias.repeat_interleave(groups, 2)
+            self._biases[groups, dtype] = bias_of(self._mask, dtype).repeat_interleave(groups, 2)
         return self._biases[groups, dtype]
 
     def then(self, new: "DecodeStep") -> "DecodeStep":

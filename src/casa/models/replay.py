@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from casa.attention import bias_of
 from casa.layers import AttentionRecorder, DecodeStep, LayerWindow, Step, per_rotary
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
 
 PATIENCE = 4  # tokens at the same addresses before they are captured: capturing costs about two
 AHEAD = 128  # tokens that buffers have room for when they are captured
+
+log = logging.getLogger(__name__)
+_side: dict[int, Any] = {}  # of each device the stream on which tokens are captured
+_refused: WeakSet[object] = WeakSet()  # whose tokens cannot be captured
+_launched: ContextVar[bool] = ContextVar("_launched", default=False)
 
 Through = Callable[[Tensor, Tensor, Tensor, Sequence[Any], Step | None], Tensor]
 """(embeddings (B, 1, d), positions (B, 1), bias (B, 1, 1, room), text of every block, step) -> (B, 1, d)"""
@@ -56,14 +62,6 @@ def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
             graph.capture_end()
     torch.cuda.current_stream().wait_stream(side)
     return graph.replay, found
-
-
-log = logging.getLogger(__name__)
-_side: dict[int, Any] = {}
-_refused: WeakSet[object] = WeakSet()  # whose tokens cannot be captured
-
-
-_launched: ContextVar[bool] = ContextVar("_launched", default=False)
 
 
 @contextmanager
@@ -96,8 +94,9 @@ class Replays:
 
     def lend(self, windows: Sequence[LayerWindow]) -> None:
         """Notes that others than the cache that goes on hold these windows, whose buffers may be the graph's."""
-        if self._graph is not None and self._graph.windows is not None:
-            self._graph.windows.lent += map(ref, windows)
+        if self._graph is not None and (held := self._graph.windows) is not None:
+            # what is gone is let go: days of a picture that stays the same evict nothing
+            held.lent = [*(one for one in held.lent if one() is not None), *map(ref, windows)]
 
     def token(
         self,
@@ -117,11 +116,10 @@ class Replays:
             through: The way of a token; what is captured.
             owner: What `through` belongs to; another one captures anew.
             mask: bool (B, S + 1), which of the cached text and the token are real; None if all are.
-            step: The open windows'.
+            step: The open windows'. Images of earlier ones that are in sight are not captured.
         """
-        if step is not None and not _is_plain(step):
+        if step is not None and (type(step) is not DecodeStep or step.has_history):
             return None
-        step = cast("DecodeStep | None", step)
         if self._of is not owner or self._rows != len(embeds):
             self._of, self._rows, self._graph, self._count = owner, len(embeds), None, 0
         if self._graph is not None and not self._graph.fits(cache, step):
@@ -131,17 +129,14 @@ class Replays:
             if self._count <= PATIENCE or self._of in _refused:
                 return None
             try:
-                self._graph = _Graph(through, embeds, positions, cache, step)
+                with torch.cuda.device_of(embeds):
+                    self._graph = _Graph(through, embeds, positions, cache, step)
             except RuntimeError as error:
                 log.warning("a token cannot be captured here, and is launched: %s", error)
                 _refused.add(self._of)
                 return None
-        return self._graph(embeds, positions, mask, cache, step)
-
-
-def _is_plain(step: Step) -> bool:
-    """One token in each open window, with no earlier one in sight."""
-    return type(step) is DecodeStep and step.length == 1 and not step.has_history
+        with torch.cuda.device_of(embeds):
+            return self._graph(embeds, positions, mask, cache, step)
 
 
 @dataclass(frozen=True)
@@ -217,8 +212,7 @@ class _Windows:
         """What all layers share of a token; captured with it."""
         self._rotations = per_rotary(self.rotary, lambda rotary: rotary(self._places))
         visible = self._there & (self._columns <= self._slots[:, None])
-        bias = torch.zeros_like(visible, dtype=self._held[0].key.dtype).masked_fill_(~visible, -torch.inf)
-        self._bias = bias[:, None, None]
+        self._bias = bias_of(visible, self._held[0].key.dtype)[:, None, None]
 
     def attention(
         self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None, scale: float | None = None
@@ -258,19 +252,21 @@ class _Graph:
 
         def run() -> Tensor:
             visible = self._real & (columns <= self._slot)
-            bias = torch.zeros_like(visible, dtype=embeds.dtype).masked_fill_(~visible, -torch.inf)
             if self.windows is not None:
                 self.windows.begin()
-            return through(self._embeds, self._positions, bias[:, None, None], text, self.windows)
+            bias = bias_of(visible, embeds.dtype)[:, None, None]
+            return through(self._embeds, self._positions, bias, text, self.windows)
 
         self._replay, self._found = capture(run)
 
     def fits(self, cache: "CasaCache", step: DecodeStep | None) -> bool:
         """Whether cache and windows are where they were captured, with room for a token."""
-        if (step is None) != (self.windows is None) or (step is not None and not self.windows.fits(step)):  # type: ignore[union-attr]
-            return False
+        if self.windows is None or step is None:
+            alike = self.windows is None and step is None
+        else:
+            alike = self.windows.fits(step)
         layers = _text_of(cache)
-        return all(layers[index].room_is(held) for index, held in self._held.items())
+        return alike and all(layers[index].room_is(held) for index, held in self._held.items())
 
     def __call__(
         self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: "CasaCache", step: DecodeStep | None
