@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any
 
 CHOSEN = ("OMP_", "GOMP_", "KMP_", "MKL_")  # variables by which users choose for themselves
 STAT = "/proc/stat"
@@ -17,18 +17,11 @@ EVERY = 0.5  # s between two looks at the cores
 LOST, CALM = 0.4, 0.15
 
 
-class Backend(Protocol):
-    """torch, as far as threads go."""
-
-    def get_num_threads(self) -> int: ...
-
-    def set_num_threads(self, count: int, /) -> None: ...
-
-
 class Sharing:
     """Looks at the `cores` that this process may use now and then.
 
     `used` are the seconds that these were in use, `own` those of this process, both so far and over all cores.
+    `backend` is torch if left out.
     """
 
     def __init__(
@@ -37,7 +30,7 @@ class Sharing:
         used: Callable[[], float],
         own: Callable[[], float] = time.process_time,
         clock: Callable[[], float] = time.monotonic,
-        backend: Backend | None = None,
+        backend: Any = None,
     ) -> None:
         self._cores, self._used, self._own, self._clock, self._backend = cores, used, own, clock, backend
         self._most: int | None = None

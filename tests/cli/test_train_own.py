@@ -1,5 +1,6 @@
 """`casa train` on data of one's own: trained, resumed, asked, dry-run; errors in one sentence."""
 
+import atexit
 import importlib.util
 import io
 import json
@@ -143,6 +144,17 @@ def test_two_processes(folder, tmp_path):
     steps = [entry["step"] for entry in json.loads((out / "log.json").read_text()) if "loss" in entry]
     assert steps == [1, 2]
     CasaForConditionalGeneration.from_pretrained(out / "final")
+
+
+def test_a_process_of_several_ends_without_the_interpreter(casa, folder, tmp_path, monkeypatch):
+    """While that ends, a thread of gloo that lets go of a tensor would abort the process."""
+    ended = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(package, "train", lambda *given, **named: tmp_path / "final")
+    monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: ended.append("handlers"))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    result = casa("train", folder / "mine.yaml")
+    assert (ended, result.out, result.err) == (["handlers", 0], f"{tmp_path / 'final'}\n", "")
 
 
 @pytest.mark.slow

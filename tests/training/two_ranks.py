@@ -97,4 +97,4 @@ if __name__ == "__main__":
     run(place / "half", **once, precision="bfloat16")
     asked(place / "asked")
     dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)  # as `casa train` ends one of several processes

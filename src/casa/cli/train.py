@@ -1,6 +1,9 @@
 """`casa train` runs a recipe, `casa export` makes a model of a checkpoint."""
 
+import atexit
 import os
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -47,10 +50,14 @@ def train(
         final = casa.train(recipe, folder, resume, changes=changes, report=_tell)
     if final is not None and int(os.environ.get("RANK", "0")) == 0:
         print(final)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # a thread of gloo that lets go of its last tensor while the interpreter ends makes the process abort
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(0)
 
 
-def _tell(sentence: str) -> None:
-    typer.echo(sentence, err=True)
+_tell = partial(typer.echo, err=True)
 
 
 def _plan(file: Path, changes: list[str], folder: Path, resume: bool, report: Path) -> None:
