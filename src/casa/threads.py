@@ -45,7 +45,7 @@ class Sharing:
             import torch as backend
         with self._lock:
             if self._most is None:
-                self._most = self._count = backend.get_num_threads()
+                self._most = self._count = int(backend.get_num_threads())
             if self._clock() - self._seen[0] >= EVERY:
                 self._look(self._most)
             count = self._count
