@@ -1,84 +1,115 @@
-"""Where layers look while all of them learn what to say: what `finding.py` teaches one by one, on samples ever new.
+"""Where layers look before an answer: some are told, while all of them learn what to say.
 
-Of a batch as the whole model sees it, each picture is a row with the text from there on, up to the next picture. So the
-loss of a layer's role holds in chats and in sessions of frames, too; it reaches the layers below by hidden states.
+An answer's first word is the hardest to find: no word before it leads there, and what it is found by stands somewhere
+in the question. What is said tells a layer little about where it should have looked. So the token before an answer also
+learns where to look: in two lower layers one key head's queries at the words that say what is asked for, in two layers
+above them all heads at the image token in which the answer begins.
 
-Shapes: B rows of a batch, P pictures, N image tokens of all; of one picture L text tokens from it on, M image tokens, K
-answer tokens; D width of the text model.
+Shapes: B rows of a batch, L text tokens, N image tokens of all pictures, F places to look at, D width of the text
+model, C of a head.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from projects.casa_smol.finding import Rows, attention, even, loss_of
 from projects.casa_smol.perfect_pages import Batch
 
-
-def rows_in(batch: Batch, image: Tensor) -> tuple[Tensor, Callable[[Tensor], Rows]]:
-    """Finds a batch's pictures, and the answer tokens behind each.
-
-    Args:
-        batch: What the model has seen.
-        image: (N, D), of root mean square 1.
-
-    Returns:
-        int64 (P, L), where the text behind each picture lies in the batch's, all of whose rows come one after the
-        other; and what makes rows of that text's hidden states in a block (P, L, D), behind its norm.
-    """
-    positions, sizes = batch.inputs["image_positions"], batch.inputs["image_grid_thw"].prod(1)
-    rows, begins = positions.T
-    length = batch.labels.shape[1]
-    is_last = nn.functional.pad(rows[1:] != rows[:-1], (0, 1), value=True)
-    ends = torch.where(is_last, length, begins.roll(-1))
-    text = begins[:, None] + torch.arange(int((ends - begins).max()))
-    is_mine = text < ends[:, None]
-    text = rows[:, None] * length + text.clamp(max=length - 1)
-    tokens, firsts = torch.arange(int(sizes.max())).expand(len(sizes), -1), sizes.cumsum(0) - sizes
-    is_image = tokens < sizes[:, None]
-    following = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=-100)
-    says = (following.flatten()[text] >= 0) & is_mine
-    # answer tokens first, in order
-    at = says.int().argsort(dim=1, descending=True, stable=True)[:, : int(says.sum(1).max())]
-    is_said, query = says.gather(1, at), text.gather(1, at)
-    told = torch.where(is_said, -1, -2)[..., None].repeat(1, 1, 3)
-    _, column, token, slot = batch.where.T.contiguous()
-    picture = torch.searchsorted(firsts, token, right=True) - 1
-    place = (at[picture] == (column - begins[picture])[:, None]).int().argmax(1)
-    told[picture, place, slot] = token - firsts[picture]
-    return text, partial(
-        Rows,
-        image=image[torch.where(is_image, tokens + firsts[:, None], 0)],
-        is_image=is_image,
-        at=at,
-        said=following.flatten()[query],
-        told=told,
-        is_first=is_said & (batch.labels.flatten()[query] < 0),
-        wanted=torch.zeros_like(is_mine),
-    )
+ASKERS, LOOKERS = (5, 8), (11, 17)
+"""Blocks whose layers are told what is asked for, and where the answer begins."""
+ASKING = 1  # key head of the first, whose query heads look at what is asked for
 
 
-def look(
-    model: Any, roles: Mapping[int, str], states: Sequence[Tensor], image: Tensor, batch: Batch
-) -> tuple[Tensor, dict[int, float]]:
-    """How far layers are from looking where the next word stands (nats, their sum), and what share each has found.
+def look(model: Any, states: Sequence[Tensor], image: Tensor, batch: Batch) -> tuple[Tensor, float]:
+    """How far layers are from looking where answers begin, of all they see of a picture.
 
     Args:
         model: The fused model.
-        roles: By block; none is "asked".
-        states: (B, length, D) of the text before each block.
-        image: (N, D), all image tokens, before a block's norm.
-        batch: What the model has seen.
+        states: (B, L, D) of the text before each block.
+        image: (N, D), before a block's norm.
+        batch: What the model has seen; some answer's place is known.
+
+    Returns:
+        Nats an answer, the layers' sum; and in what share of them the layers' heads look there most.
     """
-    (text, rows_of_text), total, found = rows_in(batch, even(image.float())), torch.zeros(()), dict[int, float]()
-    for block, role in roles.items():
-        norm = model.decoder.blocks[block].input_layernorm
-        rows = rows_of_text(norm(states[block]).flatten(0, 1)[text])
+    row, column, token, begin = batch.begins.T
+    is_other, missed, found = _is_other(batch, row, begin), torch.zeros(()), 0.0
+    for heads, hidden, seen in _heads(model, LOOKERS, states, image):
+        query, key = heads.query(hidden[row, column], column - begin), heads.key(seen)
+        scores = torch.einsum("fghc,ngc->fghn", query, key).masked_fill(is_other[:, None, None], -torch.inf)
+        shares = scores.softmax(-1).mean((1, 2))
+        missed = missed - (shares.gather(1, token[:, None]) + 1e-6).log().mean()
+        found += (shares.argmax(1) == token).float().mean().item() / len(LOOKERS)
+    return missed, found
+
+
+def ask(model: Any, states: Sequence[Tensor], image: Tensor, batch: Batch) -> tuple[Tensor, float]:
+    """How far layers are from looking at the words that say what is asked for, of all they see.
+
+    Args and returns are those of `look`; nats are of a word, and the share is that of the heads' attention.
+    """
+    row, column, told, begin = batch.asked.T
+    is_other, missed, found = _is_other(batch, row, begin), torch.zeros(()), 0.0
+    place = torch.arange(states[0].shape[1]) - begin[:, None]
+    is_hidden = (place < 0) | (place > (column - begin)[:, None])
+    for heads, hidden, seen in _heads(model, ASKERS, states, image):
+        query = heads.query(hidden[row, column], column - begin)[:, ASKING]
+        text, picture = heads.key(hidden)[row][..., ASKING, :], heads.key(seen)[:, ASKING]
+        scores = [
+            torch.einsum("fhc,flc->fhl", query, heads.turned(text, place)).masked_fill(is_hidden[:, None], -torch.inf),
+            torch.einsum("fhc,nc->fhn", query, picture).masked_fill(is_other[:, None], -torch.inf),
+        ]
+        share = torch.cat(scores, -1).softmax(-1).mean(1).gather(1, told[:, None])
+        missed = missed - (share + 1e-6).log().mean()
+        found += share.mean().item() / len(ASKERS)
+    return missed, found
+
+
+def _is_other(batch: Batch, row: Tensor, begin: Tensor) -> Tensor:
+    """bool (F, N): image tokens of other pictures than the one of that row before that column."""
+    positions, sizes = batch.inputs["image_positions"], batch.inputs["image_grid_thw"].prod(1)
+    mine = (positions == torch.stack([row, begin], 1)[:, None]).all(-1).int().argmax(1)
+    return torch.repeat_interleave(torch.arange(len(sizes)), sizes) != mine[:, None]
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """A layer's queries, scaled, and keys. theta: of the rotary positions, counted from the picture, which is at 0."""
+
+    layer: Any
+    theta: float
+
+    def query(self, hidden: Tensor, place: Tensor) -> Tensor:
+        """(F, key heads, query heads of each, C), of hidden states (F, D)."""
+        heads = self._of(self.layer.q_proj, hidden) * self.layer.scaling
+        groups = self.layer.k_proj.out_features // self.layer.head_dim
+        return self.turned(heads, place[:, None]).unflatten(1, (groups, -1))
+
+    def key(self, hidden: Tensor) -> Tensor:
+        """(..., key heads, C), not turned yet, of hidden states (..., D)."""
+        return self._of(self.layer.k_proj, hidden)
+
+    def turned(self, heads: Tensor, place: Tensor) -> Tensor:
+        """Heads (..., C) as rotary positions (...) turn them."""
+        half = heads.shape[-1] // 2
+        angles = place[..., None] * self.theta ** -(torch.arange(half) / half)
+        low, high = heads.chunk(2, dim=-1)
+        return torch.cat([low * angles.cos() - high * angles.sin(), high * angles.cos() + low * angles.sin()], dim=-1)
+
+    def _of(self, projection: nn.Module, hidden: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            shares = attention(model.casa_layers[str(block)], rows, norm.weight)
-        missed, found[block] = loss_of(role)(shares.float(), rows)
-        total = total + missed
-    return total, found
+            return projection(hidden).unflatten(-1, (-1, self.layer.head_dim)).float()
+
+
+def _heads(
+    model: Any, blocks: Sequence[int], states: Sequence[Tensor], image: Tensor
+) -> Iterator[tuple[_Heads, Tensor, Tensor]]:
+    """Layers, with the text's hidden states (B, L, D) and the image tokens (N, D) as these see them."""
+    theta = model.config.get_text_config().rope_parameters["rope_theta"]
+    even = nn.functional.rms_norm(image.float(), image.shape[-1:], eps=1e-5)
+    for block in blocks:
+        norm = model.decoder.blocks[block].input_layernorm
+        yield _Heads(model.casa_layers[str(block)], theta), norm(states[block]), even * norm.weight

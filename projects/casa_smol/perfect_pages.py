@@ -1,9 +1,9 @@
 """Pages that are never drawn: image tokens of which each says without fault which words begin in it.
 
 That is what the page encoder is trained to give. So layers can learn to find and to say texts for the text model's own
-arithmetic alone, and where an answer's next word stands is known.
+arithmetic alone.
 
-Shapes: B samples, L text tokens of a row, N image tokens of all pages, K answer tokens of all whose place is known.
+Shapes: B samples, L text tokens of a row, N image tokens of all pages.
 """
 
 import re
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from casa.vision.page_encoder import CELL, PageEncoder, place_waves
 from casa.vision.page_reading import TextRun
-from casa.vision.page_words import BEFORE, KINDS, TAG_IDS, Encode, known_words, plain_token, words_of_page
+from casa.vision.page_words import BEFORE, TAG_IDS, Encode, known_words, words_of_page
 from projects.casa_smol.tasks.asked import ordinal, turn
 from projects.casa_smol.tasks.films import PROMPT as PROMPT_OF_FILMS
 from projects.casa_smol.tasks.lines import READ, READ_AFTER, READ_BEFORE, READ_LAST, READ_NUMBERED
@@ -36,26 +36,24 @@ CELL_OF = (
     "What is the {column} of {key}?", "Which {column} does {key} have?", "{column} of {key}?",
     "What does the table give as {column} for {key}?", "How much is the {column} for {key}?",
 )  # fmt: skip
-WORDINGS = (*READ, *READ_NUMBERED, *READ_AFTER, *READ_BEFORE, *READ_LAST, *VALUE, *CELL_OF)
-POINTING = ("first", "last", "top", "bottom")  # words of wordings that say which text is meant
 
 
 @dataclass(frozen=True)
 class Sample:
     """A page and a question.
 
-    ids: int (rows, columns, ids of an image token), what is written there. prompt, answer: token ids. wanted: which of
-    the prompt's tokens this question does not share with others. found: for each answer token the image token in which
-    it begins and its number there, -1 where that is not known. image_at: the prompt's token before which the picture
-    stands. earlier: what was asked before, in order; a question about the same `ids` shows no second picture.
+    ids: int (rows, columns, ids of an image token), what is written there. prompt, answer: token ids. image_at: the
+    prompt's token before which the picture stands. begins: number of the image token in which the answer begins, -1 if
+    nobody knows. asked: places in the prompt of tokens that say what is asked for, as far as is known. earlier: what
+    was asked before, in order; a question about the same `ids` shows no second picture.
     """
 
     ids: np.ndarray
     prompt: list[int]
     answer: list[int]
-    wanted: list[bool]
-    found: list[tuple[int, int]]
     image_at: int = IMAGE_AT
+    begins: int = -1
+    asked: tuple[int, ...] = ()
     earlier: tuple["Sample", ...] = ()
 
     @property
@@ -69,10 +67,25 @@ class Sample:
         return sum(len(one.prompt) + len(one.answer) for one in self.turns)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """inputs: of a model. labels: (B, L), -100 where nothing is to be said.
+
+    begins: int64 (F, 4), of answers whose place is known: row and column of the token before it, the image token of all
+    in which it begins, and the column behind its picture. asked: int64 (A, 4), of tokens that say what is asked for:
+    row and column of the token before the answer, its own column, and that behind the picture.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    begins: Tensor
+    asked: Tensor
+
+
 def after(sample: Sample, earlier: Sample, line_break: int) -> Sample:
     """A sample as the next turn of a chat, behind another's turns. line_break: id of the token between turns."""
-    later = replace(sample, prompt=[line_break, *sample.prompt], wanted=[False, *sample.wanted])
-    return replace(later, image_at=sample.image_at + 1, earlier=earlier.turns)
+    prompt, asked = [line_break, *sample.prompt], tuple(at + 1 for at in sample.asked)
+    return replace(sample, prompt=prompt, image_at=sample.image_at + 1, asked=asked, earlier=earlier.turns)
 
 
 def encoding(tokenizer: Any) -> Encode:
@@ -85,35 +98,15 @@ def encoding(tokenizer: Any) -> Encode:
     return encode
 
 
-def names_of(tokenizer: Any) -> Tensor:
-    """int64 (V,): the token that tags have for each of a vocabulary."""
-    encode = encoding(tokenizer)
-    return torch.tensor([plain_token(n, tokenizer.decode([n]), encode) for n in range(len(tokenizer))])
-
-
-def kinds_of(encode: Encode) -> set[int]:
-    """Tokens by which one asks for a text of some kind (`casa.vision.page_words.KINDS`)."""
-    return {token for words in KINDS.values() for token, _ in encode(words)}
-
-
-def tags_at(ids: np.ndarray, at: int) -> set[int]:
-    """What the text in an image token may be asked by. ids: (rows, columns, ids of one). at: -1 for nowhere."""
-    return set(ids.reshape(-1, ids.shape[-1])[at, :TAG_IDS].tolist()) if at >= 0 else set()
-
-
 class Pages:
     """Draws samples: one line, lines one below the other, names with their values beside or below them, or a table."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._encode, self._known = encoding(tokenizer), known_words(tokenizer.get_vocab())
-        self._kinds = kinds_of(self._encode)
         self.words = Words("train")
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.line_break = self._encode("\n")[0][0]
-        fixed = [part for wording in (*WORDINGS, PROMPT) for part in re.split(r"\{\w+\}", wording)]
-        self.shared = {token for part in fixed for token, _ in self._encode(part)}
-        self.shared -= {token for word in POINTING for token, _ in self._encode(f" {word}")}
 
     def _text(self, rng: Generator, most: int) -> str:
         count = int(rng.integers(1, most + 1))
@@ -146,13 +139,12 @@ class Pages:
         for number in range(count):
             shown = np.random.default_rng(layout)  # lines stay where they are
             opening = self._turn(PROMPT_OF_FILMS) if number == 0 else []
-            prompt = [*opening, *self._turn(PROMPT_OF_FILMS)]
-            told: dict[str, Any] = {"prompt": prompt, "wanted": [False] * len(prompt)}
+            told: dict[str, Any] = {"prompt": [*opening, *self._turn(PROMPT_OF_FILMS)]}
             told["image_at"] = len(opening) + IMAGE_AT
             if rng.random() < 0.12:  # nothing is written, and nothing said
                 rows, columns = map(int, rng.integers(4, 24, 2))
                 ids = words_of_page([], (rows, columns), BLOCK, self._encode, self.end).ids
-                frames.append(Sample(ids, answer=[self.end], found=[(-1, -1)], **told))
+                frames.append(Sample(ids, answer=[self.end], **told))
                 continue
             lines = texts[: at + 1] if step else texts[at : at + 1]
             placed = [(text, row, 0.0) for row, text in enumerate(lines)]
@@ -217,11 +209,12 @@ class Pages:
         ]
         page = words_of_page(runs, (rows, columns), BLOCK, self._encode, self.end, self._known)
         question = turn(rng, wordings, placed[answer][0], **names)
-        prompt = self._turn(question.question)
         said = [token for token, _ in self._encode(question.answer)]
-        kinds = tags_at(page.ids, page.spots[answer][0][0]) & self._kinds
-        wanted = [token not in self.shared or token in kinds for token in prompt]
-        return Sample(page.ids, prompt, [*said, self.end], wanted, page.spots[answer])
+        text = PROMPT.format(question=question.question)
+        prompt, spans = self._encode(text), [span for name in names.values() for span in _spans(text, str(name))]
+        asked = [at for at, (_, (a, b)) in enumerate(prompt) if any(a < stop and b > start for start, stop in spans)]
+        ids = [token for token, _ in prompt]
+        return Sample(page.ids, ids, [*said, self.end], begins=page.spots[answer][0][0], asked=tuple(asked))
 
     def sentences(self, rng: Generator, tokens: int, rows: int = 8, length: int = 64) -> Iterator[Tensor]:
         """int64 (rows, length): questions with answers, and any words behind them, about so many tokens in all."""
@@ -233,19 +226,15 @@ class Pages:
             yield torch.tensor(ids)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """inputs: of the model. labels: (B, L). where: int64 (K, 4): row, column of the query, image token, slot."""
-
-    inputs: dict[str, Tensor]
-    labels: Tensor
-    where: Tensor
+def _spans(text: str, name: str) -> list[tuple[int, int]]:
+    """Where a name stands in a text, as a word."""
+    return [found.span() for found in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
 
 
 def batch_of(
     samples: list[Sample], encoder: PageEncoder, rng: Generator, noise: float = 0.1, empty: float = 0.1
 ) -> Batch:
-    """Samples padded at the left; pictures stand before the question's first word.
+    """What a model sees and is to say, padded at the left; pictures stand before the question's first word.
 
     Args:
         samples: Pages with questions and answers.
@@ -257,9 +246,9 @@ def batch_of(
     length = max(one.length for one in samples)
     ids, labels = torch.zeros(len(samples), length, dtype=torch.long), torch.full((len(samples), length), -100)
     mask = torch.zeros_like(ids)
-    positions, grids, tokens, where, passed = [], [], [], [], 0
+    positions, grids, tokens, begins, asked = [], [], [], [], []
     for row, sample in enumerate(samples):
-        start, page, before, number = length - sample.length, None, 0, torch.empty(0)
+        start, page, place = length - sample.length, None, torch.zeros(0)
         mask[row, start:] = 1
         for one in sample.turns:
             first = start + len(one.prompt)
@@ -267,11 +256,11 @@ def batch_of(
             ids[row, start:stop] = torch.tensor(one.prompt + one.answer)
             labels[row, first:stop] = torch.tensor(one.answer)
             if one.ids is not page:
-                page, before = one.ids, passed
+                page = one.ids
                 every = torch.from_numpy(page).flatten(0, 1)
                 stays = (every[:, TAG_IDS + BEFORE] >= 0) | torch.from_numpy(rng.random(len(every)) < empty)
                 stays[0] = True  # a picture has at least one image token
-                number, written = stays.cumsum(0) - 1, every[stays]
+                written = every[stays]
                 words = encoder.codes_of(written, torch.float32)
                 off = noise / max(encoder.config.word_sizes) ** 0.5
                 words = words + torch.from_numpy(rng.standard_normal(words.shape)).float() * off
@@ -279,15 +268,15 @@ def batch_of(
                 tokens.append(torch.cat([words, places], dim=1))
                 positions.append((row, start + one.image_at))
                 grids.append((1, 1, len(written)))
-                passed += len(written)
-            where += [
-                (row, first + n - 1, before + int(number[at]), slot)
-                for n, (at, slot) in enumerate(one.found)
-                if at >= 0
-            ]
+                # the number of each image token among those that stay, of all pictures
+                place = sum(grid[-1] for grid in grids[:-1]) + stays.cumsum(0) - 1
+            if one.begins >= 0:
+                begins.append((row, first - 1, int(place[one.begins]), positions[-1][1]))
+            asked += [(row, first - 1, start + at, positions[-1][1]) for at in one.asked]
             start = stop
     inputs = {
         "input_ids": ids, "attention_mask": mask, "image_positions": torch.tensor(positions),
         "image_grid_thw": torch.tensor(grids), "image_features": torch.cat(tokens),
     }  # fmt: skip
-    return Batch(inputs, labels, torch.tensor(where, dtype=torch.long).reshape(-1, 4))
+    known = (torch.tensor(rows, dtype=torch.long).view(-1, 4) for rows in (begins, asked))
+    return Batch(inputs, labels, *known)

@@ -28,8 +28,8 @@ from PIL import Image
 from casa.atomic import replacing
 from casa.vision.page_encoder import PageEncoder
 from casa.vision.page_reading import TextRun
-from casa.vision.page_words import BEFORE, BEGUN, NOTHING, TAG_IDS, apart, known_words, words_of_page
-from projects.casa_smol.perfect_pages import BLOCK, PROMPT, TOKEN, Sample, after, encoding, kinds_of, names_of, tags_at
+from casa.vision.page_words import apart, known_words, words_of_page
+from projects.casa_smol.perfect_pages import BLOCK, PROMPT, TOKEN, Sample, after, encoding
 from projects.casa_smol.read import cells_of
 from projects.casa_smol.weights import WEIGHTS, page_encoder
 from projects.casa_smol.words import Words
@@ -103,15 +103,12 @@ class ReadPages:
     Args:
         folder: Of read pages.
         tokenizer: Of the text model.
-        shared: Tokens that say nothing of what a question asks for.
     """
 
-    def __init__(self, folder: Path, tokenizer: Any, shared: Collection[int] = ()) -> None:
-        self.tokenizer, self.shared = tokenizer, shared
-        self.names = names_of(tokenizer).tolist()
+    def __init__(self, folder: Path, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
         self.encode, self.known = encoding(tokenizer), known_words(tokenizer.get_vocab())
         self.line_break = self.encode("\n")[0][0]
-        self.kinds = kinds_of(self.encode)
         pages = [page for file in sorted(folder.glob("*.jsonl")) for page in load(file)]
         unread = Counter(
             answer for page in pages for answer in {answer for _, answer, is_read in page.turns if not is_read}
@@ -124,30 +121,16 @@ class ReadPages:
             for page in pages
         ]
         self.turns = [(page, turns) for page, turns in self.turns if turns]
-        asked = [self.encode(question) for _, turns in self.turns for question, _ in turns]
-        seen = Counter(token for words in asked for token in {token for token, _ in words})
-        self.rare = {token for token, count in seen.items() if count <= COMMON * len(asked)}
         written = Counter(word for page in pages for word in {*WORD.findall(" ".join(run.text for run in page.runs))})
         self.kept = {word.lower() for word, count in written.items() if count > NAMED * len(pages)}
+        questions = sum(len(turns) for _, turns in self.turns)
         said = Counter(word for _, turns in self.turns for question, _ in turns for word in WORD.findall(question))
-        self.kept |= {word.lower() for word, count in said.items() if count > COMMON * len(asked)}
+        self.kept |= {word.lower() for word, count in said.items() if count > COMMON * questions}
 
-    def sample(self, rng: Generator, found: bool = False) -> Sample:
-        """A question about a page of any task.
-
-        Args:
-            rng: Draws it.
-            found: Only one of which is known where every word of its answer stands, and by what it is asked for.
-
-        Raises:
-            RuntimeError: There seems to be none.
-        """
-        for _ in range(500):
-            page, turns = self._drawn(rng)
-            one = self.asked(page, *turns[int(rng.integers(len(turns)))])
-            if not found or (all(at >= 0 for at, _ in one.found) and (any(one.wanted) or len(page.runs) == 1)):
-                return one
-        raise RuntimeError("of 500 questions none has an answer that is found on its page; read more pages.")
+    def sample(self, rng: Generator) -> Sample:
+        """A question about a page of any task."""
+        page, turns = self._drawn(rng)
+        return self.asked(page, *turns[int(rng.integers(len(turns)))])
 
     def chat(self, rng: Generator, most: int = 3) -> Sample:
         """Up to so many questions about one page, one after the other."""
@@ -169,17 +152,11 @@ class ReadPages:
             [token for token, _ in self.encode(text)] for text in (PROMPT.format(question=question), answer)
         )
         grid = page.cells[0] // BLOCK[0], page.cells[1] // BLOCK[1]
-        ids, said = words_of_page(apart(page.runs), grid, BLOCK, self.encode, end, self.known).ids, [*said, end]
-        names = [self.names[token] for token in prompt if token not in self.shared or token in self.kinds]
-        found = find_words(ids, [*[NOTHING] * (BEFORE - 1), self.line_break, *said], names)
-        tags = tags_at(ids, found[0][0])
-        kinds = tags & self.kinds
-        # a name that was misread is what is asked for, too: hardly any other question has its words
-        wanted = [
-            token in kinds or (token not in self.shared and (self.names[token] in tags or token in self.rare))
-            for token in prompt
-        ]
-        return Sample(ids, prompt, said, wanted, found)
+        texts = apart(page.runs)
+        words = words_of_page(texts, grid, BLOCK, self.encode, end, self.known)
+        # of an answer that is a text of its own, and the only one, it is known where it begins
+        places = [spots[0][0] for text, spots in zip(texts, words.spots, strict=True) if text.text == answer]
+        return Sample(words.ids, prompt, [*said, end], begins=places[0] if len(places) == 1 else -1)
 
 
 def renamed(
@@ -209,46 +186,6 @@ def renamed(
     return replace(page, runs=[other_run(run) for run in page.runs]), [
         (said_so(question), said_so(answer)) for question, answer in turns
     ]
-
-
-def find_words(ids: np.ndarray, words: Sequence[int], asked: Collection[int] = ()) -> list[tuple[int, int]]:
-    """Where on a page words stand one behind the other: image token, and which of those that begin there.
-
-    Args:
-        ids: (rows, columns, ids of an image token).
-        words: Of which the first three (`BEFORE`) only stand before the others.
-        asked: Tokens by which is asked: of several places the one is meant that has most of them as tags.
-
-    Returns:
-        Of each word from the fourth on its place; (-1, -1) for all if they stand nowhere, or nobody knows where.
-    """
-    columns = ids.shape[1]
-    tags, told = np.split(ids.reshape(-1, ids.shape[-1]), [TAG_IDS], axis=1)
-    chains: list[list[tuple[int, int]]] = [[]]
-    for number in range(BEFORE, len(words)):
-        chained = words[number - BEFORE : number + 1]
-        places = [
-            (int(at), slot)
-            for slot in range(BEGUN)
-            for at in np.flatnonzero((told[:, slot : slot + BEFORE + 1] == chained).all(1))
-        ]
-        longer = {place: [place] for place in places} if number == BEFORE else {}
-        # of texts that meet in a place, the one that was nearest goes on
-        for chain in sorted(chains, key=lambda chain: chain[-1][0] % columns) if number > BEFORE else []:
-            last, slot = chain[-1]
-            row, column = divmod(last, columns)
-            behind = [
-                (at % columns, at, begun)
-                for at, begun in places
-                if abs(at // columns - row) <= 1 and ((at == last and begun > slot) or at % columns > column)
-            ]
-            if behind:  # a text may rise or fall by a row
-                place = min(behind)[1:]
-                longer[place] = [*chain, place]
-        chains = list(longer.values())
-    meant = [len({*tags[chain[0][0]].tolist()} & {*asked}) for chain in chains]
-    most = [chain for chain, count in zip(chains, meant, strict=True) if count == max(meant)]
-    return most[0] if len(most) == 1 else [(-1, -1)] * (len(words) - BEFORE)
 
 
 def main(arguments: list[str]) -> int:

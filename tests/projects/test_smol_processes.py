@@ -19,12 +19,12 @@ class Standin(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.casa_layers = nn.ModuleDict({"2": nn.Linear(3, 2)})
+        self.casa_layers = nn.ModuleDict({"2": nn.Linear(3, 2, bias=False)})
 
 
-def said(model, batch, roles):
-    nats, missed = model.casa_layers["2"](batch).square().mean(dim=0)
-    return nats, missed, {"nats": nats.item()}
+def said(model, batch):
+    nats = model.casa_layers["2"](batch).square().mean()
+    return nats, torch.zeros(()), {"nats": nats.item()}
 
 
 def learn(process, processes, folder):

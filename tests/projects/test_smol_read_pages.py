@@ -13,13 +13,12 @@ from casa.data.made import write_pictures
 from casa.testing import tiny_tokenizer
 from casa.vision.page_encoder import PageEncoder, PageEncoderConfig, image_processor
 from casa.vision.page_reading import TextRun
-from casa.vision.page_words import BEFORE, IDS, NOTHING, TAG_IDS
+from casa.vision.page_words import BEFORE, IDS, TAG_IDS
 from projects.casa_smol.read import cells_of
 from projects.casa_smol.read_pages import (
     OFTEN,
     ReadPage,
     ReadPages,
-    find_words,
     load,
     pictures_of,
     read_page,
@@ -85,26 +84,6 @@ def test_a_page_is_what_the_encoder_reads(eyes, tokenizer, monkeypatch):
     assert torch.equal(eyes.codes_of(torch.from_numpy(ids).flatten(0, 1), torch.float32), told)
 
 
-def test_words_are_found_behind_those_before_them():
-    ids = np.full((2, 3, IDS), NOTHING)
-    told = ids.reshape(6, -1)[:, TAG_IDS:]
-    told[1] = [NOTHING, NOTHING, 9, 5, 6, NOTHING]
-    told[2] = [9, 5, 6, 7, NOTHING, NOTHING]
-    told[4] = [NOTHING, NOTHING, 9, 4, NOTHING, NOTHING]
-    told[5] = [NOTHING, 9, 4, 6, NOTHING, NOTHING]
-    assert find_words(ids, [NOTHING, NOTHING, 9, 5, 6, 7]) == [(1, 0), (1, 1), (2, 0)]
-    assert find_words(ids, [NOTHING, NOTHING, 9, 4, 6]) == [(4, 0), (5, 0)]
-    assert find_words(ids, [NOTHING, NOTHING, 9, 4, 6, 8]) == [(-1, -1)] * 3
-    assert find_words(ids, [NOTHING, NOTHING, 9, 3, 6]) == [(-1, -1)] * 2
-    told[0] = [NOTHING, NOTHING, 9, 5, 4, NOTHING]  # another text begins so
-    assert find_words(ids, [NOTHING, NOTHING, 9, 5, 6, 7]) == [(1, 0), (1, 1), (2, 0)]
-    told[0] = [NOTHING, NOTHING, 9, 5, 6, 7]  # and says the same
-    assert find_words(ids, [NOTHING, NOTHING, 9, 5, 6, 7]) == [(-1, -1)] * 3
-    ids.reshape(-1, ids.shape[-1])[[0, 1], 0] = 31, 32  # but has another name
-    assert find_words(ids, [NOTHING, NOTHING, 9, 5, 6, 7], asked=[40, 32]) == [(1, 0), (1, 1), (2, 0)]
-    assert find_words(ids, [NOTHING, NOTHING, 9, 5, 6, 7], asked=[31, 32]) == [(-1, -1)] * 3
-
-
 def test_tars_are_read_once(eyes, tars, tmp_path):
     assert [file.name for file in write(tars, eyes, tmp_path)] == ["line-0000.jsonl", "page-0000.jsonl"]
     assert list(write(tars, eyes, tmp_path)) == []
@@ -134,31 +113,25 @@ def test_questions_go_in_whose_answers_were_read_or_come_often(tokenizer, tmp_pa
     pages = kept([page(number) for number in range(OFTEN)])
     asked_for = [[answer for _, answer in turns] for _, turns in pages.turns]
     assert asked_for == [["some word", "Yes"], *[["Yes"]] * (OFTEN - 1)]
-    one = pages.sample(np.random.default_rng(0), found=True)
+    one = pages.sample(np.random.default_rng(0))
     assert one.ids.shape == (2, 8, IDS)
     assert one.answer[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert tokenizer.decode(one.answer[:-1]) == "some word"
-    assert [at for at, _ in one.found] == sorted(at for at, _ in one.found)
+    assert tokenizer.decode(one.answer[:-1]) in ("some word", "Yes")
     assert kept([page(number) for number in range(1, OFTEN - 1)]).turns == []
 
 
-def test_of_a_question_those_words_are_wanted_that_its_answer_is_called_by(tokenizer, tmp_path):
-    def run(text, row, left):
-        return {"text": text, "rows": [row] * len(text), "columns": [left + 2.0 * n for n in range(len(text))]}
+def test_an_answer_that_is_the_only_text_of_its_kind_begins_somewhere(tokenizer):
+    runs = [TextRun(text, np.full(len(text), 4.0 * row), np.arange(9.0, 9 + len(text))) for row, text in
+            enumerate(("tea", "milk", "tea", "2 x bread"))]  # fmt: skip
+    page, pages = ReadPage("page", (16, 32), runs, []), ReadPages(Path("nowhere"), tokenizer)
 
-    runs = [run("Tea", 3.0, 0), run("some word", 3.0, 40), run("Milk", 9.0, 0), run("other one", 9.0, 40)]
-    turns = [("How much is the tea?", "some word", True)]
-    page = {"task": "form", "cells": [12, 64], "turns": turns, "runs": runs}
-    (tmp_path / "form-0000.jsonl").write_text(json.dumps(page) + "\n")
+    def begins(answer):
+        return pages.asked(page, "What?", answer).begins
 
-    def wanted(shared):
-        one = ReadPages(tmp_path, tokenizer, shared).sample(np.random.default_rng(0))
-        return tokenizer.decode([token for token, is_wanted in zip(one.prompt, one.wanted, strict=True) if is_wanted])
-
-    found = wanted(()).replace(" ", "")  # this tokenizer knows hardly any words, so letters of others are among them
-    assert "tea" in found
-    assert "much" not in found
-    assert "tea" not in wanted(tokenizer(" tea")["input_ids"]).replace(" ", "")
+    ids = pages.asked(page, "What?", "milk").ids
+    assert tokenizer("milk")["input_ids"][0] in ids.reshape(-1, IDS)[begins("milk"), TAG_IDS + BEFORE :]
+    assert begins("bread") >= 0, "a thing is a text of its own"
+    assert [begins(answer) for answer in ("tea", "cake", "mil")] == [-1, -1, -1]
 
 
 def test_names_are_others_on_the_page_and_in_what_is_asked_about_it():
