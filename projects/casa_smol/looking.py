@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from casa.layers import Rotary
 from projects.casa_smol.perfect_pages import Batch
 
 ASKERS, LOOKERS = (5, 8), (11, 17)
@@ -77,27 +78,24 @@ def _is_other(batch: Batch, row: Tensor, begin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Heads:
-    """A layer's queries, scaled, and keys. theta: of the rotary positions, counted from the picture, which is at 0."""
+    """A layer's queries, scaled, and keys. Rotary positions are counted from the picture, which is at 0."""
 
     layer: Any
-    theta: float
+    rotary: Rotary
 
     def query(self, hidden: Tensor, place: Tensor) -> Tensor:
         """(F, key heads, query heads of each, C), of hidden states (F, D)."""
         heads = self._of(self.layer.q_proj, hidden) * self.layer.scaling
         groups = self.layer.k_proj.out_features // self.layer.head_dim
-        return self.turned(heads, place[:, None]).unflatten(1, (groups, -1))
+        return self.rotary(place)(heads).unflatten(1, (groups, -1))
 
     def key(self, hidden: Tensor) -> Tensor:
         """(..., key heads, C), not turned yet, of hidden states (..., D)."""
         return self._of(self.layer.k_proj, hidden)
 
     def turned(self, heads: Tensor, place: Tensor) -> Tensor:
-        """Heads (..., C) as rotary positions (...) turn them."""
-        half = heads.shape[-1] // 2
-        angles = place[..., None] * self.theta ** -(torch.arange(half) / half)
-        low, high = heads.chunk(2, dim=-1)
-        return torch.cat([low * angles.cos() - high * angles.sin(), high * angles.cos() + low * angles.sin()], dim=-1)
+        """Heads (F, L, C), turned by their places (F, L)."""
+        return self.rotary(place.flatten())(heads.flatten(0, 1)[:, None]).view_as(heads)
 
     def _of(self, projection: nn.Module, hidden: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -108,8 +106,8 @@ def _heads(
     model: Any, blocks: Sequence[int], states: Sequence[Tensor], image: Tensor
 ) -> Iterator[tuple[_Heads, Tensor, Tensor]]:
     """Layers, with the text's hidden states (B, L, D) and the image tokens (N, D) as these see them."""
-    theta = model.config.get_text_config().rope_parameters["rope_theta"]
+    rotaries = model.decoder.rotaries(blocks, image.device, torch.float32)
     even = nn.functional.rms_norm(image.float(), image.shape[-1:], eps=1e-5)
-    for block in blocks:
+    for block, rotary in zip(blocks, rotaries, strict=True):
         norm = model.decoder.blocks[block].input_layernorm
-        yield _Heads(model.casa_layers[str(block)], theta), norm(states[block]), even * norm.weight
+        yield _Heads(model.casa_layers[str(block)], rotary), norm(states[block]), even * norm.weight

@@ -129,8 +129,8 @@ def said(model: Any, batch: Batch) -> tuple[Tensor, Tensor, dict[str, float]]:
     """How well a batch's answers are foretold, and found.
 
     Returns:
-        Nats an answer token; what layers miss (`look`); and shares of first tokens, of all tokens and of whole answers
-        that are foretold, and of answers that layers look at.
+        Nats an answer token; what layers miss (`look`, `ask`); and shares of first tokens, of all tokens and of whole
+        answers that are foretold, and what both of these have found.
     """
     are_said = batch.labels[:, 1:] >= 0
     with torch.autocast("cpu", torch.bfloat16):

@@ -184,10 +184,8 @@ def test_a_looking_layers_scores_are_the_operations(in_slots, pages, monkeypatch
     assert found == float(there.argmax() == token)
     with torch.no_grad():
         missed, found = looking.ask(model, states, slots(batch.inputs["image_features"], None), batch)
-    text = (
-        shares.weights[shares.blocks.index(1), :, 0, shares.num_columns :].unflatten(0, (3, 3))[looking.ASKING].mean(0)
-    )
-    asked = text[batch.asked[:, 2]]
+    text = shares.weights[shares.blocks.index(1), :, 0, shares.num_columns :].unflatten(0, (3, 3))
+    asked = text[looking.ASKING].mean(0)[batch.asked[:, 2]]
     assert missed.item() == pytest.approx(-asked.log().mean().item(), abs=0.02)
     assert found == pytest.approx(asked.mean().item(), abs=0.002)
 
